@@ -1,0 +1,1 @@
+"""The experiment harness for ImageCLEFmedical Caption: from one YAML file to a submission and a rank."""

@@ -1,0 +1,61 @@
+"""Where weights lie: a local folder or the Hugging Face cache; never a silent download, never an unmarked stand-in."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import Problem
+
+STANDIN_FILE = "standin.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights at hand, under the name that signatures show."""
+
+    name: str
+    folder: Path
+    standin: bool
+
+
+def find(name: str | Path) -> Checkpoint | None:
+    """The checkpoint of a hub name or a local folder, or None where its weights are not on this machine.
+
+    A folder that holds `standin.json` (see `mark_standin`) is a stand-in wherever it is moved to.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _cached(str(name))
+    if folder is None:
+        return None
+    mark = folder / STANDIN_FILE
+    if mark.exists():
+        return Checkpoint(json.loads(mark.read_text())["name"], folder, standin=True)
+    return Checkpoint(str(name), folder, standin=False)
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def mark_standin(folder: Path, name: str) -> None:
+    """Mark a checkpoint folder as a stand-in; every score made with it says so, under `name`."""
+    (folder / STANDIN_FILE).write_text(json.dumps({"name": name}) + "\n")
+
+
+def missing(name: str, key: str) -> Problem:
+    """The problem to report when `find(name)` gave None for the config key `key`."""
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
+    hint = (
+        None
+        if looks_like_path
+        else f"Fetch it: hf download {name}   (on a machine with internet; then copy the folder)"
+    )
+    what = f"no such folder: {name}" if looks_like_path else f"weights are not on this machine: {name}"
+    return Problem(what, key=key, hint=hint)

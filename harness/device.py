@@ -1,0 +1,155 @@
+"""NPU, CUDA or CPU: which one this run uses, why not the others, and its ranks, dtype and seeds."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from harness.errors import Problem, UserError
+
+Kind = Literal["npu", "cuda", "cpu"]
+_PROBES: dict[Kind, str] = {
+    "npu": "import torch, torch_npu; print(torch.npu.device_count(), torch.npu.get_device_name(0))",
+    "cuda": "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name(0))",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of this process.
+
+    `kind` npu, cuda or cpu; `count` devices visible; `name` as the vendor calls it; `why_not` says of each
+    kind that was passed over what is missing.
+    """
+
+    kind: Kind
+    count: int
+    name: str
+    why_not: dict[str, str]
+
+
+def rank() -> int:
+    """This process's number among all ranks, 0 when alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many ranks there are, 1 when alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@functools.cache
+def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
+    """Find the device to use, and prepare the process so that `import torch` is safe.
+
+    Call it before torch is imported: a torch-npu without a usable NPU breaks that import, and takes
+    transformers and DeepSpeed with it, so each accelerator is tried in a subprocess first.
+    Raises `UserError` when the wanted kind is not usable.
+    """
+    why_not: dict[str, str] = {}
+    for kind in ("npu", "cuda") if wanted == "auto" else (wanted,):
+        if kind == "cpu":
+            break
+        count, answer = _try(kind)
+        if count:
+            _prepare(kind)
+            return Device(kind, count, answer, why_not)
+        why_not[kind] = answer
+    if wanted not in ("auto", "cpu"):
+        raise UserError(
+            [Problem(f"got {wanted}, but {why_not[wanted]}", key="device", hint="Use device: auto.")]
+        )
+    _prepare("cpu")
+    return Device("cpu", 1, _cpu_name(), why_not)
+
+
+def _try(kind: Kind) -> tuple[int, str]:
+    package = "torch_npu" if kind == "npu" else "torch"
+    if importlib.util.find_spec(package) is None:
+        return 0, "torch-npu is not installed (pip install '.[npu]')"
+    if kind == "cuda" and not _has_nvidia_driver():
+        return 0, "no NVIDIA driver is loaded"
+    environment = os.environ | ({} if kind == "npu" else {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBES[kind]],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return 0, f"the {kind} driver did not answer within 120 s"
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return 0, f"torch reports: {reason}"
+    count, _, name = done.stdout.strip().splitlines()[-1].partition(" ")
+    return int(count), name
+
+
+def _has_nvidia_driver() -> bool:
+    return any(os.path.exists(path) for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def _prepare(kind: Kind) -> None:
+    os.environ["DS_ACCELERATOR"] = kind
+    if kind != "npu":
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # so that "is it installed?" says no
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+def module(kind: Kind) -> ModuleType:
+    """torch.npu, torch.cuda or torch.cpu: the same calls under each."""
+    import torch
+
+    return getattr(torch, kind)
+
+
+def torch_device(kind: Kind) -> Any:
+    """The `torch.device` of this rank, made current."""
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    module(kind).set_device(local_rank())
+    return torch.device(kind, local_rank())
+
+
+def has_bf16(kind: Kind) -> bool:
+    """Whether bf16 arithmetic is done by the hardware (on a CPU without it, bf16 is slower than fp32)."""
+    import torch
+
+    if kind == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return module(kind).is_bf16_supported()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

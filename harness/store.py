@@ -1,0 +1,59 @@
+"""What lies on disk: fingerprints, whole-or-nothing writes, and steps that are done once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+DONE = "DONE"
+
+
+def fingerprint(value: Any) -> str:
+    """12 hex digits that name a JSON-like value, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write the whole file or nothing: to a temporary name beside it, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a value as indented JSON, whole or nothing; NaN and infinity are refused."""
+    return write(path, json.dumps(value, indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+
+
+def step_directory(root: Path, kind: str, inputs: Mapping[str, Any]) -> Path:
+    """The directory of the step whose output `inputs` determine: `root/steps/<kind>-<fingerprint>`."""
+    return root / "steps" / f"{kind}-{fingerprint(inputs)}"
+
+
+def is_done(directory: Path) -> bool:
+    """Whether the step in `directory` ran to its end."""
+    return (directory / DONE).exists()
+
+
+def step(root: Path, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    """Return the directory of a step, calling `build(directory)` unless it was already done.
+
+    An interrupted step finds its directory as it left it. A second process that wants the same step waits.
+    """
+    from filelock import FileLock
+
+    directory = step_directory(root, kind, inputs)
+    if is_done(directory):
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):
+        if not is_done(directory):
+            write_json(directory / "inputs.json", inputs)
+            build(directory)
+            write(directory / DONE, "")
+    return directory
