@@ -1,0 +1,115 @@
+"""What differs between the editions of ImageCLEFmedical Caption: one value per year, nothing but data.
+
+What is not established by a file, a loader or an evaluator of the organisers is None or empty, never guessed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Layout = Literal["imageclef2023", "imageclef2024", "rocov2"]
+SubmissionFormat = Literal["pipe", "csv-zip"]
+"""pipe: `ID|caption` or `ID|C1;C2`, no header, no quoting.
+csv-zip: comma, header `ID,Caption` or `ID,CUIs`, as `submission.csv` at the root of a zip."""
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One year's files, metrics and ranking."""
+
+    year: int
+    layout: Layout
+    """The layout of its label files, as in `data.layout`."""
+    caption_format: SubmissionFormat | None
+    """None: not established."""
+    concept_format: SubmissionFormat | None
+    max_cuis: int | None
+    """More concepts than this for one image are refused by the evaluator; None: not established."""
+    strict_checker: bool
+    """Whether the organisers run a checker that wants the order of the ids file (2026)."""
+    metrics: tuple[str, ...]
+    """Every caption metric of that year that can be computed with public weights, by its name in harness."""
+    primary: str | None
+    """The score that ranks, and that chooses the best checkpoint."""
+    ranking: str
+    """The ranking rule in words, for tables and pages."""
+    aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Scores that are the plain mean of other scores, in the order in which they can be computed."""
+    unavailable: tuple[str, ...] = ()
+    """Official metrics whose weights are not public."""
+
+
+_SEVEN = ("bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore")
+_SIX_OF_2025 = ("bertscore", "rouge1", "similarity", "bleurt", "medcat", "alignscore")
+
+EDITIONS: Mapping[int, Edition] = {
+    edition.year: edition
+    for edition in (
+        Edition(
+            year=2022,
+            layout="imageclef2023",
+            caption_format="pipe",
+            concept_format="pipe",
+            max_cuis=100,
+            strict_checker=False,
+            metrics=(),
+            primary=None,
+            ranking="not established",
+        ),
+        Edition(
+            year=2023,
+            layout="imageclef2023",
+            caption_format="pipe",
+            concept_format="pipe",
+            max_cuis=100,
+            strict_checker=False,
+            metrics=_SEVEN,
+            primary="bertscore",
+            ranking="by bertscore, highest first",
+        ),
+        Edition(
+            year=2024,
+            layout="imageclef2024",
+            caption_format=None,
+            concept_format=None,
+            max_cuis=None,
+            strict_checker=False,
+            metrics=(*_SEVEN, "refclipscore"),
+            primary="bertscore",
+            ranking="by bertscore, highest first",
+            unavailable=("ClinicalBLEURT", "MedBERTScore"),
+        ),
+        Edition(
+            year=2025,
+            layout="imageclef2024",
+            caption_format="csv-zip",
+            concept_format="csv-zip",
+            max_cuis=100,
+            strict_checker=False,
+            metrics=_SIX_OF_2025,
+            primary="overall",
+            ranking="by overall (mean of relevance and factuality), highest first",
+            aggregates={
+                "relevance": ("bertscore", "rouge1", "similarity"),
+                "factuality": ("medcat", "alignscore"),
+                "overall": ("relevance", "factuality"),
+            },
+        ),
+        Edition(
+            year=2026,
+            layout="imageclef2024",
+            caption_format="csv-zip",
+            concept_format="csv-zip",
+            max_cuis=100,
+            strict_checker=True,
+            metrics=_SIX_OF_2025,
+            primary="overall",
+            ranking="by overall (mean of relevance and factuality), highest first",
+            aggregates={
+                "relevance": ("bertscore", "rouge1", "similarity", "bleurt"),
+                "factuality": ("medcat", "alignscore"),
+                "overall": ("relevance", "factuality"),
+            },
+        ),
+    )
+}
