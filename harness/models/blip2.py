@@ -1,0 +1,270 @@
+"""BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model; losses and decoding.
+
+Parameters carry the names of transformers' Blip2 classes, so that `from_pretrained` reads the published
+checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text path, `embeddings`) and
+`bert-base-uncased` (`cls`, the head of the text path).
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Blip2Config, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.bert.modeling_bert import BertOnlyMLMHead
+from transformers.models.blip_2.modeling_blip_2 import (
+    Blip2PreTrainedModel,
+    Blip2QFormerModel,
+    Blip2TextEmbeddings,
+    Blip2VisionModel,
+)
+
+IGNORE = -100
+QueryStates = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over tokens, so that any split of a batch adds up to the same loss.
+
+    A sum divided by the number of predicted tokens is the mean loss in nats; None where none was asked for.
+    """
+
+    caption: Tensor | None
+    concept: Tensor | None
+
+
+class Captioner(Blip2PreTrainedModel):
+    """BLIP-2 with the Q-Former's own language model, with or without OPT behind it.
+
+    Text attends to the queries and, causally, to itself; queries never see text. The query outputs are
+    therefore the same with and without text, and one pass of ViT and queries serves both losses.
+    """
+
+    config: Blip2Config
+    _supports_flash_attn = False
+
+    def __init__(self, config: Blip2Config, language_model: bool = True) -> None:
+        super().__init__(config)
+        config.qformer_config.use_qformer_text_input = True
+        self.vision_model = Blip2VisionModel._from_config(config.vision_config)
+        self.query_tokens = nn.Parameter(
+            torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size)
+        )
+        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.embeddings = Blip2TextEmbeddings(config.qformer_config)
+        self.cls = BertOnlyMLMHead(config.qformer_config)
+        self._tied_weights_keys = ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"]
+        self.language_projection = self.language_model = None
+        if language_model:
+            self.language_projection = nn.Linear(
+                config.qformer_config.hidden_size, config.text_config.hidden_size
+            )
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+            self._tied_weights_keys += [
+                f"language_model.{key}" for key in self.language_model._tied_weights_keys or ()
+            ]
+        self.autocast_dtype: torch.dtype | None = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+    def _tie_weights(self) -> None:
+        self.cls.predictions.decoder.weight = self.embeddings.word_embeddings.weight
+        self.cls.predictions.decoder.bias = self.cls.predictions.bias
+        if self.language_model is not None:
+            self.language_model.tie_weights()
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
+        dtype = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, QueryStates]:
+        """Run ViT and queries: pixels (B, 3, S, S), normalised -> query outputs (B, Q, D) and, per Q-Former
+        layer, the queries' keys and values (B, heads, Q, D / heads) that text attends to."""
+        image = self.vision_model(pixel_values=pixels).last_hidden_state
+        hidden = self.qformer.layernorm(self.query_tokens.expand(len(pixels), -1, -1))
+        hidden = self.qformer.dropout(hidden)
+        states = []
+        for layer in self.qformer.encoder.layer:
+            attention = layer.attention.attention
+            states.append(
+                (
+                    attention.transpose_for_scores(attention.key(hidden)),
+                    attention.transpose_for_scores(attention.value(hidden)),
+                )
+            )
+            hidden = layer(hidden, encoder_hidden_states=image, query_length=hidden.shape[1])
+        return hidden, states
+
+    def read(self, ids: Tensor, states: QueryStates, cache: Cache | None = None) -> Tensor:
+        """Run the Q-Former's text path over ids (B, T) that follow what `cache` holds -> logits (B, T, V)."""
+        past = cache.get_seq_length() if cache is not None else 0
+        length = ids.shape[1]
+        positions = torch.arange(past, past + length, device=ids.device)[None]
+        hidden = self.qformer.layernorm(self.embeddings(ids, position_ids=positions))
+        hidden = self.qformer.dropout(hidden)
+        queries = states[0][0].shape[2]
+        mask = torch.ones(length, queries + past + length, dtype=torch.bool, device=ids.device)
+        mask = mask.tril(queries + past)
+        for number, (layer, (query_keys, query_values)) in enumerate(
+            zip(self.qformer.encoder.layer, states, strict=True)
+        ):
+            attention = layer.attention.attention
+            keys = attention.transpose_for_scores(attention.key(hidden))
+            values = attention.transpose_for_scores(attention.value(hidden))
+            if cache is not None:
+                keys, values = cache.update(keys, values, number)
+            context = F.scaled_dot_product_attention(
+                attention.transpose_for_scores(attention.query(hidden)),
+                torch.cat([query_keys, keys], dim=2),
+                torch.cat([query_values, values], dim=2),
+                attn_mask=mask,
+                dropout_p=attention.dropout.p if self.training else 0.0,
+            )
+            hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
+            hidden = layer.feed_forward_chunk(hidden)
+        return self.cls(hidden)
+
+    def _speak(self, queries: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The language model on [projected queries; ids (B, T)] -> logits (B, T, V) of the ids."""
+        prefix = self.language_projection(queries)
+        embeds = self.language_model.get_input_embeddings()(ids)
+        everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
+        ones = mask.new_ones(prefix.shape[:2])
+        output = self.language_model(
+            inputs_embeds=everything, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False
+        )
+        return output.logits[:, prefix.shape[1] :]
+
+    def forward(
+        self,
+        pixels: Tensor,
+        caption: Mapping[str, Tensor] | None = None,
+        concept: Mapping[str, Tensor] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Losses:
+        """Training losses of one micro-batch.
+
+        pixels (B, 3, S, S). `caption` and `concept` hold ids, mask and labels, each (B, T), labels -100 where
+        no loss is wanted; caption ids are the language model's when there is one, else the Q-Former's. Label
+        smoothing acts on the Q-Former's losses only, as in LAVIS.
+        """
+        with self.autocast():
+            queries, states = self.see(pixels)
+            caption_loss = concept_loss = None
+            if concept is not None:
+                logits = self.read(concept["ids"], states)
+                concept_loss = _summed_loss(logits, concept["labels"], label_smoothing)
+            if caption is not None and self.language_model is not None:
+                logits = self._speak(queries, caption["ids"], caption["mask"])
+                caption_loss = _summed_loss(logits, caption["labels"], 0.0)
+            elif caption is not None:
+                logits = self.read(caption["ids"], states)
+                caption_loss = _summed_loss(logits, caption["labels"], label_smoothing)
+        return Losses(caption_loss, concept_loss)
+
+    @torch.no_grad()
+    def caption(self, pixels: Tensor, prompt: Tensor, end: int, pad: int, **options: float) -> Tensor:
+        """Decode captions for pixels (B, 3, S, S) after prompt ids (P,) -> new token ids (B, T).
+
+        `options` are those of transformers' `generate`: num_beams, max_new_tokens, ...
+        """
+        options |= {"eos_token_id": end, "pad_token_id": pad, "do_sample": False}
+        ids = prompt.expand(len(pixels), -1)
+        with self.autocast():
+            queries, states = self.see(pixels)
+            if self.language_model is None:
+                stacked = torch.stack([torch.stack(pair, dim=1) for pair in states], dim=1)
+                decoder = _QFormerDecoder(self)
+                return decoder.generate(input_ids=ids, query_states=stacked, **options)[:, ids.shape[1] :]
+            prefix = self.language_projection(queries)
+            embeds = self.language_model.get_input_embeddings()(ids)
+            everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
+            ones = torch.ones(everything.shape[:2], dtype=torch.long, device=pixels.device)
+            return self.language_model.generate(inputs_embeds=everything, attention_mask=ones, **options)
+
+    def resize_images(self, size: int) -> None:
+        """Resize the position table once for square images of `size` pixels (bicubic, as LAVIS does)."""
+        embeddings = self.vision_model.embeddings
+        patches = (size // embeddings.patch_size) ** 2
+        placeholder = torch.empty(1, patches + 1, embeddings.embed_dim)
+        with torch.no_grad():
+            table = embeddings.interpolate_pos_encoding(placeholder, size, size)
+        embeddings.position_embedding = nn.Parameter(table.clone())
+        embeddings.num_patches, embeddings.num_positions = patches, patches + 1
+        embeddings.image_size = self.config.vision_config.image_size = size
+
+
+class _QFormerDecoder(PreTrainedModel, GenerationMixin):
+    """The Q-Former's text path as transformers' `generate` wants a decoder: cached, with beams."""
+
+    _supports_cache_class = True
+
+    def __init__(self, captioner: Captioner) -> None:
+        super().__init__(captioner.config.qformer_config)
+        self.captioner = [captioner]  # in a list, so that it doesn't become a submodule
+
+    @property
+    def device(self) -> torch.device:
+        return self.captioner[0].device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        query_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **_: object,
+    ) -> CausalLMOutputWithPast:
+        """input_ids (B, T); query_states (B, layers, 2, heads, Q, D / heads), equal among beams."""
+        states = [tuple(pair.unbind(1)) for pair in query_states.unbind(1)]
+        logits = self.captioner[0].read(input_ids, states, past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy of the next token, summed over the labels that count; logits (B, T, V), labels (B, T)."""
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def freeze(model: Captioner, train_vision: bool, text_path: bool) -> None:
+    """Choose what a stage trains: never the language model, the Q-Former's text path where it has a loss.
+
+    A parameter without gradient must be frozen and not merely unused: ZeRO hands the optimiser a zero
+    gradient for it, and weight decay would erode it.
+    """
+    model.requires_grad_(False)
+    model.vision_model.requires_grad_(train_vision)
+    model.query_tokens.requires_grad_(True)
+    model.qformer.requires_grad_(True)
+    model.embeddings.requires_grad_(text_path)
+    model.cls.requires_grad_(text_path)
+    layers = model.qformer.encoder.layer
+    for layer in layers:
+        layer.intermediate.requires_grad_(text_path)
+        layer.output.requires_grad_(text_path)
+    if model.language_projection is not None:
+        model.language_projection.requires_grad_(True)
+    else:
+        # text attends to the queries as they enter a layer: nothing reads what the last one makes of them
+        for name in ("crossattention", "intermediate_query", "output_query"):
+            if hasattr(layers[-1], name):
+                getattr(layers[-1], name).requires_grad_(False)

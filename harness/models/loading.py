@@ -1,0 +1,188 @@
+"""From a checkpoint folder to a model ready to train: every weight from a file, none left random."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
+
+from harness import checkpoints
+from harness.config import ModelConfig
+from harness.errors import Problem, UserError
+from harness.models.blip2 import Captioner
+from harness.models.text import DEC, Codec, language_codec, qformer_codec
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+QFORMER_TOKENIZER = "qformer_tokenizer"
+_TIED = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what turns images and texts into its inputs; `caption` is the codec that it speaks."""
+
+    model: Captioner
+    caption: Codec
+    concept: Codec
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float (B, 3, S, S), in the checkpoint's units."""
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def needed(config: ModelConfig) -> list[tuple[str, str]]:
+    """The (config key, checkpoint) pairs that must be at hand before a run starts."""
+    pairs = [("model.checkpoint", config.checkpoint)]
+    if config.text_checkpoint:
+        pairs.append(("model.text_checkpoint", config.text_checkpoint))
+    if config.text_head_checkpoint:
+        pairs.append(("model.text_head_checkpoint", config.text_head_checkpoint))
+    return pairs
+
+
+def load(config: ModelConfig, folder: Path, max_tokens: int, dropout: float | None = None) -> Loaded:
+    """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
+
+    Raises `UserError` naming the weights that no configured checkpoint holds.
+    """
+    text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
+    tokenizer = _qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head])
+    blip2 = Blip2Config.from_pretrained(folder)
+    blip2.qformer_config.vocab_size = len(tokenizer)
+    if dropout is not None:
+        blip2.qformer_config.hidden_dropout_prob = dropout
+        blip2.qformer_config.attention_probs_dropout_prob = dropout
+    model, info = Captioner.from_pretrained(
+        folder,
+        config=blip2,
+        language_model=config.language_model,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
+    lacking = _fill(model, lacking - _TIED, [f for f in (text, head) if f])
+    if lacking:
+        raise UserError([_unfilled(lacking, folder)])
+    model.tie_weights()
+    model.resize_images(config.image_size)
+    mean, std = _pixel_units(folder)
+    concept = qformer_codec(tokenizer, max_tokens)
+    caption = concept
+    if config.language_model:
+        language = AutoTokenizer.from_pretrained(folder)
+        caption = language_codec(language, blip2.text_config, config.prompt, max_tokens)
+    return Loaded(model, caption, concept, mean, std)
+
+
+def _folder(name: str | None) -> Path | None:
+    found = checkpoints.find(name) if name else None
+    return found.folder if found else None
+
+
+def _qformer_tokenizer(folders: Iterable[Path | None]) -> PreTrainedTokenizerBase:
+    for folder in folders:
+        if folder is not None and any((folder / name).exists() for name in ("vocab.txt", "tokenizer.json")):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if DEC not in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"bos_token": DEC})
+            return tokenizer
+    raise UserError(
+        [
+            Problem(
+                "the checkpoint has no tokenizer for the Q-Former's text path",
+                key="model.text_head_checkpoint",
+                hint="Set it to bert-base-uncased, and model.text_checkpoint to Salesforce/blip2-itm-vit-g.",
+            )
+        ]
+    )
+
+
+def _fill(model: Captioner, lacking: set[str], folders: Iterable[Path]) -> set[str]:
+    """Copy the lacking weights from the first folder that holds them; a shorter vocabulary fills its rows."""
+    parameters = dict(model.named_parameters())
+    filled = set()
+    for folder in folders:
+        for name, weight in _weights(folder, lacking - filled):
+            target = parameters[name]
+            rows = min(len(weight), len(target))
+            with torch.no_grad():
+                target[:rows] = weight[:rows].to(target.dtype)
+                if rows < len(target):  # [DEC], which BERT lacks: start where the known words lie
+                    target[rows:] = weight.float().mean(0)
+            filled.add(name)
+    return lacking - filled
+
+
+def _weights(folder: Path, wanted: set[str]) -> Iterable[tuple[str, Tensor]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if _own_name(key) in wanted:
+                    yield _own_name(key), weights.get_tensor(key)
+    if not any(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            for key, weight in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
+                if _own_name(key) in wanted:
+                    yield _own_name(key), weight
+
+
+def _own_name(key: str) -> str:
+    """Old BERT checkpoints write LayerNorm's weight and bias as gamma and beta."""
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _unfilled(lacking: set[str], folder: Path) -> Problem:
+    names = sorted(lacking)
+    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+    return Problem(
+        f"no configured checkpoint holds these weights, and random ones would go unnoticed: {shown}",
+        folder,
+        key="model.checkpoint",
+        hint="The Q-Former's text path: model.text_checkpoint: Salesforce/blip2-itm-vit-g; its head: "
+        "model.text_head_checkpoint: bert-base-uncased.",
+    )
+
+
+def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) if file.exists() else {}
+    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))
+
+
+def trained_weights(model: Captioner) -> dict[str, Tensor]:
+    """Everything but the frozen language model: what fine-tuning may change."""
+    return {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if not name.startswith("language_model.") and name not in _TIED
+    }
+
+
+def save_trained(model: Captioner, path: Path) -> None:
+    """Write what fine-tuning may change, whole or nothing."""
+    temporary = path.with_suffix(".tmp")
+    save_file(
+        {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(model).items()},
+        temporary,
+    )
+    temporary.replace(path)
+
+
+def load_trained(model: Captioner, path: Path) -> None:
+    """Read what `save_trained` wrote into a model of the same shape."""
+    weights = load_file(path)
+    own = trained_weights(model)
+    if weights.keys() != own.keys():
+        raise ValueError(f"{path} holds other weights: {sorted(weights.keys() ^ own.keys())[:4]}")
+    model.load_state_dict(weights, strict=False)

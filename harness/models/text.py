@@ -1,0 +1,104 @@
+"""Captions and concept sentences as token ids and back, masked and ended as LAVIS does."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+from harness.models.blip2 import IGNORE
+
+_LAVIS_STRIPPED = re.compile(r"[.!\"()*#:;~]")
+
+
+def clean_caption(caption: str, how: Literal["lavis", "none"], max_words: int) -> str:
+    """A training caption as the model sees it, cut to `max_words` (LAVIS's BlipCaptionProcessor)."""
+    if how == "lavis":
+        caption = _LAVIS_STRIPPED.sub(" ", caption.lower())
+    return " ".join(caption.split()[:max_words])
+
+
+def concept_sentence(names: Sequence[str]) -> str:
+    """The text of the concept loss (the paper's section 3.1)."""
+    return f"The image shows {', '.join(names)}."
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids (T,), of which the first `prompt` carry no loss."""
+
+    ids: list[int]
+    prompt: int
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens the loss is summed over; the first of a sequence is never predicted."""
+        return len(self.ids) - max(self.prompt, 1)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text to ids for one side of the model: `start` and the prompt before the text, `end` after it."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt: tuple[int, ...]
+    end: int
+    pad: int
+    max_tokens: int
+    separator: str = ""
+
+    def encode(self, text: str) -> Text:
+        """Cut to `max_tokens`, then ended: long captions keep their end token, which LAVIS's lose."""
+        ids = self.tokenizer(self.separator + text, add_special_tokens=False, verbose=False).input_ids
+        return Text([*self.prompt, *ids[: self.max_tokens - 1], self.end], len(self.prompt))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """New token ids up to the first end token -> text."""
+        kept = list(ids)
+        if self.end in kept:
+            kept = kept[: kept.index(self.end)]
+        return " ".join(self.tokenizer.decode(kept, skip_special_tokens=True).split())
+
+    def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        """Texts -> ids, mask and labels, each (B, longest T), padded on the right."""
+        width = max(len(text.ids) for text in texts)
+        ids = torch.full((len(texts), width), self.pad)
+        labels = torch.full((len(texts), width), IGNORE)
+        mask = torch.zeros((len(texts), width), dtype=torch.long)
+        for row, text in enumerate(texts):
+            length = len(text.ids)
+            ids[row, :length] = torch.tensor(text.ids)
+            labels[row, text.prompt : length] = ids[row, text.prompt : length]
+            mask[row, :length] = 1
+        return {"ids": ids, "mask": mask, "labels": labels}
+
+
+def language_codec(
+    tokenizer: "PreTrainedTokenizerBase", text_config: Any, prompt: str, max_tokens: int
+) -> Codec:
+    """Captions for the language model: start, prompt, caption, end (a line break, for OPT in BLIP-2)."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
+    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, " " if prompt else "")
+
+
+def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:
+    """Text for the Q-Former's own language model: [DEC] in the place of [CLS], text, [SEP]."""
+    start = tokenizer.convert_tokens_to_ids(DEC)
+    return Codec(tokenizer, (start,), tokenizer.sep_token_id, tokenizer.pad_token_id, max_tokens)
+
+
+DEC = "[DEC]"
+
+
+def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
+    """The tensors of a collated batch on another device."""
+    return (
+        None if batch is None else {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    )

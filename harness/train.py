@@ -1,0 +1,422 @@
+"""Fine-tuning in two stages through the DeepSpeed engine: loop, optimiser, schedule, checkpoints.
+
+The only room that imports deepspeed. It knows neither metrics nor MLflow: `log` gets what happened, and
+`evaluate` turns the model into validation scores.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness import device as devices
+from harness.config import AugmentConfig, TrainConfig
+from harness.data.augment import augment
+from harness.errors import Problem, UserError
+from harness.models.blip2 import freeze
+from harness.models.loading import Loaded, load_trained, save_trained
+from harness.models.text import Text, to_device
+from harness.store import write_json
+
+VERSION = 1  # raise it when the same inputs give other weights
+BEST, LOSSES, STATE = "best.safetensors", "losses.jsonl", "state.json"
+PRIMARY = "valid_primary"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and texts of one split; `pixels[indices]` gives uint8 (B, S, S, 3)."""
+
+    ids: Sequence[str]
+    pixels: Any
+    captions: Sequence[Text]
+    concepts: Sequence[Text | None]
+
+
+@dataclass
+class State:
+    """Where training stands; written after each epoch, when everything else is on disk."""
+
+    stage: int = 1
+    epoch: int = 0
+    step: int = 0
+    best: float = -math.inf
+    best_step: int | None = None
+    checkpoint: str | None = None
+    seconds: float = field(default=0.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages, its numbers resolved."""
+
+    number: int
+    epochs: int
+    learning_rate: float
+    caption_weight: float
+    concept_weight: float
+
+
+def stages(config: TrainConfig) -> list[Stage]:
+    """The stages that have epochs; the first trains both losses, the second the caption loss only."""
+    one, two = config.stage1, config.stage2
+    both = [
+        Stage(
+            1,
+            one.epochs,
+            one.learning_rate or config.learning_rate,
+            one.caption_loss_weight,
+            one.concept_loss_weight,
+        ),
+        Stage(2, two.epochs, two.learning_rate or config.learning_rate, 1.0, 0.0),
+    ]
+    return [stage for stage in both if stage.epochs]
+
+
+def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of optimiser step `step` (from 0) of a stage of `steps`: linear warm-up, then cosine.
+
+    With `warmup_first_epoch_only`, as LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0 however far
+    it got, and the cosine moves by whole epochs over all of them.
+    """
+    warmup = config.warmup_steps
+    if config.warmup_first_epoch_only:
+        warming = step < steps_per_epoch
+        epochs = max(steps // steps_per_epoch, 1)
+        progress = (step // steps_per_epoch) / epochs
+        ramp = min(step / max(warmup, 1), 1.0)
+    else:
+        warmup = min(warmup, steps)
+        warming = step < warmup
+        progress = (step - warmup) / max(steps - warmup, 1)
+        ramp = step / max(warmup, 1)
+    if warming:
+        return config.warmup_learning_rate + (peak - config.warmup_learning_rate) * ramp
+    return config.min_learning_rate + (peak - config.min_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, stage: int, epoch: int) -> list[np.ndarray]:
+    """The images of each optimiser step of an epoch, the last step filled up from the epoch's beginning."""
+    order = np.random.default_rng([seed, stage, epoch]).permutation(count)
+    steps = math.ceil(count / batch_size)
+    return np.split(np.resize(order, steps * batch_size), steps)
+
+
+def train(
+    config: TrainConfig,
+    augmentation: AugmentConfig,
+    loaded: Loaded,
+    splits: Mapping[str, Split],
+    kind: devices.Kind,
+    seed: int,
+    directory: Path,
+    log: Callable[[Row], None],
+    evaluate: Callable[[], dict[str, float]],
+) -> None:
+    """Train, leaving `best.safetensors` (best validation by the primary metric) and `losses.jsonl`.
+
+    `evaluate()` scores the model as it is and returns `valid_*` numbers with `valid_primary` among them. An
+    interrupted call goes on from the last finished epoch, and gives the same weights as if never interrupted,
+    since order and randomness of an epoch depend on nothing but seed, stage and epoch.
+    """
+    state = _read_state(directory)
+    _forget_rows_after(directory / LOSSES, state.step)
+    run = _Run(config, augmentation, loaded, splits, kind, seed, directory, log, evaluate, state)
+    plan = stages(config)
+    for stage in plan:
+        if stage.number >= state.stage:
+            run.stage(stage, last=stage is plan[-1])
+    load_trained(loaded.model, directory / BEST)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _read_state(directory: Path) -> State:
+    file = directory / STATE
+    return State(**json.loads(file.read_text())) if file.exists() else State()
+
+
+def _forget_rows_after(file: Path, step: int) -> None:
+    if file.exists():
+        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        file.write_text("".join(line + "\n" for line in kept))
+
+
+class _Run:
+    def __init__(
+        self,
+        config: TrainConfig,
+        augmentation: AugmentConfig,
+        loaded: Loaded,
+        splits: Mapping[str, Split],
+        kind: devices.Kind,
+        seed: int,
+        directory: Path,
+        log: Callable[[Row], None],
+        evaluate: Callable[[], dict[str, float]],
+        state: State,
+    ) -> None:
+        self.config, self.augmentation, self.loaded, self.splits = config, augmentation, loaded, splits
+        self.kind, self.seed, self.directory, self.state = kind, seed, directory, state
+        self.log_row, self.evaluate = log, evaluate
+        self.device = devices.torch_device(kind)
+        world = devices.world_size()
+        if config.batch_size % (config.micro_batch_size * world):
+            raise UserError([_indivisible(config, world)])
+        self.accumulation = config.batch_size // (config.micro_batch_size * world)
+        loaded.model.autocast_dtype = precision(config, kind)
+        if loaded.model.language_model is not None and loaded.model.autocast_dtype is not None:
+            loaded.model.language_model.to(loaded.model.autocast_dtype)
+        loaded.model.to(self.device)
+        if config.gradient_checkpointing:
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def stage(self, stage: Stage, last: bool) -> None:
+        """Train one stage from where the state says, with a fresh optimiser and schedule."""
+        freeze(self.loaded.model, self.config.train_vision, text_path=self._reads(stage))
+        engine = _engine(self.loaded.model, self.config, self.kind, self.accumulation, self.directory)
+        if self.state.stage != stage.number:
+            self.state.stage, self.state.epoch = stage.number, 0
+        elif self.state.checkpoint:
+            engine.load_checkpoint(
+                self.directory / "checkpoints", tag=self.state.checkpoint, load_module_strict=False
+            )
+        for epoch in range(self.state.epoch, stage.epochs):
+            self._epoch(engine, stage, epoch)
+            final = epoch + 1 == stage.epochs and last
+            every = self.config.evaluate_every
+            if final or (every and (epoch + 1) % every == 0):
+                self._validate(stage, epoch)
+            self.state.epoch = epoch + 1
+            self._save(engine, stage)
+        engine.destroy()
+
+    def _reads(self, stage: Stage) -> bool:
+        return stage.concept_weight > 0 or self.loaded.model.language_model is None
+
+    def _epoch(self, engine: Any, stage: Stage, epoch: int) -> None:
+        split = self.splits["train"]
+        batches = epoch_batches(len(split.ids), self.config.batch_size, self.seed, stage.number, epoch)
+        devices.seed_everything(
+            int(np.random.SeedSequence([self.seed, stage.number, epoch]).generate_state(1)[0])
+        )
+        engine.train()
+        for number, indices in enumerate(batches):
+            begun = time.perf_counter()
+            step = epoch * len(batches) + number
+            rate = learning_rate(
+                self.config, stage.learning_rate, step, stage.epochs * len(batches), len(batches)
+            )
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            row = self._step(engine, stage, epoch, number, indices)
+            self.state.step += 1
+            seconds = time.perf_counter() - begun
+            self.state.seconds += seconds
+            self._log(
+                {
+                    "step": self.state.step,
+                    "stage": stage.number,
+                    "epoch": epoch + (number + 1) / len(batches),
+                    **row,
+                    "learning_rate": rate,
+                    "images_per_second": len(indices) / seconds,
+                }
+            )
+
+    def _step(self, engine: Any, stage: Stage, epoch: int, number: int, indices: np.ndarray) -> Row:
+        """One optimiser step over a global batch; each loss is the mean over all its tokens in that batch."""
+        split = self.splits["train"]
+        caption_tokens = sum(split.captions[i].predicted for i in indices)
+        concept_tokens = sum(split.concepts[i].predicted for i in indices if split.concepts[i])
+        micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
+        own = micro_batches[devices.rank() :: devices.world_size()]
+        draw = torch.Generator().manual_seed(
+            int(
+                np.random.SeedSequence(
+                    [self.seed, stage.number, epoch, number, devices.rank()]
+                ).generate_state(1)[0]
+            )
+        )
+        sums = {"caption_loss": 0.0, "concept_loss": 0.0}
+        for micro, batch in zip(own, self._batches(split, own, stage), strict=True):
+            pixels = augment(batch.pop("pixels").to(self.device, non_blocking=True), self.augmentation, draw)
+            losses = engine(
+                self.loaded.normalise(pixels),
+                to_device(batch["caption"], self.device),
+                to_device(batch["concept"], self.device),
+                self.config.label_smoothing,
+            )
+            terms = {}
+            if losses.caption is not None:
+                terms["caption_loss"] = stage.caption_weight * losses.caption / max(caption_tokens, 1)
+            if losses.concept is not None:
+                terms["concept_loss"] = stage.concept_weight * losses.concept / max(concept_tokens, 1)
+            for name, term in terms.items():
+                sums[name] += _finite(term, name, self.state.step + 1, [split.ids[i] for i in micro])
+            # the engine averages over micro-batches and ranks, and these terms are shares of a sum
+            engine.backward(sum(terms.values()) * self.accumulation * devices.world_size())
+            engine.step()
+        row: Row = {"loss": sum(sums.values())}
+        row |= {name: value for name, value in sums.items() if self._has(stage, name)}
+        norm = engine.get_global_grad_norm()
+        return row | ({} if norm is None else {"grad_norm": float(norm)})
+
+    def _has(self, stage: Stage, term: str) -> bool:
+        return (stage.caption_weight if term == "caption_loss" else stage.concept_weight) > 0
+
+    def _batches(self, split: Split, parts: Sequence[np.ndarray], stage: Stage) -> Iterator[dict[str, Any]]:
+        """Collated micro-batches, the next one prepared while the device works on this one."""
+
+        def collate(indices: np.ndarray) -> dict[str, Any]:
+            batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
+            concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
+            captions = [split.captions[i] for i in indices]
+            batch["caption"] = self.loaded.caption.collate(captions) if stage.caption_weight else None
+            batch["concept"] = self.loaded.concept.collate(concepts) if stage.concept_weight else None
+            return batch
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(collate, parts[0])
+            for part in [*parts[1:], None]:
+                batch = waiting.result()
+                if part is not None:
+                    waiting = pool.submit(collate, part)
+                yield batch
+
+    def _validate(self, stage: Stage, epoch: int) -> None:
+        model = self.loaded.model
+        model.eval()
+        row = {"valid_loss": self._valid_loss(), **self.evaluate()}
+        model.train()
+        self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch + 1, **row})
+        if row[PRIMARY] > self.state.best or not (self.directory / BEST).exists():
+            self.state.best, self.state.best_step = row[PRIMARY], self.state.step
+            save_trained(model, self.directory / BEST)
+
+    @torch.no_grad()
+    def _valid_loss(self) -> float:
+        """Mean caption loss per token over the whole validation split, without label smoothing."""
+        split = self.splits["valid"]
+        parts = np.array_split(
+            np.arange(len(split.ids)), math.ceil(len(split.ids) / self.config.micro_batch_size)
+        )
+        total = torch.zeros((), device=self.device)
+        for batch in self._batches(split, parts, Stage(0, 0, 0, 1.0, 0.0)):
+            pixels = self.loaded.normalise(batch["pixels"].to(self.device))
+            total += self.loaded.model(pixels, to_device(batch["caption"], self.device)).caption
+        return float(total) / sum(text.predicted for text in split.captions)
+
+    def _save(self, engine: Any, stage: Stage) -> None:
+        """A checkpoint of everything that training needs to go on; the pointer to it is written last."""
+        folder, previous = self.directory / "checkpoints", self.state.checkpoint
+        tag = f"stage{stage.number}-epoch{self.state.epoch}"
+        engine.save_checkpoint(folder, tag=tag, exclude_frozen_parameters=True)
+        self.state.checkpoint = tag
+        if devices.rank() == 0:
+            write_json(self.directory / STATE, asdict(self.state) | {"best": _number(self.state.best)})
+            if previous and previous != tag:
+                shutil.rmtree(folder / previous, ignore_errors=True)
+
+    def _log(self, row: Row) -> None:
+        row["time"] = time.time()
+        if devices.rank() == 0:
+            with (self.directory / LOSSES).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.log_row(row)
+
+
+def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
+    """The autocast dtype: bf16 where asked for, or where the device has it; None is fp32."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and devices.has_bf16(kind))
+    return torch.bfloat16 if bf16 else None
+
+
+def _engine(model: nn.Module, config: TrainConfig, kind: str, accumulation: int, directory: Path) -> Any:
+    deepspeed = _import_deepspeed(kind)
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=config.betas,
+    )
+    settings = _merged(
+        {
+            "train_micro_batch_size_per_gpu": config.micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": config.max_grad_norm,
+            "zero_optimization": {"stage": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        },
+        config.deepspeed,
+    )
+    if devices.rank() == 0:
+        write_json(directory / "ds_config.json", settings)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def _merged(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(settings.get(key), dict)
+        settings[key] = _merged(settings[key], value) if both else value
+    return settings
+
+
+def _import_deepspeed(kind: str) -> Any:
+    """Import deepspeed and join the process group, alone if no launcher started us."""
+    import logging
+
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if kind == "cpu":  # or it compiles a shared-memory kernel for 40 s; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name(), verbose=False)
+    return deepspeed
+
+
+def _finite(term: Tensor, name: str, step: int, ids: Sequence[str]) -> float:
+    value = float(term.detach())
+    if not math.isfinite(value):
+        what = f"{name} became {value} at step {step}; images of that batch: {', '.join(ids)}"
+        hint = "Lower train.learning_rate, or set train.precision: fp32."
+        raise UserError([Problem(what, hint=hint)], exit_code=1)
+    return value
+
+
+def _indivisible(config: TrainConfig, world: int) -> Problem:
+    return Problem(
+        f"got {config.batch_size}, which {world} devices with micro batches of {config.micro_batch_size} "
+        f"cannot share; a multiple of {world * config.micro_batch_size} is allowed",
+        key="train.batch_size",
+    )
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) else -1e9
