@@ -1,0 +1,250 @@
+"""Between the model and the submission: repetitions removed, white space, capital letter, full stop."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from operator import eq
+
+from harness.config import PostprocessConfig
+
+VERSION = 1
+"""Raised whenever the same caption would come out differently; part of every step's fingerprint."""
+
+_RUNS = (
+    # Digits are left alone (10000 is a number), and so are three in a row ("III", "...").
+    re.compile(r"([^\w\s])\1{3,}"),
+    re.compile(r"([^\W\d_]{1,8}?)\1{3,}"),
+)
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_STOPS = (".", "!", "?", "…", "。")
+_CLOSERS = "\"')]}”’»"
+_FUNCTION_WORDS = frozenset(
+    ["a", "an", "and", "as", "at", "by", "for", "from", "in", "into", "of", "on", "or", "the", "to", "with"]
+)
+_PERIOD = 64  # words in the longest phrase that is looked for side by side: half of the model's 128 tokens
+_PHRASE = 4  # words that make a repeated phrase more than chance: "end of the tibia"
+_COPIED = 12  # words that a tail made of copied phrases must have: two labels of one figure share fewer
+_LOOPS = 4  # copies after which a phrase at the end is a language model in a loop, not emphasis
+_DROP = 4  # how far below its best the walk back from a loop may fall before it stops
+
+
+def postprocess(caption: str, config: PostprocessConfig) -> str:
+    """The caption as it is submitted: white space collapsed, then what `config` asks for.
+
+    A caption of white space only becomes "": there is nothing to write, and nothing is made up.
+    """
+    text = " ".join(caption.split())
+    if config.deduplicate:
+        text = deduplicate(text, config.capitalise, config.full_stop)
+    if config.capitalise:
+        text = _capitalised(text)
+    return _stopped(text) if config.full_stop else text
+
+
+def deduplicate(caption: str, capitalise: bool = True, full_stop: bool = True) -> str:
+    """The caption without repeated characters, words, phrases and sentences (closeAI2023, section 3.3).
+
+    White space is collapsed. `capitalise` raises the first letter. `full_stop` closes a sentence whose
+    repeating end was cut off; an end that was not touched stays as it is, and so does one where the cut went
+    through words said nowhere else: there the sentence broke off (Table 2, third row).
+    Idempotent; never empty for a caption that is more than white space.
+    """
+    text = " ".join(caption.split())
+    while True:
+        shorter = _shortened(text, full_stop)
+        if capitalise:
+            shorter = _capitalised(shorter)
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def _shortened(text: str, full_stop: bool) -> str:
+    """One pass over all kinds of repetition, from the smallest to the largest."""
+    for run in _RUNS:
+        text = run.sub(r"\1", text)
+    words = text.split()
+    keys = _completed([(_EDGES.sub("", word) or word).casefold() for word in words])
+    start = _babble(keys)
+    if start is not None:
+        broke_off = _says_more(keys, start)
+        return _closed(words, range(start), full_stop and not broke_off)
+    kept = _without_neighbours(words, keys)
+    kept = _without_sentences(words, keys, kept)
+    kept = kept[: _copied_tail([keys[i] for i in kept])]
+    return _closed(words, kept, full_stop)
+
+
+def _closed(words: Sequence[str], kept: Sequence[int], full_stop: bool) -> str:
+    """The words kept; where the end was cut off, no comma is left hanging and the full stop is put back."""
+    text = " ".join(words[i] for i in kept)
+    if not kept or kept[-1] == len(words) - 1:
+        return text
+    text = text.rstrip(",;:") or text
+    return _stopped(text) if full_stop or words[-1].endswith(_STOPS) else text
+
+
+def _capitalised(text: str) -> str:
+    """With a capital letter first, unless the word has its own capitals, as pH has."""
+    first, second = text[:1], text[1:2]
+    capital = first.upper()
+    # Some letters have no capital, or one of two letters, or one that compares as another word.
+    if second.isupper() or len(capital) != 1 or capital.casefold() != first.casefold():
+        return text
+    return capital + text[1:]
+
+
+def _stopped(text: str) -> str:
+    """With a full stop, unless the text ends in a mark already."""
+    last = text.rstrip(_CLOSERS)[-1:]
+    return text + "." if last.isalnum() or last in ("%", "°", "+") else text
+
+
+def _without_neighbours(words: Sequence[str], keys: Sequence[str]) -> list[int]:
+    """The places of the words that stay when each phrase that follows itself is written once."""
+    kept = list(range(len(words)))
+    for period in range(1, min(_PERIOD, len(words) // 2) + 1):
+        same = bytes(map(eq, keys[period:], keys))
+        if b"\1" * period in same:
+            stay = _once(words, same, period)
+            kept, words, keys = ([values[i] for i in stay] for values in (kept, words, keys))
+    return kept
+
+
+def _once(words: Sequence[str], same: bytes, period: int) -> list[int]:
+    """The places that stay; `same[i]` says whether word i comes again `period` words later."""
+    stay, done = [], 0
+    at = same.find(b"\1" * period)
+    while at >= 0:
+        end = same.find(b"\0", at)
+        end = len(same) if end < 0 else end
+        copies = (end - at) // period
+        if copies > 1 or _is_slip(words[at : at + period], words[at + period : at + 2 * period]):
+            stay += range(done, at + period)
+            # At the end of a caption the last copy may have been broken off: it goes too.
+            done = len(words) if end == len(same) and copies > 1 else at + period + copies * period
+        at = same.find(b"\1" * period, end)
+    return [*stay, *range(done, len(words))]
+
+
+def _is_slip(phrase: Sequence[str], copy: Sequence[str]) -> bool:
+    """Whether a phrase written twice is a slip of the writer.
+
+    Not so a size (3 × 3 cm), an abbreviation given in brackets, a title that opens its first sentence, or a
+    word after a comma (light blue, blue).
+    """
+    bare, again = ([word.casefold().rstrip(",;.") for word in words] for words in (phrase, copy))
+    boundary = (*_STOPS, ":", ",", ";") if len(phrase) == 1 else (*_STOPS, ":")
+    goes_on = phrase[-1].endswith(boundary) and not copy[-1].endswith(_STOPS)
+    return bare == again and not goes_on and any(len(word) > 1 and word.isalpha() for word in bare)
+
+
+def _without_sentences(words: Sequence[str], keys: Sequence[str], kept: Sequence[int]) -> list[int]:
+    """The places that stay when a sentence of three words or more is written once."""
+    stay: list[int] = []
+    sentence: list[int] = []
+    seen = set()
+    for place in kept:
+        sentence.append(place)
+        if words[place].rstrip(_CLOSERS).endswith(_STOPS) or place == kept[-1]:
+            said = tuple(keys[i] for i in sentence)
+            if len(said) < 3 or said not in seen:
+                stay += sentence
+            seen.add(said)
+            sentence = []
+    return stay
+
+
+def _completed(keys: list[str]) -> list[str]:
+    """The keys, the last made whole where the token limit cut a word that an earlier phrase has in full."""
+    if len(keys) <= _PHRASE:
+        return keys
+    *phrase, last = keys[-_PHRASE:]
+    for i in range(len(keys) - _PHRASE):
+        if keys[i : i + len(phrase)] == phrase and keys[i + len(phrase)].startswith(last):
+            return [*keys[:-1], keys[i + len(phrase)]]
+    return keys
+
+
+def _copied_tail(keys: list[str]) -> int:
+    """Where the caption begins to say only again, in whole phrases, what it has said; else its length."""
+    phrases = list(zip(*(keys[i:] for i in range(_PHRASE)), strict=False))
+    seen, copied = set(), [False] * len(keys)
+    for i, phrase in enumerate(phrases):
+        if phrase in seen:
+            copied[i : i + _PHRASE] = [True] * _PHRASE
+        seen.add(phrase)
+    start = len(keys)
+    while start and copied[start - 1]:
+        start -= 1
+    if len(keys) - start < _COPIED:
+        return len(keys)
+    # A word between a phrase and its copy ("A note A") only links the two.
+    if start > _PHRASE and phrases[start - 1 - _PHRASE] in phrases[start:]:
+        start -= 1
+    return _unhung(keys, start)
+
+
+def _unhung(keys: Sequence[str], end: int) -> int:
+    """The end moved back over words that can't end a sentence, unless there are no others."""
+    shorter = end
+    while shorter and keys[shorter - 1] in _FUNCTION_WORDS:
+        shorter -= 1
+    return shorter or end
+
+
+def _babble(keys: list[str]) -> int | None:
+    """Where a language model that ends in a loop began to babble, or None.
+
+    A loop is a phrase `_LOOPS` times over at the end. A clean loop says its phrase once and repeats it; that
+    is left to `_without_neighbours`. Babble stumbles into the loop ("ao aneurysm aoa aneurysm aoa", "ap
+    patella ap patellar ligament ap patella ap patella") and none of it belongs to the caption. So walk back
+    from the loop: a word of the loop, or of what was walked over, counts 1, any other content word -2 (it is
+    the caption's own), and the babble begins where the sum is largest.
+    """
+    loop = _loop_start(keys)
+    keys = _stems(keys)
+    known = set(keys[loop:])
+    total = best = 0
+    start = loop
+    for i in range(loop - 1, -1, -1):
+        if keys[i] in _FUNCTION_WORDS:
+            continue
+        total += 1 if keys[i] in known else -2
+        known.add(keys[i])
+        if total >= best and total > 0:
+            best, start = total, i
+        if total < best - _DROP:
+            break
+    start = _unhung(keys, start)
+    return start if best and start >= _PHRASE else None
+
+
+def _loop_start(keys: Sequence[str]) -> int:
+    """The first word of the longest stretch at the end that is one phrase `_LOOPS` times over, or the end."""
+    start = len(keys)
+    for period in range(1, min(_PERIOD, len(keys) // _LOOPS) + 1):
+        same = bytes(map(eq, keys[period:], keys))
+        first = same.rfind(b"\0") + 1
+        if len(keys) - first >= _LOOPS * period:
+            start = min(start, first)
+    return start
+
+
+def _stems(keys: Sequence[str]) -> list[str]:
+    """Words that a stumble lengthens by a letter, as one: ao and aoa, patella and patellar."""
+    words = {key for key in keys if len(key) > 1 and key not in _FUNCTION_WORDS}
+
+    def stem(key: str) -> str:
+        while key[:-1] in words:
+            key = key[:-1]
+        return key
+
+    return [stem(key) for key in keys]
+
+
+def _says_more(keys: Sequence[str], start: int) -> bool:
+    """Whether the words from `start` on include one that is said nowhere else."""
+    stems = _stems(keys)
+    times = Counter(stems)
+    return any(times[stem] == 1 for stem in stems[start:])
