@@ -9,20 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from harness.config import ScoreConfig
+from harness import checkpoints
+from harness.config import STANDIN, ScoreConfig
 from harness.errors import Problem, UserError
-from harness.metrics import bertscore, bootstrap, lexical, text
+from harness.metrics import bertscore, bleurt, bootstrap, clipscore, lexical, meteor, text
 from harness.metrics.base import Absent, Inputs, Measured, Metric, some_rows
 from harness.metrics.control import image_gap
 
-__all__ = ["METRICS", "Metric", "Score", "image_gap", "problems", "score"]
+__all__ = ["METRICS", "READINGS", "Metric", "Score", "image_gap", "problems", "score"]
 
 METRICS: dict[str, Metric] = {
     "bertscore": Metric(bertscore.measure, neural=True),
     "rouge1": Metric(lexical.rouge1),
+    "bleurt": Metric(bleurt.measure, neural=True),
     "bleu1": Metric(lexical.bleu1, lexical.bleu1_aggregate),
+    "meteor": Metric(meteor.measure, meteor.aggregate),
     "cider": Metric(lexical.cider),
+    "clipscore": Metric(clipscore.measure, neural=True),
 }
+READINGS: dict[str, Metric] = {"cider_ptb": Metric(lexical.cider_ptb)}
+"""Reported beside the metric before the `_`, where it is not established which of the two is official."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +84,34 @@ def score(
         device,
         cache,
     )
-    wanted = [name for name in METRICS if name in config.metrics]
-    warnings = _empty_rows(inputs)
+    metrics = _wanted(config)
     with ThreadPoolExecutor(1) as beside:
-        others = {n: beside.submit(_timed, n, inputs) for n in wanted if not METRICS[n].neural}
-        neural = {n: _timed(n, inputs) for n in wanted if METRICS[n].neural}
-        found = {n: neural[n] if n in neural else others[n].result() for n in wanted}
-    for _, more in found.values():
-        warnings += more
+        # METEOR's JVM takes seconds to start, so it goes first
+        first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
+        others = {name: beside.submit(_timed, name, metrics[name], inputs) for name in first}
+        neural = {name: _timed(name, metric, inputs) for name, metric in metrics.items() if metric.neural}
+        found = {name: neural[name] if name in neural else others[name].result() for name in metrics}
+    warnings = _empty_rows(inputs) + [warning for _, more in found.values() for warning in more]
     return {name: result for name, (result, _) in found.items()}, warnings
 
 
 def problems(config: ScoreConfig) -> list[Problem]:
     """Checkpoints of the wanted metrics that are not at hand, found without importing torch."""
     found = bertscore.problems(config.bertscore) if "bertscore" in config.metrics else []
+    for metric, wanted in (("bleurt", config.bleurt), ("clipscore", config.clipscore)):
+        at_hand = wanted.checkpoint == STANDIN or checkpoints.find(wanted.checkpoint)
+        if metric in config.metrics and not at_hand:
+            found.append(checkpoints.missing(wanted.checkpoint, f"score.{metric}.checkpoint"))
     return found
+
+
+def _wanted(config: ScoreConfig) -> dict[str, Metric]:
+    wanted = {}
+    for name, metric in METRICS.items():
+        if name in config.metrics:
+            wanted[name] = metric
+            wanted |= {other: m for other, m in READINGS.items() if other.startswith(f"{name}_")}
+    return wanted
 
 
 def _check_rows(predictions: Sequence[str], references: Sequence[str], images: Sequence[Path] | None) -> None:
@@ -114,22 +133,21 @@ def _empty_rows(inputs: Inputs) -> list[str]:
     )
 
 
-def _timed(name: str, inputs: Inputs) -> tuple[Score, list[str]]:
+def _timed(name: str, metric: Metric, inputs: Inputs) -> tuple[Score, list[str]]:
     started = time.perf_counter()
     try:
-        measured = METRICS[name].measure(inputs)
+        measured = metric.measure(inputs)
     except Absent as absence:
         seconds = time.perf_counter() - started
         return Score(name, None, None, None, len(inputs.references), "", False, seconds, str(absence)), []
-    return _finish(name, measured, inputs.config, started), measured.warnings
+    return _finish(name, metric, measured, inputs.config, started), measured.warnings
 
 
-def _finish(name: str, measured: Measured, config: ScoreConfig, started: float) -> Score:
-    aggregate = METRICS[name].aggregate
+def _finish(name: str, metric: Metric, measured: Measured, config: ScoreConfig, started: float) -> Score:
     low = high = None
     if config.bootstrap:
-        values = measured.per_image if aggregate is None else measured.statistics
-        low, high = bootstrap.interval(values, config.bootstrap, aggregate)
+        values = measured.per_image if metric.aggregate is None else measured.statistics
+        low, high = bootstrap.interval(values, config.bootstrap, metric.aggregate)
     return Score(
         name,
         float(measured.per_image.mean()) if measured.value is None else measured.value,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.checkpoints import Checkpoint
 from harness.config import ScoreConfig
 from harness.metrics import text
 
@@ -82,3 +83,8 @@ def some_rows(rows: Sequence[int], what: str) -> list[str]:
         return []
     named = ", ".join(str(row + 1) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
     return [f"{len(rows)} row{'s' if len(rows) > 1 else ''} {what} (row {named})"]
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """The checkpoint as signatures name it, so that a stand-in can never be taken for the official one."""
+    return f"STAND-IN {checkpoint.name}" if checkpoint.standin else checkpoint.name

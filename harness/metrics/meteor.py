@@ -1,0 +1,135 @@
+"""METEOR 1.5 by the jar inside pycocoevalcap, through a client of our own.
+
+pycocoevalcap's client hangs after a line break in a caption, never reads the errors of Java, and leaves the
+process behind. This one has a time limit on every exchange, says what Java said, and the jar ends when its
+standard input does, so also when this process is killed.
+"""
+
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from harness.metrics import java, text
+from harness.metrics.base import Absent, Inputs, Measured, sign
+
+START_SECONDS = 120
+LINES = 100
+LINES_SECONDS = 60
+
+# METEOR 1.5's English parameters (Denkowski and Lavie 2014), and the weights of its four matchers
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
+
+
+def measure(inputs: Inputs) -> Measured:
+    """METEOR after the official pre-processing, without PTB; the score is of summed statistics (n, 23)."""
+    with Meteor() as meteor:
+        lines = meteor.statistics(inputs.clean_predictions, inputs.clean_references)
+        value, per_image = meteor.scores(lines)
+    return Measured(
+        per_image,
+        sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2"),
+        value=value,
+        statistics=_parse(lines),
+    )
+
+
+def aggregate(totals: np.ndarray) -> np.ndarray:
+    """METEOR of summed statistics (..., 23), as the jar's EVAL; in 0 to 1.
+
+    A line of statistics is: words of hypothesis and reference, function words of both, for each of four
+    matchers the matched content and function words of both, chunks, matched words of both.
+    """
+    lengths, functions, chunks, matched = (
+        totals[..., 0:2],
+        totals[..., 2:4],
+        totals[..., 20],
+        totals[..., 21:23],
+    )
+    modules = totals[..., 4:20].reshape(*totals.shape[:-1], 4, 2, 2)
+    content, function = modules[..., 0, :], modules[..., 1, :]
+    weighted = np.einsum("m,...ms->...s", _WEIGHTS, _DELTA * content + (1 - _DELTA) * function)
+    size = _DELTA * (lengths - functions) + (1 - _DELTA) * functions
+    precision, recall = np.moveaxis(_ratio(weighted, size), -1, 0)
+    mean = _ratio(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall)
+    return mean * (1 - _GAMMA * _ratio(chunks, matched.sum(-1) / 2) ** _BETA)
+
+
+def _parse(lines: Sequence[str]) -> np.ndarray:
+    statistics = np.array([line.split() for line in lines], dtype=float)
+    words, matched = statistics[:, 0:2], statistics[:, 21:23]
+    # the jar counts no chunk for a segment that matches as a whole, so that its penalty is 0
+    whole = (matched == words).all(1) & (statistics[:, 20] == 1)
+    statistics[whole, 20] = 0
+    return statistics
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(a, b, out=np.zeros(np.shape(b)), where=b != 0)
+
+
+class Meteor:
+    """The jar, running while the context lasts; everything it cannot do raises `Absent` with Java's words."""
+
+    def __enter__(self) -> "Meteor":
+        path = java.jar("meteor", "meteor-1.5.jar")
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            java.command(path, "Meteor", "-", "-", "-stdio", "-l", "en", "-norm"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=path.parent,
+            encoding="utf-8",
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> list[str]:
+        """One line of 23 statistics for each pair."""
+        lines = [_score_line(*pair) for pair in zip(predictions, references, strict=True)]
+        answers = self._ask(lines[:1], 1, START_SECONDS)  # loads the paraphrase table, 5 s
+        for start in range(1, len(lines), LINES):  # so few that neither pipe can fill up
+            part = lines[start : start + LINES]
+            answers += self._ask(part, len(part), LINES_SECONDS)
+        return answers
+
+    def scores(self, statistics: Sequence[str]) -> tuple[float, np.ndarray]:
+        """The score of the corpus and of each segment (n,)."""
+        line = " ||| ".join(["EVAL", *statistics])
+        *segments, corpus = self._ask([line], len(statistics) + 1, LINES_SECONDS + len(statistics) / 100)
+        return float(corpus), np.array(segments, dtype=float)
+
+    def _ask(self, lines: list[str], answers: int, seconds: float) -> list[str]:
+        watchdog = threading.Timer(seconds, self._process.kill)  # a killed process ends the reads below
+        watchdog.start()
+        try:
+            self._process.stdin.write("".join(f"{line}\n" for line in lines))
+            self._process.stdin.flush()
+            got = [self._process.stdout.readline().rstrip("\n") for _ in range(answers)]
+        except BrokenPipeError:
+            got = [""]
+        finally:
+            watchdog.cancel()
+        if not all(got):
+            raise Absent(f"METEOR gave no answer within {seconds:.0f} s: {self._last_words()}")
+        return got
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        self._process.wait()
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace").strip()[-500:] or "and Java said nothing"
+
+
+def _score_line(prediction: str, reference: str) -> str:
+    # the jar's protocol is one line of fields between |||; white space is one blank to its tokenizer anyway
+    fields = [text.collapse(caption.replace("|||", " ")) for caption in (reference, prediction)]
+    return " ||| ".join(["SCORE", *fields])
