@@ -1,0 +1,224 @@
+"""Everything that can be wrong with a data set, found before any training: labels first, then every image."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from harness.config import DataConfig
+from harness.data import phantom
+from harness.data.images import DAMAGE, Progress, decode, each
+from harness.data.readers import Dataset, Example, File, Finding, Listing, Row, read
+from harness.errors import Problem, UserError
+from harness.store import fingerprint, write
+
+CUI = re.compile(r"C\d{7}")
+QUICK_IMAGES = 1500
+"""As many are decoded within about a second; with more, the labels' problems are reported without waiting."""
+_Key = tuple[str, int, int]
+_SCAN_FORMAT = 1  # raise it when `decode` gives other pixels
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What decoding an image told: hashes of file and pixels, or what is wrong with it."""
+
+    content: str
+    pixels: str
+    damage: str
+
+
+def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> Dataset:
+    """Read and check a data set; draws the phantom first, if one is configured and nothing is there.
+
+    A folder that exists and is no phantom is real data and is never written to. Images are decoded once; what
+    that told is kept under `work/data`. Raises `UserError` with all problems, but for rows that
+    `data.skip_bad` leaves out.
+    """
+    _ensure(config)
+    listing = read(config.root, config.layout)
+    findings = listing.findings + list(_label_findings(listing))
+    known = _known(config.root, work)
+    unknown = _unscanned(listing, known)
+    if listing.fatal or (findings and not config.skip_bad and len(unknown) > QUICK_IMAGES):
+        raise _error(listing, findings, unknown, config)
+    scans = _scan(config.root, listing, work, known, progress)
+    findings += _image_findings(listing, scans)
+    if findings and not config.skip_bad:
+        raise _error(listing, findings, [], config)
+    return _dataset(config, listing, findings, scans)
+
+
+def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
+    """All problems of a data set, every image decoded, whether or not `data.skip_bad` would mend them."""
+    _ensure(config)
+    listing = read(config.root, config.layout)
+    findings = listing.findings + list(_label_findings(listing))
+    scans = _scan(config.root, listing, work, _known(config.root, work), progress)
+    findings += _image_findings(listing, scans)
+    return listing.fatal + [finding.problem for finding in findings]
+
+
+def _ensure(config: DataConfig) -> None:
+    if config.phantom:
+        phantom.ensure(config.root, config.phantom)
+    if not config.root.is_dir():
+        hint = "Put the competition's files there, or try: python -m harness run experiments/quickstart.yaml"
+        raise UserError([Problem(f"no such folder: {config.root}", key="data.root", hint=hint)])
+
+
+def _error(listing: Listing, findings: list[Finding], unknown: list[File], config: DataConfig) -> UserError:
+    hints = []
+    if findings and not listing.fatal and not config.skip_bad:
+        hints.append("Mend them, or leave these rows out: --set data.skip_bad=true")
+    if unknown:
+        hints.append(
+            f"{len(unknown)} images were not decoded yet; to check them too: python -m harness data check"
+        )
+    return UserError(listing.fatal + [finding.problem for finding in findings], " ".join(hints) or None)
+
+
+def _label_findings(listing: Listing) -> Iterator[Finding]:
+    ids = {split: {example.id: example for example in rows} for split, rows in listing.splits.items()}
+    for split, examples in listing.splits.items():
+        for example in examples:
+            for what in _label_faults(example, listing):
+                yield _finding(listing, split, example, what)
+            if split == "train" and example.id in ids.get("valid", {}):
+                place = _place(listing, "valid", ids["valid"][example.id])
+                yield _finding(listing, split, example, f"leak: id {example.id} is also that of {place}")
+
+
+def _label_faults(example: Example, listing: Listing) -> Iterator[str]:
+    if example.caption is not None and not example.caption.strip():
+        yield f"empty caption of {example.id}"
+    malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
+    if malformed:
+        yield f"got the CUI {', '.join(map(repr, malformed))}; C and seven digits are allowed"
+    if listing.concept_names:
+        unknown = [c for c in example.cuis if c not in listing.concept_names and c not in malformed]
+        if unknown:
+            yield f"unknown CUI {', '.join(unknown)}: not in the file of concept names"
+    if example.image not in listing.files:
+        yield f"no image {example.image}"
+    elif listing.files[example.image].size == 0:
+        yield f"{example.image} is empty (0 bytes)"
+
+
+def _finding(listing: Listing, split: str, example: Example, what: str) -> Finding:
+    source = listing.sources[split] or example.image
+    return Finding(Problem(what, source, example.line), (split, example.id))
+
+
+def _place(listing: Listing, split: str, example: Example) -> str:
+    return f"{split} {example.id} ({Path(listing.sources[split] or example.image).name}:{example.line})"
+
+
+def _image_findings(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    valid = {}
+    for example in listing.splits.get("valid", []):
+        scan = scans.get(example.image)
+        if scan and scan.pixels:
+            valid.setdefault(scan.pixels, example)
+    for split, examples in listing.splits.items():
+        for example in examples:
+            scan = scans.get(example.image)
+            if scan is None:
+                continue
+            if scan.damage and listing.files[example.image].size:
+                yield _finding(listing, split, example, f"{example.image}: {scan.damage}")
+            elif split == "train" and scan.pixels in valid:
+                twin = valid[scan.pixels]
+                yield _finding(listing, split, example, _leak(listing, example, twin, scans))
+
+
+def _leak(listing: Listing, example: Example, twin: Example, scans: Mapping[Path, Scan]) -> str:
+    same_file = scans[example.image].content == scans[twin.image].content
+    return (
+        f"leak: the same {'image file' if same_file else 'pixels'}"
+        f"{' and caption' if example.caption == twin.caption else ''} as {_place(listing, 'valid', twin)}; "
+        "data.skip_bad leaves out this train row"
+    )
+
+
+def _dataset(
+    config: DataConfig, listing: Listing, findings: list[Finding], scans: Mapping[Path, Scan]
+) -> Dataset:
+    bad: set[Row | None] = {finding.row for finding in findings}
+    splits = {
+        split: tuple(example for example in examples if (split, example.id) not in bad)
+        for split, examples in listing.splits.items()
+    }
+    empty = [split for split in ("train", "valid") if not splits[split]]
+    if empty:
+        problems = [Problem(f"no good row is left in {split}", config.root) for split in empty]
+        raise UserError([*problems, *(finding.problem for finding in findings)])
+    splits.setdefault("test", ())
+    contents = [
+        [split, example.id, example.caption, example.cuis, scans[example.image].content]
+        for split, examples in splits.items()
+        for example in examples
+    ]
+    left_out = tuple(finding.problem for finding in findings)
+    name = fingerprint([contents, listing.concept_names])
+    return Dataset(config.root, config.layout, splits, listing.concept_names, name, left_out)
+
+
+def _scan(
+    root: Path, listing: Listing, work: Path, known: dict[_Key, Scan], progress: Progress | None
+) -> dict[Path, Scan]:
+    """Decode the listed images that no earlier scan knows; an interrupted scan keeps what it has done."""
+    if _unscanned(listing, known):
+        file = _scan_file(root, work)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            known = _known(root, work)
+            unknown = _unscanned(listing, known)
+            try:
+                for image, scan in zip(unknown, each(_look, unknown, progress=progress), strict=True):
+                    known[_key(image)] = scan
+            finally:
+                whole = [[*key, *astuple(scan)] for key, scan in known.items() if not scan.damage]
+                write(file, json.dumps(whole))
+    return {file.path: known[_key(file)] for file in _listed(listing)}
+
+
+def _look(file: File) -> Scan:
+    try:
+        content = file.path.read_bytes()
+        image = decode(content)
+    except DAMAGE as error:
+        return Scan("", "", f"not a whole image: {str(error).partition(' <')[0]}")
+    pixels = hashlib.sha256(str(image.size).encode() + image.tobytes())
+    return Scan(hashlib.sha256(content).hexdigest()[:32], pixels.hexdigest()[:32], "")
+
+
+def _key(file: File) -> _Key:
+    return file.name, file.size, file.mtime_ns
+
+
+def _scan_file(root: Path, work: Path) -> Path:
+    return work / "data" / f"images-{fingerprint([_SCAN_FORMAT, str(root.resolve())])}.json"
+
+
+def _known(root: Path, work: Path) -> dict[_Key, Scan]:
+    try:
+        rows = json.loads(_scan_file(root, work).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {(path, size, mtime): Scan(*scan) for path, size, mtime, *scan in rows}
+
+
+def _listed(listing: Listing) -> Iterator[File]:
+    for examples in listing.splits.values():
+        for example in examples:
+            if example.image in listing.files:
+                yield listing.files[example.image]
+
+
+def _unscanned(listing: Listing, known: Mapping[_Key, Scan]) -> list[File]:
+    return [file for file in _listed(listing) if _key(file) not in known]

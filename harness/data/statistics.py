@@ -1,0 +1,75 @@
+"""What a data set looks like: images per modality (the paper's Table 1) and caption lengths (its Figure 2)."""
+
+from collections import Counter
+from pathlib import Path
+
+from harness.data.readers import Dataset, Example
+
+MODALITIES = {
+    "C1306645": "X-ray",
+    "C0040405": "CT",
+    "C0024485": "MRI",
+    "C0041618": "ultrasound",
+    "C0002978": "angiography",
+    "C0032743": "PET",
+}
+OTHER = "other/unknown"
+
+
+def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Images per split and modality, told by the concepts; the first listed counts where there are several.
+
+    An image whose concepts name no modality (as in a test split without labels) counts as other/unknown, a row
+    that is there only when it is needed.
+    """
+    counts = {}
+    for split, examples in dataset.splits.items():
+        count = Counter(_modality(example) for example in examples)
+        names = [*MODALITIES.values(), *([OTHER] if count[OTHER] else [])]
+        counts[split] = {name: count[name] for name in names}
+    return counts
+
+
+def _modality(example: Example) -> str:
+    return next((MODALITIES[cui] for cui in example.cuis if cui in MODALITIES), OTHER)
+
+
+def caption_lengths(dataset: Dataset) -> dict[str, list[int]]:
+    """Words per caption, split at white space, of each split; empty where a split has no captions."""
+    return {
+        split: [len(example.caption.split()) for example in examples if example.caption is not None]
+        for split, examples in dataset.splits.items()
+    }
+
+
+def plot_lengths(dataset: Dataset, path: Path) -> Path:
+    """Write a PNG histogram of words per caption, one panel per split that has captions."""
+    from matplotlib.figure import Figure
+
+    from harness.store import write
+
+    lengths = {split: words for split, words in caption_lengths(dataset).items() if words}
+    longest = max(max(words) for words in lengths.values())
+    width = max(1, -(-longest // 50))  # whole words per bar, at most 50 bars
+    bins = [start - 0.5 for start in range(0, longest + width + 1, width)]
+    figure = Figure(figsize=(7, 2.6 * len(lengths)), layout="constrained")
+    for axes, (split, words) in zip(
+        figure.subplots(len(lengths), squeeze=False)[:, 0], lengths.items(), strict=True
+    ):
+        axes.hist(words, bins, color="#35618f")
+        median = sorted(words)[len(words) // 2]
+        axes.axvline(median, color="#c4501b", label=f"median {median} words")
+        axes.set(title=f"{split}: {len(words):,} captions", ylabel="captions")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("words per caption")
+    buffer = _png(figure)
+    return write(path, buffer)
+
+
+def _png(figure) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
