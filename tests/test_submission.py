@@ -1,0 +1,294 @@
+"""Submission files: whatever the captions, what is made is accepted; what is damaged, is said or mended."""
+
+import csv
+import io
+import json
+import random
+import re
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.errors import UserError
+from harness.submission import as_written, check, fix, make, read, write_captions, write_concepts
+
+IDS = [f"ImageCLEFmedical_Caption_2023_test_{n:06d}" for n in range(1, 6)]
+CAPTIONS = dict(
+    zip(IDS, ["A CT, axial", 'the "sail" sign', "", "plain", "µ × ≥ “quoted” 中 \U0001f9ec"], strict=True)
+)
+EDITIONS = [2022, 2023, 2025, 2026]
+ANYTHING = st.text(st.characters()) | st.text(alphabet='|,"\n\r\u2028\x85\x00\ud800\ufeff; a', max_size=12)
+
+
+def the_checker_of_2026(text: str, ids: list[str]) -> list[str]:
+    """Another reading of facts.md's rules on the 2026 checker: Python's csv over the raw lines."""
+    problems = []
+    raw = text.splitlines()
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    if rows[0] != ["ID", "Caption"] or raw[0] != "ID,Caption":
+        problems.append("header")
+    for number, row in enumerate(rows[1:], 1):
+        if len(row) != 2:
+            problems.append(f"columns {number}")
+        elif "," in row[1] and not raw[number].endswith('"'):
+            problems.append(f"unquoted comma {number}")
+    if [row[0] for row in rows[1:] if row] != ids:
+        problems.append("ids")
+    return problems
+
+
+def the_loader_of_2023(text: str) -> dict[str, str]:
+    """Another reading of facts.md's rules on the 2023 loader: second field of an unquoted pipe file."""
+    rows = csv.reader(io.StringIO(text), delimiter="|", quoting=csv.QUOTE_NONE)
+    return {row[0]: row[1] for row in rows if "ID" not in row[0]}
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(ANYTHING, min_size=3, max_size=3))
+def test_any_caption_is_accepted_and_reads_back(edition, texts, tmp_path_factory):
+    directory = tmp_path_factory.getbasetemp() / f"any-{edition}"
+    ids = IDS[:3]
+    captions = dict(zip(ids, texts, strict=True))
+    upload = make(captions, ids, edition, directory, {"run": "x"})
+    assert check(upload, ids, edition) == []
+    expected = {key: as_written(text, edition) for key, text in captions.items()}
+    assert read(upload) == expected
+    if edition == 2023:
+        assert the_loader_of_2023(upload.read_text(encoding="utf-8")) == expected
+    if edition == 2026:
+        text = (upload.parent / "submission.csv").read_bytes().decode()
+        assert the_checker_of_2026(text, ids) == []
+    for key, text in captions.items():
+        if not any("\ud800" <= c <= "\udfff" for c in text):
+            collapsed = " ".join(text.split())
+            assert expected[key] == (collapsed.replace("|", "/") if edition < 2025 else collapsed)
+
+
+def test_bytes_of_each_format(tmp_path):
+    pipe = write_captions(tmp_path / "c.csv", {"a": 'x | "y"\n z', "b": ""}, ["b", "a"], 2023)
+    assert pipe.read_bytes() == b'b|\na|x / "y" z\n'
+    comma = write_captions(tmp_path / "submission.csv", {"a": 'x, "y"', "b": ""}, ["b", "a"], 2026)
+    assert comma.read_bytes() == b'ID,Caption\nb,""\na,"x, ""y"""\n'
+    concepts = {"a": ["C0040405", "C0817096", "C0040405"], "b": ["C0040405"]}
+    assert write_concepts(tmp_path / "p", concepts, ["b", "a"], 2022).read_bytes() == (
+        b"b|C0040405\na|C0040405;C0817096\n"
+    )
+    assert write_concepts(tmp_path / "s.csv", concepts, ["a", "b"], 2025).read_bytes() == (
+        b"ID,CUIs\na,C0040405;C0817096\nb,C0040405\n"
+    )
+
+
+def test_manifest_and_zip_are_deterministic(tmp_path):
+    first = make(CAPTIONS, IDS, 2026, tmp_path / "a", {"run": "r", "commit": "c"}, split="test")
+    second = make(CAPTIONS, IDS, 2026, tmp_path / "b", {"run": "r", "commit": "c"}, split="test")
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        assert archive.namelist() == ["submission.csv"]
+        assert archive.testzip() is None
+    manifest = json.loads((first.parent / "manifest.json").read_text())
+    assert manifest["run"] == "r"
+    assert manifest["n"] == len(IDS)
+    assert manifest == json.loads((second.parent / "manifest.json").read_text())
+    concepts = make({key: ["C1"] for key in IDS}, IDS, 2026, tmp_path / "a", {}, task="concept")
+    assert concepts.parent != first.parent
+    assert read(concepts) == dict.fromkeys(IDS, "C1")
+
+
+def test_nothing_is_made_up_and_nothing_dropped(tmp_path):
+    with pytest.raises(UserError) as error:
+        make({IDS[0]: "x", "other": "y"}, [*IDS, IDS[0]], 2023, tmp_path, {})
+    assert error.value.exit_code == 3
+    for part in ("4 ids", IDS[4], "other", "twice"):
+        assert part in str(error.value)
+    assert not list(tmp_path.rglob("*.csv"))
+    with pytest.raises(UserError, match="not established"):
+        write_captions(tmp_path / "x", CAPTIONS, IDS, 2024)
+    with pytest.raises(UserError, match='holds "ID"'):
+        write_captions(tmp_path / "x", {"VALID_1": "x"}, ["VALID_1"], 2023)
+    many = {"a": [f"C{n}" for n in range(101)], "b": ["X1"]}
+    with pytest.raises(UserError) as error:
+        write_concepts(tmp_path / "x", many, ["a", "b"], 2023)
+    assert "101 CUIs" in str(error.value)
+    assert "'X1'" in str(error.value)
+
+
+COMMA = {
+    "bom": (b"\xef\xbb\xbfID,Caption\na,x\nb,y\n", [1], "byte order mark"),
+    "utf-16": ("ID,Caption\na,x\nb,y\n".encode("utf-16"), [1], "UTF-16"),
+    "header": (b"id,caption\na,x\nb,y\n", [1], "ID,Caption"),
+    "no header": (b"a,x\nb,y\n", [1], "ID,Caption"),
+    "header with space": (b"ID, Caption\na,x\nb,y\n", [1], "ID,Caption"),
+    "quoted header": (b'"ID","Caption"\na,x\nb,y\n', [1], "ID,Caption"),
+    "blank": (b"ID,Caption\na,x\n\nb,y\n", [3], "blank"),
+    "blank last": (b"ID,Caption\na,x\nb,y\n\n", [4], "blank"),
+    "comma": (b"ID,Caption\na,x, z\nb,y\n", [2], "3 columns"),
+    "one column": (b"ID,Caption\na\nb,y\n", [2], "no ','"),
+    "space around id": (b"ID,Caption\na ,x\nb,y\n", [2, 2, None], "white space"),
+    "unknown": (b"ID,Caption\na,x\nb,y\nc,z\n", [4], "not among"),
+    "ending": (b"ID,Caption\na.jpg,x\nb,y\n", [2, None], "not among"),
+    "twice": (b"ID,Caption\na,x\nb,y\na,x\n", [4], "line 2"),
+    "missing": (b"ID,Caption\na,x\n", [None], "missing"),
+    "order": (b"ID,Caption\nb,y\na,x\n", [2], "order"),
+    "newline": (b'ID,Caption\na,"x\nz"\nb,y\n', [2], "U+000A"),
+    "separator": ('ID,Caption\na,"x\u2028z"\nb,y\n'.encode(), [2], "U+2028"),
+    "open quote": (b'ID,Caption\na,"x\nb,y\n', [2], "as CSV"),
+    "after quote": (b'ID,Caption\na,"x, y" \nb,y\n', [2], "as CSV"),
+    "latin-1": (b"ID,Caption\na,x\nb,\xb5m\n", [3], "byte 17: 0xb5"),
+    "empty": (b"", [1, None], "missing"),
+}
+
+
+@pytest.mark.parametrize("case", COMMA)
+def test_each_problem_of_2026_has_its_line(case, tmp_path):
+    data, lines, words = COMMA[case]
+    path = tmp_path / "submission.csv"
+    path.write_bytes(data)
+    problems = check(path, ["a", "b"], 2026)
+    assert [problem.line for problem in problems] == lines, problems
+    assert words in " ".join(problem.what for problem in problems)
+    assert all(problem.hint and problem.file == path for problem in problems)
+    if case not in ("unknown", "missing", "latin-1", "one column", "empty"):
+        done = fix(path, tmp_path / "out.zip", ["a", "b"], 2026)
+        assert done
+        assert check(tmp_path / "out.zip", ["a", "b"], 2026) == []
+        before = data.decode("utf-16" if case == "utf-16" else "utf-8-sig")
+        words_before = re.split(r'[\s",]+', before)
+        for key, caption in read(tmp_path / "out.zip").items():
+            assert set(caption.replace(",", " ").split()) <= set(words_before), key
+
+
+def test_what_the_2026_checker_accepts_is_accepted(tmp_path):
+    path = tmp_path / "submission.csv"
+    for data in (
+        b"ID,Caption\na,\nb,y\n",
+        b"ID,Caption\r\na,x\r\nb,y\r\n",
+        b'ID,Caption\n"a","x"\n"b","y, z"\n',
+        b"ID,Caption\na,x\nb,y",
+    ):
+        path.write_bytes(data)
+        assert check(path, ["a", "b"], 2026) == []
+    path.write_bytes(b"ID,Caption\nb,y\na,x\n")
+    assert check(path, ["a", "b"], 2025) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b"a|", None),
+        (b"a|x|y", "cuts"),
+        (b"a,x", "no '|'"),
+        (b"a| C1", "' C1'"),
+        (b"a|C1;", "''"),
+        (b"a|C1;C1", "twice"),
+        (b"a|D1", "'D1'"),
+        (b"a|" + b";".join(b"C%d" % n for n in range(101)), "101 CUIs"),
+    ],
+)
+def test_concepts_of_2023(row, words, tmp_path):
+    path = tmp_path / "concepts"
+    path.write_bytes(row + b"\nb|C2\n")
+    problems = check(path, ["b", "a"], 2023, "concept")
+    assert [problem.line for problem in problems][:1] == ([] if words is None else [1])
+    assert words is None or words in problems[0].what
+
+
+def test_fix_lists_what_it_did_and_leaves_what_it_cannot_mend(tmp_path):
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(b'\xef\xbb\xbfID|caption\nb | y  |z\n\na|\xb5m "x"\nc|1\nc|2\nzz|?')
+    done = "\n".join(fix(path, out, ["a", "b", "c", "d"], 2023))
+    assert out.read_bytes() == b'a|\xb5m "x"\nb|y /z\nc|1\nc|2\nzz|?\n'
+    for words in ("byte order mark", "header", "order", "blank", "pipes", "newline", "line 2"):
+        assert words in done
+    left = [str(problem) for problem in check(out, ["a", "b", "c", "d"], 2023)]
+    assert len(left) == 4
+    assert "(d): missing" in left[-1]
+    clean = write_captions(tmp_path / "clean.csv", CAPTIONS, IDS, 2026)
+    assert fix(clean, tmp_path / "again.csv", IDS, 2026) == []
+    assert (tmp_path / "again.csv").read_bytes() == clean.read_bytes()
+
+
+def test_zips_that_are_none(tmp_path):
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("folder/submission.csv", "ID,Caption\n")
+        archive.writestr("notes.txt", "")
+    assert "folder/submission.csv" in check(path, IDS, 2025)[0].what
+    assert "text file itself" in check(path, IDS, 2023)[0].what
+    path.write_bytes(b"PK\x03\x04 and nothing")
+    assert "not a zip" in check(path, IDS, 2025)[0].what
+    assert "can't be read" in check(tmp_path / "none", IDS, 2025)[0].what
+    with pytest.raises(UserError):
+        fix(path, tmp_path / "out", IDS, 2025)
+
+
+def _mutated(data: bytes, rng: random.Random) -> bytes:
+    at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    lines = data.split(b"\n")
+    marks = [b'"', b"|", b",", b"\n", b"\r", b"\0", b"\xe2\x80\xa8", bytes([rng.randrange(256)])]
+    return rng.choice(
+        [
+            data[:at] + data[end:],
+            data[:at] + rng.choice(marks) + data[at + 1 :],
+            data[:at] + rng.choice(marks) + data[at:],
+            data[:end] + data[at:],
+            b"\n".join(rng.sample(lines, len(lines))),
+            rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\n"]) + data,
+            data.replace(b"\n", b"\r\n"),
+            data.decode("utf-8", "replace").encode("utf-16"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_malformed_files_never_crash_and_no_row_is_made_up(edition, tmp_path):
+    rng = random.Random(edition)
+    upload = make(CAPTIONS, IDS, edition, tmp_path, {})
+    sources = {path.suffix: path.read_bytes() for path in upload.parent.iterdir() if path.suffix != ".json"}
+    counts = {"accepted": 0, "mended": 0, "left": 0, "unreadable": 0}
+    for _ in range(300):
+        suffix = rng.choice(sorted(sources))
+        data = sources[suffix]
+        for _ in range(rng.randint(1, 4)):
+            data = _mutated(data, rng)
+        counts[_fate(data, tmp_path / f"m{suffix}", tmp_path / "out.csv", edition)] += 1
+    assert counts["mended"] > 10, counts
+    assert counts["left"] > 100, counts
+
+
+def _fate(data: bytes, path: Path, out: Path, edition: int) -> str:
+    path.write_bytes(data)
+    problems = check(path, IDS, edition)
+    assert all(problem.what and problem.file for problem in problems)
+    try:
+        fix(path, out, IDS, edition)
+    except UserError:
+        assert problems
+        return "unreadable"
+    for key in IDS:
+        if key.encode() not in data and key.encode("utf-16-le") not in data:
+            assert key.encode() not in out.read_bytes()
+    if problems:
+        return "left" if check(out, IDS, edition) else "mended"
+    assert check(out, IDS, edition) == []
+    assert read(out) == {key: " ".join(caption.split()) for key, caption in read(path).items()}
+    return "accepted"
+
+
+def test_a_check_of_the_whole_test_set_takes_less_than_a_second(tmp_path):
+    ids = [f"ImageCLEFmedical_Caption_2023_test_{n:06d}" for n in range(10_473)]
+    captions = {key: f"axial ct of the chest, number {key}, showing a mass in the right lung" for key in ids}
+    for edition in (2023, 2026):
+        upload = make(captions, ids, edition, tmp_path, {})
+        start = time.perf_counter()
+        assert check(upload, ids, edition) == []
+        assert time.perf_counter() - start < 1
+        wrong = tmp_path / "wrong"
+        wrong.write_bytes(b"nothing\n" * 10_473)
+        start = time.perf_counter()
+        assert len(check(wrong, ids, edition)) > 10_473
+        assert time.perf_counter() - start < 1
