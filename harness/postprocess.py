@@ -119,23 +119,24 @@ def _once(words: Sequence[str], same: bytes, period: int) -> list[int]:
         end = same.find(b"\0", at)
         end = len(same) if end < 0 else end
         copies = (end - at) // period
-        if copies > 1 or _is_slip(words[at : at + period], words[at + period : at + 2 * period]):
-            stay += range(done, at + period)
+        middle, last = at + period, at + 2 * period
+        if copies > 1 or _is_slip(words[at:middle], words[middle:last], last == len(words)):
+            stay += range(done, middle)
             # At the end of a caption the last copy may have been broken off: it goes too.
-            done = len(words) if end == len(same) and copies > 1 else at + period + copies * period
+            done = len(words) if end == len(same) and copies > 1 else middle + copies * period
         at = same.find(b"\1" * period, end)
     return [*stay, *range(done, len(words))]
 
 
-def _is_slip(phrase: Sequence[str], copy: Sequence[str]) -> bool:
-    """Whether a phrase written twice is a slip of the writer.
+def _is_slip(phrase: Sequence[str], copy: Sequence[str], ends: bool) -> bool:
+    """Whether a phrase written twice is a slip of the writer; `ends` where the caption ends with it.
 
     Not so a size (3 × 3 cm), an abbreviation given in brackets, a title that opens its first sentence, or a
     word after a comma (light blue, blue).
     """
     bare, again = ([word.casefold().rstrip(",;.") for word in words] for words in (phrase, copy))
     boundary = (*_STOPS, ":", ",", ";") if len(phrase) == 1 else (*_STOPS, ":")
-    goes_on = phrase[-1].endswith(boundary) and not copy[-1].endswith(_STOPS)
+    goes_on = phrase[-1].endswith(boundary) and not (ends or copy[-1].endswith(_STOPS))
     return bare == again and not goes_on and any(len(word) > 1 and word.isalpha() for word in bare)
 
 
