@@ -1,4 +1,4 @@
-"""Where weights lie: a local folder or the Hugging Face cache; never a silent download, never an unmarked stand-in."""
+"""Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in."""
 
 import json
 from dataclasses import dataclass

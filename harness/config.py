@@ -1,15 +1,11 @@
-"""The experiment file: its schema, how it is loaded (base, variants, seeds, --set), and its mistakes."""
+"""The schema of an experiment: every key, its type, its default, and what it means."""
 
-import copy
-import difflib
 import json
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,11 +13,8 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-
-from harness.errors import Problem, UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -282,184 +275,7 @@ class Config(Section):
         return f"{self.variant}-s{self.seed}"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a key of the experiment was written."""
-
-    file: str
-    line: int | None = None
-
-
-Path_ = tuple[str, ...]
-
-
-def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
-    """Read an experiment file into its runs, variants x seeds in the order written.
-
-    Raises `UserError` with every problem of the file, its bases and the `--set` values at once.
-    """
-    values, places, problems = _read_with_bases(Path(file), ())
-    overrides, set_problems = _parse_sets(sets)
-    problems += set_problems
-    variants = values.pop("variants", None) or {}
-    seeds = values.pop("seeds", None)
-    if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
-        problems.append(
-            _problem("variants: a mapping of name to overrides is allowed here", ("variants",), places, file)
-        )
-        variants = {}
-    if seeds is not None and (not isinstance(seeds, list) or not seeds):
-        problems.append(
-            _problem(
-                f"got {seeds!r}; a list of whole numbers is allowed, e.g. [42, 43]", ("seeds",), places, file
-            )
-        )
-        seeds = None
-    runs = []
-    for variant, changes in (variants or {None: {}}).items():
-        for seed in seeds or [None]:
-            merged, where = copy.deepcopy(values), dict(places)
-            if variant is not None:
-                _merge(merged, changes or {})
-                merged["variant"] = variant
-                prefix = ("variants", variant)
-                where |= {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
-                where[("variant",)] = places.get(prefix, Place(str(file)))
-            if seed is not None:
-                merged["seed"] = seed
-            for path, value in overrides:
-                _set(merged, path, value)
-                where[path] = Place(f"--set {'.'.join(path)}")
-            try:
-                runs.append(Config.model_validate(merged))
-            except ValidationError as error:
-                problems += [p for p in _explain(error, where, file) if p not in problems]
-    if problems:
-        raise UserError(problems)
-    return runs
-
-
-def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Path_, Place], list[Problem]]:
-    if not file.is_file():
-        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
-        raise UserError([Problem("no such file", file, hint=hint)])
-    if file.resolve() in seen:
-        raise UserError([Problem("is its own base", file, key="base")])
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise UserError([Problem(f"not UTF-8 at byte {error.start}", file)]) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            [Problem(f"not YAML: {error.problem}", file, mark.line + 1 if mark else None)]
-        ) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
-    problems: list[Problem] = []
-    places = dict(_places(node, (), file, problems))
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    base = values.pop("base", None)
-    if base is None:
-        return values, places, problems
-    if not isinstance(base, str):
-        raise UserError(
-            [
-                _problem(
-                    f"got {base!r}; the name of another experiment file is allowed", ("base",), places, file
-                )
-            ]
-        )
-    base_file = file.parent / base
-    if not base_file.is_file():
-        raise UserError([_problem(f"no such file: {base_file}", ("base",), places, file)])
-    base_values, base_places, base_problems = _read_with_bases(base_file, (*seen, file.resolve()))
-    if values.get("variants"):
-        base_values.pop("variants", None)
-    return _merge(base_values, values), base_places | places, base_problems + problems
-
-
-def _places(
-    node: yaml.MappingNode, path: Path_, file: Path, problems: list[Problem]
-) -> Iterator[tuple[Path_, Place]]:
-    seen = set()
-    for key, value in node.value:
-        here = (*path, key.value)
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            problems.append(Problem("written twice", file, line, ".".join(here)))
-        seen.add(key.value)
-        yield here, Place(str(file), line)
-        if isinstance(value, yaml.MappingNode):
-            yield from _places(value, here, file, problems)
-
-
-def _merge(into: dict, changes: Mapping) -> dict:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-    return into
-
-
-def _set(values: dict, path: Path_, value: Any) -> None:
-    for key in path[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[path[-1]] = value
-
-
-def _parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
-    overrides, problems = [], []
-    for text in sets:
-        key, equals, value = text.partition("=")
-        try:
-            if not equals or not key:
-                raise ValueError
-            overrides.append((tuple(key.split(".")), yaml.safe_load(value)))
-        except (ValueError, yaml.YAMLError):
-            problems.append(
-                Problem(f"got --set {text}; write --set key=value, e.g. --set train.batch_size=32")
-            )
-    return overrides, problems
-
-
-def _problem(what: str, path: Path_, places: Mapping[Path_, Place], file: Path | str) -> Problem:
-    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), Place(str(file)))
-    return Problem(what, place.file, place.line, ".".join(path) or None)
-
-
-def _explain(error: ValidationError, places: Mapping[Path_, Place], file: Path | str) -> list[Problem]:
-    problems = []
-    for item in error.errors():
-        path = tuple(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            what = "unknown key." + _did_you_mean(path)
-        elif item["type"] == "missing":
-            what = "is missing"
-        elif item["type"] == "value_error":
-            what = str(item["ctx"]["error"])
-        else:
-            what = f"got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
-        problems.append(_problem(what, path, places, file))
-    return problems
-
-
-def _did_you_mean(path: Path_) -> str:
-    known = [".".join(p) for p in keys()]
-    here = [k for k in known if k.split(".")[:-1] == list(path[:-1])]
-    near = difflib.get_close_matches(".".join(path), here, 1, 0.7) or [
-        k for k in known if k.split(".")[-1] == path[-1]
-    ]
-    if near:
-        return f" Did you mean {near[0]}?"
-    return f" Allowed here: {', '.join(k.split('.')[-1] for k in here)}" if here else ""
-
-
-def keys(section: type[BaseModel] = Config, path: Path_ = ()) -> Iterator[Path_]:
+def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key that an experiment file may hold, as paths."""
     for name, field in section.model_fields.items():
         yield (*path, name)

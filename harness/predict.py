@@ -1,21 +1,19 @@
 """A trained model and a split to captions; what was captioned before an interruption is kept."""
 
-import csv
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from harness.captions import PREDICTIONS, write_captions
 from harness.config import PredictConfig
 from harness.models.loading import Loaded
 from harness.store import write
 
-VERSION = 1  # raise it when the same inputs give other captions
-PREDICTIONS, PARTIAL = "predictions.csv", "partial.jsonl"
+PARTIAL = "partial.jsonl"
 
 
 @torch.inference_mode()
@@ -67,6 +65,7 @@ def predict_split(
     """Write `predictions.csv` (ID, caption), going on after the images in `partial.jsonl`."""
     partial = directory / PARTIAL
     known = _read_partial(partial)
+    write(partial, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in known.items()))
     waiting = [i for i, image in enumerate(ids) if image not in known]
     with partial.open("a", encoding="utf-8") as file:
 
@@ -91,18 +90,3 @@ def _read_partial(file: Path) -> dict[str, str]:
             continue
         known[image] = caption
     return known
-
-
-def write_captions(path: Path, captions: Mapping[str, str]) -> Path:
-    """Write `ID,caption` as CSV, whole or nothing."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ID", "caption"])
-    writer.writerows(captions.items())
-    return write(path, text.getvalue())
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Read what `write_captions` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["ID"]: row["caption"] for row in csv.DictReader(file)}

@@ -24,12 +24,11 @@ from harness import device as devices
 from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import Problem, UserError
-from harness.models.blip2 import freeze
+from harness.models.blip2 import Captioner, freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
 from harness.store import write_json
 
-VERSION = 1  # raise it when the same inputs give other weights
 BEST, LOSSES, STATE = "best.safetensors", "losses.jsonl", "state.json"
 PRIMARY = "valid_primary"
 Row = dict[str, Any]
@@ -52,7 +51,7 @@ class State:
     stage: int = 1
     epoch: int = 0
     step: int = 0
-    best: float = -math.inf
+    best: float | None = None
     best_step: int | None = None
     checkpoint: str | None = None
     seconds: float = field(default=0.0)
@@ -88,8 +87,8 @@ def stages(config: TrainConfig) -> list[Stage]:
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
     """The learning rate of optimiser step `step` (from 0) of a stage of `steps`: linear warm-up, then cosine.
 
-    With `warmup_first_epoch_only`, as LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0 however far
-    it got, and the cosine moves by whole epochs over all of them.
+    With `warmup_first_epoch_only`, as LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0 however
+    far it got, and the cosine moves by whole epochs over all of them.
     """
     warmup = config.warmup_steps
     if config.warmup_first_epoch_only:
@@ -177,10 +176,7 @@ class _Run:
         if config.batch_size % (config.micro_batch_size * world):
             raise UserError([_indivisible(config, world)])
         self.accumulation = config.batch_size // (config.micro_batch_size * world)
-        loaded.model.autocast_dtype = precision(config, kind)
-        if loaded.model.language_model is not None and loaded.model.autocast_dtype is not None:
-            loaded.model.language_model.to(loaded.model.autocast_dtype)
-        loaded.model.to(self.device)
+        place(loaded.model, config, kind)
         if config.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -303,7 +299,7 @@ class _Run:
         row = {"valid_loss": self._valid_loss(), **self.evaluate()}
         model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch + 1, **row})
-        if row[PRIMARY] > self.state.best or not (self.directory / BEST).exists():
+        if self.state.best is None or row[PRIMARY] > self.state.best:
             self.state.best, self.state.best_step = row[PRIMARY], self.state.step
             save_trained(model, self.directory / BEST)
 
@@ -327,7 +323,7 @@ class _Run:
         engine.save_checkpoint(folder, tag=tag, exclude_frozen_parameters=True)
         self.state.checkpoint = tag
         if devices.rank() == 0:
-            write_json(self.directory / STATE, asdict(self.state) | {"best": _number(self.state.best)})
+            write_json(self.directory / STATE, asdict(self.state))
             if previous and previous != tag:
                 shutil.rmtree(folder / previous, ignore_errors=True)
 
@@ -337,6 +333,19 @@ class _Run:
             with (self.directory / LOSSES).open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.log_row(row)
+
+
+def total_steps(config: TrainConfig, images: int) -> int:
+    """Optimiser steps of both stages together."""
+    return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)
+
+
+def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
+    """Put a model on its device, the frozen language model in the precision that it computes in."""
+    model.autocast_dtype = precision(config, kind)
+    if model.language_model is not None and model.autocast_dtype is not None:
+        model.language_model.to(model.autocast_dtype)
+    model.to(devices.torch_device(kind))
 
 
 def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
@@ -416,7 +425,3 @@ def _indivisible(config: TrainConfig, world: int) -> Problem:
         f"cannot share; a multiple of {world * config.micro_batch_size} is allowed",
         key="train.batch_size",
     )
-
-
-def _number(value: float) -> float:
-    return value if math.isfinite(value) else -1e9

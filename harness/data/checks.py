@@ -158,14 +158,16 @@ def _dataset(
         problems = [Problem(f"no good row is left in {split}", config.root) for split in empty]
         raise UserError([*problems, *(finding.problem for finding in findings)])
     splits.setdefault("test", ())
-    contents = [
-        [split, example.id, example.caption, example.cuis, scans[example.image].content]
+    fingerprints = {
+        split: fingerprint([_contents(examples, scans), listing.concept_names])
         for split, examples in splits.items()
-        for example in examples
-    ]
+    }
     left_out = tuple(finding.problem for finding in findings)
-    name = fingerprint([contents, listing.concept_names])
-    return Dataset(config.root, config.layout, splits, listing.concept_names, name, left_out)
+    return Dataset(config.root, config.layout, splits, listing.concept_names, fingerprints, left_out)
+
+
+def _contents(examples: tuple[Example, ...], scans: Mapping[Path, Scan]) -> list[list]:
+    return [[e.id, e.caption, e.cuis, scans[e.image].content] for e in examples]
 
 
 def _scan(

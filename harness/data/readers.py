@@ -35,14 +35,14 @@ class Example:
 class Dataset:
     """A checked data set; `splits` has the keys train, valid and test, and test may lack captions.
 
-    `fingerprint` names the contents of labels and images, whatever their place and date.
+    `fingerprints` name the contents of each split's labels and images, whatever their place and date.
     """
 
     root: Path
     layout: str
     splits: Mapping[str, tuple[Example, ...]]
     concept_names: Mapping[str, str]
-    fingerprint: str
+    fingerprints: Mapping[str, str]
     left_out: tuple[Problem, ...]
 
 

@@ -9,19 +9,24 @@ import numpy as np
 from harness.metrics import java, text
 from harness.metrics.base import Inputs, Measured, sign
 
-_WORD = re.compile(r"[a-z0-9]+")
+WORD = re.compile(r"[a-z0-9]+")
 
 
 def rouge1_f(prediction: str, reference: str) -> float:
     """ROUGE-1 F1 of one pre-processed pair, equal to rouge-score's without stemmer; both empty is 1."""
     if text.is_empty(prediction) and text.is_empty(reference):
         return 1.0
-    ours, theirs = Counter(_WORD.findall(prediction.lower())), Counter(_WORD.findall(reference.lower()))
+    ours, theirs = Counter(WORD.findall(prediction.lower())), Counter(WORD.findall(reference.lower()))
     common = (ours & theirs).total()
     if not common:
         return 0.0
     precision, recall = common / ours.total(), common / theirs.total()
     return 2 * precision * recall / (precision + recall)
+
+
+def words(caption: str) -> list[str]:
+    """The words of a caption as rouge-score's tokenizer finds them."""
+    return _WORD.findall(caption.lower())
 
 
 def rouge1(inputs: Inputs) -> Measured:

@@ -17,13 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness import checkpoints
+from harness import checkpoints, device
 from harness.config import TinyConfig
-from harness.models.blip2 import Captioner
+from harness.models.blip2 import IGNORE, Captioner
 from harness.models.loading import QFORMER_TOKENIZER
-from harness.models.text import DEC, IGNORE, Codec, language_codec
+from harness.models.text import DEC, Codec, Text, language_codec
 
-VERSION = 1  # raise it when the same inputs give another checkpoint
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 GRID = 8  # patches on a side of the position table as built; loading resizes it to the image size
@@ -158,22 +157,18 @@ def _pretrain(
     steps = config.text_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    # batches of like length, in an order drawn anew each epoch: padding would be half of the work
+    sequences.sort(key=lambda item: len(item[0]) + len(item[1].ids))
     order = torch.Generator().manual_seed(config.seed)
+    bf16 = device.has_bf16("cpu")
     model.train()
     for step in range(steps):
         if step % steps_per_epoch == 0:
-            shuffled = torch.randperm(len(sequences), generator=order).tolist()
-        start = (step % steps_per_epoch) * BATCH_SIZE
-        batch = [sequences[i] for i in shuffled[start : start + BATCH_SIZE]]
-        width = max(len(prefix) + len(text.ids) for prefix, text in batch)
-        ids = torch.full((len(batch), width), codec.pad)
-        labels = torch.full((len(batch), width), IGNORE)
-        for row, (prefix, text) in enumerate(batch):
-            whole = [*prefix, *text.ids]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            first = len(prefix) + text.prompt
-            labels[row, first : len(whole)] = ids[row, first : len(whole)]
-        loss = model(input_ids=ids, attention_mask=(ids != codec.pad).long(), labels=labels).loss
+            starts = torch.randperm(steps_per_epoch, generator=order).tolist()
+        start = starts[step % steps_per_epoch] * BATCH_SIZE
+        ids, labels = _batch(sequences[start : start + BATCH_SIZE], codec.pad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, attention_mask=(ids != codec.pad).long(), labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -181,3 +176,15 @@ def _pretrain(
         optimizer.zero_grad()
         if progress:
             progress(step + 1, steps)
+
+
+def _batch(sequences: Sequence[tuple[list[int], Text]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prefix) + len(text.ids) for prefix, text in sequences)
+    ids = torch.full((len(sequences), width), pad)
+    labels = torch.full((len(sequences), width), IGNORE)
+    for row, (prefix, text) in enumerate(sequences):
+        whole = [*prefix, *text.ids]
+        ids[row, : len(whole)] = torch.tensor(whole)
+        first = len(prefix) + text.prompt
+        labels[row, first : len(whole)] = ids[row, first : len(whole)]
+    return ids, labels

@@ -1,0 +1,235 @@
+"""How each step is built: the one room that brings model, data, metrics and post-processing together."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import checkpoints, device, metrics, postprocess
+from harness.captions import PREDICTIONS, read_captions, write_captions
+from harness.data import Example
+from harness.errors import UserError
+from harness.metrics import Score
+from harness.plan import Plan, Reporter, primary_metric
+from harness.store import write, write_json
+
+if TYPE_CHECKING:
+    from harness.models.loading import Loaded
+
+
+class Builder:
+    """Builds steps; holds the model between training and prediction."""
+
+    def __init__(self, plan: Plan, reporter: Reporter) -> None:
+        self.plan, self.config, self.data, self.reporter = plan, plan.config, plan.data, reporter
+        self.kind = device.probe(plan.config.device).kind
+        self._model: Loaded | None = None
+
+    def build(self, name: str, directory: Path) -> None:
+        kind, _, part = name.partition("-")
+        builders: dict[str, Callable[[], None]] = {
+            "tiny": lambda: self._tiny(directory),
+            "standin": lambda: self._standin(part, directory),
+            "train": lambda: self._train(directory),
+            "predict": lambda: self._predict(part, directory),
+            "postprocess": lambda: self._postprocess(part, directory),
+            "score": lambda: self._score(part, directory),
+        }
+        self.reporter.say(f"{self.config.run_name}: {name}")
+        builders[kind]()
+
+    def _pixels(self, split: str) -> Any:
+        from harness.data.images import open_pixels
+
+        cache = self.plan.root / "cache" if self.config.data.cache else None
+        with self.reporter.progress(f"Decoding {split} images") as advance:
+            return open_pixels(self.data.splits[split], self.config.model.image_size, cache, progress=advance)
+
+    def _texts(self, split: str) -> list[tuple[str | None, str]]:
+        """(concept sentence or None, caption) of each image, as the model sees them."""
+        from harness.models.text import clean_caption, concept_sentence
+
+        how, most = self.config.train.caption_cleaning, self.config.train.max_words
+        names = self.data.concept_names
+        return [
+            (
+                concept_sentence([names.get(cui, cui) for cui in example.cuis]) if example.cuis else None,
+                clean_caption(example.caption or "", how, most),
+            )
+            for example in self.data.splits[split]
+        ]
+
+    def _tiny(self, directory: Path) -> None:
+        import numpy as np
+
+        from harness.models import tiny
+
+        texts = [(concepts or "", caption) for concepts, caption in self._texts("train")]
+        pixels = self._pixels("train")
+        sample = pixels[np.linspace(0, len(texts) - 1, min(len(texts), 200)).astype(int)]
+        with self.reporter.progress("Pre-training the tiny language model") as advance:
+            tiny.build(self.config.model.tiny, texts, sample, self.config.model.prompt, directory, advance)
+
+    def _standin(self, metric: str, directory: Path) -> None:
+        from harness.models import standins
+
+        examples = self.data.splits["train"]
+        captions = [example.caption for example in examples]
+        if metric == "bleurt":
+            standins.build_bleurt(captions, directory)
+        else:
+            standins.build_clip([example.image for example in examples], captions, directory)
+
+    def _load(self) -> "Loaded":
+        from harness.models import loading
+
+        model = self.config.model
+        folder = (
+            self.plan.directory("tiny")
+            if model.checkpoint == "tiny"
+            else checkpoints.find(model.checkpoint).folder
+        )
+        return loading.load(model, folder, self.config.train.max_caption_tokens, self.config.train.dropout)
+
+    def _train(self, directory: Path) -> None:
+        from harness import plots, train
+        from harness.models.text import Text
+
+        device.seed_everything(self.config.seed)
+        loaded = self._load()
+
+        def split(name: str) -> train.Split:
+            texts = self._texts(name)
+            concepts: list[Text | None] = [loaded.concept.encode(c) if c else None for c, _ in texts]
+            captions = [loaded.caption.encode(caption) for _, caption in texts]
+            ids = [example.id for example in self.data.splits[name]]
+            return train.Split(ids, self._pixels(name), captions, concepts)
+
+        splits = {"train": split("train"), "valid": split("valid")}
+        steps = train.total_steps(self.config.train, len(splits["train"].ids))
+        with self.reporter.progress(f"Training {self.config.variant}") as advance:
+            train.train(
+                self.config.train,
+                self.config.data.augment,
+                loaded,
+                splits,
+                self.kind,
+                self.config.seed,
+                directory,
+                lambda row: advance(row["step"], steps, _note(row)),
+                lambda: self._validate(loaded, splits["valid"].pixels),
+            )
+        plots.curves(directory / train.LOSSES, directory / "curves.png")
+        self._model = loaded
+
+    def _validate(self, loaded: "Loaded", pixels: Any) -> dict[str, float]:
+        """Scores of the model as it is, on the images that the config sets aside for choosing the best."""
+        import numpy as np
+
+        from harness import predict, train
+
+        examples = self.data.splits["valid"]
+        count = min(self.config.train.evaluate_images, len(examples))
+        chosen = np.sort(np.random.default_rng(0).permutation(len(examples))[:count])
+        captions = predict.captions(loaded, pixels, chosen, self.config.predict)
+        primary = primary_metric(self.config)
+        settings = self.config.score.model_copy(update={"metrics": (primary, "rouge1"), "bootstrap": 0})
+        references = [examples[i].caption for i in chosen]
+        images = [examples[i].image for i in chosen]
+        scores, _ = metrics.score(
+            captions, references, images, settings, self.config.edition, self._torch_device
+        )
+        row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
+        if f"valid_{primary}" not in row:
+            raise UserError(
+                f"{primary} chooses the best checkpoint, and {scores[primary].reason}", exit_code=1
+            )
+        return row | {train.PRIMARY: row[f"valid_{primary}"]}
+
+    @property
+    def _torch_device(self) -> str:
+        return str(device.torch_device(self.kind))
+
+    def _trained(self) -> "Loaded":
+        if self._model is None:
+            from harness import train
+            from harness.models.loading import load_trained
+
+            self._model = self._load()
+            load_trained(self._model.model, self.plan.directory("train") / train.BEST)
+            train.place(self._model.model, self.config.train, self.kind)
+        return self._model
+
+    def _predict(self, split: str, directory: Path) -> None:
+        from harness import predict
+
+        ids = [example.id for example in self.data.splits[split]]
+        with self.reporter.progress(f"Captioning {split}") as advance:
+            predict.predict_split(
+                self._trained(), ids, self._pixels(split), self.config.predict, directory, advance
+            )
+
+    def _postprocess(self, split: str, directory: Path) -> None:
+        before = read_captions(self.plan.directory(f"predict-{split}") / PREDICTIONS)
+        after = {i: postprocess.postprocess(text, self.config.postprocess) for i, text in before.items()}
+        write_captions(directory / PREDICTIONS, after)
+
+    def _score(self, stage: str, directory: Path) -> None:
+        from harness import plots
+
+        source = "predict-valid" if stage == "before" else "postprocess-valid"
+        found = read_captions(self.plan.directory(source) / PREDICTIONS)
+        examples = self.data.splits["valid"]
+        predictions = [found[example.id] for example in examples]
+        references = [example.caption for example in examples]
+        settings = self._with_standins()
+        self.reporter.say(f"{self.config.run_name}: scoring {len(predictions)} captions")
+        scores, warnings = metrics.score(
+            predictions,
+            references,
+            [example.image for example in examples],
+            settings,
+            self.config.edition,
+            self._torch_device,
+            self.plan.root / "cache",
+        )
+        control = (predictions, references, settings, self.config.edition, self._torch_device)
+        training = [example.caption for example in self.data.splits["train"]]
+        result = {
+            "scores": {name: score.as_dict() for name, score in scores.items()},
+            "image_gap": metrics.image_gap(*control),
+            "baseline": metrics.constant_baseline(
+                training, references, settings, self.config.edition, self._torch_device
+            ),
+            "warnings": warnings,
+        }
+        write(directory / "per_image.csv", _per_image(examples, predictions, scores))
+        plots.caption_lengths(predictions, references, directory / "caption_lengths.png")
+        write_json(directory / "scores.json", result)
+
+    def _with_standins(self) -> Any:
+        update = {
+            metric: getattr(self.config.score, metric).model_copy(
+                update={"checkpoint": str(self.plan.directory(f"standin-{metric}"))}
+            )
+            for metric in self.plan.standins
+        }
+        return self.config.score.model_copy(update=update)
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    shown = {"loss": "loss {:.3f}", "valid_loss": "valid loss {:.3f}", "valid_primary": "best by {:.4f}"}
+    return "  ".join(form.format(row[key]) for key, form in shown.items() if key in row)
+
+
+def _per_image(examples: Sequence[Example], predictions: Sequence[str], scores: Mapping[str, Score]) -> str:
+    """ID, reference, prediction and the metrics that have a number for each image, as CSV."""
+    named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ID", "reference", "prediction", *named])
+    for row, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        numbers = (f"{values[row]:.6f}" for values in named.values())
+        writer.writerow([example.id, example.caption, prediction, *numbers])
+    return text.getvalue()

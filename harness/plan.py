@@ -1,0 +1,179 @@
+"""What a run will do: its steps, what determines each, and what is missing before it may start.
+
+A step is a directory named by the fingerprint of what determines its output: the part of the config that it
+reads, the steps and data before it, and the version of its code. Two variants that differ in de-duplication
+only share training and generation; the same command after a crash goes on where it stopped. Nothing here
+imports torch, so that `--dry-run` answers at once.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness import checkpoints, metrics, postprocess
+from harness.config import STANDIN, Config
+from harness.data import EDITIONS, Dataset, load
+from harness.errors import Problem, UserError
+from harness.store import is_done, step_directory
+
+RUNS = Path("runs")
+TINY_VERSION = STANDIN_VERSION = TRAIN_VERSION = PREDICT_VERSION = SCORE_VERSION = 1
+"""Raise one when its code makes something else of the same inputs: what was made before is then made anew."""
+
+
+class Reporter(Protocol):
+    """What a run tells the person at the terminal."""
+
+    def say(self, text: str) -> None:
+        """One line of what is going on."""
+
+    def progress(self, label: str) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """A bar for long work: the context gives `advance(done, total, note="")`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one run and where they lie; made from config and data alone, without torch."""
+
+    config: Config
+    data: Dataset
+    root: Path = RUNS
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """What determines the output of each step, by step name in the order of running."""
+        config, data = self.config, self.data
+        steps: dict[str, dict[str, Any]] = {}
+        if config.model.checkpoint == "tiny":
+            steps["tiny"] = {
+                "version": TINY_VERSION,
+                "data": data.fingerprints["train"],
+                "sizes": config.model.tiny.model_dump(),
+                "prompt": config.model.prompt,
+                "caption_cleaning": config.train.caption_cleaning,
+                "max_words": config.train.max_words,
+            }
+        for metric in self.standins:
+            steps[f"standin-{metric}"] = {
+                "version": STANDIN_VERSION,
+                "metric": metric,
+                "data": data.fingerprints["train"],
+            }
+        decoding = config.predict.model_dump(exclude={"splits", "batch_size"})
+        steps["train"] = {
+            "version": TRAIN_VERSION,
+            "data": [data.fingerprints["train"], data.fingerprints["valid"]],
+            "checkpoints": [steps.get("tiny"), *self._checkpoint_identities()],
+            "model": config.model.model_dump(exclude={"tiny"}),
+            "train": config.train.model_dump(),
+            "augment": config.data.augment.model_dump(),
+            "seed": config.seed,
+            "decoding": decoding,
+            "primary": [config.edition, config.score.bertscore.model_dump()],
+        }
+        for split in self.splits:
+            steps[f"predict-{split}"] = {
+                "version": PREDICT_VERSION,
+                "train": steps["train"],
+                "data": data.fingerprints[split],
+                "decoding": decoding,
+            }
+            steps[f"postprocess-{split}"] = {
+                "version": postprocess.VERSION,
+                "captions": steps[f"predict-{split}"],
+                "postprocess": config.postprocess.model_dump(),
+            }
+        for stage, source in (("before", "predict-valid"), ("after", "postprocess-valid")):
+            if source in steps:
+                steps[f"score-{stage}"] = {
+                    "version": SCORE_VERSION,
+                    "captions": steps[source],
+                    "data": data.fingerprints["valid"],
+                    "score": config.score.model_dump(),
+                    "standins": [steps[f"standin-{metric}"] for metric in self.standins],
+                    "edition": config.edition,
+                }
+        return steps
+
+    @property
+    def splits(self) -> list[str]:
+        """The configured splits that have images."""
+        return [split for split in self.config.predict.splits if self.data.splits.get(split)]
+
+    @property
+    def standins(self) -> list[str]:
+        """The metrics whose stand-in models are trained here."""
+        chosen = {"bleurt": self.config.score.bleurt, "clipscore": self.config.score.clipscore}
+        return [m for m, c in chosen.items() if c.checkpoint == STANDIN and m in self.config.score.metrics]
+
+    def directory(self, name: str) -> Path:
+        """Where a step's output lies, or will lie."""
+        return step_directory(self.root, name.split("-")[0], self.inputs[name])
+
+    def done(self, name: str) -> bool:
+        """Whether a step ran to its end."""
+        return is_done(self.directory(name))
+
+    def _checkpoint_identities(self) -> list[Any]:
+        """Names and weight files of the checkpoints that are not made here."""
+        from_files = []
+        model = self.config.model
+        for name in (model.checkpoint, model.text_checkpoint, model.text_head_checkpoint):
+            found = checkpoints.find(name) if name and name != "tiny" else None
+            files = [] if found is None else sorted(found.folder.glob("*.safetensors"))
+            from_files.append([name, [[file.name, file.stat().st_size] for file in files]])
+        return from_files
+
+
+def problems(config: Config) -> list[Problem]:
+    """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
+    found = metrics.problems(config.score)
+    model = config.model
+    for key in ("checkpoint", "text_checkpoint", "text_head_checkpoint"):
+        name = getattr(model, key)
+        if name and name != "tiny" and checkpoints.find(name) is None:
+            found.append(checkpoints.missing(name, f"model.{key}"))
+    return found
+
+
+def prepare(configs: Sequence[Config], reporter: Reporter, root: Path = RUNS) -> list[Plan]:
+    """Check all that can be checked before any training; raises `UserError` with all problems at once."""
+    found = [problem for config in configs for problem in problems(config)]
+    plans, hints, loaded = [], [], {}
+    for config in configs:
+        key = config.data.model_dump_json(exclude={"augment", "cache"})
+        if key not in loaded:
+            loaded[key] = None
+            try:
+                with reporter.progress("Checking images") as advance:
+                    loaded[key] = load(config.data, root, advance)
+            except UserError as error:
+                found += error.problems
+                hints.append(error.hint)
+        if loaded[key] is not None:
+            plans.append(Plan(config, loaded[key], root))
+    if found:
+        hint = next((hint for hint in hints if hint), None)
+        raise UserError(list(dict.fromkeys(found)), hint)
+    for dataset in loaded.values():
+        for problem in dataset.left_out:
+            reporter.say(f"left out: {problem}")
+    return plans
+
+
+def dry(config: Config, root: Path = RUNS) -> dict[str, str]:
+    """The steps of a run and whether they are done, found without drawing data or importing torch."""
+    if config.data.phantom and not config.data.root.exists():
+        return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}
+    plan = Plan(config, load(config.data, root), root)
+    states = {name: "done" if plan.done(name) else "to do" for name in plan.inputs}
+    return {name: f"{state}  {plan.directory(name)}" for name, state in states.items()}
+
+
+def primary_metric(config: Config) -> str:
+    """The metric that chooses the best checkpoint: the edition's primary one where one model computes it."""
+    primary = EDITIONS[config.edition].primary
+    return primary if primary in config.score.metrics else "bertscore"

@@ -1,0 +1,59 @@
+"""PNG plots of a run: training curves and caption lengths."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _axes(count: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, count, figsize=(6 * count, 4), layout="constrained", squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def curves(losses: Path, path: Path) -> None:
+    """Losses, learning rate and validation scores by optimiser step, from a `losses.jsonl`."""
+    rows = [json.loads(line) for line in losses.read_text().splitlines()]
+    panels = {
+        "loss (nats per token)": ["loss", "caption_loss", "concept_loss", "valid_loss"],
+        "learning rate": ["learning_rate"],
+        "validation": sorted(
+            {k for r in rows for k in r if k.startswith("valid_")} - {"valid_loss", "valid_primary"}
+        ),
+    }
+    figure, axes = _axes(len(panels))
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if name.startswith("valid") else None
+                )
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def caption_lengths(predictions: Sequence[str], references: Sequence[str], path: Path) -> None:
+    """Histogram of words per caption, predictions beside references."""
+    lengths = [[len(caption.split()) for caption in captions] for captions in (predictions, references)]
+    figure, axes = _axes(1)
+    top = max(map(max, lengths))
+    axes[0][0].hist(lengths, bins=range(0, top + 3, max(top // 30, 1)), label=["predictions", "references"])
+    axes[0][0].set(xlabel="words", ylabel="captions")
+    axes[0][0].legend()
+    _save(figure, path)

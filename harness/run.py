@@ -1,0 +1,181 @@
+"""One planned run to one run directory: builds the steps that are not done, and records all of them."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness import checkpoints, device, submission
+from harness.build import Builder
+from harness.captions import PREDICTIONS, read_captions
+from harness.config import Config, flat
+from harness.plan import Plan, Reporter
+from harness.store import step, write, write_json
+
+SUBMISSIONS = Path("submissions")
+PACKAGES = (
+    "imageclef-harness",
+    "torch",
+    "torch-npu",
+    "transformers",
+    "deepspeed",
+    "mlflow",
+    "bert-score",
+    "rouge-score",
+    "pycocoevalcap",
+    "bleurt-pytorch",
+    "numpy",
+)
+
+
+def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
+    """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`."""
+    record = _new_record(plan, command)
+    folder = plan.root / plan.config.name / plan.config.run_name
+    with _status(record, folder):
+        builder = Builder(plan, reporter)
+        for name in plan.inputs:
+            if not plan.done(name):
+                begun = time.perf_counter()
+                step(
+                    plan.root,
+                    name.split("-")[0],
+                    plan.inputs[name],
+                    lambda directory, n=name: builder.build(n, directory),
+                )
+                record["seconds"][name] = round(time.perf_counter() - begun, 1)
+            record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
+            _keep(record, plan, name)
+            write_json(folder / "run.json", record)
+        record["submissions"] = _submit(plan, record)
+    return record
+
+
+def _new_record(plan: Plan, command: str) -> dict[str, Any]:
+    config = plan.config
+    return {
+        "name": config.name,
+        "variant": config.variant,
+        "seed": config.seed,
+        "status": "RUNNING",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ended": None,
+        "command": command,
+        "edition": config.edition,
+        "config": json.loads(config.model_dump_json()),
+        "parameters": flat(config),
+        "standin_model": config.model.checkpoint == "tiny" or _is_standin(config.model.checkpoint),
+        "git": git_state(),
+        "environment": environment(config),
+        "data": {
+            "root": str(plan.data.root),
+            "layout": plan.data.layout,
+            "fingerprints": dict(plan.data.fingerprints),
+            "splits": {split: len(examples) for split, examples in plan.data.splits.items()},
+            "left_out": len(plan.data.left_out),
+        },
+        "steps": {},
+        "seconds": {},
+        "scores": {},
+        "image_gap": None,
+        "baseline": None,
+        "warnings": [],
+        "artifacts": {},
+        "submissions": [],
+    }
+
+
+def _is_standin(name: str) -> bool:
+    found = checkpoints.find(name)
+    return found is not None and found.standin
+
+
+@contextlib.contextmanager
+def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Keep `run.json` true: RUNNING from the start, FINISHED, FAILED or KILLED at the end."""
+    write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
+    record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
+    write_json(folder / "run.json", record)
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        record["status"] = status
+        record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / "run.json", record)
+
+
+def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
+    """What a finished step adds to the record."""
+    kind, _, part = name.partition("-")
+    where = record["steps"][name]
+    if kind == "train":
+        record["artifacts"]["losses.jsonl"] = f"{where}/losses.jsonl"
+        record["artifacts"]["plots/curves.png"] = f"{where}/curves.png"
+    elif kind in ("predict", "postprocess"):
+        stage = "before" if kind == "predict" else "after"
+        record["artifacts"][f"predictions/{part}_{stage}.csv"] = f"{where}/predictions.csv"
+    elif kind == "score":
+        result = json.loads((plan.directory(name) / "scores.json").read_text())
+        record["scores"].setdefault("valid", {})[part] = result["scores"]
+        record["artifacts"][f"scores/valid_{part}.json"] = f"{where}/scores.json"
+        record["artifacts"][f"scores/valid_{part}_per_image.csv"] = f"{where}/per_image.csv"
+        if part == "after":
+            record["image_gap"], record["baseline"] = result["image_gap"], result["baseline"]
+            record["warnings"] = result["warnings"]
+            record["artifacts"]["plots/caption_lengths.png"] = f"{where}/caption_lengths.png"
+
+
+def _submit(plan: Plan, record: Mapping[str, Any]) -> list[str]:
+    """Write and check the official file of every predicted split."""
+    made = []
+    for split in plan.splits:
+        captions = read_captions(plan.directory(f"postprocess-{split}") / PREDICTIONS)
+        directory = SUBMISSIONS / plan.config.name / plan.config.run_name
+        manifest = {
+            "run": f"{plan.config.name}/{plan.config.run_name}",
+            "split": split,
+            "standin_model": record["standin_model"],
+            "commit": record["git"],
+            "command": record["command"],
+            "config": record["config"],
+        }
+        ids = [example.id for example in plan.data.splits[split]]
+        made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))
+    return made
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirtiness of the harness's own checkout; both None outside one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        with contextlib.suppress(OSError):
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+        return None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Versions of what the numbers depend on, and the device."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    found = device.probe(config.device)
+    return versions | {"device": f"{found.kind} ({found.name})"}

@@ -1,0 +1,169 @@
+"""Tables for terminals: scores of runs, checks, statistics."""
+
+import csv as csv_module
+import io
+import json
+import statistics as numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.data import EDITIONS
+
+NOT_COMPARABLE = "* by a stand-in model: not comparable with official scores"
+Record = Mapping[str, Any]
+
+
+def metric_names(records: Sequence[Record]) -> list[str]:
+    """The metrics of these runs, in the order in which they were configured."""
+    names: dict[str, None] = {}
+    for record in records:
+        for scores in record["scores"].get("valid", {}).values():
+            names |= dict.fromkeys(scores)
+    return list(names)
+
+
+def cell(score: Mapping[str, Any] | None) -> str:
+    """A score as tables show it: four digits, a star after a stand-in's, a dash where it is absent."""
+    if score is None or score["value"] is None:
+        return "-"
+    return f"{score['value']:.4f}" + ("" if score["official"] else "*")
+
+
+def csv(records: Sequence[Record]) -> str:
+    """One row per run, stage and metric, with interval and signature."""
+    text = io.StringIO()
+    writer = csv_module.writer(text, lineterminator="\n")
+    columns = ("value", "low", "high", "n", "official", "signature", "reason")
+    writer.writerow(["experiment", "run", "split", "captions", "metric", *columns])
+    for record in records:
+        for split, stages in record["scores"].items():
+            for stage, scores in stages.items():
+                for name, score in scores.items():
+                    values = ["" if score.get(c) is None else score[c] for c in columns]
+                    writer.writerow([record["name"], _run_name(record), split, stage, name, *values])
+    return text.getvalue()
+
+
+def _run_name(record: Record) -> str:
+    return f"{record['variant']}-s{record['seed']}"
+
+
+def show(records: Sequence[Record]) -> None:
+    """Print the score table of an experiment, what it shows beside scores, and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160, highlight=False, soft_wrap=False)
+    names = metric_names(records)
+    sizes = records[0]["data"]["splits"]
+    title = f"{records[0]['name']}: validation scores, {sizes['valid']} images"
+    if any(record["standin_model"] for record in records):
+        title += " (captions by a STAND-IN model: tiny)"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("run", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("image gap (rouge1)", justify="right", no_wrap=True)
+    for record in records:
+        scores = record["scores"].get("valid", {}).get("after", {})
+        table.add_row(_run_name(record), *(cell(scores.get(name)) for name in names), _gap(record))
+    if baseline := next((record["baseline"] for record in records if record["baseline"]), None):
+        values = [f"{baseline[name]:.4f}" if name in baseline else "" for name in names]
+        table.add_section()
+        table.add_row("constant caption", *values, "")
+    console.print(table)
+    for line in _notes(records):
+        console.print(line, markup=False)
+    console.print(
+        "\nCheckpoints, captions, scores: " + _paths(f"runs/{r['name']}/{_run_name(r)}" for r in records)
+    )
+    console.print("Submissions (checked):")
+    for record in records:
+        for path in record["submissions"]:
+            console.print(f"  {path}", markup=False)
+    console.print("All of it, with curves and artifacts:")
+    console.print("  mlflow ui")
+
+
+def _paths(paths: Any) -> str:
+    return ", ".join(dict.fromkeys(paths))
+
+
+def _gap(record: Record) -> str:
+    gap = (record["image_gap"] or {}).get("rouge1", {})
+    if gap.get("gap") is None:
+        return "-"
+    interval = f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap.get("low") is not None else ""
+    return f"{gap['gap']:+.4f}{interval}"
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    notes: dict[str, None] = {}
+    every = [
+        s for r in records for stages in r["scores"].values() for one in stages.values() for s in one.items()
+    ]
+    if any(not score["official"] and score["value"] is not None for _, score in every):
+        notes[NOT_COMPARABLE] = None
+    for name, score in every:
+        if score["value"] is None:
+            notes[f"- {name} is absent: {score['reason']}"] = None
+    for record in records:
+        notes |= dict.fromkeys(record["warnings"])
+        gap = (record["image_gap"] or {}).get("rouge1", {})
+        if gap.get("low") is not None and gap["low"] <= 0:
+            notes[f"{_run_name(record)}: its captions fit other images as well (image gap)"] = None
+    ranking = EDITIONS[records[0]["edition"]].ranking
+    notes[f"{records[0]['edition']} ranks by: {ranking}"] = None
+    return list(notes)
+
+
+def show_checks(checks: Sequence[Any]) -> None:
+    """Print what the doctor found: one line a check, its fix below where one is needed."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for check in checks:
+        mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
+        console.print(mark + f"{check.name:<28}", end="")
+        console.print(check.found, markup=False)
+        if check.fix:
+            console.print(f"     {check.fix}", markup=False)
+
+
+def show_statistics(
+    modalities: Mapping[str, Mapping[str, int]], lengths: Mapping[str, Sequence[int]], output: str
+) -> None:
+    """Print images per modality and the spread of caption lengths, as table, JSON or CSV."""
+    summary = {
+        split: {
+            "captions": len(words),
+            "words, mean": round(numbers.mean(words), 1),
+            "words, median": numbers.median(words),
+            "words, longest": max(words),
+            "over 32 words": f"{sum(w > 32 for w in words) / len(words):.1%}",
+        }
+        for split, words in lengths.items()
+        if words
+    }
+    if output == "json":
+        print(json.dumps({"modalities": modalities, "caption_lengths": summary}, indent=1))
+        return
+    rows = [
+        [name, *(modalities[s].get(name, 0) for s in modalities)]
+        for name in dict.fromkeys(n for m in modalities.values() for n in m)
+    ]
+    keys = dict.fromkeys(key for values in summary.values() for key in values)
+    more = [[key, *(summary.get(split, {}).get(key, "") for split in modalities)] for key in keys]
+    if output == "csv":
+        text = io.StringIO()
+        csv_module.writer(text, lineterminator="\n").writerows([["", *modalities], *rows, *more])
+        print(text.getvalue(), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, body in (("Images per modality", rows), ("Caption lengths", more)):
+        table = Table("", *modalities, title=title, title_justify="left")
+        for row in body:
+            table.add_row(*map(str, row))
+        Console().print(table)
