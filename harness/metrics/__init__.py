@@ -1,9 +1,7 @@
 """Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
 
-import csv
-import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from harness.errors import Problem, UserError
 from harness.metrics import bertscore, bleurt, bootstrap, clipscore, lexical, meteor, text
 from harness.metrics.base import Absent, Inputs, Measured, Metric, some_rows
 from harness.metrics.baseline import constant_baseline
-from harness.metrics.control import constant_baseline, image_gap
+from harness.metrics.control import image_gap
 
 __all__ = ["METRICS", "READINGS", "Metric", "Score", "constant_baseline", "image_gap", "problems", "score"]
 
@@ -96,17 +94,6 @@ def score(
         found = {name: neural[name] if name in neural else others[name].result() for name in metrics}
     warnings = _empty_rows(inputs) + [warning for _, more in found.values() for warning in more]
     return {name: result for name, (result, _) in found.items()}, warnings
-
-
-def per_image_csv(rows: Sequence[tuple[str, str, str]], scores: Mapping[str, Score]) -> str:
-    """A CSV of `(id, reference, prediction)` rows with the segment scores of every metric that has them."""
-    there = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["ID", "reference", "prediction", *there])
-    for number, row in enumerate(rows):
-        table.writerow([*row, *(f"{values[number]:.9f}" for values in there.values())])
-    return out.getvalue()
 
 
 def problems(config: ScoreConfig) -> list[Problem]:

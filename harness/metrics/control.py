@@ -1,6 +1,5 @@
-"""What a score is worth: the same captions on other images, and the best caption that looks at no image."""
+"""Does the model use the image? Its captions, moved to other images, should score lower."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from harness.metrics import bertscore, bootstrap, lexical, text
 from harness.metrics.base import Absent
 
 PERMUTATIONS = 5
-CONSTANT_CAPTIONS = 2000
 
 
 def image_gap(
@@ -85,46 +83,3 @@ def _bertscore(config: ScoreConfig, edition: int, device: str) -> Callable:
         return bertscore.f1(predictions, references, store, edition >= bertscore.IDF_SINCE)
 
     return scorer
-
-
-def constant_baseline(
-    training: Sequence[str],
-    references: Sequence[str],
-    config: ScoreConfig,
-    edition: int,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """The one training caption that, given to every training image, has the best ROUGE-1, scored on `references`.
-
-    `{"caption", "rouge1", "bertscore"}`; a score that cannot be computed is None. Chosen among, and over, at most
-    `CONSTANT_CAPTIONS` training captions drawn with a fixed seed.
-    """
-    drawn = np.random.default_rng(0).permutation(len(training))[:CONSTANT_CAPTIONS]
-    captions = [text.one_line(training[row]) for row in sorted(drawn)]
-    clean = [text.official(caption) for caption in captions]
-    best = int(_mean_rouge1(clean).argmax())
-    theirs = [text.official(text.one_line(caption)) for caption in references]
-    found: dict[str, Any] = {"caption": captions[best]}
-    for name, scorer in {"rouge1": _rouge1, "bertscore": _bertscore(config, edition, device)}.items():
-        try:
-            found[name] = float(scorer([clean[best]] * len(theirs), theirs).mean())
-        except Absent:
-            found[name] = None
-    return found
-
-
-def _mean_rouge1(captions: list[str]) -> np.ndarray:
-    """Mean ROUGE-1 (n,) of each caption against all of them, by products of word-count indicators."""
-    from scipy.sparse import csr_array
-
-    counts = [Counter(lexical.words(caption)) for caption in captions]
-    column = {word: number for number, word in enumerate(dict.fromkeys(w for c in counts for w in c))}
-    cells = [(r, column[word], count) for r, c in enumerate(counts) for word, count in c.items()]
-    rows, columns, values = (np.array(part, dtype=int) for part in zip(*cells, strict=True))
-    shape = (len(captions), len(column))
-    common = np.zeros((len(captions), len(captions)), dtype=np.float32)
-    for times in range(1, values.max() + 1):  # min(a, b) is how many of 1, 2, ... both reach
-        reached = csr_array(((values >= times).astype(np.float32), (rows, columns)), shape=shape)
-        common += (reached @ reached.T).toarray()
-    sizes = np.array([c.total() for c in counts])
-    return (2 * common / np.maximum(sizes[:, None] + sizes, 1)).mean(1)

@@ -24,11 +24,6 @@ def rouge1_f(prediction: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def words(caption: str) -> list[str]:
-    """The words of a caption as rouge-score's tokenizer finds them."""
-    return _WORD.findall(caption.lower())
-
-
 def rouge1(inputs: Inputs) -> Measured:
     """ROUGE-1 F1 of each row after the official pre-processing."""
     pairs = zip(inputs.clean_predictions, inputs.clean_references, strict=True)
