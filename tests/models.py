@@ -1,0 +1,54 @@
+"""Small models and batches for the tests of model and training."""
+
+from pathlib import Path
+
+import numpy as np
+
+from harness.config import ModelConfig, TinyConfig
+from harness.models import loading, tiny
+from harness.models.text import concept_sentence
+
+SIZES = TinyConfig(
+    patch_size=8,
+    hidden_size=32,
+    vision_layers=2,
+    qformer_layers=2,
+    num_query_tokens=4,
+    text_hidden_size=48,
+    text_layers=2,
+    vocab_size=300,
+    text_epochs=1,
+)
+FINDINGS = ("nodule", "effusion", "fracture", "mass", "stenosis")
+ORGANS = ("lung", "liver", "brain", "knee")
+TEXTS = [
+    (concept_sentence([organ, finding]), f"axial ct of the {organ} showing a {finding}")
+    for organ in ORGANS
+    for finding in FINDINGS
+]
+
+
+def pixels(count: int, size: int = 64, seed: int = 0) -> np.ndarray:
+    """uint8 (count, size, size, 3) of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def build_tiny(folder: Path) -> Path:
+    """A tiny checkpoint of `SIZES` that has read `TEXTS`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.build(SIZES, TEXTS, pixels(8), "a photo of", folder)
+    return folder
+
+
+def load_tiny(folder: Path, image_size: int = 64, language_model: bool = True, **options) -> loading.Loaded:
+    """The checkpoint of `build_tiny`, without dropout unless told."""
+    config = ModelConfig(
+        checkpoint=str(folder), image_size=image_size, language_model=language_model, tiny=SIZES
+    )
+    loaded = loading.load(config, folder, options.pop("max_tokens", 32), options.pop("dropout", 0.0))
+    if loaded.model.language_model is not None:
+        loaded.model.language_model.config.dropout = 0.0
+        for layer in loaded.model.language_model.model.decoder.layers:
+            layer.dropout = 0.0
+        loaded.model.language_model.model.decoder.dropout = 0.0
+    return loaded

@@ -1,0 +1,296 @@
+"""BLIP-2 against transformers' own classes, and its checkpoints against the layouts of the published ones."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import TEXTS, build_tiny, load_tiny, pixels
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+)
+
+from harness.config import ModelConfig
+from harness.errors import UserError
+from harness.models import loading
+from harness.models.blip2 import IGNORE, freeze
+from harness.models.text import Codec, Text, clean_caption, concept_sentence
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def loaded(folder):
+    result = load_tiny(folder)
+    result.model.eval()
+    return result
+
+
+def batch(loaded, count=3):
+    images = loaded.normalise(torch.from_numpy(pixels(count)))
+    captions = loaded.caption.collate([loaded.caption.encode(TEXTS[i][1]) for i in range(count)])
+    concepts = loaded.concept.collate([loaded.concept.encode(TEXTS[i][0]) for i in range(count)])
+    return images, captions, concepts
+
+
+def test_language_model_path_equals_transformers(loaded, folder):
+    """The oracle puts image tokens into input_ids; we put the projected queries before the ids."""
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    images, captions, _ = batch(loaded)
+    queries = loaded.model.config.num_query_tokens
+    image_tokens = torch.full((len(images), queries), theirs.config.image_token_index)
+    with torch.no_grad():
+        expected = theirs(
+            pixel_values=images,
+            input_ids=torch.cat([image_tokens, captions["ids"]], dim=1),
+            attention_mask=torch.cat([torch.ones_like(image_tokens), captions["mask"]], dim=1),
+        ).logits[:, queries:]
+        found = loaded.model._speak(loaded.model.see(images)[0], captions["ids"], captions["mask"])
+    kept = captions["mask"].bool()
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-5)
+
+
+def test_query_and_text_path_equal_one_masked_pass(loaded):
+    """The oracle: transformers' Q-Former on [queries; text] under a mask; text sees queries and its past."""
+    model = loaded.model
+    images, _, concepts = batch(loaded)
+    ids, queries = concepts["ids"], model.config.num_query_tokens
+    length = queries + ids.shape[1]
+    mask = torch.ones(length, length).tril()
+    mask[:queries, :queries] = 1
+    mask[:queries, queries:] = 0
+    with torch.no_grad():
+        image = model.vision_model(pixel_values=images).last_hidden_state
+        joint = model.qformer(
+            query_embeds=torch.cat(
+                [model.query_tokens.expand(len(ids), -1, -1), model.embeddings(ids)], dim=1
+            ),
+            query_length=queries,
+            attention_mask=mask.expand(len(ids), -1, -1),
+            encoder_hidden_states=image,
+        ).last_hidden_state
+        found, states = model.see(images)
+        logits = model.read(ids, states)
+    torch.testing.assert_close(found, joint[:, :queries], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, model.cls(joint[:, queries:]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_greedy_decoding_equals_the_argmax_of_the_training_path(folder, language_model):
+    loaded = load_tiny(folder, language_model=language_model)
+    model = loaded.model.eval()
+    images, _, _ = batch(loaded)
+    prompt = torch.tensor(loaded.caption.prompt)
+    # no token ends the sequence, so that every row has all its steps
+    ids = model.caption(images, prompt, -1, loaded.caption.pad, num_beams=1, max_new_tokens=7)
+    sequence = prompt.expand(len(images), -1)
+    with torch.no_grad():
+        queries, states = model.see(images)
+        for _ in range(7):
+            ones = torch.ones_like(sequence)
+            logits = model._speak(queries, sequence, ones) if language_model else model.read(sequence, states)
+            sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
+    assert ids.tolist() == sequence[:, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_beam_search_finds_the_best_of_all_short_sequences(folder, language_model):
+    """With as many beams as words, the first two tokens are searched exhaustively."""
+    loaded = load_tiny(folder, language_model=language_model)
+    model = loaded.model.eval()
+    image = loaded.normalise(torch.from_numpy(pixels(1, seed=3)))
+    prompt = torch.tensor(loaded.caption.prompt)
+    with torch.no_grad():
+        queries, states = model.see(image)
+
+        def log_probabilities(ids):
+            count = len(ids)
+            if language_model:
+                logits = model._speak(queries.expand(count, -1, -1), ids, torch.ones_like(ids))
+            else:
+                logits = model.read(
+                    ids, [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in states]
+                )
+            return logits[:, -1].log_softmax(-1)
+
+        first = log_probabilities(prompt[None])[0]
+        vocabulary = len(first)
+        pairs = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], dim=1)
+        total = first[:, None] + log_probabilities(pairs)
+    best = divmod(int(total.argmax()), vocabulary)
+    ids = model.caption(image, prompt, -1, loaded.caption.pad, num_beams=vocabulary, max_new_tokens=2)
+    assert tuple(ids[0].tolist()) == best
+
+
+def test_losses_are_sums_that_do_not_depend_on_the_split_of_a_batch(loaded):
+    images, captions, concepts = batch(loaded)
+    whole = loaded.model(images, captions, concepts, 0.1)
+
+    def row(part, i):
+        return {key: value[i : i + 1] for key, value in part.items()}
+
+    parts = [
+        loaded.model(images[i : i + 1], row(captions, i), row(concepts, i), 0.1) for i in range(len(images))
+    ]
+    torch.testing.assert_close(sum(p.caption for p in parts), whole.caption)
+    torch.testing.assert_close(sum(p.concept for p in parts), whole.concept)
+    assert (captions["labels"] != IGNORE).sum() == sum(
+        loaded.caption.encode(TEXTS[i][1]).predicted for i in range(len(images))
+    )
+
+
+@pytest.mark.parametrize("size", [104, 64, 40])
+def test_position_table_resized_once_equals_interpolation_at_each_pass(folder, size):
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    ours = load_tiny(folder, image_size=size).model.eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = theirs.vision_model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
+        found = ours.vision_model(pixel_values=images).last_hidden_state
+    assert torch.equal(found, expected)
+
+
+def test_both_losses_see_the_image(loaded):
+    images, captions, concepts = batch(loaded)
+    losses = loaded.model(images.requires_grad_(), captions, concepts)
+    for loss in (losses.caption, losses.concept):
+        (gradient,) = torch.autograd.grad(loss, images, retain_graph=True)
+        assert (gradient.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_every_trained_parameter_takes_part_and_no_frozen_one(folder, language_model):
+    loaded = load_tiny(folder, language_model=language_model)
+    images, captions, concepts = batch(loaded)
+    for text_path in (True, False) if language_model else (True,):
+        freeze(loaded.model, train_vision=True, text_path=text_path)
+        loaded.model.zero_grad()
+        losses = loaded.model(images, captions, concepts if text_path else None, 0.1)
+        sum(loss for loss in (losses.caption, losses.concept) if loss is not None).backward()
+        for name, parameter in loaded.model.named_parameters():
+            assert parameter.requires_grad == (parameter.grad is not None), name
+            if name.startswith("language_model."):
+                assert not parameter.requires_grad
+
+
+def test_tiny_is_the_same_in_another_process(folder, tmp_path):
+    again = tmp_path / folder.name
+    code = f"from models import build_tiny; from pathlib import Path; build_tiny(Path({str(again)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def published_layouts(folder: Path, root: Path) -> tuple[Path, Path, Path]:
+    """Small checkpoints with the parameters of blip2-opt-2.7b, blip2-itm-vit-g and bert-base-uncased."""
+    config = Blip2Config.from_pretrained(folder)
+    config.qformer_config.use_qformer_text_input = False
+    captioning = Blip2ForConditionalGeneration(config)
+    config = Blip2Config.from_pretrained(folder)
+    config.image_text_hidden_size = 16
+    matching = Blip2ForImageTextRetrieval(config)
+    words = config.qformer_config
+    bert = BertForPreTraining(
+        BertConfig(
+            vocab_size=words.vocab_size - 1,
+            hidden_size=words.hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=32,
+        )
+    )
+    folders = tuple(root / name for name in ("captioning", "matching", "bert"))
+    for model, target in zip((captioning, matching, bert), folders, strict=True):
+        model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folders[0] / name).write_bytes((folder / name).read_bytes())
+    for file in (folder / loading.QFORMER_TOKENIZER).iterdir():
+        (folders[1] / file.name).write_bytes(file.read_bytes())
+    return folders
+
+
+def test_text_path_and_head_come_from_the_configured_checkpoints(folder, tmp_path):
+    captioning, matching, bert = published_layouts(folder, tmp_path)
+    config = ModelConfig(
+        checkpoint=str(captioning),
+        text_checkpoint=str(matching),
+        text_head_checkpoint=str(bert),
+        image_size=64,
+    )
+    ours = loading.load(config, captioning, 32).model.state_dict()
+    sources = [loading.load_file(f / "model.safetensors") for f in (captioning, matching, bert)]
+    for name, weight in ours.items():
+        theirs = next(source[name] for source in sources if name in source or _tied(name, source))
+        rows = min(len(theirs), len(weight)) if weight.ndim else None
+        assert torch.equal(weight[:rows], theirs[:rows]), name
+
+
+def _tied(name, source):
+    aliases = {
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight",
+    }
+    if name in aliases and aliases[name] in source:
+        source[name] = source[aliases[name]]
+        return True
+    return False
+
+
+def test_weights_in_no_checkpoint_are_named_and_refused(folder, tmp_path):
+    captioning, matching, _ = published_layouts(folder, tmp_path)
+    config = ModelConfig(checkpoint=str(captioning), text_checkpoint=str(matching), image_size=64)
+    with pytest.raises(UserError, match=r"cls\.predictions\..*bert-base-uncased"):
+        loading.load(config, captioning, 32)
+
+
+def test_trained_weights_travel_without_the_frozen_language_model(folder, tmp_path):
+    loaded = load_tiny(folder)
+    with torch.no_grad():
+        loaded.model.query_tokens += 1
+    loading.save_trained(loaded.model, tmp_path / "best.safetensors")
+    assert not any(n.startswith("language_model.") for n in loading.load_file(tmp_path / "best.safetensors"))
+    other = load_tiny(folder)
+    loading.load_trained(other.model, tmp_path / "best.safetensors")
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+
+
+def test_long_captions_keep_their_end_token(loaded):
+    text = loaded.caption.encode("nodule " * 100)
+    assert len(text.ids) == len(loaded.caption.prompt) + 32
+    assert text.ids[-1] == loaded.caption.end
+    assert loaded.caption.decode(text.ids[len(loaded.caption.prompt) :]).startswith("nodule nodule")
+
+
+def test_prompt_and_padding_carry_no_loss(loaded):
+    short, long = loaded.caption.encode("ct"), loaded.caption.encode("axial ct of the brain showing a mass")
+    collated = loaded.caption.collate([short, long])
+    prompt = len(loaded.caption.prompt)
+    assert (collated["labels"][:, :prompt] == IGNORE).all()
+    assert collated["labels"][0, prompt : len(short.ids)].tolist() == short.ids[prompt:]
+    assert (collated["labels"][0, len(short.ids) :] == IGNORE).all()
+    assert collated["mask"].sum(1).tolist() == [len(short.ids), len(long.ids)]
+
+
+def test_qformer_text_starts_with_dec_and_ends_with_sep(loaded):
+    concept = loaded.concept
+    assert isinstance(concept, Codec)
+    ids = concept.encode("the image shows lung").ids
+    words = concept.tokenizer.convert_ids_to_tokens(ids)
+    assert (words[0], words[-1]) == ("[DEC]", "[SEP]")
+    assert Text(ids, 1).predicted == len(ids) - 1
+
+
+def test_captions_are_cleaned_as_lavis_does():
+    assert clean_caption('Axial CT (arrow): a "mass"; 2.5 cm!', "lavis", 50) == "axial ct arrow a mass 2 5 cm"
+    assert clean_caption("one two three four", "lavis", 3) == "one two three"
+    assert clean_caption("As  it Is.", "none", 50) == "As it Is."
+    assert concept_sentence(["CT", "Chest"]) == "The image shows CT, Chest."
