@@ -247,7 +247,7 @@ def _tied(name, source):
 def test_weights_in_no_checkpoint_are_named_and_refused(folder, tmp_path):
     captioning, matching, _ = published_layouts(folder, tmp_path)
     config = ModelConfig(checkpoint=str(captioning), text_checkpoint=str(matching), image_size=64)
-    with pytest.raises(UserError, match=r"cls\.predictions\..*bert-base-uncased"):
+    with pytest.raises(UserError, match=r"(?s)cls\.predictions\..*bert-base-uncased"):
         loading.load(config, captioning, 32)
 
 
