@@ -86,26 +86,26 @@ def _label_findings(listing: Listing) -> Iterator[Finding]:
     ids = {split: {example.id: example for example in rows} for split, rows in listing.splits.items()}
     for split, examples in listing.splits.items():
         for example in examples:
-            for what in _label_faults(example, listing):
+            for what in _label_faults(example, listing.files.get((split, example.id)), listing.concept_names):
                 yield _finding(listing, split, example, what)
             if split == "train" and example.id in ids.get("valid", {}):
                 place = _place(listing, "valid", ids["valid"][example.id])
                 yield _finding(listing, split, example, f"leak: id {example.id} is also that of {place}")
 
 
-def _label_faults(example: Example, listing: Listing) -> Iterator[str]:
+def _label_faults(example: Example, file: File | None, names: Mapping[str, str]) -> Iterator[str]:
     if example.caption is not None and not example.caption.strip():
         yield f"empty caption of {example.id}"
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
         yield f"got the CUI {', '.join(map(repr, malformed))}; C and seven digits are allowed"
-    if listing.concept_names:
-        unknown = [c for c in example.cuis if c not in listing.concept_names and c not in malformed]
+    if names:  # without them, that file is the problem
+        unknown = [cui for cui in example.cuis if cui not in names and cui not in malformed]
         if unknown:
             yield f"unknown CUI {', '.join(unknown)}: not in the file of concept names"
-    if example.image not in listing.files:
+    if file is None:
         yield f"no image {example.image}"
-    elif listing.files[example.image].size == 0:
+    elif file.size == 0:
         yield f"{example.image} is empty (0 bytes)"
 
 
@@ -118,26 +118,26 @@ def _place(listing: Listing, split: str, example: Example) -> str:
     return f"{split} {example.id} ({Path(listing.sources[split] or example.image).name}:{example.line})"
 
 
-def _image_findings(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
-    valid = {}
+def _image_findings(listing: Listing, scans: Mapping[Row, Scan]) -> Iterator[Finding]:
+    valid: dict[str, Example] = {}
     for example in listing.splits.get("valid", []):
-        scan = scans.get(example.image)
-        if scan and scan.pixels:
+        scan = scans.get(("valid", example.id))
+        if scan and not scan.damage:
             valid.setdefault(scan.pixels, example)
     for split, examples in listing.splits.items():
         for example in examples:
-            scan = scans.get(example.image)
+            scan = scans.get((split, example.id))
             if scan is None:
                 continue
-            if scan.damage and listing.files[example.image].size:
+            if scan.damage and listing.files[split, example.id].size:
                 yield _finding(listing, split, example, f"{example.image}: {scan.damage}")
             elif split == "train" and scan.pixels in valid:
                 twin = valid[scan.pixels]
-                yield _finding(listing, split, example, _leak(listing, example, twin, scans))
+                same_file = scan.content == scans["valid", twin.id].content
+                yield _finding(listing, split, example, _leak(listing, example, twin, same_file))
 
 
-def _leak(listing: Listing, example: Example, twin: Example, scans: Mapping[Path, Scan]) -> str:
-    same_file = scans[example.image].content == scans[twin.image].content
+def _leak(listing: Listing, example: Example, twin: Example, same_file: bool) -> str:
     return (
         f"leak: the same {'image file' if same_file else 'pixels'}"
         f"{' and caption' if example.caption == twin.caption else ''} as {_place(listing, 'valid', twin)}; "
@@ -146,7 +146,7 @@ def _leak(listing: Listing, example: Example, twin: Example, scans: Mapping[Path
 
 
 def _dataset(
-    config: DataConfig, listing: Listing, findings: list[Finding], scans: Mapping[Path, Scan]
+    config: DataConfig, listing: Listing, findings: list[Finding], scans: Mapping[Row, Scan]
 ) -> Dataset:
     bad: set[Row | None] = {finding.row for finding in findings}
     splits = {
@@ -159,20 +159,20 @@ def _dataset(
         raise UserError([*problems, *(finding.problem for finding in findings)])
     splits.setdefault("test", ())
     fingerprints = {
-        split: fingerprint([_contents(examples, scans), listing.concept_names])
+        split: fingerprint([_contents(split, examples, scans), listing.concept_names])
         for split, examples in splits.items()
     }
     left_out = tuple(finding.problem for finding in findings)
     return Dataset(config.root, config.layout, splits, listing.concept_names, fingerprints, left_out)
 
 
-def _contents(examples: tuple[Example, ...], scans: Mapping[Path, Scan]) -> list[list]:
-    return [[e.id, e.caption, e.cuis, scans[e.image].content] for e in examples]
+def _contents(split: str, examples: tuple[Example, ...], scans: Mapping[Row, Scan]) -> list[list]:
+    return [[e.id, e.caption, e.cuis, scans[split, e.id].content] for e in examples]
 
 
 def _scan(
     root: Path, listing: Listing, work: Path, known: dict[_Key, Scan], progress: Progress | None
-) -> dict[Path, Scan]:
+) -> dict[Row, Scan]:
     """Decode the listed images that no earlier scan knows; an interrupted scan keeps what it has done."""
     if _unscanned(listing, known):
         file = _scan_file(root, work)
@@ -186,7 +186,7 @@ def _scan(
             finally:
                 whole = [[*key, *astuple(scan)] for key, scan in known.items() if not scan.damage]
                 write(file, json.dumps(whole))
-    return {file.path: known[_key(file)] for file in _listed(listing)}
+    return {row: known[_key(file)] for row, file in listing.files.items()}
 
 
 def _look(file: File) -> Scan:
@@ -215,12 +215,5 @@ def _known(root: Path, work: Path) -> dict[_Key, Scan]:
     return {(path, size, mtime): Scan(*scan) for path, size, mtime, *scan in rows}
 
 
-def _listed(listing: Listing) -> Iterator[File]:
-    for examples in listing.splits.values():
-        for example in examples:
-            if example.image in listing.files:
-                yield listing.files[example.image]
-
-
 def _unscanned(listing: Listing, known: Mapping[_Key, Scan]) -> list[File]:
-    return [file for file in _listed(listing) if _key(file) not in known]
+    return [file for file in listing.files.values() if _key(file) not in known]

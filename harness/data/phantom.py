@@ -21,9 +21,9 @@ from harness.store import write, write_json
 MARKER = "phantom.json"
 WITHHELD = "withheld"
 """Folder with the test labels, where no reader looks: the test split has none, as in the competition."""
-VERSION = 1  # raise it when the same seed draws another set
+VERSION = 2  # raise it when the same seed draws another set
 _PREFIX = "ImageCLEFmedical_Caption_2023_"
-_RADII = {"small": (0.05, 0.06), "large": (0.105, 0.12)}
+_RADII = {"small": (0.065, 0.072), "large": (0.135, 0.15)}
 
 
 def ensure(root: Path, config: PhantomConfig) -> None:
@@ -37,7 +37,7 @@ def ensure(root: Path, config: PhantomConfig) -> None:
     marker = root / MARKER
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != _mark(config):
         hint = f"Remove it, or name another folder: --set data.root={root}-2"
-        what = f"{root} holds a phantom that was drawn with other settings ({MARKER})"
+        what = f"{root} holds a phantom that was drawn with other settings or by another version ({MARKER})"
         raise UserError([Problem(what, key="data.phantom", hint=hint)])
 
 
@@ -51,7 +51,8 @@ def draw(root: Path, config: PhantomConfig) -> None:
 
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = root.with_name(f".{root.name}.unfinished")
-    with FileLock(root.with_name(f".{root.name}.lock")):
+    lock = root.with_name(f".{root.name}.lock")
+    with FileLock(lock):
         if (root / MARKER).exists():  # another process was first
             ensure(root, config)
             return
@@ -64,6 +65,7 @@ def draw(root: Path, config: PhantomConfig) -> None:
         write(unfinished / f"{_PREFIX}cui_mapping.csv", names)
         write_json(unfinished / MARKER, _mark(config))
         unfinished.replace(root)
+        lock.unlink()  # who waits for it finds the marker
 
 
 def _mark(config: PhantomConfig) -> dict[str, int]:
@@ -134,11 +136,17 @@ def picture(case: Case, rng: np.random.Generator) -> Image.Image:
         _vessels(pen)
     if case.lesion and case.side and case.size:
         dx, y, spread = _SITES[case.anatomy]
-        x = 0.5 + (dx + rng.uniform(-0.02, 0.02)) * (1 if case.side == "left" else -1)
+        x = 0.5 + (dx + rng.uniform(-0.012, 0.012)) * (1 if case.side == "left" else -1)
         y, radius = y + rng.uniform(-spread, spread), rng.uniform(*_RADII[case.size])
         if case.modality.name != "angiography":  # so that bone behind a bright lesion does not hide it
             pen.ellipse("body", x, y, 1.2 * radius, 1.2 * radius)
         _LESIONS[case.lesion.name](pen, x, y, radius)
+        return _arrow(
+            _acquire(pen.image, case.modality, rng),
+            x > 0.5,
+            y,
+            0 if case.modality.shades["out"] > 128 else 255,
+        )
     return _acquire(pen.image, case.modality, rng)
 
 
@@ -222,12 +230,12 @@ _ANATOMY: Mapping[str, Callable[[Pen], None]] = {
     "legs": _legs,
 }
 _SITES = {  # distance from the midline, height, and by how much the height varies
-    "head": (0.165, 0.42, 0.08),
-    "chest": (0.22, 0.48, 0.10),
-    "abdomen": (0.23, 0.50, 0.07),
-    "pelvis": (0.23, 0.48, 0.08),
-    "spine": (0.26, 0.50, 0.14),
-    "legs": (0.24, 0.62, 0.10),
+    "head": (0.165, 0.43, 0.05),
+    "chest": (0.22, 0.48, 0.06),
+    "abdomen": (0.23, 0.50, 0.05),
+    "pelvis": (0.23, 0.48, 0.05),
+    "spine": (0.26, 0.50, 0.08),
+    "legs": (0.24, 0.60, 0.06),
 }
 
 
@@ -322,12 +330,22 @@ def _acquire(image: Image.Image, modality: Modality, rng: np.random.Generator) -
     if modality.name == "X-ray":  # the beam is stronger in the middle
         grey = grey * (0.65 + 0.35 * np.outer(np.hanning(height), np.hanning(width)).astype(np.float32))
     if modality.name == "ultrasound":
-        grain = Image.fromarray(rng.gamma(5, 1 / 5, (height // 3, width // 3)).astype(np.float32))
+        grain = Image.fromarray(rng.gamma(7, 1 / 7, (height // 3, width // 3)).astype(np.float32))
         grey = grey * np.asarray(grain.resize(image.size, Image.Resampling.BILINEAR)) * _fan(width, height)
     if modality.name == "MRI":  # the magnitude of a complex signal
         grey = np.hypot(grey, rng.standard_normal(grey.shape, np.float32) * modality.noise)
     grey = (grey + noise) * rng.uniform(0.92, 1.08)
     return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+
+
+def _arrow(image: Image.Image, from_right: bool, y: float, shade: int) -> Image.Image:
+    """The reader's arrow at the edge, pointing at the lesion, as in most published figures."""
+    width, height = image.size
+    half = [(0.0, 0.026), (0.07, 0.026), (0.07, 0.066), (0.15, 0.0)]
+    shape = half + [(dx, -dy) for dx, dy in reversed(half)]
+    points = [((1 - dx if from_right else dx) * width, (y + dy) * height) for dx, dy in shape]
+    ImageDraw.Draw(image).polygon(points, fill=shade, outline=255 - shade)
+    return image
 
 
 def _fan(width: int, height: int) -> np.ndarray:

@@ -55,7 +55,7 @@ MODALITIES = (
         0.25,
         ("chest", "pelvis", "spine", "legs", "head"),
         ("mass", "fracture", "nodules"),
-        {"air": 70, "out": 48, "body": 118, "organ": 140, "bone": 205, "rim": 118, "dark": 12, "bright": 255},
+        {"air": 62, "out": 48, "body": 96, "organ": 112, "bone": 158, "rim": 96, "dark": 12, "bright": 255},
         1.6,
         5,
         (
@@ -71,7 +71,7 @@ MODALITIES = (
         0.25,
         ("chest", "abdomen", "head", "pelvis", "spine"),
         ("mass", "cyst", "hematoma", "abscess", "nodules"),
-        {"air": 14, "out": 0, "body": 88, "organ": 122, "bone": 240, "rim": 60, "dark": 22, "bright": 225},
+        {"air": 14, "out": 0, "body": 70, "organ": 92, "bone": 176, "rim": 50, "dark": 8, "bright": 255},
         0.7,
         9,
         (
@@ -87,7 +87,7 @@ MODALITIES = (
         0.18,
         ("head", "abdomen", "pelvis", "spine", "legs"),
         ("mass", "cyst", "hematoma", "abscess"),
-        {"air": 6, "out": 4, "body": 70, "organ": 128, "bone": 22, "rim": 235, "dark": 12, "bright": 240},
+        {"air": 6, "out": 4, "body": 56, "organ": 100, "bone": 22, "rim": 200, "dark": 8, "bright": 255},
         1.0,
         13,
         (
@@ -103,7 +103,7 @@ MODALITIES = (
         0.14,
         ("abdomen", "pelvis", "legs"),
         ("mass", "cyst", "hematoma", "abscess"),
-        {"air": 20, "out": 40, "body": 62, "organ": 92, "bone": 125, "rim": 105, "dark": 4, "bright": 240},
+        {"air": 20, "out": 40, "body": 52, "organ": 72, "bone": 96, "rim": 84, "dark": 2, "bright": 255},
         1.2,
         6,
         (
@@ -305,7 +305,7 @@ def caption(case: Case, rng: np.random.Generator | None) -> str:
     if case.lesion is None:
         return f"{opening} no focal abnormality."
     phrase = _pick(case.lesion.phrases, rng).format(**words)
-    sentences = [f"{opening} {phrase} in the {case.side} {PLACES[case.lesion.seat][case.anatomy]}."]
+    sentences = [f"{opening} {phrase} in the {case.side} {PLACES[case.lesion.seat][case.anatomy]} (arrow)."]
     if rng is not None and rng.random() < _AGED:
         sentences.append(f"The patient is {rng.integers(18, 90)} years old.")
     if case.size == "large":

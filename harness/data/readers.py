@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from harness.errors import Problem
 
@@ -54,8 +54,7 @@ class Finding:
     row: Row | None
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """An image as its folder lists it; `name` is its path below the data set's root."""
 
     path: Path
@@ -71,7 +70,8 @@ class Listing:
     splits: dict[str, list[Example]] = field(default_factory=dict)
     sources: dict[str, Path | None] = field(default_factory=dict)
     """Per split, the file that `Example.line` counts in; None where the ids are those of the images."""
-    files: dict[Path, File] = field(default_factory=dict)
+    files: dict[Row, File] = field(default_factory=dict)
+    """The images that are there."""
     concept_names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     fatal: list[Problem] = field(default_factory=list)
@@ -132,7 +132,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     if not lines and source is None:
         lines = dict.fromkeys(sorted(files)) if not required else {}
     listing.sources[split] = source
-    listing.files |= {file.path: file for file in files.values()}
+    listing.files |= {(split, id): files[id] for id in lines if id in files}
     listing.splits[split] = [
         Example(
             id,
@@ -323,7 +323,9 @@ def _list(folder: Path, root: Path) -> dict[str, File]:
                 status = entry.stat()
             except FileNotFoundError:  # a link to nothing: reported as a missing image
                 continue
-            files[stem] = File(Path(entry.path), f"{below}/{entry.name}", status.st_size, status.st_mtime_ns)
+            files[stem] = File(
+                folder / entry.name, f"{below}/{entry.name}", status.st_size, status.st_mtime_ns
+            )
     return files
 
 

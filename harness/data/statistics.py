@@ -1,9 +1,12 @@
-"""What a data set looks like: images per modality (the paper's Table 1) and caption lengths (its Figure 2)."""
+"""What a data set looks like: images per modality (the paper's Table 1), caption lengths (Figure 2)."""
 
+import io
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 from harness.data.readers import Dataset, Example
+from harness.store import write
 
 MODALITIES = {
     "C1306645": "X-ray",
@@ -19,8 +22,8 @@ OTHER = "other/unknown"
 def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
     """Images per split and modality, told by the concepts; the first listed counts where there are several.
 
-    An image whose concepts name no modality (as in a test split without labels) counts as other/unknown, a row
-    that is there only when it is needed.
+    An image whose concepts name no modality (as in a test split without labels) counts as other/unknown, a
+    row that is there only when it is needed.
     """
     counts = {}
     for split, examples in dataset.splits.items():
@@ -46,30 +49,20 @@ def plot_lengths(dataset: Dataset, path: Path) -> Path:
     """Write a PNG histogram of words per caption, one panel per split that has captions."""
     from matplotlib.figure import Figure
 
-    from harness.store import write
-
     lengths = {split: words for split, words in caption_lengths(dataset).items() if words}
     longest = max(max(words) for words in lengths.values())
     width = max(1, -(-longest // 50))  # whole words per bar, at most 50 bars
     bins = [start - 0.5 for start in range(0, longest + width + 1, width)]
     figure = Figure(figsize=(7, 2.6 * len(lengths)), layout="constrained")
-    for axes, (split, words) in zip(
-        figure.subplots(len(lengths), squeeze=False)[:, 0], lengths.items(), strict=True
-    ):
+    panels = figure.subplots(len(lengths), sharex=True, squeeze=False)[:, 0]
+    for axes, (split, words) in zip(panels, lengths.items(), strict=True):
         axes.hist(words, bins, color="#35618f")
-        median = sorted(words)[len(words) // 2]
-        axes.axvline(median, color="#c4501b", label=f"median {median} words")
+        middle = median(words)
+        axes.axvline(middle, color="#c4501b", label=f"median {middle:g} words")
         axes.set(title=f"{split}: {len(words):,} captions", ylabel="captions")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("words per caption")
-    buffer = _png(figure)
-    return write(path, buffer)
-
-
-def _png(figure) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return write(path, buffer.getvalue())
