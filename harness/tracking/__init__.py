@@ -1,0 +1,162 @@
+"""The MLflow mirror of what runs write to disk (sole mlflow import).
+
+Disk is the truth: a run never talks to MLflow. A follower in a process of its own mirrors what is new every
+few seconds, and `sync` mirrors at any later time and to any other server. Both may be killed at any moment: a
+point has the step and the time of its row on disk, and a store that is given a point twice keeps one.
+"""
+
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import Problem, UserError
+from harness.store import fingerprint
+from harness.tracking.server import Mirror, State, alive, set_environment, tracking_uri, without_password
+
+_log = logging.getLogger(__name__)
+_PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+# For the follower whatever the user's are: it tries again anyway, and the run waits for its last try.
+_HURRIED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_SLOW = 2.0  # seconds after which a failure means that no server answers, for the other runs as little
+
+
+def mirror(run_directory: Path, owner: int | None = None) -> None:
+    """Bring MLflow up to date with a run's `run.json` and its training step's `losses.jsonl`.
+
+    The server is MLFLOW_TRACKING_URI, by default `mlflow.db` in the current folder. One MLflow experiment per
+    experiment name; in it one parent run, and under that a run per variant and seed. What was mirrored is
+    kept per server in `mlflow.json` beside the runs. A run that is RUNNING while its process (`pid` in
+    run.json, else `owner`) is gone is shown as KILLED. Raises one of `failures()` when the server fails.
+    """
+    from filelock import FileLock
+
+    run_directory = Path(run_directory).resolve()
+    record = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
+    with FileLock(run_directory.parent / "mlflow.lock", timeout=60):
+        state = State.load(run_directory.parent)
+        Mirror(run_directory, record, owner, state).bring_up_to_date()
+
+
+def sync(root: Path) -> list[str]:
+    """Mirror every run in or under `root`; returns a line for each.
+
+    Raises `UserError` (exit code 1) with the runs that were not mirrored, and why.
+    """
+    set_environment(_PATIENT)
+    server = without_password(tracking_uri())
+    done, problems = [], []
+    for file in sorted(root.rglob("run.json")):
+        began = time.monotonic()
+        try:
+            mirror(file.parent)
+            done.append(f"{file.parent}: mirrored to {server}")
+        except failures() as error:
+            problems.append(Problem(f"not mirrored to {server}: {_first_line(error)}", file.parent))
+            if time.monotonic() - began > _SLOW:
+                break
+    if problems:
+        raise UserError(problems, hint="Nothing is lost; later: python -m harness sync", exit_code=1)
+    return done
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a server, a database or a disk that can't be reached raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """The process that mirrors an experiment's runs while they go on."""
+
+    experiment_directory: Path
+    process: subprocess.Popen[bytes]
+
+    def finish(self, patience: float = 20.0) -> str | None:
+        """Let it mirror what is left, for at most `patience` seconds; a sentence to print if that failed."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        ended = [file for file in self.experiment_directory.glob("*/run.json") if not _is_running(file)]
+        if all(_is_mirrored(file) for file in ended):
+            return None
+        log, server = self.experiment_directory / "mlflow.log", without_password(tracking_uri())
+        return f"MLflow at {server} was not reached (see {log}); later: python -m harness sync"
+
+
+def start(experiment_directory: Path) -> Follower:
+    """Start to mirror, in the background, every run of an experiment's folder.
+
+    In a session of its own, so that Ctrl-C ends the run and not the mirror of how it ended. Its standard
+    input is a pipe from this process: when it closes, the run is over, however it ended.
+    """
+    experiment_directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "harness", "sync", "--follow", str(experiment_directory)]
+    with (experiment_directory / "mlflow.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, "--parent", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return Follower(experiment_directory, process)
+
+
+def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
+    """Mirror the runs of a folder every few seconds until `parent` is gone or standard input closes."""
+    set_environment({})
+    os.environ.update(_HURRIED)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
+    ended = False
+    while True:
+        ended = ended or not alive(parent)
+        _mirror_all(experiment_directory, parent)
+        if ended:
+            return
+        ended = _input_closes(every)
+
+
+def _mirror_all(experiment_directory: Path, parent: int) -> None:
+    for file in sorted(experiment_directory.glob("*/run.json")):
+        began = time.monotonic()
+        try:
+            if _is_running(file) or not _is_mirrored(file):
+                mirror(file.parent, parent)
+        except failures() as error:
+            _log.warning("%s: %s", file.parent.name, _first_line(error))
+            if time.monotonic() - began > _SLOW:
+                return
+
+
+def _input_closes(seconds: float) -> bool:
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_password(line)[:500]
+
+
+def _is_running(file: Path) -> bool:
+    return json.loads(file.read_text(encoding="utf-8"))["status"] == "RUNNING"
+
+
+def _is_mirrored(file: Path) -> bool:
+    """Whether a run's record is on the server as it is on disk."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    entry = State.load(file.parent.parent).runs.get(file.parent.name, {})
+    return entry.get("mirrored") == fingerprint(record)

@@ -1,0 +1,103 @@
+"""What of a run's record goes to MLflow, and under which names."""
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harness.store import fingerprint
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Scores as `valid/bertscore`, before post-processing as `valid/before/bertscore`; no absent one."""
+    values: dict[str, Any] = {}
+    for split, stages in record["scores"].items():
+        for stage, scores in stages.items():
+            for metric, score in scores.items():
+                key = f"{split}/{metric}" if stage == "after" else f"{split}/{stage}/{metric}"
+                values |= {key: score["value"], f"{key}.low": score["low"], f"{key}.high": score["high"]}
+    for metric, gap in (record.get("image_gap") or {}).items():
+        if isinstance(gap, Mapping):
+            key = f"image_gap/{metric}"
+            values |= {key: gap.get("gap"), f"{key}.low": gap.get("low"), f"{key}.high": gap.get("high")}
+    for metric, value in (record.get("baseline") or {}).items():
+        values[f"baseline/{metric}"] = value
+    return {key: float(value) for key, value in values.items() if is_measured(key, value)}
+
+
+def is_measured(key: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and key not in ("step", "time", "stage", "epoch")
+
+
+def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
+    step = record["steps"].get("train")
+    file = root / step / "losses.jsonl" if step else None
+    if file and file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):  # else it is being written
+                yield json.loads(line)
+
+
+def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    stages = [stage for stages in record["scores"].values() for stage in stages.values()]
+    scores = {metric: score for stage in stages for metric, score in stage.items()}
+    signatures = {metric: score["signature"] for metric, score in scores.items()}
+    reasons = {metric: score["reason"] for metric, score in scores.items() if score.get("reason")}
+    made_by_standins = [metric for metric, signature in signatures.items() if "STAND-IN" in signature]
+    tags = {
+        "mlflow.source.name": record["command"],
+        "mlflow.source.git.commit": record["git"]["commit"],
+        "git.dirty": record["git"]["dirty"],
+        "standin": ", ".join(made_by_standins) or None,
+        "standin_model": record.get("standin_model"),
+        **{key: record[key] for key in ("command", "edition", "variant", "seed")},
+        **{f"signature/{metric}": signature for metric, signature in signatures.items()},
+        **{f"absent/{metric}": reason for metric, reason in reasons.items()},
+        **{f"environment/{name}": version for name, version in record["environment"].items()},
+        "git.commit": record["git"]["commit"],
+    }
+    return {key: value for key, value in tags.items() if value is not None}
+
+
+def datasets(record: Mapping[str, Any]) -> list[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = record["data"]
+    prints = data.get("fingerprints", {})
+    return [
+        DatasetInput(
+            Dataset(
+                name=f"{Path(data['root']).name}/{split}"[-500:],
+                digest=str(prints.get(split) or data.get("fingerprint") or fingerprint(data))[:36],
+                source_type="local",
+                source=json.dumps({"uri": data["root"], "layout": data.get("layout")}),
+                profile=json.dumps({"num_rows": count}),
+            ),
+            [InputTag("mlflow.data.context", split)],
+        )
+        for split, count in data["splits"].items()
+    ]
+
+
+def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tuple[str, Path]]:
+    """Key and file of everything to upload that is there; submissions with all that lies beside them."""
+    found = [(key, root / path) for key, path in record["artifacts"].items()]
+    for upload in record["submissions"]:
+        folder = (root.parent / upload).parent
+        found += [(f"submissions/{folder.name}/{path.name}", path) for path in sorted(folder.glob("*"))]
+    if record["status"] != "RUNNING":
+        found.append(("run.json", directory / "run.json"))
+    return [(key, path) for key, path in found if path.is_file()]
+
+
+def milliseconds(moment: str | None) -> int | None:
+    return int(datetime.fromisoformat(moment).timestamp() * 1000) if moment else None
+
+
+def cut(value: Any, longest: int) -> str:
+    """The value as text; the whole of a cut one is in the artifact config.yaml."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    mark = " ... (cut; see config.yaml)"
+    return text if len(text) <= longest else text[: longest - len(mark)] + mark

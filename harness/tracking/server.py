@@ -1,0 +1,259 @@
+"""One run brought up to date on one tracking server, whatever was there before."""
+
+import json
+import os
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.store import fingerprint, write_json
+from harness.tracking.contents import (
+    artifacts,
+    cut,
+    datasets,
+    is_measured,
+    milliseconds,
+    rows,
+    scores_of,
+    tags_of,
+)
+
+STATE = "mlflow.json"
+DEFAULT_URI = "sqlite:///mlflow.db"
+_LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
+_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+
+
+@dataclass
+class State:
+    """What of an experiment is on one server; written to disk before and after each change there."""
+
+    file: Path
+    everything: dict[str, Any]
+    parent: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, experiment_directory: Path) -> "State":
+        file = experiment_directory / STATE
+        everything = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        uri, database = tracking_uri(), database_of(tracking_uri())
+        if database and not database.exists():
+            everything.pop(without_password(uri), None)  # what was mirrored went with the database
+        ours = everything.setdefault(without_password(uri), {})
+        return cls(file, everything, ours.setdefault("parent", {}), ours.setdefault("runs", {}))
+
+    def save(self) -> None:
+        write_json(self.file, self.everything)
+
+
+class Mirror:
+    """One run being brought up to date on one server."""
+
+    def __init__(self, directory: Path, record: dict[str, Any], owner: int | None, state: State) -> None:
+        set_environment({})
+        import mlflow
+
+        mlflow.set_tracking_uri(tracking_uri())  # some artifact stores ask for the global one
+        self.client = mlflow.MlflowClient(tracking_uri())
+        self.directory, self.record, self.owner, self.state = directory, record, owner, state
+        self.root = directory.parents[len(Path(record["name"]).parts)]
+        self.entry = state.runs.setdefault(directory.name, {})
+        parameters = fingerprint(record["parameters"])
+        if self.entry.get("parameters", parameters) != parameters:
+            self.entry.clear()  # MLflow's parameters never change: another configuration is another run
+        self.entry["parameters"] = parameters
+
+    def bring_up_to_date(self) -> None:
+        experiment = _experiment(self.client, self.record["name"])
+        parent = self._run(experiment, self.state.parent, "experiment", {"edition": self.record["edition"]})
+        run = self._run(experiment, self.entry, self.directory.name, {"mlflow.parentRunId": parent})
+        status = status_of(self.record, self.owner)
+        if self.entry.get("status") != status:
+            self.client.update_run(run, status="RUNNING")
+        self._describe(run)
+        self._points(run)
+        for key, path in artifacts(self.record, self.root, self.directory):
+            self._artifact(run, key, path)
+        if status != "RUNNING":
+            ended = milliseconds(self.record["ended"]) or int(time.time() * 1000)
+            self.client.set_terminated(run, status, ended)
+        self.entry["status"] = status
+        self.entry["mirrored"] = fingerprint(self.record)
+        self._close_parent(parent)
+        self.state.save()
+
+    def _close_parent(self, parent: str) -> None:
+        status = _of_all(self.directory.parent, self.owner)
+        if status == "RUNNING":
+            self.client.update_run(parent, status)
+        else:
+            self.client.set_terminated(parent, status, milliseconds(self.record["ended"]))
+
+    def _run(self, experiment: str, entry: dict[str, Any], name: str, tags: Mapping[str, Any]) -> str:
+        """The run's id on the server, made there unless it is there already."""
+        if "run_id" in entry and not self._exists(entry["run_id"]):
+            parameters = entry.get("parameters")
+            entry.clear()
+            entry.update({"parameters": parameters} if parameters else {})
+        if "run_id" not in entry:
+            # Its token is on disk first: should this be killed after `_create`, the next call finds the run.
+            found = self._search(experiment, entry.get("token"))
+            entry.setdefault("token", uuid.uuid4().hex)
+            self.state.save()
+            entry["run_id"] = found or self._create(experiment, entry["token"], name, tags)
+            self.state.save()
+        return entry["run_id"]
+
+    def _exists(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def _search(self, experiment: str, token: str | None) -> str | None:
+        if token is None:
+            return None
+        found = self.client.search_runs([experiment], f"tags.`harness.token` = '{token}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _create(self, experiment: str, token: str, name: str, tags: Mapping[str, Any]) -> str:
+        created = self.client.create_run(
+            experiment,
+            start_time=milliseconds(self.record["started"]),
+            run_name=name,
+            tags={"harness.token": token, **{key: str(value) for key, value in tags.items()}},
+        )
+        return created.info.run_id
+
+    def _describe(self, run: str) -> None:
+        """Parameters, tags, data sets and scores, when the record has changed."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        if self.entry.get("described") == fingerprint(self.record):
+            return
+        values, tags = self.record["parameters"].items(), tags_of(self.record).items()
+        known = self.entry.setdefault("scores", {})
+        scores = {key: value for key, value in scores_of(self.record).items() if known.get(key) != value}
+        # The time of this record, and not of this call, so that a call that was killed adds no second point.
+        when = milliseconds(self.record["ended"] or self.record["started"])
+        self._batches(run, "params", [Param(key, cut(value, _LONGEST_PARAMETER)) for key, value in values])
+        self._batches(run, "tags", [RunTag(key, cut(value, _LONGEST_TAG)) for key, value in tags])
+        self._batches(run, "metrics", [Metric(key, value, when, 0) for key, value in scores.items()])
+        self.client.log_inputs(run, datasets(self.record))
+        known.update(scores)
+        self.entry["described"] = fingerprint(self.record)
+        self.state.save()
+
+    def _batches(
+        self, run: str, kind: str, items: list[Any], after: Callable[[list[Any]], None] | None = None
+    ) -> None:
+        for i in range(0, len(items), _BATCH[kind]):
+            batch = items[i : i + _BATCH[kind]]
+            self.client.log_batch(run, **{kind: batch})
+            if after:
+                after(batch)
+
+    def _points(self, run: str) -> None:
+        """The rows of the training step that are not on the server yet.
+
+        By step and not by line: a training that goes on after a crash forgets the rows after its last
+        checkpoint and writes them again.
+        """
+        from mlflow.entities import Metric
+
+        last = self.entry.setdefault("last_steps", {})
+
+        def remember(batch: list[Any]) -> None:
+            last.update({point.key: point.step for point in batch})
+            self.state.save()
+
+        new = [
+            Metric(key, value, int(row["time"] * 1000), row["step"])
+            for row in rows(self.record, self.root)
+            for key, value in row.items()
+            if is_measured(key, value) and row["step"] > last.get(key, -1)
+        ]
+        self._batches(run, "metrics", new, remember)
+
+    def _artifact(self, run: str, key: str, path: Path) -> None:
+        """Upload a file under its key, unless it is there as it is on disk."""
+        known = self.entry.setdefault("artifacts", {})
+        stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+        if known.get(key) == stamp:
+            return
+        folder, name = os.path.split(key)
+        with tempfile.TemporaryDirectory() as temporary:
+            named = path if path.name == name else Path(temporary, name)
+            if named != path:
+                named.write_bytes(path.read_bytes())
+            self.client.log_artifact(run, str(named), folder or None)
+        known[key] = stamp
+        self.state.save()
+
+
+def _experiment(client: Any, name: str) -> str:
+    """The id of the MLflow experiment of that name, made or restored where needed."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_of(tracking_uri())
+        # Where MLflow's own server puts them; its client alone would put them into mlruns/.
+        place = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        return client.create_experiment(name, artifact_location=place)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def status_of(record: Mapping[str, Any], owner: int | None) -> str:
+    pid = record.get("pid", owner)
+    dead = record["status"] == "RUNNING" and pid is not None and not alive(pid)
+    return "KILLED" if dead else record["status"]
+
+
+def _of_all(experiment_directory: Path, owner: int | None) -> str:
+    """The status of an experiment: that of its least finished run."""
+    records = [json.loads(file.read_text("utf-8")) for file in experiment_directory.glob("*/run.json")]
+    found = {status_of(record, owner) for record in records}
+    return next(status for status in ("RUNNING", "KILLED", "FAILED", "FINISHED") if status in found)
+
+
+def alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def tracking_uri() -> str:
+    """The tracking server, as it is known from any folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    database = database_of(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite store; None for every other server."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+def without_password(uri: str) -> str:
+    """The address without a password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def set_environment(limits: Mapping[str, str]) -> None:
+    quiet = {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    for key, value in {**quiet, **limits}.items():
+        os.environ.setdefault(key, value)

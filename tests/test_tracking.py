@@ -1,0 +1,384 @@
+"""The MLflow mirror on a real SQLite store, read back by MLflow's client; servers that are down or hang."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import tracking
+from harness.errors import UserError
+from harness.store import write, write_json
+from harness.tracking import server
+
+NAME = "phantom/table3"
+ROWS = [
+    {"step": step, "time": 1.7e9 + step, "stage": 1, "epoch": 0, "loss": 5 - step / 10, "learning_rate": 1e-5}
+    for step in range(1, 21)
+]
+VALID = {"step": 20, "time": 1.7e9 + 21, "epoch": 1, "valid_loss": 3.5, "valid_bertscore": 0.4}
+
+
+def score(value: float | None, standin: bool = False) -> dict[str, Any]:
+    signature = "bertscore|clef2023|STAND-IN mini" if standin else "rouge1|clef2023|rouge-score:0.1.2"
+    bounds = {"low": None, "high": None} if value is None else {"low": value - 0.01, "high": value + 0.01}
+    reason = {"reason": "no weights"} if value is None else {}
+    return {
+        "value": value,
+        **bounds,
+        "n": 9,
+        "signature": signature,
+        "official": not standin,
+        "seconds": 1,
+    } | reason
+
+
+def record(root: Path, variant: str, status: str = "FINISHED", **changes: Any) -> Path:
+    """What run.py writes, for a run with the training step `steps/train-1`."""
+    folder = root / NAME / f"{variant}-s1"
+    write(root / "steps" / "score-1" / "per_image.csv", "ID,rouge1\na,0.5\n")
+    write(folder / "config.yaml", "name: x\n")
+    scores = {"rouge1": score(0.25), "bertscore": score(0.6, standin=True), "bleurt": score(None)}
+    write_json(
+        folder / "run.json",
+        {
+            "name": NAME,
+            "variant": variant,
+            "seed": 1,
+            "status": status,
+            "started": "2026-01-02T03:04:05+00:00",
+            "ended": None if status == "RUNNING" else "2026-01-02T04:04:05+00:00",
+            "command": "python -m harness run experiments/table3.yaml",
+            "edition": 2023,
+            "config": {"train": {"epochs": 2}},
+            "parameters": {
+                "train.epochs": 2,
+                "data.prompt": "x" * 7000,
+                "model.path": None,
+                "variant": variant,
+            },
+            "standin_model": True,
+            "git": {"commit": "abc123", "dirty": True},
+            "environment": {"python": "3.11.2", "torch": "2.13.0", "device": "cpu (test)"},
+            "data": {
+                "root": "data/phantom",
+                "layout": "imageclef2023",
+                "fingerprints": {"train": "1" * 12, "valid": "2" * 12},
+                "splits": {"train": 700, "valid": 100},
+            },
+            "steps": {"train": "steps/train-1"},
+            "scores": {"valid": {"before": {"rouge1": score(0.2)}, "after": scores}},
+            "image_gap": {
+                "rouge1": {"gap": 0.1, "low": 0.05, "high": 0.15},
+                "bertscore": {"reason": "x"},
+                "n": 9,
+            },
+            "baseline": {"caption": "a scan", "rouge1": 0.17},
+            "warnings": [],
+            "artifacts": {
+                "config.yaml": f"{NAME}/{variant}-s1/config.yaml",
+                "scores/valid_after_per_image.csv": "steps/score-1/per_image.csv",
+                "plots/never_made.png": "steps/none.png",
+            },
+            "submissions": [],
+        }
+        | changes,
+    )
+    return folder
+
+
+def losses(root: Path, rows: list[dict[str, Any]], end: str = "\n") -> None:
+    text = "\n".join(json.dumps(row) for row in rows) + end
+    write(root / "steps" / "train-1" / "losses.jsonl", text)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> bytes:
+    """MLflow's database with its tables: making them takes longer than all the rest."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file.read_bytes()
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, empty_store) -> Path:
+    """runs/ in a folder of its own, with a store that plain `mlflow ui` would show there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # for the follower not to heed
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    losses(tmp_path / "runs", [*ROWS, VALID])
+    return tmp_path / "runs"
+
+
+def client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{Path('mlflow.db').resolve()}")
+
+
+def mlflow_runs() -> dict[str, Any]:
+    """Every run of the experiment by its name, of which there is one each."""
+    experiment = client().get_experiment_by_name(NAME)
+    runs = client().search_runs([experiment.experiment_id])
+    assert len({run.info.run_name for run in runs}) == len(runs)
+    return {run.info.run_name: run for run in runs}
+
+
+def history(run: Any, key: str) -> list[tuple[int, float]]:
+    points = client().get_metric_history(run.info.run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_everything_on_disk_is_in_mlflow(root):
+    tracking.mirror(record(root, "base"))
+    write(root.parent / "submissions" / "x" / "caption-test" / "manifest.json", "{}")
+    tracking.mirror(
+        record(root, "dedup", submissions=["submissions/x/caption-test/caption_prediction_test.csv"])
+    )
+    runs = mlflow_runs()
+    assert set(runs) == {"experiment", "base-s1", "dedup-s1"}
+    parent = runs["experiment"]
+    assert parent.info.status == "FINISHED"
+    for name in ("base-s1", "dedup-s1"):
+        run = runs[name]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        # Both share the training step, and both show all of its curve.
+        assert history(run, "loss") == [(row["step"], row["loss"]) for row in ROWS]
+        assert history(run, "valid_loss") == [(20, 3.5)]
+        assert history(run, "epoch") == []
+    run = runs["dedup-s1"]
+    assert client().get_metric_history(run.info.run_id, "loss")[0].timestamp == int(ROWS[0]["time"] * 1000)
+    moment = datetime(2026, 1, 2, 4, 4, 5, tzinfo=UTC).timestamp() * 1000
+    assert (run.info.status, run.info.end_time, run.info.start_time) == (
+        "FINISHED",
+        moment,
+        moment - 3_600_000,
+    )
+    expected = {
+        "valid/rouge1": 0.25,
+        "valid/rouge1.low": 0.24,
+        "valid/before/rouge1": 0.2,
+        "valid/bertscore.high": 0.61,
+        "image_gap/rouge1": 0.1,
+        "image_gap/rouge1.low": 0.05,
+        "baseline/rouge1": 0.17,
+    }
+    assert {key: run.data.metrics[key] for key in expected} == pytest.approx(expected)
+    assert not any("bleurt" in key for key in run.data.metrics), "an absent score is not a number"
+    tags = run.data.tags
+    assert tags["standin"] == "bertscore"
+    assert tags["signature/rouge1"] == "rouge1|clef2023|rouge-score:0.1.2"
+    assert tags["absent/bleurt"] == "no weights"
+    assert (tags["git.commit"], tags["git.dirty"], tags["environment/torch"]) == ("abc123", "true", "2.13.0")
+    parameters = run.data.params
+    assert parameters["train.epochs"] == "2"
+    assert len(parameters["data.prompt"]) == 6000
+    assert parameters["data.prompt"].endswith("config.yaml)")
+    inputs = {(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs}
+    assert inputs == {("phantom/train", "1" * 12), ("phantom/valid", "2" * 12)}
+    found = {
+        item.path
+        for folder in ("", "scores", "submissions/caption-test")
+        for item in client().list_artifacts(run.info.run_id, folder)
+        if not item.is_dir
+    }
+    per_image = "scores/valid_after_per_image.csv"
+    assert found == {"config.yaml", "run.json", per_image, "submissions/caption-test/manifest.json"}
+    local = client().download_artifacts(run.info.run_id, per_image)
+    assert Path(local).read_text() == "ID,rouge1\na,0.5\n"
+
+
+def test_mirroring_again_adds_nothing_and_new_rows_are_added(root):
+    losses(root, ROWS[:5], end='\n{"step": 6, "ti')
+    folder = record(root, "base", "RUNNING", scores={})
+    tracking.mirror(folder)
+    assert mlflow_runs()["base-s1"].info.status == "RUNNING"
+    assert len(history(mlflow_runs()["base-s1"], "loss")) == 5
+    # After a crash, training forgets the rows after its last checkpoint and writes them again, later.
+    again = [{**row, "time": row["time"] + 1000} for row in ROWS]
+    losses(root, [*ROWS[:3], *again[3:], VALID])
+    for _ in range(2):
+        tracking.mirror(record(root, "base"))
+    # Even where what was mirrored is forgotten, a store keeps each point once.
+    state = json.loads((root / NAME / "mlflow.json").read_text())
+    for known in state.values():
+        known["runs"]["base-s1"] = {"run_id": known["runs"]["base-s1"]["run_id"]}
+    write_json(root / NAME / "mlflow.json", state)
+    losses(root, [*ROWS[:5], *again[5:], VALID])
+    tracking.mirror(folder)
+    run = mlflow_runs()["base-s1"]
+    assert history(run, "loss") == [(row["step"], row["loss"]) for row in ROWS]
+    assert history(run, "valid/rouge1") == [(0, 0.25)]
+    assert len(run.inputs.dataset_inputs) == 2
+    assert run.info.status == "FINISHED"
+
+
+def test_another_configuration_is_another_run_and_a_lost_store_is_filled_again(root, empty_store):
+    first = record(root, "base")
+    tracking.mirror(first)
+    old = mlflow_runs()["base-s1"].info.run_id
+    record(root, "base", parameters={"train.epochs": 3})
+    tracking.mirror(first)
+    experiment = client().get_experiment_by_name(NAME).experiment_id
+    epochs = {run.data.params.get("train.epochs") for run in client().search_runs([experiment])}
+    assert epochs == {None, "2", "3"}
+    client().delete_run(mlflow_runs_newest(experiment))
+    assert tracking.sync(root)[0].startswith(str(first))
+    Path("mlflow.db").write_bytes(empty_store)
+    tracking.mirror(first)
+    assert mlflow_runs()["base-s1"].info.run_id != old
+    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+
+
+def mlflow_runs_newest(experiment: str) -> str:
+    found = client().search_runs([experiment], "params.`train.epochs` = '3'")
+    return found[0].info.run_id
+
+
+def in_a_process(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE)
+
+
+def killed_in(method: str, count: int, folder: Path) -> None:
+    """Mirror in a process of its own, which dies when it has called a method of the client `count` times."""
+    import mlflow
+
+    child = os.fork()
+    if not child:
+        real = getattr(mlflow.MlflowClient, method)
+        calls = iter(range(1, 1000))
+
+        def dies(*arguments: Any, **more: Any) -> Any:
+            result = real(*arguments, **more)
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(mlflow.MlflowClient, method, dies)
+        try:
+            tracking.mirror(folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, (method, count)
+
+
+def test_killed_anywhere_the_next_mirror_makes_it_whole_without_duplicates(root, monkeypatch):
+    monkeypatch.setitem(server._BATCH, "metrics", 25)
+    folder = record(root, "base")
+    killed_in("create_run", 1, folder)  # the parent run is there, and nothing on disk says so
+    killed_in("create_run", 1, folder)  # the same for the run itself
+    killed_in("log_batch", 3, folder)  # scores
+    killed_in("log_batch", 5, folder)  # points, of which a part is there
+    killed_in("log_artifact", 1, folder)
+    tracking.mirror(folder)
+    runs = mlflow_runs()
+    assert set(runs) == {"experiment", "base-s1"}
+    assert history(runs["base-s1"], "loss") == [(row["step"], row["loss"]) for row in ROWS]
+    assert history(runs["base-s1"], "valid/rouge1") == [(0, 0.25)]
+    assert runs["base-s1"].info.status == "FINISHED"
+
+
+def test_follower_mirrors_while_it_goes_on_and_to_the_end(root):
+    losses(root, ROWS[:5])
+    folder = record(root, "base", "RUNNING", scores={})
+    follower = tracking.start(folder.parent)
+    try:
+        deadline = time.monotonic() + 40
+        while "base-s1" not in _names() or len(history(mlflow_runs()["base-s1"], "loss")) < 5:
+            assert time.monotonic() < deadline, (folder.parent / "mlflow.log").read_text()
+            time.sleep(0.3)
+        losses(root, [*ROWS, VALID])
+        record(root, "base")
+    finally:
+        late = follower.finish(40)
+    assert late is None, (folder.parent / "mlflow.log").read_text()
+    assert mlflow_runs()["base-s1"].info.status == "FINISHED"
+    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+
+
+def _names() -> set[str]:
+    return set(mlflow_runs()) if client().get_experiment_by_name(NAME) else set()
+
+
+def test_a_run_whose_process_was_killed_is_shown_as_killed(root):
+    record(root, "base", "RUNNING", scores={})
+    code = """
+import sys, time
+from pathlib import Path
+from harness import tracking
+follower = tracking.start(Path(sys.argv[1]))
+print(follower.process.pid, flush=True)
+time.sleep(600)
+"""
+    owner = in_a_process(code, str(root / NAME))
+    follower = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 40
+    while server.alive(follower):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    runs = mlflow_runs()
+    assert runs["base-s1"].info.status == "KILLED"
+    assert runs["experiment"].info.status == "KILLED"
+
+
+@contextlib.contextmanager
+def dead_server(kind: str) -> Iterator[str]:
+    """The address of a closed port, or of a server that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if kind == "hangs":
+            listener.listen(64)
+            yield address
+    if kind == "closed":
+        yield address
+
+
+@pytest.mark.parametrize("kind", ["closed", "hangs"])
+def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monkeypatch):
+    folder = record(root, "base")
+    with dead_server(kind) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:secret@"))
+        start = time.monotonic()
+        follower = tracking.start(folder.parent)
+        assert time.monotonic() - start < 1
+        log = folder.parent / "mlflow.log"
+        while "base-s1" not in log.read_text():  # it has tried once, as in any real run
+            assert time.monotonic() - start < 60
+            time.sleep(0.2)
+        start = time.monotonic()
+        sentence = follower.finish()
+        assert time.monotonic() - start < 12
+    assert "harness sync" in sentence
+    assert address in sentence
+    assert "secret" not in sentence + log.read_text()
+    assert follower.process.returncode is not None
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert len(tracking.sync(root)) == 1
+    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+
+
+def test_sync_says_which_runs_are_left(root, monkeypatch):
+    folder = record(root, "base")
+    with dead_server("closed") as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(UserError) as error:
+            tracking.sync(root)
+    assert str(folder) in str(error.value)
+    assert error.value.exit_code == 1
