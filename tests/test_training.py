@@ -1,0 +1,242 @@
+"""The training loop against plain PyTorch, its schedule, and what an interruption costs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TEXTS, build_tiny, load_tiny, pixels
+
+from harness import device, train
+from harness.config import AugmentConfig, TrainConfig
+from harness.data.augment import augment
+from harness.errors import UserError
+from harness.models.blip2 import IGNORE, freeze
+from harness.models.loading import load_file
+
+device.probe("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def config(**changes):
+    values = {
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 3,
+        "precision": "fp32",
+        "stage1": {"epochs": 2},
+        "stage2": {"epochs": 1},
+    }
+    return TrainConfig(**(values | changes))
+
+
+def splits(loaded):
+    def split(name, chosen, seed):
+        texts = [TEXTS[i] for i in chosen]
+        return train.Split(
+            [f"{name}_{i}" for i in chosen],
+            pixels(len(texts), seed=seed),
+            [loaded.caption.encode(caption) for _, caption in texts],
+            [loaded.concept.encode(concepts) for concepts, _ in texts],
+        )
+
+    return {"train": split("train", range(20), 1), "valid": split("valid", range(0, 20, 5), 2)}
+
+
+def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
+    directory.mkdir(exist_ok=True)
+    loaded = load_tiny(folder, dropout=dropout, **model)
+    evaluate = evaluate or (lambda: {"valid_primary": 0.0})
+    train.train(settings, AugmentConfig(), loaded, splits(loaded), "cpu", 42, directory, log, evaluate)
+    return loaded, [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
+
+
+def by_hand(folder, settings, language_model):
+    """Both stages in plain PyTorch: AdamW, mean losses over the tokens of the global batch, clipping."""
+    loaded = load_tiny(folder, language_model=language_model)
+    model, split = loaded.model, splits(loaded)["train"]
+    losses = []
+    for stage in train.stages(settings):
+        freeze(model, True, text_path=stage.number == 1 or not language_model)
+        own = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in own if p.ndim > 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0}],
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+        )
+        model.train()
+        total = stage.epochs * 3
+        for step in range(total):
+            epoch, number = divmod(step, 3)
+            indices = train.epoch_batches(20, 8, 42, stage.number, epoch)[number]
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(settings, stage.learning_rate, step, total, 3)
+            captions = loaded.caption.collate([split.captions[i] for i in indices])
+            concepts = loaded.concept.collate([split.concepts[i] for i in indices])
+            queries, states = model.see(loaded.normalise(torch.from_numpy(split.pixels[indices])))
+            if language_model:
+                loss = mean_loss(model._speak(queries, captions["ids"], captions["mask"]), captions, 0.0)
+            else:
+                loss = mean_loss(model.read(captions["ids"], states), captions, settings.label_smoothing)
+            if stage.number == 1:
+                loss = loss + mean_loss(
+                    model.read(concepts["ids"], states), concepts, settings.label_smoothing
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(own, settings.max_grad_norm)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return model, losses
+
+
+def mean_loss(logits, batch, smoothing):
+    return F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORE, label_smoothing=smoothing
+    )
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_training_equals_plain_pytorch(folder, tmp_path, language_model):
+    settings = config(evaluate_every=0)
+    loaded, rows = run(folder, tmp_path / "run", settings, language_model=language_model)
+    model, losses = by_hand(folder, settings, language_model)
+    found = [row["loss"] for row in rows if "loss" in row]
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    expected = dict(model.named_parameters())
+    for name, parameter in loaded.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_frozen_parts_do_not_change_by_a_bit(folder, tmp_path):
+    before = load_tiny(folder).model.state_dict()
+    first, _ = run(folder, tmp_path / "one", config(stage2={"epochs": 0}, evaluate_every=0))
+    after_one = first.model.state_dict()
+    both, _ = run(folder, tmp_path / "both", config(evaluate_every=0))
+    after_two = both.model.state_dict()
+    assert not torch.equal(after_one["query_tokens"], before["query_tokens"])
+    assert not torch.equal(after_two["query_tokens"], after_one["query_tokens"])
+    for name in before:
+        if name.startswith("language_model."):
+            assert torch.equal(after_two[name], before[name]), name
+        if name.startswith(("embeddings.", "cls.")):
+            assert torch.equal(after_two[name], after_one[name]), name
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [2, 4, 8])
+def test_an_interrupted_training_ends_in_the_same_weights(folder, tmp_path, at):
+    """Dropout and augmentation included; stopped in either stage, between and within epochs."""
+    settings = config(stage1={"epochs": 2}, stage2={"epochs": 2})
+    whole, rows = run(folder, tmp_path / "whole", settings, dropout=0.1)
+
+    def stop(row):
+        if row["step"] == at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(folder, tmp_path / "parts", settings, dropout=0.1, log=stop)
+    resumed, again = run(folder, tmp_path / "parts", settings, dropout=0.1)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    timing = ("time", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in again] == [
+        {k: v for k, v in row.items() if k not in timing} for row in rows
+    ]
+
+
+def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):
+    """As strings, 9.5 would beat 10.2."""
+    scores = iter([9.5, 10.2, 10.1])
+    weights = []
+
+    def evaluate():
+        return {"valid_primary": next(scores)}
+
+    loaded, _ = run(
+        folder,
+        tmp_path / "run",
+        config(),
+        evaluate=evaluate,
+        log=lambda row: weights.append(row["step"]) if "valid_loss" in row else None,
+    )
+    best = load_file(tmp_path / "run" / train.BEST)
+    run(
+        folder,
+        tmp_path / "two",
+        config(stage2={"epochs": 0}),
+        evaluate=lambda: {"valid_primary": 1.0 * len(weights)},
+    )
+    assert weights[:3] == [3, 6, 9]
+    assert not torch.equal(best["query_tokens"], load_file(tmp_path / "two" / train.BEST)["query_tokens"])
+    assert torch.equal(loaded.model.query_tokens.detach(), best["query_tokens"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"caption_loss became .* at step \d+; images of that batch: train_"
+    ) as caught:
+        run(folder, tmp_path / "run", config(learning_rate=1e30, max_grad_norm=0, warmup_steps=0))
+    assert caught.value.exit_code == 1
+
+
+def test_warm_up_then_cosine():
+    settings = config(learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000)
+    rates = [train.learning_rate(settings, 1e-5, step, 10_000, 476) for step in range(10_000)]
+    assert rates[0] == pytest.approx(1e-8)
+    assert rates[1000] == pytest.approx(1e-5)
+    assert max(rates) == rates[1000]
+    assert rates[5500] == pytest.approx(5e-6, rel=1e-3)
+    assert rates[-1] < 1e-11
+
+
+def test_lavis_cuts_its_warm_up_short():
+    """476 steps an epoch: the warm-up stops at 47.6 % of the peak, and the cosine moves by epochs."""
+    settings = config(
+        learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000, warmup_first_epoch_only=True
+    )
+    rates = [train.learning_rate(settings, 1e-5, step, 50 * 476, 476) for step in range(50 * 476)]
+    assert rates[475] == pytest.approx(1e-8 + (1e-5 - 1e-8) * 0.475)
+    assert rates[476] == pytest.approx(0.5 * 1e-5 * (1 + math.cos(math.pi / 50)))
+    assert len(set(rates[476 : 2 * 476])) == 1
+
+
+def test_an_epoch_shows_every_image_and_fills_its_last_step():
+    batches = train.epoch_batches(20, 8, seed=1, stage=1, epoch=0)
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert sorted(np.concatenate(batches)[:20]) == list(range(20))
+    assert batches[2][4:].tolist() == batches[0][:4].tolist()
+    again = train.epoch_batches(20, 8, seed=1, stage=1, epoch=1)
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(again))
+
+
+def test_augmentation_is_off_by_default_and_draws_from_its_generator():
+    images = torch.from_numpy(pixels(4))
+    assert augment(images, AugmentConfig(), torch.Generator()) is images
+    strong = AugmentConfig(random_crop=0.5, rotate=5, shift=0.05, brightness=0.2)
+    drawn = [augment(images, strong, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].dtype == torch.uint8
+    assert drawn[0].shape == images.shape
+
+
+def test_mirroring_is_exact():
+    images = torch.from_numpy(pixels(32))
+    mirrored = augment(images, AugmentConfig(horizontal_flip=True), torch.Generator().manual_seed(0))
+    flipped = [torch.equal(a, b.flip(1)) for a, b in zip(mirrored, images, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(mirrored, images, strict=True)]
+    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    assert any(flipped)
+    assert any(kept)
