@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,7 +44,11 @@ def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
     with _status(record, folder):
         builder = Builder(plan, reporter)
         for name in plan.inputs:
+            record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
             if not plan.done(name):
+                write_json(
+                    folder / "run.json", record
+                )  # so that MLflow follows the losses from the first step
                 begun = time.perf_counter()
                 step(
                     plan.root,
@@ -52,7 +57,6 @@ def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
                     lambda directory, n=name: builder.build(n, directory),
                 )
                 record["seconds"][name] = round(time.perf_counter() - begun, 1)
-            record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
             _keep(record, plan, name)
             write_json(folder / "run.json", record)
         record["submissions"] = _submit(plan, record)
@@ -66,6 +70,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "variant": config.variant,
         "seed": config.seed,
         "status": "RUNNING",
+        "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "ended": None,
         "command": command,

@@ -1,18 +1,17 @@
 """The commands; the only room that prints and sets exit codes."""
 
-import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from harness.cli import data
+from harness.cli.terminal import DeviceOption, Experiment, Format, Output, Sets, Terminal
 from harness.errors import UserError
 
 app = typer.Typer(
@@ -22,25 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-
-
-class Format(StrEnum):
-    """How results are printed."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. train.batch_size=32."),
-]
-Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, npu, cuda or cpu.")]
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:
@@ -76,36 +57,6 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
         print(f"{problems} {noun}; nothing was run.", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(code)
-
-
-class Terminal:
-    """Says what a run does: lines and bars on stderr, no bars where that is no terminal."""
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        print(text, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def progress(self, label: str) -> Iterator[Callable[..., None]]:
-        """A bar with an ETA that appears at the first `advance(done, total, note)`."""
-        if not sys.stderr.isatty():
-            yield lambda done, total, note="": None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        columns.append(TextColumn("{task.fields[note]}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            task: Any = None
-
-            def advance(done: int, total: int, note: str = "") -> None:
-                nonlocal task
-                if task is None:
-                    task = bars.add_task(label, total=total, note=note)
-                bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
-
-            yield advance
 
 
 def _configs(experiment: Path, sets: list[str] | None, device: str | None) -> list[Any]:
@@ -208,11 +159,8 @@ def sync(
 
     if follow is not None:
         tracking.follow(follow, parent or os.getppid())
-    elif run is not None:
-        tracking.mirror(run)
-        print(f"mirrored {run}")
     else:
-        for line in tracking.sync(RUNS):
+        for line in tracking.sync(run or RUNS):
             print(line)
 
 
@@ -238,83 +186,3 @@ def doctor(
         tables.show_checks(checks)
     if not all(check.ok for check in checks):
         sys.exit(1)
-
-
-Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
-LayoutOption = Annotated[
-    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (2024-2026) or rocov2.")
-]
-
-
-def _data_config(root: Path, layout: str, **more: Any) -> Any:
-    from pydantic import ValidationError
-
-    from harness.config import DataConfig
-    from harness.errors import Problem
-
-    try:
-        return DataConfig(root=root, layout=layout, **more)
-    except ValidationError as error:
-        raise UserError(
-            [Problem(f"got {layout!r}; {error.errors()[0]['msg'].lower()}", key="--layout")]
-        ) from None
-
-
-@data_app.command("phantom")
-def data_phantom(
-    folder: Annotated[Path, typer.Argument(help="Where to draw it; must not exist yet.")],
-    train: Annotated[int, typer.Option(min=1)] = 700,
-    valid: Annotated[int, typer.Option(min=1)] = 150,
-    test: Annotated[int, typer.Option(min=1)] = 150,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes."""
-    from harness.config import PhantomConfig
-    from harness.data import phantom
-
-    phantom.ensure(folder, PhantomConfig(train=train, valid=valid, test=test, seed=seed))
-    print(f"drew {train} + {valid} + {test} images into {folder}")
-
-
-@data_app.command("check")
-def data_check(root: Root, layout: LayoutOption = "imageclef2023", output: Output = Format.table) -> None:
-    """Verify labels and images, and print every problem with file and line; exit code 2 if there are any."""
-    from harness.data import check
-    from harness.plan import RUNS
-
-    with Terminal().progress("Checking images") as advance:
-        problems = check(_data_config(root, layout), RUNS, advance)
-    if output is Format.json:
-        print(
-            json.dumps(
-                [{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems], indent=1
-            )
-        )
-        if problems:
-            sys.exit(2)
-    elif problems:
-        raise UserError(problems, "Mend them, or leave these rows out: --set data.skip_bad=true")
-    else:
-        print("ok: no problems")
-
-
-@data_app.command("stats")
-def data_stats(
-    root: Root,
-    layout: LayoutOption = "imageclef2023",
-    plot: Annotated[Path, typer.Option(help="Where the histogram of caption lengths goes.")] = Path(
-        "caption_lengths.png"
-    ),
-    output: Output = Format.table,
-) -> None:
-    """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG)."""
-    from harness import tables
-    from harness.data import load, statistics
-    from harness.plan import RUNS
-
-    with Terminal().progress("Checking images") as advance:
-        dataset = load(_data_config(root, layout, skip_bad=True), RUNS, advance)
-    modalities, lengths = statistics.modalities(dataset), statistics.caption_lengths(dataset)
-    statistics.plot_lengths(dataset, plot)
-    tables.show_statistics(modalities, lengths, output.value)
-    print(f"histogram: {plot}", file=sys.stderr)

@@ -1,0 +1,92 @@
+"""`harness data`: look at a data set, check it, or draw a made-up one."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.cli.terminal import Format, Output, Terminal
+from harness.errors import UserError
+
+app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
+
+Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
+LayoutOption = Annotated[
+    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (2024-2026) or rocov2.")
+]
+
+
+def _data_config(root: Path, layout: str, **more: Any) -> Any:
+    from pydantic import ValidationError
+
+    from harness.config import DataConfig
+    from harness.errors import Problem
+
+    try:
+        return DataConfig(root=root, layout=layout, **more)
+    except ValidationError as error:
+        raise UserError(
+            [Problem(f"got {layout!r}; {error.errors()[0]['msg'].lower()}", key="--layout")]
+        ) from None
+
+
+@app.command("phantom")
+def data_phantom(
+    folder: Annotated[Path, typer.Argument(help="Where to draw it; must not exist yet.")],
+    train: Annotated[int, typer.Option(min=1)] = 700,
+    valid: Annotated[int, typer.Option(min=1)] = 150,
+    test: Annotated[int, typer.Option(min=1)] = 150,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes."""
+    from harness.config import PhantomConfig
+    from harness.data import phantom
+
+    phantom.ensure(folder, PhantomConfig(train=train, valid=valid, test=test, seed=seed))
+    print(f"drew {train} + {valid} + {test} images into {folder}")
+
+
+@app.command("check")
+def data_check(root: Root, layout: LayoutOption = "imageclef2023", output: Output = Format.table) -> None:
+    """Verify labels and images, and print every problem with file and line; exit code 2 if there are any."""
+    from harness.data import check
+    from harness.plan import RUNS
+
+    with Terminal().progress("Checking images") as advance:
+        problems = check(_data_config(root, layout), RUNS, advance)
+    if output is Format.json:
+        print(
+            json.dumps(
+                [{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems], indent=1
+            )
+        )
+        if problems:
+            sys.exit(2)
+    elif problems:
+        raise UserError(problems, "Mend them, or leave these rows out: --set data.skip_bad=true")
+    else:
+        print("ok: no problems")
+
+
+@app.command("stats")
+def data_stats(
+    root: Root,
+    layout: LayoutOption = "imageclef2023",
+    plot: Annotated[Path, typer.Option(help="Where the histogram of caption lengths goes.")] = Path(
+        "caption_lengths.png"
+    ),
+    output: Output = Format.table,
+) -> None:
+    """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG)."""
+    from harness import tables
+    from harness.data import load, statistics
+    from harness.plan import RUNS
+
+    with Terminal().progress("Checking images") as advance:
+        dataset = load(_data_config(root, layout, skip_bad=True), RUNS, advance)
+    modalities, lengths = statistics.modalities(dataset), statistics.caption_lengths(dataset)
+    statistics.plot_lengths(dataset, plot)
+    tables.show_statistics(modalities, lengths, output.value)
+    print(f"histogram: {plot}", file=sys.stderr)

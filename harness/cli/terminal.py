@@ -1,0 +1,57 @@
+"""What the commands share: how results are printed, progress on a terminal, options."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. train.batch_size=32."),
+]
+Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, npu, cuda or cpu.")]
+
+
+class Terminal:
+    """Says what a run does: lines and bars on stderr, no bars where that is no terminal."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, label: str) -> Iterator[Callable[..., None]]:
+        """A bar with an ETA that appears at the first `advance(done, total, note)`."""
+        if not sys.stderr.isatty():
+            yield lambda done, total, note="": None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        columns.append(TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task: Any = None
+
+            def advance(done: int, total: int, note: str = "") -> None:
+                nonlocal task
+                if task is None:
+                    task = bars.add_task(label, total=total, note=note)
+                bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
+
+            yield advance
