@@ -169,7 +169,7 @@ class TrainConfig(Section):
     max_caption_tokens: PositiveInt = 128
     """Captions and concept sentences are cut to this many tokens, their end token kept."""
     evaluate_every: NonNegativeInt = 1
-    """Epochs between validations; 0: after the last epoch only."""
+    """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
     evaluate_images: PositiveInt = 200
     """Validation images that are captioned and scored for the choice of the best checkpoint."""
     deepspeed: dict[str, Any] = {}

@@ -61,7 +61,8 @@ def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
                 merged["seed"] = seed
             for path, value in overrides:
                 _set(merged, path, value)
-                where[path] = Place(f"--set {'.'.join(path)}")
+                place = Place(f"--set {'.'.join(path)}")
+                where = {path[:n]: place for n in range(1, len(path))} | where | {path: place}
             try:
                 runs.append(Config.model_validate(merged))
             except ValidationError as error:

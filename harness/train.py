@@ -192,10 +192,8 @@ class _Run:
             )
         for epoch in range(self.state.epoch, stage.epochs):
             self._epoch(engine, stage, epoch)
-            final = epoch + 1 == stage.epochs and last
-            every = self.config.evaluate_every
-            if final or (every and (epoch + 1) % every == 0):
-                self._validate(stage, epoch)
+            every, final = self.config.evaluate_every, last and epoch + 1 == stage.epochs
+            self._validate(stage, epoch, scores=final or (every > 0 and (epoch + 1) % every == 0))
             self.state.epoch = epoch + 1
             self._save(engine, stage)
         engine.destroy()
@@ -293,13 +291,14 @@ class _Run:
                     waiting = pool.submit(collate, part)
                 yield batch
 
-    def _validate(self, stage: Stage, epoch: int) -> None:
+    def _validate(self, stage: Stage, epoch: int, scores: bool) -> None:
+        """Validation loss and, where due, scores; the best checkpoint so far is kept."""
         model = self.loaded.model
         model.eval()
-        row = {"valid_loss": self._valid_loss(), **self.evaluate()}
+        row = {"valid_loss": self._valid_loss()} | (self.evaluate() if scores else {})
         model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch + 1, **row})
-        if self.state.best is None or row[PRIMARY] > self.state.best:
+        if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
             self.state.best, self.state.best_step = row[PRIMARY], self.state.step
             save_trained(model, self.directory / BEST)
 
