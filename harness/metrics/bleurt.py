@@ -61,7 +61,9 @@ class Scorer:
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """One score for each (reference, prediction), in batches of similar length."""
-        lengths = [len(self.tokenizer(*pair, verbose=False)["input_ids"]) for pair in pairs]
+        # as lists, since a lone empty prediction would be taken for none, without its [SEP]
+        encoded = self.tokenizer(*map(list, zip(*pairs, strict=True)), verbose=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
         self.cut |= {pair for pair, length in zip(pairs, lengths, strict=True) if length > self.limit}
         scores = [0.0] * len(pairs)
         for rows in batches([min(length, self.limit) for length in lengths], BATCH_TOKENS):
@@ -72,7 +74,7 @@ class Scorer:
     def _forward(self, pairs: list[tuple[str, str]]) -> list[float]:
         import torch
 
-        references, predictions = zip(*pairs, strict=True)
+        references, predictions = map(list, zip(*pairs, strict=True))
         batch = self.tokenizer(
             references, predictions, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
         ).to(self.device)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from harness import checkpoints
+from harness.data.images import decode
 from harness.metrics.base import Absent, Inputs, Measured, model_name, sign, some_rows
 
 OFFICIAL = "openai/clip-vit-base-patch32"
@@ -60,15 +61,17 @@ def clean(caption: str) -> str:
 def pixels(path: Path, size: int) -> np.ndarray:
     """An image (3, size, size) float32 as OpenAI's CLIP prepares it.
 
-    The shorter side is resized to `size` (bicubic), the middle is cut out, then RGB, normalised.
+    The shorter side is resized to `size` (bicubic), the middle is cut out, made RGB and normalised.
     """
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path) as opened:
+        # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
+        image = opened if opened.mode in ("L", "RGB") else decode(path)
         width, height = image.size
         # the longer side is truncated and the margin rounded as torchvision does both
         scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-        image = image.resize(scaled, Image.Resampling.BICUBIC) if image.size != scaled else image
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in image.size)
         rgb = image.crop((left, top, left + size, top + size)).convert("RGB")
     values = np.asarray(rgb, dtype=np.float32) / 255

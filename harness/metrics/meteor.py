@@ -8,6 +8,7 @@ standard input does, so also when this process is killed.
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ def measure(inputs: Inputs) -> Measured:
         per_image,
         sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2"),
         value=value,
-        statistics=_parse(lines),
+        statistics=parse(lines),
     )
 
 
@@ -58,7 +59,8 @@ def aggregate(totals: np.ndarray) -> np.ndarray:
     return mean * (1 - _GAMMA * _ratio(chunks, matched.sum(-1) / 2) ** _BETA)
 
 
-def _parse(lines: Sequence[str]) -> np.ndarray:
+def parse(lines: Sequence[str]) -> np.ndarray:
+    """The jar's lines of statistics as numbers (n, 23) that may be summed."""
     statistics = np.array([line.split() for line in lines], dtype=float)
     words, matched = statistics[:, 0:2], statistics[:, 21:23]
     # the jar counts no chunk for a segment that matches as a whole, so that its penalty is 0
@@ -110,6 +112,7 @@ class Meteor:
     def _ask(self, lines: list[str], answers: int, seconds: float) -> list[str]:
         watchdog = threading.Timer(seconds, self._process.kill)  # a killed process ends the reads below
         watchdog.start()
+        started = time.perf_counter()
         try:
             self._process.stdin.write("".join(f"{line}\n" for line in lines))
             self._process.stdin.flush()
@@ -119,14 +122,16 @@ class Meteor:
         finally:
             watchdog.cancel()
         if not all(got):
-            raise Absent(f"METEOR gave no answer within {seconds:.0f} s: {self._last_words()}")
+            raise Absent(
+                f"METEOR gave no answer in {time.perf_counter() - started:.0f} s: {self._last_words()}"
+            )
         return got
 
     def _last_words(self) -> str:
         self._process.kill()
         self._process.wait()
         self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").strip()[-500:] or "and Java said nothing"
+        return self._errors.read().decode(errors="replace").strip()[-500:] or "Java said nothing"
 
 
 def _score_line(prediction: str, reference: str) -> str:
