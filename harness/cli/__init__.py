@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import data
+from harness.cli import data, submission
 from harness.cli.terminal import DeviceOption, Experiment, Format, Output, Sets, Terminal
 from harness.errors import UserError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
+app.add_typer(submission.app, name="submission")
 
 
 def main() -> None:
