@@ -71,11 +71,7 @@ class TextCache:
     def _open(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database, database:
-            # losing the last texts in a power cut costs less than waiting for the disk
-            database.execute("PRAGMA synchronous = OFF")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS texts (key BLOB UNIQUE, ids BLOB, vectors BLOB, cut INT)"
-            )
+            database.execute(_TABLE)
             yield database
 
 
@@ -84,7 +80,5 @@ def _key(text: str) -> bytes:
 
 
 def _unpack(ids: bytes, vectors: bytes, cut: int) -> Embedded:
-    tokens = np.frombuffer(ids, dtype=np.int32)
-    return Embedded(
-        tokens.tolist(), np.frombuffer(vectors, dtype=np.float32).reshape(len(tokens), -1), bool(cut)
-    )
+    tokens = np.frombuffer(ids, dtype=np.int32).tolist()
+    return Embedded(tokens, np.frombuffer(vectors, dtype=np.float32).reshape(len(tokens), -1), bool(cut))
