@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import data, submission
+from harness.cli import data, leaderboard, submission
 from harness.cli.terminal import DeviceOption, Experiment, Format, Output, Sets, Terminal
 from harness.errors import UserError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(submission.app, name="submission")
+app.command("leaderboard")(leaderboard.leaderboard)
 
 
 def main() -> None:

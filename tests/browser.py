@@ -1,0 +1,173 @@
+"""Headless Chromium by its own protocol over a pipe: real clicks and keys, console, requests, screenshots."""
+
+import base64
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+QUIET = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+SECONDS = 60
+
+
+class Browser:
+    """One page in one window; `problems` are console errors and exceptions, `requests` the URLs asked for."""
+
+    def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
+        to_child, self._out = _pipe()
+        self._in, from_child = _pipe()
+        self._process = subprocess.Popen(
+            [
+                CHROMIUM,
+                *FLAGS,
+                *QUIET,
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(to_child, 3), os.dup2(from_child, 4)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_child)
+        os.close(from_child)
+        self._buffer, self._number, self._session = b"", 0, None
+        self.events: list[dict[str, Any]] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.send(f"{domain}.enable")
+        self.resize(width, height)
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+    def resize(self, width: int, height: int) -> None:
+        """The window's size in CSS pixels; below 600 it is a phone."""
+        sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.send("Emulation.setDeviceMetricsOverride", **sizes)
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the DevTools protocol and wait for its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + SECONDS
+        while True:
+            reply = self._next(deadline)
+            if reply.get("id") == self._number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']}")
+                return reply["result"]
+            self.events.append(reply)
+
+    def _next(self, deadline: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._in], [], [], left)[0]:
+                raise TimeoutError("chromium did not answer")
+            part = os.read(self._in, 1 << 20)
+            if not part:
+                raise RuntimeError("chromium is gone")
+            self._buffer += part
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, page: Path) -> float:
+        """Open a file and wait until it is loaded; returns the seconds that took."""
+        began = time.monotonic()
+        self.events.clear()
+        self.send("Page.navigate", url=page.resolve().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next(began + SECONDS))
+        return time.monotonic() - began
+
+    def evaluate(self, script: str) -> Any:
+        """The JSON value of an expression in the page."""
+        done = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in done:
+            raise RuntimeError(done["exceptionDetails"])
+        return done["result"].get("value")
+
+    def click(self, node: str) -> None:
+        """Click with the mouse in the middle of what a JavaScript expression gives."""
+        self.evaluate(f"({node}).scrollIntoView({{block: 'center', inline: 'center'}})")
+        box = self.evaluate(f"(({node}).getBoundingClientRect().toJSON())")
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press a key where the focus is."""
+        shared = {"key": key, "code": key, "windowsVirtualKeyCode": code, "text": text}
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, **shared)
+
+    def choose(self, select_id: str, value: str) -> None:
+        """Choose an option of a select element, as a user's choice is reported to the page."""
+        node = f"document.getElementById({json.dumps(select_id)})"
+        self.evaluate(f"{node}.value = {json.dumps(value)}")
+        self.evaluate(f"{node}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+
+    def screenshot(self, file: Path) -> Path:
+        """The whole page as PNG."""
+        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        file.write_bytes(base64.b64decode(shot["data"]))
+        return file
+
+    @property
+    def problems(self) -> list[str]:
+        """Console errors, violations of the page's security policy and uncaught exceptions so far."""
+        self.evaluate("0")
+        bad = [e for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
+        bad += [
+            e
+            for e in self.events
+            if e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"
+        ]
+        bad += [
+            e
+            for e in self.events
+            if e.get("method") == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "assert")
+        ]
+        return [json.dumps(event["params"])[:500] for event in bad]
+
+    @property
+    def requests(self) -> list[str]:
+        """The URLs that were asked for since `open`, data: ones left out."""
+        self.evaluate("0")
+        asked = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        urls = [event["params"]["request"]["url"] for event in asked]
+        return [url for url in urls if not url.startswith("data:")]
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are far from 3 and 4, which the child wants."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high  # type: ignore[return-value]

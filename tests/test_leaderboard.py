@@ -1,0 +1,308 @@
+"""The leaderboard: who is ranked, who stands apart and why; the page in a real browser."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+
+from harness import leaderboard
+from harness.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SIGNATURE = "bertscore|clef2023|microsoft/deberta-xlarge-mnli|layer:40|idf:no|rescale:no|fp32"
+EVIL = "</script><script>window.evil=1</script><img src=x onerror=window.evil=2><!--"
+
+
+def score(value: float | None, official: bool = True, n: int = 10_437, **more) -> dict:
+    low, high = (None, None) if value is None else (value - 0.003, value + 0.003)
+    signature = SIGNATURE if official else "bertscore|clef2023|STAND-IN x"
+    base = {"value": value, "low": low, "high": high, "n": n, "signature": signature, "official": official}
+    return base | more
+
+
+def record(
+    name="imageclef2023/table3",
+    variant="opt_364",
+    bertscore=0.61,
+    rouge1=0.25,
+    split="valid",
+    seed=42,
+    **more,
+) -> dict:
+    scores = {"bertscore": score(bertscore), "rouge1": score(rouge1), "bleurt": score(0.9, official=False)}
+    if split == "test":
+        scores = {metric: one | {"n": 10_473} for metric, one in scores.items()}
+    config = {
+        "data": {"phantom": None},
+        "model": {"language_model": True, "image_size": 364},
+        "postprocess": {"deduplicate": False},
+    }
+    found = {
+        "name": name,
+        "variant": variant,
+        "seed": seed,
+        "status": "FINISHED",
+        "started": "2026-01-01T00:00:00+00:00",
+        "ended": "2026-01-02T03:04:05+00:00",
+        "command": "python -m harness run experiments/table3.yaml",
+        "edition": 2023,
+        "config": config,
+        "standin_model": False,
+        "git": {"commit": "c0ffee" * 6, "dirty": False},
+        "scores": {split: {"before": scores, "after": scores}},
+        "image_gap": {"rouge1": {"gap": 0.02, "low": 0.01, "high": 0.03}},
+    }
+    return found | more
+
+
+def write_run(root: Path, run: dict) -> Path:
+    folder = root / "runs" / run["name"] / f"{run['variant']}-s{run['seed']}"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "config.yaml").write_text("name: x\n")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A folder with the official standings and no runs."""
+    (tmp_path / "leaderboard").mkdir()
+    for year in (2023, 2026):
+        text = (ROOT / "leaderboard" / f"{year}.csv").read_bytes()
+        (tmp_path / "leaderboard" / f"{year}.csv").write_bytes(text)
+    return tmp_path
+
+
+def board(project: Path, edition: int = 2023) -> leaderboard.Board:
+    return leaderboard.board(edition, project / "runs", project / "leaderboard")
+
+
+def harness(folder: Path, *arguments: str, code: int = 0) -> str:
+    command = [sys.executable, "-m", "harness", "leaderboard", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("year", [2023, 2026])
+def test_the_official_standings_are_the_given_ones(year, shared):
+    ours = leaderboard.read_standings(ROOT / "leaderboard" / f"{year}.csv")
+    with (shared / "golden" / f"leaderboard_{year}.csv").open(encoding="utf-8", newline="") as text:
+        given = list(csv.DictReader(text))
+    assert [(row.team, row.run) for row in ours] == [(row["team"], row["run"]) for row in given]
+    for row, golden in zip(ours, given, strict=True):
+        assert row.source
+        assert all(value == float(golden[metric]) for metric, value in row.scores.items())
+    primary = [row.scores["bertscore" if year == 2023 else "overall"] for row in ours]
+    assert primary == sorted(primary, reverse=True)
+
+
+def test_a_row_without_source_or_number_is_refused(tmp_path):
+    file = tmp_path / "2023.csv"
+    file.write_text("rank,team,run,bertscore,source\n1,a,1,0.5,\n2,b,1,many,notes\n")
+    with pytest.raises(UserError) as error:
+        leaderboard.read_standings(file)
+    assert [problem.line for problem in error.value.problems] == [2, 3]
+
+
+APART = {
+    "stand-in captioner": ({"standin_model": True}, "stand-in model"),
+    "still running": ({"status": "RUNNING"}, "RUNNING"),
+    "made-up images": ({"config": record()["config"] | {"data": {"phantom": {}}}}, "made up"),
+    "stand-in metric": ({"scores": {"valid": {"after": {"bertscore": score(0.9, False)}}}}, "STAND-IN x"),
+    "other images": ({"scores": {"valid": {"after": {"bertscore": score(0.9, n=197)}}}}, "197 images"),
+    "no score": ({"scores": {"valid": {"after": {"bertscore": score(None, reason="no Java")}}}}, "no Java"),
+    "not scored": ({"scores": {}}, "not computed"),
+    "only before": ({"scores": {"valid": {"before": {"bertscore": score(0.9)}}}}, "not computed"),
+    "edition without its metric": ({"edition": 2026}, "overall, which ranks, is absent"),
+    "edition without a rule": ({"edition": 2022}, "not established"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_what_can_not_be_compared_stands_apart_and_says_why(case, project):
+    changes, why = APART[case]
+    write_run(project, record(**changes))
+    found = board(project, changes.get("edition", 2023))
+    (entry,) = found.entries
+    assert why in entry.apart
+    assert found.rank(entry) is None
+    assert found.beats(entry) == {}
+    assert all(
+        "difference" not in cell for row in leaderboard.table_3(found) for cell in row["scores"].values()
+    )
+
+
+def test_all_reasons_are_given_at_once(project):
+    run = record(standin_model=True, scores={"valid": {"after": {"bertscore": score(0.9, False, n=197)}}})
+    write_run(project, run)
+    assert board(project).entries[0].apart.count(";") == 2
+
+
+def test_validation_is_ranked_among_ourselves_and_never_among_the_teams(project):
+    write_run(project, record(variant="best", bertscore=0.99))
+    write_run(project, record(variant="worst", bertscore=0.01))
+    write_run(project, record(variant="cheat", bertscore=0.999, standin_model=True))
+    found = board(project)
+    assert {entry.run: found.rank(entry) for entry in found.entries} == {
+        "best-s42": 1,
+        "worst-s42": 2,
+        "cheat-s42": None,
+    }
+    text = harness(project, "--edition", "2023")
+    official = text.partition("our runs")[0]
+    assert "CSIRO" in official
+    assert "best" not in official
+    assert "hypothetical" in text
+
+
+def test_a_test_score_takes_the_place_that_it_would_have_had(project):
+    for variant, value in (("first", 0.65), ("third", 0.62), ("last", 0.5), ("third_too", 0.617035)):
+        write_run(project, record(variant=variant, bertscore=value, split="test"))
+    found = board(project)
+    ranks = {entry.record["variant"]: found.rank(entry) for entry in found.entries}
+    assert ranks == {"first": 1, "third": 3, "last": None, "third_too": 3}
+    text = harness(project, "--edition", "2023")
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    names = [line.split("│")[2].strip() for line in lines[:9]]
+    ours = "imageclef2023/table3"
+    assert names == [ours, "CSIRO", "closeAI2023", ours, ours, "AUEB-NLP-Group", "PCLmed", "VCMI", ours]
+    assert "(>5)" in text
+
+
+def test_the_teams_that_one_would_have_beaten_by_each_official_score(project):
+    write_run(project, record(bertscore=0.6200, rouge1=0.2200))
+    found = board(project)
+    assert found.beats(found.entries[0]) == {
+        "bertscore": ["AUEB-NLP-Group", "PCLmed", "VCMI"],
+        "rouge1": ["AUEB-NLP-Group", "VCMI"],
+    }
+
+
+def test_table_3_has_a_difference_where_it_is_one_and_its_significance(project):
+    write_run(project, record(bertscore=0.6090, rouge1=0.2700))
+    rows = leaderboard.table_3(board(project))
+    assert [(row["scores"]["bertscore"]["paper"], row["scores"]["rouge1"]["paper"]) for row in rows] == [
+        (0.541, 0.160),
+        (0.593, 0.249),
+        (0.608, 0.255),
+        (0.628, 0.253),
+    ]
+    assert [row["run"] for row in rows] == [None, None, "imageclef2023/table3/opt_364-s42", None]
+    bertscore, rouge1 = rows[2]["scores"]["bertscore"], rows[2]["scores"]["rouge1"]
+    assert bertscore["difference"] == pytest.approx(0.001)
+    assert bertscore["significant"] is False
+    assert rouge1["difference"] == pytest.approx(0.015)
+    assert rouge1["significant"] is True
+
+
+def test_json_and_csv_tell_where_a_score_comes_from(project):
+    folder = write_run(project, record())
+    mirrored = {"sqlite:////x/mlflow.db": {"runs": {folder.name: {"run_id": "abc"}}}}
+    mirrored |= {"https://tracking.example": {"runs": {folder.name: {"run_id": "def"}}}}
+    mirrored |= {"javascript:alert(1)": {"runs": {folder.name: {"run_id": "ghi"}}}}
+    (folder.parent / "mlflow.json").write_text(json.dumps(mirrored))
+    (found,) = json.loads(harness(project, "--edition", "2023", "--format", "json"))
+    (run,) = found["runs"]
+    assert run["scores"]["bertscore"]["low"] == pytest.approx(0.607)
+    assert (run["seed"], run["date"], run["commit"]) == (42, "2026-01-02T03:04:05+00:00", "c0ffee" * 6)
+    assert run["command"] == "python -m harness run experiments/table3.yaml"
+    assert (project / "leaderboard" / run["links"]["config.yaml"]).resolve() == (
+        folder / "config.yaml"
+    ).resolve()
+    assert "report.html" not in run["links"]
+    links = [place["link"] for place in run["mlflow"]]
+    assert links[1:] == ["https://tracking.example/#/runs/def", None]
+    assert links[0].endswith("/#/runs/abc")
+    rows = list(csv.DictReader(io.StringIO(harness(project, "--format", "csv"))))
+    assert len(rows) == 5 * 7 + 8 * 9 + 3
+    assert {row["split"] for row in rows if row["kind"] == "team"} == {"test"}
+    assert {row["split"] for row in rows if row["kind"] == "run"} == {"valid"}
+    assert all(row["source"] for row in rows if row["kind"] == "team")
+
+
+def test_mistakes_and_empty_projects(tmp_path):
+    assert "no runs yet" in harness(tmp_path, "--edition", "2024")
+    assert "2022, 2023" in harness(tmp_path, "--edition", "2021", code=2)
+    assert json.loads(harness(tmp_path, "--format", "json")) == []
+    write_run(tmp_path, record())
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.json").write_text("{")
+    assert "broken/run.json" in harness(tmp_path, code=2)
+
+
+def evil_project(project: Path) -> Path:
+    """Ranked, apart and hostile runs, enough of them to sort and filter."""
+    for n, variant in enumerate(("opt_364", "again", "third")):
+        write_run(project, record(variant=variant, bertscore=0.60 + 0.01 * n))
+    write_run(project, record(name="quick", variant="tiny", bertscore=0.9, standin_model=True))
+    write_run(project, record(name="quick", variant="made", bertscore=0.4, command=EVIL))
+    folder = write_run(project, record(name="evil", variant="x", bertscore=0.605))
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"name": EVIL, "variant": EVIL}))
+    harness(project, "--format", "html")
+    return project / "leaderboard" / "index.html"
+
+
+def test_the_page_holds_nothing_that_leaves_it_and_no_foreign_markup(project):
+    page = evil_project(project).read_text(encoding="utf-8")
+    assert page.count("<script") == 2
+    assert page.count("</script>") == 2
+    assert "{{data}}" not in page
+    assert "onerror" not in page.partition('<script id="data"')[0]
+    data = page.partition('type="application/json">')[2].partition("</script>")[0]
+    assert "<" not in data
+    assert any(run["experiment"] == EVIL for run in json.loads(data)["boards"][0]["runs"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+def test_the_page_in_a_browser(project, tmp_path_factory):
+    page = evil_project(project)
+    shots = Path(os.environ.get("SCREENSHOTS", tmp_path_factory.mktemp("shots")))
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        assert browser.open(page) < 5
+        assert browser.requests == [page.resolve().as_uri()]
+        cells = "[...document.querySelectorAll('table')].find(t => t.textContent.includes('would have'))"
+        names = f"[...{cells}.tBodies[0].rows].map(r => r.cells[2].textContent)"
+        assert browser.evaluate(names) == [
+            "third-s42",
+            "again-s42",
+            f"{EVIL}-s42",
+            "opt_364-s42",
+            "made-s42",
+        ]
+        heading = f"{cells}.tHead.rows[0].cells[3]"
+        button = f"{heading}.querySelector('button')"
+        browser.click(button)
+        assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == "descending"
+        browser.click(button)
+        assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == "ascending"
+        assert browser.evaluate(names)[0] == "made-s42"
+        assert browser.evaluate(names)[-1] == "third-s42"
+        browser.evaluate(f"{button}.focus()")
+        browser.press("Enter", 13, "\r")
+        assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == "descending"
+        assert browser.evaluate("document.querySelectorAll('svg rect').length") == 5 + 5 + 1
+        browser.screenshot(shots / "leaderboard.png")
+        browser.choose("experiment", "quick")
+        assert browser.evaluate(names) == ["made-s42"]
+        assert "2 of our 6" in browser.evaluate("document.getElementById('status').textContent")
+        assert browser.evaluate("document.querySelectorAll('svg rect').length") == 5 + 1 + 1
+        browser.choose("experiment", EVIL)
+        assert browser.evaluate("document.getElementById('main').textContent").count("onerror") >= 2
+        browser.choose("edition", "2026")
+        assert "AIstatLab" in browser.evaluate("document.getElementById('main').textContent")
+        browser.choose("edition", "2023")
+        browser.resize(375, 800)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 375
+        browser.screenshot(shots / "leaderboard-phone.png")
+        assert browser.evaluate("window.evil") is None
+        assert browser.problems == []
+        assert browser.requests == [page.resolve().as_uri()]
