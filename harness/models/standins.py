@@ -54,7 +54,7 @@ def build_bleurt(captions: Sequence[str], folder: Path, seed: int = 0) -> None:
             )
         )
         _attend_to_equals(model.bleurt)
-        _learn(model, _bleurt_losses(model, tokenizer, texts, seed), BLEURT_STEPS, 1e-3)
+        _learn(model, _bleurt_losses(model, tokenizer, texts, seed), BLEURT_STEPS, 2e-3)
     _save(model, folder, "bleurt", [texts, seed])
 
 
