@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, device, metrics, postprocess
 from harness.captions import PREDICTIONS, read_captions, write_captions
+from harness.config import PredictConfig
 from harness.data import Example
 from harness.errors import UserError
 from harness.metrics import Score
@@ -124,7 +125,10 @@ class Builder:
         self._model = loaded
 
     def _validate(self, loaded: "Loaded", pixels: Any) -> dict[str, float]:
-        """Scores of the model as it is, on the images that the config sets aside for choosing the best."""
+        """Scores of the model as it is, on the images that the config sets aside for choosing the best.
+
+        Decoded greedily whatever `predict` says, so that a study of decoding trains once.
+        """
         import numpy as np
 
         from harness import predict, train
@@ -132,7 +136,8 @@ class Builder:
         examples = self.data.splits["valid"]
         count = min(self.config.train.evaluate_images, len(examples))
         chosen = np.sort(np.random.default_rng(0).permutation(len(examples))[:count])
-        captions = predict.captions(loaded, pixels, chosen, self.config.predict)
+        greedy = PredictConfig(num_beams=1, max_new_tokens=self.config.train.max_caption_tokens)
+        captions = predict.captions(loaded, pixels, chosen, greedy)
         primary = primary_metric(self.config)
         settings = self.config.score.model_copy(update={"metrics": (primary, "rouge1"), "bootstrap": 0})
         references = [examples[i].caption for i in chosen]

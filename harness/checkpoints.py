@@ -51,7 +51,7 @@ def mark_standin(folder: Path, name: str) -> None:
 
 def missing(name: str, key: str) -> Problem:
     """The problem to report when `find(name)` gave None for the config key `key`."""
-    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     hint = (
         None
         if looks_like_path

@@ -171,7 +171,7 @@ class TrainConfig(Section):
     evaluate_every: NonNegativeInt = 1
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
     evaluate_images: PositiveInt = 200
-    """Validation images that are captioned and scored for the choice of the best checkpoint."""
+    """Validation images that are captioned (greedily) and scored for the choice of the best checkpoint."""
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed config."""
 

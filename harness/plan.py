@@ -71,7 +71,6 @@ class Plan:
             "train": config.train.model_dump(),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
-            "decoding": decoding,
             "primary": [config.edition, config.score.bertscore.model_dump()],
         }
         for split in self.splits:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from harness import checkpoints, device, submission
 from harness.build import Builder
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
+from harness.data import EDITIONS
 from harness.plan import Plan, Reporter
 from harness.store import step, write, write_json
 
@@ -143,8 +144,13 @@ def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
             record["artifacts"]["plots/caption_lengths.png"] = f"{where}/caption_lengths.png"
 
 
-def _submit(plan: Plan, record: Mapping[str, Any]) -> list[str]:
-    """Write and check the official file of every predicted split."""
+def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
+    """Write and check the official file of every predicted split, if the edition has an established one."""
+    if EDITIONS[plan.config.edition].caption_format is None:
+        record["warnings"].append(
+            f"no submission file: its format in {plan.config.edition} is not established"
+        )
+        return []
     made = []
     for split in plan.splits:
         captions = read_captions(plan.directory(f"postprocess-{split}") / PREDICTIONS)

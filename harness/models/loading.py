@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from harness import checkpoints
 from harness.config import ModelConfig
@@ -62,6 +63,8 @@ def load(config: ModelConfig, folder: Path, max_tokens: int, dropout: float | No
     if dropout is not None:
         blip2.qformer_config.hidden_dropout_prob = dropout
         blip2.qformer_config.attention_probs_dropout_prob = dropout
+    # what is missing is reported below, as an error; what is not needed is no news
+    logging.set_verbosity_error()
     model, info = Captioner.from_pretrained(
         folder,
         config=blip2,

@@ -69,7 +69,8 @@ def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folde
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DEC]
     words.train_from_iterator(
-        corpus, trainers.WordPieceTrainer(vocab_size=config.vocab_size, special_tokens=special)
+        corpus,
+        trainers.WordPieceTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False),
     )
     vocabulary = sorted(words.get_vocab().items(), key=lambda item: item[1])
     (folder / QFORMER_TOKENIZER).mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,7 @@ def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folde
             vocab_size=config.vocab_size,
             special_tokens=[_PAD, _START, _END, _IMAGE],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     PreTrainedTokenizerFast(
