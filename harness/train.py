@@ -344,6 +344,10 @@ def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
     model.autocast_dtype = precision(config, kind)
     if model.language_model is not None and model.autocast_dtype is not None:
         model.language_model.to(model.autocast_dtype)
+    if kind == "cpu":  # torch's fused attention is slower there than plain products, backwards above all
+        for part in (model.vision_model, model.language_model):
+            if part is not None:
+                part.set_attn_implementation("eager")
     model.to(devices.torch_device(kind))
 
 

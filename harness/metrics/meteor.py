@@ -5,11 +5,13 @@ process behind. This one has a time limit on every exchange, says what Java said
 standard input does, so also when this process is killed.
 """
 
+import atexit
+import contextlib
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,7 +29,7 @@ _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 def measure(inputs: Inputs) -> Measured:
     """METEOR after the official pre-processing, without PTB; the score is of summed statistics (n, 23)."""
-    with Meteor() as meteor:
+    with shared() as meteor:
         lines = meteor.statistics(inputs.clean_predictions, inputs.clean_references)
         value, per_image = meteor.scores(lines)
     return Measured(
@@ -73,6 +75,21 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.zeros(np.shape(b)), where=b != 0)
 
 
+@contextlib.contextmanager
+def shared() -> Iterator["Meteor"]:
+    """The jar of this process, for one caller at a time; started once, which takes 5 s, or when it died."""
+    global _running
+    with _lock:
+        if _running is None or not _running.alive:
+            _running = Meteor().__enter__()
+            atexit.register(_running.__exit__)
+        yield _running
+
+
+_running: "Meteor | None" = None
+_lock = threading.Lock()
+
+
 class Meteor:
     """The jar, running while the context lasts; everything it cannot do raises `Absent` with Java's words."""
 
@@ -93,6 +110,11 @@ class Meteor:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the jar still runs."""
+        return self._process.poll() is None
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> list[str]:
         """One line of 23 statistics for each pair."""

@@ -36,9 +36,10 @@ class Loaded:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float (B, 3, S, S), in the checkpoint's units."""
-        mean = torch.tensor(self.mean, device=pixels.device)
-        std = torch.tensor(self.std, device=pixels.device)
-        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        mean = 255 * torch.tensor(self.mean, device=pixels.device)[:, None, None]
+        std = 255 * torch.tensor(self.std, device=pixels.device)[:, None, None]
+        planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return planes.sub_(mean).div_(std)
 
 
 def needed(config: ModelConfig) -> list[tuple[str, str]]:
