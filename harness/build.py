@@ -110,6 +110,13 @@ class Builder:
         splits = {"train": split("train"), "valid": split("valid")}
         steps = train.total_steps(self.config.train, len(splits["train"].ids))
         with self.reporter.progress(f"Training {self.config.variant}") as advance:
+
+            def log(row: train.Row) -> None:
+                advance(row["step"], steps, _note(row))
+                if "valid_loss" in row:
+                    where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
+                    self.reporter.say(f"{self.config.run_name}: {where}: {_note(row)}")
+
             train.train(
                 self.config.train,
                 self.config.data.augment,
@@ -118,7 +125,7 @@ class Builder:
                 self.kind,
                 self.config.seed,
                 directory,
-                lambda row: advance(row["step"], steps, _note(row)),
+                log,
                 lambda: self._validate(loaded, splits["valid"].pixels),
             )
         plots.curves(directory / train.LOSSES, directory / "curves.png")
@@ -224,7 +231,8 @@ class Builder:
 
 
 def _note(row: Mapping[str, Any]) -> str:
-    shown = {"loss": "loss {:.3f}", "valid_loss": "valid loss {:.3f}", "valid_primary": "best by {:.4f}"}
+    shown = {"loss": "loss {:.3f}"} | {n: n + " {:.4f}" for n in row if n.startswith("valid_")}
+    shown.pop("valid_primary", None)
     return "  ".join(form.format(row[key]) for key, form in shown.items() if key in row)
 
 

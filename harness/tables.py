@@ -113,7 +113,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if gap.get("low") is not None and gap["low"] <= 0:
             notes[f"{_run_name(record)}: its captions fit other images as well (image gap)"] = None
     ranking = EDITIONS[records[0]["edition"]].ranking
-    notes[f"{records[0]['edition']} ranks by: {ranking}"] = None
+    notes[f"Ranking in {records[0]['edition']}: {ranking}"] = None
     return list(notes)
 
 
