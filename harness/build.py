@@ -231,9 +231,8 @@ class Builder:
 
 
 def _note(row: Mapping[str, Any]) -> str:
-    shown = {"loss": "loss {:.3f}"} | {n: n + " {:.4f}" for n in row if n.startswith("valid_")}
-    shown.pop("valid_primary", None)
-    return "  ".join(form.format(row[key]) for key, form in shown.items() if key in row)
+    shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
+    return "  ".join(f"{name} {row[name]:.4f}" for name in shown)
 
 
 def _per_image(examples: Sequence[Example], predictions: Sequence[str], scores: Mapping[str, Score]) -> str:
