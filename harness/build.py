@@ -27,9 +27,10 @@ class Builder:
         self.kind = device.probe(plan.config.device).kind
         self._model: Loaded | None = None
 
-    def build(self, name: str, directory: Path) -> None:
+    def build(self, name: str, directory: Path) -> bool:
+        """Build a step into its directory; False where something is absent that another try may give."""
         kind, _, part = name.partition("-")
-        builders: dict[str, Callable[[], None]] = {
+        builders: dict[str, Callable[[], bool | None]] = {
             "tiny": lambda: self._tiny(directory),
             "standin": lambda: self._standin(part, directory),
             "train": lambda: self._train(directory),
@@ -38,14 +39,16 @@ class Builder:
             "score": lambda: self._score(part, directory),
         }
         self.reporter.say(f"{self.config.run_name}: {name}")
-        builders[kind]()
+        return builders[kind]() is not False
 
-    def _pixels(self, split: str) -> Any:
+    def _pixels(self, split: str, size: int | None = None) -> Any:
+        """The images of a split as uint8 (N, S, S, 3), S the model's image size or another."""
         from harness.data.images import open_pixels
 
         cache = self.plan.root / "cache" if self.config.data.cache else None
         with self.reporter.progress(f"Decoding {split} images") as advance:
-            return open_pixels(self.data.splits[split], self.config.model.image_size, cache, progress=advance)
+            size = size or self.config.model.image_size
+            return open_pixels(self.data.splits[split], size, cache, progress=advance)
 
     def _texts(self, split: str) -> list[tuple[str | None, str]]:
         """(concept sentence or None, caption) of each image, as the model sees them."""
@@ -66,11 +69,20 @@ class Builder:
 
         from harness.models import tiny
 
-        texts = [(concepts or "", caption) for concepts, caption in self._texts("train")]
-        pixels = self._pixels("train")
-        sample = pixels[np.linspace(0, len(texts) - 1, min(len(texts), 200)).astype(int)]
-        with self.reporter.progress("Pre-training the tiny language model") as advance:
-            tiny.build(self.config.model.tiny, texts, sample, self.config.model.prompt, directory, advance)
+        sizes, examples = self.config.model.tiny, self.data.splits["train"]
+        names = sorted({cui for example in examples for cui in example.cuis})
+        concepts = np.array([[cui in example.cuis for cui in names] for example in examples])
+        with self.reporter.progress("Pre-training the tiny model") as advance:
+            tiny.build(
+                sizes,
+                [(sentence or "", caption) for sentence, caption in self._texts("train")],
+                self._pixels("train", tiny.image_side(sizes)),
+                concepts,
+                self.config.data.augment,
+                self.config.model.prompt,
+                directory,
+                advance,
+            )
 
     def _standin(self, metric: str, directory: Path) -> None:
         from harness.models import standins
@@ -187,7 +199,7 @@ class Builder:
         after = {i: postprocess.postprocess(text, self.config.postprocess) for i, text in before.items()}
         write_captions(directory / PREDICTIONS, after)
 
-    def _score(self, stage: str, directory: Path) -> None:
+    def _score(self, stage: str, directory: Path) -> bool:
         from harness import plots
 
         source = "predict-valid" if stage == "before" else "postprocess-valid"
@@ -219,6 +231,7 @@ class Builder:
         write(directory / "per_image.csv", _per_image(examples, predictions, scores))
         plots.caption_lengths(predictions, references, directory / "caption_lengths.png")
         write_json(directory / "scores.json", result)
+        return all(score.value is not None for score in scores.values())
 
     def _with_standins(self) -> Any:
         update = {

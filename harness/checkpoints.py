@@ -1,10 +1,12 @@
 """Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import Problem
+from harness.store import write_json
 
 STANDIN_FILE = "standin.json"
 
@@ -26,12 +28,41 @@ def find(name: str | Path) -> Checkpoint | None:
     folder = Path(name)
     if not folder.is_dir():
         folder = _cached(str(name))
-    if folder is None:
+    if folder is None or not _is_whole(folder):
         return None
     mark = folder / STANDIN_FILE
     if mark.exists():
         return Checkpoint(json.loads(mark.read_text())["name"], folder, standin=True)
     return Checkpoint(str(name), folder, standin=False)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there are weights, and every part that an index names; a broken download has neither."""
+    for index in folder.glob("*.index.json"):
+        parts = set(json.loads(index.read_text())["weight_map"].values())
+        if all((folder / part).exists() for part in parts):
+            return True
+    return any("-of-" not in file.name for file in _weight_files(folder))
+
+
+def contents(folder: Path, root: Path) -> list[list[str]]:
+    """Name and SHA-256 of each weight file; known hashes stay under `root/cache`, by place, size and date."""
+    kept = root / "cache" / "weights.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    result = []
+    for file in _weight_files(folder):
+        state = file.stat()
+        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as content:
+                known[key] = hashlib.file_digest(content, "sha256").hexdigest()
+            write_json(kept, known)
+        result.append([file.name, known[key]])
+    return result
 
 
 def _cached(name: str) -> Path | None:

@@ -91,6 +91,8 @@ class TinyConfig(Section):
     """Most entries in each of the two tokenizers."""
     text_epochs: PositiveInt = 12
     """Epochs of language modelling before the OPT is frozen."""
+    vision_epochs: NonNegativeInt = 10
+    """Epochs in which the ViT learns to tell the concepts of an image, before fine-tuning."""
     seed: NonNegativeInt = 0
 
 
@@ -174,6 +176,14 @@ class TrainConfig(Section):
     """Validation images that are captioned (greedily) and scored for the choice of the best checkpoint."""
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed config."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "TrainConfig":
+        if not self.stage1.epochs and not self.stage2.epochs:
+            raise ValueError("stage1.epochs and stage2.epochs are both 0; nothing would be trained")
+        if self.stage1.epochs and not (self.stage1.concept_loss_weight or self.stage1.caption_loss_weight):
+            raise ValueError("stage1: both loss weights are 0; nothing would be trained")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

@@ -15,13 +15,18 @@ from typing import Any, Protocol
 
 from harness import checkpoints, metrics, postprocess
 from harness.config import STANDIN, Config
-from harness.data import EDITIONS, Dataset, load
+from harness.data import EDITIONS, QUICK_IMAGES, Dataset, load, unchecked
 from harness.errors import Problem, UserError
+from harness.metrics.bertscore import IDF_SINCE
 from harness.store import is_done, step_directory
 
 RUNS = Path("runs")
-TINY_VERSION = STANDIN_VERSION = TRAIN_VERSION = PREDICT_VERSION = SCORE_VERSION = 1
-"""Raise one when its code makes something else of the same inputs: what was made before is then made anew."""
+# Raise one when its code makes something else of the same inputs: what was made before is then made anew.
+TINY_VERSION = 1
+STANDIN_VERSION = 1
+TRAIN_VERSION = 1
+PREDICT_VERSION = 1
+SCORE_VERSION = 1
 
 
 class Reporter(Protocol):
@@ -52,6 +57,7 @@ class Plan:
                 "version": TINY_VERSION,
                 "data": data.fingerprints["train"],
                 "sizes": config.model.tiny.model_dump(),
+                "augment": config.data.augment.model_dump(),
                 "prompt": config.model.prompt,
                 "caption_cleaning": config.train.caption_cleaning,
                 "max_words": config.train.max_words,
@@ -62,16 +68,18 @@ class Plan:
                 "metric": metric,
                 "data": data.fingerprints["train"],
             }
+        bertscore = config.score.bertscore.model_dump()
+        standing = _identities([("bertscore", config.score.bertscore.checkpoint)], self.root)
         decoding = config.predict.model_dump(exclude={"splits", "batch_size"})
         steps["train"] = {
             "version": TRAIN_VERSION,
             "data": [data.fingerprints["train"], data.fingerprints["valid"]],
-            "checkpoints": [steps.get("tiny"), *self._checkpoint_identities()],
-            "model": config.model.model_dump(exclude={"tiny"}),
+            "checkpoints": [steps.get("tiny"), _identities(_model_checkpoints(config), self.root)],
+            "model": config.model.model_dump(exclude={"tiny"} | self._unused),
             "train": config.train.model_dump(),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
-            "primary": [config.edition, config.score.bertscore.model_dump()],
+            "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing],
         }
         for split in self.splits:
             steps[f"predict-{split}"] = {
@@ -92,6 +100,7 @@ class Plan:
                     "captions": steps[source],
                     "data": data.fingerprints["valid"],
                     "score": config.score.model_dump(),
+                    "checkpoints": _identities(_metric_checkpoints(config), self.root),
                     "standins": [steps[f"standin-{metric}"] for metric in self.standins],
                     "edition": config.edition,
                 }
@@ -116,26 +125,40 @@ class Plan:
         """Whether a step ran to its end."""
         return is_done(self.directory(name))
 
-    def _checkpoint_identities(self) -> list[Any]:
-        """Names and weight files of the checkpoints that are not made here."""
-        from_files = []
-        model = self.config.model
-        for name in (model.checkpoint, model.text_checkpoint, model.text_head_checkpoint):
-            found = checkpoints.find(name) if name and name != "tiny" else None
-            files = [] if found is None else sorted(found.folder.glob("*.safetensors"))
-            from_files.append([name, [[file.name, file.stat().st_size] for file in files]])
-        return from_files
+    @property
+    def _unused(self) -> set[str]:
+        """Keys of the model that a tiny one ignores."""
+        tiny = self.config.model.checkpoint == "tiny"
+        return {"text_checkpoint", "text_head_checkpoint"} if tiny else set()
+
+
+def _metric_checkpoints(config: Config) -> list[tuple[str, str]]:
+    neural = [name for name in ("bertscore", "bleurt", "clipscore") if name in config.score.metrics]
+    return [(name, getattr(config.score, name).checkpoint) for name in neural]
+
+
+def _identities(named: Sequence[tuple[str, str]], root: Path) -> list[Any]:
+    """What tells two checkpoints of the same name apart: the contents of their weight files."""
+    found = [(key, name, checkpoints.find(name)) for key, name in named if name != STANDIN]
+    return [[key, name, checkpoints.contents(f.folder, root) if f else None] for key, name, f in found]
 
 
 def problems(config: Config) -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
-    found = metrics.problems(config.score)
-    model = config.model
-    for key in ("checkpoint", "text_checkpoint", "text_head_checkpoint"):
-        name = getattr(model, key)
-        if name and name != "tiny" and checkpoints.find(name) is None:
+    wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
+    found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}))
+    for key, name in _model_checkpoints(config):
+        if checkpoints.find(name) is None:
             found.append(checkpoints.missing(name, f"model.{key}"))
     return found
+
+
+def _model_checkpoints(config: Config) -> list[tuple[str, str]]:
+    """(key, checkpoint) of what the captioner is loaded from; a tiny one is made here and needs nothing."""
+    if config.model.checkpoint == "tiny":
+        return []
+    keys = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
+    return [(key, name) for key in keys if (name := getattr(config.model, key))]
 
 
 def prepare(configs: Sequence[Config], reporter: Reporter, root: Path = RUNS) -> list[Plan]:
@@ -167,6 +190,8 @@ def dry(config: Config, root: Path = RUNS) -> dict[str, str]:
     """The steps of a run and whether they are done, found without drawing data or importing torch."""
     if config.data.phantom and not config.data.root.exists():
         return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}
+    if (images := unchecked(config.data, root)) > QUICK_IMAGES:
+        return {"data": f"to do: {images} images will be decoded and checked first"}
     plan = Plan(config, load(config.data, root), root)
     states = {name: "done" if plan.done(name) else "to do" for name in plan.inputs}
     return {name: f"{state}  {plan.directory(name)}" for name, state in states.items()}

@@ -53,7 +53,8 @@ def caption_lengths(predictions: Sequence[str], references: Sequence[str], path:
     lengths = [[len(caption.split()) for caption in captions] for captions in (predictions, references)]
     figure, axes = _axes(1)
     top = max(map(max, lengths))
-    axes[0][0].hist(lengths, bins=range(0, top + 3, max(top // 30, 1)), label=["predictions", "references"])
+    width = max(top // 30, 1)
+    axes[0][0].hist(lengths, bins=range(0, top + 2 * width, width), label=["predictions", "references"])
     axes[0][0].set(xlabel="words", ylabel="captions")
     axes[0][0].legend()
     _save(figure, path)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from harness.data import EDITIONS
 from harness.plan import Plan, Reporter
 from harness.store import step, write, write_json
 
-SUBMISSIONS = Path("submissions")
+SUBMISSIONS, MADE = Path("submissions"), "made.json"
 PACKAGES = (
     "imageclef-harness",
     "torch",
@@ -47,21 +47,28 @@ def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
         for name in plan.inputs:
             record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
             if not plan.done(name):
-                write_json(
-                    folder / "run.json", record
-                )  # so that MLflow follows the losses from the first step
+                write_json(folder / "run.json", record)  # MLflow follows the losses from the first step on
                 begun = time.perf_counter()
-                step(
-                    plan.root,
-                    name.split("-")[0],
-                    plan.inputs[name],
-                    lambda directory, n=name: builder.build(n, directory),
-                )
+                step(plan.root, name.split("-")[0], plan.inputs[name], _making(builder, name, record))
                 record["seconds"][name] = round(time.perf_counter() - begun, 1)
+            record["made"][name] = json.loads((plan.directory(name) / MADE).read_text())
             _keep(record, plan, name)
             write_json(folder / "run.json", record)
         record["submissions"] = _submit(plan, record)
     return record
+
+
+def _making(builder: Builder, name: str, record: dict[str, Any]) -> Callable[[Path], bool]:
+    """Builds a step and writes down by what: a later run that shares the step has another environment."""
+
+    def build(directory: Path) -> bool:
+        begun = time.perf_counter()
+        complete = builder.build(name, directory)
+        made = {key: record[key] for key in ("git", "environment", "command")}
+        write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
+        return complete
+
+    return build
 
 
 def _new_record(plan: Plan, command: str) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
             "left_out": len(plan.data.left_out),
         },
         "steps": {},
+        "made": {},
         "seconds": {},
         "scores": {},
         "image_gap": None,
@@ -160,6 +168,7 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
             "split": split,
             "standin_model": record["standin_model"],
             "commit": record["git"],
+            "made": record["made"],
             "command": record["command"],
             "config": record["config"],
         }

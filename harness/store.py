@@ -20,7 +20,10 @@ def write(path: Path, content: str | bytes) -> Path:
     """Write the whole file or nothing: to a temporary name beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     return path
 
@@ -40,10 +43,11 @@ def is_done(directory: Path) -> bool:
     return (directory / DONE).exists()
 
 
-def step(root: Path, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+def step(root: Path, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], bool]) -> Path:
     """Return the directory of a step, calling `build(directory)` unless it was already done.
 
-    An interrupted step finds its directory as it left it. A second process that wants the same step waits.
+    `build` tells whether all came out; a step that lacks something is built again the next time. An
+    interrupted step finds its directory as it left it. A second process that wants the same step waits.
     """
     from filelock import FileLock
 
@@ -54,6 +58,15 @@ def step(root: Path, kind: str, inputs: Mapping[str, Any], build: Callable[[Path
     with FileLock(directory.with_suffix(".lock")):
         if not is_done(directory):
             write_json(directory / "inputs.json", inputs)
-            build(directory)
-            write(directory / DONE, "")
+            if build(directory):
+                _sync(directory)
+                write(directory / DONE, "")
     return directory
+
+
+def _sync(directory: Path) -> None:
+    """Have the disk hold every file before the marker says so: a power cut must not leave it alone."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from harness.errors import Problem, UserError
 from harness.models.blip2 import Captioner, freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
-from harness.store import write_json
+from harness.store import write, write_json
 
-BEST, LOSSES, STATE = "best.safetensors", "losses.jsonl", "state.json"
+BEST, LOSSES, STATE, CHECKPOINTS = "best.safetensors", "losses.jsonl", "state.json", "checkpoints"
+FINISHED = 3  # the stage after the last
 PRIMARY = "valid_primary"
 Row = dict[str, Any]
 
@@ -51,10 +52,10 @@ class State:
     stage: int = 1
     epoch: int = 0
     step: int = 0
+    validated: bool = True
     best: float | None = None
     best_step: int | None = None
     checkpoint: str | None = None
-    seconds: float = field(default=0.0)
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,15 @@ def train(
     since order and randomness of an epoch depend on nothing but seed, stage and epoch.
     """
     state = _read_state(directory)
-    _forget_rows_after(directory / LOSSES, state.step)
+    _forget_rows_after(directory / LOSSES, state)
     run = _Run(config, augmentation, loaded, splits, kind, seed, directory, log, evaluate, state)
     plan = stages(config)
     for stage in plan:
         if stage.number >= state.stage:
             run.stage(stage, last=stage is plan[-1])
+    run.finish()
     load_trained(loaded.model, directory / BEST)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def _read_state(directory: Path) -> State:
@@ -148,10 +150,13 @@ def _read_state(directory: Path) -> State:
     return State(**json.loads(file.read_text())) if file.exists() else State()
 
 
-def _forget_rows_after(file: Path, step: int) -> None:
+def _forget_rows_after(file: Path, state: State) -> None:
+    """Drop the rows of what will be done again, and a row that an interruption cut in two."""
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in kept))
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        last = state.step if state.validated else state.step - 0.5
+        kept = [row for row in rows if row["step"] <= (last if "valid_loss" in row else state.step)]
+        write(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class _Run:
@@ -182,21 +187,42 @@ class _Run:
 
     def stage(self, stage: Stage, last: bool) -> None:
         """Train one stage from where the state says, with a fresh optimiser and schedule."""
-        freeze(self.loaded.model, self.config.train_vision, text_path=self._reads(stage))
+        text_path = self._reads(stage)
+        resumed = self.state.stage == stage.number and self.state.checkpoint is not None
+        if resumed and self._frozen.exists():
+            load_trained(self.loaded.model, self._frozen)
+        freeze(self.loaded.model, self.config.train_vision, text_path)
         engine = _engine(self.loaded.model, self.config, self.kind, self.accumulation, self.directory)
-        if self.state.stage != stage.number:
-            self.state.stage, self.state.epoch = stage.number, 0
-        elif self.state.checkpoint:
+        if resumed:
             engine.load_checkpoint(
-                self.directory / "checkpoints", tag=self.state.checkpoint, load_module_strict=False
+                self.directory / CHECKPOINTS, tag=self.state.checkpoint, load_module_strict=False
             )
+            if not self.state.validated:
+                self._validate(stage, self.state.epoch, last)
+        else:
+            self.state.stage, self.state.epoch = stage.number, 0
+            self._keep_frozen()
         for epoch in range(self.state.epoch, stage.epochs):
             self._epoch(engine, stage, epoch)
-            every, final = self.config.evaluate_every, last and epoch + 1 == stage.epochs
-            self._validate(stage, epoch, scores=final or (every > 0 and (epoch + 1) % every == 0))
-            self.state.epoch = epoch + 1
+            self.state.epoch, self.state.validated = epoch + 1, False
             self._save(engine, stage)
+            self._validate(stage, epoch + 1, last)
         engine.destroy()
+
+    @property
+    def _frozen(self) -> Path:
+        """The weights that a stage starts from: its checkpoints hold only what it trains."""
+        return self.directory / CHECKPOINTS / "start.safetensors"
+
+    def _keep_frozen(self) -> None:
+        if devices.rank() == 0:
+            self._frozen.parent.mkdir(exist_ok=True)
+            save_trained(self.loaded.model, self._frozen)
+
+    def finish(self) -> None:
+        """Say that nothing is left to train, before the checkpoints go."""
+        self.state.stage, self.state.checkpoint = FINISHED, None
+        self._write_state()
 
     def _reads(self, stage: Stage) -> bool:
         return stage.concept_weight > 0 or self.loaded.model.language_model is None
@@ -219,7 +245,6 @@ class _Run:
             row = self._step(engine, stage, epoch, number, indices)
             self.state.step += 1
             seconds = time.perf_counter() - begun
-            self.state.seconds += seconds
             self._log(
                 {
                     "step": self.state.step,
@@ -291,16 +316,20 @@ class _Run:
                     waiting = pool.submit(collate, part)
                 yield batch
 
-    def _validate(self, stage: Stage, epoch: int, scores: bool) -> None:
-        """Validation loss and, where due, scores; the best checkpoint so far is kept."""
+    def _validate(self, stage: Stage, epoch: int, last: bool) -> None:
+        """Validation loss and, where due after `epoch` epochs, scores; the best weights so far are kept."""
+        every = self.config.evaluate_every
+        scores = (last and epoch == stage.epochs) or (every > 0 and epoch % every == 0)
         model = self.loaded.model
         model.eval()
         row = {"valid_loss": self._valid_loss()} | (self.evaluate() if scores else {})
         model.train()
-        self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch + 1, **row})
+        self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
             self.state.best, self.state.best_step = row[PRIMARY], self.state.step
             save_trained(model, self.directory / BEST)
+        self.state.validated = True
+        self._write_state()
 
     @torch.no_grad()
     def _valid_loss(self) -> float:
@@ -317,14 +346,17 @@ class _Run:
 
     def _save(self, engine: Any, stage: Stage) -> None:
         """A checkpoint of everything that training needs to go on; the pointer to it is written last."""
-        folder, previous = self.directory / "checkpoints", self.state.checkpoint
+        folder, previous = self.directory / CHECKPOINTS, self.state.checkpoint
         tag = f"stage{stage.number}-epoch{self.state.epoch}"
         engine.save_checkpoint(folder, tag=tag, exclude_frozen_parameters=True)
         self.state.checkpoint = tag
+        self._write_state()
+        if previous and previous != tag and devices.rank() == 0:
+            shutil.rmtree(folder / previous, ignore_errors=True)
+
+    def _write_state(self) -> None:
         if devices.rank() == 0:
             write_json(self.directory / STATE, asdict(self.state))
-            if previous and previous != tag:
-                shutil.rmtree(folder / previous, ignore_errors=True)
 
     def _log(self, row: Row) -> None:
         row["time"] = time.time()

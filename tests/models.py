@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config import ModelConfig, TinyConfig
+from harness.config import AugmentConfig, ModelConfig, TinyConfig
 from harness.models import loading, tiny
 from harness.models.text import concept_sentence
 
@@ -18,6 +18,7 @@ SIZES = TinyConfig(
     text_layers=2,
     vocab_size=300,
     text_epochs=1,
+    vision_epochs=1,
 )
 FINDINGS = ("nodule", "effusion", "fracture", "mass", "stenosis")
 ORGANS = ("lung", "liver", "brain", "knee")
@@ -36,7 +37,9 @@ def pixels(count: int, size: int = 64, seed: int = 0) -> np.ndarray:
 def build_tiny(folder: Path) -> Path:
     """A tiny checkpoint of `SIZES` that has read `TEXTS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny.build(SIZES, TEXTS, pixels(8), "a photo of", folder)
+    concepts = np.array([[word in text for word in (*ORGANS, *FINDINGS)] for _, text in TEXTS])
+    images = pixels(len(TEXTS), tiny.image_side(SIZES))
+    tiny.build(SIZES, TEXTS, images, concepts, AugmentConfig(), "a photo of", folder)
     return folder
 
 

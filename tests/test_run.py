@@ -191,7 +191,8 @@ def test_dry_run_says_which_steps_are_done(folder, finished):
     changed = harness(folder, "run", "small.yaml", "--dry-run", "--set", "predict.num_beams=1").stdout
     states = [line.split()[1:3] for line in changed.splitlines() if line.startswith("#   ")]
     assert ["tiny", "done"] in states
-    assert ["train", "to"] in states
+    assert ["train", "done"] in states
+    assert ["predict-valid", "to"] in states
 
 
 def test_mlflow_shows_parent_children_curves_scores_and_artifacts(folder, finished):

@@ -135,25 +135,68 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 4, 8])
-def test_an_interrupted_training_ends_in_the_same_weights(folder, tmp_path, at):
-    """Dropout and augmentation included; stopped in either stage, between and within epochs."""
+@pytest.mark.parametrize(("at", "first"), [(2, 1), (4, 4), (8, 7), (11, 10)])
+def test_an_interrupted_training_goes_on_to_the_same_weights(folder, tmp_path, at, first):
+    """Dropout included; stopped in either stage, within and after its first epoch (3 steps each)."""
     settings = config(stage1={"epochs": 2}, stage2={"epochs": 2})
-    whole, rows = run(folder, tmp_path / "whole", settings, dropout=0.1)
+
+    def rising():
+        scores = iter(range(100))
+        return lambda: {"valid_primary": float(next(scores))}
+
+    whole, rows = run(folder, tmp_path / "whole", settings, dropout=0.1, evaluate=rising())
 
     def stop(row):
         if row["step"] == at:
             raise Interrupted
 
+    seen = []
     with pytest.raises(Interrupted):
-        run(folder, tmp_path / "parts", settings, dropout=0.1, log=stop)
-    resumed, again = run(folder, tmp_path / "parts", settings, dropout=0.1)
+        run(folder, tmp_path / "parts", settings, dropout=0.1, log=stop, evaluate=rising())
+    later = iter(range(10, 20))
+    resumed, again = run(
+        folder,
+        tmp_path / "parts",
+        settings,
+        dropout=0.1,
+        log=lambda row: seen.append(row["step"]),
+        evaluate=lambda: {"valid_primary": float(next(later))},
+    )
+    assert seen[0] == first
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
-    timing = ("time", "images_per_second")
-    assert [{k: v for k, v in row.items() if k not in timing} for row in again] == [
-        {k: v for k, v in row.items() if k not in timing} for row in rows
+    other = ("time", "images_per_second", "valid_primary")
+    assert [{k: v for k, v in row.items() if k not in other} for row in again] == [
+        {k: v for k, v in row.items() if k not in other} for row in rows
     ]
+
+
+def test_an_epoch_survives_a_validation_that_fails(folder, tmp_path):
+    def fail():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(folder, tmp_path / "run", config(), evaluate=fail)
+    seen = []
+    _, rows = run(folder, tmp_path / "run", config(), log=lambda row: seen.append(row["step"]))
+    assert seen[:2] == [3, 4]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [3, 6, 9]
+
+
+def test_a_finished_training_that_was_cut_before_its_marker_does_nothing_more(folder, tmp_path):
+    first, rows = run(folder, tmp_path / "run", config())
+    with (tmp_path / "run" / train.LOSSES).open("a") as file:
+        file.write('{"step": 10, "lo')
+    again, after = run(folder, tmp_path / "run", config())
+    assert after == rows
+    assert torch.equal(first.model.query_tokens, again.model.query_tokens)
+
+
+def test_gradient_checkpointing_changes_no_loss(folder, tmp_path):
+    _, plain = run(folder, tmp_path / "plain", config(evaluate_every=0))
+    _, saved = run(folder, tmp_path / "saved", config(evaluate_every=0, gradient_checkpointing=True))
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (saved, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):

@@ -1,7 +1,7 @@
 """Data sets: editions, readers, checks, images, the made-up set, statistics."""
 
-from harness.data.checks import check, load
+from harness.data.checks import QUICK_IMAGES, check, load, unchecked
 from harness.data.editions import EDITIONS, Edition
 from harness.data.readers import Dataset, Example
 
-__all__ = ["EDITIONS", "Dataset", "Edition", "Example", "check", "load"]
+__all__ = ["EDITIONS", "QUICK_IMAGES", "Dataset", "Edition", "Example", "check", "load", "unchecked"]

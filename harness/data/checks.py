@@ -63,6 +63,12 @@ def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | No
     return listing.fatal + [finding.problem for finding in findings]
 
 
+def unchecked(config: DataConfig, work: Path = Path("runs")) -> int:
+    """How many images of a data set were never decoded here."""
+    _ensure(config)
+    return len(_unscanned(read(config.root, config.layout), _known(config.root, work)))
+
+
 def _ensure(config: DataConfig) -> None:
     if config.phantom:
         phantom.ensure(config.root, config.phantom)

@@ -42,16 +42,6 @@ class Loaded:
         return planes.sub_(mean).div_(std)
 
 
-def needed(config: ModelConfig) -> list[tuple[str, str]]:
-    """The (config key, checkpoint) pairs that must be at hand before a run starts."""
-    pairs = [("model.checkpoint", config.checkpoint)]
-    if config.text_checkpoint:
-        pairs.append(("model.text_checkpoint", config.text_checkpoint))
-    if config.text_head_checkpoint:
-        pairs.append(("model.text_head_checkpoint", config.text_head_checkpoint))
-    return pairs
-
-
 def load(config: ModelConfig, folder: Path, max_tokens: int, dropout: float | None = None) -> Loaded:
     """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
 

@@ -1,8 +1,12 @@
-"""A small BLIP-2 made here, for machines without weights: its OPT learns the captions, then is frozen."""
+"""A small BLIP-2 made here, for machines without weights; like the real one, of parts that know something.
+
+Its OPT learns the training captions, and is then frozen; its ViT learns to tell the concepts of an image.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +22,15 @@ from transformers import (
 )
 
 from harness import checkpoints, device
-from harness.config import TinyConfig
+from harness.config import AugmentConfig, TinyConfig
+from harness.data.augment import augment
 from harness.models.blip2 import IGNORE, Captioner
 from harness.models.loading import QFORMER_TOKENIZER
 from harness.models.text import DEC, Codec, Text, language_codec
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
+VISION_LEARNING_RATE = 2e-3
 GRID = 8  # patches on a side of the position table as built; loading resizes it to the image size
 _START, _PAD, _END, _IMAGE = "</s>", "<pad>", "<end>", "<image>"
 
@@ -32,7 +38,9 @@ _START, _PAD, _END, _IMAGE = "</s>", "<pad>", "<end>", "<image>"
 def build(
     config: TinyConfig,
     texts: Sequence[tuple[str, str]],
-    pixels: np.ndarray,
+    pixels: Any,
+    concepts: np.ndarray,
+    augmentation: AugmentConfig,
     prompt: str,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -41,8 +49,8 @@ def build(
 
     texts: (concept sentence, caption) of the training split, as the model will see them. The language model
     learns to continue a concept sentence with the caption, so that what the Q-Former puts before it can steer
-    it. pixels: uint8 (N, S, S, 3), a sample of the training images, for their mean and deviation. The same
-    arguments give the same weights.
+    it. `pixels[indices]`: uint8 (B, S, S, 3), S = `image_side(config)`, of the same images; concepts: (N, C),
+    1 where an image has the concept. The same arguments give the same weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -53,12 +61,18 @@ def build(
         model = Captioner(blip2)
         nn.init.normal_(model.query_tokens, std=0.02)
         codec = language_codec(language, blip2.text_config, prompt, max_tokens=96)
-        _pretrain(model.language_model, codec, texts, config, progress)
+        _pretrain_text(model.language_model, codec, texts, config, progress)
+        sample = pixels[np.linspace(0, len(texts) - 1, min(len(texts), 200)).astype(int)].astype(np.float32)
+        mean, std = float(sample.mean()), float(sample.std())
+        _pretrain_vision(model.vision_model, pixels, (mean, std), concepts, augmentation, config, progress)
         model.save_pretrained(folder)
-    grey = pixels.astype(np.float32) / 255
-    processor = BlipImageProcessor(image_mean=[float(grey.mean())] * 3, image_std=[float(grey.std())] * 3)
-    processor.save_pretrained(folder)
+    BlipImageProcessor(image_mean=[mean / 255] * 3, image_std=[std / 255] * 3).save_pretrained(folder)
     checkpoints.mark_standin(folder, folder.name)
+
+
+def image_side(config: TinyConfig) -> int:
+    """The image size in pixels at which the ViT is built; loading resizes its position table to another."""
+    return GRID * config.patch_size
 
 
 def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folder: Path) -> None:
@@ -109,7 +123,7 @@ def _blip2_config(
             "intermediate_size": 4 * config.hidden_size,
             "num_hidden_layers": config.vision_layers,
             "num_attention_heads": heads,
-            "image_size": GRID * config.patch_size,
+            "image_size": image_side(config),
             "patch_size": config.patch_size,
             "initializer_range": 0.02,
         },
@@ -143,7 +157,7 @@ def _blip2_config(
     )
 
 
-def _pretrain(
+def _pretrain_text(
     model: OPTForCausalLM,
     codec: Codec,
     texts: Sequence[tuple[str, str]],
@@ -157,8 +171,7 @@ def _pretrain(
     ]
     steps_per_epoch = math.ceil(len(sequences) / BATCH_SIZE)
     steps = config.text_epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    update = _optimiser(model, steps, LEARNING_RATE)
     # batches of like length, in an order drawn anew each epoch: padding would be half of the work
     sequences.sort(key=lambda item: len(item[0]) + len(item[1].ids))
     order = torch.Generator().manual_seed(config.seed)
@@ -171,13 +184,70 @@ def _pretrain(
         ids, labels = _batch(sequences[start : start + BATCH_SIZE], codec.pad)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(input_ids=ids, attention_mask=(ids != codec.pad).long(), labels=labels).loss
+        update(loss)
+        if progress:
+            progress(step + 1, steps)
+
+
+def _pretrain_vision(
+    model: nn.Module,
+    pixels: Any,
+    units: tuple[float, float],
+    concepts: np.ndarray,
+    augmentation: AugmentConfig,
+    config: TinyConfig,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Multi-label classification of the concepts from the mean of the patches; its head is thrown away."""
+    steps_per_epoch = math.ceil(len(concepts) / BATCH_SIZE)
+    steps = config.vision_epochs * steps_per_epoch
+    if not steps or not concepts.shape[1]:
+        return
+    classifier = nn.Sequential(_Mean(model), nn.Linear(config.hidden_size, concepts.shape[1]))
+    model.set_attn_implementation("eager")
+    update = _optimiser(classifier, steps, VISION_LEARNING_RATE)
+    draw = torch.Generator().manual_seed(config.seed)
+    labels = torch.from_numpy(concepts.astype(np.float32))
+    bf16 = device.has_bf16("cpu")
+    classifier.train()
+    for step in range(steps):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(labels), generator=draw)
+        start = (step % steps_per_epoch) * BATCH_SIZE
+        chosen = order[start : start + BATCH_SIZE]
+        images = augment(torch.from_numpy(np.ascontiguousarray(pixels[chosen.numpy()])), augmentation, draw)
+        planes = (images.permute(0, 3, 1, 2).float() - units[0]) / units[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = classifier(planes)
+        update(nn.functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen]))
+        if progress:
+            progress(step + 1, steps)
+
+
+class _Mean(nn.Module):
+    """A ViT's mean over class token and patches, (B, D)."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, planes: torch.Tensor) -> torch.Tensor:
+        return self.vision(pixel_values=planes).last_hidden_state.mean(1)
+
+
+def _optimiser(model: nn.Module, steps: int, rate: float) -> Callable[[torch.Tensor], None]:
+    """A function that takes one AdamW step for a loss, along a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+
+    def update(loss: torch.Tensor) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if progress:
-            progress(step + 1, steps)
+
+    return update
 
 
 def _batch(sequences: Sequence[tuple[list[int], Text]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
