@@ -220,12 +220,14 @@ class Builder:
         )
         control = (predictions, references, settings, self.config.edition, self._torch_device)
         training = [example.caption for example in self.data.splits["train"]]
+        baseline = metrics.constant_baseline(
+            training, references, settings, self.config.edition, self._torch_device
+        )
+        baseline["standin"] = [n for n, s in scores.items() if n in baseline and not s.official]
         result = {
             "scores": {name: score.as_dict() for name, score in scores.items()},
             "image_gap": metrics.image_gap(*control),
-            "baseline": metrics.constant_baseline(
-                training, references, settings, self.config.edition, self._torch_device
-            ),
+            "baseline": baseline,
             "warnings": warnings,
         }
         write(directory / "per_image.csv", _per_image(examples, predictions, scores))

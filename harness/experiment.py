@@ -79,20 +79,11 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Pat
         raise UserError([Problem("no such file", file, hint=hint)])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise UserError([Problem(f"not UTF-8 at byte {error.start}", file)]) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            [Problem(f"not YAML: {error.problem}", file, mark.line + 1 if mark else None)]
-        ) from None
+    node, values = _parse(file)
     if not isinstance(node, yaml.MappingNode):
         raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
     problems: list[Problem] = []
     places = dict(_places(node, (), file, problems))
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
     base = values.pop("base", None)
     if base is None:
         return values, places, problems
@@ -111,6 +102,21 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Pat
     if values.get("variants"):
         base_values.pop("variants", None)
     return _merge(base_values, values), base_places | places, base_problems + problems
+
+
+def _parse(file: Path) -> tuple[yaml.Node | None, Any]:
+    """The YAML of a file, as nodes that know their lines and as values."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError([Problem(f"not UTF-8 at byte {error.start}", file)]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else None
+        raise UserError([Problem(f"not YAML: {error.problem}", file, line)]) from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; 2024-99-99, which looks like a date
+        raise UserError([Problem(f"not YAML: {str(error).splitlines()[0]}", file)]) from None
 
 
 def _places(

@@ -68,7 +68,7 @@ def show(records: Sequence[Record]) -> None:
         scores = record["scores"].get("valid", {}).get("after", {})
         table.add_row(_run_name(record), *(cell(scores.get(name)) for name in names), _gap(record))
     if baseline := next((record["baseline"] for record in records if record["baseline"]), None):
-        values = [f"{baseline[name]:.4f}" if name in baseline else "" for name in names]
+        values = [_floor(baseline, name) for name in names]
         table.add_section()
         table.add_row("constant caption", *values, "")
     console.print(table)
@@ -83,6 +83,12 @@ def show(records: Sequence[Record]) -> None:
             console.print(f"  {path}", markup=False)
     console.print("All of it, with curves and artifacts:")
     console.print("  mlflow ui")
+
+
+def _floor(baseline: Mapping[str, Any], name: str) -> str:
+    if name not in baseline:
+        return ""
+    return cell({"value": baseline[name], "official": name not in baseline["standin"]})
 
 
 def _paths(paths: Any) -> str:

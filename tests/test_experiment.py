@@ -99,6 +99,11 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
         ("name: ../up\ndata: {root: x}\n", "e.yaml:1: name: got '../up'"),
         ("name: steps/a\ndata: {root: x}\n", "folder of the harness itself"),
         ("name: a\n", "data: is missing"),
+        ("name: 2024-99-99\n", "not YAML: month must be in 1..12"),
+        ("name: !include x\n", "e.yaml:1: not YAML: could not determine a constructor"),
+        ("name: a\x07\n", "not YAML: unacceptable character"),
+        ("{[a]: b}\n", "e.yaml:1: not YAML: found unhashable key"),
+        ("name: a\ndata: {root: x}\ntrain: {stage1: {epochs: 0}, stage2: {epochs: 0}}\n", "are both 0"),
         (
             "name: a\ndata: {root: x}\ntrain: {batch_size: 10, micro_batch_size: 4}\n",
             "not a multiple of micro_batch_size",

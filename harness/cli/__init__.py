@@ -1,5 +1,7 @@
 """The commands; the only room that prints and sets exit codes."""
 
+import csv
+import errno
 import json
 import os
 import shlex
@@ -9,9 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException as ClickException
 
 from harness.cli import data, leaderboard, submission
-from harness.cli.terminal import DeviceOption, Experiment, Format, Output, Sets, Terminal
+from harness.cli.terminal import (
+    DeviceName,
+    DeviceOption,
+    Experiment,
+    Format,
+    Output,
+    Report,
+    ReportFormat,
+    Sets,
+    Terminal,
+)
 from harness.errors import UserError
 
 app = typer.Typer(
@@ -36,16 +49,16 @@ def main() -> None:
         _fail(str(error), error.exit_code, len(error.problems))
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on where this one stopped", 130)
-    except Exception as error:
-        if not _is_usage(error):
-            raise
+    except ClickException as error:
         error.show()
         sys.exit(2)
-
-
-def _is_usage(error: Exception) -> bool:
-    """Whether click raised it: a wrong option or argument."""
-    return hasattr(error, "show") and hasattr(error, "exit_code")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(
+            f"error: {error.filename or 'writing'}: {error.strerror}; mend it, and the same command goes on",
+            1,
+        )
 
 
 def _interrupt(*_: Any) -> None:
@@ -61,7 +74,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
     sys.exit(code)
 
 
-def _configs(experiment: Path, sets: list[str] | None, device: str | None) -> list[Any]:
+def _configs(experiment: Path, sets: list[str] | None, device: DeviceName | None) -> list[Any]:
     from harness.experiment import load
 
     extra = [f"device={device}"] if device else []
@@ -86,6 +99,8 @@ def run(
 
     The same command after an interruption goes on where it stopped; steps that are done are not repeated.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("one process trains on one device so far; start it without torchrun or srun -n")
     configs = _configs(experiment, sets, device)
     if dry_run:
         _print_plans(configs, output)
@@ -102,8 +117,14 @@ def run(
     terminal = Terminal()
     plans = prepare(configs, terminal)
     follower = tracking.start(RUNS / configs[0].name)
+    records: list[dict[str, Any]] = []
     try:
-        records = [runs.run(plan, terminal, _command()) for plan in plans]
+        for plan in plans:
+            records += [runs.run(plan, terminal, _command())]
+    except UserError:
+        if records:
+            _print_records(records, output)
+        raise
     finally:
         late = follower.finish()
         if late:
@@ -112,30 +133,35 @@ def run(
 
 
 def _print_plans(configs: list[Any], output: Format) -> None:
-    from harness.plan import dry
+    from harness.plan import dry, problems
 
     rows = []
     for config in configs:
-        steps = dry(config)
-        rows.append(
-            {
-                "run": f"{config.name}/{config.run_name}",
-                "steps": steps,
-                "config": json.loads(config.model_dump_json()),
-            }
-        )
-    if output is not Format.table:
+        resolved = json.loads(config.model_dump_json())
+        missing = [str(problem) for problem in problems(config)]
+        run = f"{config.name}/{config.run_name}"
+        rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
+    if output is Format.json:
         print(json.dumps(rows, indent=1))
-        return
+    elif output is Format.csv:
+        lines = [["run", "step", "state"], *([r["run"], *item] for r in rows for item in r["steps"].items())]
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+    else:
+        for row in rows:
+            _print_plan(row)
+
+
+def _print_plan(row: dict[str, Any]) -> None:
     import yaml
 
-    for row in rows:
-        print(f"# {row['run']}")
-        print(yaml.safe_dump(row["config"], sort_keys=False, allow_unicode=True).rstrip())
-        print("# steps")
-        for name, state in row["steps"].items():
-            print(f"#   {name:24} {state}")
-        print()
+    print(f"# {row['run']}")
+    print(yaml.safe_dump(row["config"], sort_keys=False, allow_unicode=True).rstrip())
+    print("# steps")
+    for name, state in row["steps"].items():
+        print(f"#   {name:24} {state}")
+    for problem in row["missing"]:
+        print(f"#   missing: {problem}")
+    print()
 
 
 def _print_records(records: list[dict[str, Any]], output: Format) -> None:
@@ -173,14 +199,14 @@ def doctor(
     ] = None,
     sets: Sets = None,
     device: DeviceOption = None,
-    output: Output = Format.table,
+    output: ReportFormat = Report.table,
 ) -> None:
     """Say what this machine has and lacks: device, versions, weights, Java, disk and memory."""
     from harness import doctor as diagnosis
 
     configs = [config for file in experiments or () for config in _configs(file, sets, device)]
     checks = diagnosis.examine(configs, device or "auto")
-    if output is Format.json:
+    if output is Report.json:
         print(json.dumps([vars(check) for check in checks], indent=1))
     else:
         from harness import tables

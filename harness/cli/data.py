@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Format, Output, Terminal
+from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
 from harness.errors import UserError
 
 app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
@@ -49,14 +49,16 @@ def data_phantom(
 
 
 @app.command("check")
-def data_check(root: Root, layout: LayoutOption = "imageclef2023", output: Output = Format.table) -> None:
+def data_check(
+    root: Root, layout: LayoutOption = "imageclef2023", output: ReportFormat = Report.table
+) -> None:
     """Verify labels and images, and print every problem with file and line; exit code 2 if there are any."""
     from harness.data import check
     from harness.plan import RUNS
 
     with Terminal().progress("Checking images") as advance:
         problems = check(_data_config(root, layout), RUNS, advance)
-    if output is Format.json:
+    if output is Report.json:
         print(
             json.dumps(
                 [{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems], indent=1

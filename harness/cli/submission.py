@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from harness.cli.terminal import Report, ReportFormat
 from harness.errors import Problem, UserError
 
 app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
@@ -30,13 +31,6 @@ class Split(StrEnum):
 
     valid = "valid"
     test = "test"
-
-
-class Report(StrEnum):
-    """How a check is printed."""
-
-    table = "table"
-    json = "json"
 
 
 @app.command("make")
@@ -151,7 +145,7 @@ def check(
         Path | None,
         typer.Option(metavar="OUT", help="Write the file with all mended that needs no new word."),
     ] = None,
-    output: Annotated[Report, typer.Option("--format", help="How the result is printed.")] = Report.table,
+    output: ReportFormat = Report.table,
 ) -> None:
     """Print every reason for which a file would be refused or misread; exit code 3 if there are any.
 

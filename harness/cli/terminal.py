@@ -18,13 +18,30 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Report(StrEnum):
+    """How findings are printed, which fit no table of columns."""
+
+    table = "table"
+    json = "json"
+
+
+class DeviceName(StrEnum):
+    """Which device a run uses."""
+
+    auto = "auto"
+    npu = "npu"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. train.batch_size=32."),
 ]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, npu, cuda or cpu.")]
+ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]
+DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Overrides the experiment's.")]
 
 
 class Terminal:
