@@ -292,6 +292,7 @@ def test_every_problem_of_a_run_is_reported_before_it_starts(folder, finished, t
     lines = labels.read_bytes().split(b"\r\n")
     lines[3] = lines[3].replace(b"\t", b" ")
     labels.write_bytes(b"\r\n".join(lines))
+    (tmp_path / "set" / "phantom.json").unlink()  # from now on it is real data
     image = next((tmp_path / "set" / "valid").iterdir())
     image.unlink()
     (tmp_path / "small.yaml").write_text(EXPERIMENT)

@@ -27,6 +27,8 @@ from harness.cli.terminal import (
 )
 from harness.errors import UserError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="harness",
     help="ImageCLEFmedical Caption: one YAML in; scores, official file and MLflow run out.",
@@ -43,12 +45,14 @@ def main() -> None:
     """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
     2 usage, config or data, 3 invalid submission, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    interrupted = "interrupted; the same command goes on where this one stopped"
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            _fail(interrupted, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on where this one stopped", 130)
+        _fail(interrupted, INTERRUPTED)
     except ClickException as error:
         error.show()
         sys.exit(2)

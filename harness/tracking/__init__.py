@@ -117,6 +117,7 @@ def start(experiment_directory: Path) -> Follower:
 
 def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
     """Mirror the runs of a folder every few seconds until `parent` is gone or standard input closes."""
+    os.nice(10)  # the run needs the cores
     set_environment({})
     os.environ.update(_HURRIED)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
