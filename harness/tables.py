@@ -3,8 +3,11 @@
 import csv as csv_module
 import io
 import json
+import shutil
 import statistics as numbers
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.data import EDITIONS
@@ -83,6 +86,8 @@ def show(records: Sequence[Record]) -> None:
             console.print(f"  {path}", markup=False)
     console.print("All of it, with curves and artifacts:")
     console.print("  mlflow ui")
+    if shutil.which("mlflow") is None:
+        console.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
 
 
 def _floor(baseline: Mapping[str, Any], name: str) -> str:
