@@ -106,7 +106,7 @@ class Builder:
         return loading.load(model, folder, self.config.train.max_caption_tokens, self.config.train.dropout)
 
     def _train(self, directory: Path) -> None:
-        from harness import plots, train
+        from harness import plots, schedule, train
         from harness.models.text import Text
 
         device.seed_everything(self.config.seed)
@@ -120,7 +120,7 @@ class Builder:
             return train.Split(ids, self._pixels(name), captions, concepts)
 
         splits = {"train": split("train"), "valid": split("valid")}
-        steps = train.total_steps(self.config.train, len(splits["train"].ids))
+        steps = schedule.total_steps(self.config.train, len(splits["train"].ids))
         with self.reporter.progress(f"Training {self.config.variant}") as advance:
 
             def log(row: train.Row) -> None:

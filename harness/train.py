@@ -27,6 +27,7 @@ from harness.errors import Problem, UserError
 from harness.models.blip2 import Captioner, freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
+from harness.schedule import Stage, epoch_batches, learning_rate, stages
 from harness.store import write, write_json
 
 BEST, LOSSES, STATE, CHECKPOINTS = "best.safetensors", "losses.jsonl", "state.json", "checkpoints"
@@ -56,64 +57,6 @@ class State:
     best: float | None = None
     best_step: int | None = None
     checkpoint: str | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of the two stages, its numbers resolved."""
-
-    number: int
-    epochs: int
-    learning_rate: float
-    caption_weight: float
-    concept_weight: float
-
-
-def stages(config: TrainConfig) -> list[Stage]:
-    """The stages that have epochs; the first trains both losses, the second the caption loss only."""
-    one, two = config.stage1, config.stage2
-    both = [
-        Stage(
-            1,
-            one.epochs,
-            one.learning_rate or config.learning_rate,
-            one.caption_loss_weight,
-            one.concept_loss_weight,
-        ),
-        Stage(2, two.epochs, two.learning_rate or config.learning_rate, 1.0, 0.0),
-    ]
-    return [stage for stage in both if stage.epochs]
-
-
-def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimiser step `step` (from 0) of a stage of `steps`: linear warm-up, then cosine.
-
-    With `warmup_first_epoch_only`, as LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0 however
-    far it got, and the cosine moves by whole epochs over all of them.
-    """
-    warmup = config.warmup_steps
-    if config.warmup_first_epoch_only:
-        warming = step < steps_per_epoch
-        epochs = max(steps // steps_per_epoch, 1)
-        progress = (step // steps_per_epoch) / epochs
-        ramp = min(step / max(warmup, 1), 1.0)
-    else:
-        warmup = min(warmup, steps)
-        warming = step < warmup
-        progress = (step - warmup) / max(steps - warmup, 1)
-        ramp = step / max(warmup, 1)
-    if warming:
-        return config.warmup_learning_rate + (peak - config.warmup_learning_rate) * ramp
-    return config.min_learning_rate + (peak - config.min_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
-
-
-def epoch_batches(count: int, batch_size: int, seed: int, stage: int, epoch: int) -> list[np.ndarray]:
-    """The images of each optimiser step of an epoch, the last step filled up from the epoch's beginning."""
-    order = np.random.default_rng([seed, stage, epoch]).permutation(count)
-    steps = math.ceil(count / batch_size)
-    return np.split(np.resize(order, steps * batch_size), steps)
 
 
 def train(
@@ -364,11 +307,6 @@ class _Run:
             with (self.directory / LOSSES).open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.log_row(row)
-
-
-def total_steps(config: TrainConfig, images: int) -> int:
-    """Optimiser steps of both stages together."""
-    return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)
 
 
 def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import TEXTS, build_tiny, load_tiny, pixels
 
-from harness import device, train
+from harness import device, schedule, train
 from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import UserError
@@ -63,7 +63,7 @@ def by_hand(folder, settings, language_model):
     loaded = load_tiny(folder, language_model=language_model)
     model, split = loaded.model, splits(loaded)["train"]
     losses = []
-    for stage in train.stages(settings):
+    for stage in schedule.stages(settings):
         freeze(model, True, text_path=stage.number == 1 or not language_model)
         own = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in own if p.ndim > 1]
@@ -76,9 +76,9 @@ def by_hand(folder, settings, language_model):
         total = stage.epochs * 3
         for step in range(total):
             epoch, number = divmod(step, 3)
-            indices = train.epoch_batches(20, 8, 42, stage.number, epoch)[number]
+            indices = schedule.epoch_batches(20, 8, 42, stage.number, epoch)[number]
             for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(settings, stage.learning_rate, step, total, 3)
+                group["lr"] = schedule.learning_rate(settings, stage.learning_rate, step, total, 3)
             captions = loaded.caption.collate([split.captions[i] for i in indices])
             concepts = loaded.concept.collate([split.concepts[i] for i in indices])
             queries, states = model.see(loaded.normalise(torch.from_numpy(split.pixels[indices])))
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(folder, tmp
 
 def test_warm_up_then_cosine():
     settings = config(learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000)
-    rates = [train.learning_rate(settings, 1e-5, step, 10_000, 476) for step in range(10_000)]
+    rates = [schedule.learning_rate(settings, 1e-5, step, 10_000, 476) for step in range(10_000)]
     assert rates[0] == pytest.approx(1e-8)
     assert rates[1000] == pytest.approx(1e-5)
     assert max(rates) == rates[1000]
@@ -249,18 +249,18 @@ def test_lavis_cuts_its_warm_up_short():
     settings = config(
         learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000, warmup_first_epoch_only=True
     )
-    rates = [train.learning_rate(settings, 1e-5, step, 50 * 476, 476) for step in range(50 * 476)]
+    rates = [schedule.learning_rate(settings, 1e-5, step, 50 * 476, 476) for step in range(50 * 476)]
     assert rates[475] == pytest.approx(1e-8 + (1e-5 - 1e-8) * 0.475)
     assert rates[476] == pytest.approx(0.5 * 1e-5 * (1 + math.cos(math.pi / 50)))
     assert len(set(rates[476 : 2 * 476])) == 1
 
 
 def test_an_epoch_shows_every_image_and_fills_its_last_step():
-    batches = train.epoch_batches(20, 8, seed=1, stage=1, epoch=0)
+    batches = schedule.epoch_batches(20, 8, seed=1, stage=1, epoch=0)
     assert [len(batch) for batch in batches] == [8, 8, 8]
     assert sorted(np.concatenate(batches)[:20]) == list(range(20))
     assert batches[2][4:].tolist() == batches[0][:4].tolist()
-    again = train.epoch_batches(20, 8, seed=1, stage=1, epoch=1)
+    again = schedule.epoch_batches(20, 8, seed=1, stage=1, epoch=1)
     assert not np.array_equal(np.concatenate(batches), np.concatenate(again))
 
 
