@@ -129,7 +129,7 @@ class Builder:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     self.reporter.say(f"{self.config.run_name}: {where}: {_note(row)}")
 
-            train.train(
+            train.Training(
                 self.config.train,
                 self.config.data.augment,
                 loaded,
@@ -139,7 +139,7 @@ class Builder:
                 directory,
                 log,
                 lambda: self._validate(loaded, splits["valid"].pixels),
-            )
+            ).run()
         plots.curves(directory / train.LOSSES, directory / "curves.png")
         self._model = loaded
 

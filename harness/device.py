@@ -104,7 +104,7 @@ def _prepare(kind: Kind) -> None:
     os.environ["DS_ACCELERATOR"] = kind
     if kind != "npu":
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # so that "is it installed?" says no
+        sys.modules["torch_npu"] = None  # so that "is it installed?" says no
 
 
 def _cpu_name() -> str:

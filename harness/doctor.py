@@ -95,7 +95,7 @@ def _packages() -> Iterator[Check]:
 def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> Iterator[Check]:
     """The device that `wanted` gives and why not the others; its kind is put into `kinds`."""
     try:
-        found = device.probe(wanted)  # type: ignore[arg-type]
+        found = device.probe(wanted)
     except UserError as error:
         for problem in error.problems:
             yield Check("device", False, problem.what, problem.hint)
@@ -246,7 +246,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
         if kind == "cpu":
             yield _fits("memory", "RAM", _ram(), max(need, loading), _parts(config, kind), config, kind)
         else:
-            free = device.module(kind).mem_get_info(0)[0]  # type: ignore[arg-type]
+            free = device.module(kind).mem_get_info(0)[0]
             yield _fits(f"memory of the {kind}", kind, free, need, _parts(config, kind), config, kind)
             yield _fits(
                 "memory", "RAM", _ram(), loading, "all weights once in fp32, to load them", config, kind
@@ -292,7 +292,7 @@ def _loading_bytes(config: Config) -> int:
 
 def _in_bf16(config: Config, kind: str) -> bool:
     precision = config.train.precision
-    return precision == "bf16" or (precision == "auto" and device.has_bf16(kind))  # type: ignore[arg-type]
+    return precision == "bf16" or (precision == "auto" and device.has_bf16(kind))
 
 
 def _ram() -> float:

@@ -101,7 +101,7 @@ class Board:
             return None
         own = entry.value(self.primary)
         if entry.split == "test":
-            others = [row.scores[self.primary] for row in self.standings]  # type: ignore[index]
+            others = [row.scores[self.primary] for row in self.standings]
         else:
             peers = [e for e in self.entries if e.split == entry.split and not e.apart]
             others = [e.value(self.primary) for e in peers]

@@ -59,35 +59,6 @@ class State:
     checkpoint: str | None = None
 
 
-def train(
-    config: TrainConfig,
-    augmentation: AugmentConfig,
-    loaded: Loaded,
-    splits: Mapping[str, Split],
-    kind: devices.Kind,
-    seed: int,
-    directory: Path,
-    log: Callable[[Row], None],
-    evaluate: Callable[[], dict[str, float]],
-) -> None:
-    """Train, leaving `best.safetensors` (best validation by the primary metric) and `losses.jsonl`.
-
-    `evaluate()` scores the model as it is and returns `valid_*` numbers with `valid_primary` among them. An
-    interrupted call goes on from the last finished epoch, and gives the same weights as if never interrupted,
-    since order and randomness of an epoch depend on nothing but seed, stage and epoch.
-    """
-    state = _read_state(directory)
-    _forget_rows_after(directory / LOSSES, state)
-    run = _Run(config, augmentation, loaded, splits, kind, seed, directory, log, evaluate, state)
-    plan = stages(config)
-    for stage in plan:
-        if stage.number >= state.stage:
-            run.stage(stage, last=stage is plan[-1])
-    run.finish()
-    load_trained(loaded.model, directory / BEST)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-
-
 def _read_state(directory: Path) -> State:
     file = directory / STATE
     return State(**json.loads(file.read_text())) if file.exists() else State()
@@ -102,31 +73,49 @@ def _forget_rows_after(file: Path, state: State) -> None:
         write(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-class _Run:
-    def __init__(
-        self,
-        config: TrainConfig,
-        augmentation: AugmentConfig,
-        loaded: Loaded,
-        splits: Mapping[str, Split],
-        kind: devices.Kind,
-        seed: int,
-        directory: Path,
-        log: Callable[[Row], None],
-        evaluate: Callable[[], dict[str, float]],
-        state: State,
-    ) -> None:
-        self.config, self.augmentation, self.loaded, self.splits = config, augmentation, loaded, splits
-        self.kind, self.seed, self.directory, self.state = kind, seed, directory, state
-        self.log_row, self.evaluate = log, evaluate
-        self.device = devices.torch_device(kind)
+@dataclass
+class Training:
+    """One training, to be `run`: it leaves `best.safetensors` and `losses.jsonl` in `directory`.
+
+    `log` gets every row of `losses.jsonl`. `evaluate()` scores the model as it is and returns `valid_*`
+    numbers, with `valid_primary`, which chooses the best weights, among them.
+    """
+
+    config: TrainConfig
+    augmentation: AugmentConfig
+    loaded: Loaded
+    splits: Mapping[str, Split]
+    kind: devices.Kind
+    seed: int
+    directory: Path
+    log: Callable[[Row], None]
+    evaluate: Callable[[], dict[str, float]]
+
+    def __post_init__(self) -> None:
         world = devices.world_size()
-        if config.batch_size % (config.micro_batch_size * world):
-            raise UserError([_indivisible(config, world)])
-        self.accumulation = config.batch_size // (config.micro_batch_size * world)
-        place(loaded.model, config, kind)
-        if config.gradient_checkpointing:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.config.batch_size % (self.config.micro_batch_size * world):
+            raise UserError([_indivisible(self.config, world)])
+        self.accumulation = self.config.batch_size // (self.config.micro_batch_size * world)
+        self.device = devices.torch_device(self.kind)
+        self.state = _read_state(self.directory)
+
+    def run(self) -> None:
+        """Train from the last finished epoch on, and leave the model with its best weights.
+
+        An interrupted training gives the same weights as if never interrupted, since order and randomness of
+        an epoch depend on nothing but seed, stage and epoch.
+        """
+        _forget_rows_after(self.directory / LOSSES, self.state)
+        place(self.loaded.model, self.config, self.kind)
+        if self.config.gradient_checkpointing:
+            self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        plan = stages(self.config)
+        for stage in plan:
+            if stage.number >= self.state.stage:
+                self.stage(stage, last=stage is plan[-1])
+        self.finish()
+        load_trained(self.loaded.model, self.directory / BEST)
+        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
 
     def stage(self, stage: Stage, last: bool) -> None:
         """Train one stage from where the state says, with a fresh optimiser and schedule."""
@@ -306,7 +295,7 @@ class _Run:
         if devices.rank() == 0:
             with (self.directory / LOSSES).open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.log_row(row)
+        self.log(row)
 
 
 def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:

@@ -170,4 +170,4 @@ def _pipe() -> tuple[int, int]:
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in ends)
     for end in ends:
         os.close(end)
-    return high  # type: ignore[return-value]
+    return high

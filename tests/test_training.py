@@ -54,7 +54,8 @@ def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dro
     directory.mkdir(exist_ok=True)
     loaded = load_tiny(folder, dropout=dropout, **model)
     evaluate = evaluate or (lambda: {"valid_primary": 0.0})
-    train.train(settings, AugmentConfig(), loaded, splits(loaded), "cpu", 42, directory, log, evaluate)
+    data = splits(loaded)
+    train.Training(settings, AugmentConfig(), loaded, data, "cpu", 42, directory, log, evaluate).run()
     return loaded, [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
 
 

@@ -122,7 +122,7 @@ def _table(board: "Board", title: str) -> Any:
 def _cells(board: "Board", entry: "Entry") -> list[str]:
     from harness.tables import cell
 
-    return [cell(entry.scores.get(name)) for name in board.metrics]  # type: ignore[arg-type]
+    return [cell(entry.scores.get(name)) for name in board.metrics]
 
 
 def _origin(board: "Board", entry: "Entry") -> list[str]:

@@ -60,7 +60,7 @@ def make(
         raise UserError([Problem("a run predicts captions; give a file of concepts", source, key="--task")])
     file = source if record is None else _predictions(source, record, split)
     values = read_predictions(file, task.value)
-    year = edition if edition is not None else record["edition"]  # type: ignore[index]
+    year = edition if edition is not None else record["edition"]
     wanted = read_ids(ids) if ids else list(values)
     manifest = _manifest(file, record)
     upload = submission.make(

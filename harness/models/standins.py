@@ -20,7 +20,7 @@ from harness.store import fingerprint
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORDS = 4000
-VERSION = 1  # raise it when the same captions train another model
+VERSION = 1  # raise it, and plan.STANDIN_VERSION, when the same captions train another model
 
 BLEURT_STEPS, BLEURT_BATCH = 200, 32
 CLIP_STEPS, CLIP_BATCH = 130, 64

@@ -121,7 +121,7 @@ def make(
     (folder / "manifest.json").unlink(missing_ok=True)
     write_one = write_captions if task == "caption" else write_concepts
     for path in [upload, *([folder / MEMBER] if form.separator == "," else [])]:
-        write_one(path, values, ids, edition)  # type: ignore[arg-type]
+        write_one(path, values, ids, edition)
     refuse(check(upload, ids, edition, task))
     described = {
         "file": upload.name,
