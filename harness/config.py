@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,9 +16,23 @@ from pydantic import (
     model_validator,
 )
 
+from harness.editions import EDITIONS
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-MetricName = Literal["bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore"]
+MetricName = Literal[
+    "bertscore",
+    "rouge1",
+    "bleurt",
+    "bleu1",
+    "meteor",
+    "cider",
+    "clipscore",
+    "refclipscore",
+    "similarity",
+    "medcat",
+    "alignscore",
+]
 STANDIN = "standin"
 
 
@@ -227,8 +241,8 @@ class BertScoreConfig(Section):
 
 
 class BleurtConfig(Section):
-    checkpoint: str = "lucadiliello/BLEURT-20"
-    """A hub name, a local folder, or `standin`: a small BLEURT trained on the training captions."""
+    checkpoint: str | None = None
+    """A hub name, a local folder, or `standin` (a small BLEURT trained here); by default the edition's."""
 
 
 class ClipScoreConfig(Section):
@@ -236,15 +250,44 @@ class ClipScoreConfig(Section):
     """A hub name, a local folder, or `standin`: a small CLIP trained on the training split."""
 
 
+class SimilarityConfig(Section):
+    folder: Path | None = None
+    """A local folder of MedImageInsight; without it Similarity is absent, and with it the overall score."""
+
+
+class MedCatConfig(Section):
+    model_pack: Path | None = None
+    """A local MedCAT model pack for UMLS (zip or folder); without it its concept F1 is absent."""
+
+
+class AlignScoreConfig(Section):
+    checkpoint: Path | None = None
+    """The local file AlignScore-large.ckpt; without it AlignScore is absent."""
+
+
 class ScoreConfig(Section):
     """Which metrics, by which checkpoints."""
 
-    metrics: tuple[MetricName, ...] = get_args(MetricName)
+    metrics: tuple[MetricName, ...] | None = None
+    """Which are computed; by default those of the edition."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 embeds faster; its scores count as unofficial, and their signatures name it."""
     bertscore: BertScoreConfig = BertScoreConfig()
     bleurt: BleurtConfig = BleurtConfig()
     clipscore: ClipScoreConfig = ClipScoreConfig()
+    """Serves refclipscore too."""
+    similarity: SimilarityConfig = SimilarityConfig()
+    medcat: MedCatConfig = MedCatConfig()
+    alignscore: AlignScoreConfig = AlignScoreConfig()
     bootstrap: NonNegativeInt = 1000
     """Resamples of the rows behind each 95 % interval; 0: no intervals."""
+
+    def for_edition(self, year: int) -> "ScoreConfig":
+        """With what the edition decides where this leaves it open: the metrics, and which BLEURT."""
+        edition = EDITIONS[year]
+        bleurt = self.bleurt.model_copy(update={"checkpoint": self.bleurt.checkpoint or edition.bleurt})
+        metrics = edition.metrics if self.metrics is None else self.metrics
+        return self.model_copy(update={"metrics": metrics, "bleurt": bleurt})
 
 
 class Config(Section):
@@ -265,6 +308,12 @@ class Config(Section):
     predict: PredictConfig = PredictConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _for_its_edition(cls, values: Any, validate: Callable[[Any], "Config"]) -> "Config":
+        config = validate(values)
+        return config.model_copy(update={"score": config.score.for_edition(config.edition)})
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":

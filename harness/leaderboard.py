@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.data import EDITIONS
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.store import write
 from harness.tracking.server import STATE

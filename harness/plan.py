@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from harness import checkpoints, metrics, postprocess
 from harness.config import STANDIN, Config
-from harness.data import EDITIONS, QUICK_IMAGES, Dataset, load, unchecked
+from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.bertscore import IDF_SINCE
 from harness.store import is_done, step_directory
@@ -146,7 +147,7 @@ def _identities(named: Sequence[tuple[str, str]], root: Path) -> list[Any]:
 def problems(config: Config) -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
     wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
-    found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}))
+    found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     for key, name in _model_checkpoints(config):
         if checkpoints.find(name) is None:
             found.append(checkpoints.missing(name, f"model.{key}"))

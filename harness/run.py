@@ -18,7 +18,7 @@ from harness import checkpoints, device, submission
 from harness.build import Builder
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
-from harness.data import EDITIONS
+from harness.editions import EDITIONS
 from harness.plan import Plan, Reporter
 from harness.store import step, write, write_json
 

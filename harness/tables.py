@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.data import EDITIONS
+from harness.editions import EDITIONS
 
 NOT_COMPARABLE = "* by a stand-in model: not comparable with official scores"
 Record = Mapping[str, Any]

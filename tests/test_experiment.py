@@ -139,7 +139,7 @@ def test_set_wins_over_a_variant(tmp_path):
 
 
 def test_every_key_has_a_type_and_shows_up_flat():
-    config = Config(name="a", data={"root": "x"})
+    config = Config.model_validate({"name": "a", "data": {"root": "x"}})
     shown = set(flat(config))
     for path in keys():
         name = ".".join(path)

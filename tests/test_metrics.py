@@ -269,11 +269,13 @@ def test_rows_that_do_not_match():
 
 
 def test_problems_name_the_download_command():
-    found = metrics.problems(ScoreConfig.model_validate({"bertscore": {"checkpoint": "nobody/has-this"}}))
+    found = metrics.problems(
+        ScoreConfig.model_validate({"bertscore": {"checkpoint": "nobody/has-this"}}), 2023
+    )
     assert {p.key for p in found} == {f"score.{m}.checkpoint" for m in ("bertscore", "bleurt", "clipscore")}
     assert any("hf download nobody/has-this" in p.hint for p in found)
     standins = {m: {"checkpoint": "standin"} for m in ("bertscore", "bleurt", "clipscore")}
-    assert metrics.problems(ScoreConfig.model_validate(standins)) == []
+    assert metrics.problems(ScoreConfig.model_validate(standins), 2023) == []
 
 
 def test_problems_know_too_deep_a_layer():
@@ -281,7 +283,7 @@ def test_problems_know_too_deep_a_layer():
     config = ScoreConfig.model_validate(
         {"metrics": ["bertscore"], "bertscore": {"checkpoint": folder, "layer": 40}}
     )
-    (problem,) = metrics.problems(config)
+    (problem,) = metrics.problems(config, 2023)
     assert problem.key == "score.bertscore.layer"
     assert "6 layers" in problem.what
 

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def plan(dataset, root: Path, **changes) -> Plan:
     values = {"name": "a", "data": {"root": dataset.root}, "model": {"checkpoint": "tiny"}} | changes
     values.setdefault("score", {"bertscore": {"checkpoint": "standin"}, "metrics": ["bertscore", "rouge1"]})
-    return Plan(Config(**values), dataset, root)
+    return Plan(Config.model_validate(values), dataset, root)
 
 
 def weights(folder: Path, seed: int) -> Path:

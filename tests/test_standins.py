@@ -138,7 +138,7 @@ def test_scores_of_standins_are_marked(data, folders):
             "clipscore": {"checkpoint": str(folders["clipscore"])},
         }
     )
-    assert metrics.problems(config) == []
+    assert metrics.problems(config, 2023) == []
     scores, _ = metrics.score(captions[:8], captions[:8], images[:8], config, 2023)
     for name, folder in folders.items():
         mark = json.loads((folder / checkpoints.STANDIN_FILE).read_text())["name"]

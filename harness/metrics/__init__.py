@@ -76,6 +76,7 @@ def score(
     when the rows do not match; a metric that cannot be computed is absent with its reason.
     """
     _check_rows(predictions, references, images)
+    config = config.for_edition(edition)
     inputs = Inputs(
         [text.one_line(caption) for caption in predictions],
         [text.one_line(caption) for caption in references],
@@ -96,8 +97,9 @@ def score(
     return {name: result for name, (result, _) in found.items()}, warnings
 
 
-def problems(config: ScoreConfig) -> list[Problem]:
+def problems(config: ScoreConfig, edition: int) -> list[Problem]:
     """Checkpoints of the wanted metrics that are not at hand, found without importing torch."""
+    config = config.for_edition(edition)
     found = bertscore.problems(config.bertscore) if "bertscore" in config.metrics else []
     for metric, wanted in (("bleurt", config.bleurt), ("clipscore", config.clipscore)):
         at_hand = wanted.checkpoint == STANDIN or checkpoints.find(wanted.checkpoint)

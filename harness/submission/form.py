@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import store
-from harness.data.editions import EDITIONS
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 
 Task = Literal["caption", "concept"]

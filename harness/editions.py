@@ -28,11 +28,14 @@ class Edition:
     strict_checker: bool
     """Whether the organisers run a checker that wants the order of the ids file (2026)."""
     metrics: tuple[str, ...]
-    """Every caption metric of that year that can be computed with public weights, by its name in harness."""
+    """Every caption metric of that year that can be computed with public weights, by its name in harness;
+    where the year's own are not established (2022), those of 2023."""
     primary: str | None
     """The score that ranks, and that chooses the best checkpoint."""
     ranking: str
     """The ranking rule in words, for tables and pages."""
+    bleurt: str = "lucadiliello/BLEURT-20"
+    """The checkpoint of that year's BLEURT."""
     aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Scores that are the plain mean of other scores, in the order in which they can be computed."""
     unavailable: tuple[str, ...] = ()
@@ -52,7 +55,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format="pipe",
             max_cuis=100,
             strict_checker=False,
-            metrics=(),
+            metrics=_SEVEN,
             primary=None,
             ranking="not established",
         ),
@@ -89,6 +92,7 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
+            bleurt="lucadiliello/BLEURT-20-D12",
             aggregates={
                 "relevance": ("bertscore", "rouge1", "similarity"),
                 "factuality": ("medcat", "alignscore"),
@@ -105,6 +109,7 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
+            bleurt="lucadiliello/BLEURT-20-D12",
             aggregates={
                 "relevance": ("bertscore", "rouge1", "similarity", "bleurt"),
                 "factuality": ("medcat", "alignscore"),
