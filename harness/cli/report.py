@@ -1,0 +1,18 @@
+"""`harness report`: one run as a page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page goes; by default report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained page of a run: config, curves, scores, and captions with their images."""
+    from harness import report as pages
+
+    print(pages.write(run, out))
