@@ -171,7 +171,7 @@ def _table(
     text = _text(path, listing) if path else None
     if text is None:
         return rows
-    lines = _tab_rows(text) if separator == "tab" else _comma_rows(text)
+    lines = unquoted_rows(text, "\t") if separator == "tab" else comma_rows(text)
     mark = "<tab>" if separator == "tab" else ","
     _, first = next(lines, (1, []))
     if not isinstance(first, list) or [name.lower() for name in first] != [name.lower() for name in header]:
@@ -213,16 +213,19 @@ def _text(path: Path, listing: Listing) -> str | None:
         return None
 
 
-def _tab_rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows of an unquoted file. Only LF and CRLF end a line: captions may hold U+2028 and its kin."""
+def unquoted_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of each row of an unquoted file.
+
+    Only LF and CRLF end a line: captions may hold U+2028 and its kin.
+    """
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, 1):
-        yield number, line.removesuffix("\r").split("\t")
+        yield number, line.removesuffix("\r").split(separator)
 
 
-def _comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
+def comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     """Rows of a CSV file, each with the line it starts on; a str instead of a list says what is wrong.
 
     After a quoting mistake reading goes on at the next line, so that one stray quote costs one row.
@@ -263,7 +266,7 @@ def _unmatched(
 
 def _ids(path: Path, listing: Listing) -> dict[str, int]:
     lines: dict[str, int] = {}
-    for line, fields in _tab_rows(_text(path, listing) or ""):
+    for line, fields in unquoted_rows(_text(path, listing) or "", "\t"):
         id = fields[0].strip()
         if line == 1 and id.upper() == "ID":
             continue
@@ -284,7 +287,7 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
     if text is None:
         return {}
     names: dict[str, str] = {}
-    rows = _tab_rows(text) if "\t" in text.partition("\n")[0] else _comma_rows(text)
+    rows = unquoted_rows(text, "\t") if "\t" in text.partition("\n")[0] else comma_rows(text)
     for line, fields in rows:
         if isinstance(fields, list) and len(fields) == 2:
             if line > 1 or fields[0].upper() != "CUI":

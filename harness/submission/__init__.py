@@ -9,20 +9,9 @@ from typing import Any
 
 from harness import store
 from harness.errors import Problem, UserError
-from harness.submission.checks import check, columns, concept_faults, id_faults, some
-from harness.submission.form import (
-    HEADERS,
-    INVALID,
-    MEMBER,
-    Rules,
-    Task,
-    content,
-    decoded,
-    lines_of,
-    rows_of,
-    rules,
-    store_text,
-)
+from harness.submission import inputs
+from harness.submission.checks import check, concept_faults, id_faults, some
+from harness.submission.form import INVALID, MEMBER, Rules, Task, lines_of, rules, store_text
 from harness.submission.mend import fix
 
 __all__ = ["Task", "as_written", "check", "fix", "make", "read", "rules", "write_captions", "write_concepts"]
@@ -139,25 +128,6 @@ def make(
 def read(path: Path | str) -> dict[str, str]:
     """Captions (or `C1;C2`) by id, from a submission of any edition: pipe file, `submission.csv` or its zip.
 
-    Raises `UserError` (exit code 3) with all rows that can't be read.
+    Raises `UserError` with all rows that can't be read.
     """
-    path = Path(path)
-    comma, pipe = Rules("caption", ",", "", None, False), Rules("caption", "|", None, None, False)
-    data, fault = content(path, comma)
-    if data is None:
-        raise UserError([Problem(fault, path)], exit_code=INVALID)
-    text, faults = decoded(data)
-    has_header = text.partition("\n")[0].removesuffix("\r") in HEADERS.values()
-    form = comma if has_header else pipe
-    rows = list(rows_of(text, form, set()))[has_header:]
-    values: dict[str, str] = {}
-    for row in rows:
-        if len(row.fields) != 2 or row.fields[0] in values:
-            what = row.broken or (
-                columns(row, form)[0] if len(row.fields) != 2 else "an id that was there before"
-            )
-            faults.append((row.line, what, "Check it: python -m harness submission check"))
-        else:
-            values[row.fields[0]] = row.fields[1]
-    refuse([Problem(what, path, line, hint=hint) for line, what, hint in faults])
-    return values
+    return dict(inputs.read(Path(path)).values)

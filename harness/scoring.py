@@ -1,0 +1,327 @@
+"""Captions from elsewhere against references: two files, or a run, into rows; the rows into scores."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from harness import checkpoints, device, metrics
+from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
+from harness.data.readers import IMAGE_SUFFIXES
+from harness.errors import Problem, UserError
+from harness.experiment import Place, _explain, _parse_sets, _set
+from harness.metrics import Score
+from harness.plan import RUNS
+from harness.store import is_done
+from harness.submission.form import bare
+from harness.submission.inputs import (
+    CaptionFile,
+    Flaw,
+    grouped,
+    read,
+    run_artifact,
+    run_record,
+    run_root,
+)
+
+_CONCEPTS = re.compile(r"C\d{7}(;C\d{7})*")
+Run = tuple[Path, Mapping[str, Any]]
+"""A run's folder and its `run.json`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Captions to score, in the order of the references: `predictions[i]` for `ids[i]`.
+
+    `images` are the files of the rows or None; `inputs` say what each file was taken for, `warnings` what was
+    cut or passed over in it.
+    """
+
+    ids: list[str]
+    predictions: list[str]
+    references: list[str]
+    images: list[Path] | None
+    inputs: list[str]
+    warnings: list[str]
+
+
+def find_run(path: Path) -> Run | None:
+    """The run in a folder, or None for anything else than a folder. Raises `UserError` for other folders."""
+    return (path, run_record(path)) if path.is_dir() else None
+
+
+def rows(predictions: Path, references: Path | None, images: Path | None = None) -> Rows:
+    """Match predictions (a file, or a run's folder) with references, which may be the run's own, by id.
+
+    `images` is a folder that holds `{ID}.jpg`, `.jpeg` or `.png`, or whose own folders do. Raises `UserError`
+    with all problems of all inputs at once.
+    """
+    problems: list[Problem] = []
+    files = []
+    for load in (lambda: _predictions(predictions), lambda: _references(references, predictions)):
+        try:
+            files.append(load())
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    predicted, known = files
+    problems = [*_concepts(predicted), *_concepts(known)] or _mismatches(predicted, known)
+    found = {}
+    if images is not None:
+        found, more = _images(images, known)
+        problems += more
+    if problems:
+        raise UserError(problems)
+    return Rows(
+        list(known.values),
+        [predicted.values[key] for key in known.values],
+        list(known.values.values()),
+        [found[key] for key in known.values] if images is not None else None,
+        [str(file) for file in files],
+        [warning for file in files for warning in _warnings(file, known)],
+    )
+
+
+def _predictions(path: Path) -> CaptionFile:
+    run = find_run(path)
+    return read(run_artifact(*run, "predictions/valid_after.csv") if run else path)
+
+
+def _references(path: Path | None, predictions: Path) -> CaptionFile:
+    if path is not None:
+        return read(path)
+    run = find_run(predictions)
+    if run is None:
+        raise UserError([Problem("is needed, unless a run's folder is scored", key="--references")])
+    table = run_artifact(*run, "scores/valid_after_per_image.csv")
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            values = {row["ID"]: row["reference"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+        hint = f"Delete {table.parent}, and the run makes it again: {run[1]['command']}"
+        raise UserError([Problem(f"can't be read: {error}", table, hint=hint)]) from None
+    return CaptionFile(table, ",", "references of the run's validation split", values, {})
+
+
+def _concepts(file: CaptionFile) -> list[Problem]:
+    if all(_CONCEPTS.fullmatch(value) for value in file.values.values()):
+        return [Problem("holds concepts, not captions", file.path)]
+    return []
+
+
+def _mismatches(predicted: CaptionFile, known: CaptionFile) -> list[Problem]:
+    """Ids of one file that the other lacks."""
+    missing = [key for key in known.values if key not in predicted.values]
+    superfluous = [key for key in predicted.values if key not in known.values]
+    superfluous = [key for key in superfluous if not _ignored(key, predicted)]
+    hint = None
+    if len(missing) == len(known.values):
+        hint = "No id is in both files: are they of the same split?"
+    absent = f"no prediction in {predicted.path.name}"
+    unknown = f"not among the references in {known.path.name}"
+    return [
+        *grouped(known.path, [Flaw(known.lines.get(key), absent, hint, key) for key in missing]),
+        *grouped(
+            predicted.path,
+            [Flaw(predicted.lines.get(k), unknown, hint or _hint(k, known), k) for k in superfluous],
+        ),
+    ]
+
+
+def _hint(key: str, known: CaptionFile) -> str | None:
+    if bare(key) in known.values:
+        return "Leave out the ending."
+    return "The first column of a header is called ID." if "id" in key.lower() else None
+
+
+def _ignored(key: str, file: CaptionFile) -> bool:
+    """Whether the organisers' loader of 2023 takes the row for a header, as any whose id holds "ID"."""
+    return file.separator == "|" and "ID" in key
+
+
+def _warnings(file: CaptionFile, known: CaptionFile) -> Iterator[str]:
+    name = file.path.name
+    yield from (f"{name}: {warning}" for warning in file.warnings)
+    if file.cut:
+        yield f"{name}: {_some(file.cut, file)} cut at a pipe, as the organisers' loader does"
+    ignored = [key for key in file.values if _ignored(key, file)]
+    if passed := [key for key in ignored if key not in known.values]:
+        yield f'{name}: {_some(passed, file)} passed over: the organisers\' loader ignores ids that hold "ID"'
+    if kept := [key for key in ignored if key in known.values]:
+        what = 'scored; the organisers\' loader would ignore ids that hold "ID", and refuse the file'
+        yield f"{name}: {_some(kept, file)} {what}"
+
+
+def _some(keys: Sequence[str], file: CaptionFile) -> str:
+    named = ", ".join(str(file.lines[key]) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
+    rows = "row" if len(keys) == 1 else "rows"
+    return f"{len(keys):,} {rows} (line {named})"
+
+
+def _images(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Problem]]:
+    """The image of each id that has one, in the folder or one below, and what is wrong with the others."""
+    if not folder.is_dir():
+        return {}, [Problem("no such folder", folder, key="--images")]
+    found: dict[str, Path] = {}
+    flaws = []
+    for path in _image_files(folder):
+        if path.stem in found and path.stem in known.values:
+            flaws.append(
+                Flaw(None, "more than one image of an id", "Keep one.", f"{found[path.stem]}, {path}")
+            )
+        found.setdefault(path.stem, path)
+    flaws += [
+        Flaw(known.lines.get(key), "no image", f"Looked for ID{', ID'.join(IMAGE_SUFFIXES)}.", key)
+        for key in known.values
+        if key not in found
+    ]
+    return found, grouped(folder, flaws)
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    for place in (folder, *below):
+        for name in sorted(os.listdir(place)):
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                yield place / name
+
+
+def settings(
+    edition: int,
+    names: Sequence[str] | None = None,
+    standins: bool = False,
+    sets: Sequence[str] = (),
+    run: Run | None = None,
+) -> ScoreConfig:
+    """What to score by: the edition's or the run's defaults, then `names` of metrics, then `--set` values.
+
+    With `standins` a stand-in serves where the edition's own checkpoint is not at hand: the MiniLM encoder
+    for bertscore; for the others the run's own, or the newest that any run made. Raises `UserError` with
+    every unknown key and value that is not allowed.
+    """
+    values = _of_run(run, edition) if run else {}
+    if names is not None:
+        values["metrics"] = list(names)
+    config = _overridden(values, sets, _unknown_metrics(names or ())).for_edition(edition)
+    if standins:
+        config = _with_standins(config, ScoreConfig().for_edition(edition))
+    return _located(config, run).for_edition(edition)
+
+
+def _of_run(run: Run, edition: int) -> dict[str, Any]:
+    """The run's own `score:` section; what its edition decided is open again for another edition."""
+    values = json.loads(json.dumps(run[1]["config"]["score"]))
+    if run[1]["edition"] != edition:
+        values["metrics"] = None
+        if values["bleurt"]["checkpoint"] != STANDIN:
+            values["bleurt"]["checkpoint"] = None
+    return values
+
+
+class _Only(Section):
+    score: ScoreConfig = ScoreConfig()
+
+
+def _unknown_metrics(names: Sequence[str]) -> list[Problem]:
+    known = get_args(MetricName)
+    return [
+        Problem(f"got {name!r}; allowed are {', '.join(known)}", key="--metrics")
+        for name in names
+        if name not in known
+    ]
+
+
+def _overridden(values: dict[str, Any], sets: Sequence[str], problems: list[Problem]) -> ScoreConfig:
+    """The section with `--set` values over it. Raises `UserError` with all problems, those given included."""
+    merged: dict[str, Any] = {"score": values if not problems else {}}
+    overrides, more = _parse_sets(sets)
+    problems = [*problems, *more]
+    places = {}
+    for path, value in overrides:
+        if path[0] != "score" and path[0] in Config.model_fields:
+            problems.append(Problem("only keys of score are set here", key=f"--set {'.'.join(path)}"))
+            continue
+        _set(merged, path, value)
+        places |= {path[: n + 1]: Place(f"--set {'.'.join(path)}") for n in range(len(path))}
+    try:
+        config = _Only.model_validate(merged).score
+    except ValidationError as error:
+        problems += _explain(error, places, "--set")
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+_SECTIONS = {"bertscore": ("bertscore",), "bleurt": ("bleurt",), "clipscore": ("clipscore", "refclipscore")}
+"""The sections of `score:` that name a checkpoint which has a stand-in, and the metrics that use it."""
+
+
+def _with_standins(config: ScoreConfig, official: ScoreConfig) -> ScoreConfig:
+    for name, used_by in _SECTIONS.items():
+        section = getattr(config, name)
+        wanted = section == getattr(official, name) and any(metric in config.metrics for metric in used_by)
+        if wanted and checkpoints.find(section.checkpoint) is None:
+            config = config.model_copy(update={name: section.model_copy(update={"checkpoint": STANDIN})})
+    return config
+
+
+def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
+    """With the folders of stand-ins that runs have made; without any, the edition's checkpoint stays."""
+    for name in ("bleurt", "clipscore"):
+        section = getattr(config, name)
+        if section.checkpoint == STANDIN:
+            folder = _standin(name, run)
+            changed = section.model_copy(update={"checkpoint": str(folder)}) if folder else type(section)()
+            config = config.model_copy(update={name: changed})
+    return config
+
+
+def _standin(metric: str, run: Run | None) -> Path | None:
+    if run and (step := run[1]["steps"].get(f"standin-{metric}")):
+        return run_root(*run) / step
+    made = [folder for folder in (RUNS / "steps").glob("standin-*") if is_done(folder)]
+    made = [f for f in made if json.loads((f / "inputs.json").read_text())["metric"] == metric]
+    return max(made, key=lambda folder: (folder / "DONE").stat().st_mtime_ns, default=None)
+
+
+def score(
+    scored: Rows, config: ScoreConfig, edition: int, wanted_device: str = "auto"
+) -> tuple[dict[str, Score], list[str]]:
+    """Score the rows; returns the scores by metric, and what is to be known about rows and scores."""
+    scores, warnings = metrics.score(
+        scored.predictions,
+        scored.references,
+        scored.images,
+        config,
+        edition,
+        _torch_device(config, wanted_device),
+        RUNS / "cache",
+    )
+    return scores, [*scored.warnings, *warnings]
+
+
+def _torch_device(config: ScoreConfig, wanted: str) -> str:
+    """The torch device, found without importing torch where that is the CPU."""
+    kind = device.probe(wanted).kind
+    return "cpu" if kind == "cpu" else str(device.torch_device(kind))
+
+
+def per_image_csv(scored: Rows, scores: Mapping[str, Score]) -> str:
+    """ID, reference, prediction and the metrics that have a number for each image, as CSV."""
+    named = {name: found.per_image for name, found in scores.items() if found.per_image is not None}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ID", "reference", "prediction", *named])
+    for row, (key, reference, prediction) in enumerate(
+        zip(scored.ids, scored.references, scored.predictions, strict=True)
+    ):
+        writer.writerow([key, reference, prediction, *(f"{values[row]:.6f}" for values in named.values())])
+    return text.getvalue()
