@@ -1,19 +1,15 @@
 """How each step is built: the one room that brings model, data, metrics and post-processing together."""
 
-import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, device, metrics, postprocess
 from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
-from harness.data import Example
 from harness.errors import UserError
-from harness.metrics import Score
 from harness.plan import Plan, Reporter, primary_metric
-from harness.store import write, write_json
+from harness.store import fingerprint, write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
@@ -205,32 +201,26 @@ class Builder:
         source = "predict-valid" if stage == "before" else "postprocess-valid"
         found = read_captions(self.plan.directory(source) / PREDICTIONS)
         examples = self.data.splits["valid"]
+        ids = [example.id for example in examples]
         predictions = [found[example.id] for example in examples]
         references = [example.caption for example in examples]
         settings = self._with_standins()
         self.reporter.say(f"{self.config.run_name}: scoring {len(predictions)} captions")
-        scores, warnings = metrics.score(
-            predictions,
-            references,
-            [example.image for example in examples],
-            settings,
-            self.config.edition,
-            self._torch_device,
-            self.plan.root / "cache",
-        )
-        control = (predictions, references, settings, self.config.edition, self._torch_device)
+        images = [example.image for example in examples]
+        how = (settings, self.config.edition, self._torch_device, self.plan.root / "cache")
+        scores, warnings = metrics.score(predictions, references, images, *how)
         training = [example.caption for example in self.data.splits["train"]]
-        baseline = metrics.constant_baseline(
-            training, references, settings, self.config.edition, self._torch_device
-        )
+        baseline = metrics.constant_baseline(training, references, *how)
         baseline["standin"] = [n for n, s in scores.items() if n in baseline and not s.official]
         result = {
             "scores": {name: score.as_dict() for name, score in scores.items()},
-            "image_gap": metrics.image_gap(*control),
+            "image_gap": metrics.image_gap(predictions, references, *how),
             "baseline": baseline,
             "warnings": warnings,
+            "references": fingerprint(list(zip(ids, references, strict=True))),
         }
-        write(directory / "per_image.csv", _per_image(examples, predictions, scores))
+        metrics.write_per_image(directory / "per_image.csv", ids, references, predictions, scores)
+        metrics.write_arrays(directory / "arrays.npz", ids, scores)
         plots.caption_lengths(predictions, references, directory / "caption_lengths.png")
         write_json(directory / "scores.json", result)
         return all(score.value is not None for score in scores.values())
@@ -248,15 +238,3 @@ class Builder:
 def _note(row: Mapping[str, Any]) -> str:
     shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
     return "  ".join(f"{name} {row[name]:.4f}" for name in shown)
-
-
-def _per_image(examples: Sequence[Example], predictions: Sequence[str], scores: Mapping[str, Score]) -> str:
-    """ID, reference, prediction and the metrics that have a number for each image, as CSV."""
-    named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ID", "reference", "prediction", *named])
-    for row, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        numbers = (f"{values[row]:.6f}" for values in named.values())
-        writer.writerow([example.id, example.caption, prediction, *numbers])
-    return text.getvalue()

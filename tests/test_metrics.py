@@ -128,10 +128,10 @@ def test_absent_scores_have_a_reason_and_no_number(all_scores):
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
 def test_bertscore_at_any_batch_size_and_order(golden, batch_tokens):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
-    fresh = bertscore.Embeddings(checkpoint.folder, layer, "cpu", batch_tokens)
+    fresh = bertscore.Embeddings(checkpoint.folder, layer, "cpu", batch_tokens=batch_tokens)
     order = np.random.default_rng(batch_tokens).permutation(32)
     clean = {key: [text.official(golden[key][i]) for i in order] for key in ("prediction", "reference")}
-    found = bertscore.f1(clean["prediction"], clean["reference"], fresh)
+    found = bertscore.f1(clean["prediction"], clean["reference"], fresh, fresh.uniform)
     np.testing.assert_allclose(found, golden["bertscore_f1_minilm6"][order], atol=1e-6)
 
 
@@ -141,14 +141,16 @@ def test_bertscore_when_the_store_is_too_small(golden, store, monkeypatch):
     monkeypatch.setattr(bertscore, "CHUNK", 3)
     small = bertscore.Embeddings(checkpoint.folder, layer, "cpu")
     clean = [[text.official(caption) for caption in golden[key]] for key in ("prediction", "reference")]
-    np.testing.assert_allclose(bertscore.f1(*clean, small), golden["bertscore_f1_minilm6"], atol=1e-6)
+    np.testing.assert_allclose(
+        bertscore.f1(*clean, small, small.uniform), golden["bertscore_f1_minilm6"], atol=1e-6
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(prediction=CAPTIONS, reference=CAPTIONS)
 def test_bertscore_equals_bert_score(store, oracle, prediction, reference):
     prediction, reference = (text.official(text.one_line(caption)) for caption in (prediction, reference))
-    found = bertscore.f1([prediction], [reference], store)[0]
+    found = bertscore.f1([prediction], [reference], store, store.uniform)[0]
     if text.is_empty(prediction) or text.is_empty(reference):
         assert found == float(text.is_empty(prediction) and text.is_empty(reference))
     else:
@@ -164,7 +166,7 @@ def test_bertscore_with_idf_equals_bert_score(golden, store):
         model_type=str(checkpoint.folder), num_layers=layer, idf=True, idf_sents=theirs, nthreads=0
     )
     expected = [oracle.score([a], [b])[2].item() for a, b in zip(ours, theirs, strict=True)]
-    np.testing.assert_allclose(bertscore.f1(ours, theirs, store, idf=True), expected, atol=1e-6)
+    np.testing.assert_allclose(bertscore.f1(ours, theirs, store, store.idf(theirs)), expected, atol=1e-6)
 
 
 def test_idf_is_in_the_signature_since_2025(golden):
@@ -292,7 +294,7 @@ def test_intervals_equal_scipy():
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = np.random.default_rng(1).beta(2, 5, 400)
-    low, high = bootstrap.interval(values, 4000)
+    low, high = bootstrap.interval(bootstrap.resample({"mean": values}, {"mean": None}, 4000)["mean"])
     theirs = scipy_bootstrap(
         (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
@@ -365,14 +367,16 @@ def test_embeddings_on_disk_spare_the_encoder_and_change_nothing(golden, tmp_pat
     first, second = (bertscore.Embeddings(checkpoint.folder, layer, "cpu") for _ in range(2))
     first.disk = second.disk = TextCache(tmp_path, checkpoint.folder, layer)
     second.model = None  # it has no encoder to ask
-    np.testing.assert_array_equal(bertscore.f1(*clean, first), bertscore.f1(*clean, second))
+    np.testing.assert_array_equal(
+        bertscore.f1(*clean, first, first.uniform), bertscore.f1(*clean, second, second.uniform)
+    )
     assert second.is_cut(clean[0][-1])
 
 
 def test_a_damaged_or_unwritable_cache_changes_nothing(golden, tmp_path):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     cache = TextCache(tmp_path, checkpoint.folder, layer)
-    cache.path.write_bytes(b"not a database" * 100)
+    cache.blobs.path.write_bytes(b"not a database" * 100)
     cache.put({"a": Embedded([1], np.ones((1, 4), np.float32), False)})
     assert cache.get(["a"]) == {}
     folder = tmp_path / "file"
@@ -385,13 +389,13 @@ def test_a_damaged_or_unwritable_cache_changes_nothing(golden, tmp_path):
 
 
 def test_the_cache_stays_within_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.metrics.cache.MOST_BYTES", 400_000)
+    monkeypatch.setattr("harness.metrics.cache.EMBEDDING_BYTES", 400_000)
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     cache = TextCache(tmp_path, checkpoint.folder, layer)
     for start in range(0, 200, 10):
         texts = [f"text {number}" for number in range(start, start + 10)]
         cache.put({t: Embedded([1, 2], np.full((2, 800), start, np.float32), False) for t in texts})
-    assert cache.path.stat().st_size < 600_000
+    assert cache.blobs.path.stat().st_size < 600_000
     (newest,) = cache.get(["text 199"]).values()
     assert newest.vectors[0, 0] == 190
     assert cache.get(["text 0"]) == {}

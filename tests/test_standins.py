@@ -78,7 +78,7 @@ def test_bleurt_equals_bleurt_pytorch_one_pair_at_a_time(data, folders):
         with torch.inference_mode():
             expected = model(**encoded).logits.item()
         assert scores["bleurt"].per_image[row] == pytest.approx(expected, abs=1e-5)
-    assert any("longer than the encoder of bleurt, cut at 512 tokens" in warning for warning in warnings)
+    assert any("longer than bleurt takes, cut at 512 tokens" in warning for warning in warnings)
 
 
 def test_words_are_known_to_the_saved_tokenizers(data, folders):

@@ -1,7 +1,7 @@
 """Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoints
+from harness import checkpoints, ranks
 from harness.config import STANDIN, ScoreConfig
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics import bertscore, bleurt, bootstrap, clipscore, lexical, meteor, text
-from harness.metrics.base import Absent, Inputs, Measured, Metric, some_rows
+from harness.metrics.base import Absent, Inputs, Measured, Metric, sign, some_rows
 from harness.metrics.baseline import constant_baseline
 from harness.metrics.control import image_gap
+from harness.metrics.files import read_arrays, write_arrays, write_per_image
+from harness.store import fingerprint
 
-__all__ = ["METRICS", "READINGS", "Metric", "Score", "constant_baseline", "image_gap", "problems", "score"]
+__all__ = [
+    "METRICS",
+    "READINGS",
+    "Metric",
+    "Score",
+    "aggregate",
+    "constant_baseline",
+    "image_gap",
+    "problems",
+    "read_arrays",
+    "score",
+    "write_arrays",
+    "write_per_image",
+]
 
 METRICS: dict[str, Metric] = {
     "bertscore": Metric(bertscore.measure, neural=True),
@@ -38,7 +54,7 @@ class Score:
 
     `value` with its 95 % row bootstrap interval [`low`, `high`], None with a `reason` where it could not be
     computed; `n` captions; `official` only where the edition's own checkpoint computed it; `per_image` (n,)
-    segment scores and `statistics` (n, k) that `METRICS[name].aggregate` turns into the value.
+    segment scores and `statistics` (n, k) that `aggregate(name)` turns into the value.
     """
 
     name: str
@@ -72,29 +88,114 @@ def score(
     """Score captions row by row by the metrics of the config; returns the scores and what to know about them.
 
     `images` are the files of the rows, `device` a torch device, `cache` a folder for embeddings that later
-    calls may share. The Java and counting metrics run in a thread beside the neural ones. Raises `UserError`
-    when the rows do not match; a metric that cannot be computed is absent with its reason.
+    calls may share. The Java and counting metrics run in a thread beside the neural ones. When launched on
+    several ranks, which all have to call this, they share the neural work and rank 0 gets the result. Raises
+    `UserError` when the rows do not match; a metric that cannot be computed is absent with its reason.
     """
     _check_rows(predictions, references, images)
     config = config.for_edition(edition)
-    inputs = Inputs(
-        [text.one_line(caption) for caption in predictions],
-        [text.one_line(caption) for caption in references],
-        images,
-        config,
-        edition,
-        device,
-        cache,
-    )
-    metrics = _wanted(config)
+    inputs = Inputs(predictions, references, images, config, edition, device, cache)
+    found = _measure(_wanted(config), inputs)
+    if ranks.rank():
+        return {}, []
+    found |= _aggregates(found, edition)
+    scores = _with_intervals(found, inputs)
+    warnings = _empty_rows(inputs)
+    for result in found.values():
+        warnings += result.measured.warnings if result.measured else []
+    return scores, list(dict.fromkeys(warnings))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of one metric: a measurement, or why there is none."""
+
+    measured: Measured | None
+    seconds: float
+    reason: str | None = None
+
+
+def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]:
+    """Each metric by name; those without a neural model in a thread beside the others, on rank 0 only."""
     with ThreadPoolExecutor(1) as beside:
         # METEOR's JVM takes seconds to start, so it goes first
         first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
-        others = {name: beside.submit(_timed, name, metrics[name], inputs) for name in first}
-        neural = {name: _timed(name, metric, inputs) for name, metric in metrics.items() if metric.neural}
-        found = {name: neural[name] if name in neural else others[name].result() for name in metrics}
-    warnings = _empty_rows(inputs) + [warning for _, more in found.values() for warning in more]
-    return {name: result for name, (result, _) in found.items()}, warnings
+        others = {name: beside.submit(_timed, metrics[name], inputs) for name in first if not ranks.rank()}
+        neural = {name: _timed(metric, inputs) for name, metric in metrics.items() if metric.neural}
+        done = neural | {name: result.result() for name, result in others.items()}
+    return {name: done[name] for name in metrics if name in done}
+
+
+def _timed(metric: Metric, inputs: Inputs) -> _Found:
+    started = time.perf_counter()
+    try:
+        measured = metric.measure(inputs)
+    except Absent as absence:
+        return _Found(None, time.perf_counter() - started, str(absence))
+    return _Found(measured, time.perf_counter() - started)
+
+
+def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
+    """The edition's means of other scores, each only where all its parts were wanted."""
+    made: dict[str, _Found] = {}
+    for name, parts in EDITIONS[edition].aggregates.items():
+        known = {**found, **made}
+        if not all(part in known for part in parts):
+            continue
+        lacking = [part for part in parts if known[part].measured is None]
+        if lacking:
+            made[name] = _Found(None, 0.0, f"needs {', '.join(lacking)}")
+            continue
+        measured = [known[part].measured for part in parts]
+        signatures = fingerprint([one.signature for one in measured])
+        made[name] = _Found(
+            Measured(
+                np.mean([one.per_image for one in measured], axis=0),
+                sign(name, edition, f"mean:{'+'.join(parts)}", f"of:{signatures}"),
+                official=all(one.official for one in measured),
+            ),
+            0.0,
+        )
+    return made
+
+
+def _with_intervals(found: Mapping[str, _Found], inputs: Inputs) -> dict[str, Score]:
+    measured = {name: result.measured for name, result in found.items() if result.measured}
+    intervals = {}
+    if inputs.config.bootstrap and measured:
+        arrays = {n: m.per_image if m.statistics is None else m.statistics for n, m in measured.items()}
+        resampled = bootstrap.resample(arrays, {n: aggregate(n) for n in arrays}, inputs.config.bootstrap)
+        intervals = {name: bootstrap.interval(scores) for name, scores in resampled.items()}
+    n = len(inputs.references)
+    return {
+        name: _score(name, result.measured, *intervals.get(name, (None, None)), n, result.seconds)
+        if result.measured
+        else Score(name, None, None, None, n, "", False, result.seconds, result.reason)
+        for name, result in found.items()
+    }
+
+
+def _score(
+    name: str, measured: Measured, low: float | None, high: float | None, n: int, seconds: float
+) -> Score:
+    return Score(
+        name,
+        float(measured.per_image.mean()) if measured.value is None else measured.value,
+        low,
+        high,
+        n,
+        measured.signature,
+        measured.official,
+        seconds,
+        per_image=measured.per_image,
+        statistics=measured.statistics,
+    )
+
+
+def aggregate(name: str) -> bootstrap.Aggregate | None:
+    """What turns the summed statistics of a metric into its score; None where its score is a mean."""
+    metric = METRICS.get(name)
+    return metric.aggregate if metric else None
 
 
 def problems(config: ScoreConfig, edition: int) -> list[Problem]:
@@ -127,39 +228,9 @@ def _check_rows(predictions: Sequence[str], references: Sequence[str], images: S
 
 
 def _empty_rows(inputs: Inputs) -> list[str]:
-    pairs = zip(inputs.clean_predictions, inputs.clean_references, strict=True)
-    empty = [(text.is_empty(prediction), text.is_empty(reference)) for prediction, reference in pairs]
+    empty = [tuple(map(text.is_empty, pair)) for pair in inputs.clean_pairs]
     both = [row for row, sides in enumerate(empty) if all(sides)]
     one = [row for row, sides in enumerate(empty) if any(sides) and not all(sides)]
     return some_rows(both, "with prediction and reference empty after pre-processing, scored 1") + some_rows(
         one, "with one caption empty after pre-processing, scored 0"
-    )
-
-
-def _timed(name: str, metric: Metric, inputs: Inputs) -> tuple[Score, list[str]]:
-    started = time.perf_counter()
-    try:
-        measured = metric.measure(inputs)
-    except Absent as absence:
-        seconds = time.perf_counter() - started
-        return Score(name, None, None, None, len(inputs.references), "", False, seconds, str(absence)), []
-    return _finish(name, metric, measured, inputs.config, started), measured.warnings
-
-
-def _finish(name: str, metric: Metric, measured: Measured, config: ScoreConfig, started: float) -> Score:
-    low = high = None
-    if config.bootstrap:
-        values = measured.per_image if metric.aggregate is None else measured.statistics
-        low, high = bootstrap.interval(values, config.bootstrap, metric.aggregate)
-    return Score(
-        name,
-        float(measured.per_image.mean()) if measured.value is None else measured.value,
-        low,
-        high,
-        len(measured.per_image),
-        measured.signature,
-        measured.official,
-        time.perf_counter() - started,
-        per_image=measured.per_image,
-        statistics=measured.statistics,
     )

@@ -3,14 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from harness import ranks
 from harness.checkpoints import Checkpoint
 from harness.config import ScoreConfig
 from harness.metrics import text
+from harness.metrics.cache import Row, Table
+
+Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
+"""Makes the numbers (m, k) of m rows."""
 
 
 class Absent(Exception):
@@ -21,7 +27,8 @@ class Absent(Exception):
 class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
-    `predictions` and `references` are raw but for line breaks, `images` is None where there are none.
+    `predictions` and `references` are raw but for line breaks, which are made spaces; `images` is None where
+    there are none.
     """
 
     predictions: Sequence[str]
@@ -32,6 +39,10 @@ class Inputs:
     device: str = "cpu"
     cache: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("predictions", "references"):
+            object.__setattr__(self, name, [text.one_line(caption) for caption in getattr(self, name)])
+
     @cached_property
     def clean_predictions(self) -> list[str]:
         """The predictions after the official pre-processing."""
@@ -41,6 +52,42 @@ class Inputs:
     def clean_references(self) -> list[str]:
         """The references after the official pre-processing."""
         return [text.official(caption) for caption in self.references]
+
+    @cached_property
+    def clean_pairs(self) -> list[Row]:
+        """(prediction, reference) of each row after the official pre-processing."""
+        return list(zip(self.clean_predictions, self.clean_references, strict=True))
+
+    def scored(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
+        """Numbers (n, k) of rows: from `cache` what was computed before, by `compute` what is new.
+
+        `what` is all that determines them beside the row; see `cache.Table`.
+        """
+        table = self._table(what, rows)
+        if table.new:
+            table.add(compute(table.new))
+        return table.numbers()
+
+    def scored_by_all(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
+        """As `scored`, but when launched on several ranks each computes its share; rank 0 gets the numbers.
+
+        The weights named in `what` are read on this kind of device, by these versions. Raises `Absent` on the
+        other ranks.
+        """
+        versions = [metadata.version(package) for package in ("torch", "transformers")]
+        table = self._table([what, self.device.partition(":")[0], versions], rows)
+        new = ranks.agree(table.new)
+        if new:
+            mine = ranks.share(new)
+            made = ranks.gather(list(compute(mine)) if mine else [])
+        if ranks.rank():
+            raise Absent("rank 0 has it")
+        if new:
+            table.add(made)
+        return table.numbers()
+
+    def _table(self, what: Any, rows: Sequence[Row]) -> Table:
+        return Table(None if ranks.rank() else self.cache, what, rows)
 
 
 @dataclass(frozen=True)
@@ -79,10 +126,15 @@ def sign(metric: str, edition: int, *parts: Any) -> str:
 
 def some_rows(rows: Sequence[int], what: str) -> list[str]:
     """A warning that counts rows and names the first few, or none."""
-    if not rows:
+    if not len(rows):
         return []
     named = ", ".join(str(row + 1) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
     return [f"{len(rows)} row{'s' if len(rows) > 1 else ''} {what} (row {named})"]
+
+
+def cut_rows(metric: str, cut: np.ndarray) -> list[str]:
+    """A warning that names the texts that were too long; `cut` (n,) says to how many tokens, 0 where not."""
+    return some_rows(np.flatnonzero(cut), f"longer than {metric} takes, cut at {cut.max():.0f} tokens")
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -95,6 +147,13 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+def dtype(precision: str) -> Any:
+    """The torch type of `score.precision`."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def model_name(checkpoint: Checkpoint) -> str:

@@ -2,19 +2,25 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.config import ScoreConfig
 from harness.metrics import control, lexical, text
-from harness.metrics.base import Absent
+from harness.metrics.base import Absent, Inputs
 
 MOST_CANDIDATES = 2000
 
 
 def constant_baseline(
-    training: Sequence[str], references: Sequence[str], config: ScoreConfig, edition: int, device: str = "cpu"
+    training: Sequence[str],
+    references: Sequence[str],
+    config: ScoreConfig,
+    edition: int,
+    device: str = "cpu",
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
@@ -27,11 +33,12 @@ def constant_baseline(
         captions = [captions[i] for i in sorted(chosen)]
         training = [training[i] for i in sorted(chosen)]
     best = int(np.argmax(mean_rouge1(captions)))
-    theirs = [text.official(text.one_line(caption)) for caption in references]
+    constant = [training[best]] * len(references)
+    inputs = Inputs(constant, references, None, config, edition, device, cache)
     result: dict[str, Any] = {"caption": training[best]}
-    for name, scorer in control.scorers(config, edition, device).items():
+    for name, measure in control.MEASURES.items():
         try:
-            result[name] = float(np.mean(scorer([captions[best]] * len(theirs), theirs)))
+            result[name] = float(measure(inputs).per_image.mean())
         except Absent:
             continue
     return result

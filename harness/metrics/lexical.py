@@ -2,12 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from harness.metrics import java, text
 from harness.metrics.base import Inputs, Measured, sign
+from harness.metrics.cache import Row
+from harness.store import fingerprint
 
 WORD = re.compile(r"[a-z0-9]+")
 
@@ -26,8 +28,7 @@ def rouge1_f(prediction: str, reference: str) -> float:
 
 def rouge1(inputs: Inputs) -> Measured:
     """ROUGE-1 F1 of each row after the official pre-processing."""
-    pairs = zip(inputs.clean_predictions, inputs.clean_references, strict=True)
-    per_image = np.array([rouge1_f(prediction, reference) for prediction, reference in pairs])
+    per_image = np.array([rouge1_f(*pair) for pair in inputs.clean_pairs])
     return Measured(per_image, sign("rouge1", inputs.edition, "stem:no", "like:rouge-score:0.1.2"))
 
 
@@ -36,8 +37,7 @@ def bleu1(inputs: Inputs) -> Measured:
 
     Statistics are matches, words, reference words.
     """
-    pairs = zip(inputs.clean_predictions, inputs.clean_references, strict=True)
-    statistics = np.array([_bleu_counts(*pair) for pair in pairs], dtype=float)
+    statistics = np.array([_bleu_counts(*pair) for pair in inputs.clean_pairs], dtype=float)
     return Measured(
         bleu1_aggregate(statistics),
         sign("bleu1", inputs.edition, "ptb:no", "like:pycocoevalcap:1.2"),
@@ -60,15 +60,30 @@ def bleu1_aggregate(totals: np.ndarray) -> np.ndarray:
 
 def cider(inputs: Inputs) -> Measured:
     """CIDEr-D of each row after the official pre-processing, without PTB; its mean is the score."""
-    per_image = cider_scores(inputs.clean_predictions, inputs.clean_references)
-    return Measured(per_image, sign("cider", inputs.edition, "ptb:no", "pycocoevalcap:1.2"))
+    signature = sign("cider", inputs.edition, "ptb:no", "pycocoevalcap:1.2")
+    return Measured(_cider(inputs, signature, inputs.clean_pairs, list), signature)
 
 
 def cider_ptb(inputs: Inputs) -> Measured:
     """CIDEr-D of the raw captions after PTB, the other candidate for what the organisers compute."""
-    tokenised = java.ptb([*inputs.predictions, *inputs.references])
-    per_image = cider_scores(tokenised[: len(inputs.predictions)], tokenised[len(inputs.predictions) :])
-    return Measured(per_image, sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "pycocoevalcap:1.2"))
+    signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "pycocoevalcap:1.2")
+    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
+    return Measured(_cider(inputs, signature, pairs, java.ptb), signature)
+
+
+def _cider(
+    inputs: Inputs, signature: str, pairs: list[Row], tokenise: Callable[[list[str]], list[str]]
+) -> np.ndarray:
+    """CIDEr-D (n,); a row counts as scored before only among the same references."""
+    references = [reference for _, reference in pairs]
+
+    def compute(new: list[Row]) -> np.ndarray:
+        tokenised = tokenise([*(prediction for prediction, _ in pairs), *references])
+        scores = cider_scores(tokenised[: len(pairs)], tokenised[len(pairs) :])
+        of_row = dict(zip(pairs, scores, strict=True))
+        return np.array([[of_row[row]] for row in new])
+
+    return inputs.scored([signature, fingerprint(references)], pairs, compute)[:, 0]
 
 
 def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:

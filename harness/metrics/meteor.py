@@ -17,6 +17,7 @@ import numpy as np
 
 from harness.metrics import java, text
 from harness.metrics.base import Absent, Inputs, Measured, sign
+from harness.metrics.cache import Row
 
 START_SECONDS = 120
 LINES = 100
@@ -29,14 +30,18 @@ _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 def measure(inputs: Inputs) -> Measured:
     """METEOR after the official pre-processing, without PTB; the score is of summed statistics (n, 23)."""
-    with shared() as meteor:
-        lines = meteor.statistics(inputs.clean_predictions, inputs.clean_references)
-        value, per_image = meteor.scores(lines)
+    signature = sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2")
+
+    def compute(pairs: list[Row]) -> np.ndarray:
+        with shared() as meteor:
+            return parse(meteor.statistics(*zip(*pairs, strict=True)))
+
+    statistics = inputs.scored(signature, inputs.clean_pairs, compute)
     return Measured(
-        per_image,
-        sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2"),
-        value=value,
-        statistics=parse(lines),
+        aggregate(statistics),
+        signature,
+        value=float(aggregate(statistics.sum(0))),
+        statistics=statistics,
     )
 
 

@@ -1,0 +1,53 @@
+"""What scoring leaves on disk for people (a table by image) and for `compare` (numbers in full)."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.store import write
+
+if TYPE_CHECKING:
+    from harness.metrics import Score
+
+
+def write_per_image(
+    path: Path,
+    ids: Sequence[str],
+    references: Sequence[str],
+    predictions: Sequence[str],
+    scores: Mapping[str, "Score"],
+) -> Path:
+    """Write ID, reference, prediction and the score of each image by each metric that has one, as CSV."""
+    named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ID", "reference", "prediction", *named])
+    for row, captions in enumerate(zip(ids, references, predictions, strict=True)):
+        writer.writerow([*captions, *(f"{values[row]:.6f}" for values in named.values())])
+    return write(path, text.getvalue())
+
+
+def write_arrays(path: Path, ids: Sequence[str], scores: Mapping[str, "Score"]) -> Path:
+    """Write `ids` (n,) and, by the name of each metric that has a value, what resampling needs.
+
+    That is (n, k) statistics where the metric has an aggregate, else (n,) scores.
+    """
+    arrays = {
+        name: score.per_image if score.statistics is None else score.statistics
+        for name, score in scores.items()
+        if score.value is not None
+    }
+    content = io.BytesIO()
+    np.savez_compressed(content, ids=np.array(ids, dtype=str), **arrays)
+    return write(path, content.getvalue())
+
+
+def read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The ids and arrays that `write_arrays` wrote."""
+    with np.load(path, allow_pickle=False) as content:
+        arrays = {name: content[name] for name in content.files}
+    return arrays.pop("ids").tolist(), arrays
