@@ -1,0 +1,152 @@
+"""`harness score`: captions from elsewhere, or a run's, against references."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.cli.terminal import DeviceOption, Format, Output, Sets, Terminal
+from harness.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from harness.metrics import Score
+
+NOT_COMPARABLE = "* not by the edition's own model and precision: not comparable with official scores"
+_KEYS = ("value", "low", "high", "signature", "official", "seconds")
+
+
+def score(
+    predictions: Annotated[
+        Path,
+        typer.Argument(metavar="PREDICTIONS", help="A submission of any edition, or the folder of a run."),
+    ],
+    references: Annotated[
+        Path | None, typer.Option(help="A label file or submission; by default those of the run.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of {ID}.jpg or .png; CLIPScore needs it.")
+    ] = None,
+    edition: Annotated[
+        int | None, typer.Option(help="Whose metrics, 2022 to 2026; by default the run's, else 2023.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--metrics", metavar="A,B", help="By default those of the edition.")
+    ] = None,
+    standins: Annotated[
+        bool, typer.Option("--standins", help="Let stand-ins serve where official weights are not at hand.")
+    ] = False,
+    sets: Sets = None,
+    device: DeviceOption = None,
+    per_image: Annotated[
+        Path | None, typer.Option(metavar="OUT.csv", help="Write the score of each image.")
+    ] = None,
+    output: Output = Format.table,
+) -> None:
+    """Score captions as the organisers do, each score with its interval and signature.
+
+    Files are told apart by looking. A score that can't be computed here is absent with its reason.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from harness import scoring
+
+    run = scoring.find_run(predictions)
+    year = _year(edition, run)
+    _writable(per_image)
+    config = scoring.settings(
+        year, names.split(",") if names is not None else None, standins, sets or (), run
+    )
+    rows = scoring.rows(predictions, references, images)
+    say = Terminal().say
+    for line in rows.inputs:
+        say(line)
+    scores, warnings = scoring.score(rows, config, year, device.value if device else "auto")
+    if output is Format.json:
+        found = {name: _plain(score) for name, score in scores.items()}
+        result = {"edition": year, "n": len(rows.ids), "scores": found, "warnings": warnings}
+        print(json.dumps(result | {"inputs": rows.inputs}, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        _print_csv(scores) if output is Format.csv else _print_table(scores)
+        for warning in warnings:
+            say(f"warning: {warning}")
+    if per_image is not None:
+        from harness.store import write
+
+        say(f"per image: {write(per_image, scoring.per_image_csv(rows, scores))}")
+
+
+def _year(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
+    from harness.editions import EDITIONS
+
+    if edition is None:
+        return run[1]["edition"] if run else 2023
+    if edition not in EDITIONS:
+        allowed = ", ".join(map(str, EDITIONS))
+        raise UserError([Problem(f"got {edition}; there are {allowed}", key="--edition")])
+    return edition
+
+
+def _writable(path: Path | None) -> None:
+    """Said before hours of scoring, not after."""
+    if path is not None and path.is_dir():
+        raise UserError([Problem(f"is a folder: {path}; give the name of a file", key="--per-image")])
+
+
+def _plain(score: "Score") -> dict[str, Any]:
+    values = {key: getattr(score, key) for key in _KEYS} | {"seconds": round(score.seconds, 3)}
+    return values | ({"reason": score.reason} if score.reason else {})
+
+
+def _print_csv(scores: Mapping[str, "Score"]) -> None:
+    columns = ("value", "low", "high", "n", "official", "signature", "reason")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["metric", *columns])
+    for name, score in scores.items():
+        found = [getattr(score, column) for column in columns]
+        table.writerow([name, *("" if value is None else value for value in found)])
+
+
+def _print_table(scores: Mapping[str, "Score"]) -> None:
+    """One line a metric; on a terminal too narrow for that, its signature below."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = max(map(len, scores), default=0)
+    shown = max((len(_number(score)) for score in scores.values()), default=0)
+    for name, score in scores.items():
+        if score.value is None:
+            head, tail = f"{name:<{width}}", f"absent: {score.reason}"
+        else:
+            head, tail = f"{name:<{width}}  {_number(score):<{shown}}  n={score.n}", score.signature
+        if columns is None or len(head) + 2 + len(tail) <= columns:
+            print(f"{head}  {tail}")
+        else:
+            print("\n".join([head, *_folded(tail, columns, " " * (width + 2))]))
+    if any(score.value is not None and not score.official for score in scores.values()):
+        print(NOT_COMPARABLE)
+
+
+def _number(score: "Score") -> str:
+    if score.value is None:
+        return ""
+    star = "" if score.official else "*"
+    interval = f" [{score.low:.4f}, {score.high:.4f}]" if score.low is not None else ""
+    return f"{score.value:.4f}{interval}{star}"
+
+
+def _folded(text: str, columns: int, indent: str) -> Iterator[str]:
+    """A signature in lines that end at a `|`; other text between words."""
+    if " " in text and "|" not in text:
+        yield from textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent)
+        return
+    line = indent
+    for part in text.replace("|", "|\n").split("\n"):
+        if len(line) + len(part) > columns and line.strip():
+            yield line
+            line = indent
+        line += part
+    yield line
