@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException as ClickException
 
-from harness.cli import compare, data, leaderboard, report, submission
+from harness.cli import compare, data, leaderboard, report, score, submission
 from harness.cli.terminal import (
     DeviceName,
     DeviceOption,

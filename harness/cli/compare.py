@@ -1,0 +1,252 @@
+"""`harness compare`: which of the differences between runs or files are real."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
+from harness.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from harness.compare import Difference, System
+    from harness.config import ScoreConfig
+    from harness.scoring import Rows
+
+
+def compare(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_FILE...", help="Folders of runs, files of captions; two or more."),
+    ],
+    references: Annotated[
+        Path | None, typer.Option(help="A label file or submission; needed where a file is compared.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of {ID}.jpg or .png; CLIPScore of files needs it."),
+    ] = None,
+    edition: Annotated[
+        int | None, typer.Option(help="Whose metrics score files; by default the first run's, else 2023.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--metrics", metavar="A,B", help="By default all that there are.")
+    ] = None,
+    standins: Annotated[
+        bool,
+        typer.Option("--standins", help="Let stand-ins score files where official weights are not at hand."),
+    ] = False,
+    sets: Sets = None,
+    device: DeviceOption = None,
+    resamples: Annotated[int, typer.Option(min=99, help="Random swaps behind each p value.")] = 9_999,
+    output: Output = Format.table,
+) -> None:
+    """Say which differences between runs or files of captions are real at 95 %, metric by metric.
+
+    A difference is real if paired approximate randomisation gives p < 0.05 (Holm's over the pairs of more
+    than two) and its paired bootstrap interval is without 0. Exit code 1 if nothing can be compared.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from harness import compare as comparison
+
+    _check(sources, references)
+    metrics = names.split(",") if names is not None else None
+    systems, files = _read(sources, references, images)
+    comparison.check_rows(systems)
+    if files:
+        year, config = _settings(sources, edition, metrics, standins, sets or ())
+        systems = [_scored(system, files, config, year, device) for system in systems]
+    found = comparison.compare(systems, metrics, resamples)
+    if output is Format.json:
+        result = _as_dict(systems, found, resamples)
+        print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    elif output is Format.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(_csv(systems, found))
+    else:
+        _print(systems, found, resamples)
+
+
+def _check(sources: Sequence[Path], references: Path | None) -> None:
+    problems = [Problem("no such file or folder", source) for source in sources if not source.exists()]
+    resolved = [source.resolve() for source in sources]
+    twice = dict.fromkeys(s for s, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1)
+    problems += [Problem("given more than once", source) for source in twice]
+    if len(sources) < 2:
+        problems.append(Problem("a comparison needs at least two runs or files", sources[0]))
+    if references is None and any(source.is_file() for source in sources):
+        problems.append(Problem("is needed for files of captions", key="--references"))
+    if problems:
+        raise UserError(problems)
+
+
+def _labels(sources: Sequence[Path]) -> list[str]:
+    """Short names that are told apart: the last part of the path where that is enough."""
+    names = [source.resolve().name for source in sources]
+    return names if len(set(names)) == len(names) else [str(source) for source in sources]
+
+
+def _read(
+    sources: Sequence[Path], references: Path | None, images: Path | None
+) -> tuple[list["System"], dict[str, "Rows"]]:
+    """The systems, those of files without scores yet, and the rows of each file by its label."""
+    from harness.compare import of_rows, read_run
+    from harness.scoring import rows
+
+    systems, files, problems = [], {}, []
+    for source, label in zip(sources, _labels(sources), strict=True):
+        try:
+            if source.is_dir():
+                systems.append(read_run(source, label))
+            else:
+                files[label] = rows(source, references, images)
+                systems.append(of_rows(files[label], label))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    return systems, files
+
+
+def _settings(
+    sources: Sequence[Path],
+    edition: int | None,
+    metrics: Sequence[str] | None,
+    standins: bool,
+    sets: Sequence[str],
+) -> tuple[int, "ScoreConfig"]:
+    """Edition and settings by which files are scored: those of the first run, where there is one."""
+    from harness.cli.score import _year
+    from harness.scoring import find_run, settings
+
+    run = next((found for source in sources if (found := find_run(source))), None)
+    year = _year(edition, run)
+    return year, settings(year, metrics, standins, sets, run)
+
+
+def _scored(
+    system: "System",
+    files: Mapping[str, "Rows"],
+    config: "ScoreConfig",
+    edition: int,
+    device: DeviceName | None,
+) -> "System":
+    """A file's system with its scores; a run's as it is."""
+    from harness.scoring import score
+
+    if system.label not in files:
+        return system
+    say = Terminal().say
+    say(f"{system.label}: scoring {len(system.ids):,} captions")
+    scores, warnings = score(files[system.label], config, edition, device.value if device else "auto")
+    for warning in warnings:
+        say(f"warning: {system.label}: {warning}")
+    return replace(system, scores=scores)
+
+
+def _rule(found: Sequence["Difference"], resamples: int) -> str:
+    from harness.compare import DRAWS
+
+    pairs = len({(one.a, one.b) for one in found})
+    corrected = f", Holm's over the {pairs} pairs of a metric" if pairs > 1 else ""
+    return (
+        f"Higher: two-sided p < 0.05 by {resamples} paired random swaps{corrected}, and a 95 % interval "
+        f"({DRAWS} paired bootstrap draws of the images) without 0."
+    )
+
+
+def _as_dict(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> dict[str, Any]:
+    return {
+        "n": len(systems[0].ids),
+        "systems": [system.label for system in systems],
+        "scores": {s.label: {name: score.as_dict() for name, score in s.scores.items()} for s in systems},
+        "differences": [vars(one) | {"verdict": one.verdict} for one in found],
+        "rule": _rule(found, resamples),
+    }
+
+
+def _csv(systems: Sequence["System"], found: Sequence["Difference"]) -> list[list[Any]]:
+    """One row per metric and pair, absent numbers empty."""
+    scores = {system.label: system.scores for system in systems}
+    numbers = ("difference", "low", "high", "p", "adjusted_p", "real")
+    rows: list[list[Any]] = [
+        ["metric", "a", "b", "a_value", "b_value", *numbers, "verdict", "official", "reason"]
+    ]
+    for one in found:
+        sides = [scores[label].get(one.metric) for label in (one.a, one.b)]
+        official = all(side is not None and side.official for side in sides)
+        cells = [*(side and side.value for side in sides), *(getattr(one, key) for key in numbers)]
+        cells += [one.verdict, official, one.reason]
+        rows.append([one.metric, one.a, one.b, *("" if cell is None else cell for cell in cells)])
+    return rows
+
+
+def _print(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    several = len(systems) > 2
+    title = f"{len(systems)} systems, {len(systems[0].ids)} images: scores and differences [95 % interval]"
+    table = Table("metric", "system", title=title, title_justify="left")
+    for name in ("score", "p", *(["p, Holm"] if several else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("at 95 %")
+    for metric in dict.fromkeys(one.metric for one in found):
+        for row in _section(metric, systems, found, several):
+            table.add_row(*row)
+        table.add_section()
+    console.print(table)
+    for line in _notes(systems, found, resamples):
+        console.print(line, markup=False)
+
+
+def _section(
+    metric: str, systems: Sequence["System"], found: Sequence["Difference"], several: bool
+) -> list[list[str]]:
+    """The rows of one metric: each system's score, then each difference."""
+    from rich.markup import escape
+
+    rows = [["", escape(system.label), _value(system.scores.get(metric))] for system in systems]
+    rows[0][0] = metric
+    for one in found:
+        if one.metric == metric:
+            ps = (one.p, one.adjusted_p) if several else (one.p,)
+            rows.append(["", escape(f"{one.b} - {one.a}"), _gap(one), *map(_p, ps), escape(one.verdict)])
+    return rows
+
+
+def _value(score: Any) -> str:
+    from harness.tables import cell
+
+    shown = cell(score and score.as_dict())
+    return shown if score is None or score.low is None else f"{shown} [{score.low:.4f}, {score.high:.4f}]"
+
+
+def _gap(one: "Difference") -> str:
+    return "-" if one.reason else f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}"
+
+
+def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> list[str]:
+    from harness.cli.score import NOT_COMPARABLE
+
+    metrics = {one.metric for one in found}
+    shown = [score for s in systems for name, score in s.scores.items() if name in metrics]
+    notes = [
+        f"{one.metric}: {one.a} and {one.b} are not compared: {one.reason}" for one in found if one.reason
+    ]
+    if any(score.value is not None and not score.official for score in shown):
+        notes.append(NOT_COMPARABLE)
+    notes.append(_rule(found, resamples))
+    if any(one.real is False for one in found):
+        notes.append("Not shown: these images do not tell the two apart, which does not make them equal.")
+    return notes

@@ -1,0 +1,286 @@
+"""Which differences between systems would remain, had other images been drawn or captions been swapped.
+
+All systems caption the same images, so both tests are paired. The paired bootstrap draws rows again, the same
+for both systems (Koehn 2004, section 5); paired approximate randomisation swaps the two systems' captions of
+random rows (Noreen 1989; Riezler and Maxwell 2005). Corpus metrics are computed anew from the summed
+statistics of each draw. The per-image scores of the others are taken as given: CIDEr's document frequencies
+stay those of the whole reference set.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from itertools import combinations, zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import Problem, UserError
+from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays
+from harness.scoring import Rows
+from harness.store import fingerprint
+from harness.submission.inputs import run_record, run_root
+
+LEVEL = 0.05
+PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time stay in memory
+ARRAYS = "arrays.npz"
+TIE = 1e-12  # scores of order 1 that differ by less differ by rounding
+
+
+@dataclass(frozen=True)
+class System:
+    """The scores of one run or file: `ids` of its rows (n), in the order of the scores' arrays.
+
+    `references` is the fingerprint of ids and references, `scores` has arrays where there is a value.
+    """
+
+    label: str
+    ids: Sequence[str]
+    references: str
+    scores: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`b` minus `a` in one metric, with its 95 % interval [`low`, `high`], `p` and Holm's `adjusted_p`.
+
+    `real` if `adjusted_p` < 0.05 and the interval is without 0. Where the two were not compared there is a
+    `reason` and no number.
+    """
+
+    metric: str
+    a: str
+    b: str
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    adjusted_p: float | None = None
+    real: bool | None = None
+    reason: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Who is higher, in words; `not shown` says nothing about the two being equal."""
+        if self.reason:
+            return "not compared"
+        if not self.real:
+            return "not shown"
+        return f"{self.b if self.difference > 0 else self.a} higher"
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """One metric of two systems: its rows for `a`, and by how much those of `b` exceed them, both (n, k)."""
+
+    metric: str
+    a: str
+    b: str
+    rows: np.ndarray
+    excess: np.ndarray
+
+    def score(self, totals: np.ndarray) -> np.ndarray:
+        """Scores (...) of summed rows (..., k)."""
+        corpus = aggregate(self.metric)
+        return corpus(totals) if corpus else totals[..., 0] / len(self.rows)
+
+    def drawn(self, totals: np.ndarray) -> np.ndarray:
+        """Differences (...) of summed rows and excess (..., 2k)."""
+        rows, excess = np.split(totals, 2, axis=-1)
+        return self.score(rows + excess) - self.score(rows)
+
+
+def compare(
+    systems: Sequence[System],
+    metrics: Sequence[str] | None = None,
+    resamples: int = PERMUTATIONS,
+    seed: int = 0,
+) -> list[Difference]:
+    """Every pair of systems in every metric, or in the given ones; rows are aligned by id.
+
+    The p value is two-sided, of `resamples` random swaps, or of all 2^n where those are no more. Raises
+    `UserError` where ids or references differ, and (exit code 1) where nothing can be compared.
+    """
+    check_rows(systems)
+    order = {system.label: np.argsort(np.asarray(system.ids, dtype=str)) for system in systems}
+    found = [
+        _contrast(metric, a, b, order)
+        for metric in _names(systems, metrics)
+        for a, b in combinations(systems, 2)
+    ]
+    contrasts = [one for one in found if isinstance(one, _Contrast)]
+    if not contrasts:
+        problems = [Problem(f"{one.metric}: {one.reason}", f"{one.a} / {one.b}") for one in found]
+        raise UserError(problems, "No metric can be compared.", exit_code=1)
+    tested = iter(_test(contrasts, resamples, seed))
+    return [next(tested) if isinstance(one, _Contrast) else one for one in found]
+
+
+def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]:
+    """The metrics to compare; one that is asked for brings its other reading along."""
+    found = list(dict.fromkeys(name for system in systems for name in system.scores))
+    if wanted is None:
+        return found
+    readings = [name for name in found if name in READINGS and name.split("_")[0] in wanted]
+    return list(dict.fromkeys([*wanted, *readings]))
+
+
+def check_rows(systems: Sequence[System]) -> None:
+    """Raise `UserError`, with every system that it holds for, where ids or references are not the first's."""
+    first, *others = systems
+    problems = []
+    for other in others:
+        missing, more = (sorted(set(one.ids) - set(two.ids)) for one, two in ((first, other), (other, first)))
+        if missing or more:
+            parts = [(missing, f"of {first.label} it lacks"), (more, f"it has, and {first.label} lacks,")]
+            said = [f"{words} {len(ids)} ids, the first {ids[0]}" for ids, words in parts if ids]
+            problems.append(Problem("other images: " + "; ".join(said), other.label))
+        elif other.references != first.references:
+            problems.append(Problem(f"other references than {first.label}, for the same ids", other.label))
+    if problems:
+        raise UserError(problems, "Only scores of the same images against the same references compare.")
+
+
+def _contrast(metric: str, a: System, b: System, order: Mapping[str, np.ndarray]) -> "_Contrast | Difference":
+    absent = [_lacks(metric, system) for system in (a, b)]
+    if any(absent):
+        return Difference(metric, a.label, b.label, reason="; ".join(filter(None, absent)))
+    one, two = a.scores[metric], b.scores[metric]
+    if one.signature != two.signature:
+        reason = "the signatures differ: " + signature_changes(one.signature, two.signature)
+        return Difference(metric, a.label, b.label, reason=reason)
+    ours, theirs = (_rows(system.scores[metric])[order[system.label]] for system in (a, b))
+    return _Contrast(metric, a.label, b.label, ours, theirs - ours)
+
+
+def _lacks(metric: str, system: System) -> str | None:
+    score = system.scores.get(metric)
+    if score is None:
+        return f"not computed for {system.label}"
+    if score.value is None:
+        return f"absent for {system.label}: {score.reason}"
+    return None if _rows(score) is not None else f"{system.label} has no scores of single images"
+
+
+def _rows(score: Score) -> np.ndarray | None:
+    values = score.statistics if aggregate(score.name) else score.per_image
+    return values if values is None else np.asarray(values, dtype=float).reshape(len(values), -1)
+
+
+def signature_changes(a: str, b: str) -> str:
+    """The parts in which two signatures differ: `layer: 40 / 6; fp32 / bf16`; `-` for a part of one only."""
+    ours, theirs = a.split("|"), b.split("|")
+    changes = []
+    for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        if kind != "equal":
+            changes += [_change(*parts) for parts in zip_longest(ours[i:j], theirs[k:m], fillvalue="-")]
+    return "; ".join(changes)
+
+
+def _change(one: str, two: str) -> str:
+    key, _, value = one.partition(":")
+    return f"{key}: {value} / {two[len(key) + 1 :]}" if two.startswith(f"{key}:") else f"{one} / {two}"
+
+
+def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Difference]:
+    """Both tests of all contrasts, on the same draws and the same swaps."""
+    both = {str(i): np.hstack([one.rows, one.excess]) for i, one in enumerate(contrasts)}
+    drawn = bootstrap.resample(both, {str(i): c.drawn for i, c in enumerate(contrasts)}, DRAWS, seed)
+    swapped = _swapped([one.excess for one in contrasts], resamples, seed)
+    exact = 2 ** len(contrasts[0].rows) <= resamples
+    found = []
+    for one, draws, moved in zip(contrasts, drawn.values(), swapped, strict=True):
+        a, b = one.rows.sum(0), one.rows.sum(0) + one.excess.sum(0)
+        observed = float(one.score(b) - one.score(a))
+        null = one.score(b - moved) - one.score(a + moved)
+        found.append((observed, *bootstrap.interval(draws), p_value(null, observed, exact)))
+    adjusted = _adjusted(contrasts, [p for *_, p in found])
+    return [
+        Difference(one.metric, one.a, one.b, *numbers, corrected, _real(*numbers, corrected))
+        for one, numbers, corrected in zip(contrasts, found, adjusted, strict=True)
+    ]
+
+
+def _real(difference: float, low: float, high: float, p: float, adjusted: float) -> bool:
+    return adjusted < LEVEL and (low > 0 or high < 0)
+
+
+def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
+    """What the swapped rows add up to in each of the contrasts' excess (n, k), each (resamples, k)."""
+    together = np.hstack(excess)
+    totals = [swaps.astype(float) @ together for swaps in _swaps(len(together), resamples, seed)]
+    ends = np.cumsum([part.shape[1] for part in excess])
+    return np.split(np.vstack(totals), ends[:-1], axis=1)
+
+
+def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Which rows are swapped: 0 or 1 (at most 100, rows), at random or every way there is."""
+    if 2**rows <= resamples:
+        yield np.arange(2**rows)[:, None] >> np.arange(rows) & 1
+        return
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, BLOCK):
+        yield random.integers(2, size=(min(BLOCK, resamples - start), rows), dtype=np.uint8)
+
+
+def p_value(null: np.ndarray, observed: float, exact: bool) -> float:
+    """The two-sided p of a difference among those of swapped rows (r,), as scipy's `permutation_test` counts.
+
+    Random swaps leave the observed one out, so it is added.
+    """
+    added = 0 if exact else 1
+    tail = min((null <= observed + TIE).sum(), (null >= observed - TIE).sum())
+    return min(1.0, 2 * float(tail + added) / (len(null) + added))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p values of one family, adjusted (Holm 1979): 5 % of families have one below 0.05 by chance."""
+    adjusted, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = least
+    return adjusted
+
+
+def _adjusted(contrasts: Sequence[_Contrast], p: Sequence[float]) -> list[float]:
+    """Holm's correction over the pairs of each metric."""
+    adjusted = [0.0] * len(p)
+    for metric in {one.metric for one in contrasts}:
+        family = [i for i, one in enumerate(contrasts) if one.metric == metric]
+        for i, value in zip(family, holm([p[i] for i in family]), strict=True):
+            adjusted[i] = value
+    return adjusted
+
+
+def read_run(folder: Path, label: str) -> System:
+    """The validation scores of a run, after post-processing, as its score step left them.
+
+    Raises `UserError` where the folder is no run, or its scores lack the numbers of single images.
+    """
+    record = run_record(folder)
+    step = run_root(folder, record) / record["steps"].get("score-after", "")
+    if not (step / "scores.json").is_file():
+        what = f"the run (status {record['status']}) has no scores"
+        raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
+    if not (step / ARRAYS).is_file():
+        what = "scored by an older version, without the numbers of single images that a comparison needs"
+        raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
+    result = json.loads((step / "scores.json").read_text(encoding="utf-8"))
+    ids, arrays = read_arrays(step / ARRAYS)
+    scores = {name: _with_rows(Score(**entry), arrays.get(name)) for name, entry in result["scores"].items()}
+    return System(label, ids, result["references"], scores)
+
+
+def of_rows(found: Rows, label: str) -> System:
+    """A file of captions that was matched with its references, not scored yet."""
+    return System(label, found.ids, references_fingerprint(found.ids, found.references), {})
+
+
+def references_fingerprint(ids: Sequence[str], references: Sequence[str]) -> str:
+    """What a score step calls its references, whatever the order of the rows."""
+    return fingerprint(sorted(zip(ids, references, strict=True)))
+
+
+def _with_rows(score: Score, array: np.ndarray | None) -> Score:
+    return replace(score, **{"statistics" if aggregate(score.name) else "per_image": array})

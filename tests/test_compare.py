@@ -1,0 +1,301 @@
+"""Comparisons against scipy's tests, against scoring the drawn captions anew, and under a known truth."""
+
+import csv
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import compare, metrics
+from harness.compare import Difference, System
+from harness.config import ScoreConfig
+from harness.errors import UserError
+from harness.metrics import METRICS, Score, bootstrap
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
+
+
+def system(label: str, ids=None, references="same", **arrays: np.ndarray) -> System:
+    """A system with these scores (n,) or statistics (n, k) by metric."""
+    scores = {name: given(name, np.asarray(array, dtype=float)) for name, array in arrays.items()}
+    n = len(next(iter(arrays.values())))
+    return System(label, [f"i{row:06}" for row in range(n)] if ids is None else ids, references, scores)
+
+
+def given(name: str, array: np.ndarray, **more) -> Score:
+    """A score made of its array alone."""
+    corpus = METRICS[name].aggregate
+    value = float(corpus(array.sum(0)) if corpus else array.mean())
+    kind = "statistics" if corpus else "per_image"
+    score = Score(name, value, None, None, len(array), f"{name}|clef2023", True, 0.0, **{kind: array})
+    return replace(score, **more)
+
+
+def counts(rows: int, seed: int) -> np.ndarray:
+    """Statistics of BLEU-1 (rows, 3) as captions of 5 to 40 words give them."""
+    random = np.random.default_rng(seed)
+    words, theirs = random.integers(5, 40, (2, rows))
+    return np.stack([random.binomial(np.minimum(words, theirs), 0.4), words, theirs], 1)
+
+
+def only(*systems: System, **more) -> Difference:
+    (found,) = compare.compare(systems, **more)
+    return found
+
+
+def bleu_by_index(a: np.ndarray, b: np.ndarray):
+    """scipy's form of a corpus metric: samples of row numbers into both systems' statistics."""
+    both = np.vstack([a, b]).astype(float)
+
+    def difference(ours, theirs, axis=-1):
+        ours, theirs = (both[rows.astype(int)].sum(-2) for rows in (ours, theirs))
+        return METRICS["bleu1"].aggregate(theirs) - METRICS["bleu1"].aggregate(ours)
+
+    return difference, (np.arange(len(a)), np.arange(len(a)) + len(a))
+
+
+def mean_gap(a, b, axis=-1):
+    return b.mean(axis) - a.mean(axis)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, list[str]]:
+    """32 references, two systems' captions for them, ids."""
+    with GOLDEN.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    found = {key: [row[key] for row in rows] for key in ("ID", "reference", "prediction")}
+    shuffled = random.Random(0)
+    found["other"] = [
+        " ".join(shuffled.sample(words, max(1, len(words) - 3))) if (words := text.split()) else ""
+        for text in found["prediction"]
+    ]
+    return found
+
+
+def scored(label: str, ids: list[str], captions: list[str], references: list[str], *names: str) -> System:
+    config = ScoreConfig(metrics=names, bootstrap=0)
+    return System(label, ids, "same", metrics.score(captions, references, None, config, 2023)[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_p_and_difference_equal_scipy_for_eight_rows(seed):
+    from scipy.stats import permutation_test
+
+    # coarse scores, so that many swaps tie with the observed difference
+    a, b = np.random.default_rng(seed).integers(0, 5, (2, 8)) / 5
+    found = only(system("a", rouge1=a), system("b", rouge1=b))
+    oracle = permutation_test((a, b), mean_gap, permutation_type="samples", vectorized=True)
+    assert found.difference == pytest.approx(oracle.statistic, abs=1e-12)
+    assert found.p == pytest.approx(oracle.pvalue, abs=1e-12)
+    one_sample = permutation_test((b - a,), np.mean, permutation_type="samples")
+    assert found.p == pytest.approx(one_sample.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_p_of_a_corpus_metric_equals_scipy(seed):
+    from scipy.stats import permutation_test
+
+    a, b = counts(8, seed), counts(8, seed + 10)
+    found = only(system("a", bleu1=a), system("b", bleu1=b))
+    statistic, data = bleu_by_index(a, b)
+    oracle = permutation_test(data, statistic, permutation_type="samples", vectorized=True)
+    assert found.difference == pytest.approx(float(oracle.statistic), abs=1e-12)
+    assert found.p == pytest.approx(float(oracle.pvalue), abs=1e-12)
+
+
+def test_random_swaps_agree_with_scipy():
+    from scipy.stats import permutation_test
+
+    random = np.random.default_rng(5)
+    a, b = random.random((2, 150))
+    b = b + 0.05
+    first, second = counts(150, 1), counts(150, 2)
+    rouge, bleu = compare.compare(
+        [system("a", rouge1=a, bleu1=first), system("b", rouge1=b, bleu1=second)], resamples=4_000
+    )
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": 4_000, "rng": 0}
+    statistic, data = bleu_by_index(first, second)
+    assert 0.02 < rouge.p < 0.98, "a p at the floor would agree with anything"
+    assert rouge.p == pytest.approx(permutation_test((a, b), mean_gap, **options).pvalue, abs=0.03)
+    oracle = permutation_test(data, statistic, batch=200, **options)
+    assert bleu.p == pytest.approx(float(oracle.pvalue), abs=0.03)
+
+
+def test_interval_agrees_with_scipy_paired_bootstrap():
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    random = np.random.default_rng(3)
+    a = random.random(400)
+    b = 0.8 * a + 0.3 * random.random(400)  # paired: far narrower than two sets apart
+    first, second = counts(400, 1), counts(400, 2)
+    rouge, bleu = compare.compare([system("a", rouge1=a, bleu1=first), system("b", rouge1=b, bleu1=second)])
+    options = {"paired": True, "method": "percentile", "n_resamples": 5_000, "batch": 250, "rng": 0}
+    statistic, data = bleu_by_index(first, second)
+    for found, oracle in (
+        (rouge, scipy_bootstrap((a, b), mean_gap, vectorized=True, **options)),
+        (bleu, scipy_bootstrap(data, statistic, vectorized=True, **options)),
+    ):
+        low, high = oracle.confidence_interval
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.08 * (high - low))
+
+
+def test_corpus_difference_equals_scoring_the_drawn_captions_anew(golden, monkeypatch):
+    names = ("meteor", "bleu1")
+    ours, theirs = (
+        scored(key, golden["ID"], golden[key], golden["reference"], *names) for key in ("prediction", "other")
+    )
+    monkeypatch.setattr(compare, "DRAWS", 1)
+    found = {one.metric: one for one in compare.compare([ours, theirs], seed=7)}
+    times = next(bootstrap.weights(32, 1, 7))[0]
+    assert times.max() > 1
+    drawn = {
+        key: [text for text, count in zip(golden[key], times, strict=True) for _ in range(count)]
+        for key in ("ID", "prediction", "other", "reference")
+    }
+    one, two = (
+        scored(key, drawn["ID"], drawn[key], drawn["reference"], *names) for key in ("prediction", "other")
+    )
+    for name in names:
+        again = two.scores[name].value - one.scores[name].value
+        assert found[name].low == found[name].high == pytest.approx(again, abs=1e-6)
+        whole = theirs.scores[name].value - ours.scores[name].value
+        assert found[name].difference == pytest.approx(whole, abs=1e-6) != pytest.approx(again, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_a_system_does_not_differ_from_itself(rows):
+    statistics = {"meteor": np.random.default_rng(0).integers(1, 9, (rows, 23)), "bleu1": counts(rows, 0)}
+    scores = {"rouge1": np.random.default_rng(1).random(rows) / 3}
+    twins = [system(label, **statistics, **scores) for label in "ab"]
+    for found in compare.compare(twins):
+        assert (found.difference, found.low, found.high, found.p, found.adjusted_p) == (0, 0, 0, 1, 1)
+        assert (found.real, found.verdict) == (False, "not shown")
+
+
+def test_under_the_null_five_percent_are_found():
+    """300 times two systems that nothing tells apart, 40 rows each."""
+    found = []
+    for seed in range(300):
+        a, b = np.random.default_rng(seed).random((2, 40))
+        pair = [
+            system("a", rouge1=a, bleu1=counts(40, 2 * seed)),
+            system("b", rouge1=b, bleu1=counts(40, 2 * seed + 1)),
+        ]
+        found.append([one.p < 0.05 for one in compare.compare(pair, resamples=999, seed=seed)])
+    assert np.mean(found, axis=0) == pytest.approx([0.05, 0.05], abs=0.025)  # two standard errors
+
+
+def test_a_known_shift_is_found_and_named():
+    random = np.random.default_rng(0)
+    a = random.random(500)
+    b = a + 0.02 + 0.05 * random.standard_normal(500)
+    found = only(system("base", rouge1=a), system("better", rouge1=b))
+    assert found.real
+    assert found.verdict == "better higher"
+    assert found.low < 0.02 < found.high
+    assert found.p == pytest.approx(2 / 10_000)
+    turned = only(system("better", rouge1=b), system("base", rouge1=a))
+    assert (turned.verdict, turned.p) == (found.verdict, found.p)
+    assert (turned.difference, turned.low, turned.high) == pytest.approx(
+        (-found.difference, -found.high, -found.low), abs=1e-12
+    )
+
+
+def test_rows_are_aligned_by_id():
+    random = np.random.default_rng(0)
+    a, b, first, second = *random.random((2, 60)), counts(60, 1), counts(60, 2)
+    ours, theirs = system("a", rouge1=a, bleu1=first), system("b", rouge1=b, bleu1=second)
+    order = random.permutation(60)
+    ids = [ours.ids[row] for row in order]
+    moved = system("b", ids, rouge1=b[order], bleu1=second[order])
+    assert compare.compare([ours, moved]) == compare.compare([ours, theirs])
+
+
+def test_pairs_are_corrected_together_and_metrics_apart():
+    random = np.random.default_rng(4)
+    rows = random.random((3, 80))
+    rows[2] += 0.13
+    systems = [system(label, rouge1=row, cider=1 - row) for label, row in zip("abc", rows, strict=True)]
+    found = compare.compare(systems)
+    assert [(d.metric, d.a, d.b) for d in found] == [
+        (metric, *pair) for metric in ("rouge1", "cider") for pair in ("ab", "ac", "bc")
+    ]
+    for family in (found[:3], found[3:]):
+        assert [d.adjusted_p for d in family] == compare.holm([d.p for d in family])
+    two = only(systems[0], systems[2], metrics=["rouge1"])
+    assert two.adjusted_p == two.p == found[1].p < found[1].adjusted_p
+
+
+def test_holm_against_a_worked_example():
+    # four hypotheses: 4 x 0.005, 3 x 0.01, then 2 x 0.03, and 1 x 0.04 raised to the one before
+    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_an_interval_with_0_is_not_real_whatever_p():
+    assert not Difference("rouge1", "a", "b", 0.1, -0.01, 0.2, 0.01, 0.01, False).real
+    assert not compare._real(0.1, 0.0, 0.2, 0.01, 0.01)
+    assert not compare._real(0.1, 0.01, 0.2, 0.02, 0.06)
+    assert compare._real(-0.1, -0.2, -0.01, 0.01, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "changes"),
+    [
+        ("m|clef2023|x|layer:40|fp32", "m|clef2023|x|layer:6|fp32", "layer: 40 / 6"),
+        (
+            "m|clef2023|x|layer:40|fp32",
+            "m|clef2025|y|layer:40|fp32",
+            "clef2023 / clef2025; x / y; fp32 / bf16",
+        ),
+        ("m|clef2023|a", "m|clef2023|a|ptb:no", "- / ptb:no"),
+        ("m|v:1.5|x:2", "m|v:1.5", "x:2 / -"),
+        ("m|like:s:0.1", "m|like:s:0.2", "like: s:0.1 / s:0.2"),
+    ],
+)
+def test_how_signatures_differ(a, b, changes):
+    assert compare.signature_changes(a, b) == changes
+
+
+def test_other_signatures_and_absent_scores_are_not_compared():
+    a, b = np.random.default_rng(0).random((2, 20))
+    ours, theirs = system("a", rouge1=a, cider=a, bleurt=a), system("b", rouge1=b, cider=b)
+    theirs.scores["cider"] = given("cider", b, signature="cider|clef2024")
+    theirs.scores["clipscore"] = Score("clipscore", None, None, None, 20, "", False, 0, "needs images")
+    found = {one.metric: one for one in compare.compare([ours, theirs])}
+    assert found["rouge1"].reason is None
+    assert found["cider"].reason == "the signatures differ: clef2023 / clef2024"
+    assert found["bleurt"].reason == "not computed for b"
+    assert found["clipscore"].reason == "not computed for a; absent for b: needs images"
+    for one in (found["cider"], found["bleurt"], found["clipscore"]):
+        assert one.verdict == "not compared"
+        assert (one.difference, one.low, one.high, one.p, one.adjusted_p, one.real) == (None,) * 6
+
+
+def test_nothing_left_to_compare_is_an_error_with_every_reason():
+    a = np.random.default_rng(0).random(20)
+    ours, theirs = system("a", rouge1=a), system("b", cider=a)
+    with pytest.raises(UserError) as error:
+        compare.compare([ours, theirs])
+    assert error.value.exit_code == 1
+    assert "a / b: rouge1: not computed for b" in str(error.value)
+    assert "a / b: cider: not computed for a" in str(error.value)
+
+
+def test_other_images_and_other_references_are_refused():
+    a = np.random.default_rng(0).random(4)
+    first = system("a", ids=["1", "2", "3", "4"], rouge1=a)
+    others = [
+        system("b", ids=["1", "2", "5", "6"], rouge1=a),
+        system("c", ids=["1", "2", "3"], rouge1=a[:3]),
+        system("d", ids=["4", "3", "2", "1"], references="changed", rouge1=a),
+    ]
+    with pytest.raises(UserError) as error:
+        compare.compare([first, *others])
+    text = str(error.value)
+    assert "b: other images: of a it lacks 2 ids, the first 3; it has, and a lacks, 2" in text
+    assert "c: other images: of a it lacks 1 ids, the first 4" in text
+    assert "d: other references than a, for the same ids" in text
