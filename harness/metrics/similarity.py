@@ -1,0 +1,197 @@
+"""Similarity of 2025 and 2026: how close caption and image are to MedImageInsight (Codella et al. 2024).
+
+The organisers run the published code and weights as they are, and so does this: the model's own module is
+loaded from the folder that the config names.
+"""
+
+import base64
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from harness.checkpoints import STANDIN_FILE
+from harness.config import SimilarityConfig
+from harness.data.images import DAMAGE, decode
+from harness.errors import Problem, UserError
+from harness.metrics import text
+from harness.metrics.base import Absent, Inputs, Measured, cut_rows, sign
+from harness.metrics.cache import Row, state
+from harness.metrics.images import Features, identities
+
+KEY = "score.similarity.folder"
+WEIGHT = 2.5
+BATCH = 8
+MODULE = "medimageinsightmodel"
+MODEL = "2024.09.27"
+VISION = "medimageinsigt-v1.0.0.pt"  # the publishers' spelling
+LANGUAGE = "language_model.pth"
+WEIGHTS = f"{MODEL}/vision_model/{VISION}"
+PARTS = (
+    f"{MODULE}.py",
+    "MedImageInsight",
+    f"{MODEL}/config.yaml",
+    WEIGHTS,
+    f"{MODEL}/language_model/clip_tokenizer_4.16.2",
+)
+"""What the folder holds; the language model's weights lie in the file of the vision model."""
+HINT = (
+    "Clone lion-ai/MedImageInsights from the Hugging Face hub with Git LFS, install its requirements.txt, "
+    f"and name its folder as {KEY}; it holds {', '.join(PARTS)}"
+)
+_POINTER = b"version https://git-lfs"
+
+
+def problems(config: SimilarityConfig) -> list[Problem]:
+    """What is wrong with the folder of MedImageInsight, where one is named; without loading anything."""
+    if config.folder is None:
+        return []
+    if not config.folder.is_dir():
+        return [Problem(f"no such folder: {config.folder}", key=KEY, hint=HINT)]
+    lacking = [part for part in PARTS if not (config.folder / part).exists()]
+    if lacking:
+        return [Problem(f"{config.folder} lacks {', '.join(lacking)}", key=KEY, hint=HINT)]
+    with (config.folder / WEIGHTS).open("rb") as weights:
+        if weights.read(len(_POINTER)) == _POINTER:
+            what = f"{config.folder / WEIGHTS} is a pointer of Git LFS and not the weights"
+            return [Problem(what, key=KEY, hint=f"Fetch them: git -C {config.folder} lfs pull")]
+    return []
+
+
+def measure(inputs: Inputs) -> Measured:
+    """2.5 * max(cos(image, prediction), 0) of each raw prediction with its image, in 0 to 2.5.
+
+    An empty prediction is 0, as in the evaluator of 2026; after an exception that evaluator says 1, where
+    this says what is wrong. MedImageInsight always computes in float32.
+    """
+    folder = inputs.config.similarity.folder
+    if folder is None:
+        raise Absent(f"needs {KEY}. {HINT}")
+    if wrong := problems(inputs.config.similarity):
+        raise Absent(f"{wrong[0]}. {wrong[0].hint}")
+    if inputs.images is None:
+        raise Absent("needs images")
+    name, standin = _name(folder)
+    signature = sign("similarity", inputs.edition, name, f"w:{WEIGHT}", "pre:raw", "fp32")
+    states = [state(folder / part) for part in (f"{MODEL}/vision_model", MODEL, "")]
+
+    def compute(rows: Sequence[Row]) -> list[tuple[float, int]]:
+        model = load(folder, inputs.device)
+        model.features.keep(inputs.cache, inputs.device, states)
+        return model.scores([row[0] for row in rows], [row[1:] for row in rows])
+
+    images = identities(inputs.images)
+    rows = [(caption, *image) for caption, image in zip(inputs.predictions, images, strict=True)]
+    per_image, cut = inputs.scored_by_all([signature, states], rows, compute).T
+    return Measured(per_image, signature, official=not standin, warnings=cut_rows("similarity", cut))
+
+
+def _name(folder: Path) -> tuple[str, bool]:
+    mark = folder / STANDIN_FILE
+    if mark.exists():
+        return f"STAND-IN {json.loads(mark.read_text())['name']}", True
+    return f"MedImageInsight-{MODEL}", False
+
+
+@functools.lru_cache(maxsize=1)
+def load(folder: Path, device: str) -> "Model":
+    """The MedImageInsight in a folder; the last one used stays in memory, and with it features of images."""
+    return Model(folder, device)
+
+
+class Model:
+    """A MedImageInsight with the features of the images seen so far."""
+
+    def __init__(self, folder: Path, device: str):
+        import torch
+
+        with _its_own_modules(folder):
+            module = _module(folder / f"{MODULE}.py")
+            self.model = module.MedImageInsight(
+                model_dir=str(folder / MODEL), vision_model_name=VISION, language_model_name=LANGUAGE
+            )
+            self.model.load_model()
+        self.model.device = torch.device(device)
+        self.model.model.to(self.model.device).eval()
+        self.features = Features(self._image_features, BATCH)
+
+    def scores(self, captions: Sequence[str], images: Sequence[Row]) -> list[tuple[float, int]]:
+        """The score of each caption with its image, and to how many tokens the caption was cut, 0 if not."""
+        whole = [caption for caption in dict.fromkeys(captions) if not text.is_empty(caption)]
+        texts = dict(zip(whole, self._text_features(whole), strict=True))
+        cut = {caption for caption in whole if self._length(caption) > self.model.max_length}
+        return [
+            (_score(image, texts.get(caption)), self.model.max_length * (caption in cut))
+            for caption, image in zip(captions, self.features.of(images), strict=True)
+        ]
+
+    def _text_features(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
+        import torch
+
+        for start in range(0, len(captions), BATCH):
+            with torch.inference_mode():
+                yield from self.model.encode(texts=captions[start : start + BATCH])["text_embeddings"]
+
+    def _image_features(self, paths: Sequence[Path]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return np.asarray(self.model.encode(images=[encoded(p) for p in paths])["image_embeddings"])
+
+    def _length(self, caption: str) -> int:
+        return len(self.model.tokenize([caption], truncation=False)["input_ids"][0])
+
+
+def _score(image: np.ndarray, caption: np.ndarray | None) -> float:
+    if caption is None:
+        return 0.0
+    cosine = image @ caption / (np.linalg.norm(image) * np.linalg.norm(caption))
+    return WEIGHT * max(float(cosine), 0.0)
+
+
+def encoded(path: Path) -> str:
+    """An image file in base64, as the organisers give it to the model.
+
+    Modes that it would refuse or turn white (16-bit grey, palettes, transparency) are made RGB first, as PNG.
+    Raises `UserError` where the file is not a whole image.
+    """
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            plain = image.mode in ("L", "RGB")
+        if not plain:
+            png = io.BytesIO()
+            decode(content).save(png, "PNG")
+            content = png.getvalue()
+    except DAMAGE as error:
+        raise UserError([Problem(f"not a whole image: {error}", path)]) from None
+    return base64.b64encode(content).decode()
+
+
+@contextlib.contextmanager
+def _its_own_modules(folder: Path) -> Iterator[None]:
+    """The folder's modules first on the path, and what they print on stderr."""
+    before = sys.path.copy()
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch: RuntimeError
+        raise Absent(f"the code in {folder} does not run here: {error}. {HINT}") from error
+    finally:
+        sys.path[:] = before
+
+
+def _module(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(MODULE, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
