@@ -177,12 +177,16 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoint": record["config"]["model"]["checkpoint"],
         "edition": record["edition"],
         "seed": record["seed"],
-        "started": record["started"],
-        "ended": record["ended"],
+        "started": _moment(record["started"]),
+        "ended": _moment(record["ended"]),
         "command": record["command"],
         "commit": git["commit"] and git["commit"] + changed,
         "submissions": ", ".join(record["submissions"]) or None,
     }
+
+
+def _moment(text: str | None) -> str | None:
+    return text and text.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _stage(record: Mapping[str, Any], stage: str) -> Mapping[str, Mapping[str, Any]]:
@@ -413,8 +417,10 @@ def _steps(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, folder in record["steps"].items():
         made = record["made"].get(name)
         own = name in record["seconds"]
-        by = None if made is None else "this run" if own else made["command"]
-        commit = made["git"]["commit"] if made else None
+        same = made is not None and made["command"] == record["command"]
+        earlier = "an earlier run by the same command" if same else made and made["command"]
+        by = made and ("this run" if own else earlier)
+        commit = made and made["git"]["commit"]
         seconds = record["seconds"].get(name, made["seconds"] if made else None)
         yield {"step": name, "folder": folder, "seconds": seconds, "by": by, "commit": commit}
 

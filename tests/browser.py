@@ -125,10 +125,23 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, **shared)
 
     def choose(self, select_id: str, value: str) -> None:
-        """Choose an option of a select element, as a user's choice is reported to the page."""
+        """Choose an option of a select element, by the mouse and the keys of its list."""
         node = f"document.getElementById({json.dumps(select_id)})"
-        self.evaluate(f"{node}.value = {json.dumps(value)}")
-        self.evaluate(f"{node}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+        place = self.evaluate(f"[...{node}.options].findIndex((one) => one.value === {json.dumps(value)})")
+        self.click(node)
+        for key, code in [("Home", 36), *[("ArrowDown", 40)] * place]:
+            self.press(key, code)
+        self.press("Enter", 13, "\r")
+        if self.evaluate(f"{node}.value") != value:
+            raise RuntimeError(f"{select_id} is not {value!r}")
+
+    def type(self, node: str, text: str) -> None:
+        """Click on a field that a JavaScript expression gives, and write over what it holds."""
+        self.click(node)
+        self.evaluate(f"({node}).select()")
+        self.press("Backspace", 8)
+        for letter in text:
+            self.press(letter, 0, letter)
 
     def screenshot(self, file: Path) -> Path:
         """The whole page as PNG."""
