@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness import checkpoints, device
+from harness import checkpoints, device, metrics
 from harness.config import STANDIN, Config
 from harness.data import readers
 from harness.errors import UserError
@@ -149,9 +149,8 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("checkpoint", "text_checkpoint", "text_head_checkpoint"):
         if name := getattr(config.model, key):
             yield f"model.{key}", name
-    for metric in ("bertscore", "bleurt", "clipscore"):
-        if metric in config.score.metrics:
-            yield f"score.{metric}.checkpoint", getattr(config.score, metric).checkpoint
+    for section, name in metrics.checkpoints_of(config.score).items():
+        yield f"score.{section}.checkpoint", name
 
 
 def _data(configs: Sequence[Config]) -> Iterator[Check]:

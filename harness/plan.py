@@ -7,7 +7,7 @@ imports torch, so that `--dry-run` answers at once.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +70,7 @@ class Plan:
                 "data": data.fingerprints["train"],
             }
         bertscore = config.score.bertscore.model_dump()
-        standing = _identities([("bertscore", config.score.bertscore.checkpoint)], self.root)
+        standing = _identities({"bertscore": config.score.bertscore.checkpoint}, self.root)
         decoding = config.predict.model_dump(exclude={"splits", "batch_size"})
         steps["train"] = {
             "version": TRAIN_VERSION,
@@ -101,7 +101,7 @@ class Plan:
                     "captions": steps[source],
                     "data": data.fingerprints["valid"],
                     "score": config.score.model_dump(),
-                    "checkpoints": _identities(_metric_checkpoints(config), self.root),
+                    "checkpoints": _identities(metrics.checkpoints_of(config.score), self.root),
                     "standins": [steps[f"standin-{metric}"] for metric in self.standins],
                     "edition": config.edition,
                 }
@@ -114,9 +114,9 @@ class Plan:
 
     @property
     def standins(self) -> list[str]:
-        """The metrics whose stand-in models are trained here."""
-        chosen = {"bleurt": self.config.score.bleurt, "clipscore": self.config.score.clipscore}
-        return [m for m, c in chosen.items() if c.checkpoint == STANDIN and m in self.config.score.metrics]
+        """The models of metrics, by the name of their section, whose stand-ins are trained here."""
+        models = metrics.checkpoints_of(self.config.score)
+        return [name for name in ("bleurt", "clipscore") if models.get(name) == STANDIN]
 
     def directory(self, name: str) -> Path:
         """Where a step's output lies, or will lie."""
@@ -133,14 +133,9 @@ class Plan:
         return {"text_checkpoint", "text_head_checkpoint"} if tiny else set()
 
 
-def _metric_checkpoints(config: Config) -> list[tuple[str, str]]:
-    neural = [name for name in ("bertscore", "bleurt", "clipscore") if name in config.score.metrics]
-    return [(name, getattr(config.score, name).checkpoint) for name in neural]
-
-
-def _identities(named: Sequence[tuple[str, str]], root: Path) -> list[Any]:
+def _identities(named: Mapping[str, str], root: Path) -> list[Any]:
     """What tells two checkpoints of the same name apart: the contents of their weight files."""
-    found = [(key, name, checkpoints.find(name)) for key, name in named if name != STANDIN]
+    found = [(key, name, checkpoints.find(name)) for key, name in named.items() if name != STANDIN]
     return [[key, name, checkpoints.contents(f.folder, root) if f else None] for key, name, f in found]
 
 
@@ -148,18 +143,18 @@ def problems(config: Config) -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
     wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
-    for key, name in _model_checkpoints(config):
+    for key, name in _model_checkpoints(config).items():
         if checkpoints.find(name) is None:
             found.append(checkpoints.missing(name, f"model.{key}"))
     return found
 
 
-def _model_checkpoints(config: Config) -> list[tuple[str, str]]:
-    """(key, checkpoint) of what the captioner is loaded from; a tiny one is made here and needs nothing."""
+def _model_checkpoints(config: Config) -> dict[str, str]:
+    """The checkpoints by key that the captioner is loaded from; a tiny one is made here and needs none."""
     if config.model.checkpoint == "tiny":
-        return []
+        return {}
     keys = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
-    return [(key, name) for key in keys if (name := getattr(config.model, key))]
+    return {key: name for key in keys if (name := getattr(config.model, key))}
 
 
 def prepare(configs: Sequence[Config], reporter: Reporter, root: Path = RUNS) -> list[Plan]:

@@ -26,6 +26,7 @@ __all__ = [
     "Metric",
     "Score",
     "aggregate",
+    "checkpoints_of",
     "constant_baseline",
     "image_gap",
     "problems",
@@ -201,12 +202,27 @@ def aggregate(name: str) -> bootstrap.Aggregate | None:
 def problems(config: ScoreConfig, edition: int) -> list[Problem]:
     """Checkpoints of the wanted metrics that are not at hand, found without importing torch."""
     config = config.for_edition(edition)
-    found = bertscore.problems(config.bertscore) if "bertscore" in config.metrics else []
-    for metric, wanted in (("bleurt", config.bleurt), ("clipscore", config.clipscore)):
-        at_hand = wanted.checkpoint == STANDIN or checkpoints.find(wanted.checkpoint)
-        if metric in config.metrics and not at_hand:
-            found.append(checkpoints.missing(wanted.checkpoint, f"score.{metric}.checkpoint"))
+    wanted = checkpoints_of(config)
+    found = bertscore.problems(config.bertscore) if "bertscore" in wanted else []
+    for name in ("bleurt", "clipscore"):
+        at_hand = wanted.get(name) in (None, STANDIN) or checkpoints.find(wanted[name])
+        if not at_hand:
+            found.append(checkpoints.missing(wanted[name], f"score.{name}.checkpoint"))
     return found
+
+
+def checkpoints_of(config: ScoreConfig) -> dict[str, str]:
+    """The checkpoints that the wanted metrics are computed with, by the name of their section in the config."""
+    users = {
+        "bertscore": {"bertscore"},
+        "bleurt": {"bleurt"},
+        "clipscore": {"clipscore", "refclipscore"},
+    }
+    return {
+        section: getattr(config, section).checkpoint
+        for section, metrics in users.items()
+        if metrics & set(config.metrics)
+    }
 
 
 def _wanted(config: ScoreConfig) -> dict[str, Metric]:
