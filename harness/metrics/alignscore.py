@@ -1,0 +1,219 @@
+"""AlignScore (Zha et al. 2023): is every sentence of a caption supported by the reference?
+
+Inference of the published checkpoint as in `src/alignscore/inference.py` of yuh-zha/AlignScore, mode nli_sp,
+without its dependencies (pytorch-lightning 1, spacy) and equal to it one pair at a time.
+"""
+
+import functools
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import checkpoints
+from harness.checkpoints import STANDIN_FILE
+from harness.config import AlignScoreConfig
+from harness.errors import Problem
+from harness.metrics import text
+from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, sign
+from harness.metrics.cache import Row
+from harness.metrics.images import identities
+
+OFFICIAL = "AlignScore-base.ckpt"
+"""The organisers ask for roberta-large, but load this file, and Lightning builds the model that it names."""
+ROBERTA = {OFFICIAL: "roberta-base", "AlignScore-large.ckpt": "roberta-large"}
+KEY = "score.alignscore.checkpoint"
+HINT = f"Fetch {OFFICIAL} of yzha/AlignScore from the Hugging Face hub and name it as {KEY}"
+PUNKT = "python -m nltk.downloader punkt_tab   (on a machine with internet; then copy the folder nltk_data)"
+REWRITE = (
+    "If you trust it, write it anew without them: c = torch.load(FILE, 'cpu', weights_only=False); "
+    "torch.save({key: c[key] for key in ('hyper_parameters', 'state_dict')}, FILE)"
+)
+BATCH_TOKENS = 4096
+CHUNK_WORDS = 350
+
+Pair = tuple[str, str]
+"""A chunk of the context, which is the reference, and a sentence of the claim, which is the prediction."""
+
+
+def problems(config: AlignScoreConfig) -> list[Problem]:
+    """What would keep AlignScore from being computed, where a checkpoint is named; without loading it."""
+    if config.checkpoint is None:
+        return []
+    if not config.checkpoint.is_file():
+        return [Problem(f"no such file: {config.checkpoint}", key=KEY, hint=HINT)]
+    found = []
+    if not zipfile.is_zipfile(config.checkpoint):
+        found.append(Problem(f"no PyTorch checkpoint: {config.checkpoint}", key=KEY, hint=HINT))
+    roberta = ROBERTA.get(config.checkpoint.name)
+    if roberta and checkpoints.find(roberta) is None:
+        found.append(checkpoints.missing(roberta, KEY))
+    if _splitter() is None:
+        found.append(Problem("nltk has no sentence splitter here", key=KEY, hint=f"Fetch it: {PUNKT}"))
+    return found
+
+
+def measure(inputs: Inputs) -> Measured:
+    """AlignScore of each raw prediction (the claim) with its raw reference (the context), in 0 to 1.
+
+    The mean over the sentences of the prediction of their best probability of being aligned with a chunk of
+    the reference. Two empty captions are 1; an empty prediction alone is 0, for which the organisers' code
+    stops; an empty reference alone is an empty context, as there.
+    """
+    file, precision = inputs.config.alignscore.checkpoint, inputs.config.precision
+    if file is None:
+        raise Absent(f"needs {KEY}. {HINT}")
+    if wrong := problems(inputs.config.alignscore):
+        raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
+    name, standin = _name(file)
+    splits = f"nltk:{metadata.version('nltk')}"
+    signature = sign("alignscore", inputs.edition, name, "nli_sp", "pre:raw", precision, splits)
+
+    def compute(rows: Sequence[Row]) -> np.ndarray:
+        return load(file, inputs.device, precision).scores(rows)
+
+    pairs = list(zip(inputs.references, inputs.predictions, strict=True))
+    per_image, cut = inputs.scored_by_all([signature, identities([file])], pairs, compute).T
+    return Measured(
+        per_image,
+        signature,
+        official=not standin and precision == "fp32" and file.name == OFFICIAL,
+        warnings=cut_rows("alignscore", cut),
+    )
+
+
+def _name(file: Path) -> tuple[str, bool]:
+    mark = file.with_name(STANDIN_FILE)
+    if mark.exists():
+        return f"STAND-IN {json.loads(mark.read_text())['name']}", True
+    return file.stem, False
+
+
+@functools.lru_cache(maxsize=1)
+def load(file: Path, device: str, precision: str = "fp32") -> "Scorer":
+    """The AlignScore of a checkpoint file; the last one used stays in memory."""
+    return Scorer(file, device, precision)
+
+
+class Scorer:
+    """An AlignScore: a RoBERTa and, on its pooled output, the layer that tells three labels apart.
+
+    `limit` is how many tokens a pair may have.
+    """
+
+    def __init__(self, file: Path, device: str, precision: str = "fp32"):
+        from transformers import AutoTokenizer
+
+        roberta, weights = _read(file)
+        found = checkpoints.find(roberta)
+        if found is None:
+            raise Absent(f"{file} is made of {roberta}, whose files are not on this machine")
+        self.device = device
+        self.tokenizer = AutoTokenizer.from_pretrained(found.folder)
+        self.encoder, self.head = _build(found.folder, weights, file)
+        for part in (self.encoder, self.head):
+            part.eval().to(device, dtype(precision))
+        positions = self.encoder.config.max_position_embeddings - self.encoder.config.pad_token_id - 1
+        self.limit = min(self.tokenizer.model_max_length, positions)
+
+    def scores(self, rows: Sequence[Row]) -> np.ndarray:
+        """Of each (reference, prediction) the score, and to how many tokens a pair was cut, 0 if none was."""
+        split = _splitter()
+        made = [_pairs(split, *row) for row in rows]
+        distinct = list(dict.fromkeys(pair for chunks in made for pairs in chunks for pair in pairs))
+        aligned, cut = self.aligned(distinct)
+        scores = [_score(row, chunks, aligned) for row, chunks in zip(rows, made, strict=True)]
+        long = [any(pair in cut for pairs in chunks for pair in pairs) for chunks in made]
+        return np.column_stack([scores, self.limit * np.array(long)])
+
+    def aligned(self, pairs: Sequence[Pair]) -> tuple[dict[Pair, float], set[Pair]]:
+        """The probability that each pair is aligned, in batches of similar length; and which were cut."""
+        if not pairs:
+            return {}, set()
+        whole = self.tokenizer(*map(list, zip(*pairs, strict=True)), verbose=False)["input_ids"]
+        cut = {pair for pair, ids in zip(pairs, whole, strict=True) if len(ids) > self.limit}
+        encoded = [
+            self._cut(pair, len(ids)) if pair in cut else ids for pair, ids in zip(pairs, whole, strict=True)
+        ]
+        found: dict[Pair, float] = {}
+        for rows in batches([len(ids) for ids in encoded], BATCH_TOKENS):
+            probabilities = self._forward([encoded[row] for row in rows])
+            found |= zip([pairs[row] for row in rows], probabilities, strict=True)
+        return found, cut
+
+    def _cut(self, pair: Pair, length: int) -> list[int]:
+        """The chunk is cut; where that is not enough, both, from the longer one's end."""
+        chunk = len(self.tokenizer(pair[0], add_special_tokens=False, verbose=False)["input_ids"])
+        how = "only_first" if chunk > length - self.limit else "longest_first"
+        return self.tokenizer(*pair, truncation=how, max_length=self.limit)["input_ids"]
+
+    def _forward(self, encoded: list[list[int]]) -> list[float]:
+        import torch
+
+        batch = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.device)
+        with torch.inference_mode():
+            pooled = self.encoder(batch["input_ids"], batch["attention_mask"]).pooler_output
+            return self.head(pooled).float().softmax(-1)[:, 0].tolist()
+
+
+def _splitter() -> Callable[[str], list[str]] | None:
+    """nltk's splitter into sentences, or None where its data are not on this machine."""
+    from nltk.tokenize import sent_tokenize
+
+    try:
+        sent_tokenize("One. Two.")
+    except LookupError:
+        return None
+    return sent_tokenize
+
+
+def _pairs(split: Callable[[str], list[str]], reference: str, prediction: str) -> list[list[Pair]]:
+    """Each chunk of the reference, of about `CHUNK_WORDS` words, with each sentence of the prediction."""
+    sentences = split(reference) or [""]
+    chunks = len(reference.split()) // CHUNK_WORDS + 1
+    size = max(len(sentences) // chunks, 1)
+    claims = split(prediction)
+    starts = range(0, len(sentences), size)
+    return [[(" ".join(sentences[start : start + size]), claim) for claim in claims] for start in starts]
+
+
+def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) -> float:
+    if all(map(text.is_empty, row)):
+        return 1.0
+    if not chunks[0]:
+        return 0.0
+    return float(np.mean(np.max([[aligned[pair] for pair in pairs] for pairs in chunks], axis=0)))
+
+
+def _read(file: Path) -> tuple[str, Mapping[str, Any]]:
+    """The name of the RoBERTa that the checkpoint is made of, and its weights by name."""
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return content["hyper_parameters"]["model"], content["state_dict"]
+    except KeyError as lacking:
+        raise Absent(f"{file} has no {lacking}: no checkpoint of AlignScore") from None
+    except pickle.UnpicklingError:
+        raise Absent(f"{file} holds objects of Lightning beside its weights. {REWRITE}") from None
+
+
+def _build(folder: Path, weights: Mapping[str, Any], file: Path) -> tuple[Any, Any]:
+    from torch import nn
+    from transformers import AutoConfig, RobertaModel
+
+    encoder = RobertaModel(AutoConfig.from_pretrained(folder))
+    head = nn.Linear(encoder.config.hidden_size, 3)
+    for part, prefix in ((encoder, "base_model."), (head, "tri_layer.")):
+        mine = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+        mine.pop("embeddings.position_ids", None)  # a buffer that transformers of then saved
+        try:
+            part.load_state_dict(mine)
+        except RuntimeError as error:
+            raise Absent(f"{file} does not fit {folder}: {error}") from None
+    return encoder, head
