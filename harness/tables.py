@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.editions import EDITIONS
 
-NOT_COMPARABLE = "* not by the official model in fp32 (a stand-in, or bf16): not comparable with official scores"
+NOT_COMPARABLE = "* not by the edition's own model and precision: not comparable with official scores"
 Record = Mapping[str, Any]
 
 
