@@ -259,7 +259,7 @@ def read_run(folder: Path, label: str) -> System:
     Raises `UserError` where the folder is no run, or its scores lack the numbers of single images.
     """
     record = run_record(folder)
-    step = run_root(folder, record) / record["steps"].get("score-after", "")
+    step = run_root(folder, record) / record.get("steps", {}).get("score-after", "")
     if not (step / "scores.json").is_file():
         what = f"the run (status {record['status']}) has no scores"
         raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])

@@ -1,7 +1,11 @@
 """Comparisons against scipy's tests, against scoring the drawn captions anew, and under a known truth."""
 
 import csv
+import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from harness.compare import Difference, System
 from harness.config import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import METRICS, Score, bootstrap
+from harness.store import fingerprint, write_json
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
@@ -248,7 +253,7 @@ def test_an_interval_with_0_is_not_real_whatever_p():
         ("m|clef2023|x|layer:40|fp32", "m|clef2023|x|layer:6|fp32", "layer: 40 / 6"),
         (
             "m|clef2023|x|layer:40|fp32",
-            "m|clef2025|y|layer:40|fp32",
+            "m|clef2025|y|layer:40|bf16",
             "clef2023 / clef2025; x / y; fp32 / bf16",
         ),
         ("m|clef2023|a", "m|clef2023|a|ptb:no", "- / ptb:no"),
@@ -299,3 +304,153 @@ def test_other_images_and_other_references_are_refused():
     assert "b: other images: of a it lacks 2 ids, the first 3; it has, and a lacks, 2" in text
     assert "c: other images: of a it lacks 1 ids, the first 4" in text
     assert "d: other references than a, for the same ids" in text
+
+
+def write_file(path: Path, ids, captions) -> Path:
+    """Captions in the format of 2025."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(
+            [("ID", "Caption"), *zip(ids, captions, strict=True)]
+        )
+    return path
+
+
+def write_run(root: Path, variant: str, ids, captions, references, config=None, **record) -> Path:
+    """A run's folder and its score step, with what `build` and `run` leave there for a comparison."""
+    config = config or ScoreConfig(metrics=("rouge1", "bleu1"), bootstrap=100)
+    scores, warnings = metrics.score(captions, references, None, config, 2023)
+    step = root / "steps" / f"score-{variant}"
+    metrics.write_arrays(step / "arrays.npz", ids, scores)
+    result = {"scores": {name: score.as_dict() for name, score in scores.items()}, "warnings": warnings}
+    write_json(
+        step / "scores.json", result | {"references": fingerprint([*zip(ids, references, strict=True)])}
+    )
+    found = {
+        "name": "imageclef2023/ablation",
+        "status": "FINISHED",
+        "command": "python -m harness run experiments/ablation.yaml",
+        "edition": 2023,
+        "artifacts": {},
+        "config": {"score": json.loads(config.for_edition(2023).model_dump_json())},
+        "steps": {"score-after": f"steps/score-{variant}"},
+    }
+    folder = root / "imageclef2023" / "ablation" / f"{variant}-s42"
+    write_json(folder / "run.json", found | record)
+    return folder
+
+
+def harness(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "harness", "compare", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def runs(golden, tmp_path_factory) -> tuple[Path, Path]:
+    """Two runs: one with the captions as they are, one with three words less, in another order."""
+    root = tmp_path_factory.mktemp("moved") / "runs"
+    ids, ours, theirs = golden["ID"], golden["prediction"], golden["reference"]
+    return (
+        write_run(root, "opt_364", ids, ours, theirs),
+        write_run(root, "opt_224", ids, golden["other"], theirs),
+    )
+
+
+def test_two_runs_from_the_command_line(runs, tmp_path):
+    done = harness(tmp_path, *runs)
+    assert done.returncode == 0, done.stderr
+    for words in ("2 systems, 32 images", "opt_224-s42 - opt_364-s42", "higher: two-sided p < 0.05"):
+        assert words in done.stdout
+    assert "Holm" not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_two_files_from_the_command_line_equal_the_two_runs(runs, golden, tmp_path):
+    ids, turned = golden["ID"], golden["ID"][::-1]
+    references = write_file(tmp_path / "labels.csv", ids, golden["reference"])
+    ours = write_file(tmp_path / "opt_364.csv", ids, golden["prediction"])
+    theirs = write_file(tmp_path / "opt_224.csv", turned, golden["other"][::-1])
+    arguments = ["--references", references, "--metrics", "rouge1,bleu1", "--format", "json"]
+    files, mixed = harness(tmp_path, ours, theirs, *arguments), harness(tmp_path, ours, runs[1], *arguments)
+    assert (files.returncode, mixed.returncode) == (0, 0), files.stderr + mixed.stderr
+    one, two = json.loads(files.stdout), json.loads(mixed.stdout)
+    assert one["n"] == 32
+    assert one["systems"] == ["opt_364.csv", "opt_224.csv"]
+    assert one["scores"]["opt_364.csv"]["rouge1"]["signature"].startswith("rouge1|clef2023|")
+    three = json.loads(harness(tmp_path, *runs, "--format", "json").stdout)
+    numbers = [[list(d.values())[3:9] for d in found["differences"]] for found in (one, two, three)]
+    assert len(numbers[0]) == 2
+    assert numbers[0] == numbers[1] == numbers[2]
+    for found in one["differences"]:
+        difference = (
+            one["scores"]["opt_224.csv"][found["metric"]]["value"]
+            - one["scores"]["opt_364.csv"][found["metric"]]["value"]
+        )
+        assert found["difference"] == pytest.approx(difference, abs=1e-12)
+        assert found["low"] < difference < found["high"]
+
+
+def test_csv_has_a_row_for_each_metric_and_pair(runs, golden, tmp_path):
+    third = write_run(
+        tmp_path / "runs", "opt_448", golden["ID"], golden["other"][::-1], golden["reference"],
+        ScoreConfig(metrics=("rouge1",), bootstrap=0),
+    )  # fmt: skip
+    done = harness(tmp_path, *runs, third, "--format", "csv", "--resamples", "499")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [(row["metric"], row["a"], row["b"]) for row in rows][:3] == [
+        ("rouge1", "opt_364-s42", "opt_224-s42"),
+        ("rouge1", "opt_364-s42", "opt_448-s42"),
+        ("rouge1", "opt_224-s42", "opt_448-s42"),
+    ]
+    assert all(float(row["adjusted_p"]) >= float(row["p"]) for row in rows if row["p"])
+    assert [row["reason"] for row in rows][4] == "not computed for opt_448-s42"
+    assert [rows[4][key] for key in ("difference", "low", "p", "real")] == ["", "", "", ""]
+    table = harness(tmp_path, *runs, third)
+    assert "by Holm over the pairs of a metric" in table.stdout
+    assert "opt_364-s42 and opt_448-s42 not compared by bleu1: not computed for opt_448-s42" in table.stdout
+
+
+def test_other_signatures_from_the_command_line(runs, golden, tmp_path):
+    references = write_file(tmp_path / "labels.csv", golden["ID"], golden["reference"])
+    ours = write_file(tmp_path / "ours.csv", golden["ID"], golden["prediction"])
+    done = harness(
+        tmp_path, runs[0], ours, "--references", references, "--metrics", "rouge1", "--edition", "2024"
+    )
+    assert done.returncode == 1
+    assert "rouge1: the signatures differ: clef2023 / clef2024" in done.stderr
+    assert done.stdout == ""
+
+
+def test_every_mistake_at_once(runs, golden, tmp_path):
+    ids, references = golden["ID"], golden["reference"]
+    old = write_run(tmp_path / "runs", "old", ids, references, references)
+    (tmp_path / "runs" / "steps" / "score-old" / "arrays.npz").unlink()
+    early = write_run(tmp_path / "runs", "early", ids, references, references, steps={}, status="FAILED")
+    done = harness(tmp_path, runs[0], old, early, tmp_path)
+    assert done.returncode == 2
+    again = "python -m harness run experiments/ablation.yaml"
+    assert f"{old}: scored by an older version" in done.stderr
+    assert f"Score it again: {again}" in done.stderr
+    assert f"{early}: the run (status FAILED) has no scores\n       Finish it: {again}" in done.stderr
+    assert f"{tmp_path}: not a run: it has no run.json" in done.stderr
+    file = write_file(tmp_path / "ours.csv", ids, references)
+    done = harness(tmp_path, file, file, tmp_path / "nowhere")
+    assert done.returncode == 2
+    for words in ("nowhere: no such file", f"{file}: given more than once", "--references: is needed"):
+        assert words in done.stderr
+    assert "needs at least two" in harness(tmp_path, runs[0]).stderr
+
+
+def test_other_images_are_refused_before_anything_is_scored(runs, golden, tmp_path):
+    references = write_file(tmp_path / "labels.csv", golden["ID"][:30], golden["reference"][:30])
+    ours = write_file(tmp_path / "ours.csv", golden["ID"][:30], golden["prediction"][:30])
+    done = harness(tmp_path, runs[0], ours, "--references", references)
+    assert done.returncode == 2
+    assert "ours.csv: other images: of opt_364-s42 it lacks 2 ids, the first golden_31" in done.stderr
+    assert "scoring" not in done.stderr
+    changed = ["another text", *golden["reference"][1:]]
+    write_file(references, golden["ID"], changed)
+    write_file(ours, golden["ID"], golden["prediction"])
+    done = harness(tmp_path, runs[0], ours, "--references", references)
+    assert done.returncode == 2
+    assert "ours.csv: other references than opt_364-s42, for the same ids" in done.stderr

@@ -54,7 +54,10 @@ def compare(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison
+    from harness.device import world_size
 
+    if world_size() > 1:
+        raise UserError("one process compares; start it without torchrun or srun -n")
     _check(sources, references)
     metrics = names.split(",") if names is not None else None
     systems, files = _read(sources, references, images)
@@ -153,10 +156,10 @@ def _rule(found: Sequence["Difference"], resamples: int) -> str:
     from harness.compare import DRAWS
 
     pairs = len({(one.a, one.b) for one in found})
-    corrected = f", Holm's over the {pairs} pairs of a metric" if pairs > 1 else ""
+    corrected = ", by Holm over the pairs of a metric" if pairs > 1 else ""
     return (
-        f"Higher: two-sided p < 0.05 by {resamples} paired random swaps{corrected}, and a 95 % interval "
-        f"({DRAWS} paired bootstrap draws of the images) without 0."
+        f"higher: two-sided p < 0.05 ({resamples} paired random swaps{corrected}) and a 95 % interval "
+        f"({DRAWS} paired draws of the images) without 0"
     )
 
 
@@ -241,12 +244,14 @@ def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples
 
     metrics = {one.metric for one in found}
     shown = [score for s in systems for name, score in s.scores.items() if name in metrics]
-    notes = [
-        f"{one.metric}: {one.a} and {one.b} are not compared: {one.reason}" for one in found if one.reason
-    ]
+    apart: dict[tuple[str, str, str], list[str]] = {}
+    for one in found:
+        if one.reason:
+            apart.setdefault((one.a, one.b, one.reason), []).append(one.metric)
+    notes = [f"{a} and {b} not compared by {', '.join(by)}: {why}" for (a, b, why), by in apart.items()]
     if any(score.value is not None and not score.official for score in shown):
         notes.append(NOT_COMPARABLE)
     notes.append(_rule(found, resamples))
     if any(one.real is False for one in found):
-        notes.append("Not shown: these images do not tell the two apart, which does not make them equal.")
+        notes.append("not shown: these images do not tell the two apart, which does not make them equal")
     return notes
