@@ -1,5 +1,6 @@
 """Captions from elsewhere against references: two files, or a run, into rows; the rows into scores."""
 
+import copy
 import csv
 import io
 import json
@@ -12,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from harness import checkpoints, device, metrics
+from harness import checkpoints, device, metrics, ranks
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data.readers import IMAGE_SUFFIXES
 from harness.errors import Problem, UserError
@@ -210,7 +211,7 @@ def settings(
     values = _of_run(run, edition) if run else {}
     if names is not None:
         values["metrics"] = list(names)
-    config = _overridden(values, sets, _unknown_metrics(names or ())).for_edition(edition)
+    config = _overridden(values, sets, run, _unknown_metrics(names or ())).for_edition(edition)
     if standins:
         config = _with_standins(config, ScoreConfig().for_edition(edition))
     return _located(config, run).for_edition(edition)
@@ -218,11 +219,11 @@ def settings(
 
 def _of_run(run: Run, edition: int) -> dict[str, Any]:
     """The run's own `score:` section; what its edition decided is open again for another edition."""
-    values = json.loads(json.dumps(run[1]["config"]["score"]))
+    values = copy.deepcopy(run[1]["config"].get("score", {}))
     if run[1]["edition"] != edition:
-        values["metrics"] = None
-        if values["bleurt"]["checkpoint"] != STANDIN:
-            values["bleurt"]["checkpoint"] = None
+        values.pop("metrics", None)
+        if values.get("bleurt", {}).get("checkpoint") != STANDIN:
+            values.pop("bleurt", None)
     return values
 
 
@@ -239,7 +240,9 @@ def _unknown_metrics(names: Sequence[str]) -> list[Problem]:
     ]
 
 
-def _overridden(values: dict[str, Any], sets: Sequence[str], problems: list[Problem]) -> ScoreConfig:
+def _overridden(
+    values: dict[str, Any], sets: Sequence[str], run: Run | None, problems: list[Problem]
+) -> ScoreConfig:
     """The section with `--set` values over it. Raises `UserError` with all problems, those given included."""
     merged: dict[str, Any] = {"score": values if not problems else {}}
     overrides, more = _parse_sets(sets)
@@ -254,7 +257,7 @@ def _overridden(values: dict[str, Any], sets: Sequence[str], problems: list[Prob
     try:
         config = _Only.model_validate(merged).score
     except ValidationError as error:
-        problems += _explain(error, places, "--set")
+        problems += _explain(error, places, run[0] / "run.json" if run else "--set")
     if problems:
         raise UserError(problems)
     return config
@@ -285,7 +288,7 @@ def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
 
 
 def _standin(metric: str, run: Run | None) -> Path | None:
-    if run and (step := run[1]["steps"].get(f"standin-{metric}")):
+    if run and (step := run[1].get("steps", {}).get(f"standin-{metric}")):
         return run_root(*run) / step
     made = [folder for folder in (RUNS / "steps").glob("standin-*") if is_done(folder)]
     made = [f for f in made if json.loads((f / "inputs.json").read_text())["metric"] == metric]
@@ -295,20 +298,29 @@ def _standin(metric: str, run: Run | None) -> Path | None:
 def score(
     scored: Rows, config: ScoreConfig, edition: int, wanted_device: str = "auto"
 ) -> tuple[dict[str, Score], list[str]]:
-    """Score the rows; returns the scores by metric, and what is to be known about rows and scores."""
+    """Score the rows; returns the scores by metric, and what is to be known about rows and scores.
+
+    Launched on several ranks, all of them have to call this; they share the neural work, and rank 0 alone
+    gets the result.
+    """
+    torch_device = _torch_device(wanted_device)
+    if device.world_size() > 1:
+        ranks.start()
     scores, warnings = metrics.score(
         scored.predictions,
         scored.references,
         scored.images,
         config,
         edition,
-        _torch_device(config, wanted_device),
+        torch_device,
         RUNS / "cache",
     )
+    if device.world_size() > 1:
+        ranks.stop()
     return scores, [*scored.warnings, *warnings]
 
 
-def _torch_device(config: ScoreConfig, wanted: str) -> str:
+def _torch_device(wanted: str) -> str:
     """The torch device, found without importing torch where that is the CPU."""
     kind = device.probe(wanted).kind
     return "cpu" if kind == "cpu" else str(device.torch_device(kind))

@@ -55,6 +55,7 @@ def score(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import scoring
+    from harness.device import rank
 
     run = scoring.find_run(predictions)
     year = _year(edition, run)
@@ -64,9 +65,11 @@ def score(
     )
     rows = scoring.rows(predictions, references, images)
     say = Terminal().say
-    for line in rows.inputs:
+    for line in rows.inputs if rank() == 0 else ():
         say(line)
     scores, warnings = scoring.score(rows, config, year, device.value if device else "auto")
+    if rank():
+        return
     if output is Format.json:
         found = {name: _plain(score) for name, score in scores.items()}
         result = {"edition": year, "n": len(rows.ids), "scores": found, "warnings": warnings}

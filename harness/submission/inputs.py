@@ -33,6 +33,7 @@ _BINARY = {
     b"\xd0\xcf\x11\xe0": ("is an Excel workbook", _EXPORT_HINT),
 }
 _NAMED = 3
+_RECORDED = {"name", "status", "edition", "command", "config", "artifacts"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[st
 def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     """The text of a file or its zip, what is wrong with its encoding, and what is merely odd about it."""
     if path.is_dir():
-        raise UserError([Problem("is a folder without run.json, so it is no run", path, hint=_FILE_HINT)])
+        raise UserError([Problem("is a folder, not a file", path, hint=_FILE_HINT)])
     data, fault = content(path, Rules("caption", ",", None, None, False))
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
@@ -238,12 +239,18 @@ def _first_column(text: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a run's folder. Raises `UserError` where there is none."""
+    """The `run.json` of a run's folder. Raises `UserError` where there is none that a run wrote."""
     file = folder / "run.json"
     if not file.is_file():
         hint = "The folder of a run is runs/<experiment>/<variant>-s<seed>."
         raise UserError([Problem("not a run: it has no run.json", folder, hint=hint)])
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= _RECORDED:
+        raise UserError([Problem("is not what a run writes", file, hint="Run the experiment again.")])
+    return record
 
 
 def run_root(folder: Path, record: Mapping[str, Any]) -> Path:
