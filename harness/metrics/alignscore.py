@@ -5,6 +5,7 @@ without its dependencies (pytorch-lightning 1, spacy) and equal to it one pair a
 """
 
 import functools
+import io
 import json
 import pickle
 import zipfile
@@ -26,7 +27,6 @@ from harness.metrics.images import identities
 
 OFFICIAL = "AlignScore-base.ckpt"
 """The organisers ask for roberta-large, but load this file, and Lightning builds the model that it names."""
-ROBERTA = {OFFICIAL: "roberta-base", "AlignScore-large.ckpt": "roberta-large"}
 KEY = "score.alignscore.checkpoint"
 HINT = f"Fetch {OFFICIAL} of yzha/AlignScore from the Hugging Face hub and name it as {KEY}"
 PUNKT = "python -m nltk.downloader punkt_tab   (on a machine with internet; then copy the folder nltk_data)"
@@ -48,10 +48,10 @@ def problems(config: AlignScoreConfig) -> list[Problem]:
     if not config.checkpoint.is_file():
         return [Problem(f"no such file: {config.checkpoint}", key=KEY, hint=HINT)]
     found = []
-    if not zipfile.is_zipfile(config.checkpoint):
-        found.append(Problem(f"no PyTorch checkpoint: {config.checkpoint}", key=KEY, hint=HINT))
-    roberta = ROBERTA.get(config.checkpoint.name)
-    if roberta and checkpoints.find(roberta) is None:
+    roberta = made_of(config.checkpoint)
+    if roberta is None:
+        found.append(Problem(f"no checkpoint of AlignScore: {config.checkpoint}", key=KEY, hint=HINT))
+    elif checkpoints.find(roberta) is None:
         found.append(checkpoints.missing(roberta, KEY))
     if _splitter() is None:
         found.append(Problem("nltk has no sentence splitter here", key=KEY, hint=f"Fetch it: {PUNKT}"))
@@ -109,13 +109,10 @@ class Scorer:
     def __init__(self, file: Path, device: str, precision: str = "fp32"):
         from transformers import AutoTokenizer
 
-        roberta, weights = _read(file)
-        found = checkpoints.find(roberta)
-        if found is None:
-            raise Absent(f"{file} is made of {roberta}, whose files are not on this machine")
+        folder = checkpoints.find(made_of(file)).folder
         self.device = device
-        self.tokenizer = AutoTokenizer.from_pretrained(found.folder)
-        self.encoder, self.head = _build(found.folder, weights, file)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encoder, self.head = _build(folder, file)
         for part in (self.encoder, self.head):
             part.eval().to(device, dtype(precision))
         positions = self.encoder.config.max_position_embeddings - self.encoder.config.pad_token_id - 1
@@ -155,9 +152,11 @@ class Scorer:
     def _forward(self, encoded: list[list[int]]) -> list[float]:
         import torch
 
-        batch = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.device)
+        longest, padding = max(map(len, encoded)), self.tokenizer.pad_token_id
+        ids = torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in encoded])
+        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in encoded])
         with torch.inference_mode():
-            pooled = self.encoder(batch["input_ids"], batch["attention_mask"]).pooler_output
+            pooled = self.encoder(ids.to(self.device), mask.to(self.device)).pooler_output
             return self.head(pooled).float().softmax(-1)[:, 0].tolist()
 
 
@@ -190,25 +189,51 @@ def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) ->
     return float(np.mean(np.max([[aligned[pair] for pair in pairs] for pairs in chunks], axis=0)))
 
 
-def _read(file: Path) -> tuple[str, Mapping[str, Any]]:
-    """The name of the RoBERTa that the checkpoint is made of, and its weights by name."""
-    import torch
+def made_of(file: Path) -> str | None:
+    """The RoBERTa whose config and tokenizer a checkpoint goes with, or None if it is none of AlignScore.
 
+    Read without torch, from the plain values that Lightning keeps beside the weights.
+    """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return content["hyper_parameters"]["model"], content["state_dict"]
-    except KeyError as lacking:
-        raise Absent(f"{file} has no {lacking}: no checkpoint of AlignScore") from None
-    except pickle.UnpicklingError:
-        raise Absent(f"{file} holds objects of Lightning beside its weights. {REWRITE}") from None
+        with zipfile.ZipFile(file) as parts:
+            (outline,) = (name for name in parts.namelist() if name.endswith("/data.pkl"))
+            content = _Outline(io.BytesIO(parts.read(outline))).load()
+        return content["hyper_parameters"]["model"] if "tri_layer.weight" in content["state_dict"] else None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _build(folder: Path, weights: Mapping[str, Any], file: Path) -> tuple[Any, Any]:
-    from torch import nn
+class _Outline(pickle.Unpickler):
+    """Reads the plain values of a pickle; no class or function that it names is imported or called."""
+
+    def find_class(self, module: str, name: str) -> type:
+        return _Nothing
+
+    def persistent_load(self, identity: Any) -> None:
+        return None
+
+
+class _Nothing(dict):
+    """Stands for any object; as a dict it keeps the names of the weights."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _build(folder: Path, file: Path) -> tuple[Any, Any]:
+    """The encoder and the layer of three labels with the weights of the checkpoint."""
+    import torch
     from transformers import AutoConfig, RobertaModel
 
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except pickle.UnpicklingError:
+        raise Absent(f"{file} holds objects of Lightning beside its weights. {REWRITE}") from None
     encoder = RobertaModel(AutoConfig.from_pretrained(folder))
-    head = nn.Linear(encoder.config.hidden_size, 3)
+    head = torch.nn.Linear(encoder.config.hidden_size, 3)
     for part, prefix in ((encoder, "base_model."), (head, "tri_layer.")):
         mine = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
         mine.pop("embeddings.position_ids", None)  # a buffer that transformers of then saved

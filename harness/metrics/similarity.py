@@ -166,6 +166,7 @@ def encoded(path: Path) -> str:
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
+            image.load()
             plain = image.mode in ("L", "RGB")
         if not plain:
             png = io.BytesIO()
