@@ -133,8 +133,8 @@ def check_rows(systems: Sequence[System]) -> None:
     for other in others:
         missing, more = (sorted(set(one.ids) - set(two.ids)) for one, two in ((first, other), (other, first)))
         if missing or more:
-            parts = [(missing, f"of {first.label} it lacks"), (more, f"it has, and {first.label} lacks,")]
-            said = [f"{words} {len(ids)} ids, the first {ids[0]}" for ids, words in parts if ids]
+            parts = [(missing, f"lacks ids of {first.label}"), (more, f"has ids that {first.label} lacks")]
+            said = [f"{words}: {len(ids)}, the first {ids[0]}" for ids, words in parts if ids]
             problems.append(Problem("other images: " + "; ".join(said), other.label))
         elif other.references != first.references:
             problems.append(Problem(f"other references than {first.label}, for the same ids", other.label))

@@ -240,7 +240,7 @@ def _p(p: float | None) -> str:
 
 
 def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> list[str]:
-    from harness.cli.score import NOT_COMPARABLE
+    from harness.tables import NOT_COMPARABLE
 
     metrics = {one.metric for one in found}
     shown = [score for s in systems for name, score in s.scores.items() if name in metrics]
