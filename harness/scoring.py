@@ -26,6 +26,7 @@ from harness.submission.inputs import (
     CaptionFile,
     Flaw,
     grouped,
+    passes_for_header,
     read,
     run_artifact,
     run_record,
@@ -121,8 +122,11 @@ def _concepts(file: CaptionFile) -> list[Problem]:
 def _mismatches(predicted: CaptionFile, known: CaptionFile) -> list[Problem]:
     """Ids of one file that the other lacks."""
     missing = [key for key in known.values if key not in predicted.values]
-    superfluous = [key for key in predicted.values if key not in known.values]
-    superfluous = [key for key in superfluous if not _ignored(key, predicted)]
+    superfluous = [
+        key
+        for key in predicted.values
+        if key not in known.values and not passes_for_header(key, predicted.separator)
+    ]
     hint = None
     if len(missing) == len(known.values):
         hint = "No id is in both files: are they of the same split?"
@@ -143,17 +147,12 @@ def _hint(key: str, known: CaptionFile) -> str | None:
     return "The first column of a header is called ID." if "id" in key.lower() else None
 
 
-def _ignored(key: str, file: CaptionFile) -> bool:
-    """Whether the organisers' loader of 2023 takes the row for a header, as any whose id holds "ID"."""
-    return file.separator == "|" and "ID" in key
-
-
 def _warnings(file: CaptionFile, known: CaptionFile) -> Iterator[str]:
     name = file.path.name
     yield from (f"{name}: {warning}" for warning in file.warnings)
     if file.cut:
         yield f"{name}: {_some(file.cut, file)} cut at a pipe, as the organisers' loader does"
-    ignored = [key for key in file.values if _ignored(key, file)]
+    ignored = [key for key in file.values if passes_for_header(key, file.separator)]
     if passed := [key for key in ignored if key not in known.values]:
         yield f'{name}: {_some(passed, file)} passed over: the organisers\' loader ignores ids that hold "ID"'
     if kept := [key for key in ignored if key in known.values]:
