@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.resources import files
@@ -27,7 +27,7 @@ from harness import store
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
 from harness.data.images import DAMAGE, decode, each
-from harness.data.readers import Listing, read
+from harness.data.readers import Example, read
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.tracking.contents import rows
@@ -74,22 +74,42 @@ class Run:
         return primary if primary in scores else next(iter(scores), None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Captions:
-    """The validation captions of a run with all that is known of them; `notes` say what is not."""
+    """The validation captions of a run by id; what the run has not come to is empty.
 
-    ids: list[str] = field(default_factory=list)
-    before: Mapping[str, str] = field(default_factory=dict)
-    after: Mapping[str, str] = field(default_factory=dict)
-    scored: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
-    references: Mapping[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    Before and after post-processing, the rows of `per_image.csv` for each, and the references.
+    """
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    scored_before: Mapping[str, Mapping[str, str]]
+    scored_after: Mapping[str, Mapping[str, str]]
+    references: Mapping[str, str]
+
+    @property
+    def scored(self) -> Mapping[str, Mapping[str, str]]:
+        """The rows of the last stage that was scored."""
+        return self.scored_after or self.scored_before
+
+    @property
+    def ids(self) -> list[str]:
+        """In the order of the data set."""
+        return list(self.scored or self.after or self.before)
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that have a number for each image."""
-        table = self.scored["after"] or self.scored["before"]
-        return [name for name in next(iter(table.values()), {}) if name not in _CAPTION_COLUMNS]
+        """Those that have a number for each image."""
+        return [name for name in next(iter(self.scored.values()), {}) if name not in _CAPTION_COLUMNS]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the data folder says of the validation images as it lies there now: labels by id, and files."""
+
+    examples: Mapping[str, Example]
+    files: Mapping[str, Path]
+    concept_names: Mapping[str, str]
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
@@ -140,7 +160,8 @@ def _filled(data: Mapping[str, Any]) -> str:
 def as_dict(run: Run, page: Path) -> dict[str, Any]:
     """All that the page shows, as JSON-like values; links are relative to the folder `page`."""
     record = run.record
-    captions, listing = _captions(run)
+    images = _images(run)
+    captions = _captions(run, images)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],
@@ -161,7 +182,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "steps": list(_steps(record)),
         "data": _data_facts(record),
         "environment": record["environment"],
-        "captions": _shown(captions, listing, page, run.record),
+        "captions": _shown(captions, images, run, page),
     }
 
 
@@ -279,33 +300,17 @@ def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterato
         yield [sum(column) / len(group) for column in zip(*group, strict=True)]
 
 
-def _captions(run: Run) -> tuple[Captions, Listing | None]:
-    """The validation captions, and the data set as it lies there now; None where it is gone."""
-    captions = Captions()
-    names = {"before": "predict-valid", "after": "postprocess-valid"}
-    found = {stage: run.file(step, PREDICTIONS) for stage, step in names.items()}
-    captions.before, captions.after = (read_captions(file) if file else {} for file in found.values())
-    captions.scored = {stage: _per_image(run.file(f"score-{stage}", "per_image.csv")) for stage in names}
-    scored = captions.scored["after"] or captions.scored["before"]
-    captions.ids = list(scored or captions.after or captions.before)
-    captions.references = {key: row["reference"] for key, row in scored.items()}
-    if not captions.ids:
-        captions.notes.append("This run has no validation captions yet.")
-        return captions, None
-    listing = _listing(run)
-    if listing is None:
-        captions.notes.append(
-            f"The data folder {run.record['data']['root']} is not here: there are no images and no concepts."
-        )
-        return captions, None
-    now = {example.id: example.caption for example in listing.splits["valid"]}
-    captions.references = captions.references or {key: now[key] for key in captions.ids if now.get(key)}
-    changed = sum(now.get(key) != caption for key, caption in captions.references.items())
-    if changed:
-        captions.notes.append(
-            f"The data folder has changed since: {changed} captions are other ones now, and images may be too."
-        )
-    return captions, listing
+def _captions(run: Run, images: Images | None) -> Captions:
+    texts = [
+        read_captions(file) if (file := run.file(step, PREDICTIONS)) else {}
+        for step in ("predict-valid", "postprocess-valid")
+    ]
+    before, after = (_per_image(run.file(step, "per_image.csv")) for step in ("score-before", "score-after"))
+    references = {key: row["reference"] for key, row in (after or before).items()}
+    if not references and images:
+        labels = {key: images.examples[key].caption for key in texts[0] if key in images.examples}
+        references = {key: caption for key, caption in labels.items() if caption is not None}
+    return Captions(*texts, before, after, references)
 
 
 def _per_image(file: Path | None) -> dict[str, dict[str, str]]:
@@ -315,70 +320,81 @@ def _per_image(file: Path | None) -> dict[str, dict[str, str]]:
         return {row["ID"]: row for row in csv.DictReader(text)}
 
 
-def _listing(run: Run) -> Listing | None:
-    """The data set's label files and images, looked for from here and from where runs/ lies."""
+def _images(run: Run) -> Images | None:
+    """Looked for from here and from the folder in which runs/ lies; None where there are none."""
     data = run.record["data"]
     for root in (Path(data["root"]), run.root.parent / data["root"]):
-        if root.is_dir():
-            listing = read(root, data["layout"])
-            if listing.splits.get("valid"):
-                return listing
+        listing = read(root, data["layout"]) if root.is_dir() else None
+        if listing and listing.splits.get("valid"):
+            files = {key: file.path for (split, key), file in listing.files.items() if split == "valid"}
+            return Images({e.id: e for e in listing.splits["valid"]}, files, listing.concept_names)
     return None
 
 
-def _shown(
-    captions: Captions, listing: Listing | None, page: Path, record: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The captions as the page lists them: concepts by their place in a list, absent things left out."""
-    examples = {example.id: example for example in listing.splits["valid"]} if listing else {}
-    names = listing.concept_names if listing else {}
-    concepts = Counter(cui for key in captions.ids if key in examples for cui in examples[key].cuis)
-    order = {cui: place for place, (cui, _) in enumerate(concepts.most_common())}
-    images = {key: listing.files[("valid", key)].path for key in examples if ("valid", key) in listing.files}
-    thumbnails = _thumbnails(captions, images) if listing else {}
-    metrics, listed = captions.metrics, []
+def _shown(captions: Captions, images: Images | None, run: Run, page: Path) -> dict[str, Any]:
+    """The captions as the page lists them: absent things left out, concepts by their place in a list."""
+    examples, files = (images.examples, images.files) if images else ({}, {})
+    files = {key: files[key] for key in captions.ids if key in files}
+    thumbnails = _thumbnails(files) if len(files) <= MOST_EMBEDDED else {}
+    count = Counter(cui for key in captions.ids if key in examples for cui in examples[key].cuis)
+    concepts = {cui: place for place, (cui, _) in enumerate(count.most_common())}
+    listed = []
     for key in captions.ids:
-        row: dict[str, Any] = {
+        row = {
             "id": key,
             "reference": captions.references.get(key),
             "before": captions.before.get(key),
             "after": captions.after.get(key),
-            "concepts": [order[cui] for cui in examples[key].cuis] if key in examples else None,
-            "image": _link(images[key], page) if key in images else None,
+            "scores_before": _numbers(captions.scored_before.get(key), captions.metrics),
+            "scores_after": _numbers(captions.scored_after.get(key), captions.metrics),
+            "concepts": [concepts[cui] for cui in examples[key].cuis] if key in examples else None,
+            "image": _link(files[key], page) if key in files else None,
             "thumbnail": thumbnails.get(key),
         }
-        for stage, table in captions.scored.items():
-            row[f"scores_{stage}"] = [_number(table[key].get(m)) for m in metrics] if key in table else None
         listed.append({name: value for name, value in row.items() if value is not None})
+    names = images.concept_names if images else {}
     return {
-        "metrics": metrics,
-        "concepts": [[cui, names.get(cui, cui), concepts[cui]] for cui in order],
+        "metrics": captions.metrics,
+        "concepts": [[cui, names.get(cui, cui), count[cui]] for cui in concepts],
         "rows": listed,
-        "notes": captions.notes,
+        "notes": list(_notes(captions, images, run, len(files), len(thumbnails))),
     }
 
 
-def _number(text: str | None) -> float | None:
-    value = float(text) if text else math.nan
-    return round(value, 4) if math.isfinite(value) else None
-
-
-def _thumbnails(captions: Captions, images: Mapping[str, Path]) -> dict[str, str]:
-    """Small JPEGs in base64 by id, none where they are too many; says so, and what is missing."""
-    wanted = [key for key in captions.ids if key in images]
-    small: dict[str, str] = {}
-    if len(wanted) > MOST_EMBEDDED:
-        captions.notes.append(
-            f"{len(wanted):,} images are more than a page can hold ({MOST_EMBEDDED:,}): they are shown from "
-            "their files, as long as this page and the data stay where they are."
+def _notes(captions: Captions, images: Images | None, run: Run, found: int, embedded: int) -> Iterator[str]:
+    """What to know of the captions and images shown, and of those that are not."""
+    if not captions.ids:
+        yield "This run has no validation captions yet."
+        return
+    if images is None:
+        root = run.record["data"]["root"]
+        yield f"The data folder {root} is not here, and with it images and names of concepts."
+        return
+    now = {key: example.caption for key, example in images.examples.items()}
+    if changed := sum(now.get(key) != caption for key, caption in captions.references.items()):
+        total = len(captions.references)
+        yield f"The data folder has changed since the run: {changed:,} of {total:,} captions differ."
+    if found > MOST_EMBEDDED:
+        yield (
+            f"{found:,} images are more than a page holds ({MOST_EMBEDDED:,}): they are shown from their "
+            "files, as long as this page and the data stay where they are."
         )
-    else:
-        made = each(_thumbnail, [images[key] for key in wanted])
-        small = {key: image for key, image in zip(wanted, made, strict=True) if image}
-    missing = len(captions.ids) - (len(small) if len(wanted) <= MOST_EMBEDDED else len(wanted))
-    if missing:
-        captions.notes.append(f"{missing:,} images are missing or damaged.")
-    return small
+    if missing := len(captions.ids) - (embedded if found <= MOST_EMBEDDED else found):
+        yield f"{missing:,} of {len(captions.ids):,} images are missing or damaged."
+
+
+def _numbers(row: Mapping[str, str] | None, metrics: Sequence[str]) -> list[float | None] | None:
+    """Scores of one image with the digits that the page shows; None for one that is no number."""
+    if row is None:
+        return None
+    values = [float(row.get(metric) or "nan") for metric in metrics]
+    return [round(value, 4) if math.isfinite(value) else None for value in values]
+
+
+def _thumbnails(files: Mapping[str, Path]) -> dict[str, str]:
+    """Small JPEGs in base64 by id, of the images that can be read."""
+    made = each(_thumbnail, list(files.values()))
+    return {key: image for key, image in zip(files, made, strict=True) if image}
 
 
 def _thumbnail(path: Path) -> str | None:
@@ -393,22 +409,18 @@ def _thumbnail(path: Path) -> str | None:
 
 
 def _lengths(captions: Captions) -> dict[str, Any] | None:
-    """How many captions have how many words, in bins of `width` words from 0 on."""
-    predictions = captions.after or captions.before
-    texts = {"references": captions.references, "predictions": predictions}
-    words = {
-        name: [len(found[key].split()) for key in captions.ids if key in found]
-        for name, found in texts.items()
-    }
-    top = max((max(counts) for counts in words.values() if counts), default=None)
-    if top is None:
+    """How many captions have how many words, in bins of `width` words from 0 on; None without captions."""
+    texts = {"references": captions.references, "predictions": captions.after or captions.before}
+    words = {name: [len(text.split()) for text in found.values()] for name, found in texts.items() if found}
+    if not words:
         return None
+    top = max(max(counts) for counts in words.values())
     width = max(top // 30, 1)
-    bins = {name: Counter(count // width for count in counts) for name, counts in words.items() if counts}
+    bins = {name: Counter(count // width for count in counts) for name, counts in words.items()}
     return {
         "width": width,
         "counts": {name: [found[place] for place in range(top // width + 1)] for name, found in bins.items()},
-        "mean": {name: sum(words[name]) / len(words[name]) for name in bins},
+        "mean": {name: sum(counts) / len(counts) for name, counts in words.items()},
     }
 
 

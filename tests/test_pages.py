@@ -1,0 +1,246 @@
+"""The page of a run in a real browser: by mouse and keys, with hostile text, of large sets, on a phone."""
+
+import csv
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+from test_report import captions, record, score, write_data, write_run
+
+from harness import leaderboard, report
+from harness.postprocess import deduplicate
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+HOSTILE = (
+    "</script><script>window.evil=1</script>",
+    "<img src=x onerror=window.evil=2>",
+    "<!-- <script> {{data}} {{common}}",
+    "one\u2028two\u2029three",
+    "\u202edesrever \u2066isolated",
+    "'\"><svg onload=window.evil=3> &lt;b&gt;",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+IDS = "[...document.querySelectorAll('#list h3')].map((one) => one.textContent)"
+STATUS = "document.getElementById('status').textContent"
+
+
+def button(text: str, place: str = "#captions") -> str:
+    return f"[...document.querySelectorAll('{place} button')].find((one) => one.textContent === '{text}')"
+
+
+def test_sorting_searching_filtering_and_paging_with_mouse_and_keys(tmp_path, browser):
+    found = captions(45)
+    write_data(tmp_path, found)
+    for n in (3, 4):  # captions that post-processing left alone
+        found[n]["before"] = found[n]["after"]
+    page = report.write(write_run(tmp_path, record(), found))
+    scores = [[(caption["scores"][at], n) for n, caption in enumerate(found)] for at in (0, 1)]
+    worst, best = (
+        [f"valid_{n}" for _, n in sorted(scores[0], key=key)] for key in (None, lambda s: (-s[0], s[1]))
+    )
+    browser.open(page)
+    assert browser.evaluate(IDS) == worst[:20], "first of all the worst by the score that ranks"
+    assert browser.evaluate(STATUS) == "1 to 20 of 45 captions"
+    browser.click(button("best first"))
+    assert browser.evaluate(IDS) == best[:20]
+    browser.click(button("Next", "#pages-above"))
+    assert browser.evaluate(IDS) == best[20:40]
+    browser.click(button("Last", "#pages-below"))
+    assert browser.evaluate(IDS) == best[40:]
+    assert browser.evaluate(STATUS) == "41 to 45 of 45 captions"
+    browser.click(button("Next", "#pages-below"))
+    assert browser.evaluate(IDS) == best[40:], "there is no page after the last"
+    browser.click(button("First", "#pages-below"))
+    browser.choose("sort", "score rouge1")
+    assert (
+        browser.evaluate(IDS)
+        == [f"valid_{n}" for _, n in sorted(scores[1], key=lambda s: (-s[0], s[1]))][:20]
+    )
+    browser.type("document.getElementById('search')", "NUMBER 44")
+    assert browser.evaluate(IDS) == ["valid_44"]
+    assert browser.evaluate(STATUS) == "1 to 1 of 1 caption, out of 45"
+    browser.type("document.getElementById('search')", "skull valid_1")
+    assert sorted(browser.evaluate(IDS)) == [f"valid_{n}" for n in (1, 10, 13, 16, 19)], "concepts by name"
+    browser.type("document.getElementById('search')", "C0000003 nowhere")
+    assert browser.evaluate(STATUS) == "0 captions, out of 45"
+    browser.type("document.getElementById('search')", "")
+    browser.choose("filter", "same")
+    assert sorted(browser.evaluate(IDS)) == ["valid_3", "valid_4"]
+    browser.choose("filter", "all")
+    browser.choose("concept", "2")
+    assert browser.evaluate(STATUS) == "1 to 15 of 15 captions, out of 45"
+    assert browser.problems == []
+    assert browser.requests == [page.resolve().as_uri()], "no request leaves the page"
+
+
+def test_every_control_is_reached_by_keyboard_and_shows_its_focus(tmp_path, browser):
+    write_data(tmp_path, captions(25))
+    browser.open(report.write(write_run(tmp_path, record(), captions(25))))
+    browser.evaluate("document.getElementById('captions-title').focus()")
+    reached = []
+    for _ in range(9):
+        browser.press("Tab", 9)
+        active = "document.activeElement"
+        assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
+        reached.append(browser.evaluate(f"{active}.id || {active}.textContent"))
+    assert reached[:8] == ["search", "sort", "low", "high", "filter", "concept", "First", "Previous"]
+    browser.press("Tab", 9)
+    browser.evaluate(f"{button('Next', '#pages-above')}.focus()")
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate(STATUS) == "21 to 25 of 25 captions"
+    for what, has in (
+        ("table", "one.tHead && one.querySelector('th[scope=row]')"),
+        ("#list img", "one.alt && one.loading === 'lazy'"),
+        ("#lengths svg[role]", "one.getAttribute('aria-label')"),
+    ):
+        found = browser.evaluate(f"[...document.querySelectorAll('{what}')].map((one) => Boolean({has}))")
+        assert found, what
+        assert all(found), what
+
+
+def test_hostile_text_stays_text(tmp_path, browser):
+    found = captions(len(HOSTILE))
+    for caption, text in zip(found, HOSTILE, strict=True):
+        caption |= {"reference": text, "before": f"{text} again and again", "after": text}
+    mean = {"warnings": list(HOSTILE), "command": HOSTILE[0], "environment": {HOSTILE[1]: HOSTILE[2]}}
+    stage = {HOSTILE[1]: score(None, reason=HOSTILE[0]), "rouge1": score(0.5, signature=HOSTILE[1])}
+    run = record(**mean, scores={"valid": {"before": stage, "after": stage}})
+    ids = [text.replace("\u2028", " ").replace("\u2029", " ") for text in HOSTILE]
+    page = report.write(write_run(tmp_path, run, found, ids))
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 3
+    assert not any(line in text for line in HOSTILE if "evil" in line)
+    data = text.partition('type="application/json">')[2].partition("</script>")[0]
+    assert data.isascii()
+    assert not set("<>&") & set(data)
+    browser.open(page)
+    browser.choose("sort", "order")
+    for at in (0, 1):  # reference and prediction
+        lists = "[...document.querySelectorAll('#list dl')]"
+        texts = f"{lists}.map((one) => one.querySelectorAll('dd')[{at}].textContent)"
+        assert browser.evaluate(texts) == list(HOSTILE)
+    assert browser.evaluate(IDS) == ids
+    assert browser.evaluate("document.querySelectorAll('#list dd.caption *:not(del)').length") == 0
+    for node in ("dd.caption", "h3 bdi"):  # an override of the direction ends where the text does
+        assert (
+            browser.evaluate(f"getComputedStyle(document.querySelector('#list {node}')).unicodeBidi")
+            == "isolate"
+        )
+    assert browser.evaluate(
+        "[...document.querySelectorAll('.warnings li')].map((one) => one.textContent)"
+    ) == list(HOSTILE)
+    assert browser.evaluate("document.querySelectorAll('script, svg[onload], img').length") == 3
+    assert browser.evaluate("window.evil") is None
+    assert browser.problems == []
+    assert browser.requests == [page.resolve().as_uri()]
+
+
+def test_removed_words_are_struck_through_and_no_others(tmp_path, browser):
+    with (Path(__file__).parent / "golden" / "dedup_table2.csv").open(encoding="utf-8", newline="") as text:
+        golden = [(row["before"], row["after"]) for row in csv.DictReader(text)]
+    ours = [
+        "a a chest chest radiograph",
+        "no words go",
+        "the first the second the first the second the first the second",
+    ]
+    pairs = [*golden, *((before, deduplicate(before)) for before in ours)]
+    found = [
+        {**caption, "before": b, "after": a}
+        for caption, (b, a) in zip(captions(len(pairs)), pairs, strict=True)
+    ]
+    browser.open(report.write(write_run(tmp_path, record(), found)))
+    browser.choose("sort", "order")
+    cards = browser.evaluate(
+        """[...document.querySelectorAll('#list > li')].map((one) => {
+          const line = one.querySelectorAll('dd')[2], kept = line.cloneNode(true);
+          kept.querySelectorAll('del').forEach((gone) => gone.remove());
+          const styles = [...line.querySelectorAll('del')].map((gone) => getComputedStyle(gone));
+          return [line.textContent, kept.textContent, styles.map((style) => style.textDecorationLine)];
+        })"""
+    )
+
+    def bare(text: str) -> list[str]:
+        return [word.strip(".,").casefold() for word in text.split()]
+
+    for (before, after), (whole, kept, lines) in zip(pairs, cards, strict=True):
+        assert whole == before
+        assert bare(kept) == bare(after)
+        assert set(lines) <= {"line-through"}
+        assert bool(lines) == (bare(before) != bare(after))
+
+
+def test_ten_thousand_captions_open_and_sort_quickly(tmp_path, browser):
+    found = captions(10_000)
+    write_data(tmp_path, found)
+    began = time.monotonic()
+    page = report.write(write_run(tmp_path, record(), found))
+    written = time.monotonic() - began
+    opened = browser.open(page)
+    assert opened < 2
+    assert browser.evaluate(STATUS) == "1 to 20 of 10,000 captions"
+    assert "images are more than a page holds" in browser.evaluate(
+        "document.getElementById('notes').textContent"
+    )
+    times = {}
+    for name, act in (
+        ("sort", lambda: browser.click(button("best first"))),
+        ("search", lambda: browser.type("document.getElementById('search')", "r 9999")),
+    ):
+        began = time.monotonic()
+        act()
+        assert browser.evaluate(IDS)
+        times[name] = round(time.monotonic() - began, 3)
+    assert browser.evaluate(IDS) == ["valid_9999"]
+    image = "document.querySelector('#list img')"
+    browser.evaluate(f"{image}.scrollIntoView()")
+    assert browser.evaluate(f"{image}.decode().then(() => {image}.naturalWidth)") == 300, (
+        "shown from its file"
+    )
+    assert browser.problems == []
+    assert all(url.startswith("file:") for url in browser.requests)
+    print(
+        f"{page.stat().st_size / 1e6:.1f} MB, written in {written:.1f} s, opened in {opened:.2f} s, {times}"
+    )
+
+
+def test_a_phone_and_a_page_of_200_images(tmp_path, browser):
+    found = captions(200)
+    write_data(tmp_path, found)
+    page = report.write(write_run(tmp_path, record(), found))
+    assert page.stat().st_size < 15e6
+    assert browser.open(page) < 2
+    browser.resize(375, 800)
+    try:
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 375
+        image = "document.querySelector('#list img')"
+        assert browser.evaluate(f"{image}.decode().then(() => {image}.naturalWidth)") == report.SIDE
+        assert browser.problems == []
+    finally:
+        browser.resize(1280, 900)
+
+
+def test_the_leaderboard_draws_the_chosen_metric_and_leads_to_the_report(tmp_path, browser):
+    for variant, bertscore, rouge1 in (("one", 0.4, 0.3), ("two", 0.5, 0.2)):
+        stage = {"bertscore": score(bertscore), "rouge1": score(rouge1)}
+        report.write(write_run(tmp_path, record(variant, scores={"valid": {"after": stage}}), captions(2)))
+    board = leaderboard.board(2023, tmp_path / "runs", tmp_path / "leaderboard")
+    browser.open(leaderboard.write_page([board], tmp_path / "leaderboard"))
+    names = "[...document.querySelectorAll('svg title')].map((one) => one.textContent)"
+    assert browser.evaluate(names) == ["small/two-s42", "small/one-s42"]
+    browser.choose("metric", "rouge1")
+    assert browser.evaluate(names) == ["small/one-s42", "small/two-s42"]
+    lines = "[...document.querySelectorAll('tr')].find((one) => one.textContent.includes('two-s42'))"
+    browser.click(f"[...{lines}.querySelectorAll('a')].find((one) => one.textContent === 'report')")
+    deadline = time.monotonic() + 10
+    while (title := browser.evaluate("document.title")) != "small/two-s42":
+        assert time.monotonic() < deadline, title
+    assert browser.problems == []
