@@ -161,7 +161,7 @@ class Clip:
         if len(self._texts) > MOST_TEXTS:
             self._texts.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
-        lengths = {caption: len(self.tokenizer(caption)["input_ids"]) for caption in new}
+        lengths = {caption: len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in new}
         self.cut |= {caption for caption, length in lengths.items() if length > self.limit}
         new.sort(key=lengths.__getitem__)
         for start in range(0, len(new), BATCH):
