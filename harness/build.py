@@ -9,7 +9,7 @@ from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
 from harness.errors import UserError
 from harness.plan import Plan, Reporter, primary_metric
-from harness.store import fingerprint, write_json
+from harness.store import write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
@@ -217,7 +217,7 @@ class Builder:
             "image_gap": metrics.image_gap(predictions, references, *how),
             "baseline": baseline,
             "warnings": warnings,
-            "references": fingerprint(list(zip(ids, references, strict=True))),
+            "references": metrics.references_fingerprint(ids, references),
         }
         metrics.write_per_image(directory / "per_image.csv", ids, references, predictions, scores)
         metrics.write_arrays(directory / "arrays.npz", ids, scores)

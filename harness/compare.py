@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import Problem, UserError
-from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays
+from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays, references_fingerprint
 from harness.scoring import Rows
-from harness.store import fingerprint
 from harness.submission.inputs import run_record, run_root
 
 LEVEL = 0.05
@@ -275,11 +274,6 @@ def read_run(folder: Path, label: str) -> System:
 def of_rows(found: Rows, label: str) -> System:
     """A file of captions that was matched with its references, not scored yet."""
     return System(label, found.ids, references_fingerprint(found.ids, found.references), {})
-
-
-def references_fingerprint(ids: Sequence[str], references: Sequence[str]) -> str:
-    """What a score step calls its references, whatever the order of the rows."""
-    return fingerprint(sorted(zip(ids, references, strict=True)))
 
 
 def _with_rows(score: Score, array: np.ndarray | None) -> Score:

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import io
 import json
 import os
 import re
@@ -323,16 +322,3 @@ def _torch_device(wanted: str) -> str:
     """The torch device, found without importing torch where that is the CPU."""
     kind = device.probe(wanted).kind
     return "cpu" if kind == "cpu" else str(device.torch_device(kind))
-
-
-def per_image_csv(scored: Rows, scores: Mapping[str, Score]) -> str:
-    """ID, reference, prediction and the metrics that have a number for each image, as CSV."""
-    named = {name: found.per_image for name, found in scores.items() if found.per_image is not None}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ID", "reference", "prediction", *named])
-    for row, (key, reference, prediction) in enumerate(
-        zip(scored.ids, scored.references, scored.predictions, strict=True)
-    ):
-        writer.writerow([key, reference, prediction, *(f"{values[row]:.6f}" for values in named.values())])
-    return text.getvalue()

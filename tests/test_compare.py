@@ -321,7 +321,7 @@ def write_run(root: Path, variant: str, ids, captions, references, config=None, 
     step = root / "steps" / f"score-{variant}"
     metrics.write_arrays(step / "arrays.npz", ids, scores)
     result = {"scores": {name: score.as_dict() for name, score in scores.items()}, "warnings": warnings}
-    write_json(step / "scores.json", result | {"references": compare.references_fingerprint(ids, references)})
+    write_json(step / "scores.json", result | {"references": metrics.references_fingerprint(ids, references)})
     found = {
         "name": "imageclef2023/ablation",
         "status": "FINISHED",

@@ -124,11 +124,11 @@ def _settings(
     sets: Sequence[str],
 ) -> tuple[int, "ScoreConfig"]:
     """Edition and settings by which files are scored: those of the first run, where there is one."""
-    from harness.cli.score import _year
+    from harness.cli.score import edition_of
     from harness.scoring import find_run, settings
 
     run = next((found for source in sources if (found := find_run(source))), None)
-    year = _year(edition, run)
+    year = edition_of(edition, run)
     return year, settings(year, metrics, standins, sets, run)
 
 

@@ -58,7 +58,7 @@ def score(
     from harness.device import rank
 
     run = scoring.find_run(predictions)
-    year = _year(edition, run)
+    year = edition_of(edition, run)
     _writable(per_image)
     config = scoring.settings(
         year, names.split(",") if names is not None else None, standins, sets or (), run
@@ -79,12 +79,13 @@ def score(
         for warning in warnings:
             say(f"warning: {warning}")
     if per_image is not None:
-        from harness.store import write
+        from harness.metrics import write_per_image
 
-        say(f"per image: {write(per_image, scoring.per_image_csv(rows, scores))}")
+        say(f"per image: {write_per_image(per_image, rows.ids, rows.references, rows.predictions, scores)}")
 
 
-def _year(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
+def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
+    """The edition of the option, else the run's, else 2023; raises `UserError` for one that is not known."""
     from harness.editions import EDITIONS
 
     if edition is None:
@@ -130,6 +131,8 @@ def _print_table(scores: Mapping[str, "Score"]) -> None:
         else:
             print("\n".join([head, *_folded(tail, columns, " " * (width + 2))]))
     if any(score.value is not None and not score.official for score in scores.values()):
+        from harness.tables import NOT_COMPARABLE
+
         print(NOT_COMPARABLE)
 
 

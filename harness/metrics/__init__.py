@@ -17,7 +17,7 @@ from harness.metrics import bertscore, bleurt, bootstrap, clipscore, lexical, me
 from harness.metrics.base import Absent, Inputs, Measured, Metric, sign, some_rows
 from harness.metrics.baseline import constant_baseline
 from harness.metrics.control import image_gap
-from harness.metrics.files import read_arrays, write_arrays, write_per_image
+from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
 from harness.store import fingerprint
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "image_gap",
     "problems",
     "read_arrays",
+    "references_fingerprint",
     "score",
     "write_arrays",
     "write_per_image",
@@ -212,7 +213,7 @@ def problems(config: ScoreConfig, edition: int) -> list[Problem]:
 
 
 def checkpoints_of(config: ScoreConfig) -> dict[str, str]:
-    """The checkpoints that the wanted metrics are computed with, by the name of their section in the config."""
+    """The checkpoints that the wanted metrics need, by the name of their section in the config."""
     users = {
         "bertscore": {"bertscore"},
         "bleurt": {"bleurt"},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.store import write
+from harness.store import fingerprint, write
 
 if TYPE_CHECKING:
     from harness.metrics import Score
@@ -51,3 +51,8 @@ def read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     with np.load(path, allow_pickle=False) as content:
         arrays = {name: content[name] for name in content.files}
     return arrays.pop("ids").tolist(), arrays
+
+
+def references_fingerprint(ids: Sequence[str], references: Sequence[str]) -> str:
+    """What names a set of references, whatever the order of its rows."""
+    return fingerprint(sorted(zip(ids, references, strict=True)))
