@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.editions import EDITIONS
 
-NOT_COMPARABLE = "* not by the edition's own model and precision: not comparable with official scores"
+NOT_COMPARABLE = "* not comparable with official scores: another model or precision"
 Record = Mapping[str, Any]
 
 

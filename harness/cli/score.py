@@ -18,7 +18,6 @@ from harness.errors import Problem, UserError
 if TYPE_CHECKING:
     from harness.metrics import Score
 
-NOT_COMPARABLE = "* not comparable with official scores: another model or precision"
 _KEYS = ("value", "low", "high", "signature", "official", "seconds")
 
 
