@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -374,11 +375,15 @@ def test_byte_pairs_of_real_captions_equal_openais_algorithm(shared, simple, fol
 
 
 @settings(max_examples=500, deadline=None)
-@given(caption=st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"]), max_size=40))
+@given(caption=st.text(max_size=40))
 @example(caption="T1 &amp;lt; T2 &amp; the patient's 12")
 @example(caption="caf&eacute; cafe&#769; \ufb01ne \u00bd \u212b")
 @example(caption="it's IT'S it\u2019S 'LL \u0130 \u017f")
 def test_byte_pairs_of_any_text_equal_openais_algorithm(simple, folder, caption):
+    # OpenAI's `regex` and Rust's know different versions of Unicode; ignoring case, the first takes the lone
+    # accent U+0345 for the letter iota, and then for none
+    cleaned = clipscore.clean(caption)
+    assume(not any(unicodedata.category(letter) in ("Cn", "Co") or letter == "\u0345" for letter in cleaned))
     assert ours(folder, caption) == simple.ids(caption)
 
 
