@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
+from harness.pages import filled
 from harness.store import write
 from harness.tracking.server import STATE
 
@@ -324,7 +324,4 @@ def write_page(boards: Sequence[Board], folder: Path = STANDINGS) -> Path:
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "boards": [as_dict(board, folder) for board in boards],
     }
-    # names are untrusted text: "</script>" in a JSON string would end the element, "<!--" hide its end
-    text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    template = files("harness").joinpath("templates", "leaderboard.html").read_text(encoding="utf-8")
-    return write(folder / PAGE, template.replace("{{data}}", text))
+    return write(folder / PAGE, filled("leaderboard.html", data))

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +29,7 @@ from harness.data.images import DAMAGE, decode, each
 from harness.data.readers import Example, read
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
+from harness.pages import filled
 from harness.tracking.contents import rows
 from harness.tracking.server import status_of
 
@@ -120,7 +120,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
     """
     run = _read(folder)
     page = out or folder / REPORT
-    store.write(page, _filled(as_dict(run, page.parent)))
+    store.write(page, filled(REPORT, as_dict(run, page.parent)))
     if out is None and run.record["status"] != "RUNNING":
         record = dict(_read(folder).record)
         record["artifacts"] |= {REPORT: f"{record['name']}/{run.name}/{REPORT}"}
@@ -145,16 +145,6 @@ def _runs_near(folder: Path) -> str:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
     return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
-
-
-def _filled(data: Mapping[str, Any]) -> str:
-    """The page's template with its style, scripts and data."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    # "</script>" in a JSON string would end the element, "<!--" hide its end
-    text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    templates = files("harness").joinpath("templates")
-    common, page = (templates.joinpath(name).read_text("utf-8") for name in ("common.html", REPORT))
-    return page.replace("{{common}}", common).replace("{{data}}", text)
 
 
 def as_dict(run: Run, page: Path) -> dict[str, Any]:

@@ -80,6 +80,9 @@ def show(records: Sequence[Record]) -> None:
     console.print(
         "\nCheckpoints, captions, scores: " + _paths(f"runs/{r['name']}/{_run_name(r)}" for r in records)
     )
+    console.print("Reports (images, captions, curves, for a browser):")
+    for record in records:
+        console.print(f"  runs/{record['name']}/{_run_name(record)}/report.html", markup=False)
     console.print("Submissions (checked):")
     for record in records:
         for path in record["submissions"]:

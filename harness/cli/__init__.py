@@ -117,6 +117,7 @@ def run(
 
     for wanted in {config.device for config in configs}:
         devices.probe(wanted)
+    from harness import report as reports
     from harness import run as runs
     from harness import tracking
     from harness.plan import RUNS, prepare
@@ -128,6 +129,7 @@ def run(
     try:
         for plan in plans:
             records += [runs.run(plan, terminal, _command())]
+            reports.write(RUNS / plan.config.name / plan.config.run_name)
     except UserError:
         if records:
             _print_records(records, output)

@@ -1,0 +1,20 @@
+"""Pages of one file: a template, the style and scripts that all pages share, and data that stays data."""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+
+def filled(template: str, data: Any) -> str:
+    """A template of `harness/templates` with the common style and scripts, and the data as JSON.
+
+    Nothing in the data can become markup: "</script>" in a JSON string would end the element, "<!--" hide its
+    end. NaN and infinity are refused.
+    """
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    templates = files("harness").joinpath("templates")
+    common, page = (
+        templates.joinpath(name).read_text(encoding="utf-8") for name in ("common.html", template)
+    )
+    return page.replace("{{common}}", common).replace("{{data}}", text)
