@@ -188,13 +188,14 @@ class PlainAlignScore:
 def test_alignscore_equals_the_published_inference_one_pair_at_a_time(align, tmp_path):
     plain = PlainAlignScore(align)
     long = " ".join(f"Finding {n} of the lung is seen." for n in range(120))
-    references = [*REFERENCES[:4], "", long, long, REFERENCES[0]]
+    references = [*REFERENCES[:4], "", long, long, REFERENCES[0], REFERENCES[2]]
     predictions = [
         *PREDICTIONS[:4],
         "A nodule.",
         REFERENCES[0],
         "lesion " * 40 + ". A mass.",
         "the lung " * 30,
+        "xyz" * 25,
     ]
     found = alignscore.measure(
         inputs({"alignscore": {"checkpoint": align}}, captions=(predictions, references), cache=tmp_path)
