@@ -66,6 +66,11 @@ def contents(folder: Path, root: Path) -> list[list[str]]:
 
 
 def _cached(name: str) -> Path | None:
+    from huggingface_hub import constants
+
+    # the library's own look-up takes a third of a second to import, too long for every command to pay
+    if not Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--")).is_dir():
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -31,7 +31,7 @@ def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
     Raises `UserError` with every problem of the file, its bases and the `--set` values at once.
     """
     values, places, problems = _read_with_bases(Path(file), ())
-    overrides, set_problems = _parse_sets(sets)
+    overrides, set_problems = parse_sets(sets)
     problems += set_problems
     variants = values.pop("variants", None) or {}
     seeds = values.pop("seeds", None)
@@ -60,13 +60,13 @@ def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
             if seed is not None:
                 merged["seed"] = seed
             for path, value in overrides:
-                _set(merged, path, value)
+                set_value(merged, path, value)
                 place = Place(f"--set {'.'.join(path)}")
                 where = {path[:n]: place for n in range(1, len(path))} | where | {path: place}
             try:
                 runs.append(Config.model_validate(merged))
             except ValidationError as error:
-                problems += [p for p in _explain(error, where, file) if p not in problems]
+                problems += [p for p in explain(error, where, file) if p not in problems]
     if problems:
         raise UserError(problems)
     return runs
@@ -143,7 +143,8 @@ def _merge(into: dict, changes: Mapping) -> dict:
     return into
 
 
-def _set(values: dict, path: Path_, value: Any) -> None:
+def set_value(values: dict, path: Path_, value: Any) -> None:
+    """Set a key of nested mappings, making those that are not there."""
     for key in path[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
@@ -151,7 +152,8 @@ def _set(values: dict, path: Path_, value: Any) -> None:
     values[path[-1]] = value
 
 
-def _parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
+def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
+    """The keys and values of `--set key=value`, values read as YAML, and what is wrong with them."""
     overrides, problems = [], []
     for text in sets:
         key, equals, value = text.partition("=")
@@ -171,7 +173,8 @@ def _problem(what: str, path: Path_, places: Mapping[Path_, Place], file: Path |
     return Problem(what, place.file, place.line, ".".join(path) or None)
 
 
-def _explain(error: ValidationError, places: Mapping[Path_, Place], file: Path | str) -> list[Problem]:
+def explain(error: ValidationError, places: Mapping[Path_, Place], file: Path | str) -> list[Problem]:
+    """What pydantic found, in the words of a person, at the places where the keys were written."""
     problems = []
     for item in error.errors():
         path = tuple(str(part) for part in item["loc"])

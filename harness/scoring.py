@@ -16,7 +16,7 @@ from harness import checkpoints, device, metrics, ranks
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data.readers import IMAGE_SUFFIXES
 from harness.errors import Problem, UserError
-from harness.experiment import Place, _explain, _parse_sets, _set
+from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
 from harness.plan import RUNS
 from harness.store import is_done
@@ -243,19 +243,19 @@ def _overridden(
 ) -> ScoreConfig:
     """The section with `--set` values over it. Raises `UserError` with all problems, those given included."""
     merged: dict[str, Any] = {"score": values if not problems else {}}
-    overrides, more = _parse_sets(sets)
+    overrides, more = parse_sets(sets)
     problems = [*problems, *more]
     places = {}
     for path, value in overrides:
         if path[0] != "score" and path[0] in Config.model_fields:
             problems.append(Problem("only keys of score are set here", key=f"--set {'.'.join(path)}"))
             continue
-        _set(merged, path, value)
+        set_value(merged, path, value)
         places |= {path[: n + 1]: Place(f"--set {'.'.join(path)}") for n in range(len(path))}
     try:
         config = _Only.model_validate(merged).score
     except ValidationError as error:
-        problems += _explain(error, places, run[0] / "run.json" if run else "--set")
+        problems += explain(error, places, run[0] / "run.json" if run else "--set")
     if problems:
         raise UserError(problems)
     return config

@@ -51,14 +51,16 @@ def make(
 ) -> None:
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
-    from harness.submission.inputs import read_ids, read_predictions
+    from harness.submission.inputs import read_ids, read_predictions, run_artifact, run_record
 
-    record = _record(source) if source.is_dir() else None
+    record = run_record(source) if source.is_dir() else None
     if record is None:
         _require(edition, ids, source)
     elif task is Task.concept:
         raise UserError([Problem("a run predicts captions; give a file of concepts", source, key="--task")])
-    file = source if record is None else _predictions(source, record, split)
+    file = source
+    if record is not None:
+        file = run_artifact(source, record, f"predictions/{split.value}_after.csv")
     values = read_predictions(file, task.value)
     year = edition if edition is not None else record["edition"]
     wanted = read_ids(ids) if ids else list(values)
@@ -76,27 +78,6 @@ def _require(edition: int | None, ids: Path | None, source: Path) -> None:
     missing = [key for key, value in (("--edition", edition), ("--ids", ids)) if value is None]
     if missing:
         raise UserError([Problem("is needed for a file of predictions", key=key) for key in missing])
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    file = folder / "run.json"
-    if not file.is_file():
-        hint = "The folder of a run is runs/<experiment>/<variant>-s<seed>."
-        raise UserError([Problem("not a run: it has no run.json", folder, hint=hint)])
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _predictions(folder: Path, record: dict[str, Any], split: Split) -> Path:
-    """The post-processed captions of a run."""
-    name = f"predictions/{split.value}_after.csv"
-    root = folder.resolve().parents[len(Path(record["name"]).parts)]
-    if name not in record["artifacts"]:
-        has = [key for key in record["artifacts"] if key.startswith("predictions/")]
-        what = (
-            f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no predictions'}"
-        )
-        raise UserError([Problem(what, folder, key="--split", hint="Finish it: " + record["command"])])
-    return root / record["artifacts"][name]
 
 
 def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:

@@ -119,12 +119,18 @@ class _Found:
 
 def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]:
     """Each metric by name; those without a neural model in a thread beside the others, on rank 0 only."""
-    with ThreadPoolExecutor(1) as beside:
-        # METEOR's JVM takes seconds to start, so it goes first
-        first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
+    # METEOR's JVM takes seconds to start, so it goes first
+    first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
+    beside = ThreadPoolExecutor(1)
+    try:
         others = {name: beside.submit(_timed, metrics[name], inputs) for name in first if not ranks.rank()}
         neural = {name: _timed(metric, inputs) for name, metric in metrics.items() if metric.neural}
         done = neural | {name: result.result() for name, result in others.items()}
+    except BaseException:
+        meteor.stop()  # or an interrupted command would wait for what Java still has to answer
+        raise
+    finally:
+        beside.shutdown(cancel_futures=True)
     return {name: done[name] for name in metrics if name in done}
 
 

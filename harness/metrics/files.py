@@ -1,6 +1,5 @@
 """What scoring leaves on disk for people (a table by image) and for `compare` (numbers in full)."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.captions import write_table
 from harness.store import fingerprint, write
 
 if TYPE_CHECKING:
@@ -23,12 +23,9 @@ def write_per_image(
 ) -> Path:
     """Write ID, reference, prediction and the score of each image by each metric that has one, as CSV."""
     named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ID", "reference", "prediction", *named])
-    for row, captions in enumerate(zip(ids, references, predictions, strict=True)):
-        writer.writerow([*captions, *(f"{values[row]:.6f}" for values in named.values())])
-    return write(path, text.getvalue())
+    columns = [[f"{value:.6f}" for value in values] for values in named.values()]
+    rows = zip(ids, references, predictions, *columns, strict=True)
+    return write_table(path, [("ID", "reference", "prediction", *named), *rows])
 
 
 def write_arrays(path: Path, ids: Sequence[str], scores: Mapping[str, "Score"]) -> Path:

@@ -91,6 +91,12 @@ def shared() -> Iterator["Meteor"]:
         yield _running
 
 
+def stop() -> None:
+    """End the jar of this process, in the middle of an answer if need be."""
+    if _running is not None:
+        _running.kill()
+
+
 _running: "Meteor | None" = None
 _lock = threading.Lock()
 
@@ -115,6 +121,10 @@ class Meteor:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+    def kill(self) -> None:
+        """End the jar; whoever waits for an answer gets `Absent`."""
+        self._process.kill()
 
     @property
     def alive(self) -> bool:

@@ -266,6 +266,8 @@ def run_root(folder: Path, record: Mapping[str, Any]) -> Path:
 def run_artifact(folder: Path, record: Mapping[str, Any], name: str) -> Path:
     """A file of a run by its name in `run.json`. Raises `UserError` where the run has not come that far."""
     if name not in record["artifacts"]:
-        what = f"the run (status {record['status']}) has no {name}"
+        kind = name.partition("/")[0]
+        has = [other for other in record["artifacts"] if other.startswith(f"{kind}/")]
+        what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
         raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
     return run_root(folder, record) / record["artifacts"][name]
