@@ -258,11 +258,13 @@ class SimilarityConfig(Section):
 class MedCatConfig(Section):
     model_pack: Path | None = None
     """A local MedCAT model pack for UMLS (zip or folder); without it its concept F1 is absent."""
+    python: Path | None = None
+    """A Python that has medcat<2 and pyarrow<20, which do not go with ours; by default this one."""
 
 
 class AlignScoreConfig(Section):
     checkpoint: Path | None = None
-    """The local file AlignScore-large.ckpt; without it AlignScore is absent."""
+    """The local file AlignScore-base.ckpt, which the organisers load; without it AlignScore is absent."""
 
 
 class ScoreConfig(Section):

@@ -109,6 +109,17 @@ def test_rows_that_look_alike_have_keys_of_their_own(tmp_path):
     assert len(Table(tmp_path, "another metric", [("ab", "c")]).new) == 1
 
 
+def test_a_flipped_bit_is_no_answer(tmp_path):
+    blobs = Blobs(tmp_path / "kept.sqlite", 10**9)
+    blobs.put({b"one": b"1" * 500, b"two": b"2" * 500})
+    content = blobs.path.read_bytes()
+    assert content.count(b"2" * 500) == 1
+    blobs.path.write_bytes(content.replace(b"2" * 500, b"2" * 499 + b"3"))
+    assert blobs.get([b"one", b"two"]) == {b"one": b"1" * 500}
+    blobs.put({b"two": b"2" * 500})
+    assert blobs.get([b"two"]) == {b"two": b"2" * 500}
+
+
 def test_a_killed_writer_leaves_a_usable_file(tmp_path):
     program = (
         "import os\n"

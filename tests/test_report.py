@@ -82,7 +82,7 @@ def record(variant: str = "base", changes: dict[str, Any] | None = None, **more:
             "n": 3,
         },
         "baseline": {"caption": "A chest radiograph.", "rouge1": 0.17, "standin": []},
-        "warnings": ["1 row with one caption empty after pre-processing, scored 0 (row 2)"],
+        "warnings": ["1 row with one caption empty after pre-processing: bertscore and rouge1 are 0 (row 2)"],
         "artifacts": {},
         "submissions": [],
     }

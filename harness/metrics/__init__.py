@@ -13,7 +13,18 @@ from harness import checkpoints, ranks
 from harness.config import STANDIN, ScoreConfig
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.metrics import bertscore, bleurt, bootstrap, clipscore, lexical, meteor, text
+from harness.metrics import (
+    alignscore,
+    bertscore,
+    bleurt,
+    bootstrap,
+    clipscore,
+    lexical,
+    medcat,
+    meteor,
+    similarity,
+    text,
+)
 from harness.metrics.base import Absent, Inputs, Measured, Metric, sign, some_rows
 from harness.metrics.baseline import constant_baseline
 from harness.metrics.control import image_gap
@@ -45,6 +56,10 @@ METRICS: dict[str, Metric] = {
     "meteor": Metric(meteor.measure, meteor.aggregate),
     "cider": Metric(lexical.cider),
     "clipscore": Metric(clipscore.measure, neural=True),
+    "refclipscore": Metric(clipscore.refclipscore, neural=True),
+    "similarity": Metric(similarity.measure, neural=True),
+    "medcat": Metric(medcat.measure),
+    "alignscore": Metric(alignscore.measure, neural=True),
 }
 READINGS: dict[str, Metric] = {"cider_ptb": Metric(lexical.cider_ptb)}
 """Reported beside the metric before the `_`, where it is not established which of the two is official."""
@@ -215,6 +230,9 @@ def problems(config: ScoreConfig, edition: int) -> list[Problem]:
         at_hand = wanted.get(name) in (None, STANDIN) or checkpoints.find(wanted[name])
         if not at_hand:
             found.append(checkpoints.missing(wanted[name], f"score.{name}.checkpoint"))
+    for name, local in (("similarity", similarity), ("medcat", medcat), ("alignscore", alignscore)):
+        if name in config.metrics:
+            found += local.problems(getattr(config, name))
     return found
 
 
@@ -254,6 +272,6 @@ def _empty_rows(inputs: Inputs) -> list[str]:
     empty = [tuple(map(text.is_empty, pair)) for pair in inputs.clean_pairs]
     both = [row for row, sides in enumerate(empty) if all(sides)]
     one = [row for row, sides in enumerate(empty) if any(sides) and not all(sides)]
-    return some_rows(both, "with prediction and reference empty after pre-processing, scored 1") + some_rows(
-        one, "with one caption empty after pre-processing, scored 0"
-    )
+    return some_rows(
+        both, "with prediction and reference empty after pre-processing: bertscore and rouge1 are 1"
+    ) + some_rows(one, "with one caption empty after pre-processing: bertscore and rouge1 are 0")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,17 @@ _ASKED = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS kept (key BLOB UNIQUE, value BLOB)"
 _UNUSABLE = (sqlite3.DatabaseError, OSError)
 
+_CHECKSUM = 4  # bytes
+
 Row = tuple[str, ...]
 
 
+def _checksum(value: bytes) -> bytes:
+    return zlib.crc32(value).to_bytes(_CHECKSUM, "little")
+
+
 class Blobs:
-    """A SQLite file of byte strings by key; processes may share it.
+    """A SQLite file of byte strings by key, each with its checksum; processes may share it.
 
     It holds at most `most` bytes, the oldest quarter leaves first. A file that is damaged, locked for long or
     on a full disk makes scoring slower, never different: reads find nothing, writes are left out.
@@ -39,13 +46,17 @@ class Blobs:
             for start in range(0, len(asked), _ASKED):
                 part = asked[start : start + _ASKED]
                 marks = ",".join("?" * len(part))
-                found |= database.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", part)
+                for k, value in database.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", part):
+                    content = value[_CHECKSUM:]
+                    if _checksum(content) == value[:_CHECKSUM]:
+                        found[k] = content
         return found
 
     def put(self, values: Mapping[bytes, bytes]) -> None:
         """Keep them, making room where they would be too many."""
         with contextlib.suppress(*_UNUSABLE), self._open() as database:
-            database.executemany("INSERT OR IGNORE INTO kept VALUES (?, ?)", values.items())
+            summed = ((k, _checksum(value) + value) for k, value in values.items())
+            database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", summed)
             (used,) = database.execute(
                 "SELECT (page_count - freelist_count) * page_size "
                 "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"

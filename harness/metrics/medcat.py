@@ -97,7 +97,7 @@ def _score(pair: Row, found: Mapping[str, set[str]]) -> float:
 
 
 def _python(config: MedCatConfig) -> Path:
-    return Path(getattr(config, "python", None) or sys.executable)
+    return Path(config.python or sys.executable)
 
 
 def _version(python: Path) -> str | None:

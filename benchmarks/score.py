@@ -1,0 +1,195 @@
+"""How soon captions are scored, beside the organisers' way: one pair at a time, bert-score and rouge-score.
+
+    python benchmarks/score.py [FOLDER]
+
+FOLDER holds references.tsv, predictions_dropped.tsv and predictions_shifted.tsv (ID, caption); by default
+../shared/data/roco_captions. The encoder is the one in a wheel (MiniLM, layer 6). The organisers' way is
+measured on a sample and extrapolated; everything else runs in full, each line a process of its own, from the
+start of Python to its end, as `harness score` does it. Ratios are of one run on one machine; leave it alone
+meanwhile.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SAMPLE = 500
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "roco_captions"
+
+
+def captions(path: Path) -> list[str]:
+    """The captions of a file, in the order of its rows."""
+    rows = path.read_text(encoding="utf-8").split("\n")[1:]
+    return [row.split("\t")[1] for row in rows if row]
+
+
+def official(predictions: list[str], references: list[str]) -> tuple[float, list[float], list[float]]:
+    """Seconds, BERTScore F1 and ROUGE-1 of pairs scored one at a time, models loaded before."""
+    from bert_score import BERTScorer
+    from rouge_score.rouge_scorer import RougeScorer
+
+    from harness.config import BertScoreConfig
+    from harness.metrics import bertscore, text
+
+    found, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
+    neural, counted = BERTScorer(model_type=str(found.folder), num_layers=layer), RougeScorer(["rouge1"])
+    neural.score(["warm"], ["up"])
+    begun = time.perf_counter()
+    pairs = [(text.official(a), text.official(b)) for a, b in zip(predictions, references, strict=True)]
+    f1 = [neural.score([prediction], [reference])[2].item() for prediction, reference in pairs]
+    rouge1 = [counted.score(reference, prediction)["rouge1"].fmeasure for prediction, reference in pairs]
+    return time.perf_counter() - begun, f1, rouge1
+
+
+def ours(folder: Path, predictions: Path, references: Path, *options: str) -> dict[str, Any]:
+    """What `harness score` prints in `folder`, whose runs/cache it fills; with its seconds and peak memory."""
+    command = [sys.executable, "-m", "harness", "score", str(predictions), "--references", str(references)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--standins", "--format", "json", "--per-image", "out.csv", *options],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    printed = json.loads(process.stdout.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"harness score ended with {status}")
+    return printed | {"wall": time.perf_counter() - begun, "peak": usage.ru_maxrss / 1e6}
+
+
+def where_the_time_goes(predictions: list[str], references: list[str]) -> None:
+    """Print the seconds of each part of BERTScore, and its arithmetic beside the machine's products."""
+    from harness.config import BertScoreConfig
+    from harness.metrics import bertscore, text
+    from harness.metrics.cache import TextCache
+
+    begun = time.perf_counter()
+    found, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
+    store = bertscore.Embeddings(found.folder, layer, "cpu")
+    spent = {"load the encoder": time.perf_counter() - begun}
+    operations = 0.0
+
+    def timed(name: str, call: Any) -> Any:
+        @functools.wraps(call)
+        def wrapper(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            result = call(*arguments)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
+            return result
+
+        return wrapper
+
+    def counting(ids: list[list[int]]) -> Any:
+        nonlocal operations
+        operations += flops(store.model, len(ids), max(map(len, ids)))
+        return forward(ids)
+
+    forward = timed("encode", store._forward)
+    store._forward, store.encode = counting, timed("tokenise", store.encode)
+    bertscore._match = timed("match", bertscore._match)
+    with tempfile.TemporaryDirectory() as folder:
+        store.disk = TextCache(Path(folder), found.folder, layer)
+        store.disk.get, store.disk.put = (timed("disk", call) for call in (store.disk.get, store.disk.put))
+        begun = time.perf_counter()
+        sides = ([text.official(caption) for caption in side] for side in (predictions, references))
+        bertscore.f1(*sides, store, store.uniform)
+    spent["the rest"] = time.perf_counter() - begun - sum(spent.values()) + spent["load the encoder"]
+    for name, seconds in spent.items():
+        print(f"  {name:18} {seconds:6.1f} s")
+    rate, peak = operations / spent["encode"] / 1e9, matrix_rate()
+    print(f"  encoding: {rate:.0f} GFLOP/s; matrix products of its shapes: {peak:.0f} ({rate / peak:.0%})")
+
+
+def flops(model: Any, texts: int, tokens: int) -> float:
+    """Multiplications and additions of one forward pass over `texts` padded to `tokens`."""
+    config = model.config
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    products = 2 * (4 * width**2 + 2 * width * inner) + 4 * tokens * width
+    return float(layers * products * texts * tokens)
+
+
+def matrix_rate(seconds: float = 3.0) -> float:
+    """GFLOP/s of float32 products (1024 x 384) @ (384 x 1536), the encoder's largest."""
+    import torch
+
+    a, b = torch.rand(1024, 384), torch.rand(384, 1536)
+    count, begun = 0, time.perf_counter()
+    with torch.inference_mode():
+        while time.perf_counter() - begun < seconds:
+            a @ b
+            count += 1
+    return count * 2 * 1024 * 384 * 1536 / (time.perf_counter() - begun) / 1e9
+
+
+def main(data: Path) -> None:
+    """Measure and print."""
+    references, dropped, shifted = (
+        data / f"{name}.tsv" for name in ("references", "predictions_dropped", "predictions_shifted")
+    )
+    truth, guesses = captions(references), captions(dropped)
+    rows = sorted(random.Random(0).sample(range(len(truth)), SAMPLE))
+    sampled, f1, rouge1 = official([guesses[i] for i in rows], [truth[i] for i in rows])
+    whole = sampled / SAMPLE * len(truth)
+    two = ("--metrics", "bertscore,rouge1")
+    print(f"{len(truth)} pairs, BERTScore (MiniLM) and ROUGE-1")
+    print(
+        f"  one pair at a time   {whole:8.2f} s           (extrapolated: {SAMPLE} pairs in {sampled:.1f} s)"
+    )
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        fresh = line("first file", ours(Path(first), dropped, references, *two), whole)
+        compare(Path(first) / "out.csv", rows, f1, rouge1)
+        line("unchanged file again", ours(Path(first), dropped, references, *two), whole)
+        ours(Path(second), shifted, references, *two)
+        line("second file", ours(Path(second), dropped, references, *two), whole)
+        line("all metrics, again", ours(Path(second), dropped, references), None)
+        line("all metrics, unchanged", ours(Path(second), dropped, references), None)
+    with tempfile.TemporaryDirectory() as third:
+        low = line(
+            "first file in bf16",
+            ours(Path(third), dropped, references, *two, "--set", "score.precision=bf16"),
+            whole,
+        )
+    gap = low["scores"]["bertscore"]["value"] - fresh["scores"]["bertscore"]["value"]
+    print(f"  bf16 moves the mean BERTScore by {gap:+.1e}: {low['scores']['bertscore']['signature']}")
+    print("where the time of the first file goes")
+    where_the_time_goes(guesses, truth)
+
+
+def line(name: str, result: dict[str, Any], whole: float | None) -> dict[str, Any]:
+    """Print one measurement; the ratio is to the organisers' way."""
+    scoring = max(score["seconds"] for score in result["scores"].values())
+    ratio = f"{whole / result['wall']:6.1f} x" if whole else ""
+    print(
+        f"  {name:22}{result['wall']:7.2f} s {ratio:9} peak {result['peak']:.2f} GB, longest {scoring:.2f} s"
+    )
+    return result
+
+
+def compare(table: Path, rows: list[int], f1: list[float], rouge1: list[float]) -> None:
+    """Print how far our per-image scores are from the organisers' on the sample."""
+    import csv
+
+    with table.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    far = [
+        max(abs(float(found[row][name]) - value) for row, value in zip(rows, values, strict=True))
+        for name, values in (("bertscore", f1), ("rouge1", rouge1))
+    ]
+    print(f"  differences on the sample: bertscore {far[0]:.1e}, rouge1 {far[1]:.1e} (6 digits are written)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=SHARED)
+    main(parser.parse_args().folder)
