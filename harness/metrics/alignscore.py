@@ -21,7 +21,7 @@ from harness.checkpoints import STANDIN_FILE
 from harness.config import AlignScoreConfig
 from harness.errors import Problem
 from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import identities
 
@@ -137,11 +137,13 @@ class Scorer:
         encoded = [
             self._cut(pair, len(ids)) if pair in cut else ids for pair, ids in zip(pairs, whole, strict=True)
         ]
-        found: dict[Pair, float] = {}
-        for rows in batches([len(ids) for ids in encoded], BATCH_TOKENS):
-            probabilities = self._forward([encoded[row] for row in rows])
-            found |= zip([pairs[row] for row in rows], probabilities, strict=True)
-        return found, cut
+        probabilities = by_length(
+            lambda rows: self._forward([encoded[row] for row in rows]),
+            [len(ids) for ids in encoded],
+            BATCH_TOKENS,
+            self.device,
+        )
+        return dict(zip(pairs, probabilities, strict=True)), cut
 
     def _cut(self, pair: Pair, length: int) -> list[int]:
         """The chunk is cut; where that is not enough, both, from the longer one's end."""

@@ -1,11 +1,12 @@
 """What every metric gets and gives back."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from harness.config import ScoreConfig
 from harness.metrics import text
 from harness.metrics.cache import Row, Table
 
+Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
 """Makes the numbers (m, k) of m rows."""
 
@@ -137,11 +139,37 @@ def cut_rows(metric: str, cut: np.ndarray) -> list[str]:
     return some_rows(np.flatnonzero(cut), f"longer than {metric} takes, cut at {cut.max():.0f} tokens")
 
 
+def by_length(
+    compute: Callable[[list[int]], Sequence[Result]], lengths: Sequence[int], budget: int, device: str
+) -> list[Result]:
+    """A result for each row, computed for rows of similar length together.
+
+    A batch padded to its longest row stays within `budget` tokens. On CPUs batches are computed side by side
+    by one thread each: threads within one batch would wait for each other after every matrix product.
+    """
+    import torch
+
+    todo = list(batches(lengths, budget))
+    found: list[Any] = [None] * len(lengths)
+    threads = torch.get_num_threads()
+    workers = threads if device == "cpu" else 1
+    torch.set_num_threads(1 if device == "cpu" else threads)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for rows, results in zip(todo, pool.map(compute, todo), strict=True):
+            for row, result in zip(rows, results, strict=True):
+                found[row] = result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+    return found
+
+
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows grouped by similar length, so that each group padded stays within `budget` tokens."""
+    """Rows in groups of similar length, the longest first; padded, each stays within `budget` tokens."""
     batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[row] * (len(batch) + 1) > budget:
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
             yield batch
             batch = []
         batch.append(row)

@@ -20,7 +20,7 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import cache, text
-from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, model_name, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, model_name, sign
 from harness.metrics.cache import Embedded, Row, TextCache
 from harness.store import fingerprint
 
@@ -219,11 +219,14 @@ class Embeddings:
 
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:
         encoded = [self.encode(caption) for caption in captions]
-        made = {}
-        for rows in batches([len(ids) for ids in encoded], self.batch_tokens):
-            for row, vectors in zip(rows, self._forward([encoded[row] for row in rows]), strict=True):
-                made[captions[row]] = Embedded(encoded[row], vectors, captions[row] in self._cut)
-        return made
+        vectors = by_length(
+            lambda rows: self._forward([encoded[row] for row in rows]),
+            [len(ids) for ids in encoded],
+            self.batch_tokens,
+            self.device,
+        )
+        cut = [caption in self._cut for caption in captions]
+        return {c: Embedded(*made) for c, *made in zip(captions, encoded, vectors, cut, strict=True)}
 
     def _keep(self, caption: str, embedded: Embedded) -> None:
         import torch
@@ -254,7 +257,8 @@ def _encoder(folder: Path, layer: int, precision: str) -> Any:
     """The encoder without the layers above `layer`; its class comes from config.json, never from its path."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, dtype=dtype(precision)).eval()
+    # DeBERTa makes two of its parameters float32, whatever type it is loaded in
+    model = AutoModel.from_pretrained(folder, dtype=dtype(precision)).to(dtype(precision)).eval()
     if hasattr(model, "decoder") and hasattr(model, "encoder"):
         model = model.encoder
     stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)

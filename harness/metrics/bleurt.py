@@ -8,7 +8,7 @@ import numpy as np
 
 from harness import checkpoints
 from harness.editions import EDITIONS
-from harness.metrics.base import Absent, Inputs, Measured, batches, cut_rows, dtype, model_name, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, model_name, sign
 from harness.metrics.cache import Row, state
 
 BATCH_TOKENS = 2048
@@ -62,19 +62,22 @@ class Scorer:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """(n, 2): the score of each (reference, prediction), and to how many tokens it was cut, 0 if not."""
         # as lists, since a lone empty prediction would be taken for none, without its [SEP]
-        encoded = self.tokenizer(*map(list, zip(*pairs, strict=True)), verbose=False)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        scores = np.array([[0.0, self.limit * (length > self.limit)] for length in lengths])
-        for rows in batches([min(length, self.limit) for length in lengths], BATCH_TOKENS):
-            scores[rows, 0] = self._forward([pairs[row] for row in rows])
-        return scores
+        sides = tuple(map(list, zip(*pairs, strict=True)))
+        lengths = np.array([len(ids) for ids in self.tokenizer(*sides, verbose=False)["input_ids"]])
+        encoded = self.tokenizer(*sides, truncation=True, max_length=self.limit)
+        scores = by_length(
+            lambda rows: self._forward(
+                {key: [values[row] for row in rows] for key, values in encoded.items()}
+            ),
+            np.minimum(lengths, self.limit).tolist(),
+            BATCH_TOKENS,
+            self.device,
+        )
+        return np.column_stack([scores, np.where(lengths > self.limit, self.limit, 0)])
 
-    def _forward(self, pairs: list[tuple[str, str]]) -> list[float]:
+    def _forward(self, encoded: dict[str, list[list[int]]]) -> list[float]:
         import torch
 
-        references, predictions = map(list, zip(*pairs, strict=True))
-        batch = self.tokenizer(
-            references, predictions, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
-        ).to(self.device)
+        batch = self.tokenizer.pad(encoded, return_tensors="pt", verbose=False).to(self.device)
         with torch.inference_mode():
             return self.model(**batch).logits.flatten().float().tolist()
