@@ -20,7 +20,7 @@ from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
 from harness.plan import RUNS
 from harness.store import is_done
-from harness.submission.form import bare
+from harness.submission.form import Task, bare
 from harness.submission.inputs import (
     CaptionFile,
     Flaw,
@@ -32,7 +32,7 @@ from harness.submission.inputs import (
     run_root,
 )
 
-_CONCEPTS = re.compile(r"C\d{7}(;C\d{7})*")
+_CONCEPTS = re.compile(r"C\d+(;C\d+)*")
 Run = tuple[Path, Mapping[str, Any]]
 """A run's folder and its `run.json`."""
 
@@ -58,9 +58,12 @@ def find_run(path: Path) -> Run | None:
     return (path, run_record(path)) if path.is_dir() else None
 
 
-def rows(predictions: Path, references: Path | None, images: Path | None = None) -> Rows:
+def rows(
+    predictions: Path, references: Path | None, images: Path | None = None, task: Task = "caption"
+) -> Rows:
     """Match predictions (a file, or a run's folder) with references, which may be the run's own, by id.
 
+    For the task `concept` both hold lists `C1;C2` in place of captions.
     `images` is a folder that holds `{ID}.jpg`, `.jpeg` or `.png`, or whose own folders do. Raises `UserError`
     with all problems of all inputs at once.
     """
@@ -74,7 +77,7 @@ def rows(predictions: Path, references: Path | None, images: Path | None = None)
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     predicted, known = files
-    problems = [*_concepts(predicted), *_concepts(known)] or _mismatches(predicted, known)
+    problems = [*_misplaced(predicted, task), *_misplaced(known, task)] or _mismatches(predicted, known)
     found = {}
     if images is not None:
         found, more = _images(images, known)
@@ -86,7 +89,7 @@ def rows(predictions: Path, references: Path | None, images: Path | None = None)
         [predicted.values[key] for key in known.values],
         list(known.values.values()),
         [found[key] for key in known.values] if images is not None else None,
-        [str(file) for file in files],
+        [file.described("captions" if task == "caption" else "lists of concepts") for file in files],
         [warning for file in files for warning in _warnings(file, known)],
     )
 
@@ -112,9 +115,16 @@ def _references(path: Path | None, predictions: Path) -> CaptionFile:
     return CaptionFile(table, ",", "references of the run's validation split", values, {})
 
 
-def _concepts(file: CaptionFile) -> list[Problem]:
+def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
+    """Concepts among captions, or captions among concepts."""
+    if task == "concept":
+        others = [key for key, value in file.values.items() if value and not _CONCEPTS.fullmatch(value)]
+        hint = "Concepts are written C0040405;C0817096."
+        return grouped(
+            file.path, [Flaw(file.lines.get(k), "not a list of concepts", hint, k) for k in others]
+        )
     if all(_CONCEPTS.fullmatch(value) for value in file.values.values()):
-        return [Problem("holds concepts, not captions", file.path)]
+        return [Problem("holds concepts, not captions", file.path, hint="Score them with --task concept.")]
     return []
 
 
@@ -316,6 +326,24 @@ def score(
     if device.world_size() > 1:
         ranks.stop()
     return scores, [*scored.warnings, *warnings]
+
+
+def score_concepts(
+    scored: Rows, manual: Rows | None, edition: int, bootstrap: int
+) -> tuple[dict[str, Score], list[str]]:
+    """Score rows of concepts; `manual` are the same predictions with the manually validated references."""
+
+    def sets(values: Sequence[str]) -> list[set[str]]:
+        return [set(filter(None, value.split(";"))) for value in values]
+
+    validated = None
+    if manual is not None:
+        by_id = dict(zip(manual.ids, manual.references, strict=True))
+        validated = sets([by_id[key] for key in scored.ids])
+    scores = metrics.score_concepts(
+        sets(scored.predictions), sets(scored.references), validated, edition, bootstrap
+    )
+    return scores, scored.warnings
 
 
 def _torch_device(wanted: str) -> str:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from harness import metrics
 from harness.metrics import clipscore, concepts
 
 CUIS = st.frozensets(st.sampled_from([*sorted(concepts.SECONDARY)[:6], "C0000001", "C0000002", "C0000003"]))
@@ -25,12 +26,34 @@ def test_concept_f1_equals_sklearn(prediction, reference):
     assert concepts.f1(prediction, reference) == pytest.approx(expected, abs=1e-12)
 
 
-def test_concept_scores_follow_the_references():
-    guesses = {"b": {"C0040405", "C0000001"}, "a": {"C0024485"}}
-    truth = {"a": {"C0024485", "C0000001"}, "b": {"C0040405"}}
-    assert concepts.scores(guesses, truth) == pytest.approx([2 / 3, 2 / 3])
-    assert concepts.secondary_scores(guesses, truth).tolist() == [1.0, 1.0]
+def test_the_primary_score_is_over_all_concepts_and_the_secondary_over_fifteen():
+    guesses = [{"C0024485"}, {"C0040405", "C0000001"}]
+    truth = [{"C0024485", "C0000001"}, {"C0040405"}]
+    scores = metrics.score_concepts(guesses, truth, truth, 2023, bootstrap=50)
+    assert scores["f1"].per_image == pytest.approx([2 / 3, 2 / 3])
+    assert scores["f1_secondary"].per_image.tolist() == [1.0, 1.0]
     assert len(concepts.SECONDARY) == 15
+    lacking = metrics.score_concepts(guesses, truth, None, 2026)
+    assert lacking["f1"].signature == "f1|clef2026|all concepts|like:sklearn"
+    assert lacking["f1_secondary"].value is None
+    assert "manual" in lacking["f1_secondary"].reason
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(CUIS, CUIS), min_size=1, max_size=8))
+def test_concept_scores_equal_the_organisers_loop(rows):
+    """Per image sklearn's binary F1 over the union of its concepts; then the mean over images."""
+    from sklearn.metrics import f1_score
+
+    expected = []
+    for prediction, reference in rows:
+        union = sorted(prediction | reference)
+        vectors = [[concept in side for concept in union] for side in (reference, prediction)]
+        expected.append(f1_score(*vectors, average="binary") if union else 1.0)
+    guesses, truth = zip(*rows, strict=True)
+    for year in (2022, 2023, 2024, 2025, 2026):
+        found = metrics.score_concepts(guesses, truth, None, year, bootstrap=0)["f1"]
+        assert found.value == pytest.approx(np.mean(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize(

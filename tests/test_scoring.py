@@ -36,7 +36,7 @@ def test_each_format_reads_back_equal(separator, header, end, mark, last, tmp_pa
             archive.writestr("submission.csv", data)
     found = read(path)
     assert dict(found.values) == values
-    assert f"32 captions, {kind}-separated {'with' if header else 'without'} header" in str(found)
+    assert f"32 captions, {kind}-separated {'with' if header else 'without'} header" in found.described()
     assert list(found.lines.values()) == list(range(1 + header, 33 + header))
     assert any("byte order mark" in warning for warning in found.warnings) == bool(mark)
 

@@ -305,3 +305,28 @@ def test_ctrl_c_ends_with_130(golden, tmp_path):
     assert running.returncode == 130
     assert "Traceback" not in said
     assert time.perf_counter() - began < 15, "waited for METEOR"
+
+
+def test_concepts_are_scored_against_all_and_against_the_manual_ones(tmp_path):
+    (tmp_path / "run.txt").write_text("a|C0040405;C0000001\nb|\nc|C0024485\n")
+    (tmp_path / "labels.csv").write_text("ID\tcuis\nb\tC0024485\na\tC0040405\nc\tC0024485;C0817096\n")
+    (tmp_path / "manual.csv").write_text("ID,CUIs\na,C0040405\nb,C0024485\nc,C0024485\n")
+    options = (
+        "--references",
+        "labels.csv",
+        "--task",
+        "concept",
+        "--manual",
+        "manual.csv",
+        "--format",
+        "json",
+    )
+    found = json.loads(harness(tmp_path, "run.txt", *options).stdout)
+    assert found["scores"]["f1"]["value"] == pytest.approx((2 / 3 + 0 + 2 / 3) / 3)
+    assert found["scores"]["f1_secondary"]["value"] == pytest.approx(2 / 3)
+    assert found["inputs"][0] == "run.txt: 3 lists of concepts, pipe-separated without header (2022, 2023)"
+    wrong = harness(tmp_path, "run.txt", "--references", "labels.csv", code=2)
+    assert "Score them with --task concept." in wrong.stderr
+    (tmp_path / "captions.csv").write_text("a|C0040405\nb|a lesion\nc|C0024485\n")
+    wrong = harness(tmp_path, "captions.csv", "--references", "labels.csv", "--task", "concept", code=2)
+    assert "captions.csv:2: not a list of concepts: b" in wrong.stderr

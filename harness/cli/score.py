@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import DeviceOption, Format, Output, Sets, Terminal
+from harness.cli.terminal import DeviceOption, Format, Output, Sets, Task, Terminal
 from harness.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def score(
     standins: Annotated[
         bool, typer.Option("--standins", help="Let stand-ins serve where official weights are not at hand.")
     ] = False,
+    task: Task = Task.caption,
+    manual: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Manually validated concepts, for the secondary concept score."),
+    ] = None,
     sets: Sets = None,
     device: DeviceOption = None,
     per_image: Annotated[
@@ -48,7 +53,7 @@ def score(
     ] = None,
     output: Output = Format.table,
 ) -> None:
-    """Score captions as the organisers do, each score with its interval and signature.
+    """Score captions, or concepts, as the organisers do, each score with its interval and signature.
 
     Files are told apart by looking. A score that can't be computed here is absent with its reason.
     """
@@ -62,11 +67,15 @@ def score(
     config = scoring.settings(
         year, names.split(",") if names is not None else None, standins, sets or (), run
     )
-    rows = scoring.rows(predictions, references, images)
+    rows = scoring.rows(predictions, references, images, task.value)
     say = Terminal().say
     for line in rows.inputs if rank() == 0 else ():
         say(line)
-    scores, warnings = scoring.score(rows, config, year, device.value if device else "auto")
+    if task is Task.concept:
+        validated = scoring.rows(predictions, manual, task=task.value) if manual else None
+        scores, warnings = scoring.score_concepts(rows, validated, year, config.bootstrap)
+    else:
+        scores, warnings = scoring.score(rows, config, year, device.value if device else "auto")
     if rank():
         return
     if output is Format.json:

@@ -10,20 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Report, ReportFormat
+from harness.cli.terminal import Report, ReportFormat, Task
 from harness.errors import Problem, UserError
 
 app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
 
 Edition = Annotated[int, typer.Option("--edition", help="Year of the edition, 2022 to 2026.")]
 IDS_HELP = "The ids to submit, in order: one a line, or the first column of a label file."
-
-
-class Task(StrEnum):
-    """The two tasks of ImageCLEFmedical Caption."""
-
-    caption = "caption"
-    concept = "concept"
 
 
 class Split(StrEnum):

@@ -25,6 +25,13 @@ class Report(StrEnum):
     json = "json"
 
 
+class Task(StrEnum):
+    """The two tasks of ImageCLEFmedical Caption."""
+
+    caption = "caption"
+    concept = "concept"
+
+
 class DeviceName(StrEnum):
     """Which device a run uses."""
 

@@ -1,7 +1,7 @@
 """Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from harness.metrics import (
     bleurt,
     bootstrap,
     clipscore,
+    concepts,
     lexical,
     medcat,
     meteor,
@@ -44,6 +45,7 @@ __all__ = [
     "read_arrays",
     "references_fingerprint",
     "score",
+    "score_concepts",
     "write_arrays",
     "write_per_image",
 ]
@@ -116,7 +118,7 @@ def score(
     if ranks.rank():
         return {}, []
     found |= _aggregates(found, edition)
-    scores = _with_intervals(found, inputs)
+    scores = _with_intervals(found, len(inputs.references), config.bootstrap)
     warnings = _empty_rows(inputs)
     for result in found.values():
         warnings += result.measured.warnings if result.measured else []
@@ -182,14 +184,40 @@ def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
     return made
 
 
-def _with_intervals(found: Mapping[str, _Found], inputs: Inputs) -> dict[str, Score]:
+def score_concepts(
+    predictions: Sequence[Set[str]],
+    references: Sequence[Set[str]],
+    manual: Sequence[Set[str]] | None,
+    edition: int,
+    bootstrap: int = 1000,
+) -> dict[str, Score]:
+    """The scores of concept detection, row by row sets of CUIs: `f1` over all concepts, and `f1_secondary`.
+
+    The second is against the `manual` references and over modalities and body parts alone; it is absent
+    without them.
+    """
+    started = time.perf_counter()
+    per_image = concepts.scores(predictions, references)
+    signature = sign("f1", edition, "all concepts", "like:sklearn")
+    found = {"f1": _Found(Measured(per_image, signature), time.perf_counter() - started)}
+    if manual is None:
+        found["f1_secondary"] = _Found(None, 0.0, "needs the manually validated concepts (--manual)")
+    else:
+        per_image = concepts.secondary_scores(predictions, manual)
+        signature = sign(
+            "f1_secondary", edition, f"{len(concepts.SECONDARY)} concepts, manual", "like:sklearn"
+        )
+        found["f1_secondary"] = _Found(Measured(per_image, signature), 0.0)
+    return _with_intervals(found, len(references), bootstrap)
+
+
+def _with_intervals(found: Mapping[str, _Found], n: int, resamples: int) -> dict[str, Score]:
     measured = {name: result.measured for name, result in found.items() if result.measured}
     intervals = {}
-    if inputs.config.bootstrap and measured:
+    if resamples and measured:
         arrays = {n: m.per_image if m.statistics is None else m.statistics for n, m in measured.items()}
-        resampled = bootstrap.resample(arrays, {n: aggregate(n) for n in arrays}, inputs.config.bootstrap)
+        resampled = bootstrap.resample(arrays, {n: aggregate(n) for n in arrays}, resamples)
         intervals = {name: bootstrap.interval(scores) for name, scores in resampled.items()}
-    n = len(inputs.references)
     return {
         name: _score(name, result.measured, *intervals.get(name, (None, None)), n, result.seconds)
         if result.measured

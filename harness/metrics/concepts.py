@@ -1,6 +1,6 @@
 """Concept detection: F1 per image over the concepts of prediction and reference, averaged over images."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -19,14 +19,12 @@ def f1(prediction: Set[str], reference: Set[str]) -> float:
     return 2 * len(prediction & reference) / (len(prediction) + len(reference))
 
 
-def scores(predictions: Mapping[str, Set[str]], references: Mapping[str, Set[str]]) -> np.ndarray:
-    """F1 (n,) per image in the order of `references`; the primary score is its mean."""
-    return np.array([f1(predictions[image], concepts) for image, concepts in references.items()])
+def scores(predictions: Sequence[Set[str]], references: Sequence[Set[str]]) -> np.ndarray:
+    """F1 (n,) per image; the primary score is its mean."""
+    pairs = zip(predictions, references, strict=True)
+    return np.array([f1(prediction, reference) for prediction, reference in pairs])
 
 
-def secondary_scores(predictions: Mapping[str, Set[str]], manual: Mapping[str, Set[str]]) -> np.ndarray:
+def secondary_scores(predictions: Sequence[Set[str]], manual: Sequence[Set[str]]) -> np.ndarray:
     """F1 (n,) per image over the concepts of `SECONDARY` alone, against the manual references."""
-    return scores(
-        {image: concepts & SECONDARY for image, concepts in predictions.items()},
-        {image: concepts & SECONDARY for image, concepts in manual.items()},
-    )
+    return scores([found & SECONDARY for found in predictions], [found & SECONDARY for found in manual])

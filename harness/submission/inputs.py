@@ -52,8 +52,9 @@ class CaptionFile:
     cut: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
-    def __str__(self) -> str:
-        return f"{self.path.name}: {len(self.values):,} captions, {self.kind}"
+    def described(self, values: str = "captions") -> str:
+        """What the file was taken for, in a line."""
+        return f"{self.path.name}: {len(self.values):,} {values}, {self.kind}"
 
 
 class Flaw(NamedTuple):
