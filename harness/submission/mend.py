@@ -1,5 +1,6 @@
 """What of a damaged submission file can be mended without a new word."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,50 +25,61 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     """Write to `out` the file with all mended that needs no new word; returns what was done, in sentences.
 
     Mended are encoding marks, header, order, quoting, white space, blank lines, pipes in captions, CUIs given
-    twice, rows given twice alike, image endings of ids, and the final newline. A row that can't be mended is
-    kept as it is at the end, and a missing one stays missing, so `check(out, ...)` says what is left to do.
-    Raises `UserError` (exit code 3) when the file can't be read at all.
+    twice, rows given twice alike, image endings of ids, and line ends. A row that can't be mended is kept as
+    it is at the end, and a missing one stays missing, so `check(out, ...)` says what is left to do. Nothing
+    is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the file can't be read.
     """
     form = rules(edition, task)
     data, fault = content(Path(path), form)
     if data is None:
         raise UserError([Problem(fault, path)], exit_code=INVALID)
     text, marks = decoded(data)
-    done = [
-        f"line {line}: {what}: rewritten as UTF-8" for line, what, _ in marks if what.startswith("byte 0: ")
-    ]
+    readable = (mark for mark in marks if not mark[1].endswith("is not UTF-8"))
+    done = [f"line {line}: {what}: rewritten as UTF-8" for line, what, _ in readable]
     known = set(ids)
+    rows = [row for row in rows_of(text, form, known) if row.raw.strip()]
     mended: dict[str, str] = {}
-    left: list[str] = []
-    for row in rows_of(text, form, known):
+    left: list[Row] = []
+    quoted: list[int] = []
+    last = 0
+    for row in rows:
         key, value, did = _mended(row, form, known)
-        if mended.get(key) == value:
+        if is_header(row) and key not in known:
+            done += [f"line {row.line}: left out, a header"] if row.line > 1 or not form.header else []
+        elif key in mended and mended[key] == value:
             done.append(f"line {row.line}: left out, the same row as before")
-        elif key in known and mended.setdefault(key, value) == value:
+        elif key not in known or key in mended:
+            left.append(row)
+        else:
+            mended[key], last = value, row.line
             done += [f"line {row.line}: {what}" for what in did]
-        elif key or (row.raw.strip() and not is_header(row)):
-            left.append(row.raw)
+            quoted += [row.line] if not did and row.raw != _written(key, value, form) else []
+    if quoted:
+        done.append(f"quoted {len(quoted)} rows as this format wants it, the first on line {quoted[0]}")
+    done += [f"line {row.line}: can't be mended, moved to the end" for row in left if row.line < last]
     done += _done_to_file(text, mended, ids, form)
-    lines = [*lines_of({key: mended[key] for key in ids if key in mended}, form), *left]
+    lines = [*lines_of({key: mended[key] for key in ids if key in mended}, form), *(row.raw for row in left)]
     store_text(Path(out), "".join(f"{line}\n" for line in lines), form)
     return done
 
 
+def _written(key: str, value: str, form: Rules) -> str:
+    return list(lines_of({key: value}, form))[-1]
+
+
 def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
-    """The id ("" for a row that is none), the value, and what was done to them."""
-    if not row.raw.strip() or (is_header(row) and row.fields[0] not in known):
-        return "", "", []
+    """The id ("" for a row that can't be mended), the value, and what was done to them."""
     key, _, value = row.raw.partition(form.separator)
     if not row.broken and len(row.fields) == 2:
         key, value = row.fields
     elif form.separator == ",":
         value = _without_quoting(value.strip())
-    did = []
-    clean = bare(key.strip(' "')) if key not in known else key
-    if clean != key:
-        did.append(f"wrote the id {key!r} as {clean}")
+    clean = key if key in known else bare(key.strip(' "\ufeff'))
+    did = [] if clean == key else [f"wrote the id {key!r} as {clean}"]
     if form.task == "concept":
         new = ";".join(dict.fromkeys(cui.strip() for cui in value.split(";") if cui.strip()))
+        if re.search(r'[|,"\s]', new):
+            return "", "", []
     else:
         new = " ".join(value.split())
     if form.separator == "|" and "|" in new:
@@ -75,8 +87,8 @@ def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]
         did.append("replaced pipes")
     elif new != value:
         did.append("collapsed white space" if form.task == "caption" else "rewrote the CUIs, each once")
-    if row.broken or len(row.fields) != 2:
-        did.append("made two columns of it" if form.separator == "," else "kept what follows the second pipe")
+    if form.separator == "," and (row.broken or len(row.fields) != 2):
+        did.append("made two columns of it")
     return clean, new, did
 
 
@@ -91,17 +103,11 @@ def _done_to_file(text: str, mended: Mapping[str, str], ids: Sequence[str], form
     lines = text.split("\n")
     if form.header and lines[0].removesuffix("\r") != form.header:
         yield f"wrote the header {form.header}"
-    if not form.header and lines[0].lower().startswith("id|"):
-        yield "took out the header: this format has none"
     if blank := sum(not line.strip() for line in lines[:-1]):
         yield f"deleted {blank} blank lines"
     if list(mended) != [key for key in ids if key in mended]:
         yield "put the rows into the order of the ids file"
-    if form.separator == "," and form.task == "caption" and any(_unquoted(line) for line in lines[1:]):
-        yield "quoted every caption"
+    if "\r\n" in text:
+        yield "ended the lines with a line feed alone"
     if lines[-1]:
         yield "added the final newline"
-
-
-def _unquoted(line: str) -> bool:
-    return bool(line.strip()) and not line.rstrip("\r").endswith('"')
