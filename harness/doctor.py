@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness import checkpoints, device, metrics
+from harness import checkpoints, device, forecast, memory, metrics
 from harness.config import STANDIN, Config
-from harness.data import readers
 from harness.errors import UserError
+from harness.memory import Model, Setup
 from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import sizes
@@ -21,7 +21,7 @@ from harness.plan import RUNS, problems
 
 DISTRIBUTION = "imageclef-harness"
 GB = 1e9
-_WEIGHT, _GRADIENT, _OPTIMISER = 4, 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
+_WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
 
 
 @dataclass(frozen=True)
@@ -164,25 +164,11 @@ def _data(configs: Sequence[Config]) -> Iterator[Check]:
             yield Check("data", False, f"no such folder: {data.root}", fix)
 
 
-def _images(config: Config) -> dict[str, int]:
-    """Images per split that the run decodes, as far as they can be counted without opening one."""
-    data = config.data
-    if data.root.is_dir():
-        listing = readers.read(data.root, data.layout)
-        counts = {split: len(examples) for split, examples in listing.splits.items()}
-    elif data.phantom:
-        counts = {split: getattr(data.phantom, split) for split in readers.SPLITS}
-    else:
-        return {}
-    wanted = {"train", "valid", *config.predict.splits}
-    return {split: count for split, count in counts.items() if split in wanted}
-
-
 def _disk(configs: Sequence[Config]) -> Check:
     """Space for the image caches, and for the checkpoints: two while one replaces the other, and the best."""
     caches: dict[tuple[Path, str, int], int] = {}
     trainings: dict[str, int | None] = {}
-    counted = {str(config.data.root): _images(config) for config in configs}
+    counted = {str(config.data.root): forecast.images(config) for config in configs}
     for config in configs:
         side = config.model.image_size
         for split, count in counted[str(config.data.root)].items() if config.data.cache else ():
@@ -213,74 +199,94 @@ def _existing(path: Path) -> Path:
 
 
 def _sizes(config: Config) -> Sizes | None:
-    model = config.model
-    if model.checkpoint == "tiny":
-        return sizes.of_tiny(model.tiny, model.image_size, model.language_model)
-    found = checkpoints.find(model.checkpoint)
-    folder = found.folder if found else None
-    return sizes.of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
+    shape = sizes.of_model(config.model)
+    return shape and shape.sizes
 
 
-def _trained(config: Config, vision: bool | None = None) -> int | None:
-    """Parameters that training changes; `vision` overrides `train.train_vision`. None: unknown."""
+def _trained(config: Config) -> int | None:
+    """Parameters that training changes; None: unknown."""
     found = _sizes(config)
     if found is None:
         return None
-    trains_vision = config.train.train_vision if vision is None else vision
-    return found.qformer + found.text + found.projection + (found.vision if trains_vision else 0)
+    return found.qformer + found.text + found.projection + (found.vision if config.train.train_vision else 0)
 
 
 def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
-    """Memory for the largest run of each kind of device; activations can't be told without running it."""
-    unknown = {config.model.checkpoint for config, _ in runs if _sizes(config) is None}
-    for name in sorted(unknown):
-        yield Check("memory", True, f"not estimated: the sizes of {name} are not known without its config")
+    """Memory for the largest run of each kind of device, beside what is free there."""
     by_kind: dict[str, list[Config]] = {}
+    unknown: dict[str, None] = {}
     for config, kind in runs:
-        if config.model.checkpoint not in unknown:
-            by_kind.setdefault(kind, []).append(config)
-    for kind, configs in by_kind.items():
-        config = max(configs, key=lambda c: _training_bytes(c, kind))
-        need, loading = _training_bytes(config, kind), max(map(_loading_bytes, configs))
-        if kind == "cpu":
-            yield _fits("memory", "RAM", _ram(), max(need, loading), _parts(config, kind), config, kind)
+        if sizes.of_model(config.model) is None:
+            unknown[config.model.checkpoint] = None
         else:
-            free = device.module(kind).mem_get_info(0)[0]
-            yield _fits(f"memory of the {kind}", kind, free, need, _parts(config, kind), config, kind)
-            yield _fits(
-                "memory", "RAM", _ram(), loading, "all weights once in fp32, to load them", config, kind
-            )
+            by_kind.setdefault(kind, []).append(config)
+    for name in unknown:
+        yield Check("memory", True, f"not estimated: the sizes of {name} are not known without its config")
+    for kind, configs in by_kind.items():
+        model = forecast.largest([_model(config, kind) for config in configs])
+        loading = max(map(_loading_bytes, configs))
+        if kind == "cpu":
+            yield _fits("memory", "RAM", model, _ram(), 1, loading)
+            yield Check("memory of typical cards", True, _on_cards(configs))
+            continue
+        count, free = device.probe(configs[0].device).count, device.module(kind).mem_get_info(0)[0]
+        yield _fits(f"memory of the {kind}", kind, model, free, count)
+        host = memory.usage(model, memory.configured(model.config, 1)).host
+        yield _loads(_ram(), loading + host)
 
 
-def _fits(name: str, what: str, free: float, need: float, parts: str, config: Config, kind: str) -> Check:
-    found = f"{_gb(free)} of {what} free; {_gb(need)} needed: {parts}"
+def _model(config: Config, kind: str) -> Model:
+    shape = sizes.of_model(config.model)
+    assert shape is not None
+    return Model(shape, config.train, kind, _in_bf16(config, kind))
+
+
+def _on_cards(configs: Sequence[Config]) -> str:
+    """The smallest set-up for each size of card, in half precision where the config leaves it open."""
+    model = forecast.largest([_model(config, "cuda") for config in configs])
+    return "; ".join(
+        f"{size} GB: {forecast.fits(setup, model)}" for size, setup in memory.cards(model).items()
+    )
+
+
+def _fits(name: str, what: str, model: Model, free: float, most: int, loading: int = 0) -> Check:
+    """Whether the configured training fits one device, else the simplest means on at most `most`."""
+    setup = memory.configured(model.config, 1)
+    need = max(memory.needed(model, setup), loading)
+    found = f"{_gb(free)} of {what} free; {_gb(need)} needed: {_parts(model, setup)}"
     if need <= free:
         return Check(name, True, found)
-    least = _training_bytes(config, kind, vision=False)
+    return Check(name, False, found, _cure(model, free, most, loading))
+
+
+def _cure(model: Model, free: float, most: int, loading: int) -> str:
+    setup = memory.smallest(model, free, most) if loading <= free else None
+    if setup is not None:
+        return f"{forecast.fits(setup, model)}: {_gb(memory.needed(model, setup))}"
     fix = "Use a machine with more memory, or a smaller model.checkpoint"
-    if config.train.train_vision:
-        fix += f"; with --set train.train_vision=false it is {_gb(max(least, _loading_bytes(config)))}"
-    return Check(name, False, found, f"{fix}.")
+    if model.kind != "cpu" and (more := memory.smallest(model, free)):
+        fix = f"Such a device each for more ranks: {forecast.fits(more, model)}"
+    if model.config.train_vision:
+        frozen = model.without_vision()
+        least = max(memory.needed(frozen, memory.configured(frozen.config, 1)), loading)
+        fix += f"; with --set train.train_vision=false it is {_gb(least)}"
+    return f"{fix}."
 
 
-def _training_bytes(config: Config, kind: str, vision: bool | None = None) -> int:
-    found, trained = _sizes(config), _trained(config, vision)
-    assert found is not None
-    assert trained is not None
-    frozen = found.qformer + found.text + found.projection + found.vision - trained
-    language = found.language_model * (2 if _in_bf16(config, kind) else _WEIGHT)
-    return trained * (_WEIGHT + _GRADIENT + _OPTIMISER) + frozen * _WEIGHT + language
-
-
-def _parts(config: Config, kind: str) -> str:
-    trained = _trained(config)
-    assert trained is not None
-    optimiser = _gb(trained * (_WEIGHT + _GRADIENT + _OPTIMISER))
-    rest = _gb(_training_bytes(config, kind) - trained * (_WEIGHT + _GRADIENT + _OPTIMISER))
+def _parts(model: Model, setup: Setup) -> str:
+    used = memory.usage(model, setup)
+    checkpointing = "with" if setup.checkpointing else "without"
     return (
-        f"{optimiser} for {trained / 1e6:.0f} M trained weights with gradients and AdamW, {rest} for frozen "
-        f"ones; activations (grow with train.micro_batch_size, {config.train.micro_batch_size}) not included"
+        f"weights {_gb(used.weights)}, gradients {_gb(used.gradients)}, optimiser {_gb(used.optimiser)}, "
+        f"activations of {setup.micro_batch} captions {_gb(used.activations)} {checkpointing} gradient "
+        f"checkpointing, the rest {_gb(used.buffers + used.rest + (used.host if model.kind == 'cpu' else 0))}"
     )
+
+
+def _loads(free: float, need: int) -> Check:
+    found = f"{_gb(free)} of RAM free; {_gb(need)} needed: all weights once in fp32, and what is offloaded"
+    fix = None if need <= free else "Use a machine with more memory, or a smaller model.checkpoint."
+    return Check("memory", need <= free, found, fix)
 
 
 def _loading_bytes(config: Config) -> int:
@@ -290,8 +296,10 @@ def _loading_bytes(config: Config) -> int:
 
 
 def _in_bf16(config: Config, kind: str) -> bool:
-    precision = config.train.precision
-    return precision == "bf16" or (precision == "auto" and device.has_bf16(kind))
+    """Whether training computes in half precision; on a device that isn't here, where it is left open."""
+    if config.train.precision == "auto":
+        return kind != "cpu" or device.has_bf16("cpu")
+    return config.train.precision != "fp32"
 
 
 def _ram() -> float:

@@ -160,14 +160,14 @@ def test_sizes_are_those_of_the_model(language_model, tmp_path):
     published = Blip2Config(text_config={"model_type": "opt", "num_attention_heads": 32, **sizes.OPT_2_7B})
     published.save_pretrained(tmp_path)
     expected = captioner_sizes(published, 364, language_model)
-    assert sizes.of_checkpoint(tmp_path, "x", 364, language_model) == expected
-    assert sizes.of_checkpoint(None, sizes.PUBLISHED[1], 364, language_model) == expected
+    assert sizes.of_checkpoint(tmp_path, "x", 364, language_model).sizes == expected
+    assert sizes.of_checkpoint(None, sizes.PUBLISHED[1], 364, language_model).sizes == expected
     assert sizes.of_checkpoint(None, "unknown/model", 364, language_model) is None
 
 
 def test_the_published_sizes_are_the_measured_ones():
     """Millions of parameters as counted once on the published checkpoint."""
-    found = sizes.of_checkpoint(None, "Salesforce/blip2-opt-2.7b", 224, True)
+    found = sizes.of_checkpoint(None, "Salesforce/blip2-opt-2.7b", 224, True).sizes
     millions = [round(n / 1e6) for n in (found.vision, found.qformer, found.text, found.language_model)]
     assert millions == [986, 162, 24, 2652]
 
@@ -184,4 +184,4 @@ def test_sizes_of_a_tiny_model_with_full_vocabularies():
 
     settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
     built = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
-    assert sizes.of_tiny(settings, 224, True) == captioner_sizes(built, 224, True)
+    assert sizes.of_tiny(settings, 224, True).sizes == captioner_sizes(built, 224, True)

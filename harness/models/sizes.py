@@ -1,4 +1,4 @@
-"""How many parameters a BLIP-2 has, from its config alone: no torch, no weights."""
+"""The shape of a BLIP-2 and how many parameters it has, from its config alone: no torch, no weights."""
 
 import json
 from collections.abc import Mapping
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import TinyConfig
+from harness import checkpoints
+from harness.config import ModelConfig, TinyConfig
 
 # transformers' Blip2Config writes only what differs from these, which are those of Salesforce/blip2-opt-2.7b
 _VISION = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
     "num_hidden_layers": 39,
+    "num_attention_heads": 16,
     "patch_size": 14,
     "qkv_bias": True,
 }
@@ -20,7 +22,10 @@ _QFORMER = {
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
+    "num_attention_heads": 12,
     "intermediate_size": 3072,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
     "max_position_embeddings": 512,
     "cross_attention_frequency": 2,
     "encoder_hidden_size": 1408,
@@ -29,10 +34,18 @@ _OPT = {
     "vocab_size": 50272,
     "hidden_size": 768,
     "num_hidden_layers": 12,
+    "num_attention_heads": 12,
     "ffn_dim": 3072,
+    "dropout": 0.1,
     "max_position_embeddings": 2048,
 }
-OPT_2_7B = {"hidden_size": 2560, "num_hidden_layers": 32, "ffn_dim": 10240, "word_embed_proj_dim": 2560}
+OPT_2_7B = {
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "ffn_dim": 10240,
+    "word_embed_proj_dim": 2560,
+}
 PUBLISHED = ("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b-coco")
 """Checkpoints whose sizes are known where their config is not at hand."""
 
@@ -50,42 +63,81 @@ class Sizes:
     language_model: int
 
 
-def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Sizes | None:
-    """The sizes for the contents of a `config.json`; None where its language model is no OPT."""
-    qformer = _QFORMER | values.get("qformer_config", {})
-    opt = _OPT | values.get("text_config", {})
-    if language_model and opt.get("model_type", "opt") != "opt":
+@dataclass(frozen=True)
+class Shape:
+    """What determines the tensors of a captioner: its config's three parts, with every default filled in."""
+
+    vision: Mapping[str, Any]
+    qformer: Mapping[str, Any]
+    language: Mapping[str, Any] | None
+    """None: no language model."""
+    queries: int
+    image_size: int
+
+    @property
+    def patches(self) -> int:
+        """Tokens of the ViT: the patches of an image and the class token."""
+        return (self.image_size // self.vision["patch_size"]) ** 2 + 1
+
+    @property
+    def sizes(self) -> Sizes:
+        """Parameters of each part."""
+        qformer, language = self.qformer, self.language
+        width = qformer["hidden_size"]
+        return Sizes(
+            vision=_vision(self.vision, self.patches),
+            qformer=self.queries * width + _qformer(qformer),
+            text=(qformer["vocab_size"] + qformer["max_position_embeddings"]) * width
+            + _linear(width, width)
+            + 2 * width
+            + qformer["vocab_size"],
+            projection=_linear(width, language["hidden_size"]) if language else 0,
+            language_model=_opt(language) if language else 0,
+        )
+
+
+def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shape | None:
+    """The shape for the contents of a `config.json`; None where its language model is no OPT."""
+    language = _OPT | values.get("text_config", {})
+    if language_model and language.get("model_type", "opt") != "opt":
         return None
-    width = qformer["hidden_size"]
-    return Sizes(
-        vision=_vision(_VISION | values.get("vision_config", {}), image_size),
-        qformer=values.get("num_query_tokens", 32) * width + _qformer(qformer),
-        text=(qformer["vocab_size"] + qformer["max_position_embeddings"]) * width
-        + _linear(width, width)
-        + 2 * width
-        + qformer["vocab_size"],
-        projection=_linear(width, opt["hidden_size"]) if language_model else 0,
-        language_model=_opt(opt) if language_model else 0,
+    return Shape(
+        vision=_VISION | values.get("vision_config", {}),
+        qformer=_QFORMER | values.get("qformer_config", {}),
+        language=language if language_model else None,
+        queries=values.get("num_query_tokens", 32),
+        image_size=image_size,
     )
 
 
-def of_checkpoint(folder: Path | None, name: str, image_size: int, language_model: bool) -> Sizes | None:
-    """The sizes of a checkpoint folder, or of a published one that is not at hand; None where unknown."""
+def of_model(model: ModelConfig) -> Shape | None:
+    """The shape of the configured model; None where its checkpoint is neither at hand nor known."""
+    if model.checkpoint == "tiny":
+        return of_tiny(model.tiny, model.image_size, model.language_model)
+    found = checkpoints.find(model.checkpoint)
+    folder = found.folder if found else None
+    return of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
+
+
+def of_checkpoint(folder: Path | None, name: str, image_size: int, language_model: bool) -> Shape | None:
+    """The shape of a checkpoint folder, or of a published one that is not at hand; None where unknown."""
     file = folder / "config.json" if folder else None
     if file and file.exists():
         return of(json.loads(file.read_text(encoding="utf-8")), image_size, language_model)
     return of({"text_config": OPT_2_7B}, image_size, language_model) if name in PUBLISHED else None
 
 
-def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Sizes | None:
+def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:
     """The most that a `model.checkpoint: tiny` can have: its vocabularies may turn out smaller."""
     width, text = tiny.hidden_size, tiny.text_hidden_size
+    heads = max(width // 32, 1)
     values = {
         "num_query_tokens": tiny.num_query_tokens,
         "vision_config": {
             "hidden_size": width,
             "intermediate_size": 4 * width,
             "num_hidden_layers": tiny.vision_layers,
+            "num_attention_heads": heads,
             "patch_size": tiny.patch_size,
         },
         "qformer_config": {
@@ -94,6 +146,7 @@ def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Sizes | 
             "encoder_hidden_size": width,
             "intermediate_size": 4 * width,
             "num_hidden_layers": tiny.qformer_layers,
+            "num_attention_heads": heads,
             "max_position_embeddings": 256,
         },
         "text_config": {
@@ -101,6 +154,7 @@ def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Sizes | 
             "hidden_size": text,
             "ffn_dim": 4 * text,
             "num_hidden_layers": tiny.text_layers,
+            "num_attention_heads": max(text // 48, 1),
             "max_position_embeddings": 512,
         },
     }
@@ -111,9 +165,8 @@ def _linear(inner: int, outer: int) -> int:
     return inner * outer + outer
 
 
-def _vision(c: Mapping[str, Any], image_size: int) -> int:
+def _vision(c: Mapping[str, Any], positions: int) -> int:
     width, mlp = c["hidden_size"], c["intermediate_size"]
-    positions = (image_size // c["patch_size"]) ** 2 + 1
     embeddings = width + _linear(3 * c["patch_size"] ** 2, width) + positions * width
     attention = 3 * width * width + (3 * width if c["qkv_bias"] else 0) + _linear(width, width)
     layer = attention + _linear(width, mlp) + _linear(mlp, width) + 4 * width
