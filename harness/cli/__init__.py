@@ -142,6 +142,7 @@ def run(
 
 
 def _print_plans(configs: list[Any], output: Format) -> None:
+    from harness.forecast import forecast
     from harness.plan import dry, problems
 
     rows = []
@@ -150,6 +151,7 @@ def _print_plans(configs: list[Any], output: Format) -> None:
         missing = [str(problem) for problem in problems(config)]
         run = f"{config.name}/{config.run_name}"
         rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
+        rows[-1]["training"] = forecast(config)
     if output is Format.json:
         print(json.dumps(rows, indent=1))
     elif output is Format.csv:
@@ -163,11 +165,16 @@ def _print_plans(configs: list[Any], output: Format) -> None:
 def _print_plan(row: dict[str, Any]) -> None:
     import yaml
 
+    from harness.forecast import lines
+
     print(f"# {row['run']}")
     print(yaml.safe_dump(row["config"], sort_keys=False, allow_unicode=True).rstrip())
     print("# steps")
     for name, state in row["steps"].items():
         print(f"#   {name:24} {state}")
+    print("# training")
+    for line in lines(row["training"]):
+        print(f"#   {line}")
     for problem in row["missing"]:
         print(f"#   missing: {problem}")
     print()
