@@ -33,15 +33,18 @@ def record(
     rouge1=0.25,
     split="valid",
     seed=42,
+    parameters_changed=None,
     **more,
 ) -> dict:
     scores = {"bertscore": score(bertscore), "rouge1": score(rouge1), "bleurt": score(0.9, official=False)}
     if split == "test":
         scores = {metric: one | {"n": 10_473} for metric, one in scores.items()}
-    config = {
-        "data": {"phantom": None},
-        "model": {"language_model": True, "image_size": 364},
-        "postprocess": {"deduplicate": False},
+    parameters = {
+        "variant": variant,
+        "seed": seed,
+        "model.language_model": True,
+        "model.image_size": 364,
+        "postprocess.deduplicate": False,
     }
     found = {
         "name": name,
@@ -52,7 +55,8 @@ def record(
         "ended": "2026-01-02T03:04:05+00:00",
         "command": "python -m harness run experiments/table3.yaml",
         "edition": 2023,
-        "config": config,
+        "config": {"data": {"phantom": None}},
+        "parameters": parameters | (parameters_changed or {}),
         "standin_model": False,
         "git": {"commit": "c0ffee" * 6, "dirty": False},
         "scores": {split: {"before": scores, "after": scores}},

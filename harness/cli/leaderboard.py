@@ -52,6 +52,7 @@ def _print(boards: Sequence["Board"]) -> None:
     from rich.console import Console
 
     from harness.leaderboard import SPLITS
+    from harness.tables import NOT_COMPARABLE
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     for board in boards:
@@ -59,16 +60,19 @@ def _print(boards: Sequence["Board"]) -> None:
         ranked = [e for e in board.entries if not e.apart and e.split == "valid"]
         if ranked:
             _runs(console, board, ranked, f"{board.edition}: our runs, validation (ranked among each other)")
-        for entry in ranked:
+        for split, word in SPLITS.items():
+            apart = [e for e in board.entries if e.apart and e.split == split]
+            if apart:
+                _runs(console, board, apart, f"{board.edition}: our runs, {word}, not ranked")
+                _why(console, apart)
+        _seeds(console, board)
+        for entry in board.entries:
             for line in (*_origin(board, entry), *_beaten(board, entry)):
                 console.print(line, markup=False)
-        apart = [e for e in board.entries if e.apart]
-        if apart:
-            _runs(console, board, apart, f"{board.edition}: our runs that are not ranked")
-        for entry in apart:
-            console.print(f"{_name(entry)} ({SPLITS[entry.split]}): {entry.apart}", markup=False)
         if not board.entries:
             console.print(f"{board.edition}: no runs yet", markup=False)
+    if any(_starred(entry) for board in boards for entry in board.entries):
+        console.print(NOT_COMPARABLE, markup=False)
     console.print("As a page: python -m harness leaderboard --format html", markup=False)
 
 
@@ -110,6 +114,45 @@ def _runs(console: Any, board: "Board", entries: Sequence["Entry"], title: str) 
     console.print(table)
 
 
+def _why(console: Any, apart: Sequence["Entry"]) -> None:
+    """Each reason once, after the runs that it holds for."""
+    for reason in dict.fromkeys(entry.apart for entry in apart):
+        names = ", ".join(_name(entry) for entry in apart if entry.apart == reason)
+        console.print(f"{names}: {reason}", markup=False)
+
+
+def _seeds(console: Any, board: "Board") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from harness.leaderboard import SPLITS, over_seeds
+
+    groups = over_seeds(board)
+    if not groups:
+        return
+    title = f"{board.edition}: over seeds, mean ± standard deviation (not ranked)"
+    names = [name for name in board.metrics if any(name in group["scores"] for group in groups)]
+    table = Table("name", "variant", "split", "seeds", title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right")
+    for group in groups:
+        seeds = ", ".join(map(str, group["seeds"]))
+        cells = [_mean(group["scores"].get(name)) for name in names]
+        variant = (escape(group["experiment"]), escape(group["variant"]), SPLITS[group["split"]])
+        table.add_row(*variant, seeds, *cells)
+    console.print(table)
+
+
+def _mean(score: dict[str, Any] | None) -> str:
+    if score is None or score["mean"] is None:
+        return "-"
+    return f"{score['mean']:.4f}{'' if score['official'] else '*'}\n±{score['sd']:.4f}"
+
+
+def _starred(entry: "Entry") -> bool:
+    return any(not score["official"] and score["value"] is not None for score in entry.scores.values())
+
+
 def _table(board: "Board", title: str) -> Any:
     from rich.table import Table
 
@@ -126,16 +169,17 @@ def _cells(board: "Board", entry: "Entry") -> list[str]:
 
 
 def _origin(board: "Board", entry: "Entry") -> list[str]:
-    """Interval and origin of a ranked run; the page has those of every score."""
-    record, score = entry.record, entry.scores[board.primary or ""]
-    interval = f" [{score['low']:.4f}, {score['high']:.4f}]" if score["low"] is not None else ""
-    commit = (record["git"]["commit"] or "no commit")[:10] + (
-        " (changed since)" if record["git"]["dirty"] else ""
-    )
-    return [
-        f"{_name(entry)}: {board.primary} {score['value']:.4f}{interval}",
-        f"  {record['ended']}  {commit}  {record['command']}",
-    ]
+    """The primary score with its interval, and the origin of a run; the page has those of every score."""
+    from harness.tables import cell
+
+    record, score = entry.record, entry.scores.get(board.primary or "")
+    line = _name(entry)
+    if score and score["value"] is not None:
+        line += f": {board.primary} {cell(score)}"
+        line += f" [{score['low']:.4f}, {score['high']:.4f}]" if score["low"] is not None else ""
+    changed = " (changed since)" if record["git"]["dirty"] else ""
+    commit = (record["git"]["commit"] or "no commit")[:10] + changed
+    return [line, f"  {record['ended'] or record['started']}  {commit}  {record['command']}"]
 
 
 def _beaten(board: "Board", entry: "Entry") -> list[str]:

@@ -1,4 +1,4 @@
-"""Our runs beside the official standings: what may be ranked, what stands apart, and why.
+"""Official standings and our runs: what may be ranked, what stands apart, and why.
 
 Official standings are scores on the test split, whose captions the organisers keep; a run scores itself on
 validation. The two are never ranked together. A run has a rank only where the edition's primary score is
@@ -7,35 +7,20 @@ computed by the official checkpoint, on the edition's own images, for captions b
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.pages import filled
-from harness.store import write
-from harness.tracking.server import STATE
 
 STANDINGS = Path("leaderboard")
-PAGE = "index.html"
 IMAGES: Mapping[int, Mapping[str, int]] = {2023: {"valid": 10_437, "test": 10_473}}
 """Images of each edition's splits as the organisers released them, where that is known."""
 NOT_METRICS = ("rank", "team", "run", "source")
-_VALUES = ("value", "low", "high", "n", "official", "signature")
+SCORE_KEYS = ("value", "low", "high", "n", "official", "signature", "reason")
 SPLITS = {"valid": "validation", "test": "test"}
-
-TABLE_3: Sequence[tuple[str, tuple[bool, int, bool], Mapping[str, float]]] = (
-    ("Q-Former only, 224 pixels", (False, 224, False), {"bertscore": 0.541, "rouge1": 0.160}),
-    ("with OPT-2.7B, 224 pixels", (True, 224, False), {"bertscore": 0.593, "rouge1": 0.249}),
-    ("with OPT-2.7B, 364 pixels", (True, 364, False), {"bertscore": 0.608, "rouge1": 0.255}),
-    ("with OPT-2.7B, 364 pixels, de-duplicated", (True, 364, True), {"bertscore": 0.628, "rouge1": 0.253}),
-)
-"""Table 3 of closeAI2023's working notes (validation), by (language model, image size, de-duplicated)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +52,11 @@ class Entry:
     def run(self) -> str:
         """`<variant>-s<seed>`."""
         return f"{self.record['variant']}-s{self.record['seed']}"
+
+    def score(self, metric: str) -> dict[str, Any] | None:
+        """What pages and files show of a score; None where it was not wanted."""
+        score = self.scores.get(metric)
+        return {key: score.get(key) for key in SCORE_KEYS} if score else None
 
     def value(self, metric: str | None) -> float | None:
         """The score, official or not; None where it is absent."""
@@ -203,125 +193,3 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield f"the size of the {SPLITS[split]} split of {edition} is not established"
     elif score["n"] != wanted:
         yield f"it has {score['n']:,} images, the {SPLITS[split]} split of {edition} {wanted:,}"
-
-
-def table_3(board: Board) -> list[dict[str, Any]]:
-    """The paper's Table 3 beside our runs of the same kind on validation, with differences where comparable.
-
-    A difference is significant where the paper's value, which has no interval, lies outside the 95 % interval
-    of ours. A run that stands apart has no difference.
-    """
-    if board.edition != 2023:
-        return []
-    rows: list[dict[str, Any]] = []
-    for name, kind, paper in TABLE_3:
-        ours = [e for e in board.entries if e.split == "valid" and e.scores and _kind(e) == kind]
-        for entry in ours or [None]:
-            cells = {metric: _beside(value, entry, metric) for metric, value in paper.items()}
-            run = f"{entry.record['name']}/{entry.run}" if entry else None
-            experiment = entry.record["name"] if entry else None
-            apart = entry.apart if entry else None
-            rows.append({"row": name, "run": run, "experiment": experiment, "apart": apart, "scores": cells})
-    return rows
-
-
-def _kind(entry: Entry) -> tuple[bool, int, bool]:
-    config = entry.record["config"]
-    model = config["model"]
-    return model["language_model"], model["image_size"], config["postprocess"]["deduplicate"]
-
-
-def _beside(paper: float, entry: Entry | None, metric: str) -> dict[str, Any]:
-    score = entry.scores.get(metric) if entry else None
-    cell: dict[str, Any] = {"paper": paper, "ours": _score(score) if score else None}
-    if entry and score and score["value"] is not None and score["official"] and not entry.apart:
-        cell["difference"] = score["value"] - paper
-        if score["low"] is not None:
-            cell["significant"] = not score["low"] <= paper <= score["high"]
-    return cell
-
-
-def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
-    """The board as JSON-like values; links are relative to the folder `page`."""
-    return {
-        "edition": board.edition,
-        "primary": board.primary,
-        "ranking": EDITIONS[board.edition].ranking,
-        "metrics": board.metrics,
-        "standings": [vars(row) for row in board.standings],
-        "runs": [_entry(board, entry, page) for entry in board.entries],
-        "table_3": table_3(board),
-    }
-
-
-def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
-    record = entry.record
-    links = {name: entry.folder / name for name in ("config.yaml", "report.html")}
-    return {
-        "experiment": record["name"],
-        "run": entry.run,
-        "split": entry.split,
-        "rank": board.rank(entry),
-        "apart": entry.apart,
-        "scores": {metric: _score(score) for metric, score in entry.scores.items()},
-        "beats": board.beats(entry),
-        "image_gap": (record["image_gap"] or {}).get("rouge1") if entry.split == "valid" else None,
-        "seed": record["seed"],
-        "status": record["status"],
-        "date": record["ended"] or record["started"],
-        "commit": record["git"]["commit"],
-        "dirty": record["git"]["dirty"],
-        "command": record["command"],
-        "links": {
-            name: quote(os.path.relpath(path, page).replace(os.sep, "/"))
-            for name, path in links.items()
-            if path.exists()
-        },
-        "mlflow": _mlflow(entry),
-    }
-
-
-def _score(score: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: score.get(key) for key in (*_VALUES, "reason")}
-
-
-def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
-    """Where the run is mirrored: server, run id and, where the server has pages, a link."""
-    file = entry.folder.parent / STATE
-    servers = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    found = []
-    for server, state in servers.items():
-        run = state.get("runs", {}).get(entry.folder.name, {}).get("run_id")
-        if run:
-            local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
-            site = "http://127.0.0.1:5000" if local else server.rstrip("/")
-            link = f"{site}/#/runs/{run}" if site.startswith(("http://", "https://")) else None
-            found.append({"server": "mlflow ui" if local else server, "run": run, "link": link})
-    return found
-
-
-def rows(boards: Sequence[Board]) -> list[list[Any]]:
-    """The boards as CSV rows with a header: one for each official row or run, and metric."""
-    header = ["edition", "split", "kind", "rank", "name", "run", "metric", *_VALUES, "apart"]
-    table: list[list[Any]] = [[*header, "seed", "date", "commit", "command", "source"]]
-    for board in boards:
-        for row in board.standings:
-            for metric, value in row.scores.items():
-                start = [board.edition, "test", "team", row.rank, row.team, row.run, metric, value]
-                table.append([*start, "", "", "", True, "", "", "", "", "", "", row.source])
-        for entry in board.entries:
-            record = entry.record
-            end = [record["seed"], record["ended"], record["git"]["commit"], record["command"], ""]
-            start = [board.edition, entry.split, "run", board.rank(entry), record["name"], entry.run]
-            for metric, score in entry.scores.items():
-                table.append([*start, metric, *(score[key] for key in _VALUES), entry.apart, *end])
-    return table
-
-
-def write_page(boards: Sequence[Board], folder: Path = STANDINGS) -> Path:
-    """Write `index.html`: one file that needs neither network nor server."""
-    data = {
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "boards": [as_dict(board, folder) for board in boards],
-    }
-    return write(folder / PAGE, filled("leaderboard.html", data))

@@ -1,0 +1,183 @@
+"""Our runs beside the official standings, as values for tables, files and a page."""
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from harness.editions import EDITIONS
+from harness.leaderboard.entries import (
+    SPLITS,
+    STANDINGS,
+    Board,
+    Entry,
+    Standing,
+    board,
+    editions,
+    read_standings,
+)
+from harness.leaderboard.table3 import steps, table_3
+from harness.pages import filled
+from harness.store import fingerprint, write
+from harness.tracking.server import STATE
+
+__all__ = [
+    "SPLITS",
+    "Board",
+    "Entry",
+    "Standing",
+    "as_dict",
+    "board",
+    "editions",
+    "over_seeds",
+    "read_standings",
+    "rows",
+    "steps",
+    "table_3",
+    "write_page",
+]
+
+PAGE = "index.html"
+
+
+def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
+    """The board as JSON-like values; links are relative to the folder `page`."""
+    return {
+        "edition": board.edition,
+        "primary": board.primary,
+        "ranking": EDITIONS[board.edition].ranking,
+        "metrics": board.metrics,
+        "standings": [vars(row) for row in board.standings],
+        "runs": [_entry(board, entry, page) for entry in board.entries],
+        "seeds": over_seeds(board),
+        "table_3": table_3(board),
+        "table_3_steps": steps(board),
+    }
+
+
+def over_seeds(board: Board) -> list[dict[str, Any]]:
+    """Mean and standard deviation (n - 1) over runs that differ in their seed alone, at least two.
+
+    A metric that some run lacks, or that was not computed in the same way for all, has a `reason` instead.
+    """
+    groups: dict[Any, list[Entry]] = {}
+    for entry in board.entries:
+        rest = {key: value for key, value in entry.record["parameters"].items() if key != "seed"}
+        key = (entry.folder.parent, entry.record["variant"], entry.split, fingerprint(rest))
+        groups.setdefault(key, []).append(entry)
+    return [
+        {
+            "experiment": group[0].record["name"],
+            "variant": group[0].record["variant"],
+            "split": group[0].split,
+            "seeds": sorted(entry.record["seed"] for entry in group),
+            "scores": {metric: _spread(group, metric) for metric in group[0].scores},
+        }
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def _spread(group: Sequence[Entry], metric: str) -> dict[str, Any]:
+    lacking = sorted(entry.record["seed"] for entry in group if entry.value(metric) is None)
+    if lacking:
+        return {"mean": None, "reason": f"absent for seed {', '.join(map(str, lacking))}"}
+    scores = [entry.scores[metric] for entry in group]
+    if len({(score["signature"], score["n"]) for score in scores}) > 1:
+        return {"mean": None, "reason": "the seeds were not scored alike: other signatures or images"}
+    values = [score["value"] for score in scores]
+    found = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+    return found | {key: scores[0][key] for key in ("n", "official", "signature")}
+
+
+def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
+    record = entry.record
+    links = {name: entry.folder / name for name in ("config.yaml", "report.html")}
+    return {
+        "experiment": record["name"],
+        "run": entry.run,
+        "split": entry.split,
+        "rank": board.rank(entry),
+        "apart": entry.apart,
+        "scores": {metric: entry.score(metric) for metric in entry.scores},
+        "beats": board.beats(entry),
+        "image_gap": (record["image_gap"] or {}).get("rouge1") if entry.split == "valid" else None,
+        "seed": record["seed"],
+        "status": record["status"],
+        "date": record["ended"] or record["started"],
+        "commit": record["git"]["commit"],
+        "dirty": record["git"]["dirty"],
+        "command": record["command"],
+        "links": {
+            name: quote(os.path.relpath(path, page).replace(os.sep, "/"))
+            for name, path in links.items()
+            if path.exists()
+        },
+        "mlflow": _mlflow(entry),
+    }
+
+
+def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
+    """Where the run is mirrored: server, run id and, where the server has pages, a link."""
+    file = entry.folder.parent / STATE
+    servers = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = []
+    for server, state in servers.items():
+        run = state.get("runs", {}).get(entry.folder.name, {}).get("run_id")
+        if run:
+            local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
+            site = "http://127.0.0.1:5000" if local else server.rstrip("/")
+            link = f"{site}/#/runs/{run}" if site.startswith(("http://", "https://")) else None
+            found.append({"server": "mlflow ui" if local else server, "run": run, "link": link})
+    return found
+
+
+_COLUMNS = ("edition", "split", "kind", "rank", "name", "run", "metric", "value", "low", "high", "sd", "n")
+_COLUMNS += ("official", "signature", "reason", "apart", "seed", "date", "commit", "dirty", "command")
+_COLUMNS += ("config.yaml", "report.html", "mlflow", "source")
+
+
+def rows(boards: Sequence[Board]) -> list[list[Any]]:
+    """The boards as CSV rows with a header: one for each metric of a team, a run, or several seeds.
+
+    Links are relative to the working folder.
+    """
+    found = (row for board in boards for row in _rows(board))
+    return [list(_COLUMNS), *([row.get(column) for column in _COLUMNS] for row in found)]
+
+
+def _rows(board: Board) -> Iterator[dict[str, Any]]:
+    for row in board.standings:
+        team = {"edition": board.edition, "split": "test", "kind": "team", "name": row.team, "official": True}
+        team |= {"rank": row.rank, "run": row.run, "source": row.source}
+        for metric, value in row.scores.items():
+            yield team | {"metric": metric, "value": value}
+    for entry in board.entries:
+        run = _entry(board, entry, Path())
+        run |= {"edition": board.edition, "kind": "run", "name": run["experiment"], **run["links"]}
+        run["mlflow"] = " ".join(place["link"] or place["run"] for place in run["mlflow"])
+        for metric, score in run["scores"].items():
+            yield run | score | {"metric": metric}
+    for group in over_seeds(board):
+        mean = {
+            "edition": board.edition,
+            "split": group["split"],
+            "kind": "seeds",
+            "name": group["experiment"],
+        }
+        mean |= {"run": group["variant"], "seed": " ".join(map(str, group["seeds"]))}
+        for metric, score in group["scores"].items():
+            yield mean | score | {"metric": metric, "value": score["mean"]}
+
+
+def write_page(boards: Sequence[Board], folder: Path = STANDINGS) -> Path:
+    """Write `index.html`: one file that needs neither network nor server."""
+    data = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "boards": [as_dict(board, folder) for board in boards],
+    }
+    return write(folder / PAGE, filled("leaderboard.html", data))
