@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
 
 from harness import leaderboard
 from harness.errors import UserError
+from harness.metrics import Score, write_arrays
+from harness.store import write_json
 
 ROOT = Path(__file__).parents[1]
 SIGNATURE = "bertscore|clef2023|microsoft/deberta-xlarge-mnli|layer:40|idf:no|rescale:no|fp32"
@@ -207,6 +211,132 @@ def test_table_3_has_a_difference_where_it_is_one_and_its_significance(project):
     assert rouge1["significant"] is True
 
 
+ROWS_OF_TABLE_3 = {
+    "qformer_224": (False, 224, False),
+    "opt_224": (True, 224, False),
+    "opt_364": (True, 364, False),
+    "opt_364_dedup": (True, 364, True),
+}
+KEYS = ("model.language_model", "model.image_size", "postprocess.deduplicate")
+
+
+def write_scored(project: Path, variant: str, means: dict[str, float], references="r", **more) -> Path:
+    """A run with the scores of 200 single images, as its score step leaves them."""
+    rng = np.random.default_rng(len(variant))
+    arrays = {metric: rng.normal(mean, 0.1, 200) for metric, mean in means.items()}
+    scores = {
+        metric: Score(metric, float(rows.mean()), None, None, 200, f"{metric}|x", True, 0.0, per_image=rows)
+        for metric, rows in arrays.items()
+    }
+    plain = {metric: one.as_dict() for metric, one in scores.items()}
+    run = record(variant=variant, scores={"valid": {"after": plain}}, artifacts={}, **more)
+    step = f"steps/score-{variant}-{run['seed']}"
+    write_arrays(project / "runs" / step / "arrays.npz", [f"i{n}" for n in range(200)], scores)
+    write_json(project / "runs" / step / "scores.json", {"scores": plain, "references": references})
+    return write_run(project, run | {"steps": {"score-after": step}})
+
+
+def write_table_3(project: Path, seed: int = 42, **references: str) -> list[Path]:
+    """Rows 1 to 4: the second is far above the first, the third equals it, the fourth is a little higher."""
+    means = dict(zip(ROWS_OF_TABLE_3, (0.2, 0.4, 0.4, 0.43), strict=True))
+    return [
+        write_scored(
+            project,
+            variant,
+            {"bertscore": means[variant], "rouge1": 0.2},
+            references.get(variant, "r"),
+            seed=seed,
+            parameters_changed=dict(zip(KEYS, kind, strict=True)),
+        )
+        for variant, kind in ROWS_OF_TABLE_3.items()
+    ]
+
+
+def test_what_each_row_of_table_3_changes_is_what_compare_says_corrected_over_the_steps(project):
+    folders = write_table_3(project)
+    steps = leaderboard.steps(board(project))
+    assert [(row["a"], row["b"]) for row in steps] == [
+        ("qformer_224-s42", "opt_224-s42"),
+        ("opt_224-s42", "opt_364-s42"),
+        ("opt_364-s42", "opt_364_dedup-s42"),
+    ]
+    assert [round(row["paper"]["bertscore"], 3) for row in steps] == [0.052, 0.015, 0.020]
+    for metric in ("bertscore", "rouge1"):
+        for (one, two), row in zip(pairwise(folders), steps, strict=True):
+            command = [sys.executable, "-m", "harness", "compare", one, two, "--format", "json"]
+            done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+            (alone,) = (
+                found for found in json.loads(done.stdout)["differences"] if found["metric"] == metric
+            )
+            ours = row["scores"][metric]
+            assert {key: ours[key] for key in ("difference", "low", "high", "p")} == {
+                key: alone[key] for key in ("difference", "low", "high", "p")
+            }
+        p = sorted((row["scores"][metric] for row in steps), key=lambda score: score["p"])
+        least = 0.0
+        for rank, score in enumerate(p):  # Holm 1979, step by step
+            least = max(least, min(1.0, score["p"] * (3 - rank)))
+            assert score["adjusted_p"] == pytest.approx(least)
+    said = [row["scores"]["bertscore"]["verdict"] for row in steps]
+    assert said[:2] == ["opt_224-s42 higher", "not shown"]
+
+
+def test_rows_that_can_not_be_compared_say_why_and_other_seeds_and_settings_are_never_mixed(project):
+    write_table_3(project, opt_364="other references")
+    steps = leaderboard.steps(board(project))
+    assert steps[0]["scores"]["bertscore"]["real"]
+    for row in steps[1:]:
+        assert "other references" in row["scores"]["bertscore"]["reason"]
+        assert row["scores"]["bertscore"]["difference"] is None
+    (project / "runs/steps/score-opt_224-42/arrays.npz").unlink()
+    assert "older version" in leaderboard.steps(board(project))[0]["scores"]["rouge1"]["reason"]
+    lone = {"parameters_changed": dict(zip(KEYS, (True, 224, False), strict=True))}
+    write_scored(project, "alone", {"bertscore": 0.3}, seed=7, name="other", **lone)
+    assert len(leaderboard.steps(board(project))) == 3
+    slower = {"parameters_changed": dict(zip(KEYS, (True, 224, False), strict=True)) | {"train.epochs": 9}}
+    write_scored(project, "longer", {"bertscore": 0.3}, **slower)
+    assert len(leaderboard.steps(board(project))) == 3, "it differs in more than its row"
+    assert leaderboard.steps(board(project, 2026)) == []
+
+
+def test_seeds_have_a_mean_and_a_standard_deviation_and_no_rank(project):
+    for seed, value in ((1, 0.60), (2, 0.61), (3, 0.65)):
+        write_run(project, record(seed=seed, bertscore=value))
+    write_run(project, record(seed=4, bertscore=0.9, parameters_changed={"train.epochs": 9}))
+    write_run(project, record(variant="lone", bertscore=0.9))
+    found = board(project)
+    assert sorted(found.rank(entry) for entry in found.entries) == [1, 1, 3, 4, 5]
+    (group,) = leaderboard.over_seeds(found)
+    assert (group["variant"], group["split"], group["seeds"]) == ("opt_364", "valid", [1, 2, 3])
+    score = group["scores"]["bertscore"]
+    assert score["mean"] == pytest.approx(0.62)
+    assert score["sd"] == pytest.approx(np.std([0.60, 0.61, 0.65], ddof=1))
+    text = harness(project, "--edition", "2023")
+    assert "not ranked" in text.partition("over seeds")[2].partition("\n")[0]
+    assert "±0.0265" in text
+    rows = list(csv.DictReader(io.StringIO(harness(project, "--format", "csv"))))
+    (row,) = (row for row in rows if row["kind"] == "seeds" and row["metric"] == "bertscore")
+    assert (row["seed"], row["rank"], float(row["sd"])) == ("1 2 3", "", pytest.approx(0.0264575))
+    seeds = {"scores": {"valid": {"after": {"bertscore": score_of_bf16()}}}}
+    write_run(project, record(seed=5, **seeds))
+    reason = leaderboard.over_seeds(board(project))[0]["scores"]["bertscore"]["reason"]
+    assert "not scored alike" in reason
+
+
+def score_of_bf16() -> dict:
+    return score(0.61, official=False) | {"signature": SIGNATURE.replace("fp32", "bf16")}
+
+
+def test_a_score_in_another_precision_stands_apart_by_its_signature_and_has_a_star(project):
+    write_run(project, record(scores={"valid": {"after": {"bertscore": score_of_bf16()}}}))
+    (entry,) = board(project).entries
+    assert entry.apart.endswith("no|bf16")
+    text = harness(project, "--edition", "2023")
+    assert "0.6100*" in text
+    assert "another model or precision" in text
+    assert "c0ffeec0ff" in text
+
+
 def test_json_and_csv_tell_where_a_score_comes_from(project):
     folder = write_run(project, record())
     mirrored = {"sqlite:////x/mlflow.db": {"runs": {folder.name: {"run_id": "abc"}}}}
@@ -230,6 +360,9 @@ def test_json_and_csv_tell_where_a_score_comes_from(project):
     assert {row["split"] for row in rows if row["kind"] == "team"} == {"test"}
     assert {row["split"] for row in rows if row["kind"] == "run"} == {"valid"}
     assert all(row["source"] for row in rows if row["kind"] == "team")
+    ours = next(row for row in rows if row["kind"] == "run")
+    assert (project / ours["config.yaml"]).samefile(folder / "config.yaml")
+    assert "https://tracking.example/#/runs/def" in ours["mlflow"]
 
 
 def test_mistakes_and_empty_projects(tmp_path):

@@ -88,6 +88,7 @@ def _family(entries: Sequence[Entry]) -> Iterator[tuple[int, dict[str, Any]]]:
         (at, a, b)
         for at, kinds in enumerate(pairwise(kind for _, kind, _ in TABLE_3))
         for a, b in product(*([e for e in entries if _kind(e) == kind] for kind in kinds))
+        if _rest(a) == _rest(b)
     ]
     compared = [_compared(a, b) for _, a, b in pairs]
     for metric in TABLE_3[0][2]:
