@@ -20,6 +20,38 @@ QUIET = [
     "--hide-scrollbars",
 ]
 SECONDS = 60
+FAINT = """
+(() => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = parts(color).slice(0, 3).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor;
+      if (parts(color)[3] !== 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const faint = [];
+  let seen = 0;
+  for (const node of document.body.querySelectorAll("*")) {
+    const own = [...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim());
+    const style = getComputedStyle(node);
+    const exempt = node.closest("script, style, [aria-disabled=true]");
+    if (!own || exempt || !node.getClientRects().length) continue;
+    const ink = node instanceof SVGElement ? style.fill : style.color;
+    const [a, b] = [light(ink), light(behind(node))].sort((x, y) => y - x);
+    seen += 1;
+    const name = `${node.tagName} ${node.textContent.slice(0, 40)}`;
+    if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(`${name}: ${ink} on ${behind(node)}`);
+  }
+  return { faint, seen };
+})()
+"""
+"""Text whose contrast is below 4.5, as WCAG 2 (1.4.3) computes it, and how many texts there are."""
 
 
 class Browser:
@@ -65,6 +97,17 @@ class Browser:
         """The window's size in CSS pixels; below 600 it is a phone."""
         sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.send("Emulation.setDeviceMetricsOverride", **sizes)
+
+    def prefer(self, scheme: str) -> None:
+        """Have pages drawn light or dark."""
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def faint(self) -> list[str]:
+        """The texts of the page that are hard to read."""
+        found = self.evaluate(FAINT)
+        if not found["seen"]:
+            raise RuntimeError("the page has no text")
+        return found["faint"]
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the DevTools protocol and wait for its result."""

@@ -443,3 +443,43 @@ def test_the_page_in_a_browser(project, tmp_path_factory):
         assert browser.evaluate("window.evil") is None
         assert browser.problems == []
         assert browser.requests == [page.resolve().as_uri()]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+def test_the_page_says_what_the_rows_of_table_3_change_and_is_used_by_keyboard(project, tmp_path_factory):
+    write_table_3(project)
+    write_table_3(project, seed=7)
+    write_run(project, record(name="elsewhere", split="test", standin_model=True))
+    harness(project, "--format", "html")
+    table = "[...document.querySelectorAll('table')].find(t => t.textContent.includes('{}'))"
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        browser.open(project / "leaderboard" / "index.html")
+        cells = (
+            f"[...{table.format('row above')}.tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent))"
+        )
+        rows = browser.evaluate(cells)
+        assert len(rows) == 6
+        assert rows[0][2] == "imageclef2023/table3: opt_224-s42 \u2212 qformer_224-s42"
+        assert rows[0][3] == "+0.0520"
+        assert rows[0][5].startswith("significant: opt_224-s42 higher, p = 0.0002, corrected = 0.0006")
+        assert rows[2][5].startswith("no difference shown, p = ")
+        seeds = f"[...{table.format('variant')}.tBodies[0].rows].map(r => r.cells[3].textContent)"
+        assert browser.evaluate(seeds) == ["7, 42"] * 4
+        headings = "[...document.querySelectorAll('h3')].map(h => h.textContent)"
+        for words in ("Our runs on validation that are not ranked", "Our runs on test that are not ranked"):
+            assert words in browser.evaluate(headings)
+        assert browser.evaluate("document.querySelectorAll('table:not([aria-labelledby])').length") == 0
+        assert (
+            browser.evaluate("document.querySelectorAll('tbody tr:not(:has(> th[scope=row]))').length") == 0
+        )
+        browser.evaluate("document.getElementById('metric').focus()")
+        for wanted in ("scroll", "rank", "team"):
+            browser.press("Tab", 9)
+            active = "document.activeElement"
+            assert browser.evaluate(f"{active}.className || {active}.textContent") == wanted
+            assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
+        browser.press("Enter", 13, "\r")
+        assert browser.evaluate(f"{active}.closest('th').getAttribute('aria-sort')") == "ascending"
+        browser.choose("experiment", "elsewhere")
+        assert not any("Table 3 changes" in words for words in browser.evaluate(headings))
+        assert browser.problems == []

@@ -107,6 +107,33 @@ def test_every_control_is_reached_by_keyboard_and_shows_its_focus(tmp_path, brow
         assert all(found), what
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_contrast_and_a_phone_shows_it(scheme, tmp_path, browser):
+    write_data(tmp_path, captions(25))
+    stage = {"bertscore": score(0.4, official=False), "rouge1": score(0.3)}
+    for seed in (1, 2):
+        run = record(seed=seed, scores={"valid": {"before": stage, "after": stage}})
+        pages = [report.write(write_run(tmp_path, run, captions(25)))]
+    board = leaderboard.board(2023, tmp_path / "runs", tmp_path / "leaderboard")
+    pages.append(leaderboard.write_page([board], tmp_path / "leaderboard"))
+    browser.prefer(scheme)
+    try:
+        for page in pages:
+            for width in (1280, 400):
+                browser.resize(width, 900)
+                browser.open(page)
+                browser.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+                assert browser.faint() == []
+                assert browser.evaluate("document.documentElement.scrollWidth") <= width
+                browser.evaluate(
+                    "document.body.style.color = getComputedStyle(document.body).backgroundColor"
+                )
+                assert browser.faint(), "the check sees text that can't be read"
+    finally:
+        browser.prefer("light")
+        browser.resize(1280, 900)
+
+
 def test_hostile_text_stays_text(tmp_path, browser):
     found = captions(len(HOSTILE))
     for caption, text in zip(found, HOSTILE, strict=True):
