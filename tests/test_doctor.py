@@ -135,6 +135,23 @@ def test_more_memory_than_there_is_is_not_ok_and_says_what_would_do(tmp_path):
     assert "data.cache=false" in disk.fix
 
 
+def test_what_does_not_fit_as_configured_comes_with_options_that_do(tmp_path, monkeypatch):
+    from harness import doctor
+
+    large = {"checkpoint": "tiny", "image_size": 364, "tiny": {"hidden_size": 512, "vision_layers": 12}}
+    train = {"micro_batch_size": 64, "precision": "fp32"}
+    plain = examine([config(tmp_path, model=large, train=train)], "cpu")
+    assert "gradients" in named(plain, "memory").found
+    assert re.search(r"24 GB: 1 device, .*80 GB: ", named(plain, "memory of typical cards").found)
+    monkeypatch.setattr(doctor, "_ram", lambda: 6e9)
+    short = named(examine([config(tmp_path, model=large, train=train)], "cpu"), "memory")
+    assert not short.ok
+    options = dict(re.findall(r"--set train\.(\w+)=(\w+)", short.fix))
+    assert options["gradient_checkpointing"] == "true"
+    cured = config(tmp_path, model=large, train=train | options)
+    assert named(examine([cured], "cpu"), "memory").ok
+
+
 def captioner_sizes(blip2, image_size: int, language_model: bool) -> sizes.Sizes:
     """The oracle: the model itself, without weights."""
     import torch

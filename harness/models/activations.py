@@ -81,7 +81,8 @@ def _image(shape: Shape, work: Work) -> tuple[int, int, list[int]]:
     c, size = shape.vision, 2 if work.vision_half else _FLOAT
     tokens, width, mlp = work.batch * shape.patches, c["hidden_size"], c["intermediate_size"]
     if not work.train_vision:
-        return _FLOAT * tokens * width, 0, []
+        output = _FLOAT * tokens * width
+        return 0, 0 if work.half else output, [output]
     pixels = work.batch * 3 * shape.image_size**2 * size
     after = _norm(tokens, width, _FLOAT) + _FLOAT * tokens * width
     norms = 2 * _norm(tokens, width, _FLOAT)

@@ -1,0 +1,202 @@
+"""Predicted memory against what torch saves, what DeepSpeed allocates, and what fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Blip2Config
+
+from harness import device, forecast, memory
+from harness.config import Config, TinyConfig, TrainConfig
+from harness.memory import GB, Model, Setup
+from harness.models import activations, sizes
+from harness.models.activations import Work
+
+device.probe("cpu")
+from traces import captioner, kept, without_contents  # noqa: E402
+
+PUBLISHED = "Salesforce/blip2-opt-2.7b"
+
+
+def published(image_size: int, language_model: bool) -> tuple[Blip2Config, sizes.Shape]:
+    config = Blip2Config(text_config={"model_type": "opt", **sizes.OPT_2_7B})
+    config.vision_config.image_size = image_size
+    return config, sizes.of_checkpoint(None, PUBLISHED, image_size, language_model)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "half", "language_model", "concepts"),
+    [(True, True, True, True), (False, True, True, False), (False, False, False, True)],
+)
+def test_activations_of_the_real_model_are_those_that_autograd_keeps(
+    accelerator, half, language_model, concepts
+):
+    config, shape = published(364, language_model)
+    found = activations.of(shape, Work(3, 100, half, half, accelerator, concepts=concepts))
+    with without_contents(accelerator):
+        model = captioner(config, language_model, half, accelerator)
+        plain, casts = kept(model, 3, 100, concepts)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointed, _ = kept(model, 3, 100, concepts)
+    assert found.kept == pytest.approx(plain, rel=1e-3)
+    assert found.casts == pytest.approx(casts, rel=1e-3)
+    assert found.kept_checkpointed == pytest.approx(checkpointed, rel=1e-3)
+
+
+@pytest.mark.parametrize("train_vision", [True, False])
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_vision, dropout):
+    config, shape = published(224, True)
+    if dropout is not None:
+        config.qformer_config.hidden_dropout_prob = dropout
+        config.qformer_config.attention_probs_dropout_prob = dropout
+    work = Work(5, 37, True, True, True, train_vision, dropout=dropout)
+    with without_contents(True):
+        plain, _ = kept(captioner(config, True, True, True), 5, 37, True, train_vision)
+    assert activations.of(shape, work).kept == pytest.approx(plain, rel=2e-3)
+
+
+def small() -> tuple[Blip2Config, sizes.Shape]:
+    from harness.models import tiny
+
+    class Vocabulary(list):
+        bos_token_id = eos_token_id = pad_token_id = 1
+
+        def convert_tokens_to_ids(self, _):
+            return 1
+
+    settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
+    config = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
+    return config, sizes.of_tiny(settings, config.vision_config.image_size, True)
+
+
+def test_activations_on_real_tensors():
+    config, shape = small()
+    plain, _ = kept(captioner(config, True, False, False), 3, 11, True)
+    found = activations.of(shape, Work(3, 11, False, False, False))
+    assert found.kept == pytest.approx(plain, rel=2e-3)
+
+
+ALLOCATES = """
+import json, sys
+from pathlib import Path
+from harness import device
+device.probe("cpu")
+import torch
+from test_memory import captioner, settings, small
+from harness.config import TrainConfig
+from harness.engine import engine
+from harness.models.blip2 import freeze
+
+def size(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+def allocated(stage):
+    config, _ = small()
+    model = captioner(config, True, False, False)
+    freeze(model, True, True)
+    deep = engine(model, TrainConfig(**settings(stage)), "cpu", Path(sys.argv[1]))
+    side = config.vision_config.image_size
+    ids = torch.ones(2, 9, dtype=torch.long)
+    texts = {"ids": ids, "mask": ids, "labels": ids}
+    losses = deep(torch.rand(2, 3, side, side), texts, texts)
+    deep.backward(losses.caption + losses.concept)
+    gradients = size(p.grad for p in model.parameters() if p.grad is not None)
+    deep.step()
+    inner = getattr(deep.optimizer, "optimizer", deep.optimizer)
+    states = [t for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    copies = [p for g in inner.param_groups for p in g["params"] if p.untyped_storage().data_ptr() not in own]
+    return size(model.parameters()), gradients, size([*states, *copies])
+
+print(json.dumps([allocated(stage) for stage in range(3)]))
+"""
+
+
+def settings(stage: int) -> dict:
+    values = {"batch_size": 2, "micro_batch_size": 2, "zero_stage": stage, "precision": "fp32"}
+    return values | {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}
+
+
+def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATES, tmp_path],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for stage, (weights, gradients, optimiser) in enumerate(json.loads(done.stdout.splitlines()[-1])):
+        model = Model(small()[1], TrainConfig(**settings(stage)), "cpu", False)
+        found = memory.usage(model, memory.configured(model.config, 1))
+        assert found.weights == pytest.approx(weights, rel=0.01)
+        assert found.optimiser == pytest.approx(optimiser, rel=0.01)
+        if stage == 0:  # with ZeRO they are in its own buffers by now
+            assert found.gradients == pytest.approx(gradients, rel=0.01)
+
+
+def real(kind: str = "cuda", **train) -> Model:
+    return Model(published(364, True)[1], TrainConfig(**train), kind, True)
+
+
+def test_each_means_helps_and_none_is_counted_where_it_does_not_reach():
+    model = real()
+    base = memory.usage(model, Setup(8, 16, False, 0, False))
+    for better in (Setup(8, 16, True, 0, False), Setup(8, 4, False, 0, False), Setup(8, 16, False, 1, False)):
+        assert memory.usage(model, better).total < base.total
+    assert memory.usage(model, Setup(1, 16, False, 0, False)).weights == base.weights
+    sharded, offloaded = (memory.usage(model, Setup(8, 16, False, 3, offload)) for offload in (False, True))
+    assert sharded.weights * 8 == pytest.approx(base.weights, rel=1e-6)
+    assert offloaded.total < sharded.total
+    assert offloaded.host > 0 == sharded.host
+
+
+def test_the_smallest_set_up_fits_and_whatever_is_simpler_does_not():
+    model = real()
+    for size, setup in memory.cards(model).items():
+        assert setup is not None
+        assert memory.needed(model, setup) <= size * GB
+        for devices in memory.DEVICES[: memory.DEVICES.index(setup.devices)]:
+            assert all(memory.needed(model, s) > size * GB for s in memory.means(model.config, devices))
+        simpler = list(memory.means(model.config, setup.devices))
+        for other in simpler[: simpler.index(setup)]:
+            assert memory.needed(model, other) > size * GB
+    assert memory.smallest(model, 1 * GB) is None
+
+
+def test_options_of_a_set_up_turn_the_config_into_it():
+    config = TrainConfig()
+    setup = Setup(4, 8, True, 2, True)
+    words = dict(word.removeprefix("train.").split("=") for word in setup.options(config).split()[1::2])
+    changed = TrainConfig(**config.model_dump() | {key: json.loads(value) for key, value in words.items()})
+    assert memory.configured(changed, 4) == setup
+    assert setup.options(changed) == ""
+
+
+def test_steps_are_those_of_the_schedule(tmp_path):
+    from harness.schedule import epoch_batches, total_steps
+
+    config = TrainConfig(batch_size=32, micro_batch_size=8, stage1={"epochs": 3}, stage2={"epochs": 2})
+    rows = forecast.steps(config, 101)
+    assert [row["optimiser_steps"] for row in rows] == [3 * len(epoch_batches(101, 32, 0, 1, 0)), 8]
+    assert sum(row["optimiser_steps"] for row in rows) == total_steps(config, 101)
+    assert rows[0]["micro_batches"] == 4 * rows[0]["optimiser_steps"]
+    assert forecast.accumulation(config) == {1: 4, 2: 2, 4: 1}
+    unknown = Config(name="x", data={"root": tmp_path / "none"}, model={"checkpoint": "some/model"})
+    found = forecast.forecast(unknown)
+    assert (found["steps"], found["memory"], len(found["unknown"])) == (None, None, 2)
+    assert all(any(why in line for line in forecast.lines(found)) for why in found["unknown"])
+
+
+def test_the_forecast_needs_no_torch():
+    code = (
+        "import sys; from pathlib import Path; from harness import forecast; "
+        "from harness.experiment import load;"
+        "[forecast.lines(forecast.forecast(c)) for c in load(Path('experiments/table3.yaml'), [])];"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == 0, done.stderr
