@@ -183,6 +183,8 @@ def test_a_test_score_takes_the_place_that_it_would_have_had(project):
     ours = "imageclef2023/table3"
     assert names == [ours, "CSIRO", "closeAI2023", ours, ours, "AUEB-NLP-Group", "PCLmed", "VCMI", ours]
     assert "(>5)" in text
+    assert "hypothetical" not in text
+    assert "on test would have beaten" in text
 
 
 def test_the_teams_that_one_would_have_beaten_by_each_official_score(project):
@@ -450,6 +452,7 @@ def test_the_page_says_what_the_rows_of_table_3_change_and_is_used_by_keyboard(p
     write_table_3(project)
     write_table_3(project, seed=7)
     write_run(project, record(name="elsewhere", split="test", standin_model=True))
+    write_run(project, record(name="placed", split="test", bertscore=0.62))
     harness(project, "--format", "html")
     table = "[...document.querySelectorAll('table')].find(t => t.textContent.includes('{}'))"
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
@@ -461,8 +464,14 @@ def test_the_page_says_what_the_rows_of_table_3_change_and_is_used_by_keyboard(p
         assert len(rows) == 6
         assert rows[0][2] == "imageclef2023/table3: opt_224-s42 \u2212 qformer_224-s42"
         assert rows[0][3] == "+0.0520"
-        assert rows[0][5].split() == "significant: opt_224-s42 higher, p = 0.0002, corrected = 0.0006".split()
+        said = "significant: opt_224-s42 higher, p = 0.0002, corrected = 0.0006"
+        assert rows[0][5].replace("\u00a0", " ") == said
         assert rows[2][5].startswith("no difference shown, p\u00a0=\u00a0")
+        placed = f"[...{table.format('would have beaten')}.tBodies[0].rows].map(r => r.textContent)"
+        (line,) = browser.evaluate(placed)
+        assert line.startswith("(3)placed")
+        assert "bertscore: AUEB-NLP-Group, PCLmed, VCMI" in line
+        assert "c0ffeec0ff" in line
         seeds = f"[...{table.format('variant')}.tBodies[0].rows].map(r => r.cells[3].textContent)"
         assert browser.evaluate(seeds) == ["7, 42"] * 4
         headings = "[...document.querySelectorAll('h3')].map(h => h.textContent)"

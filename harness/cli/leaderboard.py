@@ -186,7 +186,8 @@ def _beaten(board: "Board", entry: "Entry") -> list[str]:
     beaten = board.beats(entry)
     if not beaten:
         return []
-    head = f"{_name(entry)}, hypothetical: its validation scores exceed the test scores of"
+    hypothetical = ", hypothetical: its validation scores exceed the test scores of"
+    head = f"{_name(entry)}{hypothetical if entry.split == 'valid' else ' on test would have beaten'}"
     return [head, *(f"  {metric}: {', '.join(teams) or 'none'}" for metric, teams in beaten.items())]
 
 
