@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -147,6 +148,26 @@ def test_fix_mends_what_needs_no_new_word_and_says_what_is_left(folder):
     assert "img_3" not in (folder / "good.csv").read_text()
 
 
+def test_bytes_of_any_kind_are_printed_whatever_the_terminal(folder):
+    for n, data in enumerate(
+        [
+            b"img_2\xff|x\n\x1b[31mimg_1|y\r\n",
+            "ID,Caption\nimg_2,\u4e2d\n".encode("utf-16"),
+            bytes(range(256)),
+            b"PK\3\4",
+        ]
+    ):
+        (folder / "bad").write_bytes(data)
+        for form in ("table", "json"):
+            command = [sys.executable, "-m", "harness", "submission", "check", "bad", "--ids", "ids.csv"]
+            command += ["--edition", ("2023", "2026")[n % 2], "--format", form]
+            ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+            done = subprocess.run(command, cwd=folder, capture_output=True, env=ascii_only)
+            assert done.returncode == 3, done.stderr
+            assert b"Traceback" not in done.stderr
+            assert b"\x1b" not in done.stdout + done.stderr
+
+
 MISTAKES = {
     "no such source": (
         ["make", "none", "--edition", "2023", "--ids", "ids.csv"],
@@ -161,6 +182,16 @@ MISTAKES = {
     "no ids": (["check", "mine.csv", "--edition", "2023", "--ids", "none.csv"], 2, "none.csv"),
     "no file": (["check", "none.csv", "--edition", "2023", "--ids", "ids.csv"], 3, "can't be read"),
     "not all predicted": (["make", "few.csv", "--edition", "2023", "--ids", "ids.csv"], 3, "img_3"),
+    "out is a file": (
+        ["make", "mine.csv", "--edition", "2023", "--ids", "ids.csv", "--out", "ids.csv"],
+        2,
+        "is a file",
+    ),
+    "mended is a folder": (
+        ["check", "mine.csv", "--edition", "2023", "--ids", "ids.csv", "--fix", "runs"],
+        2,
+        "is a directory",
+    ),
     "twice": (["make", "twice.csv", "--edition", "2023", "--ids", "ids.csv"], 2, "twice.csv:3"),
 }
 
@@ -171,7 +202,7 @@ def test_mistakes_are_said(case, folder):
     (folder / "twice.csv").write_text("ID,caption\nimg_1,x\nimg_1,y\nimg_2,x\nimg_3,x\n")
     arguments, code, words = MISTAKES[case]
     done = submission(folder, *arguments, code=code)
-    assert words in done.stderr
+    assert words in " ".join(done.stderr.replace("\u2502", " ").split())
     assert not list(folder.rglob("manifest.json"))
 
 

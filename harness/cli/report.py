@@ -9,7 +9,8 @@ import typer
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the page goes; by default report.html in the run's folder.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Where the page goes; by default report.html in the run's folder."),
     ] = None,
 ) -> None:
     """Write one self-contained page of a run: config, curves, scores, and captions with their images."""

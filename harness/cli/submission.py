@@ -40,7 +40,9 @@ def make(
     split: Annotated[Split, typer.Option(help="Which of a run's predictions; part of the file's name.")] = (
         Split.test
     ),
-    out: Annotated[Path | None, typer.Option(help="Where to; by default under submissions/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Which folder; by default one under submissions/.")
+    ] = None,
 ) -> None:
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
@@ -117,7 +119,9 @@ def check(
     task: Task = Task.caption,
     fix: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Write the file with all mended that needs no new word."),
+        typer.Option(
+            metavar="OUT", dir_okay=False, help="Write the file with all mended that needs no new word."
+        ),
     ] = None,
     output: ReportFormat = Report.table,
 ) -> None:
