@@ -1,5 +1,6 @@
 """What `harness score` reads: every official format by looking, mistakes in sentences, images."""
 
+import csv
 import random
 import re
 import zipfile
@@ -94,8 +95,29 @@ def test_a_pipe_file_is_read_as_the_organisers_do(tmp_path):
     assert "p.csv: 1 row (line 2) cut at a pipe" in text
     assert "p.csv: 1 row (line 1) passed over" in text
     assert "p.csv: 1 row (line 3) scored; the organisers' loader would ignore" in text
-    assert "p.csv: blank lines are passed over; a submission must not have any" in text
+    assert "p.csv: blank lines are passed over; a submission must not have any: line 6" in text
     assert len(rows.warnings) == 4
+
+
+def test_headers_in_the_middle_of_a_pipe_file_are_passed_over_with_a_warning(tmp_path):
+    """As of two files joined; the organisers' loader ignores ids that hold "ID"."""
+    (tmp_path / "p.csv").write_text("ID|caption\na|x\nID|caption\nb|y\n")
+    found = read(tmp_path / "p.csv")
+    assert dict(found.values) == {"a": "x", "b": "y"}
+    assert found.warnings == ["rows with the id ID are passed over, as in the organisers' loader: line 3"]
+
+
+def test_nothing_but_empty_captions_are_not_concepts(tmp_path):
+    (tmp_path / "p.csv").write_text("a|\nb|\nc|\n")
+    (tmp_path / "r.csv").write_bytes(REFERENCE)
+    assert scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv").predictions == ["", "", ""]
+
+
+def test_a_caption_may_be_longer_than_the_csv_modules_limit(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "p.csv").write_text(f'ID,Caption\na,"{"x" * 131_073}"\nb,y\n')
+    assert len(read(tmp_path / "p.csv").values["a"]) == 131_073
+    assert csv.field_size_limit() == limit
 
 
 # predictions, references, words that have to be said
@@ -120,12 +142,38 @@ FAULTS = {
     "after quote": (b'ID,Caption\na,"x" y\nb,y\nc,z\n', REFERENCE, ["p.csv:2", "not CSV", "Quote"]),
     "latin-1": (b"a|x\nb|\xb5m\nc|z\n", REFERENCE, ["p.csv:2", "byte 6", "0xb5", "UTF-8"]),
     "utf-16": ("a|x\nb|y\nc|z\n".encode("utf-16"), REFERENCE, ["UTF-16", "Save it as UTF-8"]),
+    "utf-16 LE without BOM": (
+        "a|x\nb|y\n".encode("utf-16-le"),
+        REFERENCE,
+        ["is UTF-16 without a byte order"],
+    ),
+    "utf-16 BE without BOM": (
+        "a|x\nb|y\n".encode("utf-16-be"),
+        REFERENCE,
+        ["is UTF-16 without a byte order"],
+    ),
+    "utf-32": ("a|x\nb|y\n".encode("utf-32"), REFERENCE, ["p.csv:1: is UTF-32, not UTF-8"]),
+    "utf-32 BE": ("\ufeffa|x\nb|y\n".encode("utf-32-be"), REFERENCE, ["is UTF-32, not UTF-8"]),
+    "utf-32 without BOM": ("a|x\nb|y\n".encode("utf-32-le"), REFERENCE, ["is UTF-32, not UTF-8"]),
+    "header again": (
+        b"ID,Caption\na,x\nb,y\nID,Caption\nc,z\n",
+        REFERENCE,
+        ["p.csv:4: a header that is not"],
+    ),
+    "header twice": (
+        b"ID,Caption\nID,Caption\na,x\n",
+        REFERENCE,
+        ["p.csv:2: a header that is not the first"],
+    ),
+    "header again in tabs": (b"a|x\nb|y\nc|z\n", REFERENCE + b"ID\tcaption\n", ["r.csv:5: a header that is"]),
+    "small id in pipes": (b"a|x\nb|y\nid|w\nc|z\n", REFERENCE, ["p.csv:3: a header that is not the first"]),
     "empty file": (b"", REFERENCE, ["p.csv: is empty"]),
     "blank file": (b"\n\n", REFERENCE, ["p.csv: is empty"]),
     "header only": (b"ID,Caption\n", REFERENCE, ["a header and nothing else"]),
     "prose": (b"no captions here\n", REFERENCE, ["neither pipes, tabs nor commas"]),
     "semicolons": (b"ID;Caption\na;x, y\n", REFERENCE, ["semicolons", "commas"]),
     "concepts": (b"ID,CUIs\na,C0040405\nb,C0040405;C0817096\nc,C1306645\n", REFERENCE, ["holds concepts"]),
+    "concepts, some empty": (b"a|C0040405\nb|\nc|C1306645\n", REFERENCE, ["holds concepts, not captions"]),
     "jpg": (b"\xff\xd8\xff\xe0" + bytes(range(256)), REFERENCE, ["is a JPEG image"]),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(99), REFERENCE, ["is a PNG image"]),
     "gzip": (b"\x1f\x8b\x08" + bytes(99), REFERENCE, ["compressed by gzip", "Unpack"]),
@@ -168,9 +216,22 @@ def test_workbooks_are_to_be_exported(name, tmp_path):
     assert "Export it as CSV" in str(error.value)
 
 
-def test_a_zip_holds_the_submission_at_its_root(tmp_path):
+@pytest.mark.parametrize("name", ["mine/submission.csv", "captions.TXT", "submission.csv"])
+def test_the_one_text_of_a_zip_is_read_with_a_warning(name, tmp_path):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
-        archive.writestr("mine/submission.csv", "ID,Caption\na,x\n")
+        for other in ("mine/", "__MACOSX/._submission.csv", "mine/._captions.csv", "image.png"):
+            archive.writestr(other, b"\0\5\x16\7")
+        archive.writestr(name, "ID,Caption\na,x\n")
+    found = read(tmp_path / "p.zip")
+    assert dict(found.values) == {"a": "x"}
+    assert found.warnings == [f"reads {name}; the organisers want a zip of submission.csv and nothing else"]
+
+
+@pytest.mark.parametrize("names", [["a.csv", "b.csv"], ["submission.csv", "more.txt"], ["image.png"], []])
+def test_a_zip_of_no_or_several_texts_is_refused(names, tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, "ID,Caption\na,x\n")
     with pytest.raises(UserError, match="at its root"):
         read(tmp_path / "p.zip")
 

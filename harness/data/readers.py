@@ -16,6 +16,7 @@ from harness.errors import Problem
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "valid", "test")
+_LONGEST_FIELD = 2**31 - 1  # characters; the csv module takes no more on every platform
 Row = tuple[str, str]
 """(split, id) of one example."""
 
@@ -228,8 +229,19 @@ def unquoted_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 def comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     """Rows of a CSV file, each with the line it starts on; a str instead of a list says what is wrong.
 
-    After a quoting mistake reading goes on at the next line, so that one stray quote costs one row.
+    After a quoting mistake reading goes on at the next line, so that one stray quote costs one row. A field
+    may be as long as it likes.
     """
+    # read to the end first: the csv module has one limit for the whole process
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        rows = list(_comma_rows(text))
+    finally:
+        csv.field_size_limit(before)
+    yield from rows
+
+
+def _comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     lines = list(io.StringIO(text, newline=""))
     at = 0
     while at < len(lines):

@@ -1,17 +1,20 @@
 """What people hand in: captions, concepts and ids in any official format, told apart by looking; runs."""
 
 import codecs
+import io
 import json
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Problem, UserError
-from harness.submission.form import Rules, Task, content, decoded
+from harness.submission.form import MEMBER, Rules, Task, content, decoded
 
 _IDS_HINT = "Give the organisers' list of ids, a label file of the split, or a file with one id a line."
 _FILE_HINT = "Give a submission, a label file, or the folder of a run: runs/<experiment>/<variant>-s<seed>."
@@ -32,6 +35,13 @@ _BINARY = {
     b"\x1f\x8b": ("is compressed by gzip", "Unpack it, and give the text file."),
     b"\xd0\xcf\x11\xe0": ("is an Excel workbook", _EXPORT_HINT),
 }
+_WIDE = {
+    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
+    "UTF-16 without a byte order mark": re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]"),
+}
+"""How a text of two or four bytes a character begins: the first two are ASCII, of an id or a header."""
+_TEXTS = (".csv", ".tsv", ".txt")
+_LARGEST = 1 << 28  # bytes of a member, so that a zip can't fill the memory
 _NAMED = 3
 _RECORDED = {"name", "status", "edition", "command", "config", "artifacts"}
 
@@ -94,7 +104,8 @@ def read(path: Path) -> CaptionFile:
 
     The first separator of the file says which: `|` and tab come without quoting, `,` with. In a pipe file a
     caption ends at a second pipe and rows whose id is `ID` are passed over, as in the organisers' loader of
-    2023. Blank lines and a byte order mark are passed over, line breaks inside quotes stay.
+    2023; elsewhere a header after the first row is a mistake. Blank lines and a byte order mark are passed
+    over, line breaks inside quotes stay. A zip may hold one text of any name.
     Raises `UserError` with every row that can't be read.
     """
     text, flaws, warnings = _text_of(path)
@@ -102,28 +113,39 @@ def read(path: Path) -> CaptionFile:
     rows = comma_rows(text) if separator == "," else unquoted_rows(text, separator)
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
-    cut, blank, header = [], [], False
+    cut, blank, again = [], [], []
+    first, header = True, False
     for line, fields in rows:
         if not isinstance(fields, str) and len(fields) < 2 and not "".join(fields).strip():
-            blank.append(Flaw(line, "blank"))
-        elif not isinstance(fields, str) and _is_header(fields) and (separator == "|" or not values):
-            header = header or not values
+            blank.append(Flaw(None, "blank", subject=f"line {line}"))
+            continue
+        if not isinstance(fields, str) and _is_header(fields, first, separator):
+            header = header or first
+            again += [] if first else [Flaw(None, "again", subject=f"line {line}")]
         elif (flaw := _flaw(line, fields, separator, lines)) is not None:
             flaws.append(flaw)
         else:
             values[fields[0]], lines[fields[0]] = fields[1], line
             cut += [fields[0]] if len(fields) > 2 else []
+        first = False
     if not values and not flaws:
         flaws = [Flaw(None, "has a header and nothing else" if header else "is empty", _FILE_HINT)]
     if flaws:
         raise UserError(grouped(path, flaws))
     if blank:
         warnings.append(f"blank lines are passed over; a submission must not have any{_named(blank)}")
+    if again:
+        warnings.append(f"rows with the id ID are passed over, as in the organisers' loader{_named(again)}")
     return CaptionFile(path, separator, _FORMATS[separator, header], values, lines, cut, warnings)
 
 
-def _is_header(fields: Sequence[str]) -> bool:
-    return fields[0].strip(' "').lower() == "id"
+def _is_header(fields: Sequence[str], first: bool, separator: str) -> bool:
+    """Whether to pass over a row as a header: the first row, in a pipe file what the loader ignores too."""
+    return _names_ids(fields[0]) and (first or passes_for_header(fields[0], separator))
+
+
+def _names_ids(key: str) -> bool:
+    return key.strip(' "').lower() == "id"
 
 
 def passes_for_header(key: str, separator: str) -> bool:
@@ -141,6 +163,8 @@ def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[st
         hint = "Quote captions that hold a comma." if separator == "," else None
         return Flaw(line, f"has {len(fields)} columns, not 2", hint)
     key = fields[0]
+    if _names_ids(key):
+        return Flaw(line, "a header that is not the first row", "Leave it out.")
     if key.split() != [key] and not passes_for_header(key, separator):
         return Flaw(line, "an id that is empty or holds white space", subject=repr(key[:80]))
     if key in before:
@@ -155,6 +179,9 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     if path.is_dir():
         raise UserError([Problem("is a folder, not a file", path, hint=_FILE_HINT)])
     data, fault = content(path, Rules("caption", ",", None, None, False))
+    warnings = []
+    if data is None and (name := _only_text(path)) and (data := _member(path, name)) is not None:
+        warnings = [f"reads {name}; the organisers want a zip of {MEMBER} and nothing else"]
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
         problem = ("is an Excel workbook", _EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
@@ -162,15 +189,49 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     for start, (what, hint) in _BINARY.items():
         if data.startswith(start):
             raise UserError([Problem(what, path, hint=hint)])
+    _refuse_wide(data, path, _EXPORT_HINT)
     has_mark = data.startswith(codecs.BOM_UTF8)
     text, faults = decoded(data)
     flaws = [Flaw(*fault) for fault in faults[has_mark:]]
     if len(flaws) > _NAMED:
         rest = len(flaws) - _NAMED
         flaws[_NAMED:] = [Flaw(flaws[_NAMED].line, f"this and {rest - 1:,} more lines are not UTF-8")]
-    warnings = ["starts with a byte order mark; a submission must not"] if has_mark else []
+    warnings += ["starts with a byte order mark; a submission must not"] if has_mark else []
     # CR alone ends lines where nothing else does
     return text if "\n" in text else text.replace("\r", "\n"), flaws, warnings
+
+
+def _refuse_wide(data: bytes, path: Path, hint: str) -> None:
+    """Raise `UserError` for a text that is not UTF-8 and would pass for one with odd characters."""
+    for name, beginning in _WIDE.items():
+        if beginning.match(data):
+            raise UserError([Problem(f"is {name}, not UTF-8", path, 1, hint=hint)])
+
+
+def _only_text(path: Path) -> str | None:
+    """The one text in a zip, whatever its name and place; what macOS adds by itself does not count."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return None
+    places = {name: PurePosixPath(name) for name in names}
+    texts = [
+        name
+        for name, place in places.items()
+        if place.suffix.lower() in _TEXTS and "__MACOSX" not in place.parts and place.name[0] != "."
+    ]
+    return texts[0] if len(texts) == 1 and names.count(texts[0]) == 1 else None
+
+
+def _member(path: Path, name: str) -> bytes | None:
+    """A file out of a zip, or None where it is damaged, locked or too large."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as member:
+            data = member.read(_LARGEST + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError):
+        return None
+    return data if len(data) <= _LARGEST else None
 
 
 def _separator(text: str, path: Path) -> str:
@@ -226,7 +287,9 @@ def read_ids(path: Path) -> list[str]:
 
 def _text(path: Path, hint: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        _refuse_wide(data, path, hint)
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except OSError as error:
         raise UserError([Problem(f"can't be read: {error.strerror}", path, hint=hint)]) from None
     except UnicodeDecodeError as error:
