@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from harness import checkpoints, device, metrics, ranks
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data.readers import IMAGE_SUFFIXES
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
@@ -123,7 +124,8 @@ def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
         return grouped(
             file.path, [Flaw(file.lines.get(k), "not a list of concepts", hint, k) for k in others]
         )
-    if all(_CONCEPTS.fullmatch(value) for value in file.values.values()):
+    written = [value for value in file.values.values() if value]
+    if written and all(map(_CONCEPTS.fullmatch, written)):
         return [Problem("holds concepts, not captions", file.path, hint="Score them with --task concept.")]
     return []
 
@@ -331,7 +333,10 @@ def score(
 def score_concepts(
     scored: Rows, manual: Rows | None, edition: int, bootstrap: int
 ) -> tuple[dict[str, Score], list[str]]:
-    """Score rows of concepts; `manual` are the same predictions with the manually validated references."""
+    """Score rows of concepts; `manual` are the same predictions with the manually validated references.
+
+    Returns the scores, and what is to be known about the rows.
+    """
 
     def sets(values: Sequence[str]) -> list[set[str]]:
         return [set(filter(None, value.split(";"))) for value in values]
@@ -343,7 +348,18 @@ def score_concepts(
     scores = metrics.score_concepts(
         sets(scored.predictions), sets(scored.references), validated, edition, bootstrap
     )
-    return scores, scored.warnings
+    return scores, [*scored.warnings, *_too_many(scored, EDITIONS[edition].max_cuis)]
+
+
+def _too_many(scored: Rows, allowed: int | None) -> Iterator[str]:
+    """The images with more concepts than the organisers' evaluator takes, in words."""
+    rows = zip(scored.ids, scored.predictions, strict=True)
+    keys = [key for key, value in rows if allowed and value.count(";") >= allowed]
+    if keys:
+        named = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+        rows_hold = "row holds" if len(keys) == 1 else "rows hold"
+        what = f"{len(keys):,} {rows_hold} more than {allowed} concepts ({named})"
+        yield f"{what}; the organisers' evaluator refuses such a file"
 
 
 def _torch_device(wanted: str) -> str:

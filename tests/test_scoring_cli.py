@@ -173,9 +173,10 @@ def test_a_terminal_of_80_columns_is_not_overrun(golden, first):
 
 def test_scoring_again_needs_no_torch(golden, first):
     code = (
-        f"import sys; sys.argv = ['harness', 'score', *{ALL!r}]\n"
+        f"import contextlib, sys; sys.argv = ['harness', 'score', *{ALL!r}]\n"
         "from harness.cli import main\n"
-        "main()\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main()\n"
         "print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -242,6 +243,25 @@ MISTAKES = {
     "edition": (["--edition", "2021"], ["2021", "2023"]),
     "per image": (["--per-image", "runs"], ["--per-image", "is a folder"]),
 }
+
+
+CONCEPTS = ("--task", "concept", "--manual", "labels.csv")
+OTHER_TASK = {
+    "manual": (["--manual", "labels.csv"], ["--manual: is for concepts; add --task concept"]),
+    "captions": (
+        [*CONCEPTS, "--metrics", "rouge1", "--images", "runs", "--standins"],
+        [f"{name}: is for captions" for name in ("--metrics", "--images", "--standins")],
+    ),
+    "one": ([*CONCEPTS, "--standins"], ["--standins: is for captions; leave it out"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TASK)
+def test_options_of_the_other_task_are_refused_at_once(case, refused):
+    options, words = OTHER_TASK[case]
+    said = refused(*FILES, *options)
+    assert all(word in said for word in words)
+    assert said.count("error: ") == len(words)
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -330,3 +350,69 @@ def test_concepts_are_scored_against_all_and_against_the_manual_ones(tmp_path):
     (tmp_path / "captions.csv").write_text("a|C0040405\nb|a lesion\nc|C0024485\n")
     wrong = harness(tmp_path, "captions.csv", "--references", "labels.csv", "--task", "concept", code=2)
     assert "captions.csv:2: not a list of concepts: b" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "labels.csv", "link.csv", "runs/../labels.csv"])
+def test_what_is_read_is_not_overwritten(name, golden, refused):
+    link = golden / "link.csv"
+    link.unlink(missing_ok=True)
+    link.symlink_to(golden / "predictions.csv")
+    before = [(golden / file).read_bytes() for file in ("predictions.csv", "labels.csv")]
+    assert "--per-image: would overwrite what is read" in refused(*FILES, "--per-image", name)
+    assert before == [(golden / file).read_bytes() for file in ("predictions.csv", "labels.csv")]
+
+
+def test_neither_are_the_manual_concepts_or_a_runs_own_files(golden, refused):
+    (golden / "manual.csv").write_text("ID,CUIs\na,C0040405\n")
+    concepts = ("--task", "concept", "--manual", "manual.csv")
+    assert "would overwrite" in refused(*FILES, *concepts, "--per-image", "manual.csv")
+    own = "runs/steps/score-1/per_image.csv"
+    assert "would overwrite" in refused("runs/group/exp/base-s1", "--per-image", own)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("labels.csv/each.csv", ("File exists", "Not a directory")),
+        ("x" * 300 + ".csv", ("File name too long",)),
+        ("x" * 250 + ".csv", ("File name too long",)),  # with what the temporary name adds
+        ("/proc/each.csv", ("No such file", "Permission denied")),
+        ("/dev/null", ("is no file",)),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_said_before_scoring(name, words, refused):
+    said = refused(*FILES, "--per-image", name)
+    assert any(word in said for word in words)
+    assert "--per-image: " in said
+    assert "32 captions" not in said
+
+
+def test_trying_whether_a_table_can_be_written_leaves_nothing(golden, refused):
+    refused("none.csv", "--references", "labels.csv", "--per-image", "tried/each.csv")
+    assert list((golden / "tried").iterdir()) == []
+
+
+def test_blanks_between_metrics_do_not_matter(golden):
+    done = harness(
+        golden, *FILES, "--metrics", "rouge1, bleu1", "--set", "score.bootstrap=0", "--format", "csv"
+    )
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["metric", "rouge1", "bleu1"]
+
+
+def test_more_concepts_than_the_evaluator_takes_are_named(tmp_path):
+    many = [";".join(f"C{number:07}" for number in range(count)) for count in (101, 100, 101)]
+    files = dict(zip("abc", many, strict=True))
+    (tmp_path / "p.csv").write_text("ID,CUIs\n" + "".join(f"{key},{text}\n" for key, text in files.items()))
+    (tmp_path / "r.csv").write_text("ID,CUIs\na,C0000001\nb,C0000001\nc,C0000001\n")
+    arguments = ("p.csv", "--references", "r.csv", "--task", "concept")
+    said = harness(tmp_path, *arguments, "--edition", "2023").stderr
+    assert "warning: 2 rows hold more than 100 concepts (a, c); the organisers' evaluator refuses" in said
+    assert "more than" not in harness(tmp_path, *arguments, "--edition", "2024").stderr  # not established
+
+
+def test_one_image_has_a_value_and_no_interval_in_the_table(tmp_path):
+    (tmp_path / "p.csv").write_text("ID,Caption\na,ct of the chest\n")
+    (tmp_path / "r.csv").write_text("ID,Caption\na,ct of the head\n")
+    done = harness(tmp_path, "p.csv", "--references", "r.csv", "--metrics", "rouge1,bleu1")
+    for line in done.stdout.splitlines():
+        assert re.match(r"(rouge1|bleu1) +0\.75\d+ +n=1 ", line), line

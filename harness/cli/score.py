@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,12 +61,13 @@ def score(
     from harness import scoring
     from harness.device import rank
 
+    of_captions = {"--metrics": names is not None, "--images": images is not None, "--standins": standins}
+    _check_task(task, [option for option, given in of_captions.items() if given], manual)
     run = scoring.find_run(predictions)
     year = edition_of(edition, run)
-    _writable(per_image)
-    config = scoring.settings(
-        year, names.split(",") if names is not None else None, standins, sets or (), run
-    )
+    if per_image is not None:
+        _check_output(per_image, [predictions, references, manual], run)
+    config = scoring.settings(year, metric_names(names), standins, sets or (), run)
     rows = scoring.rows(predictions, references, images, task.value)
     say = Terminal().say
     for line in rows.inputs if rank() == 0 else ():
@@ -104,10 +105,51 @@ def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) 
     return edition
 
 
-def _writable(path: Path | None) -> None:
-    """Said before hours of scoring, not after."""
-    if path is not None and path.is_dir():
-        raise UserError([Problem(f"is a folder: {path}; give the name of a file", key="--per-image")])
+def metric_names(names: str | None) -> list[str] | None:
+    """The names in `--metrics A,B`, with or without blanks between them."""
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def _check_task(task: Task, of_captions: Sequence[str], manual: Path | None) -> None:
+    """Raise `UserError` for every option given that the other task has."""
+    problems = []
+    if task is Task.concept:
+        problems = [Problem("is for captions; leave it out", key=option) for option in of_captions]
+    elif manual is not None:
+        problems = [Problem("is for concepts; add --task concept", key="--manual")]
+    if problems:
+        raise UserError(problems)
+
+
+def _check_output(
+    path: Path, inputs: Sequence[Path | None], run: tuple[Path, Mapping[str, Any]] | None
+) -> None:
+    """Raise `UserError`, before hours of scoring, where the file can't be written or is one that is read."""
+    from harness.submission.inputs import run_root
+
+    read = [file for file in inputs if file is not None]
+    read += [run_root(*run) / name for name in run[1]["artifacts"].values()] if run else []
+    try:
+        what = _unwritable(path, read)
+    except OSError as error:
+        what = f"can't be written: {error.strerror}: {path}"
+    if what:
+        raise UserError([Problem(what, key="--per-image", hint="Give the name of a new file.")])
+
+
+def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
+    if path.is_dir():
+        return f"is a folder: {path}"
+    if path.exists() and any(file.exists() and path.samefile(file) for file in read):
+        return f"would overwrite what is read: {path}"
+    if path.exists() and not path.is_file():
+        return f"is no file: {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the name that the table is written under at first, which is the longer one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    temporary.unlink()
+    return None
 
 
 def _plain(score: "Score") -> dict[str, Any]:
