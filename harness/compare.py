@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import combinations, zip_longest
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,8 @@ class System:
 class Difference:
     """`b` minus `a` in one metric, with its 95 % interval [`low`, `high`], `p` and Holm's `adjusted_p`.
 
-    `real` if `adjusted_p` < 0.05 and the interval is without 0. Where the two were not compared there is a
-    `reason` and no number.
+    `real` if `adjusted_p` < 0.05 and the interval is without 0. One image gives no interval. Where the two
+    were not compared there is a `reason` and no number.
     """
 
     metric: str
@@ -99,9 +100,11 @@ def compare(
     """Every pair of systems in every metric, or in the given ones; rows are aligned by id.
 
     The p value is two-sided, of `resamples` random swaps, or of all 2^n where those are no more. Raises
-    `UserError` where ids or references differ, and (exit code 1) where nothing can be compared.
+    `UserError` where ids or references differ or no difference could be real with so few swaps, and (exit
+    code 1) where nothing can be compared.
     """
     check_rows(systems)
+    check_resamples(systems, resamples)
     order = {system.label: np.argsort(np.asarray(system.ids, dtype=str)) for system in systems}
     found = [
         _contrast(metric, a, b, order)
@@ -109,11 +112,12 @@ def compare(
         for a, b in combinations(systems, 2)
     ]
     contrasts = [one for one in found if isinstance(one, _Contrast)]
-    if not contrasts:
+    tested = iter(_test(contrasts, resamples, seed) if contrasts else ())
+    found = [next(tested) if isinstance(one, _Contrast) else one for one in found]
+    if all(one.reason for one in found):
         problems = [Problem(f"{one.metric}: {one.reason}", f"{one.a} / {one.b}") for one in found]
         raise UserError(problems, "No metric can be compared.", exit_code=1)
-    tested = iter(_test(contrasts, resamples, seed))
-    return [next(tested) if isinstance(one, _Contrast) else one for one in found]
+    return found
 
 
 def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]:
@@ -141,6 +145,17 @@ def check_rows(systems: Sequence[System]) -> None:
         raise UserError(problems, "Only scores of the same images against the same references compare.")
 
 
+def check_resamples(systems: Sequence[System], resamples: int) -> None:
+    """Raise `UserError` where the least p of so few swaps, times the pairs (Holm), is not below 0.05."""
+    pairs = comb(len(systems), 2)
+    exact = 2 ** len(systems[0].ids) <= resamples
+    if not exact and 2 * pairs / (resamples + 1) >= LEVEL:
+        enough = round(2 * pairs / LEVEL)
+        what = f"{resamples} are too few for any difference between {len(systems)} systems to be real"
+        hint = f"With {pairs} {'pair' if pairs == 1 else 'pairs'} it takes --resamples {enough} or more."
+        raise UserError([Problem(what, key="--resamples", hint=hint)])
+
+
 def _contrast(metric: str, a: System, b: System, order: Mapping[str, np.ndarray]) -> "_Contrast | Difference":
     absent = [_lacks(metric, system) for system in (a, b)]
     if any(absent):
@@ -159,7 +174,12 @@ def _lacks(metric: str, system: System) -> str | None:
         return f"not computed for {system.label}"
     if score.value is None:
         return f"absent for {system.label}: {score.reason}"
-    return None if _rows(score) is not None else f"{system.label} has no scores of single images"
+    rows = _rows(score)
+    if rows is None:
+        return f"{system.label} has no scores of single images"
+    if bad := (~np.isfinite(rows).all(axis=1)).sum():
+        return f"{system.label} has {bad:,} of {len(rows):,} images with a score that is no number"
+    return None
 
 
 def _rows(score: Score) -> np.ndarray | None:
@@ -188,21 +208,25 @@ def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Dif
     drawn = bootstrap.resample(both, {str(i): c.drawn for i, c in enumerate(contrasts)}, DRAWS, seed)
     swapped = _swapped([one.excess for one in contrasts], resamples, seed)
     exact = 2 ** len(contrasts[0].rows) <= resamples
-    found = []
+    found: list[Difference] = []
     for one, draws, moved in zip(contrasts, drawn.values(), swapped, strict=True):
         a, b = one.rows.sum(0), one.rows.sum(0) + one.excess.sum(0)
         observed = float(one.score(b) - one.score(a))
         null = one.score(b - moved) - one.score(a + moved)
-        found.append((observed, *bootstrap.interval(draws), p_value(null, observed, exact)))
-    adjusted = _adjusted(contrasts, [p for *_, p in found])
-    return [
-        Difference(one.metric, one.a, one.b, *numbers, corrected, _real(*numbers, corrected))
-        for one, numbers, corrected in zip(contrasts, found, adjusted, strict=True)
-    ]
+        if not all(np.isfinite(part).all() for part in (observed, draws, null)):
+            reason = "some draws of the images have a score that is no number"
+            found.append(Difference(one.metric, one.a, one.b, reason=reason))
+            continue
+        ends = bootstrap.interval(draws) if len(one.rows) > 1 else (None, None)
+        p = p_value(null, observed, exact)
+        found.append(Difference(one.metric, one.a, one.b, observed, *ends, p))
+    return _corrected(found)
 
 
-def _real(difference: float, low: float, high: float, p: float, adjusted: float) -> bool:
-    return adjusted < LEVEL and (low > 0 or high < 0)
+def adjust(one: Difference, p: float) -> Difference:
+    """The difference with an adjusted p, and whether it is real by that and by its interval."""
+    without_0 = one.low is not None and (one.low > 0 or one.high < 0)
+    return replace(one, adjusted_p=p, real=p < LEVEL and without_0)
 
 
 def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
@@ -226,8 +250,11 @@ def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def p_value(null: np.ndarray, observed: float, exact: bool) -> float:
     """The two-sided p of a difference among those of swapped rows (r,), as scipy's `permutation_test` counts.
 
-    Random swaps leave the observed one out, so it is added.
+    Random swaps leave the observed one out, so it is added. Raises `ValueError` for numbers that are not
+    finite, which would count as extreme.
     """
+    if not (np.isfinite(null).all() and np.isfinite(observed)):
+        raise ValueError("no p value of differences that are not finite")
     added = 0 if exact else 1
     tail = min((null <= observed + TIE).sum(), (null >= observed - TIE).sum())
     return min(1.0, 2 * float(tail + added) / (len(null) + added))
@@ -242,14 +269,14 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _adjusted(contrasts: Sequence[_Contrast], p: Sequence[float]) -> list[float]:
-    """Holm's correction over the pairs of each metric."""
-    adjusted = [0.0] * len(p)
-    for metric in {one.metric for one in contrasts}:
-        family = [i for i, one in enumerate(contrasts) if one.metric == metric]
-        for i, value in zip(family, holm([p[i] for i in family]), strict=True):
-            adjusted[i] = value
-    return adjusted
+def _corrected(found: Sequence[Difference]) -> list[Difference]:
+    """Holm's correction over the pairs of each metric that were compared."""
+    corrected = list(found)
+    for metric in {one.metric for one in found}:
+        family = [i for i, one in enumerate(found) if one.metric == metric and not one.reason]
+        for i, value in zip(family, holm([found[i].p for i in family]), strict=True):
+            corrected[i] = adjust(found[i], value)
+    return corrected
 
 
 def read_run(folder: Path, label: str) -> System:

@@ -54,14 +54,16 @@ def compare(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison
+    from harness.cli.score import metric_names
     from harness.device import world_size
 
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
     _check(sources, references)
-    metrics = names.split(",") if names is not None else None
+    metrics = metric_names(names)
     systems, files = _read(sources, references, images)
     comparison.check_rows(systems)
+    comparison.check_resamples(systems, resamples)
     if files:
         year, config = _settings(sources, edition, metrics, standins, sets or ())
         systems = [_scored(system, files, config, year, device) for system in systems]
@@ -232,7 +234,10 @@ def _value(score: Any) -> str:
 
 
 def _gap(one: "Difference") -> str:
-    return "-" if one.reason else f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+    if one.reason:
+        return "-"
+    interval = f" [{one.low:+.4f}, {one.high:+.4f}]" if one.low is not None else ""
+    return f"{one.difference:+.4f}{interval}"
 
 
 def _p(p: float | None) -> str:

@@ -1,11 +1,10 @@
 """Table 3 of the paper beside our runs: each row by itself, and what each row changes over the one above."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
-from harness.compare import LEVEL, Difference, compare, holm, read_run
+from harness.compare import Difference, adjust, compare, holm, read_run
 from harness.errors import UserError
 from harness.leaderboard.entries import Board, Entry
 
@@ -120,4 +119,4 @@ def _compared(a: Entry, b: Entry) -> dict[str, Difference]:
 
 
 def _adjusted(one: Difference, p: float) -> Difference:
-    return replace(one, adjusted_p=p, real=p < LEVEL and (one.low > 0 or one.high < 0))
+    return adjust(one, p)
