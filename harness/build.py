@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import checkpoints, device, metrics, postprocess
+from harness import checkpoints, device, metrics, postprocess, ranks
 from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
 from harness.errors import UserError
@@ -13,6 +13,10 @@ from harness.store import write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
+
+
+SHARED = ("train", "predict", "score")
+"""The steps that all ranks work at."""
 
 
 class Builder:
@@ -24,7 +28,10 @@ class Builder:
         self._model: Loaded | None = None
 
     def build(self, name: str, directory: Path) -> bool:
-        """Build a step into its directory; False where something is absent that another try may give."""
+        """Build a step into its directory; False where something is absent that another try may give.
+
+        Every rank of a launch calls this; they share training, captioning and scoring, rank 0 does the rest.
+        """
         kind, _, part = name.partition("-")
         builders: dict[str, Callable[[], bool | None]] = {
             "tiny": lambda: self._tiny(directory),
@@ -34,6 +41,8 @@ class Builder:
             "postprocess": lambda: self._postprocess(part, directory),
             "score": lambda: self._score(part, directory),
         }
+        if ranks.rank() and kind not in SHARED:
+            return True
         self.reporter.say(f"{self.config.run_name}: {name}")
         return builders[kind]() is not False
 
@@ -106,12 +115,12 @@ class Builder:
         from harness.models.text import Text
 
         device.seed_everything(self.config.seed)
-        loaded = self._load()
+        texts = self._load()
 
         def split(name: str) -> train.Split:
-            texts = self._texts(name)
-            concepts: list[Text | None] = [loaded.concept.encode(c) if c else None for c, _ in texts]
-            captions = [loaded.caption.encode(caption) for _, caption in texts]
+            pairs = self._texts(name)
+            concepts: list[Text | None] = [texts.concept.encode(c) if c else None for c, _ in pairs]
+            captions = [texts.caption.encode(caption) for _, caption in pairs]
             ids = [example.id for example in self.data.splits[name]]
             return train.Split(ids, self._pixels(name), captions, concepts)
 
@@ -125,19 +134,19 @@ class Builder:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     self.reporter.say(f"{self.config.run_name}: {where}: {_note(row)}")
 
-            train.Training(
+            self._model = train.Training(
                 self.config.train,
                 self.config.data.augment,
-                loaded,
+                self._load,
                 splits,
                 self.kind,
                 self.config.seed,
                 directory,
                 log,
-                lambda: self._validate(loaded, splits["valid"].pixels),
+                lambda loaded: self._validate(loaded, splits["valid"].pixels),
             ).run()
-        plots.curves(directory / train.LOSSES, directory / "curves.png")
-        self._model = loaded
+        if ranks.rank() == 0:
+            plots.curves(directory / train.LOSSES, directory / "curves.png")
 
     def _validate(self, loaded: "Loaded", pixels: Any) -> dict[str, float]:
         """Scores of the model as it is, on the images that the config sets aside for choosing the best.
@@ -152,7 +161,7 @@ class Builder:
         count = min(self.config.train.evaluate_images, len(examples))
         chosen = np.sort(np.random.default_rng(0).permutation(len(examples))[:count])
         greedy = PredictConfig(num_beams=1, max_new_tokens=self.config.train.max_caption_tokens)
-        captions = predict.captions(loaded, pixels, chosen, greedy)
+        captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
         primary = primary_metric(self.config)
         settings = self.config.score.model_copy(update={"metrics": (primary, "rouge1"), "bootstrap": 0})
         references = [examples[i].caption for i in chosen]
@@ -160,6 +169,8 @@ class Builder:
         scores, _ = metrics.score(
             captions, references, images, settings, self.config.edition, self._torch_device
         )
+        if ranks.rank():
+            return {}
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
         if f"valid_{primary}" not in row:
             raise UserError(
@@ -173,12 +184,12 @@ class Builder:
 
     def _trained(self) -> "Loaded":
         if self._model is None:
-            from harness import train
+            from harness import engine, train
             from harness.models.loading import load_trained
 
             self._model = self._load()
             load_trained(self._model.model, self.plan.directory("train") / train.BEST)
-            train.place(self._model.model, self.config.train, self.kind)
+            engine.place(self._model.model, self.config.train, self.kind)
         return self._model
 
     def _predict(self, split: str, directory: Path) -> None:
@@ -208,13 +219,16 @@ class Builder:
         self.reporter.say(f"{self.config.run_name}: scoring {len(predictions)} captions")
         images = [example.image for example in examples]
         how = (settings, self.config.edition, self._torch_device, self.plan.root / "cache")
-        scores, warnings = metrics.score(predictions, references, images, *how)
+        scores, warnings = metrics.score(predictions, references, images, *how, ids=ids)
         training = [example.caption for example in self.data.splits["train"]]
         baseline = metrics.constant_baseline(training, references, *how)
+        gap = metrics.image_gap(predictions, references, *how)
+        if ranks.rank():
+            return True
         baseline["standin"] = [n for n, s in scores.items() if n in baseline and not s.official]
         result = {
             "scores": {name: score.as_dict() for name, score in scores.items()},
-            "image_gap": metrics.image_gap(predictions, references, *how),
+            "image_gap": gap,
             "baseline": baseline,
             "warnings": warnings,
             "references": metrics.references_fingerprint(ids, references),

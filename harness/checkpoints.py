@@ -1,23 +1,26 @@
 """Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import Problem
-from harness.store import write_json
+from harness.store import fingerprint, write_json
 
 STANDIN_FILE = "standin.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at hand, under the name that signatures show."""
+    """Weights at hand; `local` where a folder was named and not a hub name, so that anything may be in it."""
 
     name: str
     folder: Path
     standin: bool
+    local: bool = False
 
 
 def find(name: str | Path) -> Checkpoint | None:
@@ -26,14 +29,15 @@ def find(name: str | Path) -> Checkpoint | None:
     A folder that holds `standin.json` (see `mark_standin`) is a stand-in wherever it is moved to.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    local = folder.is_dir()
+    if not local:
         folder = _cached(str(name))
     if folder is None or not _is_whole(folder):
         return None
     mark = folder / STANDIN_FILE
     if mark.exists():
-        return Checkpoint(json.loads(mark.read_text())["name"], folder, standin=True)
-    return Checkpoint(str(name), folder, standin=False)
+        return Checkpoint(json.loads(mark.read_text())["name"], folder, True, local)
+    return Checkpoint(str(name), folder, False, local)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -51,18 +55,36 @@ def _is_whole(folder: Path) -> bool:
 
 def contents(folder: Path, root: Path) -> list[list[str]]:
     """Name and SHA-256 of each weight file; known hashes stay under `root/cache`, by place, size and date."""
-    kept = root / "cache" / "weights.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    return hashes(_weight_files(folder), root / "cache")
+
+
+def digest(checkpoint: Checkpoint, cache: Path | None) -> str:
+    """8 hex digits that name the contents of its weight files."""
+    return fingerprint(hashes(_weight_files(checkpoint.folder), cache))[:8]
+
+
+def hashes(files: Sequence[Path], cache: Path | None) -> list[list[str]]:
+    """Name and SHA-256 of each file; known ones stay in the folder `cache`, by place, size and dates."""
+    kept = cache / "weights.json" if cache else None
+    known = _known(kept)
     result = []
-    for file in _weight_files(folder):
+    for file in files:
         state = file.stat()
-        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
         if key not in known:
             with file.open("rb") as content:
                 known[key] = hashlib.file_digest(content, "sha256").hexdigest()
-            write_json(kept, known)
+            with contextlib.suppress(OSError):  # a read-only or full disk: it is hashed again the next time
+                if kept:
+                    write_json(kept, known)
         result.append([file.name, known[key]])
     return result
+
+
+def _known(kept: Path | None) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(kept.read_text()) if kept else {}
+    return {}
 
 
 def _cached(name: str) -> Path | None:
@@ -91,7 +113,7 @@ def missing(name: str, key: str) -> Problem:
     hint = (
         None
         if looks_like_path
-        else f"Fetch it: hf download {name}   (on a machine with internet; then copy the folder)"
+        else f"Fetch it: hf download {name}   (on a machine with internet; then copy HF_HOME)"
     )
     what = f"no such folder: {name}" if looks_like_path else f"weights are not on this machine: {name}"
     return Problem(what, key=key, hint=hint)

@@ -178,6 +178,16 @@ class TrainConfig(Section):
     """Trade compute for memory in the ViT, Q-Former and language model."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the device has it, else fp32; the trained weights are always fp32."""
+    vision_precision: Literal["auto", "fp32"] = "auto"
+    """fp32 keeps the ViT out of autocast, as LAVIS does in fine-tuning; auto: as the rest."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards over the ranks: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
+    offload: bool = False
+    """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
+    checkpoint_every_steps: NonNegativeInt = 0
+    """Optimiser steps between checkpoints, besides those after each epoch; 0: none."""
+    keep_checkpoints: PositiveInt = 2
+    """The last checkpoints that are kept, should the newest turn out damaged."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
     """lavis: lower case, without .!\"()*#:;~ ; none: as it is, white space collapsed."""
     max_words: PositiveInt = 50
@@ -197,6 +207,12 @@ class TrainConfig(Section):
             raise ValueError("stage1.epochs and stage2.epochs are both 0; nothing would be trained")
         if self.stage1.epochs and not (self.stage1.concept_loss_weight or self.stage1.caption_loss_weight):
             raise ValueError("stage1: both loss weights are 0; nothing would be trained")
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> "TrainConfig":
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3")
         return self
 
     @model_validator(mode="after")

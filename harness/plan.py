@@ -25,9 +25,13 @@ RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
 TINY_VERSION = 1
 STANDIN_VERSION = 1
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 PREDICT_VERSION = 1
 SCORE_VERSION = 2
+
+
+HOW = {"zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints"}
+"""Keys of `train` that say how training is done, and not what comes out."""
 
 
 class Reporter(Protocol):
@@ -77,7 +81,7 @@ class Plan:
             "data": [data.fingerprints["train"], data.fingerprints["valid"]],
             "checkpoints": [steps.get("tiny"), _identities(_model_checkpoints(config), self.root)],
             "model": config.model.model_dump(exclude={"tiny"} | self._unused),
-            "train": config.train.model_dump(),
+            "train": config.train.model_dump(exclude=HOW),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
             "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing],

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness import ranks
 from harness.captions import PREDICTIONS, write_captions
 from harness.config import PredictConfig
 from harness.models.loading import Loaded
-from harness.store import write
 
-PARTIAL = "partial.jsonl"
+PARTIALS = "partial-*.jsonl"
 
 
 @torch.inference_mode()
@@ -62,31 +62,39 @@ def predict_split(
     directory: Path,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write `predictions.csv` (ID, caption), going on after the images in `partial.jsonl`."""
-    partial = directory / PARTIAL
-    known = _read_partial(partial)
-    write(partial, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in known.items()))
-    waiting = [i for i, image in enumerate(ids) if image not in known]
-    with partial.open("a", encoding="utf-8") as file:
+    """Write `predictions.csv` (ID, caption), going on after what any rank left in its `partial-*.jsonl`.
+
+    Each rank captions its share of the images that are left; rank 0 writes.
+    """
+    known = ranks.agree(_read_partials(directory))
+    waiting = ranks.share([i for i, image in enumerate(ids) if image not in known])
+    with (directory / f"partial-{ranks.rank()}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n")  # ends a line that an interruption cut
+        done = len(known)
 
         def keep(part: Sequence[int], texts: Sequence[str]) -> None:
+            nonlocal done
             for i, text in zip(part, texts, strict=True):
-                known[ids[i]] = text
                 file.write(json.dumps([ids[i], text], ensure_ascii=False) + "\n")
             file.flush()
-            progress(len(known), len(ids))
+            done += len(part) * ranks.world_size()
+            progress(min(done, len(ids)), len(ids))
 
-        captions(loaded, pixels, waiting, config, keep)
-    write_captions(directory / PREDICTIONS, {image: known[image] for image in ids})
-    partial.unlink()
+        texts = captions(loaded, pixels, waiting, config, keep)
+    known |= ranks.gather([(ids[i], text) for i, text in zip(waiting, texts, strict=True)])
+    if ranks.rank() == 0:
+        write_captions(directory / PREDICTIONS, {image: known[image] for image in ids})
+        for partial in directory.glob(PARTIALS):
+            partial.unlink()
 
 
-def _read_partial(file: Path) -> dict[str, str]:
+def _read_partials(directory: Path) -> dict[str, str]:
     known = {}
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
-        try:
-            image, caption = json.loads(line)
-        except ValueError:  # the line that the interruption cut
-            continue
-        known[image] = caption
+    for file in sorted(directory.glob(PARTIALS)):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            try:
+                image, caption = json.loads(line)
+            except ValueError:  # the line that the interruption cut
+                continue
+            known[image] = caption
     return known

@@ -2,23 +2,29 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.device import rank, world_size
+from harness.device import Kind, rank, world_size
 
-__all__ = ["agree", "gather", "rank", "share", "start", "stop", "world_size"]
+__all__ = ["agree", "every", "gather", "rank", "share", "start", "stop", "total", "world_size"]
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Item = TypeVar("Item")
 
 
-def start() -> None:
-    """Join the other ranks of a torchrun launch, so that `agree` and `gather` work; talk goes over gloo."""
+def start(kind: Kind = "cpu") -> None:
+    """Join the other ranks of a launch; `agree` and `gather` talk over gloo whatever the kind of device."""
+    if world_size() == 1:
+        return
     import torch.distributed as distributed
 
-    if world_size() > 1 and not distributed.is_initialized():
+    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+    if not distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "29500")
-        distributed.init_process_group("gloo")
+        distributed.init_process_group(backends[kind])
 
 
 def stop() -> None:
@@ -46,15 +52,32 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
     return items[rank() :: world_size()]
 
 
+def every(value: Any) -> list[Any]:
+    """Each rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as distributed
+
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def gather(part: Sequence[Any]) -> list[Any]:
     """The parts of all ranks put together again, in the order before `share`, on every rank."""
     if world_size() == 1:
         return list(part)
-    import torch.distributed as distributed
-
-    parts: list[Any] = [None] * world_size()
-    distributed.all_gather_object(parts, list(part))
+    parts = every(list(part))
     whole: list[Any] = [None] * sum(map(len, parts))
     for number, items in enumerate(parts):
         whole[number :: world_size()] = items
     return whole
+
+
+def total(values: "Tensor") -> "Tensor":
+    """The sum of all ranks' values, elementwise."""
+    if world_size() > 1:
+        import torch.distributed as distributed
+
+        distributed.all_reduce(values)
+    return values

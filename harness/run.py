@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from harness import checkpoints, device, submission
+from harness import checkpoints, device, ranks, submission
 from harness.build import Builder
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
@@ -38,18 +38,34 @@ PACKAGES = (
 )
 
 
+def assist(plan: Plan, reporter: Reporter) -> None:
+    """What a rank other than 0 does of a run: its share of the steps that rank 0 finds to be built."""
+    builder = Builder(plan, reporter)
+    for name in plan.inputs:
+        if ranks.agree(None):
+            builder.build(name, plan.directory(name))
+
+
 def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
-    """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`."""
+    """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`.
+
+    When launched on several ranks, this is for rank 0; the others `assist`.
+    """
     record = _new_record(plan, command)
     folder = plan.root / plan.config.name / plan.config.run_name
     with _status(record, folder):
         builder = Builder(plan, reporter)
         for name in plan.inputs:
             record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
-            if not plan.done(name):
+            if plan.done(name):
+                ranks.agree(False)
+            else:
                 write_json(folder / "run.json", record)  # MLflow follows the losses from the first step on
                 begun = time.perf_counter()
-                step(plan.root, name.split("-")[0], plan.inputs[name], _making(builder, name, record))
+                making = _Making(builder, name, record)
+                step(plan.root, name.split("-")[0], plan.inputs[name], making)
+                if not making.called:  # another process has built it meanwhile
+                    ranks.agree(False)
                 record["seconds"][name] = round(time.perf_counter() - begun, 1)
             record["made"][name] = json.loads((plan.directory(name) / MADE).read_text())
             _keep(record, plan, name)
@@ -58,17 +74,20 @@ def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
     return record
 
 
-def _making(builder: Builder, name: str, record: dict[str, Any]) -> Callable[[Path], bool]:
-    """Builds a step and writes down by what: a later run that shares the step has another environment."""
+class _Making:
+    """Builds a step with all ranks and writes down by what: a run that shares it has another environment."""
 
-    def build(directory: Path) -> bool:
+    def __init__(self, builder: Builder, name: str, record: dict[str, Any]) -> None:
+        self.builder, self.name, self.record, self.called = builder, name, record, False
+
+    def __call__(self, directory: Path) -> bool:
+        self.called = ranks.agree(True)
         begun = time.perf_counter()
-        complete = builder.build(name, directory)
-        made = {key: record[key] for key in ("git", "environment", "command")}
+        complete = self.builder.build(self.name, directory)
+        made = {key: self.record[key] for key in ("git", "environment", "command")}
+        made["ranks"] = ranks.world_size()
         write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
         return complete
-
-    return build
 
 
 def _new_record(plan: Plan, command: str) -> dict[str, Any]:

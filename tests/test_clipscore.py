@@ -18,6 +18,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore
@@ -195,14 +196,18 @@ def test_both_scores_equal_clips_own_features_one_row_at_a_time(folder, pictures
             with_reference.append(2 * first * second / (first + second) if first + second else 0)
     found = clipscore.measure(inputs(folder, pictures))
     np.testing.assert_allclose(found.per_image, plain, atol=1e-6)
-    assert found.signature == f"clipscore|clef2024|{folder}|prefix:A photo depicts|w:2.5|pre:raw|fp32"
+    contents = checkpoints.digest(checkpoints.find(folder), None)
+    name = f"{folder}@{contents}"
+    assert found.signature == f"clipscore|clef2024|{name}|prefix:A photo depicts|w:2.5|pre:raw|fp32"
     both = clipscore.refclipscore(inputs(folder, pictures))
     np.testing.assert_allclose(both.per_image, with_reference, atol=1e-6)
     assert both.signature == f"ref{found.signature}"
     assert not both.official
     assert min(plain) > 0.01, "scores of 0 would hide what was multiplied"
     assert np.ptp(both.per_image) > 0.01
-    assert both.warnings == ["1 row longer than refclipscore takes, cut at 77 tokens (row 5)"]
+    assert [one.told(None) for one in both.warnings] == [
+        "1 row longer than refclipscore takes, cut at 77 tokens (row 5)"
+    ]
 
 
 def test_refclipscore_clips_both_cosines_and_never_divides_by_zero():
@@ -218,7 +223,7 @@ def test_both_metrics_and_two_texts_encode_each_image_and_text_once(folder, pict
     images, texts = clipscore.Clip._image_features, clipscore.Clip._text_features
     monkeypatch.setattr(clipscore.Clip, "_image_features", lambda c, p: seen.extend(p) or images(c, p))
     monkeypatch.setattr(clipscore.Clip, "_text_features", lambda c, t: seen.extend(t) or texts(c, t))
-    clipscore.load.cache_clear()
+    clipscore._load.cache_clear()
     rows = [*pictures, *pictures]
     twice = replace(inputs(folder, rows), predictions=PREDICTIONS * 2, references=REFERENCES * 2)
     clipscore.measure(twice)
@@ -242,6 +247,7 @@ def test_bf16_is_close_and_named(folder, pictures):
 OTHER_PROCESS = """
 import json, sys
 from pathlib import Path
+from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.metrics import clipscore
 from harness.metrics.base import Inputs
@@ -272,7 +278,7 @@ def in_another_process(folder: Path, cache: Path, caption: str, images: list[Pat
 
 def test_image_features_are_shared_with_a_second_process(folder, pictures, tmp_path):
     cache = tmp_path / "cache"
-    clipscore.load.cache_clear()
+    clipscore._load.cache_clear()
     clipscore.measure(inputs(folder, pictures, cache))
     expected = clipscore.measure(replace(inputs(folder, pictures), predictions=["a nodule"] * 5)).per_image
     Image.new("RGB", (60, 60), "gray").save(pictures[2])  # another image in an old place
@@ -284,14 +290,14 @@ def test_image_features_are_shared_with_a_second_process(folder, pictures, tmp_p
 
 def test_damage_on_disk_makes_it_slower_and_not_different(folder, pictures, tmp_path):
     cache = tmp_path / "cache"
-    clipscore.load.cache_clear()
+    clipscore._load.cache_clear()
     expected = clipscore.measure(inputs(folder, pictures, cache)).per_image
     (file,) = cache.glob("images-*.sqlite")
     with sqlite3.connect(file) as database:
         assert database.execute("SELECT count(*) FROM kept").fetchone() == (5,)
     file.write_bytes(b"no database " * 100)
     (cache / "scores.sqlite").unlink()
-    clipscore.load.cache_clear()
+    clipscore._load.cache_clear()
     found = clipscore.measure(inputs(folder, pictures, cache)).per_image
     np.testing.assert_array_equal(found, expected)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -14,7 +15,7 @@ import pytest
 from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.metrics import alignscore, medcat
-from harness.metrics.base import Absent, Inputs, some_rows
+from harness.metrics.base import Absent, Flagged, Inputs
 
 REFERENCES = [
     "Axial CT of the chest. There is a nodule in the left lung. No effusion was seen.",
@@ -204,10 +205,10 @@ def test_alignscore_equals_the_published_inference_one_pair_at_a_time(align, tmp
     np.testing.assert_allclose(found.per_image, expected, atol=2e-6)
     assert np.ptp(found.per_image) > 0.1, "a model that says the same of everything tests nothing"
     assert len(long.split()) > 2 * 350, "so that its context has several chunks"
-    assert found.signature.startswith("alignscore|clef2025|AlignScore-base|nli_sp|pre:raw|fp32|nltk:")
+    assert found.signature.startswith("alignscore|clef2025|AlignScore-base@")
     assert found.official
     assert 0 < len(cut) < len(references)
-    assert found.warnings == some_rows(cut, "longer than alignscore takes, cut at 96 tokens")
+    assert found.warnings == [Flagged(list(cut), "longer than alignscore takes, cut at 96 tokens")]
 
 
 def test_empty_captions_of_alignscore(align):
@@ -229,7 +230,7 @@ def test_alignscore_of_a_standin_or_in_bf16_is_not_official(align):
         marked = alignscore.measure(inputs({"alignscore": {"checkpoint": align}}))
     finally:
         mark.unlink()
-    assert marked.signature.startswith("alignscore|clef2025|STAND-IN align-1234|")
+    assert marked.signature.startswith("alignscore|clef2025|STAND-IN align-1234@")
     assert not marked.official
 
 
@@ -355,7 +356,9 @@ def test_medcat_is_the_f1_of_distinct_concepts_in_a_second_python(pack, second_p
     predictions, references, expected = zip(*pairs, strict=True)
     found = medcat.measure(with_medcat(pack, second_python, predictions, references, cache=tmp_path))
     assert found.per_image == pytest.approx(expected, abs=1e-12)
-    assert found.signature == f"medcat|clef2025|{medcat.OFFICIAL}|pre:raw|medcat:1.16.12"
+    assert re.fullmatch(
+        rf"medcat\|clef2025\|{medcat.OFFICIAL}@[0-9a-f]{{8}}\|pre:raw\|medcat:1.16.12", found.signature
+    )
     assert found.official
 
 

@@ -142,7 +142,7 @@ def test_scores_of_standins_are_marked(data, folders):
     scores, _ = metrics.score(captions[:8], captions[:8], images[:8], config, 2023)
     for name, folder in folders.items():
         mark = json.loads((folder / checkpoints.STANDIN_FILE).read_text())["name"]
-        assert scores[name].signature.startswith(f"{name}|clef2023|STAND-IN {mark}|")
+        assert scores[name].signature.startswith(f"{name}|clef2023|STAND-IN {mark}@")
         assert not scores[name].official
 
 

@@ -52,10 +52,16 @@ def splits(loaded):
 
 def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
     directory.mkdir(exist_ok=True)
-    loaded = load_tiny(folder, dropout=dropout, **model)
-    evaluate = evaluate or (lambda: {"valid_primary": 0.0})
-    data = splits(loaded)
-    train.Training(settings, AugmentConfig(), loaded, data, "cpu", 42, directory, log, evaluate).run()
+
+    def load():
+        return load_tiny(folder, dropout=dropout, **model)
+
+    scores = evaluate or (lambda: {"valid_primary": 0.0})
+    data = splits(load())
+    training = train.Training(
+        settings, AugmentConfig(), load, data, "cpu", 42, directory, log, lambda loaded: scores()
+    )
+    loaded = training.run()
     return loaded, [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
 
 

@@ -48,6 +48,19 @@ def main() -> None:
     """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
     2 usage, config or data, 3 invalid submission, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    code = 0
+    try:
+        _run_command()
+    except SystemExit as end:
+        code = end.code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own end aborts now and then after ZeRO-3
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run_command() -> None:
     interrupted = "interrupted; the same command goes on where this one stopped"
     try:
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
@@ -73,6 +86,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
+    if int(os.environ.get("RANK", "0")):  # rank 0 says it
+        sys.exit(code)
     print(text, file=sys.stderr)
     if problems and code == 2:
         noun = "problem" if problems == 1 else "problems"
@@ -97,6 +112,12 @@ def run(
     experiment: Experiment,
     sets: Sets = None,
     device: DeviceOption = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Devices (or processes, on CPUs) of this machine to train on.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hosts to train on, a line `name slots=8` each, as for deepspeed.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the runs and which steps are done; start nothing.")
     ] = False,
@@ -106,17 +127,36 @@ def run(
 
     The same command after an interruption goes on where it stopped; steps that are done are not repeated.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("one process trains on one device so far; start it without torchrun or srun -n")
+    from harness import launch
+
+    launch.adopt_slurm(os.environ)
     configs = _configs(experiment, sets, device)
     if dry_run:
         _print_plans(configs, output)
         return
+    if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
+        sys.exit(_launched(nproc, hostfile))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from harness import device as devices
+    _run_all(configs, output)
 
-    for wanted in {config.device for config in configs}:
-        devices.probe(wanted)
+
+def _launched(nproc: int | None, hostfile: Path | None) -> int:
+    from harness import launch
+
+    arguments = sys.argv[1:]
+    return launch.on_hosts(arguments, hostfile, nproc) if hostfile else launch.here(arguments, nproc or 1)
+
+
+def _run_all(configs: list[Any], output: Format) -> None:
+    """The runs of an experiment, in this process or as one of several ranks; rank 0 writes and prints."""
+    from harness import device as devices
+    from harness import ranks
+
+    kinds = {devices.probe(config.device).kind for config in configs}
+    ranks.start(kinds.pop())
+    if ranks.rank():
+        _assist(configs)
+        return
     from harness import report as reports
     from harness import run as runs
     from harness import tracking
@@ -124,6 +164,7 @@ def run(
 
     terminal = Terminal()
     plans = prepare(configs, terminal)
+    ranks.agree(None)  # the others may look at the data now, which is drawn and checked
     follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
     try:
@@ -139,6 +180,16 @@ def run(
         if late:
             terminal.say(late)
     _print_records(records, output)
+
+
+def _assist(configs: list[Any]) -> None:
+    from harness import ranks, run
+    from harness.plan import prepare
+
+    silent = Terminal(silent=True)
+    ranks.agree(None)
+    for plan in prepare(configs, silent):
+        run.assist(plan, silent)
 
 
 def _print_plans(configs: list[Any], output: Format) -> None:

@@ -52,16 +52,20 @@ DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Overr
 
 
 class Terminal:
-    """Says what a run does: lines and bars on stderr, no bars where that is no terminal."""
+    """Says what a run does: lines and bars on stderr, no bars where that is no terminal; or says nothing."""
+
+    def __init__(self, silent: bool = False):
+        self.silent = silent
 
     def say(self, text: str) -> None:
         """Print one line."""
-        print(text, file=sys.stderr, flush=True)
+        if not self.silent:
+            print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
         """A bar with an ETA that appears at the first `advance(done, total, note)`."""
-        if not sys.stderr.isatty():
+        if self.silent or not sys.stderr.isatty():
             yield lambda done, total, note="": None
             return
         from rich.console import Console

@@ -26,7 +26,7 @@ from harness.metrics import (
     similarity,
     text,
 )
-from harness.metrics.base import Absent, Inputs, Measured, Metric, sign, some_rows
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, sign
 from harness.metrics.baseline import constant_baseline
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
@@ -65,6 +65,7 @@ METRICS: dict[str, Metric] = {
 }
 READINGS: dict[str, Metric] = {"cider_ptb": Metric(lexical.cider_ptb)}
 """Reported beside the metric before the `_`, where it is not established which of the two is official."""
+UNDECIDED = {reading.partition("_")[0] for reading in READINGS}
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,15 @@ def score(
     edition: int,
     device: str = "cpu",
     cache: Path | None = None,
+    ids: Sequence[str] | None = None,
 ) -> tuple[dict[str, Score], list[str]]:
     """Score captions row by row by the metrics of the config; returns the scores and what to know about them.
 
     `images` are the files of the rows, `device` a torch device, `cache` a folder for embeddings that later
-    calls may share. The Java and counting metrics run in a thread beside the neural ones. When launched on
-    several ranks, which all have to call this, they share the neural work and rank 0 gets the result. Raises
-    `UserError` when the rows do not match; a metric that cannot be computed is absent with its reason.
+    calls may share; `ids` name rows in what is to be known. The Java and counting metrics run in a thread
+    beside the neural ones. When launched on several ranks, which all have to call this, they share the neural
+    work and rank 0 gets the result. Raises `UserError` when the rows do not match; a metric that cannot be
+    computed is absent with its reason.
     """
     _check_rows(predictions, references, images)
     config = config.for_edition(edition)
@@ -118,11 +121,11 @@ def score(
     if ranks.rank():
         return {}, []
     found |= _aggregates(found, edition)
-    scores = _with_intervals(found, len(inputs.references), config.bootstrap)
-    warnings = _empty_rows(inputs)
+    scores = _with_intervals(found, len(inputs.references), config.bootstrap, edition)
+    flagged = _empty_rows(inputs, [name for name in ("bertscore", "rouge1") if name in found])
     for result in found.values():
-        warnings += result.measured.warnings if result.measured else []
-    return scores, list(dict.fromkeys(warnings))
+        flagged += result.measured.warnings if result.measured else []
+    return scores, list(dict.fromkeys(one.told(ids) for one in flagged))
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class _Found:
 
 def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]:
     """Each metric by name; those without a neural model in a thread beside the others, on rank 0 only."""
+    _same_weights(inputs.config, inputs.edition)
     # METEOR's JVM takes seconds to start, so it goes first
     first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
     beside = ThreadPoolExecutor(1)
@@ -151,13 +155,33 @@ def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]
     return {name: done[name] for name in metrics if name in done}
 
 
+def _same_weights(config: ScoreConfig, edition: int) -> None:
+    """Ranks that lack other weights would wait for each other without end."""
+    lacking = (
+        ranks.every([str(problem) for problem in problems(config, edition)]) if ranks.world_size() > 1 else []
+    )
+    if any(one != lacking[0] for one in lacking):
+        what = "; ".join(
+            f"rank {number}: {', '.join(one) or 'all there'}" for number, one in enumerate(lacking)
+        )
+        raise UserError([Problem(f"not all ranks have the same weights: {what}")], None, 1)
+
+
 def _timed(metric: Metric, inputs: Inputs) -> _Found:
     started = time.perf_counter()
     try:
-        measured = metric.measure(inputs)
+        measured = _finite(metric.measure(inputs))
     except Absent as absence:
         return _Found(None, time.perf_counter() - started, str(absence))
     return _Found(measured, time.perf_counter() - started)
+
+
+def _finite(measured: Measured) -> Measured:
+    arrays = [measured.per_image, *([] if measured.statistics is None else [measured.statistics])]
+    rows = sorted({int(row) for array in arrays for row in np.argwhere(~np.isfinite(array))[:, 0]})
+    if rows:
+        raise Absent(f"gave no finite number for {len(rows)} captions, the first in row {rows[0] + 1}")
+    return measured
 
 
 def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
@@ -208,26 +232,50 @@ def score_concepts(
             "f1_secondary", edition, f"{len(concepts.SECONDARY)} concepts, manual", "like:sklearn"
         )
         found["f1_secondary"] = _Found(Measured(per_image, signature), 0.0)
-    return _with_intervals(found, len(references), bootstrap)
+    return _with_intervals(found, len(references), bootstrap, None)
 
 
-def _with_intervals(found: Mapping[str, _Found], n: int, resamples: int) -> dict[str, Score]:
+def _with_intervals(
+    found: Mapping[str, _Found], n: int, resamples: int, edition: int | None
+) -> dict[str, Score]:
+    """The scores; `edition` says which of them are official at all, None leaves that to the metric."""
     measured = {name: result.measured for name, result in found.items() if result.measured}
     intervals = {}
-    if resamples and measured:
+    if resamples and measured and n > 1:
         arrays = {n: m.per_image if m.statistics is None else m.statistics for n, m in measured.items()}
         resampled = bootstrap.resample(arrays, {n: aggregate(n) for n in arrays}, resamples)
         intervals = {name: bootstrap.interval(scores) for name, scores in resampled.items()}
     return {
-        name: _score(name, result.measured, *intervals.get(name, (None, None)), n, result.seconds)
+        name: _score(
+            name,
+            result.measured,
+            *intervals.get(name, (None, None)),
+            n,
+            result.seconds,
+            result.measured.official and _is_official(name, edition),
+        )
         if result.measured
         else Score(name, None, None, None, n, "", False, result.seconds, result.reason)
         for name, result in found.items()
     }
 
 
+def _is_official(name: str, edition: int | None) -> bool:
+    """Whether the organisers of an edition are known to score by a metric of that name and definition."""
+    if edition is None:
+        return True
+    year = EDITIONS[edition]
+    return year.primary is not None and name in {*year.metrics, *year.aggregates} - UNDECIDED
+
+
 def _score(
-    name: str, measured: Measured, low: float | None, high: float | None, n: int, seconds: float
+    name: str,
+    measured: Measured,
+    low: float | None,
+    high: float | None,
+    n: int,
+    seconds: float,
+    official: bool,
 ) -> Score:
     return Score(
         name,
@@ -236,7 +284,7 @@ def _score(
         high,
         n,
         measured.signature,
-        measured.official,
+        official,
         seconds,
         per_image=measured.per_image,
         statistics=measured.statistics,
@@ -296,10 +344,15 @@ def _check_rows(predictions: Sequence[str], references: Sequence[str], images: S
         raise UserError([Problem(f"got {got}; scoring wants the same number of each, at least one")])
 
 
-def _empty_rows(inputs: Inputs) -> list[str]:
+def _empty_rows(inputs: Inputs, metrics: Sequence[str]) -> list[Flagged]:
+    """Rows that the organisers' code has no answer for, and what `metrics` of them are."""
     empty = [tuple(map(text.is_empty, pair)) for pair in inputs.clean_pairs]
     both = [row for row, sides in enumerate(empty) if all(sides)]
     one = [row for row, sides in enumerate(empty) if any(sides) and not all(sides)]
-    return some_rows(
-        both, "with prediction and reference empty after pre-processing: bertscore and rouge1 are 1"
-    ) + some_rows(one, "with one caption empty after pre-processing: bertscore and rouge1 are 0")
+    kinds = ((both, "prediction and reference", 1), (one, "one caption", 0))
+    named = f"{' and '.join(metrics)} {'are' if len(metrics) > 1 else 'is'}"
+    return [
+        Flagged(rows, f"with {what} empty after pre-processing: {named} {value}")
+        for rows, what, value in kinds
+        if rows and metrics
+    ]

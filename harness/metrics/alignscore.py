@@ -24,6 +24,7 @@ from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import identities
+from harness.store import fingerprint
 
 OFFICIAL = "AlignScore-base.ckpt"
 """The organisers ask for roberta-large, but load this file, and Lightning builds the model that it names."""
@@ -71,6 +72,7 @@ def measure(inputs: Inputs) -> Measured:
     if wrong := problems(inputs.config.alignscore):
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
     name, standin = _name(file)
+    name += f"@{fingerprint(checkpoints.hashes([file], inputs.cache))[:8]}"
     splits = f"nltk:{metadata.version('nltk')}"
     signature = sign("alignscore", inputs.edition, name, "nli_sp", "pre:raw", precision, splits)
 
@@ -94,9 +96,14 @@ def _name(file: Path) -> tuple[str, bool]:
     return file.stem, False
 
 
-@functools.lru_cache(maxsize=1)
 def load(file: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The AlignScore of a checkpoint file; the last one used stays in memory."""
+    return _load(file, device, precision, fingerprint(identities([file])))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(file: Path, device: str, precision: str, stamp: str) -> "Scorer":
+    """`stamp` is of the file's state: weights that were replaced are read again."""
     return Scorer(file, device, precision)
 
 

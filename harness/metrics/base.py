@@ -4,17 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from harness import ranks
-from harness.checkpoints import Checkpoint
+from harness.checkpoints import Checkpoint, digest
 from harness.config import ScoreConfig
 from harness.metrics import text
-from harness.metrics.cache import Row, Table
+from harness.metrics.cache import Row, Table, made_by
 
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
@@ -71,22 +70,39 @@ class Inputs:
         return table.numbers()
 
     def scored_by_all(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
-        """As `scored`, but when launched on several ranks each computes its share; rank 0 gets the numbers.
+        """As `scored`, but when launched on several ranks each computes its share, and all get the numbers.
 
-        The weights named in `what` are read on this kind of device, by these versions. Raises `Absent` on the
-        other ranks.
+        What stops one rank stops all: `Absent` with its reason.
         """
-        versions = [metadata.version(package) for package in ("torch", "transformers")]
-        table = self._table([what, self.device.partition(":")[0], versions], rows)
+        table = self._table([what, made_by(self.device)], rows)
         new = ranks.agree(table.new)
-        if new:
-            mine = ranks.share(new)
-            made = ranks.gather(list(compute(mine)) if mine else [])
+        made = self._shared(new, compute) if new else []
         if ranks.rank():
-            raise Absent("rank 0 has it")
+            return ranks.agree(None)
         if new:
             table.add(made)
-        return table.numbers()
+        return ranks.agree(table.numbers())
+
+    def _shared(self, new: list[Row], compute: Compute) -> list[Any]:
+        """What all ranks make of the rows. No rank may leave while others wait for what it makes."""
+        mine, made, failure = ranks.share(new), [], None
+        try:
+            made = list(compute(list(mine))) if mine else []
+        except Exception as error:
+            failure = error
+        failures = [text for text in ranks.every(None if failure is None else str(failure)) if text]
+        if isinstance(failure, Exception) and not isinstance(failure, Absent):
+            raise failure
+        if failures:
+            raise Absent(failures[0])
+        return ranks.gather(made)
+
+    def name_of(self, checkpoint: Checkpoint) -> str:
+        """The checkpoint as signatures name it: a local folder by its contents too, a stand-in as one."""
+        name = checkpoint.name
+        if checkpoint.local:
+            name += f"@{digest(checkpoint, self.cache)}"
+        return f"STAND-IN {name}" if checkpoint.standin else name
 
     def _table(self, what: Any, rows: Sequence[Row]) -> Table:
         return Table(None if ranks.rank() else self.cache, what, rows)
@@ -105,7 +121,7 @@ class Measured:
     official: bool = True
     value: float | None = None
     statistics: np.ndarray | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list["Flagged"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,17 +142,25 @@ def sign(metric: str, edition: int, *parts: Any) -> str:
     return "|".join([metric, f"clef{edition}", *map(str, parts)])
 
 
-def some_rows(rows: Sequence[int], what: str) -> list[str]:
-    """A warning that counts rows and names the first few, or none."""
-    if not len(rows):
-        return []
-    named = ", ".join(str(row + 1) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
-    return [f"{len(rows)} row{'s' if len(rows) > 1 else ''} {what} (row {named})"]
+class Flagged(NamedTuple):
+    """Rows of which there is something to know."""
+
+    rows: Sequence[int]
+    what: str
+
+    def told(self, ids: Sequence[str] | None) -> str:
+        """A warning that counts the rows and names the first few, by id where there are ids."""
+        named = [ids[row] if ids else f"row {row + 1}" for row in self.rows[:5]]
+        more = ", ..." if len(self.rows) > 5 else ""
+        return (
+            f"{len(self.rows)} row{'s' if len(self.rows) > 1 else ''} {self.what} ({', '.join(named)}{more})"
+        )
 
 
-def cut_rows(metric: str, cut: np.ndarray) -> list[str]:
-    """A warning that names the texts that were too long; `cut` (n,) says to how many tokens, 0 where not."""
-    return some_rows(np.flatnonzero(cut), f"longer than {metric} takes, cut at {cut.max():.0f} tokens")
+def cut_rows(metric: str, cut: np.ndarray) -> list[Flagged]:
+    """The texts that were too long, if any; `cut` (n,) says to how many tokens, 0 where not."""
+    rows = np.flatnonzero(cut).tolist()
+    return [Flagged(rows, f"longer than {metric} takes, cut at {cut.max():.0f} tokens")] if rows else []
 
 
 def by_length(
@@ -182,8 +206,3 @@ def dtype(precision: str) -> Any:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def model_name(checkpoint: Checkpoint) -> str:
-    """The checkpoint as signatures name it, so that a stand-in can never be taken for the official one."""
-    return f"STAND-IN {checkpoint.name}" if checkpoint.standin else checkpoint.name

@@ -21,7 +21,7 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import cache, text
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, model_name, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
 from harness.metrics.cache import Embedded, Row, TextCache
 from harness.store import fingerprint
 
@@ -75,7 +75,7 @@ def measure(inputs: Inputs) -> Measured:
     signature = sign(
         "bertscore",
         inputs.edition,
-        model_name(checkpoint),
+        inputs.name_of(checkpoint),
         f"layer:{layer}",
         f"idf:{'yes' if idf else 'no'}",
         "rescale:no",
@@ -85,7 +85,8 @@ def measure(inputs: Inputs) -> Measured:
 
     def compute(pairs: list[Row]) -> np.ndarray:
         store = embeddings(checkpoint.folder, layer, inputs.device, precision)
-        store.disk = TextCache(inputs.cache, checkpoint.folder, layer, precision) if inputs.cache else None
+        how = (layer, precision, cache.made_by(inputs.device))
+        store.disk = TextCache(inputs.cache, checkpoint.folder, *how) if inputs.cache else None
         weigh = store.idf(inputs.clean_references) if idf else store.uniform
         scores = f1(*zip(*pairs, strict=True), store, weigh)
         return np.column_stack([scores, [store.limit * any(map(store.is_cut, pair)) for pair in pairs]])
@@ -95,7 +96,8 @@ def measure(inputs: Inputs) -> Measured:
     return Measured(
         per_image,
         signature,
-        official=not checkpoint.standin and (checkpoint.name, layer, precision) == (*OFFICIAL, "fp32"),
+        official=not (checkpoint.standin or checkpoint.local)
+        and (checkpoint.name, layer, precision) == (*OFFICIAL, "fp32"),
         warnings=cut_rows("bertscore", cut),
     )
 
@@ -137,9 +139,14 @@ def _mean(best: Any, weight: Any) -> float:
     return float(best @ weight) / total if total else 0.0
 
 
-@functools.lru_cache(maxsize=1)
 def embeddings(folder: Path, layer: int, device: str, precision: str = "fp32") -> "Embeddings":
     """The embeddings of this process for one encoder; the last encoder used stays in memory."""
+    return _embeddings(folder, layer, device, precision, fingerprint(cache.state(folder)))
+
+
+@functools.lru_cache(maxsize=1)
+def _embeddings(folder: Path, layer: int, device: str, precision: str, stamp: str) -> "Embeddings":
+    """`stamp` is of the folder's state: weights that were replaced are read again."""
     return Embeddings(folder, layer, device, precision)
 
 

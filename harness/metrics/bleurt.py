@@ -8,8 +8,9 @@ import numpy as np
 
 from harness import checkpoints
 from harness.editions import EDITIONS
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, model_name, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
 from harness.metrics.cache import Row, state
+from harness.store import fingerprint
 
 BATCH_TOKENS = 2048
 
@@ -25,7 +26,7 @@ def measure(inputs: Inputs) -> Measured:
     if found is None:
         raise Absent(f"weights are not on this machine: {name}")
     signature = sign(
-        "bleurt", inputs.edition, model_name(found), "pre:official", precision, "bleurt-pytorch:0.0.1"
+        "bleurt", inputs.edition, inputs.name_of(found), "pre:official", precision, "bleurt-pytorch:0.0.1"
     )
 
     def compute(pairs: list[Row]) -> np.ndarray:
@@ -36,14 +37,21 @@ def measure(inputs: Inputs) -> Measured:
     return Measured(
         per_image,
         signature,
-        official=not found.standin and precision == "fp32" and found.name == EDITIONS[inputs.edition].bleurt,
+        official=not (found.standin or found.local)
+        and precision == "fp32"
+        and found.name == EDITIONS[inputs.edition].bleurt,
         warnings=cut_rows("bleurt", cut),
     )
 
 
-@functools.lru_cache(maxsize=1)
 def load(folder: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The BLEURT in a folder; the last one used stays in memory."""
+    return _load(folder, device, precision, fingerprint(state(folder)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, device: str, precision: str, stamp: str) -> "Scorer":
+    """`stamp` is of the folder's state: weights that were replaced are read again."""
     return Scorer(folder, device, precision)
 
 

@@ -6,6 +6,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from harness.store import fingerprint
 
 EMBEDDING_BYTES = 4_000_000_000
 SCORE_BYTES = 500_000_000
+VERSION = 1
+"""Raise it when a metric's code gives other numbers for the same signature: what is kept is made anew."""
 _ASKED = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS kept (key BLOB UNIQUE, value BLOB)"
 _UNUSABLE = (sqlite3.DatabaseError, OSError)
@@ -77,7 +80,14 @@ def state(folder: Path) -> list[Any]:
     """What tells a folder of weights from another without reading them: place, names, sizes and dates."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     stats = [(file.name, file.stat()) for file in files]
-    return [str(folder.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+    dates = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
+    return [str(folder.resolve()), dates]
+
+
+def made_by(device: str) -> list[str]:
+    """What else moves numbers of neural models: the kind of device, and the versions that compute on it."""
+    packages = ("torch", "transformers", "tokenizers", "pillow", "ftfy")
+    return [device.partition(":")[0], *(f"{name}:{metadata.version(name)}" for name in packages)]
 
 
 def key(*parts: str) -> bytes:
@@ -102,7 +112,7 @@ class TextCache:
     """Embedded texts of one encoder on disk, so that references shared by many runs are embedded once."""
 
     def __init__(self, folder: Path, encoder: Path, *how: Any):
-        name = f"embeddings-{fingerprint([state(encoder), *how])}.sqlite"
+        name = f"embeddings-{fingerprint([VERSION, state(encoder), *how])}.sqlite"
         self.blobs = Blobs(folder / name, EMBEDDING_BYTES)
 
     def get(self, texts: Sequence[str]) -> dict[str, Embedded]:
@@ -135,7 +145,7 @@ class Table:
     """
 
     def __init__(self, folder: Path | None, what: Any, rows: Sequence[Row]):
-        name = fingerprint(what)
+        name = fingerprint([VERSION, what])
         self._rows = rows
         self._keys = {row: key(name, *row) for row in dict.fromkeys(rows)}
         self._blobs = Blobs(folder / "scores.sqlite", SCORE_BYTES) if folder else None
@@ -148,7 +158,8 @@ class Table:
         """Keep what was made of `new`, (m, k)."""
         self._known |= zip(self.new, (np.asarray(numbers, float) for numbers in made), strict=True)
         if self._blobs:
-            self._blobs.put({self._keys[row]: self._known[row].tobytes() for row in self.new})
+            sound = [row for row in self.new if np.isfinite(self._known[row]).all()]
+            self._blobs.put({self._keys[row]: self._known[row].tobytes() for row in sound})
 
     def numbers(self) -> np.ndarray:
         """The numbers (n, k) of all rows, in their order."""

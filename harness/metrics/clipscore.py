@@ -13,9 +13,10 @@ from PIL import Image
 from harness import checkpoints
 from harness.data.images import DAMAGE, decode
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, model_name, sign
+from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, sign
 from harness.metrics.cache import Row, state
 from harness.metrics.images import Features, identities
+from harness.store import fingerprint
 
 OFFICIAL = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
@@ -67,7 +68,7 @@ def _measure(
     signature = sign(
         name,
         inputs.edition,
-        model_name(found),
+        inputs.name_of(found),
         f"prefix:{PREFIX.strip()}",
         f"w:{WEIGHT}",
         "pre:raw",
@@ -88,7 +89,7 @@ def _measure(
     return Measured(
         per_image,
         signature,
-        official=not found.standin and precision == "fp32" and found.name == OFFICIAL,
+        official=not (found.standin or found.local) and precision == "fp32" and found.name == OFFICIAL,
         warnings=cut_rows(name, cut),
     )
 
@@ -127,9 +128,14 @@ def _square(path: Path, size: int) -> Image.Image:
         return image.crop((left, top, left + size, top + size)).convert("RGB")
 
 
-@functools.lru_cache(maxsize=1)
 def load(folder: Path, device: str, precision: str = "fp32") -> "Clip":
     """The CLIP in a folder; the last one used stays in memory, and with it the features of images."""
+    return _load(folder, device, precision, fingerprint(state(folder)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, device: str, precision: str, stamp: str) -> "Clip":
+    """`stamp` is of the folder's state: weights that were replaced are read again."""
     return Clip(folder, device, precision)
 
 

@@ -1,14 +1,13 @@
 """Features of image files for the metrics that look at images: each file is encoded once."""
 
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.errors import Problem, UserError
-from harness.metrics.cache import Blobs, Row, key
+from harness.metrics.cache import VERSION, Blobs, Row, key, made_by
 from harness.store import fingerprint
 
 FEATURE_BYTES = 500_000_000
@@ -26,7 +25,10 @@ def identities(paths: Sequence[Path]) -> list[Row]:
     if missing:
         raise UserError([Problem("no such image", path) for path in missing])
     found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
-    return [(str(place), str(status.st_size), str(status.st_mtime_ns)) for place, status in found]
+    return [
+        (str(place), str(status.st_size), f"{status.st_mtime_ns}:{status.st_ctime_ns}")
+        for place, status in found
+    ]
 
 
 class Features:
@@ -45,8 +47,7 @@ class Features:
 
         `what` is all that determines them beside the image, the kind of device and the versions.
         """
-        versions = [metadata.version(package) for package in ("torch", "transformers", "pillow")]
-        name = f"images-{fingerprint([what, device.partition(':')[0], versions])}.sqlite"
+        name = f"images-{fingerprint([VERSION, what, made_by(device)])}.sqlite"
         self._disk = Blobs(folder / name, FEATURE_BYTES) if folder else None
 
     def of(self, images: Sequence[Row]) -> np.ndarray:

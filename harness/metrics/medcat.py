@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from harness.checkpoints import hashes
 from harness.config import MedCatConfig
 from harness.errors import Problem
 from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, sign
 from harness.metrics.cache import Row, state
 from harness.metrics.images import identities
+from harness.store import fingerprint
 
 OFFICIAL = "umls_self_train_model_pt2ch_3760d588371755d0"
 """The UMLS full model of the organisers' README; its licence is a personal one of UTS."""
@@ -61,7 +63,9 @@ def measure(inputs: Inputs) -> Measured:
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
     python = _python(config)
     name = config.model_pack.stem
-    signature = sign("medcat", inputs.edition, name, "pre:raw", f"medcat:{_version(python)}")
+    packed = config.model_pack if config.model_pack.is_file() else config.model_pack / "cdb.dat"
+    contents = fingerprint(hashes([packed], inputs.cache))[:8]
+    signature = sign("medcat", inputs.edition, f"{name}@{contents}", "pre:raw", f"medcat:{_version(python)}")
 
     pack = identities([config.model_pack]) if config.model_pack.is_file() else state(config.model_pack)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness.checkpoints import STANDIN_FILE
+from harness.checkpoints import STANDIN_FILE, hashes
 from harness.config import SimilarityConfig
 from harness.data.images import DAMAGE, decode
 from harness.errors import Problem, UserError
@@ -26,6 +26,7 @@ from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, cut_rows, sign
 from harness.metrics.cache import Row, state
 from harness.metrics.images import Features, identities
+from harness.store import fingerprint
 
 KEY = "score.similarity.folder"
 WEIGHT = 2.5
@@ -80,6 +81,7 @@ def measure(inputs: Inputs) -> Measured:
     if inputs.images is None:
         raise Absent("needs images")
     name, standin = _name(folder)
+    name += f"@{fingerprint(hashes([folder / WEIGHTS], inputs.cache))[:8]}"
     signature = sign("similarity", inputs.edition, name, f"w:{WEIGHT}", "pre:raw", "fp32")
     states = [state(folder / part) for part in (f"{MODEL}/vision_model", MODEL, "")]
 
@@ -101,9 +103,14 @@ def _name(folder: Path) -> tuple[str, bool]:
     return f"MedImageInsight-{MODEL}", False
 
 
-@functools.lru_cache(maxsize=1)
 def load(folder: Path, device: str) -> "Model":
     """The MedImageInsight in a folder; the last one used stays in memory, and with it features of images."""
+    return _load(folder, device, fingerprint(identities([folder / WEIGHTS])))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, device: str, stamp: str) -> "Model":
+    """`stamp` is of the weights' state: weights that were replaced are read again."""
     return Model(folder, device)
 
 

@@ -7,7 +7,7 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,11 @@ IGNORE = -100
 QueryStates = list[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Sums over tokens, so that any split of a batch adds up to the same loss.
 
     A sum divided by the number of predicted tokens is the mean loss in nats; None where none was asked for.
+    A tuple, since ZeRO-3 looks into tuples and no further for what the backward pass starts from.
     """
 
     caption: Tensor | None
@@ -69,6 +69,7 @@ class Captioner(Blip2PreTrainedModel):
                 f"language_model.{key}" for key in self.language_model._tied_weights_keys or ()
             ]
         self.autocast_dtype: torch.dtype | None = None
+        self.vision_in_fp32 = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,7 +94,9 @@ class Captioner(Blip2PreTrainedModel):
     def see(self, pixels: Tensor) -> tuple[Tensor, QueryStates]:
         """Run ViT and queries: pixels (B, 3, S, S), normalised -> query outputs (B, Q, D) and, per Q-Former
         layer, the queries' keys and values (B, heads, Q, D / heads) that text attends to."""
-        image = self.vision_model(pixel_values=pixels).last_hidden_state
+        mixed = torch.is_autocast_enabled(pixels.device.type) and not self.vision_in_fp32
+        with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=mixed):
+            image = self.vision_model(pixel_values=pixels).last_hidden_state
         hidden = self.qformer.layernorm(self.query_tokens.expand(len(pixels), -1, -1))
         hidden = self.qformer.dropout(hidden)
         states = []

@@ -1,0 +1,126 @@
+"""DeepSpeed: the engine of a stage, for any device, ZeRO stage and number of ranks.
+
+The only room that imports deepspeed.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import device as devices
+from harness import ranks
+from harness.config import TrainConfig
+from harness.models.blip2 import Captioner
+from harness.store import write_json
+
+
+def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
+    """Put a model on its device, the frozen language model in the precision that it computes in."""
+    model.autocast_dtype = precision(config, kind)
+    model.vision_in_fp32 = config.vision_precision == "fp32"
+    if model.language_model is not None and model.autocast_dtype is not None:
+        model.language_model.to(model.autocast_dtype)
+    if kind == "cpu":  # torch's fused attention is slower there than plain products, backwards above all
+        for part in (model.vision_model, model.language_model):
+            if part is not None:
+                part.set_attn_implementation("eager")
+    model.to(devices.torch_device(kind))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
+    """The autocast dtype: bf16 where asked for, or where the device has it; None is fp32."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and devices.has_bf16(kind))
+    return torch.bfloat16 if bf16 else None
+
+
+def engine(
+    model: Captioner, config: TrainConfig, kind: devices.Kind, directory: Path, universal: bool = False
+) -> Any:
+    """The engine that trains what `model` has not frozen; its config is left in `directory`.
+
+    `universal` is for loading a checkpoint in DeepSpeed's universal format.
+    """
+    deepspeed = _import_deepspeed(kind)
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=config.betas,
+    )
+    settings = _merged(_settings(config), config.deepspeed)
+    if ranks.rank() == 0:
+        write_json(directory / "ds_config.json", settings)
+    if universal:
+        settings = _merged(settings, {"checkpoint": {"load_universal": True}})
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(config),
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def accumulation(config: TrainConfig) -> int:
+    """Micro-batches of one optimiser step on each rank."""
+    return config.batch_size // (config.micro_batch_size * ranks.world_size())
+
+
+def _merged(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+@contextlib.contextmanager
+def whole(model: Captioner, config: TrainConfig) -> Iterator[None]:
+    """All weights of the model on every rank, where ZeRO-3 has taken them apart."""
+    if config.zero_stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+def _import_deepspeed(kind: devices.Kind) -> Any:
+    """Import deepspeed and join the process group, alone if no launcher started us."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if kind == "cpu":  # or it compiles a shared-memory kernel for 40 s; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks.start(kind)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name(), verbose=False)
+    return deepspeed

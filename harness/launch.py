@@ -1,0 +1,107 @@
+"""Several ranks: started here by torch's or DeepSpeed's launcher, or found to be started by SLURM."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+
+from harness.errors import Problem, UserError
+
+FAILED, INTERRUPTED = 1, 130
+_GRACE = 60  # seconds for the ranks to write down that they were interrupted
+
+
+def is_rank() -> bool:
+    """Whether this process was started by a launcher."""
+    return "RANK" in os.environ
+
+
+def here(arguments: Sequence[str], processes: int) -> int:
+    """Run `python -m harness ARGUMENTS` as ranks on this machine by torch's elastic launcher.
+
+    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=_GRACE,
+    )
+    _share_cores(processes)
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "harness", *arguments)
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        return first.exitcode if first.exitcode > 0 else FAILED
+    except (SignalException, KeyboardInterrupt):
+        return INTERRUPTED
+    return 0
+
+
+def _share_cores(processes: int) -> None:
+    """Split the cores among the ranks: as many threads each as there are cores slows all of them down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:
+    """Run `python -m harness ARGUMENTS` on the hosts of a file by DeepSpeed's launcher -> its exit code.
+
+    The file has a line `name slots=N` for each host; they share this folder and are reached by ssh.
+    """
+    program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
+    problems = []
+    if program is None:
+        problems.append(Problem("deepspeed is not installed beside this Python", key="--hostfile"))
+    if not hostfile.is_file():
+        hint = "A line for each host: worker-1 slots=8"
+        problems.append(Problem("no such file", hostfile, key="--hostfile", hint=hint))
+    if problems:
+        raise UserError(problems)
+    slots = ["--num_gpus", str(processes)] if processes else []
+    command = [program, "--hostfile", str(hostfile), *slots, "--module", "harness", *arguments]
+    running = subprocess.Popen(command)
+    try:
+        return running.wait()
+    except KeyboardInterrupt:
+        running.send_signal(signal.SIGINT)
+        running.wait(_GRACE)
+        return INTERRUPTED
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Say in torch's words (RANK, WORLD_SIZE, ...) what `srun` says in SLURM's, for more than one task."""
+    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    if "RANK" in environment or "SLURM_PROCID" not in environment or tasks < 2:
+        return
+    first = environment.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(environment["SLURM_JOB_NODELIST"])
+    port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
+    environment |= {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a SLURM list such as `node[03-05,9],gpu1`."""
+    found = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^\[,]*)", nodes)
+    name, numbers, rest = found.groups()
+    return name + re.split("[-,]", numbers)[0] + rest if numbers else name

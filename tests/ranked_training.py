@@ -1,0 +1,66 @@
+"""Trains a tiny checkpoint as one rank of a launch: `ranked_training.py CONFIG.json`; used by tests."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from models import TEXTS, load_tiny, pixels
+
+from harness import device, ranks, train
+from harness.config import AugmentConfig, TrainConfig
+from harness.models.loading import save_trained
+
+device.probe("cpu")
+
+
+def split(loaded, name, chosen, seed):
+    """The split of that name over some of the texts."""
+    texts = [TEXTS[i] for i in chosen]
+    return train.Split(
+        [f"{name}_{i}" for i in chosen],
+        pixels(len(texts), seed=seed),
+        [loaded.caption.encode(caption) for _, caption in texts],
+        [loaded.concept.encode(concepts) for concepts, _ in texts],
+    )
+
+
+def main(given):
+    """Train, and leave the final weights, the best ones being the last."""
+    ranks.start()
+    count = iter(range(1000))
+
+    def load():
+        return load_tiny(Path(given["folder"]), dropout=given.get("dropout", 0.0), **given.get("model", {}))
+
+    def log(row):
+        if row["step"] == given.get("kill_at") and "valid_loss" not in row:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    data = {
+        "train": split(load(), "train", range(20), 1),
+        "valid": split(load(), "valid", range(0, 20, 5), 2),
+    }
+    directory = Path(given["directory"])
+    directory.mkdir(exist_ok=True)
+    loaded = train.Training(
+        TrainConfig.model_validate(given["train"]),
+        AugmentConfig(),
+        load,
+        data,
+        "cpu",
+        42,
+        directory,
+        log,
+        lambda loaded: {"valid_primary": float(next(count))},
+    ).run()
+    if ranks.rank() == 0:
+        save_trained(loaded.model, directory / "final.safetensors")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own exit aborts now and then after ZeRO-3
