@@ -1,0 +1,206 @@
+"""Several ranks: ZeRO against plain PyTorch, killed ranks, damaged checkpoints, captioning, launching."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import build_tiny
+from test_run import EXPERIMENT
+from test_training import by_hand
+from test_training import config as settings
+
+from harness import device, launch
+from harness.models.loading import load_file
+from harness.resume import Checkpoints, State
+
+device.probe("cpu")
+TRAINING = Path(__file__).parent / "ranked_training.py"
+TRAIN = {
+    "batch_size": 8,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 3,
+    "precision": "fp32",
+    "stage1": {"epochs": 4},
+    "stage2": {"epochs": 3},
+    "evaluate_every": 0,
+}
+KEPT = ("step", "stage", "epoch", "loss", "caption_loss", "concept_loss", "valid_loss", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights and losses of 21 steps of plain PyTorch AdamW in one process."""
+    model, losses = by_hand(folder, settings(**TRAIN), True)
+    return {name: p.detach() for name, p in model.named_parameters()}, losses
+
+
+def train(folder: Path, directory: Path, processes: int = 2, check: bool = True, **given) -> int:
+    """Train on so many ranks; returns the launcher's exit code."""
+    given = {"folder": str(folder), "directory": str(directory), "train": TRAIN} | given
+    directory.mkdir(exist_ok=True)
+    (directory / "given.json").write_text(json.dumps(given))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, str(TRAINING), str(directory / "given.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 or not check, done.stderr[-4000:]
+    return done.returncode
+
+
+def rows(directory: Path) -> list[dict]:
+    found = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in KEPT if key in row} for row in found]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"),
+    [
+        pytest.param(0, False, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        (2, False),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        (3, False),
+        pytest.param(3, True, marks=pytest.mark.slow),
+    ],
+)
+def test_zero_on_two_ranks_equals_plain_pytorch(folder, plain, tmp_path, zero_stage, offload):
+    train(folder, tmp_path / "run", train=TRAIN | {"zero_stage": zero_stage, "offload": offload})
+    weights, losses = plain
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found == pytest.approx(losses, rel=1e-5)
+    for name, weight in load_file(tmp_path / "run" / "final.safetensors").items():
+        if name in weights:
+            torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "at"), [(1, 2), (1, 8), (2, 13), (3, 5), (3, 17)])
+def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
+    """SIGKILL at a step of either stage, with dropout and checkpoints within epochs too."""
+    how = TRAIN | {"zero_stage": zero_stage, "checkpoint_every_steps": 2}
+    train(folder, tmp_path / "whole", train=how, dropout=0.1)
+    assert train(folder, tmp_path / "parts", check=False, train=how, dropout=0.1, kill_at=at) != 0
+    train(folder, tmp_path / "parts", train=how, dropout=0.1)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        state = State(step=step, done=step)
+        checkpoints.path(state).mkdir(parents=True)
+        (checkpoints.path(state) / "weights.pt").write_bytes(b"x" * 1000 * step)
+        checkpoints.seal(state)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002", "step00000003"]
+    assert checkpoints.newest().step == 3
+    os.truncate(checkpoints.path(State(step=3)) / "weights.pt", 2999)
+    assert checkpoints.newest().step == 2
+    (checkpoints.path(State(step=2)) / "weights.pt").unlink()
+    assert checkpoints.newest() == State()
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run command on three ranks; its test split has 7 images."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = EXPERIMENT.replace("test: 6", "test: 7").replace("micro_batch_size: 8", "micro_batch_size: 2")
+    text = text.replace("batch_size: 16", "batch_size: 12").replace("variants:\n  opt: {}\n  opt_dedup", "#")
+    (folder / "small.yaml").write_text(text.replace("predict: {", "predict: {batch_size: 2, "))
+    return folder, harness(folder, "run", "small.yaml", "--nproc", "3", "--set", "train.zero_stage=2")
+
+
+def harness(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "harness", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_run_command_on_three_ranks(shared_run):
+    folder, done = shared_run
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (folder / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert record["status"] == "FINISHED"
+    assert record["made"]["train"]["ranks"] == 3
+    assert done.stderr.count(": train\n") == 1  # rank 0 alone speaks
+    captions = (folder / "runs" / record["artifacts"]["predictions/test_before.csv"]).read_text()
+    ids = [line.partition(",")[0] for line in captions.splitlines()[1:]]
+    assert len(ids) == len(set(ids)) == 7
+    assert not list((folder / "runs" / "steps").rglob("partial-*.jsonl"))
+    assert (file.parent / "report.html").exists()
+
+
+def test_one_rank_captions_as_three_did(shared_run):
+    folder, _ = shared_run
+    (file,) = (folder / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    step = folder / "runs" / record["steps"]["predict-test"]
+    before = (step / "predictions.csv").read_bytes()
+    (step / "DONE").unlink()
+    (step / "predictions.csv").unlink()
+    # what a rank that was killed left behind: two captions, and a line cut in two
+    rows = before.decode().splitlines()[1:3]
+    kept = "".join(json.dumps(row.split(",", 1)) + "\n" for row in rows if '"' not in row)
+    (step / "partial-1.jsonl").write_text(kept + '["phantom_te')
+    done = harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (step / "predictions.csv").read_bytes() == before
+
+
+def test_ctrl_c_ends_all_ranks_and_says_so(tmp_path):
+    text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
+    (tmp_path / "long.yaml").write_text(text)
+    command = [sys.executable, "-m", "harness", "run", "long.yaml", "--nproc", "2"]
+    command += ["--set", "train.evaluate_every=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    losses = tmp_path / "runs" / "steps"
+    begun = time.time()
+    while not list(losses.glob("train-*/losses.jsonl")) and time.time() - begun < 120:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130, running.stderr.read()[-3000:]
+    (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
+    assert json.loads(file.read_text())["status"] == "KILLED"
+
+
+def test_srun_is_understood():
+    environment = {
+        "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "node[03-04]",
+        "SLURM_JOB_ID": "71",
+    }
+    launch.adopt_slurm(environment)
+    assert environment["RANK"] == "9"
+    assert environment["WORLD_SIZE"] == "16"
+    assert environment["LOCAL_RANK"] == "1"
+    assert environment["MASTER_ADDR"] == "node03"
+    assert environment["MASTER_PORT"] == "20071"
+    alone = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    launch.adopt_slurm(alone)
+    assert "RANK" not in alone
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("n[3-5,9],x", "n3"), ("a-[007]-b,c", "a-007-b")],
+)
+def test_the_first_host_of_a_slurm_list(nodes, first):
+    assert launch._first_host(nodes) == first
