@@ -241,13 +241,6 @@ def test_holm_against_a_worked_example():
     assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_an_interval_with_0_is_not_real_whatever_p():
-    assert not Difference("rouge1", "a", "b", 0.1, -0.01, 0.2, 0.01, 0.01, False).real
-    assert not compare.adjust(Difference("rouge1", "a", "b", 0.1, 0.0, 0.2, 0.01), 0.01).real
-    assert not compare.adjust(Difference("rouge1", "a", "b", 0.1, 0.01, 0.2, 0.02), 0.06).real
-    assert compare.adjust(Difference("rouge1", "a", "b", -0.1, -0.2, -0.01, 0.01), 0.01).real
-
-
 @pytest.mark.parametrize(
     ("a", "b", "changes"),
     [

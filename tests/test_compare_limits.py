@@ -70,6 +70,10 @@ def test_an_adjusted_difference_is_real_by_its_new_p_and_its_interval():
     one = Difference("rouge1", "a", "b", 0.1, 0.01, 0.2, 0.02)
     assert compare.adjust(one, 0.04).verdict == "b higher"
     assert compare.adjust(one, 0.05).verdict == "not shown"
+    touching = Difference("rouge1", "a", "b", 0.1, 0.0, 0.2, 0.01)
+    assert compare.adjust(touching, 0.01).verdict == "not shown"
+    below = Difference("rouge1", "a", "b", -0.1, -0.2, -0.01, 0.01)
+    assert compare.adjust(below, 0.01).verdict == "a higher"
     alone = Difference("rouge1", "a", "b", 0.1, None, None, 0.02)
     assert compare.adjust(alone, 0.02).real is False
 
