@@ -165,7 +165,7 @@ def _data(configs: Sequence[Config]) -> Iterator[Check]:
 
 
 def _disk(configs: Sequence[Config]) -> Check:
-    """Space for the image caches, and for the checkpoints: two while one replaces the other, and the best."""
+    """Space for the image caches, the checkpoints (one more while one is written), and the best weights."""
     caches: dict[tuple[Path, str, int], int] = {}
     trainings: dict[str, int | None] = {}
     counted = {str(config.data.root): forecast.images(config) for config in configs}
@@ -176,8 +176,10 @@ def _disk(configs: Sequence[Config]) -> Check:
         trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
     cache = sum(caches.values())
-    # the checkpoints to go on from are deleted when a training ends; its best weights stay
-    weights = sum(known) * _WEIGHT + max(known, default=0) * (_WEIGHT + _OPTIMISER) * 2
+    # the checkpoints to go on from, and what each stage starts from, are deleted when a training ends
+    kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
+    during = (_WEIGHT + _OPTIMISER) * kept + 2 * _WEIGHT
+    weights = sum(known) * _WEIGHT + max(known, default=0) * during
     free = shutil.disk_usage(_existing(RUNS)).free
     need = cache + weights
     what = f"{_gb(free)} free; at most {_gb(need)} needed: image cache {_gb(cache)}, weights {_gb(weights)}"

@@ -17,7 +17,7 @@ class State:
     """Where training stands.
 
     `done` optimiser steps of `stage` and `step` of all stages are behind; `validated` is false where the
-    validation that is due after them is not; `ranks` trained so far.
+    validation that is due after them is not; `ranks` trained so far, at a ZeRO stage.
     """
 
     stage: int = 1
@@ -27,6 +27,7 @@ class State:
     best: float | None = None
     best_step: int | None = None
     ranks: int = 1
+    zero_stage: int = 0
 
 
 class Checkpoints:

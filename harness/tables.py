@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.editions import EDITIONS
 
-NOT_COMPARABLE = "* not comparable with official scores: another model or precision"
+NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
 Record = Mapping[str, Any]
 
 

@@ -101,6 +101,8 @@ class Training:
         """Train one stage from where the state says, with a fresh optimiser and schedule."""
         resumed = self.state.stage == stage.number and self.state.step > 0
         start = self.checkpoints.start(stage.number)
+        if resumed:
+            self._check_resumable()
         if resumed and start.exists():
             load_trained(self.loaded.model, start)
         elif ranks.rank() == 0:
@@ -124,6 +126,16 @@ class Training:
                 self._validate(stage)
         trainer.destroy()
         self._end(stage)
+
+    def _check_resumable(self) -> None:
+        """Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each."""
+        was, now = self.state.zero_stage, self.config.zero_stage
+        world = ranks.world_size()
+        if (was, self.state.ranks) != (now, world) and (was or now):
+            what = f"it was interrupted with {self.state.ranks} ranks at ZeRO stage {was}"
+            hint = f"Go on as it was: --nproc {self.state.ranks} --set train.zero_stage={was}"
+            here = f"this is {world} at stage {now}; its checkpoint can't be taken apart anew"
+            raise UserError([Problem(f"{what}; {here}", self.checkpoints.folder, hint=hint)])
 
     def _due(self, steps: int) -> bool:
         every = self.config.checkpoint_every_steps
@@ -271,7 +283,8 @@ class Training:
 
     def _save(self, trainer: Any, validated: bool) -> None:
         """A checkpoint of everything that training needs to go on; sealed last."""
-        self.state.validated, self.state.ranks = validated, ranks.world_size()
+        self.state.validated = validated
+        self.state.ranks, self.state.zero_stage = ranks.world_size(), self.config.zero_stage
         path = self.checkpoints.path(self.state)
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)

@@ -227,7 +227,7 @@ def test_a_score_in_another_precision_stands_apart_by_its_signature_and_has_a_st
     assert entry.apart.endswith("no|bf16")
     text = harness(project, "--edition", "2023")
     assert "0.6100*" in text
-    assert "another model or precision" in text
+    assert "another model, precision or reading" in text
     assert "c0ffeec0ff" in text
 
 

@@ -99,6 +99,29 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_where_the_optimiser_is_whole(folder, plain, tmp_path):
+    assert train(folder, tmp_path / "run", check=False, kill_at=6) != 0
+    train(folder, tmp_path / "run", processes=1)
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found == pytest.approx(plain[1], rel=1e-5)
+    for name, weight in load_file(tmp_path / "run" / "final.safetensors").items():
+        if name in plain[0]:
+            torch.testing.assert_close(weight, plain[0][name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_is_refused_where_it_is_in_parts(folder, tmp_path):
+    how = TRAIN | {"zero_stage": 1}
+    assert train(folder, tmp_path / "run", check=False, train=how, kill_at=6) != 0
+    given = json.loads((tmp_path / "run" / "given.json").read_text()) | {"kill_at": None}
+    (tmp_path / "run" / "given.json").write_text(json.dumps(given))
+    command = [sys.executable, str(TRAINING), str(tmp_path / "run" / "given.json")]
+    alone = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert alone.returncode != 0
+    assert "it was interrupted with 2 ranks at ZeRO stage 1; this is 1 at stage 1" in alone.stderr
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):

@@ -86,7 +86,7 @@ def test_the_table_says_what_was_scored_by_what(finished):
     assert "opt-s42" in finished.stdout
     assert "opt_dedup-s42" in finished.stdout
     assert "STAND-IN model: tiny" in finished.stdout
-    assert "* not comparable with official scores: another model or precision" in finished.stdout
+    assert "* not comparable with official scores: another model, precision or reading" in finished.stdout
     assert "constant caption" in finished.stdout
     assert "mlflow ui" in finished.stdout
 
