@@ -6,7 +6,6 @@ The only room that imports deepspeed.
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,6 @@ def whole(model: Captioner, config: TrainConfig) -> Iterator[None]:
 
 def _import_deepspeed(kind: devices.Kind) -> Any:
     """Import deepspeed and join the process group, alone if no launcher started us."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.setdefault("DS_ACCELERATOR", kind)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -121,6 +114,9 @@ def _import_deepspeed(kind: devices.Kind) -> Any:
     if kind == "cpu":  # or it compiles a shared-memory kernel for 40 s; gloo does without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks.start(kind)
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name(), verbose=False)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.distributed.is_initialized():  # alone: through no port, which other processes might take
+        backend = deepspeed.get_accelerator().communication_backend_name()
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     return deepspeed

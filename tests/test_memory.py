@@ -185,7 +185,9 @@ def test_steps_are_those_of_the_schedule(tmp_path):
     assert sum(row["optimiser_steps"] for row in rows) == total_steps(config, 101)
     assert rows[0]["micro_batches"] == 4 * rows[0]["optimiser_steps"]
     assert forecast.accumulation(config) == {1: 4, 2: 2, 4: 1}
-    unknown = Config(name="x", data={"root": tmp_path / "none"}, model={"checkpoint": "some/model"})
+    unknown = Config.model_validate(
+        {"name": "x", "data": {"root": tmp_path / "none"}, "model": {"checkpoint": "some/model"}}
+    )
     found = forecast.forecast(unknown)
     assert (found["steps"], found["memory"], len(found["unknown"])) == (None, None, 2)
     assert all(any(why in line for line in forecast.lines(found)) for why in found["unknown"])
