@@ -72,6 +72,22 @@ def load(file: Path | str, sets: Sequence[str] = ()) -> list[Config]:
     return runs
 
 
+def base_of(file: Path, variant: str) -> tuple[str, Config] | None:
+    """The base that an experiment file names, and its run of that variant, else its first.
+
+    None where the file names no base, or one that does not run alone.
+    """
+    _, values = _parse(file)
+    base = values.get("base") if isinstance(values, dict) else None
+    if not base:
+        return None
+    try:
+        runs = load(file.parent / base)
+    except UserError:
+        return None
+    return base, next((run for run in runs if run.variant == variant), runs[0])
+
+
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Path_, Place], list[Problem]]:
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []

@@ -165,6 +165,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "baseline": record["baseline"],
         "warnings": record["warnings"],
         "differences": differences(record),
+        "from_base": from_base(record),
         "siblings": _siblings(run, page),
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": _curves(run),
@@ -232,6 +233,20 @@ def differences(record: Mapping[str, Any]) -> list[list[Any]]:
         for key, value in record["parameters"].items()
         if key not in ("name", *_NO_SETTING) and value != defaults.get(key)
     ]
+
+
+def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The base experiment's file and [key, the run's value, the base's] where they differ, if it has one."""
+    base = record.get("base")
+    if not base:
+        return None
+    ours, theirs = record["parameters"], base["parameters"]
+    changed = [
+        [key, ours.get(key), theirs.get(key)]
+        for key in dict.fromkeys([*ours, *theirs])
+        if key not in ("name", *_NO_SETTING) and ours.get(key) != theirs.get(key)
+    ]
+    return {"file": base["file"], "changed": changed}
 
 
 def _siblings(run: Run, page: Path) -> dict[str, Any]:

@@ -46,12 +46,16 @@ def assist(plan: Plan, reporter: Reporter) -> None:
             builder.build(name, plan.directory(name))
 
 
-def run(plan: Plan, reporter: Reporter, command: str) -> dict[str, Any]:
+def run(
+    plan: Plan, reporter: Reporter, command: str, base: tuple[str, Config] | None = None
+) -> dict[str, Any]:
     """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`.
 
+    `base` is the experiment that this one starts from, by the name of its file; the report shows differences.
     When launched on several ranks, this is for rank 0; the others `assist`.
     """
     record = _new_record(plan, command)
+    record["base"] = base and {"file": base[0], "parameters": flat(base[1])}
     folder = plan.root / plan.config.name / plan.config.run_name
     with _status(record, folder):
         builder = Builder(plan, reporter)

@@ -6,7 +6,7 @@ import pytest
 
 from harness.config import Config, flat, keys
 from harness.errors import UserError
-from harness.experiment import load
+from harness.experiment import base_of, load
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -146,3 +146,19 @@ def test_every_key_has_a_type_and_shows_up_flat():
         assert any(key == name or key.startswith(name + ".") for key in shown) or path[1:2] == ("phantom",), (
             name
         )
+
+
+def test_the_base_of_a_shipped_experiment():
+    file, base = base_of(EXPERIMENTS / "ablation_224.yaml", "base")
+    assert file == "blip2_vitg_opt2.7b.yaml"
+    assert base.model.image_size == 364
+    file, base = base_of(EXPERIMENTS / "quickstart.yaml", "opt_224")
+    assert (file, base.variant, base.model.image_size) == ("table3.yaml", "opt_224", 224)
+    assert base_of(EXPERIMENTS / "blip2_vitg_opt2.7b.yaml", "base") is None
+
+
+def test_a_base_that_does_not_run_alone_is_none(tmp_path):
+    (tmp_path / "part.yaml").write_text("train: {batch_size: 64}\n")
+    (tmp_path / "whole.yaml").write_text("base: part.yaml\nname: whole\ndata: {root: x}\n")
+    assert load(tmp_path / "whole.yaml")[0].train.batch_size == 64
+    assert base_of(tmp_path / "whole.yaml", "base") is None

@@ -222,6 +222,16 @@ def test_what_differs_from_the_defaults_and_from_the_runs_beside_it(tmp_path):
     }
 
 
+def test_what_differs_from_the_base_experiment(tmp_path):
+    base = {"file": "paper.yaml", "parameters": record("any")["parameters"]}
+    changes = {"train": {"batch_size": 256}, "postprocess": {"deduplicate": True}}
+    page = data_of(report.write(write_run(tmp_path, record("ours", changes) | {"base": base}, captions(3))))
+    assert page["from_base"] == {
+        "file": "paper.yaml",
+        "changed": [["train.batch_size", 256, 128], ["postprocess.deduplicate", True, False]],
+    }
+
+
 def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path):
     empty = {
         "status": "RUNNING",

@@ -137,7 +137,7 @@ def run(
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
         sys.exit(_launched(nproc, hostfile))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _run_all(configs, output)
+    _run_all(experiment, configs, output)
 
 
 def _launched(nproc: int | None, hostfile: Path | None) -> int:
@@ -147,7 +147,7 @@ def _launched(nproc: int | None, hostfile: Path | None) -> int:
     return launch.on_hosts(arguments, hostfile, nproc) if hostfile else launch.here(arguments, nproc or 1)
 
 
-def _run_all(configs: list[Any], output: Format) -> None:
+def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     """The runs of an experiment, in this process or as one of several ranks; rank 0 writes and prints."""
     from harness import device as devices
     from harness import ranks
@@ -160,6 +160,7 @@ def _run_all(configs: list[Any], output: Format) -> None:
     from harness import report as reports
     from harness import run as runs
     from harness import tracking
+    from harness.experiment import base_of
     from harness.plan import RUNS, prepare
 
     terminal = Terminal()
@@ -169,7 +170,7 @@ def _run_all(configs: list[Any], output: Format) -> None:
     records: list[dict[str, Any]] = []
     try:
         for plan in plans:
-            records += [runs.run(plan, terminal, _command())]
+            records += [runs.run(plan, terminal, _command(), base_of(experiment, plan.config.variant))]
             reports.write(RUNS / plan.config.name / plan.config.run_name)
     except UserError:
         if records:

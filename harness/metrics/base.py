@@ -88,7 +88,7 @@ class Inputs:
         mine, made, failure = ranks.share(new), [], None
         try:
             made = list(compute(list(mine))) if mine else []
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes on up
             failure = error
         failures = [text for text in ranks.every(None if failure is None else str(failure)) if text]
         if isinstance(failure, Exception) and not isinstance(failure, Absent):
