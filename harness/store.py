@@ -24,7 +24,11 @@ def write(path: Path, content: str | bytes) -> Path:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink()
+        raise
     return path
 
 

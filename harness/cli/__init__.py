@@ -28,6 +28,17 @@ from harness.cli.terminal import (
 from harness.errors import UserError
 
 INTERRUPTED = 130
+MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+"""What a person can do something about: a full or read-only disk, a name that can't be written to."""
 
 app = typer.Typer(
     name="harness",
@@ -73,7 +84,7 @@ def _run_command() -> None:
         error.show()
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in MENDABLE:
             raise
         _fail(
             f"error: {error.filename or 'writing'}: {error.strerror}; mend it, and the same command goes on",
