@@ -1,9 +1,12 @@
 """Pixels against PIL itself, and the cache under two processes, damage and a full disk."""
 
 import io
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.data.images import DAMAGE, decode, open_pixels, resize
+from harness.data.images import DAMAGE, decode, each, open_pixels, resize, unbuilt
 from harness.data.readers import Example
 from harness.errors import UserError
 
@@ -116,36 +119,137 @@ def test_the_cache_is_built_once_and_again_when_an_image_changes(examples, tmp_p
     def count(done, total):
         seen.append(done)
 
+    assert unbuilt(examples, 28, cache) == 5 * 28 * 28 * 3
     open_pixels(examples, 28, cache, progress=count)
     open_pixels(examples, 28, cache, progress=count)
     assert len(seen) == 5
+    assert (unbuilt(examples, 28, cache), unbuilt(examples, 56, cache)) == (0, 5 * 56 * 56 * 3)
     Image.new("RGB", (9, 9), (255, 0, 0)).save(examples[3].image)
     pixels = open_pixels(examples, 28, cache, progress=count)
     assert len(seen) == 10
     assert pixels[3].reshape(-1, 3).tolist() == [[255, 0, 0]] * 28 * 28
 
 
-def test_two_processes_build_one_cache(examples, tmp_path):
+def builder(images: Path, cache: Path, times: int, size: int = 224) -> subprocess.Popen[str]:
+    """A process that opens the pixels of all images, each `times` times; it says how many it decoded, and
+    their sum."""
     program = """
 import sys
 from pathlib import Path
 import numpy as np
 from harness.data.images import open_pixels
 from harness.data.readers import Example
-paths = sorted(Path(sys.argv[1]).iterdir()) * 40
+paths = sorted(Path(sys.argv[1]).iterdir()) * int(sys.argv[3])
 built = []
-pixels = open_pixels([Example(p.stem, p, None, (), None) for p in paths], 224, Path(sys.argv[2]),
+pixels = open_pixels([Example(p.stem, p, None, (), None) for p in paths], int(sys.argv[4]), Path(sys.argv[2]),
                      progress=lambda *at: built.append(at))
 print(len(built), int(np.asarray(pixels, np.int64).sum()))
 """
-    command = [sys.executable, "-c", program, str(examples[0].image.parent), str(tmp_path / "cache")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-c", program, str(images), str(cache), str(times), str(size)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found):
+    for _ in range(2000):
+        if result := found():
+            return result
+        time.sleep(0.005)
+    raise AssertionError("it did not come")
+
+
+def test_two_processes_build_one_cache(examples, tmp_path):
+    both = [builder(examples[0].image.parent, tmp_path / "cache", 40) for _ in range(2)]
     outputs = [process.communicate()[0].split() for process in both]
     assert sorted(int(built) for built, _ in outputs) == [0, 200]
     expected = 40 * sum(int(oracle(example, 224).astype(np.int64).sum()) for example in examples)
     assert {int(total) for _, total in outputs} == {expected}
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_killed_builder_is_succeeded_and_leaves_nothing_behind(examples, tmp_path):
+    images, cache = examples[0].image.parent, tmp_path / "cache"
+    killed = builder(images, cache, 400)
+    half = wait_for(lambda: list(cache.glob("*.tmp")))[0]
+    waiting = builder(images, cache, 400, 8)  # of another size, so of another name
+    killed.kill()
+    killed.communicate()
+    assert half.exists()
+    assert waiting.communicate()[0].split()[0] == "2000"
+    after = builder(images, cache, 40)
+    assert after.communicate()[0].split()[0] == "200"
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_a_process_that_waits_builds_what_a_killed_one_began(examples, tmp_path):
+    images, cache = examples[0].image.parent, tmp_path / "cache"
+    killed = builder(images, cache, 200)
+    wait_for(lambda: list(cache.glob("*.tmp")))
+    killed.send_signal(signal.SIGSTOP)  # it holds its lock for as long as it lives
+    waiting = builder(images, cache, 200)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1.5)
+    killed.kill()
+    killed.communicate()
+    assert waiting.communicate()[0].split()[0] == "1000"
+    assert [path.suffix for path in cache.iterdir() if path.suffix != ".lock"] == [".npy"]
+
+
+def test_what_is_still_being_built_is_not_swept_away(examples, tmp_path):
+    images, cache = examples[0].image.parent, tmp_path / "cache"
+    slow = builder(images, cache, 40)
+    wait_for(lambda: list(cache.glob("*.tmp")))
+    slow.send_signal(signal.SIGSTOP)
+    assert builder(images, cache, 1, 8).communicate()[0].split()[0] == "5"
+    slow.send_signal(signal.SIGCONT)
+    assert slow.communicate()[0].split()[0] == "200"
+
+
+def test_decoders_do_not_run_away_from_a_slow_writer():
+    """Whatever is decoded and not yet written lies in memory."""
+    begun, most = [], 0
+    for taken, _ in enumerate(each(begun.append, range(200), workers=2), 1):
+        time.sleep(0.001)
+        most = max(most, len(begun) - taken)
+    assert len(begun) == 200
+    assert 0 < most <= 8
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk, and not in every container")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_stops_the_builder_at_once_and_lives(examples, tmp_path, small_disk):
+    done = builder(examples[0].image.parent, small_disk / "cache", 40)  # 30 MB
+    printed, error = done.communicate()
+    assert (done.returncode, printed) == (1, "")
+    assert "data.cache: the decoded images need 0.0301 GB" in error
+    assert not list((small_disk / "cache").glob("pixels-*.[tn]*"))
+
+
+def test_space_that_others_take_meanwhile_is_an_error_and_no_signal(
+    examples, tmp_path, small_disk, monkeypatch
+):
+    """The check beforehand sees space enough; a write through a memory map would now end in SIGBUS."""
+    usage = namedtuple("usage", "total used free")(10**9, 0, 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    seen = []
+    for reserving in (True, False):
+        if not reserving:
+            monkeypatch.delattr(os, "posix_fallocate")
+        with pytest.raises(UserError, match=r"data\.cache=false"):
+            open_pixels(examples * 40, 224, small_disk, progress=lambda *at: seen.append(at))
+        assert not list(small_disk.glob("pixels-*.[tn]*"))
+        assert bool(seen) == (not reserving)  # the space is taken before anything is decoded
+    assert len(open_pixels(examples, 224, small_disk)) == 5
 
 
 def test_a_damaged_image_leaves_no_cache(examples, tmp_path):

@@ -1,11 +1,15 @@
 """Pixels: decoded as radiology needs it, resized as LAVIS evaluates, and each image only once."""
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +23,7 @@ from harness.store import fingerprint
 Progress = Callable[[int, int], None]
 In, Out = TypeVar("In"), TypeVar("Out")
 _CACHE_FORMAT = 1  # raise it when decode or resize give other pixels
+_AHEAD = 4  # items per thread
 
 
 def decode(source: Path | bytes) -> Image.Image:
@@ -75,13 +80,20 @@ def open_pixels(
         return Decoded(paths, size)
     from filelock import FileLock
 
-    file = cache / f"pixels-{_name(paths, size)}.npy"
+    file = _file(cache, paths, size)
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():
                 _build(file, paths, size, workers, progress)
     return np.load(file, mmap_mode="r")
+
+
+def unbuilt(examples: Sequence[Example], size: int, cache: Path) -> int:
+    """Bytes that `open_pixels` has yet to write into `cache` for these images; 0 where they are there."""
+    paths = [example.image for example in examples]
+    return 0 if not paths or _file(cache, paths, size).exists() else len(paths) * size * size * 3
 
 
 class Decoded:
@@ -109,41 +121,67 @@ def _pixels(path: Path, size: int) -> np.ndarray:
         raise UserError([Problem(f"not a whole image: {error}", path, hint=hint)]) from None
 
 
-def _name(paths: Iterable[Path], size: int) -> str:
-    """Names the cache file by what decides its pixels, without opening an image."""
+def _file(cache: Path, paths: Iterable[Path], size: int) -> Path:
+    """The cache file, named by what decides its pixels, without opening an image."""
     digest = hashlib.sha256(f"{_CACHE_FORMAT} {size}".encode())
+    folders: dict[Path, Path] = {}  # to resolve each image by itself would take most of the time
     for path in paths:
         status = path.stat()
-        digest.update(f"\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    return fingerprint(digest.hexdigest())
+        folder = folders.get(path.parent) or folders.setdefault(path.parent, path.parent.resolve())
+        digest.update(f"\0{folder / path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return cache / f"pixels-{fingerprint(digest.hexdigest())}.npy"
+
+
+def _sweep(cache: Path) -> None:
+    """Delete what killed builders left half-written; whoever is still building holds its lock."""
+    from filelock import FileLock, Timeout
+
+    for stray in cache.glob("pixels-*.tmp"):
+        with contextlib.suppress(Timeout), FileLock(stray.with_suffix(".lock"), timeout=0):
+            stray.unlink(missing_ok=True)
 
 
 def _build(
     file: Path, paths: Sequence[Path], size: int, workers: int | None, progress: Progress | None
 ) -> None:
-    shape = (len(paths), size, size, 3)
-    need, free = int(np.prod(shape)), shutil.disk_usage(file.parent).free
-    if need > free:  # a full disk would kill the process in the middle of a memory-mapped write
-        raise UserError(
-            [
-                Problem(
-                    f"the decoded images need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                    file.parent,
-                    key="data.cache",
-                    hint="Free some, or decode anew in every epoch: --set data.cache=false",
-                )
-            ]
-        )
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    need = len(paths) * size * size * 3
+    if need > shutil.disk_usage(file.parent).free:
+        raise UserError([_too_full(file.parent, need)])
+    squeezed = each(lambda path: _pixels(path, size), paths, workers, progress)
     try:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        squeezed = each(lambda path: _pixels(path, size), paths, workers, progress)
-        for row, image in zip(pixels, squeezed, strict=True):
-            row[:] = image
-        pixels.flush()
+        _write(file, (len(paths), size, size, 3), squeezed)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError([_too_full(file.parent, need)]) from None
+
+
+def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:
+    """Write uint8 images as an .npy file; not through a memory map, where a full disk kills the process."""
+    temporary = file.with_suffix(".tmp")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    try:
+        with temporary.open("w+b") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            if hasattr(os, "posix_fallocate"):  # take all the space now, before hours of decoding
+                os.posix_fallocate(out.fileno(), 0, out.tell() + int(np.prod(shape)))
+            for image in images:
+                out.write(image)
+            out.flush()
+            os.fsync(out.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _too_full(folder: Path, need: int) -> Problem:
+    free = shutil.disk_usage(folder).free
+    return Problem(
+        f"the decoded images need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
+        folder,
+        key="data.cache",
+        hint="Free some, or decode anew in every epoch: --set data.cache=false",
+    )
 
 
 def each(
@@ -152,10 +190,18 @@ def each(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Out]:
-    """`function` of every item, in order, by threads: PIL lets go of the interpreter while it decodes."""
-    with ThreadPoolExecutor(workers or _cores()) as pool:
+    """`function` of every item, in order, by threads: PIL lets go of the interpreter while it decodes.
+
+    They run a few items ahead of whoever takes the results, which would otherwise pile up in memory.
+    """
+    workers = workers or _cores()
+    rest = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for done, result in enumerate(pool.map(function, items), 1):
+            waiting = deque(pool.submit(function, item) for item in islice(rest, _AHEAD * workers))
+            for done in range(1, len(items) + 1):
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
                 if progress:
                     progress(done, len(items))
                 yield result
