@@ -1,7 +1,6 @@
 """What this machine has and lacks for an experiment: each check is ok or says how to mend it."""
 
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +11,15 @@ from pathlib import Path
 from harness import checkpoints, device, forecast, memory, metrics
 from harness.config import STANDIN, Config
 from harness.errors import UserError
+from harness.forecast import gb
 from harness.memory import Model, Setup
 from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import sizes
 from harness.models.sizes import Sizes
-from harness.plan import RUNS, problems
+from harness.plan import problems
 
 DISTRIBUTION = "imageclef-harness"
-GB = 1e9
 _WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
 
 
@@ -165,39 +164,38 @@ def _data(configs: Sequence[Config]) -> Iterator[Check]:
 
 
 def _disk(configs: Sequence[Config]) -> Check:
-    """Space for the image caches, the checkpoints (one more while one is written), and the best weights."""
-    caches: dict[tuple[Path, str, int], int] = {}
+    """Space for the pixel caches, the checkpoints (one more while one is written), and the best weights."""
+    caches: dict[Path, forecast.Caches] = {}
     trainings: dict[str, int | None] = {}
-    counted = {str(config.data.root): forecast.images(config) for config in configs}
+    counted = True
     for config in configs:
-        side = config.model.image_size
-        for split, count in counted[str(config.data.root)].items() if config.data.cache else ():
-            caches[(config.data.root, split, side)] = count * side * side * 3
+        counts, to_build = forecast.pixels(config)
+        counted = counted and bool(counts)
+        caches.setdefault(config.data.root, {}).update(to_build)
         trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
-    cache = sum(caches.values())
+    cache = sum(sum(sizes.values()) for sizes in caches.values())
     # the checkpoints to go on from, and what each stage starts from, are deleted when a training ends
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
     during = (_WEIGHT + _OPTIMISER) * kept + 2 * _WEIGHT
     weights = sum(known) * _WEIGHT + max(known, default=0) * during
-    free = shutil.disk_usage(_existing(RUNS)).free
-    need = cache + weights
-    what = f"{_gb(free)} free; at most {_gb(need)} needed: image cache {_gb(cache)}, weights {_gb(weights)}"
-    if not all(counted.values()):
+    free, need = forecast.free(), cache + weights
+    what = f"{gb(free)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
+    if cache:
+        what += f" ({'; '.join(forecast.listed(sizes) for sizes in caches.values() if sizes)})"
+    if not counted:
         what += "; images not counted, as their folder is not there"
     if len(known) < len(trainings):
         what += "; weights not counted where the checkpoint is not at hand"
-    fix = f"Free {_gb(need - free)}, or do without the image cache: --set data.cache=false"
-    return Check("disk", need <= free, what, fix if need > free else None)
+    if need <= free:
+        return Check("disk", True, what)
+    without = ", or decode in every epoch: --set data.cache=false" if weights <= free else ""
+    return Check("disk", False, what, f"Free {gb(need - free)}{without}")
 
 
 def _training(config: Config) -> str:
     """Names what a run trains: equal for runs that share it."""
     return config.model_dump_json(include={"data", "model", "train", "predict", "seed"})
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
 
 
 def _sizes(config: Config) -> Sizes | None:
@@ -255,7 +253,7 @@ def _fits(name: str, what: str, model: Model, free: float, most: int, loading: i
     """Whether the configured training fits one device, else the simplest means on at most `most`."""
     setup = memory.configured(model.config, 1)
     need = max(memory.needed(model, setup), loading)
-    found = f"{_gb(free)} of {what} free; {_gb(need)} needed: {_parts(model, setup)}"
+    found = f"{gb(free)} of {what} free; {gb(need)} needed: {_parts(model, setup)}"
     if need <= free:
         return Check(name, True, found)
     return Check(name, False, found, _cure(model, free, most, loading))
@@ -264,14 +262,14 @@ def _fits(name: str, what: str, model: Model, free: float, most: int, loading: i
 def _cure(model: Model, free: float, most: int, loading: int) -> str:
     setup = memory.smallest(model, free, most) if loading <= free else None
     if setup is not None:
-        return f"{forecast.fits(setup, model)}: {_gb(memory.needed(model, setup))}"
+        return f"{forecast.fits(setup, model)}: {gb(memory.needed(model, setup))}"
     fix = "Use a machine with more memory, or a smaller model.checkpoint"
     if model.kind != "cpu" and (more := memory.smallest(model, free)):
         fix = f"Such a device each for more ranks: {forecast.fits(more, model)}"
     if model.config.train_vision:
         frozen = model.without_vision()
         least = max(memory.needed(frozen, memory.configured(frozen.config, 1)), loading)
-        fix += f"; with --set train.train_vision=false it is {_gb(least)}"
+        fix += f"; with --set train.train_vision=false it is {gb(least)}"
     return f"{fix}."
 
 
@@ -279,14 +277,14 @@ def _parts(model: Model, setup: Setup) -> str:
     used = memory.usage(model, setup)
     checkpointing = "with" if setup.checkpointing else "without"
     return (
-        f"weights {_gb(used.weights)}, gradients {_gb(used.gradients)}, optimiser {_gb(used.optimiser)}, "
-        f"activations of {setup.micro_batch} captions {_gb(used.activations)} {checkpointing} gradient "
-        f"checkpointing, the rest {_gb(used.buffers + used.rest + (used.host if model.kind == 'cpu' else 0))}"
+        f"weights {gb(used.weights)}, gradients {gb(used.gradients)}, optimiser {gb(used.optimiser)}, "
+        f"activations of {setup.micro_batch} captions {gb(used.activations)} {checkpointing} gradient "
+        f"checkpointing, the rest {gb(used.buffers + used.rest + (used.host if model.kind == 'cpu' else 0))}"
     )
 
 
 def _loads(free: float, need: int) -> Check:
-    found = f"{_gb(free)} of RAM free; {_gb(need)} needed: all weights once in fp32, and what is offloaded"
+    found = f"{gb(free)} of RAM free; {gb(need)} needed: all weights once in fp32, and what is offloaded"
     fix = None if need <= free else "Use a machine with more memory, or a smaller model.checkpoint."
     return Check("memory", need <= free, found, fix)
 
@@ -314,7 +312,3 @@ def _ram() -> float:
         if file.exists() and (text := file.read_text().strip()).isdigit():
             limits.append(float(text))
     return min(psutil.virtual_memory().available, *limits)
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.0f} MB"

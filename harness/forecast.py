@@ -1,42 +1,76 @@
-"""What a training will take, told before it starts and without torch: its steps, and memory per device."""
+"""What a run will take, told before it starts and without torch: steps, pixel cache, memory per device."""
 
+import functools
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness import memory
-from harness.config import Config, TrainConfig
+from harness import data, memory
+from harness.config import Config, DataConfig, TrainConfig
 from harness.data import readers
+from harness.data.images import unbuilt
 from harness.memory import GB, Model, Setup
 from harness.models import sizes
+from harness.plan import RUNS
 from harness.schedule import stages
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
+_TINY_GRID = 8  # patches on a side as models.tiny builds its ViT
+Caches = dict[tuple[str, int], int]
+"""Bytes by split and side in pixels."""
 
 
-def images(config: Config) -> dict[str, int]:
-    """Images per split that the run decodes, as far as they can be counted without opening one."""
-    data = config.data
-    if data.root.is_dir():
-        listing = readers.read(data.root, data.layout)
-        counts = {split: len(examples) for split, examples in listing.splits.items()}
-    elif data.phantom:
-        counts = {split: getattr(data.phantom, split) for split in readers.SPLITS}
+def pixels(config: Config) -> tuple[dict[str, int], Caches]:
+    """Images per split that the run decodes, and the pixel caches that it has yet to build, at most.
+
+    As far as they can be counted without opening more than a few; a run whose steps are done needs no cache.
+    """
+    source, side = config.data, config.model.image_size
+    wanted = dict.fromkeys(["train", "valid", *config.predict.splits])
+    sides = {split: [side] for split in wanted}
+    if config.model.checkpoint == "tiny":
+        sides["train"].append(_TINY_GRID * config.model.tiny.patch_size)
+    if source.root.is_dir():
+        splits = _examples(source)
+        counts = {split: len(splits[split]) for split in wanted if split in splits}
+        sized = {(s, n): unbuilt(splits[s], n, RUNS / "cache") for s in counts for n in sides[s]}
+    elif source.phantom:
+        counts = {split: getattr(source.phantom, split) for split in wanted}
+        sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
-        return {}
-    wanted = {"train", "valid", *config.predict.splits}
-    return {split: count for split, count in counts.items() if split in wanted}
+        counts, sized = {}, {}
+    return counts, {key: size for key, size in sized.items() if size and source.cache}
+
+
+@functools.lru_cache(maxsize=1)  # each variant of an experiment asks anew
+def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
+    """The images of each split that are there, without those that `data.skip_bad` is known to leave out."""
+    listing = readers.read(source.root, source.layout)
+    if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:
+        return data.load(source, RUNS).splits
+    return {
+        split: [example for example in examples if (split, example.id) in listing.files]
+        for split, examples in listing.splits.items()
+    }
+
+
+def free() -> int:
+    """Bytes that are free where runs are written."""
+    place = next(path for path in (RUNS.resolve(), *RUNS.resolve().parents) if path.exists())
+    return shutil.disk_usage(place).free
 
 
 def forecast(config: Config) -> dict[str, Any]:
-    """Steps and memory of a run; what can't be told is None, with the reason under `unknown`.
+    """Steps, pixel cache and memory of a run; what can't be told is None, its reason under `unknown`.
 
     Memory is that of the configured kind of device; where that is left open, of an accelerator in bf16.
     """
     unknown = []
-    count = images(config).get("train")
+    counts, to_build = pixels(config)
+    count = counts.get("train")
     if count is None:
-        unknown.append(f"steps: no such folder: {config.data.root}")
+        unknown.append(f"steps and pixel cache: no images in {config.data.root}")
     shape = sizes.of_model(config.model)
     if shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
@@ -45,9 +79,15 @@ def forecast(config: Config) -> dict[str, Any]:
     return {
         "steps": None if count is None else steps(config.train, count),
         "accumulation": accumulation(config.train),
+        "pixel_cache": None if count is None or not config.data.cache else _disk(to_build),
         "memory": model and _memory(model),
         "unknown": unknown,
     }
+
+
+def _disk(to_build: Caches) -> dict[str, Any]:
+    rows = [{"split": split, "side": side, "bytes": size} for (split, side), size in to_build.items()]
+    return {"to_build": rows, "free": free()}
 
 
 def steps(config: TrainConfig, count: int) -> list[dict[str, int]]:
@@ -101,9 +141,35 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
     parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
     out.append(f"micro batches that each device accumulates for a step: {parts}")
+    if found["pixel_cache"]:
+        out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
     return out + [f"not told: {reason}" for reason in found["unknown"]]
+
+
+def _cache_line(found: dict[str, Any]) -> str:
+    to_build = {(row["split"], row["side"]): row["bytes"] for row in found["to_build"]}
+    if not to_build:
+        return "pixel cache: built"
+    line = f"pixel cache to build: {listed(to_build)}; {gb(found['free'])} free"
+    if (lacking := sum(to_build.values()) - found["free"]) <= 0:
+        return line
+    return f"{line}, {gb(lacking)} too few: free some, or decode in every epoch: --set data.cache=false"
+
+
+def listed(caches: Caches) -> str:
+    """The sizes of pixel caches in words."""
+    return "; ".join(
+        ", ".join(f"{split} {gb(size)}" for (split, n), size in caches.items() if n == side)
+        + f" at {side} pixels"
+        for side in dict.fromkeys(side for _, side in caches)
+    )
+
+
+def gb(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.0f} MB"
 
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:

@@ -3,19 +3,26 @@
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import small_sets
 
+from harness import forecast
 from harness.config import Config
+from harness.data import load
+from harness.data.images import open_pixels
 from harness.doctor import Check, examine
-from harness.models import sizes
+from harness.models import sizes, tiny
 
 ROOT = Path(__file__).parents[1]
+whole, root = small_sets.whole, small_sets.root  # fixtures
 
 
 def doctor(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -112,17 +119,61 @@ def test_a_tiny_run_on_a_made_up_set_fits(tmp_path):
     checks = examine([config(tmp_path, data=phantom, model={"checkpoint": "tiny", "image_size": 364})], "cpu")
     assert all(check.ok for check in checks if check.name not in ("packages", "python")), checks
     assert all(check.fix is None for check in checks if check.ok)
-    assert f"image cache {1015 * 364**2 * 3 / 1e9:.1f} GB" in named(checks, "disk").found
+    total = 1015 * 364**2 * 3 + 1000 * 224**2 * 3  # the tiny ViT is trained at 224 first
+    assert f"pixel cache {total / 1e9:.1f} GB (train 0.4 GB" in named(checks, "disk").found
 
 
 def test_images_are_counted_once_per_split_and_size(tmp_path):
     data = {"root": tmp_path / "drawn", "phantom": {"train": 5000, "valid": 500, "test": 500}}
     sizes_224_and_364 = [
-        config(tmp_path, data=data, variant=name, model={"checkpoint": "tiny", "image_size": side})
+        config(tmp_path, data=data, variant=name, model={"checkpoint": "some/model", "image_size": side})
         for name, side in (("a", 224), ("b", 364), ("c", 364))
     ]
     total = 6000 * 3 * (224**2 + 364**2)
-    assert f"image cache {total / 1e9:.1f} GB" in named(examine(sizes_224_and_364, "cpu"), "disk").found
+    assert f"pixel cache {total / 1e9:.1f} GB" in named(examine(sizes_224_and_364, "cpu"), "disk").found
+
+
+def lack_of_room(config: Config, line: str) -> list[str]:
+    """What doctor and the dry run say of the pixel cache."""
+    disk = named(examine([config], "cpu"), "disk")
+    assert not disk.ok
+    return [disk.fix, next(text for text in forecast.lines(forecast.forecast(config)) if line in text)]
+
+
+def test_too_small_a_disk_for_the_pixel_cache_is_told_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"root": tmp_path / "drawn", "phantom": {"train": 60918, "valid": 10437, "test": 10473}}
+    competition = config(tmp_path, data=data, model={"checkpoint": "some/model", "image_size": 364})
+    room = namedtuple("usage", "total used free")(10**11, 7 * 10**10, 3 * 10**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    fix, line = lack_of_room(competition, "pixel cache to build")
+    assert line.startswith("pixel cache to build: train 24.2 GB, valid 4.1 GB, test 4.2 GB at 364 pixels; ")
+    assert "30.0 GB free, 2.5 GB too few" in line
+    assert "--set data.cache=false" in line
+    assert fix == "Free 2.5 GB, or decode in every epoch: --set data.cache=false"
+    without = competition.model_copy(update={"data": competition.data.model_copy(update={"cache": False})})
+    assert named(examine([without], "cpu"), "disk").ok
+    assert not [text for text in forecast.lines(forecast.forecast(without)) if "cache" in text]
+
+
+def test_only_caches_that_are_not_built_are_counted(root, tmp_path, monkeypatch):
+    """The oracle is what opening the pixels leaves on the disk, rows with problems left out."""
+    monkeypatch.chdir(tmp_path)
+    next((root / "train").iterdir()).write_bytes(b"no image")
+    settings = config(root, data={"root": root, "skip_bad": True}, predict={"splits": ["valid"]})
+    loaded = load(settings.data, Path("runs"))
+    assert len(loaded.splits["train"]) == small_sets.SMALL.train - 1
+    counts, caches = forecast.pixels(settings)
+    assert counts == {"train": small_sets.SMALL.train - 1, "valid": small_sets.SMALL.valid}
+    sides = {("train", 364), ("train", tiny.image_side(settings.model.tiny)), ("valid", 364)}
+    assert caches.keys() == sides
+    for split, side in sorted(sides):
+        before = sum(file.stat().st_size for file in Path("runs/cache").glob("*.npy"))
+        open_pixels(loaded.splits[split], side, Path("runs/cache"))
+        after = sum(file.stat().st_size for file in Path("runs/cache").glob("*.npy"))
+        assert 0 <= after - before - caches[split, side] < 200  # the header
+        assert (split, side) not in forecast.pixels(settings)[1]
+    assert "pixel cache: built" in forecast.lines(forecast.forecast(settings))
 
 
 def test_more_memory_than_there_is_is_not_ok_and_says_what_would_do(tmp_path):
@@ -132,7 +183,7 @@ def test_more_memory_than_there_is_is_not_ok_and_says_what_would_do(tmp_path):
     assert not memory.ok
     assert "train_vision=false" in memory.fix
     assert not disk.ok
-    assert "data.cache=false" in disk.fix
+    assert re.fullmatch(r"Free [\d.]+ GB", disk.fix)  # to do without the pixel cache would not help
 
 
 def test_what_does_not_fit_as_configured_comes_with_options_that_do(tmp_path, monkeypatch):
