@@ -8,11 +8,15 @@ from torch import Tensor
 
 from harness.config import AugmentConfig
 
+_TRIES = 10
+
 
 def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """Crop, shift, rotate, mirror and brighten uint8 (B, S, S, 3) -> uint8 of the same shape.
 
-    `generator` lives on the CPU, so that every device draws the same numbers.
+    Where LAVIS crops the image as it was and enlarges by a bicubic filter, this crops what is squashed
+    already, and bilinearly: NPUs before Atlas A2 have no other (CANN's aclnnGridSampler2D). `generator` lives
+    on the CPU, so that every device draws the same numbers.
     """
     moved = config.random_crop < 1 or config.shift or config.rotate or config.horizontal_flip
     if not moved and not config.brightness:
@@ -20,7 +24,9 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -
     images = pixels.permute(0, 3, 1, 2).float()
     if moved:
         grid = F.affine_grid(
-            _transforms(len(images), config, generator).to(images.device), images.shape, False
+            _transforms(len(images), images.shape[2], config, generator).to(images.device),
+            images.shape,
+            align_corners=False,
         )
         images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     if config.brightness:
@@ -31,18 +37,15 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -
     return images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _transforms(count: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def _transforms(count: int, size: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """One output-to-input affine matrix per image, (B, 2, 3), in units of half the image's side."""
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    area = draw(config.random_crop, 1)
-    ratio = torch.exp(draw(math.log(3 / 4), math.log(4 / 3))) if config.random_crop < 1 else torch.ones(count)
-    width = (area * ratio).sqrt().clamp(max=1)
-    height = (area / ratio).sqrt().clamp(max=1)
-    x = draw(-1, 1) * (1 - width) + draw(-2, 2) * config.shift
-    y = draw(-1, 1) * (1 - height) + draw(-2, 2) * config.shift
+    left, top, width, height = crops(count, size, config.random_crop, generator) / size
+    x = 2 * left + width - 1 + draw(-2, 2) * config.shift
+    y = 2 * top + height - 1 + draw(-2, 2) * config.shift
     angle = draw(-1, 1) * math.radians(config.rotate)
     mirror = torch.where(draw(0, 1) < 0.5, -1.0, 1.0) if config.horizontal_flip else torch.ones(count)
     cos, sin = angle.cos(), angle.sin()
@@ -53,3 +56,22 @@ def _transforms(count: int, config: AugmentConfig, generator: torch.Generator) -
         ],
         dim=1,
     )
+
+
+def crops(count: int, size: int, smallest: float, generator: torch.Generator) -> Tensor:
+    """Left, top, width and height in whole pixels, (4, count), of random crops of squares of `size` pixels.
+
+    Drawn as LAVIS draws them, by torchvision's RandomResizedCrop: area uniform from `smallest` to all of it,
+    log of width to height uniform between 3/4 and 4/3; of ten tries the first that fits, or no crop.
+    """
+    if smallest == 1:
+        return torch.tensor([0.0, 0.0, size, size])[:, None].expand(4, count)
+    draws = torch.rand(2, _TRIES, count, generator=generator)
+    area = (smallest + (1 - smallest) * draws[0]) * size**2
+    ratio = torch.exp(math.log(4 / 3) * (2 * draws[1] - 1))
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).round()
+    fits = ((sides > 0) & (sides <= size)).all(0)
+    first = sides[:, fits.int().argmax(0), torch.arange(count)]
+    side = torch.where(fits.any(0), first, size)
+    place = torch.rand(2, count, generator=generator) * (size - side + 1)
+    return torch.cat([place.floor(), side])
