@@ -1,6 +1,8 @@
 """How each step is built: the one room that brings model, data, metrics and post-processing together."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
 from harness.errors import UserError
 from harness.plan import Plan, Reporter, primary_metric
-from harness.store import write_json
+from harness.store import fingerprint, write, write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
@@ -17,13 +19,18 @@ if TYPE_CHECKING:
 
 SHARED = ("train", "predict", "score")
 """The steps that all ranks work at."""
+SCORED = ("scores.json", "per_image.csv", "arrays.npz", "caption_lengths.png")
+"""What a score step leaves."""
+Watch = Callable[[Mapping[str, Any]], None]
+"""Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
 
 
 class Builder:
     """Builds steps; holds the model between training and prediction."""
 
-    def __init__(self, plan: Plan, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
         self.plan, self.config, self.data, self.reporter = plan, plan.config, plan.data, reporter
+        self.watch = watch
         self.kind = device.probe(plan.config.device).kind
         self._model: Loaded | None = None
 
@@ -133,6 +140,8 @@ class Builder:
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     self.reporter.say(f"{self.config.run_name}: {where}: {_note(row)}")
+                if train.PRIMARY in row and self.watch:
+                    self.watch(row)
 
             self._model = train.Training(
                 self.config.train,
@@ -207,10 +216,44 @@ class Builder:
         write_captions(directory / PREDICTIONS, after)
 
     def _score(self, stage: str, directory: Path) -> bool:
+        """Score captions, or take the scores of the same captions from the step that has them."""
+        source = self.plan.directory("predict-valid" if stage == "before" else "postprocess-valid")
+        inputs = dict(self.plan.inputs[f"score-{stage}"])
+        inputs["captions"] = (source / PREDICTIONS).read_text(encoding="utf-8")
+        index = self.plan.root / "cache" / "scored" / fingerprint(inputs)
+        with self._alone(index):
+            if earlier := ranks.agree(self._scored(index)):
+                self.reporter.say(f"{self.config.run_name}: the same captions were scored before")
+                if ranks.rank() == 0:
+                    for name in SCORED:
+                        shutil.copyfile(earlier / name, directory / name)
+                return True
+            complete = self._compute_scores(source / PREDICTIONS, directory)
+            if complete and ranks.rank() == 0:
+                write(index, directory.name)
+        return complete
+
+    def _scored(self, index: Path) -> Path | None:
+        """The step that an entry of the index names, if it is still there; its scores are written last."""
+        earlier = self.plan.root / "steps" / index.read_text() if index.exists() else None
+        return earlier if earlier is not None and (earlier / "scores.json").exists() else None
+
+    @contextlib.contextmanager
+    def _alone(self, index: Path) -> Iterator[None]:
+        """Keep other processes from scoring the same captions meanwhile."""
+        from filelock import FileLock
+
+        if ranks.rank():
+            yield
+            return
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(index.with_suffix(".lock")):
+            yield
+
+    def _compute_scores(self, captions: Path, directory: Path) -> bool:
         from harness import plots
 
-        source = "predict-valid" if stage == "before" else "postprocess-valid"
-        found = read_captions(self.plan.directory(source) / PREDICTIONS)
+        found = read_captions(captions)
         examples = self.data.splits["valid"]
         ids = [example.id for example in examples]
         predictions = [found[example.id] for example in examples]

@@ -45,3 +45,7 @@ class UserError(Exception):
         if self.hint:
             lines.append(f"       {self.hint}")
         return "\n".join(lines)
+
+
+class Pruned(Exception):
+    """A study ends this run early, since others of it are better; the message says by what it was judged."""

@@ -161,26 +161,36 @@ def _model_checkpoints(config: Config) -> dict[str, str]:
     return {key: name for key in keys if (name := getattr(config.model, key))}
 
 
-def prepare(configs: Sequence[Config], reporter: Reporter, root: Path = RUNS) -> list[Plan]:
-    """Check all that can be checked before any training; raises `UserError` with all problems at once."""
+def prepare(
+    configs: Sequence[Config],
+    reporter: Reporter,
+    root: Path = RUNS,
+    loaded: dict[str, Dataset] | None = None,
+) -> list[Plan]:
+    """Check all that can be checked before any training; raises `UserError` with all problems at once.
+
+    `loaded` keeps the data between calls.
+    """
     found = [problem for config in configs for problem in problems(config)]
-    plans, hints, loaded = [], [], {}
+    plans, hints, failed = [], [], set()
+    loaded = {} if loaded is None else loaded
+    known = set(loaded)
     for config in configs:
         key = config.data.model_dump_json(exclude={"augment", "cache"})
-        if key not in loaded:
-            loaded[key] = None
+        if key not in loaded and key not in failed:
             try:
                 with reporter.progress("Checking images") as advance:
                     loaded[key] = load(config.data, root, advance)
             except UserError as error:
+                failed.add(key)
                 found += error.problems
                 hints.append(error.hint)
-        if loaded[key] is not None:
+        if key in loaded:
             plans.append(Plan(config, loaded[key], root))
     if found:
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
-    for dataset in loaded.values():
+    for dataset in (dataset for key, dataset in loaded.items() if key not in known):
         for problem in dataset.left_out:
             reporter.say(f"left out: {problem}")
     return plans

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import yaml
 
 from harness import checkpoints, device, ranks, submission
-from harness.build import Builder
+from harness.build import Builder, Watch
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
 from harness.editions import EDITIONS
+from harness.errors import Pruned
 from harness.plan import Plan, Reporter
 from harness.store import step, write, write_json
 
@@ -38,27 +40,35 @@ PACKAGES = (
 )
 
 
-def assist(plan: Plan, reporter: Reporter) -> None:
+def assist(plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
     """What a rank other than 0 does of a run: its share of the steps that rank 0 finds to be built."""
-    builder = Builder(plan, reporter)
+    builder = Builder(plan, reporter, watch)
     for name in plan.inputs:
         if ranks.agree(None):
             builder.build(name, plan.directory(name))
 
 
 def run(
-    plan: Plan, reporter: Reporter, command: str, base: tuple[str, Config] | None = None
+    plan: Plan,
+    reporter: Reporter,
+    command: str,
+    base: tuple[str, Config] | None = None,
+    trial: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`.
 
     `base` is the experiment that this one starts from, by the name of its file; the report shows differences.
+    `trial` says which of a study this is: it makes no submission; `watch` may end its training by `Pruned`.
     When launched on several ranks, this is for rank 0; the others `assist`.
     """
     record = _new_record(plan, command)
     record["base"] = base and {"file": base[0], "parameters": flat(base[1])}
+    if trial is not None:
+        record["trial"] = dict(trial)
     folder = plan.root / plan.config.name / plan.config.run_name
     with _status(record, folder):
-        builder = Builder(plan, reporter)
+        builder = Builder(plan, reporter, watch)
         for name in plan.inputs:
             record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
             if plan.done(name):
@@ -74,7 +84,7 @@ def run(
             record["made"][name] = json.loads((plan.directory(name) / MADE).read_text())
             _keep(record, plan, name)
             write_json(folder / "run.json", record)
-        record["submissions"] = _submit(plan, record)
+        record["submissions"] = _submit(plan, record) if trial is None else []
     return record
 
 
@@ -102,6 +112,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "seed": config.seed,
         "status": "RUNNING",
         "pid": os.getpid(),
+        "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "ended": None,
         "command": command,
@@ -137,7 +148,7 @@ def _is_standin(name: str) -> bool:
 
 @contextlib.contextmanager
 def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Keep `run.json` true: RUNNING from the start, FINISHED, FAILED or KILLED at the end."""
+    """Keep `run.json` true: RUNNING from the start, FINISHED, FAILED, PRUNED or KILLED at the end."""
     write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
     write_json(folder / "run.json", record)
@@ -147,6 +158,9 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        raise
+    except Pruned:
+        status = "PRUNED"
         raise
     finally:
         record["status"] = status

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException as ClickException
 
-from harness.cli import compare, data, leaderboard, report, score, submission
+from harness.cli import compare, data, leaderboard, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
     DeviceOption,
@@ -49,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(submission.app, name="submission")
+app.add_typer(study.app, name="study")
 app.command("compare")(compare.compare)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("report")(report.report)

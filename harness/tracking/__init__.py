@@ -17,7 +17,15 @@ from pathlib import Path
 
 from harness.errors import Problem, UserError
 from harness.store import fingerprint
-from harness.tracking.server import Mirror, State, alive, set_environment, tracking_uri, without_password
+from harness.tracking.server import (
+    Mirror,
+    State,
+    alive,
+    read_study,
+    set_environment,
+    tracking_uri,
+    without_password,
+)
 
 _log = logging.getLogger(__name__)
 _PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
@@ -131,10 +139,12 @@ def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
 
 
 def _mirror_all(experiment_directory: Path, parent: int) -> None:
-    for file in sorted(experiment_directory.glob("*/run.json")):
+    files = sorted(experiment_directory.glob("*/run.json"))
+    for file in files:
         began = time.monotonic()
         try:
-            if _is_running(file) or not _is_mirrored(file):
+            behind = file == files[-1] and not _study_is_mirrored(experiment_directory)
+            if behind or _is_running(file) or not _is_mirrored(file):
                 mirror(file.parent, parent)
         except failures() as error:
             _log.warning("%s: %s", file.parent.name, _first_line(error))
@@ -154,6 +164,12 @@ def _first_line(error: Exception) -> str:
 
 def _is_running(file: Path) -> bool:
     return json.loads(file.read_text(encoding="utf-8"))["status"] == "RUNNING"
+
+
+def _study_is_mirrored(experiment_directory: Path) -> bool:
+    """Whether what is recorded of a study, if the experiment is one, is on the server."""
+    study = read_study(experiment_directory)
+    return study is None or State.load(experiment_directory).parent.get("study") == fingerprint(study)
 
 
 def _is_mirrored(file: Path) -> bool:

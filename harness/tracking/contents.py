@@ -57,6 +57,7 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         **{f"absent/{metric}": reason for metric, reason in reasons.items()},
         **{f"environment/{name}": version for name, version in record["environment"].items()},
         "git.commit": record["git"]["commit"],
+        **{f"trial/{key}": value for key, value in (record.get("trial") or {}).items()},
     }
     return {key: value for key, value in tags.items() if value is not None}
 
@@ -90,6 +91,26 @@ def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tu
     if record["status"] != "RUNNING":
         found.append(("run.json", directory / "run.json"))
     return [(key, path) for key, path in found if path.is_file()]
+
+
+def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What the parent run of a study says of it."""
+    best = study.get("best") or []
+    return {
+        "study": study["study"],
+        "study/storage": study["storage"],
+        "study/objective": ", ".join(study.get("objective", ())),
+        "study/best_trial": ", ".join(str(trial["number"]) for trial in best),
+        **{f"study/{state}": count for state, count in study.get("trials", {}).items()},
+    }
+
+
+def study_scores(study: Mapping[str, Any]) -> dict[str, float]:
+    """The best value of each objective, as `best/bertscore`; of a Pareto front the highest of each."""
+    best = study.get("best") or []
+    return {
+        f"best/{name}": max(trial["values"][name] for trial in best) for name in study["objective"] if best
+    }
 
 
 def milliseconds(moment: str | None) -> int | None:

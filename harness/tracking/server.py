@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import tempfile
 import time
 import uuid
@@ -20,13 +21,17 @@ from harness.tracking.contents import (
     milliseconds,
     rows,
     scores_of,
+    study_scores,
+    study_tags,
     tags_of,
 )
 
-STATE = "mlflow.json"
+STATE, STUDY = "mlflow.json", "study.json"
 DEFAULT_URI = "sqlite:///mlflow.db"
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+_IN_MLFLOW = {"PRUNED": "FINISHED"}
+"""MLflow has no word for a run that a study ended early; the tag trial/state says it."""
 
 
 @dataclass
@@ -79,14 +84,38 @@ class Mirror:
         self._describe(run)
         self._points(run)
         for key, path in artifacts(self.record, self.root, self.directory):
-            self._artifact(run, key, path)
+            self._artifact(run, self.entry, key, path)
         if status != "RUNNING":
             ended = milliseconds(self.record["ended"]) or int(time.time() * 1000)
-            self.client.set_terminated(run, status, ended)
+            self.client.set_terminated(run, _IN_MLFLOW.get(status, status), ended)
         self.entry["status"] = status
         self.entry["mirrored"] = fingerprint(self.record)
+        self._study(parent)
         self._close_parent(parent)
         self.state.save()
+
+    def _study(self, parent: str) -> None:
+        """What the parent run says where the experiment is a study: counts, best trials, plots."""
+        from mlflow.entities import Metric, RunTag
+
+        folder = self.directory.parent
+        study = read_study(folder)
+        if study is None or "objective" not in study:
+            return
+        for key, path in study.get("artifacts", {}).items():
+            if (folder / path).is_file():
+                self._artifact(parent, self.state.parent, key, folder / path)
+        known, scores = self.state.parent.setdefault("scores", {}), study_scores(study)
+        new = [(key, value) for key, value in scores.items() if known.get(key) != value]
+        when, step = (
+            milliseconds(self.record["ended"] or self.record["started"]),
+            sum(study["trials"].values()),
+        )
+        self._batches(parent, "metrics", [Metric(key, value, when, step) for key, value in new])
+        tags = study_tags(study).items()
+        self._batches(parent, "tags", [RunTag(key, cut(value, _LONGEST_TAG)) for key, value in tags])
+        known.update(scores)
+        self.state.parent["study"] = fingerprint(study)
 
     def _close_parent(self, parent: str) -> None:
         status = _of_all(self.directory.parent, self.owner)
@@ -185,9 +214,9 @@ class Mirror:
         ]
         self._batches(run, "metrics", new, remember)
 
-    def _artifact(self, run: str, key: str, path: Path) -> None:
+    def _artifact(self, run: str, entry: dict[str, Any], key: str, path: Path) -> None:
         """Upload a file under its key, unless it is there as it is on disk."""
-        known = self.entry.setdefault("artifacts", {})
+        known = entry.setdefault("artifacts", {})
         stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
         if known.get(key) == stamp:
             return
@@ -215,15 +244,24 @@ def _experiment(client: Any, name: str) -> str:
 
 
 def status_of(record: Mapping[str, Any], owner: int | None) -> str:
-    pid = record.get("pid", owner)
-    dead = record["status"] == "RUNNING" and pid is not None and not alive(pid)
+    pid, here = record.get("pid", owner), record.get("host") in (None, socket.gethostname())
+    dead = record["status"] == "RUNNING" and here and pid is not None and not alive(pid)
     return "KILLED" if dead else record["status"]
 
 
+def read_study(experiment_directory: Path) -> dict[str, Any] | None:
+    """What is recorded of a study; None for an experiment that is none."""
+    file = experiment_directory / STUDY
+    return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+
 def _of_all(experiment_directory: Path, owner: int | None) -> str:
-    """The status of an experiment: that of its least finished run."""
+    """The status of an experiment: that of its least finished run; a study may end with failed trials."""
     records = [json.loads(file.read_text("utf-8")) for file in experiment_directory.glob("*/run.json")]
     found = {status_of(record, owner) for record in records}
+    study = read_study(experiment_directory)
+    if study is not None and "RUNNING" not in found:
+        return "FINISHED" if study.get("ended") else "KILLED"
     return next(status for status in ("RUNNING", "KILLED", "FAILED", "FINISHED") if status in found)
 
 

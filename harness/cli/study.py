@@ -1,0 +1,270 @@
+"""The study command: run one, show its trials, write the best as an experiment."""
+
+import csv
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
+from harness.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from harness.study.spec import Study
+
+
+class _FileFirst(TyperGroup):
+    """`study FILE` is `study run FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_FileFirst, no_args_is_help=True, help="Search an experiment's keys for the best validation score."
+)
+
+StudyFile = Annotated[Path, typer.Argument(help="The study's YAML file.")]
+Base = Annotated[
+    Path | None, typer.Option(help="An experiment file to search instead of the one that the study names.")
+]
+Variant = Annotated[str | None, typer.Option(help="Which variant of the base.")]
+
+
+@app.command()
+def run(
+    file: StudyFile,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many there are to be, over all calls.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trials at the same time on this machine.")] = 1,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no trial after this time.")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Devices (or processes, on CPUs) for each trial.")] = 1,
+    base: Base = None,
+    variant: Variant = None,
+    sets: Sets = None,
+    device: DeviceOption = None,
+    output: Output = Format.table,
+) -> None:
+    """Run trials until there are as many as wanted; `study FILE` does the same.
+
+    The same command after an interruption goes on where it stopped, with the trials that it left.
+    """
+    from harness import launch
+    from harness.study import storage
+    from harness.study import workers as processes
+
+    spec = _load(file, sets, device, base, variant, trials)
+    chosen = storage.choose(spec, _folder(spec), workers)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if workers > 1 and not processes.is_worker():
+        _run_workers(spec, chosen, workers, nproc)
+    elif nproc > 1 and not launch.is_rank():
+        sys.exit(_run_ranks(spec, nproc))
+    else:
+        _work(spec, chosen, timeout)
+    if not processes.is_worker() and not int(os.environ.get("RANK", "0")):
+        _print(spec, chosen, output)
+
+
+def _load(
+    file: Path,
+    sets: list[str] | None,
+    device: DeviceName | None,
+    base: Path | None,
+    variant: str | None,
+    trials: int | None = None,
+) -> "Study":
+    from harness.study.spec import load
+
+    extra = [f"device={device}"] if device else []
+    return load(file, [*(sets or ()), *extra], base, variant, {"trials": trials})
+
+
+def _folder(spec: "Study") -> Path:
+    from harness.plan import RUNS
+
+    return RUNS / spec.name
+
+
+def _command() -> str:
+    return f"python -m harness {shlex.join(sys.argv[1:])}"
+
+
+def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
+    """Take trials in this process, or as one rank of several; mirror them unless another process does."""
+    from harness import ranks, tracking
+    from harness.study import work, workers
+
+    terminal, silent = Terminal(), Terminal(silent=True)
+    if workers.is_worker() or ranks.rank():
+        work.work(spec, chosen, terminal, silent, _command(), timeout)
+        return
+    follower = tracking.start(_folder(spec))
+    try:
+        work.work(spec, chosen, terminal, silent, _command(), timeout)
+    finally:
+        if late := follower.finish():
+            terminal.say(late)
+
+
+def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
+    """Start workers and mirror what they do; raises `UserError` where trials are left."""
+    from harness import device, tracking
+    from harness.plan import prepare
+    from harness.study import storage, workers
+
+    terminal = Terminal()
+    prepare([spec.base], terminal)  # draws and checks the data, before several do
+    storage.open_study(spec, _folder(spec), chosen)
+    follower = tracking.start(_folder(spec))
+    try:
+        codes = workers.start(sys.argv[1:], count, device.probe(spec.base.device), ranks)
+    finally:
+        if late := follower.finish():
+            terminal.say(late)
+    if any(codes):
+        ended = ", ".join(str(code) for code in codes)
+        if not storage.read_record(_folder(spec)).get("ended"):
+            what = f"workers ended with {ended}, and trials are left; the same command goes on with them"
+            raise UserError([Problem(what, spec.file)], exit_code=1)
+        terminal.say(f"workers ended with {ended}; the others finished their trials")
+
+
+def _run_ranks(spec: "Study", ranks: int) -> int:
+    """Start the ranks of one worker -> their exit code; anew where a trial failed and others are left."""
+    from harness import launch
+    from harness.study.storage import read_record
+
+    def ended() -> int:
+        counts = read_record(_folder(spec)).get("trials", {})
+        return sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
+
+    while True:
+        before = ended()
+        code = launch.here(sys.argv[1:], ranks)
+        if code != launch.FAILED or ended() == before:
+            return code
+
+
+@app.command()
+def show(
+    file: StudyFile,
+    base: Base = None,
+    variant: Variant = None,
+    sets: Sets = None,
+    output: Output = Format.table,
+) -> None:
+    """List the trials of a study."""
+    spec = _load(file, sets, None, base, variant)
+    _print(spec, _begun(spec), output)
+
+
+@app.command()
+def best(
+    file: StudyFile,
+    out: Annotated[
+        Path | None, typer.Option("--output", help="Where to; by default beside the study's file.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Another than the best.")] = None,
+    base: Base = None,
+    variant: Variant = None,
+    sets: Sets = None,
+) -> None:
+    """Write the config of the best trial as an experiment that `harness run` takes."""
+    from harness.store import write
+    from harness.study import results, storage
+
+    spec = _load(file, sets, None, base, variant)
+    study, _ = storage.open_study(spec, _folder(spec), _begun(spec))
+    out = out or file.with_name(f"{file.stem}_best.yaml")
+    text = results.as_experiment(results.winner(study, spec, trial), spec, out, _command())
+    write(out, text)
+    print(f"{out}: trial {results.winner(study, spec, trial).number} of {spec.name}")
+
+
+def _begun(spec: "Study") -> str:
+    """The storage of a study that has trials."""
+    from harness.study import storage
+
+    if not storage.read_record(_folder(spec)):
+        hint = f"Begin it: python -m harness study {spec.file}"
+        raise UserError([Problem(f"the study {spec.name} has not begun", spec.file, hint=hint)])
+    return storage.choose(spec, _folder(spec), 1)
+
+
+def _print(spec: "Study", chosen: str, output: Format) -> None:
+    from harness.study import results, storage
+
+    study, _ = storage.open_study(spec, _folder(spec), chosen)
+    rows = results.rows(study, spec)
+    keys = [parameter.key for parameter in spec.space]
+    if output is Format.json:
+        print(json.dumps(rows, indent=1))
+    elif output is Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["number", "state", *spec.objective, *keys, "seconds", "retry_of", "reason"])
+        for row in rows:
+            told = [*row["values"].values(), *(row["params"].get(key) for key in keys)]
+            writer.writerow(
+                [row["number"], row["state"], *told, row["seconds"], row["retry_of"], row["reason"]]
+            )
+    else:
+        _table(spec, rows, storage.address(_folder(spec), chosen))
+
+
+def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness import tables
+    from harness.tracking.server import without_password
+
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    keys = [parameter.key for parameter in spec.space]
+    table = Table(title=f"{spec.name}: validation scores", title_justify="left")
+    for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        scores = [tables.cell({"value": v, "official": row["official"]}) for v in row["values"].values()]
+        values = [_short(row["params"].get(key)) for key in keys]
+        spent = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        table.add_row(
+            str(row["number"]), *scores, *values, spent, _note(row), style="bold" if row["best"] else ""
+        )
+    console.print(table)
+    if any(row["official"] is False for row in rows):
+        console.print(tables.NOT_COMPARABLE, markup=False)
+    console.print(f"Plots and records: runs/{spec.name}/", markup=False)
+    console.print(f"The best as an experiment: python -m harness study best {spec.file}", markup=False)
+    console.print(f"In a browser: optuna-dashboard {without_password(address)}", markup=False)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else json.dumps(value)
+        if not isinstance(value, str)
+        else value
+    )
+
+
+def _note(row: dict[str, Any]) -> str:
+    notes = ["best"] if row["best"] else []
+    notes += [] if row["state"] == "COMPLETE" else [row["state"].lower()]
+    notes += [] if row["retry_of"] is None else [f"trial {row['retry_of']} again"]
+    notes += [row["reason"]] if row["reason"] else []
+    return "; ".join(notes)

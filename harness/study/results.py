@@ -1,0 +1,200 @@
+"""What came out of a study: lines and rows of its trials, plots, and the winning config as an experiment."""
+
+import json
+import os
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from filelock import FileLock
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.errors import Problem, UserError
+from harness.experiment import merge, parse_sets, set_value, variant_of
+from harness.store import write_json
+from harness.study.spec import Study
+from harness.study.storage import RECORD, read_record
+from harness.study.trials import Trials
+
+_REDRAW = 60.0  # seconds between drawings of the plots while a study goes on
+
+
+def best_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trial with the highest score, the earliest of equals; of several objectives the Pareto front."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(study.directions) == 1:
+        return [max(done, key=lambda trial: (trial.value, -trial.number))] if done else []
+    return sorted(study.best_trials, key=lambda trial: trial.number)
+
+
+def line(trials: Trials, number: int) -> str:
+    """One line of how a trial ended, and of the best so far."""
+    trial = trials.study.get_trials(deepcopy=False)[number]
+    names, best = trials.spec.objective, best_trials(trials.study)
+    if trial.state is TrialState.COMPLETE:
+        told = "  ".join(f"{n} {_digits(trial, v)}" for n, v in zip(names, trial.values, strict=True))
+    else:
+        told = f"{trial.state.name}: {trial.user_attrs.get('reason', '')}"
+    if len(names) > 1:
+        return f"trial {number}: {told} ({len(best)} on the Pareto front)"
+    return f"trial {number}: {told}" + (
+        f" (best {_digits(best[0], best[0].value)}, trial {best[0].number})" if best else ""
+    )
+
+
+def _digits(trial: FrozenTrial, value: float) -> str:
+    return f"{value:.4f}" + ("" if trial.user_attrs.get("official", True) else "*")
+
+
+def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
+    """A row for each trial: number, state, scores, parameters, seconds, reason, and of what it is a retry."""
+    best = {trial.number for trial in best_trials(study)}
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        told = trial.values if trial.state is TrialState.COMPLETE else [None] * len(spec.objective)
+        values = {p.key: p.decode(trial.params[p.key]) for p in spec.space if p.key in trial.params}
+        found.append(
+            {
+                "number": trial.number,
+                "state": trial.state.name,
+                "best": trial.number in best,
+                "values": dict(zip(spec.objective, told, strict=True)),
+                "official": trial.user_attrs.get("official"),
+                "params": values,
+                "seconds": trial.duration.total_seconds() if trial.duration else None,
+                "reason": trial.user_attrs.get("reason"),
+                "retry_of": trial.user_attrs.get("retry_of"),
+            }
+        )
+    return found
+
+
+def publish(trials: Trials, draw: bool = False) -> None:
+    """Write what MLflow's parent run shows: `study.json` with counts and best trials, and plots."""
+    with FileLock(trials.folder / "study.lock"):
+        record = read_record(trials.folder)
+        every = trials.study.get_trials(deepcopy=False)
+        best, states = best_trials(trials.study), [trial.state.name for trial in every]
+        record["trials"] = {state: states.count(state) for state in sorted(set(states))}
+        record["objective"] = list(trials.spec.objective)
+        record["best"] = [
+            {"number": one.number, "values": dict(zip(record["objective"], one.values, strict=True))}
+            for one in best
+        ]
+        slots = sum("slot" not in trial.user_attrs for trial in every)
+        done = slots >= trials.spec.trials and not {"RUNNING", "WAITING"} & set(states)
+        record["ended"] = datetime.now(UTC).isoformat(timespec="seconds") if done else None
+        if draw or time.time() - record.get("drawn", 0) > _REDRAW:
+            names = _draw(trials.study, trials.spec, trials.folder / "plots")
+            record["drawn"] = time.time()
+            record["artifacts"] = {f"plots/{name}": f"plots/{name}" for name in names}
+        write_json(trials.folder / RECORD, record)
+
+
+def _draw(study: optuna.Study, spec: Study, folder: Path) -> list[str]:
+    """History and importance of each objective as PNG, and the front of two or three; their file names.
+
+    Importance needs two trials that differ in parameters and in score.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from optuna.visualization import matplotlib as plots
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for i, name in enumerate(spec.objective if done else ()):
+            several = len(spec.objective) > 1
+            how = {"target": (lambda trial, i=i: trial.values[i]) if several else None, "target_name": name}
+            mark = f"_{name}" if several else ""
+            drawn.append(_save(plots.plot_optimization_history(study, **how), folder / f"history{mark}.png"))
+            if len({trial.values[i] for trial in done}) > 1:
+                if several:  # importance is judged for low values, unless the study's direction says
+                    how["target"] = lambda trial, i=i: -trial.values[i]
+                axes = plots.plot_param_importances(study, **how)
+                drawn.append(_save(axes, folder / f"importance{mark}.png"))
+        if done and len(spec.objective) in (2, 3):
+            axes = plots.plot_pareto_front(study, target_names=list(spec.objective))
+            drawn.append(_save(axes, folder / "pareto.png"))
+    return drawn
+
+
+def _save(axes: Any, path: Path) -> str:
+    from matplotlib import pyplot
+
+    figure = axes.figure
+    figure.set_size_inches(9, 5)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    temporary.replace(path)
+    return path.name
+
+
+def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
+    """The trial that is asked for, by default the best; raises `UserError` where there is no telling."""
+    best = best_trials(study)
+    if number is not None:
+        every = study.get_trials(deepcopy=False)
+        if number >= len(every) or every[number].state is not TrialState.COMPLETE:
+            raise UserError(
+                [Problem(f"got {number}, which is no finished trial of {spec.name}", key="--trial")]
+            )
+        return every[number]
+    if not best:
+        raise UserError([Problem(f"no trial of {spec.name} has finished", spec.file)])
+    if len(best) > 1:
+        numbers = ", ".join(str(trial.number) for trial in best)
+        hint = "Choose one: --trial NUMBER"
+        raise UserError(
+            [Problem(f"several trials are on the Pareto front: {numbers}", key="--trial", hint=hint)]
+        )
+    return best[0]
+
+
+def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -> str:
+    """The YAML of an experiment whose run gives a trial's captions, on every split and with every score.
+
+    What the study overrides to be cheaper, `score` and `predict.splits`, is left as the base has it.
+    """
+    changed = variant_of(spec.base_file, spec.base.variant)
+    merge(changed, _overrides(spec))
+    for parameter in spec.space:
+        if parameter.key in trial.params:
+            set_value(changed, parameter.path, parameter.decode(trial.params[parameter.key]))
+    told = zip(spec.objective, trial.values, strict=True)
+    scores = ", ".join(f"{name} {_digits(trial, value)}" for name, value in told)
+    star = "" if trial.user_attrs.get("official", True) else " (* by a stand-in)"
+    head = [
+        f"# Question  How good is the best of the study {spec.name}, by every score and on test?",
+        f"# Command   python -m harness run {output}",
+        f"# Expected  validation {scores}{star}, as trial {trial.number} of {spec.trials}",
+        f"# Cost      that of {spec.base_file.name}, less the steps that the study has made",
+        f"# Made by   {command}",
+    ]
+    body = {
+        "base": os.path.relpath(spec.base_file.resolve(), output.resolve().parent),
+        "name": f"{spec.name}/best",
+        "seeds": [spec.base.seed],
+        "variants": {f"trial-{trial.number:04}": changed},
+    }
+    return "\n".join(head) + "\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+
+
+def _overrides(spec: Study) -> dict[str, Any]:
+    """What the study's file and `--set` change in the base, but for scores, splits and the device."""
+    changed: dict[str, Any] = json.loads(json.dumps(spec.config.overrides, default=str))
+    for path, value in parse_sets(spec.sets)[0]:
+        set_value(changed, path, value)
+    for key in ("score", "device"):
+        changed.pop(key, None)
+    if "predict" in changed:
+        changed["predict"].pop("splits", None)
+    return changed

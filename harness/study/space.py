@@ -1,0 +1,176 @@
+"""The search space of a study: what a file may say of a key, and which values there are."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from harness.config import Config, Section
+
+FIXED = ("name", "variant", "edition", "score", "predict.splits")
+"""Keys that no study searches: what trials are called, and what they are compared by."""
+
+
+class ParameterConfig(Section):
+    """The values of one key: a range of numbers, or a list of choices."""
+
+    low: float | None = None
+    """Least value."""
+    high: float | None = None
+    """Greatest value; in the range."""
+    log: bool = False
+    """Draw the logarithm evenly."""
+    step: float | None = None
+    """Only `low`, `low` + `step`, ...; by default 1 for whole numbers, none for others."""
+    choices: list[Any] | None = None
+    """Instead of a range: these values, of any type that the key takes."""
+    when: dict[str, Any] = Field(default_factory=dict)
+    """Search it only where each of these other keys of the space has this value, or one of this list."""
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> "ParameterConfig":
+        ranged = self.low is not None and self.high is not None
+        if ranged == (self.choices is not None) or (self.choices is not None and self._ranges):
+            raise ValueError("give low and high, or choices")
+        if self.choices is not None and not self.choices:
+            raise ValueError("choices is empty")
+        if ranged and self.low >= self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("a step is above 0, and goes without log")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low:g}; with log it is above 0")
+        return self
+
+    @property
+    def _ranges(self) -> bool:
+        return bool(self.low is not None or self.high is not None or self.log or self.step)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One key of the space; `whole` where its values are whole numbers."""
+
+    key: str
+    how: ParameterConfig
+    whole: bool
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The key as experiments nest it."""
+        return tuple(self.key.split("."))
+
+    @property
+    def step(self) -> float | None:
+        """The distance between values; None for a continuous range."""
+        return 1 if self.whole and self.how.step is None else self.how.step
+
+    @property
+    def ends(self) -> list[tuple[str, Any]]:
+        """(key of the file, value) of the values that have to be valid for all to be."""
+        if self.how.choices is not None:
+            return [("choices", value) for value in self.how.choices]
+        return [("low", self._number(self.how.low)), ("high", self._number(self.how.high))]
+
+    def has(self, value: Any) -> bool:
+        """Whether a value of the config is one of the space."""
+        if self.how.choices is not None:
+            return encode(value) in self.encoded
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not self.how.low <= value <= self.how.high:
+            return False
+        steps = 0.0 if self.how.log or not self.step else (value - self.how.low) / self.step
+        return math.isclose(steps, round(steps), abs_tol=1e-6)
+
+    @property
+    def encoded(self) -> list[Any]:
+        """The choices as a storage keeps them."""
+        return [encode(value) for value in self.how.choices or ()]
+
+    def decode(self, stored: Any) -> Any:
+        """The value of the config behind a stored one."""
+        if self.how.choices is None:
+            return stored
+        found = [value for value in self.how.choices if _same(encode(value), stored)]
+        return found[0]
+
+    def values(self) -> list[Any]:
+        """All values in order; a continuous range has none to list."""
+        if self.how.choices is not None:
+            return list(self.how.choices)
+        count = math.floor((self.how.high - self.how.low) / self.step + 1e-9) + 1
+        return [self._number(round(self.how.low + i * self.step, 12)) for i in range(count)]
+
+    @property
+    def listable(self) -> bool:
+        """Whether `values` can list all."""
+        return self.how.choices is not None or (self.step is not None and not self.how.log)
+
+    def active(self, values: Mapping[str, Any]) -> bool:
+        """Whether it is searched, given the values of other keys."""
+        return all(
+            key in values and any(_same(encode(values[key]), encode(one)) for one in several(wanted))
+            for key, wanted in self.how.when.items()
+        )
+
+    def _number(self, value: float) -> Any:
+        return int(value) if self.whole and float(value).is_integer() else value
+
+
+def several(wanted: Any) -> list[Any]:
+    """The values of a `when`: one, or a list of them."""
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
+def encode(value: Any) -> Any:
+    """A choice as a storage can keep it: lists and mappings as JSON."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, where True is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def is_whole(key: str) -> bool | None:
+    """Whether a key of the config takes whole numbers alone; None where it takes no number."""
+    schema = Config.model_json_schema()
+    node: Mapping[str, Any] = schema
+    for name in key.split("."):
+        sections = [one["$ref"].rpartition("/")[2] for one in _options(node) if "$ref" in one]
+        node = (schema["$defs"][sections[0]] if sections else node)["properties"][name]
+    types = {one.get("type") for one in _options(node)}
+    return False if "number" in types else True if "integer" in types else None
+
+
+def _options(node: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return node.get("anyOf", [node])
+
+
+def ordered(space: Sequence[Parameter]) -> list[Parameter]:
+    """The parameters, each after those that its `when` names; raises `ValueError` for a circle."""
+    waiting, done = list(space), {}
+    while waiting:
+        ready = [p for p in waiting if set(p.how.when) <= set(done)]
+        if not ready:
+            raise ValueError(", ".join(p.key for p in waiting))
+        done |= {p.key: p for p in ready}
+        waiting = [p for p in waiting if p.key not in done]
+    return list(done.values())
+
+
+def grid(space: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """Every point of a space without continuous ranges, in the order of its lists."""
+    points: dict[str, dict[str, Any]] = {}
+    for combination in itertools.product(*(parameter.values() for parameter in space)):
+        point: dict[str, Any] = {}
+        for parameter, value in zip(space, combination, strict=True):
+            if parameter.active(point):
+                point[parameter.key] = value
+        points.setdefault(json.dumps(point), point)
+    return list(points.values())

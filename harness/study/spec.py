@@ -1,0 +1,333 @@
+"""A study file: its schema, and everything that can be checked before the first trial."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from harness import experiment
+from harness.config import Config, Section, flat, keys
+from harness.editions import EDITIONS
+from harness.errors import Problem, UserError
+from harness.experiment import Path_, Place
+from harness.plan import HOW
+from harness.study.space import FIXED, Parameter, ParameterConfig, grid, is_whole, ordered, several
+
+INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
+"""Keys of the base that may change while a study goes on."""
+POSTGRESQL = r"postgresql(\+\w+)?://"
+
+
+class SamplerConfig(Section):
+    """How the parameters of a trial are chosen."""
+
+    name: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe learns from the trials before; random draws evenly; grid goes through all values once."""
+    seed: NonNegativeInt = 0
+    """A trial draws by this and its own number, so that random trials are the same for any workers."""
+    startup_trials: PositiveInt = 10
+    """Trials that tpe draws at random before it learns."""
+
+
+class PrunerConfig(Section):
+    """When a trial is ended early, judged by its validation scores after each epoch of both stages."""
+
+    name: Literal["none", "median", "hyperband"] = "none"
+    """median: worse than the median of the trials before at that epoch; hyperband: successive halving."""
+    startup_trials: NonNegativeInt = 5
+    """Trials that median lets run to their end first."""
+    warmup_epochs: NonNegativeInt = 0
+    """Epochs of every trial that median leaves alone, and the least that hyperband gives one."""
+
+
+class StudyConfig(Section):
+    """What a study file may say."""
+
+    base: str
+    """The experiment file that every trial starts from, beside this file."""
+    variant: str | None = None
+    """Which of its variants; needed where it has several."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")] | None = None
+    """Folder under runs/ and MLflow experiment; by default that of the base, then the name of this file."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the experiment that are otherwise in this study, such as fewer metrics."""
+    space: dict[str, ParameterConfig]
+    """What is searched: keys of the experiment, as `predict.num_beams`, and their values."""
+    objective: tuple[str, ...] = ("bertscore",)
+    """The validation score after post-processing that is to be high; several for a Pareto front."""
+    sampler: SamplerConfig = SamplerConfig()
+    pruner: PrunerConfig = PrunerConfig()
+    storage: Annotated[str, Field(pattern=rf"^(sqlite|journal|{POSTGRESQL}.+)$")] | None = None
+    """sqlite, journal or postgresql://...; by default sqlite for one worker and journal for more."""
+    trials: PositiveInt = 20
+    """How many there are to be, over all calls."""
+    retries: NonNegativeInt = 2
+    """How often a trial whose process was killed is tried again."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study: `base` is the config of trial 0, `start` the experiment without the overrides."""
+
+    file: Path
+    config: StudyConfig
+    name: str
+    base_file: Path
+    base: Config
+    space: tuple[Parameter, ...]
+    sets: tuple[str, ...] = ()
+
+    @property
+    def objective(self) -> tuple[str, ...]:
+        """The names of the scores that are to be high."""
+        return self.config.objective
+
+    @cached_property
+    def grid(self) -> list[dict[str, Any]]:
+        """All points but the base's, for the sampler that goes through them; else none."""
+        if self.config.sampler.name != "grid":
+            return []
+        return [point for point in grid(self.space) if point != self.start]
+
+    @cached_property
+    def start(self) -> dict[str, Any]:
+        """The values of the space that the base has: trial 0."""
+        values: dict[str, Any] = {}
+        for parameter in self.space:
+            if parameter.active(values):
+                values[parameter.key] = value_at(self._base_values, parameter.path)
+        return values
+
+    def fixed(self, slot: int) -> dict[str, Any] | None:
+        """The values of the trial that comes `slot`-th, where no sampler draws them."""
+        if slot == 0:
+            return self.start
+        return self.grid[slot - 1] if self.grid else None
+
+    @property
+    def trials(self) -> int:
+        """How many there are to be; of a grid, no more than it has points."""
+        return min(self.config.trials, len(self.grid) + 1) if self.grid else self.config.trials
+
+    @property
+    def epochs(self) -> int:
+        """Of both stages of the base."""
+        return self.base.train.stage1.epochs + self.base.train.stage2.epochs
+
+    @cached_property
+    def _base_values(self) -> dict[str, Any]:
+        return self.base.model_dump(mode="json")
+
+    def trial(self, number: int, values: Mapping[str, Any]) -> Config:
+        """The config of a trial; raises `UserError` where the values do not go together."""
+        changed = self.base.model_dump(mode="json") | {"name": self.name, "variant": f"trial-{number:04}"}
+        for key, value in values.items():
+            experiment.set_value(changed, tuple(key.split(".")), value)
+        try:
+            return Config.model_validate(changed)
+        except ValidationError as error:
+            raise UserError(experiment.explain(error, {}, self.file), exit_code=1) from None
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What must stay for trials to be comparable, and for a grid to have the same order."""
+        base = {key: value for key, value in flat(self.base).items() if key not in INDIFFERENT}
+        space = {p.key: p.how.model_dump(mode="json") for p in self.space}
+        sampler = self.config.sampler.name
+        return {"base": base, "space": space, "objective": list(self.objective), "sampler": sampler}
+
+
+def load(
+    file: Path,
+    sets: Sequence[str] = (),
+    base: Path | None = None,
+    variant: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Study:
+    """Read and check a study file; `base`, `variant` and `options` override what it says.
+
+    Raises `UserError` with all problems of the file, its base, the space and the options at once.
+    """
+    node, values = _read(file)
+    problems: list[Problem] = []
+    places = dict(experiment.places_of(node, (), file, problems))
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    given |= {} if base is None else {"base": str(base), "variant": variant}
+    given |= {} if variant is None else {"variant": variant}
+    places |= {(key,): Place(f"--{key}") for key in given}
+    try:
+        config = StudyConfig.model_validate(values | given)
+    except ValidationError as error:
+        known = list(_known(values))
+        raise UserError(problems + experiment.explain(error, places, file, known)) from None
+    base_file = base or file.parent / config.base
+    if not base_file.is_file():
+        raise UserError(
+            [*problems, experiment.problem_at(f"no such file: {base_file}", ("base",), places, file)]
+        )
+    start = _base(config, base_file, sets, places, file)
+    name = config.name or f"{start.name}/{file.stem}"
+    space, found = _space(config, start, places, file)
+    problems += found + _objective_problems(config, start, places, file)
+    if problems:
+        raise UserError(problems)
+    study = Study(file, config, name, base_file, start, space, tuple(sets))
+    if problems := _start_problems(study, places):
+        raise UserError(problems)
+    return study
+
+
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+    if not file.is_file():
+        near = sorted(map(str, file.parent.glob("study*.yaml"))) if file.parent.is_dir() else []
+        hint = f"There: {', '.join(near)}" if near else "Studies lie in experiments/."
+        raise UserError([Problem("no such file", file, hint=hint)])
+    node, values = experiment.parse(file)
+    if not isinstance(values, dict):
+        raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
+    return node, values
+
+
+def _known(values: Mapping[str, Any]) -> list[Path_]:
+    """The keys that this file may hold."""
+    space = values.get("space")
+    searched = list(space) if isinstance(space, dict) else []
+    return [
+        *keys(StudyConfig),
+        *(("space", key, *path) for key in searched for path in keys(ParameterConfig)),
+    ]
+
+
+def _base(
+    config: StudyConfig, base_file: Path, sets: Sequence[str], places: Mapping[Path_, Place], file: Path
+) -> Config:
+    """The config that trials start from: one run of the base, with what the study overrides."""
+    amended = json.loads(json.dumps(config.overrides, default=str))
+    where = {path[1:]: place for path, place in places.items() if path[0] == "overrides" and path[1:]}
+    runs = experiment.load(base_file, [*sets, "predict.splits=[valid]"], (amended, where))
+    variants = list(dict.fromkeys(run.variant for run in runs))
+    wanted = config.variant
+    if wanted is None and len(variants) > 1:
+        what = f"{base_file} has variants: {', '.join(variants)}; say which"
+        raise UserError([experiment.problem_at(what, ("variant",), places, file)])
+    if wanted is not None and wanted not in variants:
+        what = f"got {wanted}; {base_file} has {', '.join(variants)}"
+        raise UserError([experiment.problem_at(what, ("variant",), places, file)])
+    return next(run for run in runs if wanted in (None, run.variant))
+
+
+def _space(
+    config: StudyConfig, base: Config, places: Mapping[Path_, Place], file: Path
+) -> tuple[tuple[Parameter, ...], list[Problem]]:
+    """The parameters in the order of drawing, and what is wrong with them."""
+    problems: list[Problem] = []
+    known = list(keys())
+    space: list[Parameter] = []
+    for key, how in config.space.items():
+        path = tuple(key.split("."))
+        if path not in known:
+            what = "no key of an experiment." + experiment.did_you_mean(path)
+        elif any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            what = "can't be searched: trials are called or compared by it"
+        elif how.choices is None and is_whole(key) is None:
+            what = "takes no number; give choices"
+        else:
+            space.append(Parameter(key, how, bool(is_whole(key))))
+            continue
+        problems.append(experiment.problem_at(what, ("space", key), places, file))
+    for parameter in space:
+        problems += _parameter_problems(parameter, config, space, base, places, file)
+    if problems:
+        return (), problems
+    try:
+        return tuple(ordered(space)), []
+    except ValueError as error:
+        what = f"{error} wait for each other"
+        return (), [experiment.problem_at(what, ("space",), places, file)]
+
+
+def _parameter_problems(
+    parameter: Parameter,
+    config: StudyConfig,
+    space: Sequence[Parameter],
+    base: Config,
+    places: Mapping[Path_, Place],
+    file: Path,
+) -> list[Problem]:
+    here = ("space", parameter.key)
+    problems: list[tuple[str, Path_]] = []
+    if config.sampler.name == "grid" and not parameter.listable:
+        problems.append(("a grid needs choices, or a step and no log", here))
+    values = base.model_dump(mode="json")
+    for key, wanted in parameter.how.when.items():
+        other = next((one for one in space if one.key == key), None)
+        if other is None:
+            problems.append((f"{key} is not in the space", (*here, "when", key)))
+            continue
+        never = [value for value in several(wanted) if not other.has(value)]
+        problems += [(f"{key} is never {value!r}", (*here, "when", key)) for value in never]
+        experiment.set_value(values, other.path, several(wanted)[0])
+    found = [experiment.problem_at(what, path, places, file) for what, path in problems]
+    for end, value in parameter.ends:
+        changed = json.loads(json.dumps(values))
+        experiment.set_value(changed, parameter.path, value)
+        try:
+            Config.model_validate(changed)
+        except ValidationError as error:
+            what = f"{value!r} is not allowed: {_because(error.errors()[0])}"
+            found.append(experiment.problem_at(what, (*here, end), places, file))
+    return found
+
+
+def _because(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _objective_problems(
+    config: StudyConfig, base: Config, places: Mapping[Path_, Place], file: Path
+) -> list[Problem]:
+    scored = [*base.score.metrics, *EDITIONS[base.edition].aggregates]
+    problems = []
+    for metric in config.objective:
+        if metric not in scored:
+            what = f"got {metric}; the base scores {', '.join(scored)}"
+            problems.append(experiment.problem_at(what, ("objective",), places, file))
+    if len(set(config.objective)) != len(config.objective) or not config.objective:
+        problems.append(experiment.problem_at("name each score once", ("objective",), places, file))
+    if len(config.objective) > 1 and config.pruner.name != "none":
+        what = "several objectives have no order by which a trial could be ended early; use none"
+        problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
+    return problems
+
+
+def _start_problems(study: Study, places: Mapping[Path_, Place]) -> list[Problem]:
+    """Trial 0 is the base, so its values have to be in the space."""
+    problems = []
+    for parameter in study.space:
+        value = study.start.get(parameter.key)
+        if parameter.key in study.start and not parameter.has(value):
+            what = f"the base has {json.dumps(value)}, which is not in the space, and trial 0 is the base"
+            hint = f"Widen the space, or put another {parameter.key} into overrides."
+            place = experiment.problem_at(what, ("space", parameter.key), places, study.file)
+            problems.append(Problem(place.what, place.file, place.line, place.key, hint))
+    return problems
+
+
+def value_at(values: Mapping[str, Any], path: Path_) -> Any:
+    """The value of a key of nested mappings; None below a section that is not there."""
+    found: Any = values
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found

@@ -1,0 +1,191 @@
+"""Where a study keeps its trials: an SQLite file, a journal file, or PostgreSQL; samplers and pruners."""
+
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from harness.errors import Problem, UserError
+from harness.store import write_json
+from harness.study.spec import Study
+from harness.tracking.server import without_password
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+RECORD = "study.json"
+FILES = {"sqlite": "study.db", "journal": "study.journal"}
+
+
+class FileLocked:
+    """Locks a journal as long as its process lives, where Optuna's own outlives one that is killed."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lock = file, FileLock(f"{file}.flock")
+
+    def acquire(self) -> bool:
+        """Wait for the lock; a line that a full disk or a power cut left half written is cut off."""
+        self.lock.acquire()
+        if self.file.exists() and self.file.stat().st_size:
+            with self.file.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.truncate(self.file.read_bytes().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let others write."""
+        self.lock.release()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `study.json` says of the study in a folder; empty where none has begun."""
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def choose(spec: Study, folder: Path, workers: int) -> str:
+    """sqlite, journal or an address: what the file says, else what the study began with, else by `workers`.
+
+    Raises `UserError` where that can't be: SQLite for several workers, or another one than it began with.
+    """
+    begun = read_record(folder).get("storage")
+    wanted = spec.config.storage
+    chosen = wanted or begun or ("sqlite" if workers == 1 else "journal")
+    if begun is not None and without_password(chosen) != begun:
+        what = f"got {without_password(chosen)}, but the study in {folder} was begun with {begun}"
+        raise UserError([Problem(what, spec.file, key="storage", hint="Give the new study another name.")])
+    if chosen == "sqlite" and workers > 1:
+        what = f"SQLite has one writer, so {workers} workers would wait for each other and fail"
+        if begun:
+            hint = f"The study in {folder} was begun with it: go on with one worker, or give it another name."
+        else:
+            hint = "Use storage: journal for workers on one disk, or postgresql://... for a team."
+        raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
+    return chosen
+
+
+def address(folder: Path, chosen: str) -> str:
+    """How `optuna.load_study` and optuna-dashboard are told of the storage."""
+    if chosen == "sqlite":
+        return f"sqlite:///{folder / FILES['sqlite']}"
+    return str(folder / FILES["journal"]) if chosen == "journal" else chosen
+
+
+def connect(folder: Path, chosen: str) -> BaseStorage:
+    """Open a storage, made where it is not there; raises `UserError` where a server can't be reached."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if chosen == "journal":
+        file = folder / FILES["journal"]
+        return JournalStorage(JournalFileBackend(str(file), FileLocked(file)))
+    url = address(folder, chosen).replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        return optuna.storages.get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
+    except ImportError as error:
+        hint = "Install it: pip install -e '.[team]'"
+        raise UserError([Problem(f"PostgreSQL needs {error.name}", key="storage", hint=hint)]) from None
+    except SQLAlchemyError as error:
+        what = f"{without_password(chosen)}: {without_password(str(error).splitlines()[0])}"
+        raise UserError([Problem(what, key="storage")], exit_code=1) from None
+
+
+@contextmanager
+def owned(folder: Path, chosen: str) -> Iterator[None]:
+    """Keep a second process from an SQLite study as long as this one works at it."""
+    if chosen != "sqlite":
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "study.db.lock", timeout=0):
+            yield
+    except Timeout:
+        what = f"another process works at the study in {folder}, and SQLite has one writer"
+        hint = "Several workers need storage: journal, from the first trial on."
+        raise UserError([Problem(what, key="storage", hint=hint)]) from None
+
+
+def open_study(spec: Study, folder: Path, chosen: str) -> tuple[optuna.Study, BaseStorage]:
+    """The study of a file in its storage, begun there where it is new.
+
+    Raises `UserError` where the one of that name asks another question or has its runs elsewhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = connect(folder, chosen)
+    with FileLock(folder / "study.lock"):
+        directions = ["maximize"] * len(spec.objective)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=spec.name,
+            directions=directions,
+            pruner=pruner(spec),
+            load_if_exists=True,
+        )
+        record = read_record(folder)
+        known = study.user_attrs
+        if "runs" not in known:
+            record = {"id": uuid.uuid4().hex, "storage": without_password(chosen), "study": spec.name}
+            write_json(folder / RECORD, record)
+            study.set_user_attr("question", json.dumps(spec.question))
+            study.set_user_attr("runs", record["id"])
+        elif known["runs"] != record.get("id"):
+            what = f"the study {spec.name} in {without_password(chosen)} has its runs in another folder"
+            hint = "All workers of a study share one runs/. For a new study give another name."
+            raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
+        elif parts := _differs(spec, json.loads(known["question"])):
+            what = (
+                f"the study {spec.name} was begun with another {', '.join(parts)}; trials can't be compared"
+            )
+            raise UserError([Problem(what, spec.file, hint="Give the new study another name.")])
+    return study, storage
+
+
+def _differs(spec: Study, begun: dict[str, Any]) -> list[str]:
+    """The parts of a study's question that differ from those that the study of its name was begun with.
+
+    Of the base those that both have: a newer harness has keys that an older one had not.
+    """
+    now = json.loads(json.dumps(spec.question))
+    parts = [key for key in ("objective", "sampler") if now[key] != begun[key]]
+    spaces = now["space"] | begun["space"]
+    parts += [f"space of {key}" for key in spaces if now["space"].get(key) != begun["space"].get(key)]
+    both = [key for key in now["base"] if key in begun["base"]]
+    return parts + [key for key in both if now["base"][key] != begun["base"][key]]
+
+
+def sampler(spec: Study, slot: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the trial that comes `slot`-th: it draws by the seed and that number alone."""
+    config = spec.config.sampler
+    seed = int(np.random.SeedSequence([config.seed, slot]).generate_state(1)[0])
+    if config.name != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    conditional = any(parameter.how.when for parameter in spec.space)
+    several = len(spec.objective) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            n_startup_trials=config.startup_trials,
+            seed=seed,
+            multivariate=not several,
+            group=conditional and not several,
+            constant_liar=True,
+        )
+
+
+def pruner(spec: Study) -> optuna.pruners.BasePruner:
+    """The pruner of a study; it counts epochs over both stages."""
+    config = spec.config.pruner
+    if config.name == "median":
+        return optuna.pruners.MedianPruner(config.startup_trials, config.warmup_epochs)
+    if config.name == "hyperband":
+        return optuna.pruners.HyperbandPruner(max(1, config.warmup_epochs), max(spec.epochs, 1))
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,231 @@
+"""Who works at which trial: taken one at a time, given back when interrupted, found when its process died.
+
+Storages differ in what they know of their workers, so a file lock says it for all of them: a worker holds the
+lock of its trial, and the system takes it from a process that dies. All that changes a study happens under
+one more lock, so that two workers never take or retry the same trial.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.store import write_json
+from harness.study.space import Parameter, encode
+from harness.study.spec import Study
+from harness.study.storage import sampler
+
+State = str
+"""COMPLETE, PRUNED or FAIL, as Optuna calls them."""
+
+
+@dataclass
+class Trial:
+    """One trial that this process works at; `slot` counts trials without retries."""
+
+    number: int
+    slot: int
+    values: dict[str, Any]
+    retry_of: int | None
+    asked: optuna.Trial
+    lock: FileLock
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says of it."""
+        return {
+            "number": self.number,
+            "state": "RUNNING",
+            "params": self.values,
+            "retry_of": self.retry_of,
+            "values": None,
+            "reason": None,
+        }
+
+
+class Trials:
+    """The trials of one study, as one worker sees and changes them."""
+
+    def __init__(self, spec: Study, study: optuna.Study, storage: BaseStorage, root: Path) -> None:
+        self.spec, self.study, self.storage = spec, study, storage
+        self.folder = root / spec.name
+        self.study_id = storage.get_study_id_from_name(spec.name)
+
+    def take(self) -> Trial | None:
+        """The next trial to work at; None where all are begun that there are to be.
+
+        Trials of processes that died go first, then those that were interrupted.
+        """
+        with self._alone():
+            self._recover()
+            known = self.study.get_trials(deepcopy=False)
+            waiting = [trial for trial in known if trial.state is TrialState.WAITING]
+            slot = sum("slot" not in trial.user_attrs for trial in known)
+            if waiting:
+                slot = self._slot(waiting[0])
+            elif slot >= self.spec.trials:
+                return None
+            elif (fixed := self.spec.fixed(slot)) is not None:
+                self.study.enqueue_trial({key: encode(value) for key, value in fixed.items()})
+            self.study.sampler = sampler(self.spec, slot)
+            asked = self.study.ask()
+            lock = self._lock_of(asked.number)
+            lock.acquire()
+        return Trial(asked.number, slot, self._draw(asked), asked.user_attrs.get("retry_of"), asked, lock)
+
+    def busy(self) -> bool:
+        """Whether other processes work at trials, which might come back."""
+        return any(trial.state is TrialState.RUNNING for trial in self.study.get_trials(deepcopy=False))
+
+    def finish(
+        self, trial: Trial, state: State, values: Mapping[str, float] | None = None, reason: str | None = None
+    ) -> None:
+        """Tell how a trial ended; scores go with the end COMPLETE."""
+        with self._alone():
+            self._tell(trial.number, state, values, reason)
+        trial.lock.release()
+
+    def give_back(self, trial: Trial) -> None:
+        """Leave an interrupted trial to be gone on with, with the same parameters."""
+        with self._alone():
+            self._again(self._frozen(trial.number), "interrupted")
+        trial.lock.release()
+
+    def _recover(self) -> None:
+        """Find the trials whose process is gone: finish what had been scored, put the others back."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            lock = self._lock_of(trial.number)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            record = self.read_run(trial.number)
+            if record and record["status"] == "FINISHED" and not absent(record, self.spec.objective):
+                self._tell(trial.number, "COMPLETE", scores_of(record, self.spec.objective))
+            elif self._losses(trial) < self.spec.config.retries:
+                self._again(trial, "its process was gone", lost=True)
+            else:
+                times = self._losses(trial) + 1
+                self._tell(trial.number, "FAIL", reason=f"its process was gone, {times} times in a row")
+            lock.release()
+
+    def _losses(self, trial: FrozenTrial) -> int:
+        """How often the process of this trial's forerunners was gone."""
+        known, slot = self.study.get_trials(deepcopy=False), self._slot(trial)
+        return sum(one.user_attrs.get("lost", False) and self._slot(one) == slot for one in known)
+
+    def _slot(self, trial: FrozenTrial) -> int:
+        """Which trial this is, without counting retries."""
+        if "slot" in trial.user_attrs:
+            return trial.user_attrs["slot"]
+        known = self.study.get_trials(deepcopy=False)
+        return sum("slot" not in one.user_attrs for one in known if one.number < trial.number)
+
+    def _again(self, trial: FrozenTrial, why: str, lost: bool = False) -> None:
+        """Queue a trial anew and end it; killed in between, the next call finds what is queued."""
+        known = self.study.get_trials(deepcopy=False)
+        queued = next((one.number for one in known if one.user_attrs.get("after") == trial.number), None)
+        if queued is None:
+            first = trial.user_attrs.get("retry_of", trial.number)
+            attributes = {"slot": self._slot(trial), "retry_of": first, "after": trial.number}
+            self.study.enqueue_trial(self._parameters(trial), attributes)
+            queued = len(known)
+        self._attribute(trial.number, "lost", lost)
+        self._tell(trial.number, "FAIL", reason=f"{why}; tried again as trial {queued}")
+
+    def _parameters(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a trial was given or drew; nothing if it had not drawn all, which it will do alike again."""
+        drawn = dict(trial.params)
+        values = {p.key: p.decode(drawn[p.key]) for p in self.spec.space if p.key in drawn}
+        wanted = [p.key for p in self.spec.space if p.active(values)]
+        return drawn if set(wanted) <= set(drawn) else trial.system_attrs.get("fixed_params", {})
+
+    def _tell(
+        self,
+        number: int,
+        state: State,
+        values: Mapping[str, float] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Write the end of a trial to its run's record, and then to the storage."""
+        if reason is not None:
+            self._attribute(number, "reason", reason)
+        record = self.read_run(number)
+        if record is not None:
+            if values:
+                self._attribute(number, "official", is_official(record, values))
+            if record["status"] == "RUNNING":
+                record["status"] = "KILLED"
+            record["trial"] |= {"state": state, "values": values and dict(values), "reason": reason}
+            write_json(self.run_file(number), record)
+        told = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
+        self.study.tell(number, told, None if told else TrialState[state])
+
+    def _attribute(self, number: int, key: str, value: Any) -> None:
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+        self.storage.set_trial_user_attr(trial_id, key, value)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
+
+    def _draw(self, asked: optuna.Trial) -> dict[str, Any]:
+        """The values of a trial's parameters, as the config has them."""
+        values: dict[str, Any] = {}
+        for parameter in self.spec.space:
+            if parameter.active(values):
+                values[parameter.key] = parameter.decode(_suggest(asked, parameter))
+        return values
+
+    def run_file(self, number: int) -> Path | None:
+        """The record of a trial's run; None where it had not begun."""
+        return next(self.folder.glob(f"trial-{number:04}-s*/run.json"), None)
+
+    def read_run(self, number: int) -> dict[str, Any] | None:
+        """What is recorded of a trial's run."""
+        file = self.run_file(number)
+        return json.loads(file.read_text(encoding="utf-8")) if file else None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with FileLock(self.folder / "study.lock"):
+            yield
+
+    def _lock_of(self, number: int) -> FileLock:
+        folder = self.folder / "locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"trial-{number:04}.lock")
+
+
+def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
+    how, key = parameter.how, parameter.key
+    if how.choices is not None:
+        return asked.suggest_categorical(key, parameter.encoded)
+    if parameter.whole:
+        step = 1 if how.step is None else int(how.step)
+        return asked.suggest_int(key, int(how.low), int(how.high), step=step, log=how.log)
+    return asked.suggest_float(key, how.low, how.high, step=how.step, log=how.log)
+
+
+def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
+    """Why scores of the objective are absent from a finished run."""
+    scores = record["scores"]["valid"]["after"]
+    return [f"{n} is absent: {scores[n]['reason']}" for n in objective if scores[n]["value"] is None]
+
+
+def scores_of(record: Mapping[str, Any], objective: Sequence[str]) -> dict[str, float]:
+    """The objective's validation scores after post-processing of a finished run that has them."""
+    scores = record["scores"]["valid"]["after"]
+    return {name: scores[name]["value"] for name in objective}
+
+
+def is_official(record: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether none of these scores is by a stand-in or of an unknown reading."""
+    scores = record["scores"]["valid"]["after"]
+    return all(scores[name]["official"] for name in names)

@@ -1,0 +1,153 @@
+"""One worker of a study: it takes trials, runs each as any other run, and tells how it ended."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from harness import device, ranks
+from harness import run as runs
+from harness.build import Watch
+from harness.data import Dataset
+from harness.errors import Problem, Pruned, UserError
+from harness.plan import RUNS, Plan, Reporter, prepare
+from harness.study import results
+from harness.study.spec import Study
+from harness.study.storage import open_study, owned
+from harness.study.trials import Trial, Trials, absent, scores_of
+
+ALIKE = 3
+"""So many first trials that fail for the same reason end the study."""
+WAIT = "wait"
+_POLL = 1.0  # seconds between looks at whether another worker's trial came back
+
+
+def work(
+    spec: Study, chosen: str, reporter: Reporter, silent: Reporter, command: str, timeout: float | None = None
+) -> None:
+    """Work at a study until all its trials are done; begin none after `timeout` seconds.
+
+    Every rank of a launch calls this: rank 0 takes the trials, and the others get the same parameters.
+    Raises `UserError` where the base can't run, or the first trials all fail alike.
+    """
+    ranks.start(device.probe(spec.base.device).kind)
+    if ranks.rank():
+        _assist(spec, silent)
+        return
+    loaded: dict[str, Dataset] = {}
+    prepare([spec.base], reporter, RUNS, loaded)
+    ranks.agree(None)  # the others may look at the data now, which is drawn and checked
+    with owned(RUNS / spec.name, chosen):
+        study, storage = open_study(spec, RUNS / spec.name, chosen)
+        worker = _Worker(spec, Trials(spec, study, storage, RUNS), reporter, command, loaded)
+        try:
+            worker.run(float("inf") if timeout is None else time.monotonic() + timeout)
+        finally:
+            results.publish(worker.trials, draw=True)
+    ranks.agree(None)
+
+
+class _Worker:
+    def __init__(
+        self, spec: Study, trials: Trials, reporter: Reporter, command: str, loaded: dict[str, Dataset]
+    ) -> None:
+        self.spec, self.trials, self.reporter = spec, trials, reporter
+        self.command, self.loaded = command, loaded
+        self.endings: list[str | None] = []
+
+    def run(self, until: float) -> None:
+        """Trial after trial; while others still work, wait for what they might leave behind."""
+        while time.monotonic() < until:
+            trial = self.trials.take()
+            if trial is not None:
+                self._attempt(trial)
+                results.publish(self.trials)
+                self._end_if_all_fail()
+            elif self.trials.busy():
+                ranks.agree(WAIT)
+                time.sleep(_POLL)
+            else:
+                return
+
+    def _attempt(self, trial: Trial) -> None:
+        """Run one trial and tell how it ended, whatever comes."""
+        try:
+            self.trials.finish(trial, "COMPLETE", self._scores(trial))
+            self._ended(trial, None)
+        except Pruned as why:
+            self.trials.finish(trial, "PRUNED", reason=str(why))
+            self._ended(trial, None)
+        except (UserError, RuntimeError) as error:  # torch tells by a RuntimeError that memory is short
+            self.trials.finish(trial, "FAIL", reason=_reason(error))
+            self._ended(trial, _reason(error))
+            if ranks.world_size() > 1:  # the others may wait for this rank in the middle of a step
+                raise
+        except BaseException:
+            self.trials.give_back(trial)
+            raise
+
+    def _scores(self, trial: Trial) -> dict[str, float]:
+        """Run a trial; its scores by the name of the objective."""
+        config = self.spec.trial(trial.number, trial.values)
+        ranks.agree((trial.number, trial.values))
+        (plan,) = prepare([config], self.reporter, RUNS, self.loaded)
+        base = (self.spec.base_file.name, self.spec.base)
+        watch = _watch(self.spec, plan, lambda row: self._judge(trial, plan, row))
+        record = runs.run(plan, self.reporter, self.command, base, trial.record, watch)
+        if reasons := absent(record, self.spec.objective):
+            raise UserError([Problem(reason) for reason in reasons], exit_code=1)
+        return scores_of(record, self.spec.objective)
+
+    def _judge(self, trial: Trial, plan: Plan, row: Mapping[str, Any]) -> str | None:
+        """Tell a validation; the reason for ending the trial there, if there is one."""
+        (metric,) = self.spec.objective
+        name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
+        epoch = int(row["epoch"]) + (plan.config.train.stage1.epochs if row["stage"] == 2 else 0)
+        trial.asked.report(row[name], epoch)
+        if not trial.asked.should_prune():
+            return None
+        judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
+        return judge if name != "valid_primary" else f"{judge}; training does not compute {metric}"
+
+    def _ended(self, trial: Trial, failure: str | None) -> None:
+        self.endings.append(failure)
+        self.reporter.say(results.line(self.trials, trial.number))
+
+    def _end_if_all_fail(self) -> None:
+        first = self.endings[:ALIKE]
+        if len(self.endings) == ALIKE and first[0] is not None and len(set(first)) == 1:
+            what = f"the first {ALIKE} trials failed alike, so the study ends: {first[0]}"
+            raise UserError([Problem(what, self.spec.file)], exit_code=1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return "; ".join(map(str, error.problems))
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | None]) -> Watch | None:
+    """What hears of validations on every rank; several objectives can't be reported to Optuna."""
+    if len(spec.objective) > 1:
+        return None
+
+    def watch(row: Mapping[str, Any]) -> None:
+        why = ranks.agree(judge(row) if ranks.rank() == 0 else None)
+        if why is not None:
+            raise Pruned(why)
+
+    return watch
+
+
+def _assist(spec: Study, silent: Reporter) -> None:
+    """What ranks other than 0 do: their share of each trial that rank 0 takes."""
+    loaded: dict[str, Dataset] = {}
+    ranks.agree(None)
+    while (told := ranks.agree(None)) is not None:
+        if told == WAIT:
+            continue
+        number, values = told
+        (plan,) = prepare([spec.trial(number, values)], silent, RUNS, loaded)
+        try:
+            runs.assist(plan, silent, _watch(spec, plan, lambda row: None))
+        except Pruned:
+            continue

@@ -1,0 +1,60 @@
+"""Several workers of one study on this machine: processes of the same command, each with its devices."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from harness import launch
+from harness.device import Device
+
+WORKER = "HARNESS_STUDY_WORKER"
+"""Set in the environment of a worker: its number."""
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+_GRACE = 60  # seconds for workers to give their trials back
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several that another one started."""
+    return WORKER in os.environ
+
+
+def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) -> list[int]:
+    """Run `python -m harness ARGUMENTS` in `workers` processes -> their exit codes.
+
+    Ctrl-C and SIGTERM are handed on, and raise `KeyboardInterrupt` once all have ended.
+    """
+    launch._share_cores(workers * ranks)
+    command = [sys.executable, "-u", "-m", "harness", *arguments]
+    running = [
+        subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+        for environment in (_environment(number, device, ranks) for number in range(workers))
+    ]
+    try:
+        return [process.wait() for process in running]
+    except KeyboardInterrupt:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            _end(process)
+        raise
+
+
+def _environment(number: int, device: Device, ranks: int) -> dict[str, str]:
+    """What a worker is told: its number, and its share of the devices where there are several."""
+    told = {WORKER: str(number)}
+    variable = _VISIBLE.get(device.kind)
+    if variable is None or device.count < 2:
+        return told
+    visible = os.environ.get(variable, ",".join(map(str, range(device.count)))).split(",")
+    mine = [visible[(number * ranks + i) % len(visible)] for i in range(ranks)]
+    return told | {variable: ",".join(dict.fromkeys(mine))}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
