@@ -233,11 +233,12 @@ def explain(
 
 def did_you_mean(path: Path_, known: Sequence[Path_] | None = None) -> str:
     """The key that was meant, or those that are allowed there; empty where there is no telling."""
-    known = [".".join(p) for p in known or keys()]
-    here = [k for k in known if k.split(".")[:-1] == list(path[:-1])]
+    known = known or list(keys())
+    here = [".".join(key) for key in known if key[:-1] == path[:-1]]
     near = difflib.get_close_matches(".".join(path), here, 1, 0.7) or [
-        k for k in known if k.split(".")[-1] == path[-1]
+        ".".join(key) for key in known if key[-1] == path[-1]
     ]
     if near:
         return f" Did you mean {near[0]}?"
-    return f" Allowed here: {', '.join(k.split('.')[-1] for k in here)}" if here else ""
+    allowed = [key[-1] for key in known if key[:-1] == path[:-1]]
+    return f" Allowed here: {', '.join(allowed)}" if allowed else ""

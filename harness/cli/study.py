@@ -246,8 +246,16 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     if any(row["official"] is False for row in rows):
         console.print(tables.NOT_COMPARABLE, markup=False)
     console.print(f"Plots and records: runs/{spec.name}/", markup=False)
-    console.print(f"The best as an experiment: python -m harness study best {spec.file}", markup=False)
+    console.print(f"The best as an experiment: python -m harness study best {_words(spec)}", markup=False)
     console.print(f"In a browser: optuna-dashboard {without_password(address)}", markup=False)
+
+
+def _words(spec: "Study") -> str:
+    """How this study is named on the command line."""
+    base = [] if spec.base_file == spec.file.parent / spec.config.base else ["--base", str(spec.base_file)]
+    variant = ["--variant", spec.config.variant] if spec.config.variant else []
+    sets = [word for text in spec.sets for word in ("--set", text) if not text.startswith("device=")]
+    return shlex.join([str(spec.file), *base, *variant, *sets])
 
 
 def _short(value: Any) -> str:

@@ -77,7 +77,7 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study: `base` is the config of trial 0, `start` the experiment without the overrides."""
+    """A checked study: `base` is the config of trial 0, read from `base_file` and overridden by `sets`."""
 
     file: Path
     config: StudyConfig
@@ -162,8 +162,8 @@ def load(
     problems: list[Problem] = []
     places = dict(experiment.places_of(node, (), file, problems))
     given = {key: value for key, value in (options or {}).items() if value is not None}
-    given |= {} if base is None else {"base": str(base), "variant": variant}
-    given |= {} if variant is None else {"variant": variant}
+    if base is not None or variant is not None:
+        given["variant"] = variant
     places |= {(key,): Place(f"--{key}") for key in given}
     try:
         config = StudyConfig.model_validate(values | given)
@@ -268,6 +268,8 @@ def _parameter_problems(
     problems: list[tuple[str, Path_]] = []
     if config.sampler.name == "grid" and not parameter.listable:
         problems.append(("a grid needs choices, or a step and no log", here))
+    if parameter.whole and (parameter.how.step or 1) % 1:
+        problems.append((f"got {parameter.how.step:g}; {parameter.key} takes whole numbers", (*here, "step")))
     values = base.model_dump(mode="json")
     for key, wanted in parameter.how.when.items():
         other = next((one for one in space if one.key == key), None)

@@ -1,0 +1,192 @@
+"""Study files: what is wrong with one is said at once and in its place, before any trial."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.config import Config
+from harness.errors import UserError
+from harness.experiment import load as load_experiment
+from harness.study.spec import Study, load
+
+BASE = """
+name: small
+data: {root: data/phantom}
+model: {checkpoint: tiny}
+predict: {num_beams: 2}
+score: {metrics: [bertscore, rouge1]}
+variants:
+  one: {}
+  two: {predict: {num_beams: 3}}
+"""
+STUDY = """
+base: small.yaml
+variant: one
+space:
+  predict.num_beams: {low: 1, high: 3}
+  predict.length_penalty: {low: 0, high: 2, step: 0.5, when: {predict.num_beams: [2, 3]}}
+  train.learning_rate: {low: 1e-6, high: 1e-3, log: true}
+  train.betas: {choices: [[0.9, 0.999], [0.9, 0.98]]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "small.yaml").write_text(BASE)
+    return tmp_path
+
+
+def study(folder: Path, text: str = STUDY, **options) -> Study:
+    file = folder / "find.yaml"
+    file.write_text(text)
+    return load(file, **options)
+
+
+def messages(folder: Path, text: str, **options) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        study(folder, text, **options)
+    assert caught.value.exit_code == 2
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_trial_0_is_the_base(folder):
+    spec = study(folder)
+    assert spec.name == "small/find"
+    assert spec.fixed(0) == {
+        "predict.num_beams": 2,
+        "predict.length_penalty": 1.0,
+        "train.learning_rate": 1e-5,
+        "train.betas": [0.9, 0.999],
+    }
+    base = next(run for run in load_experiment(folder / "small.yaml") if run.variant == "one")
+    trial = spec.trial(0, spec.fixed(0))
+    assert trial.run_name == "trial-0000-s42"
+    only_validation = {"predict": base.predict.model_copy(update={"splits": ("valid",)})}
+    assert trial == base.model_copy(update={"name": "small/find", "variant": "trial-0000", **only_validation})
+
+
+def test_a_trial_has_its_values_and_the_rest_of_the_base(folder):
+    spec = study(folder)
+    trial = spec.trial(7, {"predict.num_beams": 1, "train.learning_rate": 1e-4, "train.betas": [0.9, 0.98]})
+    assert trial.variant == "trial-0007"
+    assert (trial.predict.num_beams, trial.predict.length_penalty) == (1, 1.0)
+    assert (trial.train.learning_rate, trial.train.betas) == (1e-4, (0.9, 0.98))
+
+
+def test_all_mistakes_at_once_with_file_line_and_key(folder):
+    text = """base: small.yaml
+variant: one
+space:
+  predict.num_beam: {low: 1, high: 3}
+  predict.num_beams: {low: 0, high: 3}
+  train.weight_decay: {low: -1, high: 3}
+  postprocess.deduplicate: {low: 0, high: 1}
+  train.precision: {choices: [fp32, fp7]}
+  score.bootstrap: {low: 0, high: 10}
+  train.warmup_steps: {low: 0, high: 2000, when: {train.dropout: 0.1}}
+objective: [bertscore, meteor]
+pruner: {name: median}
+"""
+    file = folder / "find.yaml"
+    found = messages(folder, text)
+    expected = [
+        ":4: space.predict.num_beam: no key of an experiment. Did you mean predict.num_beams?",
+        ":5: space.predict.num_beams.low: 0 is not allowed: input should be greater than 0",
+        ":6: space.train.weight_decay.low: -1.0 is not allowed: input should be greater than or equal to 0",
+        ":7: space.postprocess.deduplicate: takes no number; give choices",
+        ":8: space.train.precision.choices: 'fp7' is not allowed: input should be",
+        ":9: space.score.bootstrap: can't be searched",
+        ":10: space.train.warmup_steps.when.train.dropout: train.dropout is not in the space",
+        ":11: objective: got meteor; the base scores bertscore, rouge1",
+        ":12: pruner.name: several objectives have no order",
+    ]
+    assert len(found) == len(expected)
+    for text in expected:
+        assert any(message.startswith(f"{file}{text}") for message in found), (text, found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("low: 1, high: 3}", "low: 1, hihg: 3}", "space.predict.num_beams.hihg: unknown key. Did you mean"),
+        ("variant: one", "variant: three", "variant: got three; "),
+        ("variant: one\n", "", "has variants: one, two; say which"),
+        ("base: small.yaml", "base: smal.yaml", "base: no such file"),
+        ("base: small.yaml\n", "", "base: is missing"),
+        ("low: 1, high: 3}", "low: 3, high: 1}", "low 3 is not below high 1"),
+        ("low: 1, high: 3}", "low: 1}", "give low and high, or choices"),
+        ("low: 1, high: 3}", "choices: []}", "choices is empty"),
+        ("low: 1, high: 3}", "low: 1, high: 3, step: 0.5}", "whole numbers"),
+        ("low: 1e-6", "low: 1e-4", "the base has 1e-05, which is not in the space"),
+        ("[2, 3]", "[2, 7]", "predict.num_beams is never 7"),
+        ("log: true", "log: true, step: 1e-6", "a step is above 0, and goes without log"),
+        ("low: 1e-6", "low: 0", "with log it is above 0"),
+        ("low: 1, high: 3}", "low: 1, high: 3, when: {predict.length_penalty: 1}}", "wait for each other"),
+        ("base: small", "sampler: {name: grid}\nbase: small", "a grid needs choices, or a step and no log"),
+        ("base: small", "storage: mysql://x\nbase: small", "storage: got 'mysql://x'"),
+        ("base: small", "sampler: {name: cma}\nbase: small", "sampler.name: got 'cma'"),
+        ("base: small", "overrides: {train: {batch: 3}}\nbase: small", "train.batch: unknown key"),
+        ("base: small", "objective: []\nbase: small", "name each score once"),
+    ],
+)
+def test_each_kind_of_mistake(folder, old, new, expected):
+    assert old in STUDY
+    found = messages(folder, STUDY.replace(old, new, 1))
+    assert any(expected in message for message in found), found
+
+
+def test_a_mistake_in_what_is_overridden_is_shown_in_the_study(folder):
+    (message,) = messages(folder, "overrides:\n  train:\n    epochs: 3\n" + STUDY)
+    assert message.startswith(f"{folder / 'find.yaml'}:3: train.epochs: unknown key.")
+
+
+def test_a_study_is_no_experiment(folder):
+    study(folder)
+    with pytest.raises(UserError, match=r"a study, not an experiment[\s\S]*harness study"):
+        load_experiment(folder / "find.yaml")
+
+
+def test_the_command_line_names_another_base(folder):
+    other = folder / "elsewhere" / "other.yaml"
+    other.parent.mkdir()
+    other.write_text(BASE.replace("name: small", "name: other"))
+    spec = study(folder, base=other, variant="two", sets=["train.learning_rate=1e-4"])
+    assert (spec.name, spec.base.variant) == ("other/find", "two")
+    assert (spec.start["predict.num_beams"], spec.start["train.learning_rate"]) == (3, 1e-4)
+
+
+def test_a_grid_has_every_point_once_and_the_base_first(folder):
+    text = """
+base: small.yaml
+variant: one
+sampler: {name: grid}
+trials: 100
+space:
+  predict.no_repeat_ngram_size: {choices: [0, 3]}
+  predict.length_penalty: {low: 0, high: 1, step: 0.5, when: {predict.num_beams: 2}}
+  predict.num_beams: {low: 1, high: 2}
+"""
+    spec = study(folder, text)
+    points = [spec.fixed(slot) for slot in range(spec.trials)]
+    wanted = [
+        {"predict.no_repeat_ngram_size": n, "predict.num_beams": 2, "predict.length_penalty": penalty}
+        for n, penalty in itertools.product([0, 3], [0.0, 0.5, 1.0])
+    ] + [{"predict.no_repeat_ngram_size": n, "predict.num_beams": 1} for n in [0, 3]]
+    assert points[0] == spec.start
+    assert sorted(map(_key, points)) == sorted(map(_key, wanted))
+
+
+def _key(point: dict) -> str:
+    return json.dumps(point, sort_keys=True)
+
+
+def test_the_shipped_decoding_study_takes_the_quickstart_as_its_base():
+    experiments = Path(__file__).parents[1] / "experiments"
+    file, base = experiments / "study_decoding.yaml", experiments / "quickstart.yaml"
+    spec = load(file, base=base, variant="opt_224")
+    (paper,) = load_experiment(experiments / "ablation_364.yaml")
+    assert spec.name == "quickstart/study_decoding"
+    assert isinstance(spec.trial(1, spec.start), Config)
+    assert load(file).start["predict.num_beams"] == paper.predict.num_beams == 5
