@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import small_disk
 from PIL import Image
 
 from harness.data.images import DAMAGE, decode, each, open_pixels, resize, unbuilt
@@ -216,28 +217,20 @@ def test_decoders_do_not_run_away_from_a_slow_writer():
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk, and not in every container")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 4) as place:
+        yield place
 
 
-def test_a_full_disk_stops_the_builder_at_once_and_lives(examples, tmp_path, small_disk):
-    done = builder(examples[0].image.parent, small_disk / "cache", 40)  # 30 MB
+def test_a_full_disk_stops_the_builder_at_once_and_lives(examples, tmp_path, disk):
+    done = builder(examples[0].image.parent, disk / "cache", 40)  # 30 MB
     printed, error = done.communicate()
     assert (done.returncode, printed) == (1, "")
     assert "data.cache: the decoded images need 0.0301 GB" in error
-    assert not list((small_disk / "cache").glob("pixels-*.[tn]*"))
+    assert not list((disk / "cache").glob("pixels-*.[tn]*"))
 
 
-def test_space_that_others_take_meanwhile_is_an_error_and_no_signal(
-    examples, tmp_path, small_disk, monkeypatch
-):
+def test_space_that_others_take_meanwhile_is_an_error_and_no_signal(examples, tmp_path, disk, monkeypatch):
     """The check beforehand sees space enough; a write through a memory map would now end in SIGBUS."""
     usage = namedtuple("usage", "total used free")(10**9, 0, 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -246,10 +239,10 @@ def test_space_that_others_take_meanwhile_is_an_error_and_no_signal(
         if not reserving:
             monkeypatch.delattr(os, "posix_fallocate")
         with pytest.raises(UserError, match=r"data\.cache=false"):
-            open_pixels(examples * 40, 224, small_disk, progress=lambda *at: seen.append(at))
-        assert not list(small_disk.glob("pixels-*.[tn]*"))
+            open_pixels(examples * 40, 224, disk, progress=lambda *at: seen.append(at))
+        assert not list(disk.glob("pixels-*.[tn]*"))
         assert bool(seen) == (not reserving)  # the space is taken before anything is decoded
-    assert len(open_pixels(examples, 224, small_disk)) == 5
+    assert len(open_pixels(examples, 224, disk)) == 5
 
 
 def test_a_damaged_image_leaves_no_cache(examples, tmp_path):

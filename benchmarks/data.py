@@ -1,0 +1,133 @@
+"""How fast images come to a training step from epoch 2 on, beside decoding and resizing them in every epoch.
+
+    python benchmarks/data.py
+
+Draws 300 JPEGs of about 120 KB. Both ways run on one core and end in normalised batches of 16, in a new
+random order each epoch, without augmentation: PIL's decode and bicubic resize, and rows of the memory-mapped
+cache. Each figure is the median of the epochs, which alternate. A set this small stays in memory; `from the
+disk` drops both the JPEGs and the cache from it before every epoch. Leave the machine alone meanwhile.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from harness.data.images import open_pixels
+from harness.data.readers import Example
+from harness.models.loading import CLIP_MEAN, CLIP_STD, Loaded
+
+COUNT, BATCH, EPOCHS = 300, 16, 5
+
+
+def draw(folder: Path) -> list[Path]:
+    """Grey images of the size of published radiographs: soft shapes under the noise of a scanner."""
+    random = np.random.default_rng(0)
+    paths = []
+    for number in range(COUNT):
+        width, height = random.integers(550, 900, 2).tolist()
+        shapes = random.integers(0, 200, (12, 12), np.uint8)
+        soft = np.asarray(Image.fromarray(shapes).resize((width, height), Image.Resampling.BICUBIC), float)
+        grey = np.clip(soft + random.normal(0, 7, soft.shape), 0, 255).astype(np.uint8)
+        path = folder / f"{number}.jpg"
+        Image.fromarray(grey).convert("RGB").save(path, quality=85)
+        paths.append(path)
+    return paths
+
+
+def batches(random: np.random.Generator) -> Iterator[np.ndarray]:
+    """The images of each batch of an epoch."""
+    order = random.permutation(COUNT)
+    return (order[start : start + BATCH] for start in range(0, COUNT, BATCH))
+
+
+def decoded(paths: list[Path], size: int, indices: Iterable[int]) -> torch.Tensor:
+    """A batch by PIL alone: uint8 (B, S, S, 3)."""
+    images = []
+    for i in indices:
+        with Image.open(paths[i]) as image:
+            square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            images.append(np.asarray(square))
+    return torch.from_numpy(np.stack(images))
+
+
+def cached(pixels: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+    """A batch as training collates it: uint8 (B, S, S, 3)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels[indices]))
+
+
+def rate(batch: Callable[[np.ndarray], torch.Tensor], random: np.random.Generator) -> float:
+    """Normalised images a second over one epoch."""
+    units = Loaded(None, None, None, CLIP_MEAN, CLIP_STD)
+    begun = time.perf_counter()
+    for indices in batches(random):
+        units.normalise(batch(indices))
+    return COUNT / (time.perf_counter() - begun)
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Drop files from the memory in which the system keeps them."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has had read from a disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def compare(paths: list[Path], size: int, cache: Path, warm: bool) -> None:
+    """Print images a second of both ways, and their ratio."""
+    random = np.random.default_rng(1)
+    examples = [Example(path.stem, path, None, (), None) for path in paths]
+    (file,) = cache.glob("*.npy")
+    rates: dict[str, list[float]] = {"PIL": [], "cache": []}
+    before = read_from_disk()
+    for _ in range(EPOCHS):
+        if not warm:
+            forget(paths)
+        rates["PIL"].append(rate(lambda indices: decoded(paths, size, indices), random))
+        if not warm:
+            forget([file])
+        pixels = open_pixels(examples, size, cache)  # anew, since what is mapped can't be dropped
+        rates["cache"].append(rate(lambda indices, pixels=pixels: cached(pixels, indices), random))
+        del pixels
+    pil, ours = (statistics.median(rates[name]) for name in ("PIL", "cache"))
+    read = (read_from_disk() - before) / EPOCHS / 1e6
+    where = "from memory" if warm else f"from the disk ({read:.0f} MB an epoch)"
+    print(f"  {size} px  PIL {pil:6.0f}   cache {ours:6.0f} images/s   {ours / pil:5.1f} x   {where}")
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        paths = draw(Path(place))
+        kilobytes = sum(path.stat().st_size for path in paths) / COUNT / 1e3
+        print(f"{COUNT} JPEGs of {kilobytes:.0f} KB on average")
+        examples = [Example(path.stem, path, None, (), None) for path in paths]
+        for size in (224, 364):
+            cache = Path(place, str(size))
+            begun = time.perf_counter()
+            open_pixels(examples, size, cache)
+            seconds = time.perf_counter() - begun
+            print(f"  {size} px  built on {len(cores)} cores: {COUNT / seconds:.0f} images/s")
+        os.sched_setaffinity(0, cores[:1])
+        for warm in (True, False):
+            for size in (224, 364):
+                compare(paths, size, Path(place, str(size)), warm)
+
+
+if __name__ == "__main__":
+    main()

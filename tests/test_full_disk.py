@@ -1,0 +1,95 @@
+"""A disk that is full in the middle of a run: it ends in a clear error, loses nothing, and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from disks import fill, small_disk
+from test_run import EXPERIMENT
+
+from harness.resume import Checkpoints, State
+from harness.store import write
+
+TRAIN = {"stage1": {"epochs": 8}, "stage2": {"epochs": 2}, "evaluate_every": 0, "keep_checkpoints": 2}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as place:
+        settings = yaml.safe_load(EXPERIMENT)
+        settings["variants"] = {"opt": {}}
+        settings["train"] |= TRAIN
+        settings["score"]["metrics"] = ["bertscore", "rouge1"]
+        settings["predict"]["splits"] = ["valid"]
+        (place / "small.yaml").write_text(yaml.safe_dump(settings))
+        yield place
+
+
+def start(folder: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "harness", "run", "small.yaml"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def sealed(folder: Path, at_least: int) -> list[Path]:
+    return sorted(folder.glob("runs/steps/train-*/checkpoints/step*/state.json"))[at_least - 1 :]
+
+
+def test_a_file_that_can_not_be_replaced_stays_and_nothing_lies_beside_it(tmp_path):
+    with small_disk(tmp_path / "disk", 1) as place:
+        file = write(place / "file", "whole")
+        fill(place, 8192)
+        with pytest.raises(OSError, match="No space left"):
+            write(file, "x" * 100_000)
+        assert file.read_text() == "whole"
+        assert sorted(path.name for path in place.iterdir()) == ["file", "filler"]
+
+
+@pytest.mark.parametrize("leave", [0, 4096])
+def test_a_checkpoint_that_can_not_be_sealed_anew_counts_as_before(tmp_path, leave):
+    with small_disk(tmp_path / "disk", 1) as place:
+        checkpoints, state = Checkpoints(place, 2), State(done=3, step=3, validated=False)
+        checkpoints.path(state).mkdir(parents=True)
+        (checkpoints.path(state) / "weights.pt").write_bytes(b"x" * 10_000)
+        checkpoints.seal(state)
+        fill(place, leave)
+        state.validated = True
+        try:
+            checkpoints.seal(state)
+        except OSError:
+            state.validated = False
+        assert checkpoints.newest() == state
+
+
+@pytest.mark.parametrize("leave", [pytest.param(0, marks=pytest.mark.slow), 400_000])
+def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_no_earlier_one(disk, leave):
+    """Nothing is left, or space for a part of the next checkpoint."""
+    process = start(disk)
+    while process.poll() is None and not sealed(disk, 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    filler = fill(disk, leave)
+    process.send_signal(signal.SIGCONT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert "Traceback" not in error
+    assert "the same command goes on" in error
+    (directory,) = disk.glob("runs/steps/train-*/")
+    reached = Checkpoints(directory, 2).newest()
+    assert reached.step >= 6
+    filler.unlink()
+    again = start(disk)
+    _, error = again.communicate(timeout=120)
+    assert again.returncode == 0, error
+    rows = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
+    begun = [row["time"] for row in rows if "loss" in row]
+    assert begun[reached.step] - begun[reached.step - 1] > 1  # where the second process began
