@@ -1,0 +1,295 @@
+"""Who has which trial: real storages, real processes, and SIGKILL at any moment."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from harness.errors import UserError
+from harness.study.spec import Study, load
+from harness.study.storage import address, choose, open_study, owned
+from harness.study.trials import Trials
+
+BASE = """
+name: small
+data: {root: data/phantom}
+model: {checkpoint: tiny}
+predict: {num_beams: 2}
+score: {metrics: [bertscore, rouge1]}
+"""
+STUDY = """
+base: small.yaml
+space:
+  train.learning_rate: {low: 1e-6, high: 1e-3, log: true}
+  predict.num_beams: {low: 1, high: 4}
+  predict.length_penalty: {low: 0, high: 2, step: 0.1, when: {predict.num_beams: [2, 3, 4]}}
+  postprocess.deduplicate: {choices: [false, true]}
+sampler: {name: random, seed: 3}
+trials: 25
+retries: 100
+"""
+fork = multiprocessing.get_context("fork")
+
+
+def study(folder: Path, **changes) -> Study:
+    (folder / "small.yaml").write_text(BASE)
+    (folder / "find.yaml").write_text(STUDY)
+    return load(folder / "find.yaml", options=changes)
+
+
+def opened(spec: Study, folder: Path, chosen: str = "journal") -> Trials:
+    return Trials(spec, *open_study(spec, folder / spec.name, chosen), folder)
+
+
+def score(values: dict) -> float:
+    """Any number that the values determine."""
+    return values["train.learning_rate"] * 100 + values["predict.num_beams"] / 10
+
+
+def worker(spec: Study, folder: Path, log: Path, pause: float) -> None:
+    """Take trials and finish them, noting each that came to its end."""
+    trials = opened(spec, folder)
+    while True:
+        trial = trials.take()
+        if trial is None:
+            if not trials.busy():
+                os._exit(0)
+            time.sleep(0.01)
+            continue
+        time.sleep(pause)
+        trials.finish(trial, "COMPLETE", {"bertscore": score(trial.values)})
+        with log.open("a") as file:
+            file.write(json.dumps([trial.number, trial.slot, trial.values]) + "\n")
+
+
+def results(trials: Trials) -> dict[int, tuple[dict, float]]:
+    """Parameters and score by slot."""
+    done = trials.study.get_trials(states=(TrialState.COMPLETE,))
+    slots = [trials._slot(trial) for trial in done]
+    assert len(set(slots)) == len(slots), "a trial was done twice"
+    return {slot: (trial.params, trial.value) for slot, trial in zip(slots, done, strict=True)}
+
+
+def alone(tmp_path: Path) -> dict[int, tuple[dict, float]]:
+    """The same study by one undisturbed process."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    spec = study(folder)
+    trials = opened(spec, folder)
+    while (trial := trials.take()) is not None:
+        trials.finish(trial, "COMPLETE", {"bertscore": score(trial.values)})
+    return results(trials)
+
+
+def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
+    spec, log = study(tmp_path), tmp_path / "log"
+    draw = random.Random(5)
+
+    def begin() -> multiprocessing.Process:
+        process = fork.Process(target=worker, args=(spec, tmp_path, log, 0.02))
+        process.start()
+        return process
+
+    running = [begin(), begin()]
+    for _ in range(10):
+        time.sleep(draw.uniform(0.02, 0.12))
+        victim = running.pop(draw.randrange(2))
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        running.append(begin())
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    trials = opened(spec, tmp_path)
+    found = results(trials)
+    assert found == alone(tmp_path)
+    assert sum("retry_of" in trial.user_attrs for trial in trials.study.trials) > 3
+    assert len(found) == spec.trials
+    for line in log.read_text().splitlines():
+        number, slot, values = json.loads(line)
+        assert found[slot][1] == score(values)
+        assert opened(spec, tmp_path).study.trials[number].state is TrialState.COMPLETE
+
+
+def holder(spec: Study, folder: Path, taken: Path) -> None:
+    trial = opened(spec, folder).take()
+    taken.write_text(json.dumps([trial.number, trial.values]))
+    time.sleep(60)
+
+
+def kill_one_that_holds_a_trial(spec: Study, folder: Path) -> tuple[int, dict]:
+    taken = folder / "taken"
+    taken.unlink(missing_ok=True)
+    process = fork.Process(target=holder, args=(spec, folder, taken))
+    process.start()
+    while not taken.exists() or not taken.read_text():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return json.loads(taken.read_text())
+
+
+def test_a_trial_that_is_worked_at_is_left_alone(tmp_path):
+    spec = study(tmp_path)
+    trials = opened(spec, tmp_path)
+    first = trials.take()
+    second = opened(spec, tmp_path).take()
+    assert (first.number, second.number) == (0, 1)
+    assert [trial.state for trial in trials.study.trials] == [TrialState.RUNNING] * 2
+
+
+def test_a_lost_trial_is_retried_with_its_parameters_as_often_as_allowed(tmp_path):
+    spec = study(tmp_path, retries=2)
+    lost = [kill_one_that_holds_a_trial(spec, tmp_path) for _ in range(3)]
+    assert [number for number, _ in lost] == [0, 1, 2]
+    assert lost[0][1] == lost[1][1] == lost[2][1] == spec.start
+    trials = opened(spec, tmp_path)
+    next_one = trials.take()
+    assert (next_one.slot, next_one.retry_of) == (1, None)
+    told = trials.study.trials
+    assert [trial.state for trial in told[:3]] == [TrialState.FAIL] * 3
+    assert [trial.user_attrs["reason"] for trial in told[:3]] == [
+        "its process was gone; tried again as trial 1",
+        "its process was gone; tried again as trial 2",
+        "its process was gone, 3 times in a row",
+    ]
+    assert [trial.user_attrs.get("retry_of") for trial in told[:3]] == [None, 0, 0]
+
+
+def taker(spec: Study, folder: Path, gate: Path, log: Path) -> None:
+    trials = opened(spec, folder)
+    while not gate.exists():
+        pass
+    trial = trials.take()
+    with log.open("a") as file:
+        file.write(f"{trial.retry_of}\n")
+    time.sleep(1)
+
+
+def test_two_that_find_the_same_lost_trial_retry_it_once(tmp_path):
+    spec, gate, log = study(tmp_path), tmp_path / "gate", tmp_path / "log"
+    number, _ = kill_one_that_holds_a_trial(spec, tmp_path)
+    finders = [fork.Process(target=taker, args=(spec, tmp_path, gate, log)) for _ in range(4)]
+    for process in finders:
+        process.start()
+    gate.touch()
+    for process in finders:
+        process.join()
+    assert Counter(log.read_text().split()) == {str(number): 1, "None": 3}
+
+
+def test_an_interrupted_trial_goes_on_and_does_not_count_as_lost(tmp_path):
+    spec = study(tmp_path, retries=0)
+    trials = opened(spec, tmp_path)
+    values = []
+    for _ in range(3):
+        trial = trials.take()
+        values.append(trial.values)
+        trials.give_back(trial)
+    assert trials.take().values == values[0] == values[1] == values[2]
+    assert trials.study.trials[0].user_attrs["reason"] == "interrupted; tried again as trial 1"
+
+
+def test_what_had_been_scored_before_the_kill_is_not_done_again(tmp_path):
+    spec = study(tmp_path)
+    number, _ = kill_one_that_holds_a_trial(spec, tmp_path)
+    run = tmp_path / spec.name / f"trial-{number:04}-s42" / "run.json"
+    run.parent.mkdir()
+    scores = {"valid": {"after": {"bertscore": {"value": 0.5, "official": False}}}}
+    run.write_text(json.dumps({"status": "FINISHED", "scores": scores, "trial": {"state": "RUNNING"}}))
+    trials = opened(spec, tmp_path)
+    assert trials.take().slot == 1
+    assert (trials.study.trials[0].state, trials.study.trials[0].value) == (TrialState.COMPLETE, 0.5)
+    assert json.loads(run.read_text())["trial"]["state"] == "COMPLETE"
+
+
+def test_random_trials_are_the_same_in_any_storage_and_another_seed_gives_others(tmp_path):
+    drawn = {}
+    for name in ("journal", "sqlite", "another"):
+        folder = tmp_path / name
+        folder.mkdir()
+        sampler = {"name": "random", "seed": 4 if name == "another" else 3}
+        trials = opened(study(folder, sampler=sampler), folder, name if name != "another" else "journal")
+        taken = [trials.take() for _ in range(5)]
+        drawn[name] = [trial.values for trial in taken]
+    assert drawn["journal"] == drawn["sqlite"]
+    assert drawn["journal"][0] == drawn["another"][0]
+    assert all(one != other for one, other in zip(drawn["journal"][1:], drawn["another"][1:], strict=True))
+
+
+def test_optuna_reads_the_storage_by_the_address_that_is_printed(tmp_path):
+    spec = study(tmp_path)
+    for chosen in ("sqlite", "journal"):
+        trials = opened(spec, tmp_path / chosen, chosen)
+        trials.finish(trials.take(), "COMPLETE", {"bertscore": 0.5})
+        where = address(tmp_path / chosen / spec.name, chosen)
+        if chosen == "journal":
+            backend = optuna.storages.journal.JournalFileBackend(where)
+            where = optuna.storages.JournalStorage(backend)
+        assert optuna.load_study(study_name=spec.name, storage=where).best_value == 0.5
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_journal(tmp_path):
+    spec = study(tmp_path)
+    trials = opened(spec, tmp_path)
+    trials.finish(trials.take(), "COMPLETE", {"bertscore": 0.5})
+    with (tmp_path / spec.name / "study.journal").open("a") as file:
+        file.write('{"op_code": 5, "wor')
+    again = opened(spec, tmp_path)
+    again.finish(again.take(), "COMPLETE", {"bertscore": 0.6})
+    assert [trial.value for trial in opened(spec, tmp_path).study.trials] == [0.5, 0.6]
+
+
+def refused(spec: Study, folder: Path, workers: int) -> str:
+    with pytest.raises(UserError) as caught:
+        choose(spec, folder / spec.name, workers)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_storage_is_that_which_suits_the_workers_and_stays(tmp_path):
+    spec = study(tmp_path)
+    assert choose(spec, tmp_path / spec.name, 1) == "sqlite"
+    assert choose(spec, tmp_path / spec.name, 2) == "journal"
+    assert "SQLite has one writer" in refused(study(tmp_path, storage="sqlite"), tmp_path, 2)
+    opened(spec, tmp_path, "sqlite")
+    assert "was begun with it: go on with one worker" in refused(spec, tmp_path, 2)
+    other = study(tmp_path, storage="postgresql://me:secret@server/optuna")
+    text = refused(other, tmp_path, 1)
+    assert "got postgresql://server/optuna" in text
+    assert "was begun with sqlite" in text
+
+
+def test_a_second_process_at_an_sqlite_study_is_refused(tmp_path):
+    with owned(tmp_path, "sqlite"):
+        with pytest.raises(UserError, match="another process works at the study"), owned(tmp_path, "sqlite"):
+            pass
+        with owned(tmp_path, "journal"), owned(tmp_path, "journal"):
+            pass
+
+
+def test_another_question_under_the_same_name_is_refused(tmp_path):
+    spec = study(tmp_path)
+    opened(spec, tmp_path)
+    opened(study(tmp_path, trials=3), tmp_path)
+    (tmp_path / "small.yaml").write_text(BASE + "train: {dropout: 0.3}\n")
+    (tmp_path / "find.yaml").write_text(STUDY.replace("high: 4", "high: 5"))
+    with pytest.raises(UserError) as caught:
+        opened(load(tmp_path / "find.yaml"), tmp_path)
+    assert "another space of predict.num_beams, train.dropout;" in str(caught.value)
+
+
+def test_runs_in_another_folder_are_refused(tmp_path):
+    spec = study(tmp_path)
+    opened(spec, tmp_path)
+    (tmp_path / spec.name / "study.json").unlink()
+    with pytest.raises(UserError, match="has its runs in another folder"):
+        opened(spec, tmp_path)
