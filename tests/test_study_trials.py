@@ -94,13 +94,13 @@ def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
     draw = random.Random(5)
 
     def begin() -> multiprocessing.Process:
-        process = fork.Process(target=worker, args=(spec, tmp_path, log, 0.02))
+        process = fork.Process(target=worker, args=(spec, tmp_path, log, 0.2))
         process.start()
         return process
 
     running = [begin(), begin()]
     for _ in range(10):
-        time.sleep(draw.uniform(0.02, 0.12))
+        time.sleep(draw.uniform(0.1, 0.6))
         victim = running.pop(draw.randrange(2))
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
