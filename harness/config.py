@@ -155,6 +155,8 @@ class TrainConfig(Section):
     """Captions per optimiser step over all devices; gradients are accumulated to reach it."""
     micro_batch_size: PositiveInt = 16
     """Captions per forward pass on one device."""
+    group_by_length: bool = False
+    """Put captions of like length into one optimiser step, which pads less and is less random."""
     learning_rate: Positive = 1e-5
     min_learning_rate: NonNegativeFloat = 0.0
     """Where the cosine ends."""
@@ -176,8 +178,8 @@ class TrainConfig(Section):
     """False freezes the ViT."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the ViT, Q-Former and language model."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the device has it, else fp32; the trained weights are always fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 autocast where the device has it, else fp32; trained weights stay fp32; fp16 needs ZeRO."""
     vision_precision: Literal["auto", "fp32"] = "auto"
     """fp32 keeps the ViT out of autocast, as LAVIS does in fine-tuning; auto: as the rest."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -213,6 +215,14 @@ class TrainConfig(Section):
     def _offloads_what_is_sharded(self) -> "TrainConfig":
         if self.offload and not self.zero_stage:
             raise ValueError("offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_losses(self) -> "TrainConfig":
+        if self.precision == "fp16" and not self.zero_stage:
+            raise ValueError(
+                "precision is fp16, whose losses DeepSpeed scales at a zero_stage of 1, 2 or 3; got 0"
+            )
         return self
 
     @model_validator(mode="after")

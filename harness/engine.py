@@ -3,9 +3,12 @@
 The only room that imports deepspeed.
 """
 
+import argparse
 import contextlib
 import logging
 import os
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +38,10 @@ def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
 
 
 def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
-    """The autocast dtype: bf16 where asked for, or where the device has it; None is fp32."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and devices.has_bf16(kind))
-    return torch.bfloat16 if bf16 else None
+    """The autocast dtype: as asked for; `auto` is bf16 where the device has it. None is fp32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if devices.has_bf16(kind) else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
 
 
 def engine(
@@ -60,7 +64,68 @@ def engine(
         write_json(directory / "ds_config.json", settings)
     if universal:
         settings = _merged(settings, {"checkpoint": {"load_universal": True}})
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    if config.precision == "fp16":
+        _scale_losses(made.optimizer)
+    return made
+
+
+def _scale_losses(optimizer: Any) -> None:
+    """Give a ZeRO optimiser of fp32 weights the dynamic loss scale that DeepSpeed has for fp16 ones.
+
+    A step whose gradients overflow is left out on all ranks and halves the scale; its state is part of
+    checkpoints. (DeepSpeed's `torch_autocast` clips gradients before it unscales them.)
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    optimizer.loss_scaler = DynamicLossScaler(
+        init_scale=2**16,
+        scale_window=1000,
+        min_scale=1,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    )
+    optimizer.dynamic_loss_scale = optimizer.check_grad_overflow = True
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Rewrite a checkpoint that each rank wrote its part of so that any number of ranks can load it."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target, ignore_errors=True)
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        ds_to_universal.main(options)
+
+
+def resume(trainer: Any, path: Path, universal: bool) -> None:
+    """Load a checkpoint into an engine that was made for it.
+
+    After a universal one at stage 3, DeepSpeed 0.19.8 gives all groups the first one's weight decay, and all
+    parts of the optimiser one and the same counter of steps, which each of them then counts up.
+    """
+    optimizer = trainer.optimizer
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
+    if universal:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -111,6 +176,7 @@ def _import_deepspeed(kind: devices.Kind) -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed uses
     if kind == "cpu":  # or it compiles a shared-memory kernel for 40 s; gloo does without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks.start(kind)

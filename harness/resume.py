@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.store import write, write_json
 
-STATE, FINISHED = "state.json", "finished.json"
+STATE, FINISHED, UNIVERSAL = "state.json", "finished.json", "universal"
 AFTER = 3
 """The stage after the last."""
 

@@ -59,11 +59,35 @@ def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps
     )
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, stage: int, epoch: int) -> list[np.ndarray]:
-    """The images of each optimiser step of an epoch, the last step filled up from the epoch's beginning."""
-    order = np.random.default_rng([seed, stage, epoch]).permutation(count)
-    steps = math.ceil(count / batch_size)
-    return np.split(np.resize(order, steps * batch_size), steps)
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, stage: int, epoch: int, group_by_length: bool = False
+) -> list[np.ndarray]:
+    """The images of each optimiser step of an epoch, the last step filled up from the epoch's beginning.
+
+    `lengths` (N,) are those of the texts. Within a step longer texts come first, so that a micro-batch holds
+    texts of like length and pads little, which changes no gradient. `group_by_length` does so across steps
+    too: of every `_GROUPED` steps' images the longest share a step, and the longest of all come first, where
+    a lack of memory shows at once.
+    """
+    draws = np.random.default_rng([seed, stage, epoch])
+    steps = math.ceil(len(lengths) / batch_size)
+    order = np.resize(draws.permutation(len(lengths)), steps * batch_size)
+    if group_by_length:
+        parts = np.split(order, range(_GROUPED * batch_size, len(order), _GROUPED * batch_size))
+        order = np.concatenate([_longest_first(part, lengths) for part in parts])
+    batches = np.split(order, steps)
+    if group_by_length:
+        longest = max(range(steps), key=lambda step: lengths[batches[step]].max())
+        rest = draws.permutation([step for step in range(steps) if step != longest])
+        batches = [batches[step] for step in [longest, *rest]]
+    return [_longest_first(batch, lengths) for batch in batches]
+
+
+_GROUPED = 50
+
+
+def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return images[np.argsort(-lengths[images], kind="stable")]
 
 
 def total_steps(config: TrainConfig, images: int) -> int:

@@ -4,6 +4,7 @@ It knows neither metrics nor MLflow: `log` gets what happened, and `evaluate` tu
 scores. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
+import functools
 import json
 import math
 import time
@@ -21,12 +22,12 @@ from harness import device as devices
 from harness import ranks
 from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
-from harness.engine import accumulation, engine, place, whole
+from harness.engine import accumulation, engine, place, resume, to_universal, whole
 from harness.errors import Problem, UserError
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
-from harness.resume import Checkpoints, forget_rows_after
+from harness.resume import UNIVERSAL, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, learning_rate, stages
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
@@ -45,7 +46,7 @@ class Split:
     concepts: Sequence[Text | None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
     """One training, to be `run`: it leaves `best.safetensors` and `losses.jsonl` in `directory`.
 
@@ -72,6 +73,7 @@ class Training:
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
+        self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
 
     def run(self) -> Loaded:
         """Train from the newest checkpoint on; returns the model with its best weights.
@@ -100,19 +102,19 @@ class Training:
     def _stage(self, stage: Stage) -> None:
         """Train one stage from where the state says, with a fresh optimiser and schedule."""
         resumed = self.state.stage == stage.number and self.state.step > 0
+        universal = None
         start = self.checkpoints.start(stage.number)
         if resumed:
-            self._check_resumable()
+            universal = self._for_these_ranks()
         if resumed and start.exists():
             load_trained(self.loaded.model, start)
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
         freeze(self.loaded.model, self.config.train_vision, self._reads(stage))
-        trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
+        trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         if resumed:
-            path = self.checkpoints.path(self.state)
-            trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
+            resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
             if not self.state.validated:
                 self._validate(stage)
         else:
@@ -127,15 +129,23 @@ class Training:
         trainer.destroy()
         self._end(stage)
 
-    def _check_resumable(self) -> None:
-        """Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each."""
+    def _for_these_ranks(self) -> Path | None:
+        """The checkpoint as another number of ranks reads it; None where it was written by as many.
+
+        Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each.
+        """
         was, now = self.state.zero_stage, self.config.zero_stage
-        world = ranks.world_size()
-        if (was, self.state.ranks) != (now, world) and (was or now):
-            what = f"it was interrupted with {self.state.ranks} ranks at ZeRO stage {was}"
-            hint = f"Go on as it was: --nproc {self.state.ranks} --set train.zero_stage={was}"
-            here = f"this is {world} at stage {now}; its checkpoint can't be taken apart anew"
-            raise UserError([Problem(f"{what}; {here}", self.checkpoints.folder, hint=hint)])
+        if was != now and {was, now} != {1, 2}:
+            what = f"it was interrupted at ZeRO stage {was}, whose checkpoints can't be read at stage {now}"
+            hint = f"Go on as it was: --set train.zero_stage={was}"
+            raise UserError([Problem(what, self.checkpoints.folder, hint=hint)])
+        if now == 0 or (was, self.state.ranks) == (now, ranks.world_size()):
+            return None
+        target = self.checkpoints.folder / UNIVERSAL
+        if ranks.rank() == 0:
+            to_universal(self.checkpoints.path(self.state), target)
+        ranks.agree(None)
+        return target
 
     def _due(self, steps: int) -> bool:
         every = self.config.checkpoint_every_steps
@@ -161,8 +171,7 @@ class Training:
         """Optimiser step `step` of a stage, from 0."""
         begun = time.perf_counter()
         epoch, number = divmod(step, self.per_epoch)
-        ids = self.splits["train"].ids
-        indices = epoch_batches(len(ids), self.config.batch_size, self.seed, stage.number, epoch)[number]
+        indices = self._order(stage.number, epoch)[number]
         steps = stage.epochs * self.per_epoch
         rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
         for group in trainer.optimizer.param_groups:
@@ -174,6 +183,13 @@ class Training:
         speed = len(indices) / (time.perf_counter() - begun)
         where = {"step": self.state.step, "stage": stage.number, "epoch": (step + 1) / self.per_epoch}
         self._log({**where, **row, "learning_rate": rate, "images_per_second": speed})
+
+    @functools.lru_cache(1)  # noqa: B019  (a training lives as long as its process)
+    def _order(self, stage: int, epoch: int) -> list[np.ndarray]:
+        """The images of each optimiser step of an epoch."""
+        config = self.config
+        how = (config.batch_size, self.seed, stage, epoch, config.group_by_length)
+        return epoch_batches(self.lengths, *how)
 
     def _randomise(self, stage: Stage, step: int) -> None:
         """Dropout and augmentation of a step, the same whether or not training was interrupted before it."""
@@ -206,8 +222,22 @@ class Training:
         terms = self._summed(torch.stack(found), own).tolist()
         row: Row = {"loss": sum(terms)}
         row |= {name: value for name, value in zip(TERMS, terms, strict=True) if self._has(stage, name)}
+        return row | self._gradients(trainer)
+
+    def _gradients(self, trainer: Any) -> Row:
+        """Norm of the gradients before clipping, where ZeRO computes it, and in fp16 the scale of the losses.
+
+        Only in fp16 may gradients overflow, at a scale that is then halved; the step is left out.
+        """
+        scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
         norm = trainer.get_global_grad_norm()
-        return row | ({} if norm is None else {"grad_norm": float(norm)})
+        finite = norm is not None and math.isfinite(norm)
+        if norm is not None and not finite and scale in (None, 1):
+            what = f"the gradients of step {self.state.step + 1} are not finite, though its loss is"
+            hint = "Lower train.learning_rate, or set train.precision: fp32."
+            raise UserError([Problem(what, hint=hint)], None, 1)
+        row: Row = {"grad_norm": float(norm)} if finite else {}
+        return row | ({} if scale is None else {"loss_scale": scale})
 
     def _summed(self, found: Tensor, own: Sequence[np.ndarray]) -> Tensor:
         """The loss terms (2,) over all ranks' micro-batches (M, 2); stops all where one is not finite."""

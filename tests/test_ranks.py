@@ -64,6 +64,16 @@ def rows(directory: Path) -> list[dict]:
     return [{key: row[key] for key in KEPT if key in row} for row in found]
 
 
+def assert_same(file: Path, plain: dict[str, torch.Tensor]) -> None:
+    """Weights equal to 1e-5, but for one in 10,000: Adam divides a gradient by its size, so where it is
+    nothing but rounding the weight may go either way, by a learning rate at most."""
+    found = load_file(file)
+    names = sorted(found.keys() & plain.keys())
+    differences = torch.cat([(found[name] - plain[name]).abs().flatten() for name in names])
+    assert (differences > 1e-5).double().mean() < 1e-4
+    assert differences.max() < TRAIN["learning_rate"]
+
+
 @pytest.mark.parametrize(
     ("zero_stage", "offload"),
     [
@@ -81,9 +91,7 @@ def test_zero_on_two_ranks_equals_plain_pytorch(folder, plain, tmp_path, zero_st
     weights, losses = plain
     found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert found == pytest.approx(losses, rel=1e-5)
-    for name, weight in load_file(tmp_path / "run" / "final.safetensors").items():
-        if name in weights:
-            torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-5, msg=name)
+    assert_same(tmp_path / "run" / "final.safetensors", weights)
 
 
 @pytest.mark.slow
@@ -100,26 +108,36 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on_where_the_optimiser_is_whole(folder, plain, tmp_path):
-    assert train(folder, tmp_path / "run", check=False, kill_at=6) != 0
-    train(folder, tmp_path / "run", processes=1)
+@pytest.mark.parametrize(
+    ("stages", "processes", "at"),
+    [
+        ((0, 0), (2, 1), 6),
+        ((1, 1), (2, 1), 5),
+        ((2, 2), (1, 2), 17),
+        ((3, 3), (2, 1), 8),
+        ((1, 2), (2, 4), 7),
+    ],
+)
+def test_another_number_of_ranks_goes_on(folder, plain, tmp_path, stages, processes, at):
+    """Killed in either stage and begun again on other ranks, or at another ZeRO stage of the same layout."""
+    before, after = (TRAIN | {"zero_stage": stage, "checkpoint_every_steps": 2} for stage in stages)
+    assert train(folder, tmp_path / "run", processes[0], check=False, train=before, kill_at=at) != 0
+    train(folder, tmp_path / "run", processes[1], train=after)
     found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert found == pytest.approx(plain[1], rel=1e-5)
-    for name, weight in load_file(tmp_path / "run" / "final.safetensors").items():
-        if name in plain[0]:
-            torch.testing.assert_close(weight, plain[0][name], atol=1e-5, rtol=1e-5, msg=name)
+    assert_same(tmp_path / "run" / "final.safetensors", plain[0])
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_is_refused_where_it_is_in_parts(folder, tmp_path):
-    how = TRAIN | {"zero_stage": 1}
-    assert train(folder, tmp_path / "run", check=False, train=how, kill_at=6) != 0
-    given = json.loads((tmp_path / "run" / "given.json").read_text()) | {"kill_at": None}
+def test_another_layout_of_the_optimiser_is_refused(folder, tmp_path):
+    assert train(folder, tmp_path / "run", check=False, train=TRAIN, kill_at=6) != 0
+    given = json.loads((tmp_path / "run" / "given.json").read_text())
+    given |= {"kill_at": None, "train": TRAIN | {"zero_stage": 1}}
     (tmp_path / "run" / "given.json").write_text(json.dumps(given))
     command = [sys.executable, str(TRAINING), str(tmp_path / "run" / "given.json")]
     alone = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120)
     assert alone.returncode != 0
-    assert "it was interrupted with 2 ranks at ZeRO stage 1; this is 1 at stage 1" in alone.stderr
+    assert "it was interrupted at ZeRO stage 0, whose checkpoints can't be read at stage 1" in alone.stderr
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

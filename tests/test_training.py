@@ -69,6 +69,7 @@ def by_hand(folder, settings, language_model):
     """Both stages in plain PyTorch: AdamW, mean losses over the tokens of the global batch, clipping."""
     loaded = load_tiny(folder, language_model=language_model)
     model, split = loaded.model, splits(loaded)["train"]
+    lengths = np.array([len(text.ids) for text in split.captions])
     losses = []
     for stage in schedule.stages(settings):
         freeze(model, True, text_path=stage.number == 1 or not language_model)
@@ -83,7 +84,7 @@ def by_hand(folder, settings, language_model):
         total = stage.epochs * 3
         for step in range(total):
             epoch, number = divmod(step, 3)
-            indices = schedule.epoch_batches(20, 8, 42, stage.number, epoch)[number]
+            indices = schedule.epoch_batches(lengths, 8, 42, stage.number, epoch)[number]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate(settings, stage.learning_rate, step, total, 3)
             captions = loaded.caption.collate([split.captions[i] for i in indices])
@@ -262,12 +263,95 @@ def test_lavis_cuts_its_warm_up_short():
     assert len(set(rates[476 : 2 * 476])) == 1
 
 
+def lengths_of(count):
+    return np.random.default_rng(0).geometric(0.03, count)
+
+
+def padding(batches, lengths, size):
+    """Share of padding among the tokens of micro-batches of `size`."""
+    parts = [part for batch in batches for part in np.split(batch, len(batch) // size)]
+    tokens = sum(len(part) * lengths[part].max() for part in parts)
+    return 1 - sum(lengths[part].sum() for part in parts) / tokens
+
+
+def test_texts_of_like_length_share_a_micro_batch():
+    lengths = lengths_of(4096)
+    drawn = np.split(np.random.default_rng(1).permutation(4096), 32)
+    within = schedule.epoch_batches(lengths, 128, 42, 1, 0)
+    grouped = schedule.epoch_batches(lengths, 128, 42, 1, 0, group_by_length=True)
+    assert padding(drawn, lengths, 16) > 0.6
+    assert padding(within, lengths, 16) < 0.35
+    assert padding(grouped, lengths, 16) < 0.05
+    for batches in (within, grouped):
+        assert sorted(np.concatenate(batches)) == list(range(4096))
+    assert grouped[0][0] == lengths.argmax()
+    again, other = (schedule.epoch_batches(lengths, 128, seed, 1, 0, True) for seed in (42, 43))
+    assert all(map(np.array_equal, grouped, again))
+    assert not all(map(np.array_equal, grouped, other))
+
+
+def test_sorting_within_a_step_leaves_its_images_alone():
+    """The images of each step are those of an order that knows no lengths."""
+    plain = schedule.epoch_batches(np.zeros(100), 16, 42, 1, 3)
+    longest_first = schedule.epoch_batches(lengths_of(100), 16, 42, 1, 3)
+    assert [set(batch) for batch in plain] == [set(batch) for batch in longest_first]
+
+
+def test_grouping_by_length_trains(folder, tmp_path):
+    _, rows = run(folder, tmp_path / "run", config(group_by_length=True, evaluate_every=0))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_fp16_trains_as_fp32_does(folder, tmp_path, zero_stage):
+    _, plain = run(folder, tmp_path / "fp32", config(evaluate_every=0))
+    half = config(precision="fp16", zero_stage=zero_stage, evaluate_every=0)
+    loaded, rows = run(folder, tmp_path / "fp16", half)
+    losses = [[row["loss"] for row in found if "loss" in row] for found in (plain, rows)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+    assert {row["loss_scale"] for row in rows if "loss" in row} == {65536}
+    assert {p.dtype for name, p in loaded.model.named_parameters() if "language_model" not in name} == {
+        torch.float32
+    }
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, tmp_path):
+    from harness.engine import engine, place
+
+    settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
+    loaded = load_tiny(folder)
+    place(loaded.model, settings, "cpu")
+    freeze(loaded.model, True, text_path=True)
+    trainer = engine(loaded.model, settings, "cpu", tmp_path)
+    trainer.optimizer.loss_scaler.cur_scale = 2.0**40
+    split = splits(loaded)["train"]
+    captions = loaded.caption.collate(split.captions[:8])
+    images = loaded.normalise(torch.from_numpy(split.pixels[:8]))
+    scales, moved = [], []
+    for _ in range(40):
+        before = loaded.model.query_tokens.detach().clone()
+        trainer.backward(trainer(images, captions).caption / 50)
+        trainer.step()
+        scales.append(trainer.optimizer.loss_scale)
+        moved.append(not torch.equal(before, loaded.model.query_tokens))
+    trainer.destroy()
+    assert scales[0] == 2.0**39
+    assert not moved[0]
+    assert moved[-1]
+    assert scales[-1] == 2.0 ** (40 - moved.count(False))  # halved as often as a step was left out
+
+
+def test_fp16_without_a_scaled_loss_is_refused():
+    with pytest.raises(ValueError, match="precision is fp16, whose losses DeepSpeed scales at a zero_stage"):
+        config(precision="fp16")
+
+
 def test_an_epoch_shows_every_image_and_fills_its_last_step():
-    batches = schedule.epoch_batches(20, 8, seed=1, stage=1, epoch=0)
+    batches = schedule.epoch_batches(np.zeros(20), 8, seed=1, stage=1, epoch=0)
     assert [len(batch) for batch in batches] == [8, 8, 8]
     assert sorted(np.concatenate(batches)[:20]) == list(range(20))
     assert batches[2][4:].tolist() == batches[0][:4].tolist()
-    again = schedule.epoch_batches(20, 8, seed=1, stage=1, epoch=1)
+    again = schedule.epoch_batches(np.zeros(20), 8, seed=1, stage=1, epoch=1)
     assert not np.array_equal(np.concatenate(batches), np.concatenate(again))
 
 
