@@ -75,6 +75,19 @@ def test_a_trial_has_its_values_and_the_rest_of_the_base(folder):
     assert (trial.train.learning_rate, trial.train.betas) == (1e-4, (0.9, 0.98))
 
 
+def test_choices_and_conditions_are_what_the_experiment_would_read(folder):
+    text = """
+base: small.yaml
+variant: one
+space:
+  train.learning_rate: {choices: [1e-5, 1e-4]}
+  predict.num_beams: {low: 1, high: 3, when: {train.learning_rate: 1e-5}}
+"""
+    spec = study(folder, text)
+    assert spec.start == {"train.learning_rate": 1e-5, "predict.num_beams": 2}
+    assert spec.space[0].how.choices == [1e-5, 1e-4]
+
+
 def test_all_mistakes_at_once_with_file_line_and_key(folder):
     text = """base: small.yaml
 variant: one

@@ -242,7 +242,7 @@ def _space(
         elif how.choices is None and is_whole(key) is None:
             what = "takes no number; give choices"
         else:
-            space.append(Parameter(key, how, bool(is_whole(key))))
+            space.append(Parameter(key, _as_parsed(key, how, base), bool(is_whole(key))))
             continue
         problems.append(experiment.problem_at(what, ("space", key), places, file))
     for parameter in space:
@@ -254,6 +254,22 @@ def _space(
     except ValueError as error:
         what = f"{error} wait for each other"
         return (), [experiment.problem_at(what, ("space",), places, file)]
+
+
+def _as_parsed(key: str, how: ParameterConfig, base: Config) -> ParameterConfig:
+    """With choices and conditions as the config has them, such as the number that YAML's 1e-2 is not."""
+
+    def parsed(name: str, value: Any) -> Any:
+        values, path = base.model_dump(mode="json"), tuple(name.split("."))
+        experiment.set_value(values, path, value)
+        try:
+            return value_at(Config.model_validate(values).model_dump(mode="json"), path)
+        except ValidationError:  # which is told later, with its place
+            return value
+
+    choices = None if how.choices is None else [parsed(key, choice) for choice in how.choices]
+    when = {name: [parsed(name, one) for one in several(wanted)] for name, wanted in how.when.items()}
+    return how.model_copy(update={"choices": choices, "when": when})
 
 
 def _parameter_problems(

@@ -1,0 +1,273 @@
+"""The study command, in processes of its own, on the small made-up set of the run command's tests."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from test_run import EXPERIMENT, harness
+
+DECODING = """
+base: small.yaml
+variant: opt
+overrides: {score: {metrics: [bertscore, rouge1]}}
+space:
+  predict.num_beams: {low: 1, high: 3}
+  predict.repetition_penalty: {low: 1, high: 1.5}
+  postprocess.deduplicate: {choices: [false, true]}
+sampler: {name: random, seed: 1}
+trials: 4
+"""
+PRUNED = """
+base: small.yaml
+variant: opt
+name: pruned
+overrides:
+  model: {language_model: false}
+  train:
+    learning_rate: 1e-2
+    stage1: {epochs: 3, concept_loss_weight: 0}
+    stage2: {epochs: 1}
+    batch_size: 8
+    micro_batch_size: 4
+    dropout: 0
+    label_smoothing: 0
+    max_caption_tokens: 24
+  score: {metrics: [bertscore, rouge1]}
+space:
+  train.learning_rate: {choices: [1e-2, 1e-7, 2e-7]}
+pruner: {name: median, startup_trials: 1}
+sampler: {name: grid}
+"""
+NAME = "small/decoding"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    result = tmp_path_factory.mktemp("project")
+    (result / "small.yaml").write_text(EXPERIMENT)
+    (result / "decoding.yaml").write_text(DECODING)
+    (result / "two.yaml").write_text(DECODING + "name: two\n")
+    (result / "pruned.yaml").write_text(PRUNED)
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> subprocess.CompletedProcess:
+    return harness(folder, "study", "decoding.yaml", "--format", "json")
+
+
+def records(folder: Path, name: str = NAME) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((folder / "runs" / name).glob("*/run.json"))]
+
+
+def test_a_trial_is_a_run_of_the_base_with_other_values(folder, finished):
+    rows, runs = json.loads(finished.stdout), records(folder)
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 4
+    assert [run["variant"] for run in runs] == [f"trial-{number:04}" for number in range(4)]
+    for row, run in zip(rows, runs, strict=True):
+        assert run["trial"]["params"] == row["params"]
+        assert all(run["parameters"][key] == value for key, value in row["params"].items())
+        score = run["scores"]["valid"]["after"]["bertscore"]["value"]
+        assert run["trial"]["values"] == row["values"] == {"bertscore": score}
+    assert rows[0]["params"] == {
+        "predict.num_beams": 2,
+        "predict.repetition_penalty": 1.0,
+        "postprocess.deduplicate": False,
+    }
+    assert [row["best"] for row in rows].index(True) == max(
+        range(4), key=lambda number: (rows[number]["values"]["bertscore"], -number)
+    )
+
+
+def test_a_study_of_decoding_trains_once_and_submits_nothing(folder, finished):
+    runs = records(folder)
+    assert len({run["steps"]["train"] for run in runs}) == 1
+    assert ["train" in run["seconds"] for run in runs] == [True, False, False, False]
+    assert not any(step.endswith("-test") for run in runs for step in run["steps"])
+    assert not any(run["submissions"] for run in runs)
+    assert not (folder / "submissions").exists()
+
+
+def test_the_same_captions_are_never_scored_twice(folder, finished):
+    steps = folder / "runs" / "steps"
+    wanted = {
+        (steps.parent / run["steps"][name] / "predictions.csv").read_bytes()
+        for run in records(folder)
+        for name in ("predict-valid", "postprocess-valid")
+    }
+    scored = finished.stderr.count("scoring 12 captions")
+    assert scored == len(wanted)
+    assert scored + finished.stderr.count("the same captions were scored before") >= len(wanted)
+
+
+def test_mlflow_shows_each_trial_under_the_study(folder, finished):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name(NAME)
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = found.pop("experiment")
+    assert set(found) == {f"trial-{number:04}-s42" for number in range(4)}
+    for number, name in enumerate(sorted(found)):
+        tags, trial = found[name].data.tags, records(folder)[number]["trial"]
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (tags["trial/number"], tags["trial/state"]) == (str(number), "COMPLETE")
+        assert json.loads(tags["trial/params"]) == trial["params"]
+    best = max(run["trial"]["values"]["bertscore"] for run in records(folder))
+    assert parent.data.metrics["best/bertscore"] == pytest.approx(best, abs=1e-12)
+    assert parent.info.status == "FINISHED"
+    plots = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "plots")}
+    assert plots == {"history.png", "importance.png"}
+
+
+def test_optuna_opens_the_storage(folder, finished):
+    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{folder}/runs/{NAME}/study.db")
+    assert [trial.value for trial in study.trials] == [
+        run["trial"]["values"]["bertscore"] for run in records(folder)
+    ]
+
+
+def test_the_same_command_adds_only_the_trials_that_are_left(folder, finished):
+    before = [run["ended"] for run in records(folder)]
+    more = harness(folder, "study", "decoding.yaml", "--trials", "5")
+    assert [run["ended"] for run in records(folder)][:4] == before
+    assert len(records(folder)) == 5
+    assert "trial 4: bertscore" in more.stderr
+    assert "trial 3" not in more.stderr.replace(", trial 3)", "")
+    assert "optuna-dashboard sqlite:///runs/small/decoding/study.db" in more.stdout
+
+
+def test_the_best_is_an_experiment_whose_captions_are_there(folder, finished):
+    out = folder / "configs" / "best.yaml"
+    told = harness(folder, "study", "best", "decoding.yaml", "--output", str(out))
+    rows = list(
+        csv.DictReader(
+            io.StringIO(harness(folder, "study", "show", "decoding.yaml", "--format", "csv").stdout)
+        )
+    )
+    best = max(rows, key=lambda row: (float(row["bertscore"]), -int(row["number"])))
+    assert f"trial {best['number']} of {NAME}" in told.stdout
+    text = out.read_text()
+    assert [line.split()[1] for line in text.splitlines()[:4]] == ["Question", "Command", "Expected", "Cost"]
+    assert f"bertscore {float(best['bertscore']):.4f}" in text
+    (run,) = json.loads(harness(folder, "run", str(out), "--dry-run", "--format", "json").stdout)
+    assert run["config"]["predict"]["num_beams"] == int(best["predict.num_beams"])
+    assert run["config"]["predict"]["splits"] == ["valid", "test"]
+    assert run["config"]["score"]["metrics"] == ["bertscore", "rouge1", "bleu1", "cider"]
+    states = {name: state.split()[0] for name, state in run["steps"].items()}
+    assert states["train"] == states["predict-valid"] == states["postprocess-valid"] == "done"
+    assert states["predict-test"] == "to"
+
+
+def test_sqlite_is_refused_for_two_workers_and_a_study_keeps_its_storage(folder, finished):
+    done = harness(folder, "study", "decoding.yaml", "--workers", "2", check=False)
+    assert done.returncode == 2
+    assert "SQLite has one writer" in done.stderr
+    assert "go on with one worker" in done.stderr
+
+
+def values(folder: Path, name: str) -> dict[int, tuple[dict, dict]]:
+    """Parameters and scores of finished trials, by the first of their retries."""
+    found = {}
+    for record in records(folder, name):
+        trial = record["trial"]
+        if trial["state"] == "COMPLETE":
+            first = trial["number"] if trial["retry_of"] is None else trial["retry_of"]
+            assert first not in found, "a trial was done twice"
+            found[first] = (trial["params"], trial["values"])
+    return found
+
+
+def test_two_workers_find_what_one_finds_though_interrupted(folder, finished):
+    command = [sys.executable, "-m", "harness", "study", "two.yaml", "--workers", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    journal = folder / "runs" / "two" / "study.journal"
+    _wait(lambda: list(journal.parent.glob("trial-*/run.json")))
+    running.send_signal(signal.SIGINT)
+    assert "interrupted; the same command goes on" in running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    harness(folder, *command[3:])
+    alone, together = values(folder, NAME), values(folder, "two")
+    assert list(together.values()) == list(alone.values())[:4]
+    assert journal.exists()
+
+
+def _wait(until, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_bad_trial_ends_early_and_keeps_its_losses_and_reason(folder, finished):
+    harness(folder, "study", "pruned.yaml")
+    _prunes(folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_prune_together(folder, finished):
+    (folder / "pruned2.yaml").write_text(
+        PRUNED.replace("name: pruned", "name: pruned2").replace("e-7", "e-8")
+    )
+    harness(folder, "study", "pruned2.yaml", "--nproc", "2")
+    _prunes(folder, "pruned2")
+
+
+def _prunes(folder: Path, name: str = "pruned") -> None:
+    good, *bad = records(folder, name)
+    assert (good["status"], good["trial"]["state"]) == ("FINISHED", "COMPLETE")
+    assert len(bad) == 2
+    for run in bad:
+        assert (run["status"], run["trial"]["state"]) == ("PRUNED", "PRUNED")
+        assert run["trial"]["reason"].startswith("valid_bertscore 0.")
+        assert "by median" in run["trial"]["reason"]
+        losses = folder / "runs" / run["steps"]["train"] / "losses.jsonl"
+        rows = [json.loads(line) for line in losses.read_text().splitlines()]
+        told = [row["valid_bertscore"] for row in rows if "valid_bertscore" in row]
+        assert 0 < len(told) < 4
+        assert f"{told[-1]:.4f}" in run["trial"]["reason"]
+        assert not (losses.parent / "DONE").exists()
+
+
+@pytest.fixture
+def long_study(folder, finished) -> list[str]:
+    text = DECODING.replace("trials: 4", "trials: 12\nretries: 20") + "name: killed\n"
+    (folder / "killed.yaml").write_text(text)
+    return [sys.executable, "-m", "harness", "study", "killed.yaml", "--workers", "2"]
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_lose_no_finished_trial(folder, long_study):
+    import random
+
+    draw, finished, kills = random.Random(1), {}, 0
+    while kills < 4:
+        running = subprocess.Popen(long_study, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while running.poll() is None and kills < 4:
+            time.sleep(draw.uniform(6, 12))
+            workers = [p for p in psutil.Process(running.pid).children() if "study" in p.cmdline()]
+            if workers:
+                draw.choice(workers).kill()
+                kills += 1
+            now = values(folder, "killed")
+            assert all(now[number] == told for number, told in finished.items())
+            finished = now
+        running.wait()
+    harness(folder, *long_study[3:])
+    found = values(folder, "killed")
+    assert all(found[number] == told for number, told in finished.items())
+    assert len(found) == 12
+    study = harness(folder, "study", "show", "killed.yaml", "--format", "json")
+    states = [row["state"] for row in json.loads(study.stdout)]
+    assert states.count("COMPLETE") == 12
+    assert set(states) <= {"COMPLETE", "FAIL"}
