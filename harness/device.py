@@ -1,6 +1,7 @@
 """NPU, CUDA or CPU: which one this run uses, why not the others, and its ranks, dtype and seeds."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -12,10 +13,10 @@ from typing import Any, Literal
 from harness.errors import Problem, UserError
 
 Kind = Literal["npu", "cuda", "cpu"]
-_PROBES: dict[Kind, str] = {
-    "npu": "import torch, torch_npu; print(torch.npu.device_count(), torch.npu.get_device_name(0))",
-    "cuda": "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name(0))",
-}
+_PACKAGES: dict[Kind, str] = {"npu": "torch_npu", "cuda": "torch"}
+_PROBE = (
+    "import torch, {package}; of = torch.{kind}; print(n := of.device_count(), n and of.get_device_name(0))"
+)
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,17 @@ def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
 
 
 def _try(kind: Kind) -> tuple[int, str]:
-    package = "torch_npu" if kind == "npu" else "torch"
+    package = _PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         return 0, "torch-npu is not installed (pip install '.[npu]')"
+    if kind == "npu" and "ASCEND_HOME_PATH" not in os.environ:  # DeepSpeed does not start without
+        return 0, "ASCEND_HOME_PATH is not set (source CANN's set_env.sh)"
     if kind == "cuda" and not _has_nvidia_driver():
         return 0, "no NVIDIA driver is loaded"
     environment = os.environ | ({} if kind == "npu" else {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBES[kind]],
+            [sys.executable, "-c", _PROBE.format(package=package, kind=kind)],
             capture_output=True,
             text=True,
             timeout=120,
@@ -93,7 +96,7 @@ def _try(kind: Kind) -> tuple[int, str]:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return 0, f"torch reports: {reason}"
     count, _, name = done.stdout.strip().splitlines()[-1].partition(" ")
-    return int(count), name
+    return int(count), name if int(count) else f"torch sees no {kind}"
 
 
 def _has_nvidia_driver() -> bool:
@@ -102,7 +105,9 @@ def _has_nvidia_driver() -> bool:
 
 def _prepare(kind: Kind) -> None:
     os.environ["DS_ACCELERATOR"] = kind
-    if kind != "npu":
+    if kind == "npu":
+        importlib.import_module("torch_npu")  # torch does so itself where autoloading is not off
+    else:
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         sys.modules["torch_npu"] = None  # so that "is it installed?" says no
 

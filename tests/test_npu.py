@@ -1,0 +1,201 @@
+"""The run command on a make-believe NPU with DeepSpeed's own NPU accelerator; nothing calls for CUDA."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from test_run import EXPERIMENT
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "harness"
+FAKE = HERE / "make_believe_npu"
+HARNESS = ("-m", "harness")
+POISONED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "poisoned_cuda.py")
+Environment = dict[str, str]
+
+
+def plain() -> Environment:
+    """An environment without the NPU."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def npu(request: pytest.FixtureRequest) -> Environment:
+    """An environment with two make-believe NPUs; built once for each torch and source, then kept."""
+    environment = plain()
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for tool in ("c++", "ninja"):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            pytest.skip(f"the make-believe NPU is built with {tool}, which is not here")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("the make-believe NPU is built with Python.h, which is not here")
+    command = [sys.executable, str(FAKE / "build.py"), str(request.config.cache.mkdir("make_believe_npu"))]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return environment | {
+        "MAKE_BELIEVE_NPU": built.stdout.splitlines()[-1],
+        "MAKE_BELIEVE_NPUS": "2",
+        "PYTHONPATH": os.pathsep.join([str(FAKE), *filter(None, [environment.get("PYTHONPATH")])]),
+        "ASCEND_HOME_PATH": str(FAKE),
+    }
+
+
+def run(
+    folder: Path, environment: Environment, *arguments: str, program: Sequence[str] = HARNESS
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def finished(folder: Path, done: subprocess.CompletedProcess) -> dict:
+    """The record of the folder's only run."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (folder / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert record["status"] == "FINISHED"
+    return record
+
+
+def losses(folder: Path, record: dict) -> list[float]:
+    """Every loss of the run in order, in training and validation."""
+    lines = (folder / "runs" / record["artifacts"]["losses.jsonl"]).read_text().splitlines()
+    names = ("caption_loss", "concept_loss", "valid_loss")
+    return [row[name] for row in map(json.loads, lines) for name in names if name in row]
+
+
+def captions(folder: Path, record: dict) -> str:
+    return (folder / "runs" / record["artifacts"]["predictions/test_before.csv"]).read_text()
+
+
+def values(record: dict) -> dict[str, float]:
+    return {name: score["value"] for name, score in record["scores"]["valid"]["after"].items()}
+
+
+def experiment() -> str:
+    """test_run's, in fp32, without what devices draw differently, with a language model that has words."""
+    given = yaml.safe_load(EXPERIMENT)
+    given["variants"] = {"opt": {}}
+    given["model"]["tiny"]["text_epochs"] = 12
+    given["train"] |= {"precision": "fp32", "dropout": 0}
+    given["predict"] |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    given["score"]["metrics"] = ["bertscore", "rouge1"]
+    return yaml.safe_dump(given)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run on two ranks of the CPU, its torch.cuda poisoned."""
+    folder = tmp_path_factory.mktemp("cpu")
+    (folder / "small.yaml").write_text(experiment())
+    shutil.copy(HERE / "poisoned_cuda.py", folder)
+    return folder, run(folder, plain(), "run", "small.yaml", "--device", "cpu", program=POISONED)
+
+
+def beside(on_cpu: tuple[Path, subprocess.CompletedProcess], folder: Path) -> Path:
+    """A folder with the data and the untrained model of the run on the CPU."""
+    shutil.copy(on_cpu[0] / "small.yaml", folder)
+    shutil.copytree(on_cpu[0] / "data", folder / "data")
+    for step in (on_cpu[0] / "runs" / "steps").glob("tiny-*"):
+        if step.is_dir():
+            shutil.copytree(step, folder / "runs" / "steps" / step.name)
+    return folder
+
+
+def test_nothing_in_harness_touches_cuda_in_a_whole_run(on_cpu):
+    record = finished(*on_cpu)
+    assert record["made"]["train"]["ranks"] == 2
+    assert "Touched" not in on_cpu[1].stderr
+
+
+def test_the_poison_works():
+    """In a process of its own: torch.cuda refuses harness and nobody else."""
+    code = (
+        "import poisoned_cuda, torch; poisoned_cuda.poison()\n"
+        "torch.cuda.is_available()\n"
+        "for call in ('torch.cuda.is_available()', 'torch.ones(1).cuda()', 'torch.nn.Linear(1, 1).cuda()'):\n"
+        "    try: exec(call, {'__name__': 'harness.train', 'torch': torch})\n"
+        "    except poisoned_cuda.Touched as error: print(error)\n"
+    )
+    done = run(HERE, plain(), code, program=("-c",))
+    assert done.stdout.splitlines() == [
+        "harness.train uses torch.cuda.is_available",
+        *["harness.train uses .cuda()"] * 2,
+    ], done.stderr
+
+
+def test_cuda_is_named_in_the_table_of_kinds_alone():
+    """`"cuda"` as a kind to compare with or to look up is no call; a device string or torch.cuda is one."""
+    string = r"(?:device|to|map_location|autocast)\s*[=(]\s*f?[\"']cuda"
+    call = re.compile(rf"torch\.cuda|\.cuda\(|from torch import .*\bcuda\b|{string}")
+    found = [
+        f"{file.relative_to(PACKAGE)}:{number}: {line.strip()}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if call.search(line) and file.name != "device.py"
+    ]
+    assert found == []
+    assert call.search("torch.cuda.synchronize()")
+    assert call.search("x.to('cuda:0')")
+
+
+@pytest.mark.parametrize(
+    "zero_stage",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        2,
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_two_npus_equals_that_on_the_cpu(on_cpu, npu, tmp_path, zero_stage):
+    folder = beside(on_cpu, tmp_path)
+    sets = ("--set", f"train.zero_stage={zero_stage}")
+    record = finished(folder, run(folder, npu, "run", "small.yaml", "--nproc", "2", "--device", "npu", *sets))
+    assert record["environment"]["device"] == "npu (make-believe NPU)"
+    for step in ("train", "predict-valid", "predict-test", "score-after"):
+        assert record["made"][step]["ranks"] == 2
+    expected = finished(*on_cpu)
+    assert "tiny" not in record["seconds"]
+    assert losses(folder, record) == pytest.approx(losses(on_cpu[0], expected), rel=1e-5)
+    assert captions(folder, record) == captions(on_cpu[0], expected)
+    assert values(record) == pytest.approx(values(expected), abs=1e-5)
+    assert min(values(record).values()) > 0
+
+
+def test_the_doctor_names_the_npu(npu, tmp_path):
+    (tmp_path / "small.yaml").write_text(experiment())
+    done = run(tmp_path, npu, "doctor", "small.yaml", "--format", "json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert checks["device"] == {
+        "name": "device",
+        "ok": True,
+        "found": "npu: 2 x make-believe NPU",
+        "fix": None,
+    }
+    assert "of npu free" in checks["memory of the npu"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"MAKE_BELIEVE_NPUS": "0"}, "torch sees no npu"),
+        ({"MAKE_BELIEVE_NPU": "/nowhere/npu.so"}, "torch reports: ImportError"),
+        ({"ASCEND_HOME_PATH": None}, "ASCEND_HOME_PATH is not set (source CANN's set_env.sh)"),
+    ],
+)
+def test_an_npu_that_does_not_work_is_passed_over_with_the_reason(npu, tmp_path, changed, reason):
+    environment = {name: value for name, value in (npu | changed).items() if value is not None}
+    done = run(tmp_path, environment, "doctor", "--format", "json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert checks["not used: npu"]["found"].startswith(reason)
+    assert not checks["device"]["found"].startswith("npu")
