@@ -82,7 +82,7 @@ def test_the_recipe_is_the_papers_and_otherwise_that_of_caption_coco_ft():
         ("(.)", ""),
     ],
 )
-def test_captions_are_lower_case_without_eleven_characters(caption, expected):
+def test_captions_are_lower_case_without_ten_characters(caption, expected):
     assert clean_caption(caption, "lavis", 50) == expected
 
 

@@ -182,6 +182,16 @@ def test_a_killed_builder_is_succeeded_and_leaves_nothing_behind(examples, tmp_p
     assert not list(cache.glob("*.tmp"))
 
 
+def test_an_interrupted_builder_clears_up(examples, tmp_path):
+    cache = tmp_path / "cache"
+    process = builder(examples[0].image.parent, cache, 400)
+    wait_for(lambda: list(cache.glob("*.tmp")))
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in error
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
 def test_a_process_that_waits_builds_what_a_killed_one_began(examples, tmp_path):
     images, cache = examples[0].image.parent, tmp_path / "cache"
     killed = builder(images, cache, 200)
