@@ -227,7 +227,6 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from rich.table import Table
 
     from harness import tables
-    from harness.tracking.server import without_password
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     keys = [parameter.key for parameter in spec.space]
@@ -247,7 +246,7 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
         console.print(tables.NOT_COMPARABLE, markup=False)
     console.print(f"Plots and records: runs/{spec.name}/", markup=False)
     console.print(f"The best as an experiment: python -m harness study best {_words(spec)}", markup=False)
-    console.print(f"In a browser: optuna-dashboard {without_password(address)}", markup=False)
+    console.print(f"In a browser: optuna-dashboard {address}", markup=False)
 
 
 def _words(spec: "Study") -> str:

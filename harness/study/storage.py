@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -74,28 +75,40 @@ def choose(spec: Study, folder: Path, workers: int) -> str:
 
 
 def address(folder: Path, chosen: str) -> str:
-    """How `optuna.load_study` and optuna-dashboard are told of the storage."""
+    """How `optuna.load_study` and optuna-dashboard are told of the storage, without a password."""
     if chosen == "sqlite":
         return f"sqlite:///{folder / FILES['sqlite']}"
-    return str(folder / FILES["journal"]) if chosen == "journal" else chosen
+    return str(folder / FILES["journal"]) if chosen == "journal" else re.sub(r":[^:/@]*@", "@", chosen)
+
+
+@contextmanager
+def reachable(chosen: str) -> Iterator[None]:
+    """Turn what a database raises that does not answer into a `UserError`."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0]
+        what = f"{without_password(chosen)}: {without_password(why)}"
+        hint = "Nothing is lost; once it answers, the same command goes on."
+        raise UserError([Problem(what, key="storage", hint=hint)], exit_code=1) from None
 
 
 def connect(folder: Path, chosen: str) -> BaseStorage:
     """Open a storage, made where it is not there; raises `UserError` where a server can't be reached."""
-    from sqlalchemy.exc import SQLAlchemyError
-
     if chosen == "journal":
         file = folder / FILES["journal"]
         return JournalStorage(JournalFileBackend(str(file), FileLocked(file)))
-    url = address(folder, chosen).replace("postgresql://", "postgresql+psycopg://", 1)
+    url = f"sqlite:///{folder / FILES['sqlite']}" if chosen == "sqlite" else chosen
+    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
-        return optuna.storages.get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
-    except ImportError as error:
+        with reachable(chosen):
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError:
         hint = "Install it: pip install -e '.[team]'"
-        raise UserError([Problem(f"PostgreSQL needs {error.name}", key="storage", hint=hint)]) from None
-    except SQLAlchemyError as error:
-        what = f"{without_password(chosen)}: {without_password(str(error).splitlines()[0])}"
-        raise UserError([Problem(what, key="storage")], exit_code=1) from None
+        raise UserError([Problem("PostgreSQL needs psycopg", key="storage", hint=hint)]) from None
+    return optuna.storages.get_storage(storage)
 
 
 @contextmanager

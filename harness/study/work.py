@@ -12,7 +12,7 @@ from harness.errors import Problem, Pruned, UserError
 from harness.plan import RUNS, Plan, Reporter, prepare
 from harness.study import results
 from harness.study.spec import Study
-from harness.study.storage import open_study, owned
+from harness.study.storage import open_study, owned, reachable
 from harness.study.trials import Trial, Trials, absent, scores_of
 
 ALIKE = 3
@@ -36,7 +36,7 @@ def work(
     loaded: dict[str, Dataset] = {}
     prepare([spec.base], reporter, RUNS, loaded)
     ranks.agree(None)  # the others may look at the data now, which is drawn and checked
-    with owned(RUNS / spec.name, chosen):
+    with owned(RUNS / spec.name, chosen), reachable(chosen):
         study, storage = open_study(spec, RUNS / spec.name, chosen)
         worker = _Worker(spec, Trials(spec, study, storage, RUNS), reporter, command, loaded)
         try:
