@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from disks import fill, small_disk
+from models import build_tiny, load_tiny
 from test_run import EXPERIMENT
 
+from harness.errors import UserError
+from harness.models.loading import save_trained
 from harness.resume import Checkpoints, State
 from harness.store import write
 
@@ -51,6 +54,20 @@ def test_a_file_that_can_not_be_replaced_stays_and_nothing_lies_beside_it(tmp_pa
             write(file, "x" * 100_000)
         assert file.read_text() == "whole"
         assert sorted(path.name for path in place.iterdir()) == ["file", "filler"]
+
+
+def test_weights_that_do_not_fit_are_an_error_in_words_and_leave_the_last_ones(tmp_path):
+    """safetensors has an exception of its own for it, which is no OSError."""
+    model = load_tiny(build_tiny(tmp_path / "tiny")).model
+    with small_disk(tmp_path / "disk", 2) as place:
+        best = place / "best.safetensors"
+        save_trained(model, best)
+        before = best.read_bytes()
+        fill(place, 100_000)
+        with pytest.raises(UserError, match="No space left"):
+            save_trained(model, best)
+        assert best.read_bytes() == before
+        assert sorted(path.name for path in place.iterdir()) == ["best.safetensors", "filler"]
 
 
 @pytest.mark.parametrize("leave", [0, 4096])
