@@ -73,7 +73,7 @@ def worker(spec: Study, folder: Path, log: Path, pause: float) -> None:
 def results(trials: Trials) -> dict[int, tuple[dict, float]]:
     """Parameters and score by slot."""
     done = trials.study.get_trials(states=(TrialState.COMPLETE,))
-    slots = [trials._slot(trial) for trial in done]
+    slots = [trials.slot_of(trial) for trial in done]
     assert len(set(slots)) == len(slots), "a trial was done twice"
     return {slot: (trial.params, trial.value) for slot, trial in zip(slots, done, strict=True)}
 

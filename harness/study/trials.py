@@ -69,7 +69,7 @@ class Trials:
             waiting = [trial for trial in known if trial.state is TrialState.WAITING]
             slot = sum("slot" not in trial.user_attrs for trial in known)
             if waiting:
-                slot = self._slot(waiting[0])
+                slot = self.slot_of(waiting[0])
             elif slot >= self.spec.trials:
                 return None
             elif (fixed := self.spec.fixed(slot)) is not None:
@@ -118,10 +118,10 @@ class Trials:
 
     def _losses(self, trial: FrozenTrial) -> int:
         """How often the process of this trial's forerunners was gone."""
-        known, slot = self.study.get_trials(deepcopy=False), self._slot(trial)
-        return sum(one.user_attrs.get("lost", False) and self._slot(one) == slot for one in known)
+        known, slot = self.study.get_trials(deepcopy=False), self.slot_of(trial)
+        return sum(one.user_attrs.get("lost", False) and self.slot_of(one) == slot for one in known)
 
-    def _slot(self, trial: FrozenTrial) -> int:
+    def slot_of(self, trial: FrozenTrial) -> int:
         """Which trial this is, without counting retries."""
         if "slot" in trial.user_attrs:
             return trial.user_attrs["slot"]
@@ -134,7 +134,7 @@ class Trials:
         queued = next((one.number for one in known if one.user_attrs.get("after") == trial.number), None)
         if queued is None:
             first = trial.user_attrs.get("retry_of", trial.number)
-            attributes = {"slot": self._slot(trial), "retry_of": first, "after": trial.number}
+            attributes = {"slot": self.slot_of(trial), "retry_of": first, "after": trial.number}
             self.study.enqueue_trial(self._parameters(trial), attributes)
             queued = len(known)
         self._attribute(trial.number, "lost", lost)
