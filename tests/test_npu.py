@@ -172,6 +172,22 @@ def test_a_run_on_two_npus_equals_that_on_the_cpu(on_cpu, npu, tmp_path, zero_st
     assert min(values(record).values()) > 0
 
 
+@pytest.mark.slow
+def test_neural_metrics_on_the_npu_equal_those_on_the_cpu(on_cpu, npu, tmp_path):
+    """The same captions are scored twice, with the stand-ins that the run on the CPU made."""
+    shutil.copytree(on_cpu[0], tmp_path / "both")
+    metrics = ["--set", "score.metrics=[bertscore, bleurt, clipscore, refclipscore]"]
+    metrics += ["--set", "score.bleurt.checkpoint=standin", "--set", "score.clipscore.checkpoint=standin"]
+    expected = finished(tmp_path / "both", run(tmp_path / "both", plain(), "run", "small.yaml", *metrics))
+    for step in ("score-before", "score-after"):
+        shutil.rmtree(tmp_path / "both" / "runs" / expected["steps"][step])
+    arguments = ("run", "small.yaml", "--device", "npu", *metrics)
+    record = finished(tmp_path / "both", run(tmp_path / "both", npu, *arguments))
+    assert set(record["seconds"]) == {"score-before", "score-after"}
+    assert set(values(record)) == {"bertscore", "bleurt", "clipscore", "refclipscore"}
+    assert values(record) == pytest.approx(values(expected), abs=1e-5)
+
+
 def test_the_doctor_names_the_npu(npu, tmp_path):
     (tmp_path / "small.yaml").write_text(experiment())
     done = run(tmp_path, npu, "doctor", "small.yaml", "--format", "json")

@@ -246,6 +246,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", copy_from);
+  m.impl("record_stream", +[](Tensor&, c10::Stream) {});
   m.impl("_has_compatible_shallow_copy_type", may_become);
   for (const auto* name : {"convolution", "convolution_backward"})  // torch has a way round the fallback
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
@@ -288,9 +289,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current = device.index();
   }
   c10::Stream getStream(Device device) const override {
-    return c10::Stream(c10::Stream::DEFAULT, device);
+    return c10::Stream(c10::Stream::DEFAULT, device.has_index() ? device : getDevice());
   }
   c10::Stream getDefaultStream(Device device) const override {
+    return getStream(device);
+  }
+  c10::Stream getNewStream(Device device, int) const override {
     return getStream(device);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {

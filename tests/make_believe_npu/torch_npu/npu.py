@@ -93,6 +93,11 @@ memory_allocated = max_memory_allocated = memory_reserved = max_memory_reserved 
 memory_cached = max_memory_cached = reset_max_memory_allocated = reset_max_memory_cached = _none
 reset_peak_memory_stats = _none
 
+
+def memory_stats(device=None):
+    return {}
+
+
 # random numbers are drawn by the CPU's generator, which torch seeds beside the device's
 default_generators = [torch.default_generator] * device_count()
 
@@ -117,49 +122,15 @@ def set_rng_state(state, device=None):
     torch.default_generator.set_state(state)
 
 
-class Stream:
-    """Work is done when a call returns, in any stream."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def wait_stream(self, stream):
-        pass
-
-    def wait_event(self, event):
-        pass
-
-    def record_event(self, event=None):
-        return event or Event()
-
-
-class Event:
-    """A moment that is over."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def record(self, stream=None):
-        pass
-
-    def wait(self, stream=None):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
+# work is done when a call returns: streams are all one, and events are over
+Event = functools.partial(torch.Event, "npu")
 
 
 def current_stream(device=None):
-    return Stream()
+    return torch.Stream("npu")
 
 
-default_stream = current_stream
+Stream = default_stream = current_stream
 
 
 @contextlib.contextmanager
