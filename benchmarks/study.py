@@ -58,10 +58,13 @@ def forget(folder: Path) -> None:
 
 
 def by_slot(rows: list[dict]) -> list[tuple[dict, dict]]:
-    """Parameters and scores of the finished trials, in the order of their first tries."""
+    """Parameters and scores of the finished trials, in the order of their first tries.
+
+    Scores to 6 digits: which texts are embedded together, and so the last bits, depends on what was before.
+    """
     done = [row for row in rows if row["state"] == "COMPLETE"]
     done.sort(key=lambda row: row["number"] if row["retry_of"] is None else row["retry_of"])
-    return [(row["params"], row["values"]) for row in done]
+    return [(row["params"], {k: round(v, 6) for k, v in row["values"].items()}) for row in done]
 
 
 def finished(folder: Path, name: str) -> dict[int, dict]:

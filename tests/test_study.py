@@ -15,6 +15,10 @@ import psutil
 import pytest
 from test_run import EXPERIMENT, harness
 
+from harness.cli.terminal import Terminal
+from harness.study.spec import load
+from harness.study.work import work
+
 DECODING = """
 base: small.yaml
 variant: opt
@@ -202,13 +206,15 @@ def _wait(until, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_a_bad_trial_ends_early_and_keeps_its_losses_and_reason(folder, finished):
-    harness(folder, "study", "pruned.yaml")
+def test_a_bad_trial_ends_early_and_keeps_its_losses_and_reason(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    silent = Terminal(silent=True)
+    work(load(Path("pruned.yaml")), "sqlite", silent, silent, "a test")
     _prunes(folder)
 
 
 @pytest.mark.slow
-def test_two_ranks_prune_together(folder, finished):
+def test_two_ranks_prune_together(folder):
     (folder / "pruned2.yaml").write_text(
         PRUNED.replace("name: pruned", "name: pruned2").replace("e-7", "e-8")
     )
