@@ -161,6 +161,11 @@ def test_a_study_is_no_experiment(folder):
         load_experiment(folder / "find.yaml")
 
 
+def test_an_experiment_is_no_study(folder):
+    with pytest.raises(UserError, match=r"an experiment, not a study[\s\S]*harness run"):
+        load(folder / "small.yaml")
+
+
 def test_the_command_line_names_another_base(folder):
     other = folder / "elsewhere" / "other.yaml"
     other.parent.mkdir()

@@ -197,7 +197,7 @@ def _begun(spec: "Study") -> str:
     from harness.study import storage
 
     if not storage.read_record(_folder(spec)):
-        hint = f"Begin it: python -m harness study {spec.file}"
+        hint = f"Begin it: python -m harness study {_words(spec)}"
         raise UserError([Problem(f"the study {spec.name} has not begun", spec.file, hint=hint)])
     return storage.choose(spec, _folder(spec), 1)
 

@@ -195,6 +195,9 @@ def _read(file: Path) -> tuple[Any, dict[str, Any]]:
     node, values = experiment.parse(file)
     if not isinstance(values, dict):
         raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
+    if "data" in values and "space" not in values:
+        hint = f"Run it by: python -m harness run {file}"
+        raise UserError([Problem("an experiment, not a study", file, hint=hint)])
     return node, values
 
 
