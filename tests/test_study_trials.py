@@ -13,7 +13,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from harness.device import Device
 from harness.errors import UserError
+from harness.study import workers
 from harness.study.spec import Study, load
 from harness.study.storage import address, choose, open_study, owned
 from harness.study.trials import Trials
@@ -293,3 +295,14 @@ def test_runs_in_another_folder_are_refused(tmp_path):
     (tmp_path / spec.name / "study.json").unlink()
     with pytest.raises(UserError, match="has its runs in another folder"):
         opened(spec, tmp_path)
+
+
+def test_workers_share_the_devices_that_are_visible(monkeypatch):
+    two, four = Device("cuda", 2, "", {}), Device("npu", 4, "", {})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    told = [workers.environment(number, two, 1) for number in range(3)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == ["4", "6", "4"]
+    told = [workers.environment(number, four, 2) for number in range(2)]
+    assert [one["ASCEND_RT_VISIBLE_DEVICES"] for one in told] == ["0,1", "2,3"]
+    assert workers.environment(1, Device("cpu", 1, "", {}), 2) == {workers.WORKER: "1"}

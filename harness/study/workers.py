@@ -28,8 +28,8 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
     launch._share_cores(workers * ranks)
     command = [sys.executable, "-u", "-m", "harness", *arguments]
     running = [
-        subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
-        for environment in (_environment(number, device, ranks) for number in range(workers))
+        subprocess.Popen(command, env=os.environ | own, start_new_session=True)
+        for own in (environment(number, device, ranks) for number in range(workers))
     ]
     try:
         return [process.wait() for process in running]
@@ -41,7 +41,7 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
         raise
 
 
-def _environment(number: int, device: Device, ranks: int) -> dict[str, str]:
+def environment(number: int, device: Device, ranks: int) -> dict[str, str]:
     """What a worker is told: its number, and its share of the devices where there are several."""
     told = {WORKER: str(number)}
     variable = _VISIBLE.get(device.kind)
