@@ -181,7 +181,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 autocast where the device has it, else fp32; trained weights stay fp32; fp16 needs ZeRO."""
     vision_precision: Literal["auto", "fp32"] = "auto"
-    """fp32 keeps the ViT out of autocast, as LAVIS does in fine-tuning; auto: as the rest."""
+    """fp32 keeps the ViT's arithmetic out of autocast, too; its weights are fp32 in any case."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards over the ranks: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
     offload: bool = False

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +156,12 @@ def _merged(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-@contextlib.contextmanager
-def whole(model: Captioner, config: TrainConfig) -> Iterator[None]:
-    """All weights of the model on every rank, where ZeRO-3 has taken them apart."""
-    if config.zero_stage < 3:
-        yield
-        return
+def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
+    """All weights that fine-tuning may change on every rank, where ZeRO-3 has taken them apart."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        yield
+    own = [p for name, p in model.named_parameters() if not name.startswith("language_model.")]
+    return deepspeed.zero.GatheredParameters(own)
 
 
 def _import_deepspeed(kind: devices.Kind) -> Any:

@@ -156,6 +156,8 @@ def usage(model: Model, setup: Setup) -> Usage:
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)
     moment = max(_computing(held, setup.checkpointing), _stepping(model, setup, whole, shard))
+    if stage == 3:  # validation captions with a whole copy
+        moment = max(moment, whole + model.frozen)
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)

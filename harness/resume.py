@@ -7,7 +7,8 @@ from pathlib import Path
 
 from harness.store import write, write_json
 
-STATE, FINISHED, UNIVERSAL = "state.json", "finished.json", "universal"
+STATE, FINISHED = "state.json", "finished.json"
+UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
 AFTER = 3
 """The stage after the last."""
 
@@ -72,7 +73,7 @@ class Checkpoints:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and STATE not in path.name)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 

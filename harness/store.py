@@ -20,14 +20,15 @@ def write(path: Path, content: str | bytes) -> Path:
     """Write the whole file or nothing: to a temporary name beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink()
+    except OSError as error:  # a full disk, or a folder of that name
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
     return path
 

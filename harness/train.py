@@ -7,6 +7,7 @@ scores. Every rank of a launch runs the same training on its share of each batch
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from harness.errors import Problem, UserError
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
-from harness.resume import UNIVERSAL, Checkpoints, forget_rows_after
+from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, learning_rate, stages
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
@@ -153,16 +154,19 @@ class Training:
 
     def _end(self, stage: Stage) -> None:
         """Put ZeRO-3's parts together again: the next stage takes the model apart in another way."""
-        if self.config.zero_stage < 3:
-            return
-        after = self.checkpoints.start(stage.number + 1)
-        with whole(self.loaded.model, self.config):
+        if self.config.zero_stage == 3:
+            self.loaded = self._copy(self.checkpoints.start(stage.number + 1))
+            ranks.agree(None)  # or rank 0 might go on to delete what others still read
+
+    def _copy(self, file: Path) -> Loaded:
+        """The model that ZeRO-3 has taken apart, whole on every rank; what is trained goes through `file`."""
+        with whole(self.loaded.model):
             if ranks.rank() == 0:
-                save_trained(self.loaded.model, after)
+                save_trained(self.loaded.model, file)
         ranks.agree(None)
-        self.loaded = self._placed()
-        load_trained(self.loaded.model, after)
-        ranks.agree(None)  # or rank 0 might go on to delete what others still read
+        loaded = self._placed()
+        load_trained(loaded.model, file)
+        return loaded
 
     def _reads(self, stage: Stage) -> bool:
         return stage.concept_weight > 0 or self.loaded.model.language_model is None
@@ -285,30 +289,32 @@ class Training:
         every, epoch = self.config.evaluate_every, self.state.done // self.per_epoch
         last = stage is self.plan[-1] and epoch == stage.epochs
         scores = last or (every > 0 and epoch % every == 0)
-        with whole(self.loaded.model, self.config):
-            self.loaded.model.eval()
-            row = {"valid_loss": self._valid_loss()}
-            row |= ranks.agree(self.evaluate(self.loaded)) if scores else {}
-            self.loaded.model.train()
-            self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
-            if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
-                self.state.best, self.state.best_step = row[PRIMARY], self.state.step
-                if ranks.rank() == 0:
-                    save_trained(self.loaded.model, self.directory / BEST)
+        # at ZeRO-3 no rank could caption alone: every layer's forward pass gathers its weights from all
+        zero3 = self.config.zero_stage == 3
+        loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
+        loaded.model.eval()
+        row = {"valid_loss": self._valid_loss(loaded)}
+        row |= ranks.agree(self.evaluate(loaded)) if scores else {}
+        loaded.model.train()
+        self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
+        if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
+            self.state.best, self.state.best_step = row[PRIMARY], self.state.step
+            if ranks.rank() == 0:
+                save_trained(loaded.model, self.directory / BEST)
         self.state.validated = True
         if ranks.rank() == 0:
             self.checkpoints.seal(self.state)
 
     @torch.no_grad()
-    def _valid_loss(self) -> float:
+    def _valid_loss(self, loaded: Loaded) -> float:
         """Mean caption loss per token over the whole validation split, without label smoothing."""
         split = self.splits["valid"]
         count = math.ceil(len(split.ids) / self.config.micro_batch_size)
         own = np.array_split(np.arange(len(split.ids)), count)[ranks.rank() :: ranks.world_size()]
         total = torch.zeros((), device=self.device)
         for batch in self._batches(split, own, Stage(0, 0, 0, 1.0, 0.0)):
-            pixels = self.loaded.normalise(batch["pixels"].to(self.device))
-            total += self.loaded.model(pixels, to_device(batch["caption"], self.device)).caption
+            pixels = loaded.normalise(batch["pixels"].to(self.device))
+            total += loaded.model(pixels, to_device(batch["caption"], self.device)).caption
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
 
     def _save(self, trainer: Any, validated: bool) -> None:
@@ -319,8 +325,9 @@ class Training:
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
-            what = f"the checkpoint after step {self.state.step} could not be written: {error}"
-            hint = "Earlier ones are kept. Free some space, and the same command goes on."
+            free = shutil.disk_usage(self.directory).free / 1e9
+            what = f"the checkpoint after step {self.state.step} could not be written, {free:.1f} GB are free"
+            hint = f"Earlier ones are kept. Free some space, and the same command goes on. ({error})"
             raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
         ranks.agree(None)  # all ranks have written their part
         if ranks.rank() == 0:

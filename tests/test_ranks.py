@@ -162,7 +162,7 @@ def shared_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     text = EXPERIMENT.replace("test: 6", "test: 7").replace("micro_batch_size: 8", "micro_batch_size: 2")
     text = text.replace("batch_size: 16", "batch_size: 12").replace("variants:\n  opt: {}\n  opt_dedup", "#")
     (folder / "small.yaml").write_text(text.replace("predict: {", "predict: {batch_size: 2, "))
-    return folder, harness(folder, "run", "small.yaml", "--nproc", "3", "--set", "train.zero_stage=2")
+    return folder, harness(folder, "run", "small.yaml", "--nproc", "3", "--set", "train.zero_stage=3")
 
 
 def harness(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,6 @@
 """The training loop against plain PyTorch, its schedule, and what an interruption costs."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -242,27 +241,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(folder, tmp
     assert caught.value.exit_code == 1
 
 
-def test_warm_up_then_cosine():
-    settings = config(learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000)
-    rates = [schedule.learning_rate(settings, 1e-5, step, 10_000, 476) for step in range(10_000)]
-    assert rates[0] == pytest.approx(1e-8)
-    assert rates[1000] == pytest.approx(1e-5)
-    assert max(rates) == rates[1000]
-    assert rates[5500] == pytest.approx(5e-6, rel=1e-3)
-    assert rates[-1] < 1e-11
-
-
-def test_lavis_cuts_its_warm_up_short():
-    """476 steps an epoch: the warm-up stops at 47.6 % of the peak, and the cosine moves by epochs."""
-    settings = config(
-        learning_rate=1e-5, warmup_learning_rate=1e-8, warmup_steps=1000, warmup_first_epoch_only=True
-    )
-    rates = [schedule.learning_rate(settings, 1e-5, step, 50 * 476, 476) for step in range(50 * 476)]
-    assert rates[475] == pytest.approx(1e-8 + (1e-5 - 1e-8) * 0.475)
-    assert rates[476] == pytest.approx(0.5 * 1e-5 * (1 + math.cos(math.pi / 50)))
-    assert len(set(rates[476 : 2 * 476])) == 1
-
-
 def lengths_of(count):
     return np.random.default_rng(0).geometric(0.03, count)
 
@@ -364,13 +342,3 @@ def test_augmentation_is_off_by_default_and_draws_from_its_generator():
     assert not torch.equal(drawn[0], drawn[2])
     assert drawn[0].dtype == torch.uint8
     assert drawn[0].shape == images.shape
-
-
-def test_mirroring_is_exact():
-    images = torch.from_numpy(pixels(32))
-    mirrored = augment(images, AugmentConfig(horizontal_flip=True), torch.Generator().manual_seed(0))
-    flipped = [torch.equal(a, b.flip(1)) for a, b in zip(mirrored, images, strict=True)]
-    kept = [torch.equal(a, b) for a, b in zip(mirrored, images, strict=True)]
-    assert all(a != b for a, b in zip(flipped, kept, strict=True))
-    assert any(flipped)
-    assert any(kept)

@@ -1,12 +1,13 @@
 """From a checkpoint folder to a model ready to train: every weight from a file, none left random."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ from harness.models.text import DEC, Codec, language_codec, qformer_codec
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 QFORMER_TOKENIZER = "qformer_tokenizer"
+_TEXT_PATH = re.compile(r"embeddings\.|cls\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
+_VOCABULARY = {"embeddings.word_embeddings.weight", "cls.predictions.bias"}
 _TIED = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight"}
 
 
@@ -103,19 +106,25 @@ def _qformer_tokenizer(folders: Iterable[Path | None]) -> PreTrainedTokenizerBas
 
 
 def _fill(model: Captioner, lacking: set[str], folders: Iterable[Path]) -> set[str]:
-    """Copy the lacking weights from the first folder that holds them; a shorter vocabulary fills its rows."""
+    """Copy lacking weights of text path and head from the first folder that has them; returns what is left.
+
+    Those of ViT and query path must be `model.checkpoint`'s own, which were trained together.
+    """
     parameters = dict(model.named_parameters())
-    filled = set()
+    wanted = {name for name in lacking if _TEXT_PATH.match(name)}
     for folder in folders:
-        for name, weight in _weights(folder, lacking - filled):
-            target = parameters[name]
-            rows = min(len(weight), len(target))
+        for name, weight in _weights(folder, wanted):
+            target, rows = parameters[name], len(weight)
+            without_dec = name in _VOCABULARY and rows == len(target) - 1
+            if weight.shape[1:] != target.shape[1:] or not (rows == len(target) or without_dec):
+                continue
             with torch.no_grad():
-                target[:rows] = weight[:rows].to(target.dtype)
-                if rows < len(target):  # [DEC], which BERT lacks: start where the known words lie
+                target[:rows] = weight.to(target.dtype)
+                if without_dec:  # BERT lacks it: start where the known words lie
                     target[rows:] = weight.float().mean(0)
-            filled.add(name)
-    return lacking - filled
+            wanted.discard(name)
+            lacking = lacking - {name}
+    return lacking
 
 
 def _weights(folder: Path, wanted: set[str]) -> Iterable[tuple[str, Tensor]]:
@@ -166,10 +175,13 @@ def trained_weights(model: Captioner) -> dict[str, Tensor]:
 def save_trained(model: Captioner, path: Path) -> None:
     """Write what fine-tuning may change, whole or nothing."""
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(model).items()},
-        temporary,
-    )
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(model).items()}
+    try:
+        save_file(weights, temporary)
+    except SafetensorError as error:  # a full disk, which it does not tell by an OSError
+        temporary.unlink(missing_ok=True)
+        hint = "Free some space, and the same command goes on."
+        raise UserError([Problem(f"could not be written: {error}", path, hint=hint)], None, 1) from None
     temporary.replace(path)
 
 
