@@ -6,6 +6,7 @@ Works in FOLDER, by default a temporary one; where the quickstart has run there,
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -74,6 +75,16 @@ def finished(folder: Path, name: str) -> dict[int, dict]:
     return {trial["number"]: trial["values"] for trial in trials if trial["state"] == "COMPLETE"}
 
 
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The workers of a study command that are alive."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):  # a zombie has no command line
+                found += [child] if "study" in child.cmdline() else []
+    return found
+
+
 def killed(folder: Path, name: str, kills: int) -> tuple[list[dict], int]:
     """A study of two workers of which `kills` are killed at random, with as many trials as that takes.
 
@@ -86,8 +97,7 @@ def killed(folder: Path, name: str, kills: int) -> tuple[list[dict], int]:
         running = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         while running.poll() is None and done < kills:
             time.sleep(draw.uniform(4, 14))
-            workers = [p for p in psutil.Process(running.pid).children() if "study" in p.cmdline()]
-            if workers:
+            if workers := workers_of(running):
                 draw.choice(workers).kill()
                 done += 1
             now = finished(folder, name)

@@ -1,5 +1,6 @@
 """The study command, in processes of its own, on the small made-up set of the run command's tests."""
 
+import contextlib
 import csv
 import io
 import json
@@ -245,6 +246,15 @@ def long_study(folder, finished) -> list[str]:
     return [sys.executable, "-m", "harness", "study", "killed.yaml", "--workers", "2"]
 
 
+def _workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):  # a zombie has no command line
+                found += [child] if "study" in child.cmdline() else []
+    return found
+
+
 @pytest.mark.slow
 def test_workers_killed_at_random_lose_no_finished_trial(folder, long_study):
     import random
@@ -254,8 +264,7 @@ def test_workers_killed_at_random_lose_no_finished_trial(folder, long_study):
         running = subprocess.Popen(long_study, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
         while running.poll() is None and kills < 4:
             time.sleep(draw.uniform(6, 12))
-            workers = [p for p in psutil.Process(running.pid).children() if "study" in p.cmdline()]
-            if workers:
+            if workers := _workers_of(running):
                 draw.choice(workers).kill()
                 kills += 1
             now = values(folder, "killed")
