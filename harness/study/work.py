@@ -70,20 +70,22 @@ class _Worker:
 
     def _attempt(self, trial: Trial) -> None:
         """Run one trial and tell how it ended, whatever comes."""
+        values, failure, reason = None, None, None
         try:
-            self.trials.finish(trial, "COMPLETE", self._scores(trial))
-            self._ended(trial, None)
+            state, values = "COMPLETE", self._scores(trial)
         except Pruned as why:
-            self.trials.finish(trial, "PRUNED", reason=str(why))
-            self._ended(trial, None)
+            state, reason = "PRUNED", str(why)
         except (UserError, RuntimeError) as error:  # torch tells by a RuntimeError that memory is short
-            self.trials.finish(trial, "FAIL", reason=_reason(error))
-            self._ended(trial, _reason(error))
-            if ranks.world_size() > 1:  # the others may wait for this rank in the middle of a step
-                raise
+            state, reason = "FAIL", _reason(error)
+            failure = reason
         except BaseException:
             self.trials.give_back(trial)
             raise
+        self.trials.finish(trial, state, values, reason)
+        self.endings.append(failure)
+        self.reporter.say(results.line(self.trials, trial.number))
+        if failure is not None and ranks.world_size() > 1:  # the others may wait in the middle of a step
+            raise UserError([Problem(f"trial {trial.number} failed: {failure}")], exit_code=1)
 
     def _scores(self, trial: Trial) -> dict[str, float]:
         """Run a trial; its scores by the name of the objective."""
@@ -107,10 +109,6 @@ class _Worker:
             return None
         judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
         return judge if name != "valid_primary" else f"{judge}; training does not compute {metric}"
-
-    def _ended(self, trial: Trial, failure: str | None) -> None:
-        self.endings.append(failure)
-        self.reporter.say(results.line(self.trials, trial.number))
 
     def _end_if_all_fail(self) -> None:
         first = self.endings[:ALIKE]
