@@ -1,5 +1,6 @@
 """Several ranks: started here by torch's or DeepSpeed's launcher, or found to be started by SLURM."""
 
+import json
 import logging
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ def is_rank() -> bool:
 def here(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m harness ARGUMENTS` as ranks on this machine by torch's elastic launcher.
 
-    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM.
+    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM. Raises `UserError`
+    with what a rank other than 0, which speaks for itself, told by `report`.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -47,10 +50,23 @@ def here(arguments: Sequence[str], processes: int) -> int:
         elastic_launch(config, sys.executable)("-u", "-m", "harness", *arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else FAILED
+        code = first.exitcode if first.exitcode > 0 else FAILED
+        told = first.error_file_data.get("message", "")
+        alone = all(
+            failure.local_rank or failure.exitcode == INTERRUPTED for failure in error.failures.values()
+        )
+        if alone and told.startswith("error: "):
+            raise UserError(told.removeprefix("error: "), exit_code=code) from None
+        return code
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
     return 0
+
+
+def report(text: str) -> None:
+    """Leave an error to the launcher, for a rank that does not print."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
 
 
 def _share_cores(processes: int) -> None:

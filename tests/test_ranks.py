@@ -220,6 +220,22 @@ def test_ctrl_c_ends_all_ranks_and_says_so(tmp_path):
     assert json.loads(file.read_text())["status"] == "KILLED"
 
 
+def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):
+    """Rank 1 may write no large file, so its part of the checkpoint fails, and nobody else's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, resource\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
+    done = harness(tmp_path, "run", "small.yaml", "--nproc", "2", "--set", "train.zero_stage=1")
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "error: " in done.stderr
+    assert "the checkpoint after step 3 could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_srun_is_understood():
     environment = {
         "SLURM_NTASKS": "16",

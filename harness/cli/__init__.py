@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException as ClickException
 
+from harness import launch
 from harness.cli import compare, data, leaderboard, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
@@ -98,7 +99,9 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
-    if int(os.environ.get("RANK", "0")):  # rank 0 says it
+    if int(os.environ.get("RANK", "0")):  # rank 0 says it, or the launcher for a rank that fails alone
+        if code != INTERRUPTED:
+            launch.report(text)
         sys.exit(code)
     print(text, file=sys.stderr)
     if problems and code == 2:
@@ -139,8 +142,6 @@ def run(
 
     The same command after an interruption goes on where it stopped; steps that are done are not repeated.
     """
-    from harness import launch
-
     launch.adopt_slurm(os.environ)
     configs = _configs(experiment, sets, device)
     if dry_run:
@@ -153,8 +154,6 @@ def run(
 
 
 def _launched(nproc: int | None, hostfile: Path | None) -> int:
-    from harness import launch
-
     arguments = sys.argv[1:]
     return launch.on_hosts(arguments, hostfile, nproc) if hostfile else launch.here(arguments, nproc or 1)
 
