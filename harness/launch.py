@@ -27,8 +27,8 @@ def is_rank() -> bool:
 def here(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m harness ARGUMENTS` as ranks on this machine by torch's elastic launcher.
 
-    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM. Raises `UserError`
-    with what a rank other than 0, which speaks for itself, told by `report`.
+    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM. Raises
+    `UserError` with what a rank left by `report`, where rank 0, which speaks for itself, did not fail.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

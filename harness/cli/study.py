@@ -153,7 +153,7 @@ def _run_ranks(spec: "Study", ranks: int) -> int:
     while True:
         before = ended()
         code = launch.here(sys.argv[1:], ranks)
-        if code != launch.FAILED or ended() == before:
+        if code in (0, launch.INTERRUPTED) or ended() == before:
             return code
 
 

@@ -92,10 +92,14 @@ class Trials:
             self._tell(trial.number, state, values, reason)
         trial.lock.release()
 
-    def give_back(self, trial: Trial) -> None:
-        """Leave an interrupted trial to be gone on with, with the same parameters."""
+    def give_back(self, trial: Trial, why: str = "interrupted", lost: bool = False) -> None:
+        """Leave a trial to be gone on with, with the same parameters; a lost one as often as allowed."""
+        frozen = self.study.get_trials(deepcopy=False)[trial.number]
         with self._alone():
-            self._again(self._frozen(trial.number), "interrupted")
+            if lost:
+                self._retry(frozen, why)
+            else:
+                self._again(frozen, why)
         trial.lock.release()
 
     def _recover(self) -> None:
@@ -109,12 +113,17 @@ class Trials:
             record = self.read_run(trial.number)
             if record and record["status"] == "FINISHED" and not absent(record, self.spec.objective):
                 self._tell(trial.number, "COMPLETE", scores_of(record, self.spec.objective))
-            elif self._losses(trial) < self.spec.config.retries:
-                self._again(trial, "its process was gone", lost=True)
             else:
-                times = self._losses(trial) + 1
-                self._tell(trial.number, "FAIL", reason=f"its process was gone, {times} times in a row")
+                self._retry(trial, "its process was gone")
             lock.release()
+
+    def _retry(self, trial: FrozenTrial, why: str) -> None:
+        """Queue a lost trial anew, unless it was lost too often."""
+        times = self._losses(trial) + 1
+        if times > self.spec.config.retries:
+            self._tell(trial.number, "FAIL", reason=f"{why}, {times} times in a row")
+        else:
+            self._again(trial, why, lost=True)
 
     def _losses(self, trial: FrozenTrial) -> int:
         """How often the process of this trial's forerunners was gone."""
@@ -171,9 +180,6 @@ class Trials:
     def _attribute(self, number: int, key: str, value: Any) -> None:
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
         self.storage.set_trial_user_attr(trial_id, key, value)
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[number]
 
     def _draw(self, asked: optuna.Trial) -> dict[str, Any]:
         """The values of a trial's parameters, as the config has them."""

@@ -79,7 +79,10 @@ class _Worker:
             state, reason = "FAIL", _reason(error)
             failure = reason
         except BaseException:
-            self.trials.give_back(trial)
+            if ranks.world_size() > 1:  # launchers interrupt a rank when another one fails
+                self.trials.give_back(trial, "interrupted, or another rank failed", lost=True)
+            else:
+                self.trials.give_back(trial)
             raise
         self.trials.finish(trial, state, values, reason)
         self.endings.append(failure)
