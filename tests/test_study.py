@@ -223,6 +223,19 @@ def test_two_ranks_prune_together(folder):
     _prunes(folder, "pruned2")
 
 
+@pytest.mark.slow
+def test_a_trial_that_fails_on_two_ranks_does_not_end_the_study(folder):
+    space = "  train.micro_batch_size: {choices: [16, 8]}\n"
+    text = DECODING.partition("space:")[0] + "name: ranks\nspace:\n" + space + "sampler: {name: grid}\n"
+    (folder / "ranks.yaml").write_text(text)
+    told = harness(folder, "study", "ranks.yaml", "--nproc", "2", "--format", "json")
+    rows = json.loads(told.stdout)
+    assert [row["params"]["train.micro_batch_size"] for row in rows][:2] == [8, 16]
+    assert rows[0]["state"] == "COMPLETE"
+    assert all(row["state"] == "FAIL" for row in rows[1:])
+    assert "which 2 devices with micro batches of 16 cannot share" in rows[-1]["reason"]
+
+
 def _prunes(folder: Path, name: str = "pruned") -> None:
     good, *bad = records(folder, name)
     assert (good["status"], good["trial"]["state"]) == ("FINISHED", "COMPLETE")

@@ -142,19 +142,26 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
 
 
 def _run_ranks(spec: "Study", ranks: int) -> int:
-    """Start the ranks of one worker -> their exit code; anew where a trial failed and others are left."""
+    """Start the ranks of one worker -> their exit code; anew after a trial that failed or lost a rank."""
     from harness import launch
+    from harness.plan import prepare
     from harness.study.storage import read_record
 
-    def ended() -> int:
-        counts = read_record(_folder(spec)).get("trials", {})
-        return sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
-
+    prepare([spec.base], Terminal())  # what is wrong with the base is said once
+    known, idle = read_record(_folder(spec)).get("trials"), 0
     while True:
-        before = ended()
-        code = launch.here(sys.argv[1:], ranks)
-        if code in (0, launch.INTERRUPTED) or ended() == before:
-            return code
+        told = None
+        try:
+            code = launch.here(sys.argv[1:], ranks)
+        except UserError as error:  # of a rank that failed alone
+            code, told = error.exit_code, error
+        before, known = known, read_record(_folder(spec)).get("trials")
+        idle = 0 if known != before else idle + 1
+        if code in (0, launch.INTERRUPTED) or idle > spec.config.retries:
+            break
+    if told is not None:
+        raise told
+    return code
 
 
 @app.command()

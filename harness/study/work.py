@@ -61,7 +61,7 @@ class _Worker:
             if trial is not None:
                 self._attempt(trial)
                 results.publish(self.trials)
-                self._end_if_all_fail()
+                self._end_after_failures()
             elif self.trials.busy():
                 ranks.agree(WAIT)
                 time.sleep(_POLL)
@@ -87,8 +87,6 @@ class _Worker:
         self.trials.finish(trial, state, values, reason)
         self.endings.append(failure)
         self.reporter.say(results.line(self.trials, trial.number))
-        if failure is not None and ranks.world_size() > 1:  # the others may wait in the middle of a step
-            raise UserError([Problem(f"trial {trial.number} failed: {failure}")], exit_code=1)
 
     def _scores(self, trial: Trial) -> dict[str, float]:
         """Run a trial; its scores by the name of the objective."""
@@ -113,7 +111,10 @@ class _Worker:
         judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
         return judge if name != "valid_primary" else f"{judge}; training does not compute {metric}"
 
-    def _end_if_all_fail(self) -> None:
+    def _end_after_failures(self) -> None:
+        if self.endings[-1] is not None and ranks.world_size() > 1:
+            # the other ranks may wait in the middle of a step; the launcher starts all of them anew
+            raise UserError([Problem(f"the ranks start anew after: {self.endings[-1]}")], exit_code=1)
         first = self.endings[:ALIKE]
         if len(self.endings) == ALIKE and first[0] is not None and len(set(first)) == 1:
             what = f"the first {ALIKE} trials failed alike, so the study ends: {first[0]}"
