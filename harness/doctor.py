@@ -11,13 +11,13 @@ from pathlib import Path
 from harness import checkpoints, device, forecast, memory, metrics
 from harness.config import STANDIN, Config
 from harness.errors import UserError
-from harness.forecast import gb
 from harness.memory import Model, Setup
 from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import sizes
 from harness.models.sizes import Sizes
 from harness.plan import problems
+from harness.store import gb
 
 DISTRIBUTION = "imageclef-harness"
 _WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments

@@ -67,6 +67,8 @@ def engine(
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if config.precision == "fp16":
         _scale_losses(made.optimizer)
+    if not config.zero_stage and ranks.world_size() == 1:  # it would copy all gradients, for nobody
+        made.enable_backward_allreduce = False
     return made
 
 

@@ -14,6 +14,7 @@ from harness.memory import GB, Model, Setup
 from harness.models import sizes
 from harness.plan import RUNS
 from harness.schedule import stages
+from harness.store import gb
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
 _TINY_GRID = 8  # patches on a side as models.tiny builds its ViT
@@ -165,11 +166,6 @@ def listed(caches: Caches) -> str:
         + f" at {side} pixels"
         for side in dict.fromkeys(side for _, side in caches)
     )
-
-
-def gb(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.0f} MB"
 
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:

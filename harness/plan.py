@@ -7,6 +7,7 @@ imports torch, so that `--dry-run` answers at once.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +17,15 @@ from typing import Any, Protocol
 from harness import checkpoints, metrics, postprocess
 from harness.config import STANDIN, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness.data.images import unbuilt
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.bertscore import IDF_SINCE
-from harness.store import is_done, step_directory
+from harness.store import gb, is_done, step_directory
 
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
-TINY_VERSION = 1
+TINY_VERSION = 2
 STANDIN_VERSION = 1
 TRAIN_VERSION = 3
 PREDICT_VERSION = 1
@@ -187,13 +189,37 @@ def prepare(
                 hints.append(error.hint)
         if key in loaded:
             plans.append(Plan(config, loaded[key], root))
-    if found:
+    if found or (found := _lacking_space(plans)):
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
     for dataset in (dataset for key, dataset in loaded.items() if key not in known):
         for problem in dataset.left_out:
             reporter.say(f"left out: {problem}")
     return plans
+
+
+def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
+    """A disk that can't hold the decoded images of all that is left to train and to caption."""
+    wanted = {}
+    for plan in plans:
+        left = {
+            name.partition("-")[2] for name in plan.inputs if name[:7] == "predict" and not plan.done(name)
+        }
+        left |= set() if plan.done("train") else {"train", "valid"}
+        size, cache = plan.config.model.image_size, plan.root / "cache"
+        for split in left if plan.config.data.cache else ():
+            key = (plan.config.data.root, split, size)
+            if key not in wanted:
+                wanted[key] = unbuilt(plan.data.splits[split], size, cache)
+    need = sum(wanted.values())
+    if not need:
+        return []
+    root = plans[0].root.resolve()
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    if need <= free:
+        return []
+    what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(free)} are free"
+    return [Problem(what, key="data.cache", hint="Or decode anew in every epoch: --set data.cache=false")]
 
 
 def dry(config: Config, root: Path = RUNS) -> dict[str, str]:

@@ -16,6 +16,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def gb(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
 def write(path: Path, content: str | bytes) -> Path:
     """Write the whole file or nothing: to a temporary name beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
 from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, learning_rate, stages
+from harness.store import gb
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 PRIMARY = "valid_primary"
@@ -103,10 +104,8 @@ class Training:
     def _stage(self, stage: Stage) -> None:
         """Train one stage from where the state says, with a fresh optimiser and schedule."""
         resumed = self.state.stage == stage.number and self.state.step > 0
-        universal = None
+        universal = self._for_these_ranks() if resumed else None
         start = self.checkpoints.start(stage.number)
-        if resumed:
-            universal = self._for_these_ranks()
         if resumed and start.exists():
             load_trained(self.loaded.model, start)
         elif ranks.rank() == 0:
@@ -114,12 +113,20 @@ class Training:
             save_trained(self.loaded.model, start)
         freeze(self.loaded.model, self.config.train_vision, self._reads(stage))
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
-        if resumed:
-            resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
-            if not self.state.validated:
-                self._validate(stage)
-        else:
-            self.state.stage, self.state.done = stage.number, 0
+        try:
+            if resumed:
+                resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
+                if not self.state.validated:
+                    self._validate(stage)
+            else:
+                self.state.stage, self.state.done = stage.number, 0
+            self._steps(trainer, stage)
+        finally:
+            trainer.destroy()
+        self._end(stage)
+
+    def _steps(self, trainer: Any, stage: Stage) -> None:
+        """The steps of a stage that are left, with checkpoints, and validation after each epoch."""
         for step in range(self.state.done, stage.epochs * self.per_epoch):
             self._step(trainer, stage, step)
             ended = (step + 1) % self.per_epoch == 0
@@ -127,8 +134,6 @@ class Training:
                 self._save(trainer, validated=not ended)
             if ended:
                 self._validate(stage)
-        trainer.destroy()
-        self._end(stage)
 
     def _for_these_ranks(self) -> Path | None:
         """The checkpoint as another number of ranks reads it; None where it was written by as many.
@@ -325,8 +330,8 @@ class Training:
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
-            free = shutil.disk_usage(self.directory).free / 1e9
-            what = f"the checkpoint after step {self.state.step} could not be written, {free:.1f} GB are free"
+            free = gb(shutil.disk_usage(self.directory).free)
+            what = f"the checkpoint after step {self.state.step} could not be written, {free} are free"
             hint = f"Earlier ones are kept. Free some space, and the same command goes on. ({error})"
             raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
         ranks.agree(None)  # all ranks have written their part

@@ -14,8 +14,11 @@ from disks import fill, small_disk
 from models import build_tiny, load_tiny
 from test_run import EXPERIMENT
 
+from harness.cli.terminal import Terminal
+from harness.config import Config
 from harness.errors import UserError
 from harness.models.loading import save_trained
+from harness.plan import prepare
 from harness.resume import Checkpoints, State
 from harness.store import write
 
@@ -110,3 +113,22 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_no_earlier_one(di
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
     begun = [row["time"] for row in rows if "loss" in row]
     assert begun[reached.step] - begun[reached.step - 1] > 1  # where the second process began
+
+
+def test_a_run_whose_images_would_not_fit_does_not_start(tmp_path):
+    """The test split's too, which is decoded when training is done."""
+    values = {
+        "name": "a",
+        "data": {"root": tmp_path / "set", "phantom": {"train": 8, "valid": 4, "test": 8}},
+        "model": {"checkpoint": "tiny", "image_size": 224},
+        "score": {"bertscore": {"checkpoint": "standin"}, "metrics": ["bertscore"]},
+    }
+    config = Config.model_validate(values)
+    need = 20 * 224 * 224 * 3
+    with small_disk(tmp_path / "disk", need // 2**20) as disk:
+        with pytest.raises(UserError, match=r"decoded images need 3 MB in .*free"):
+            prepare([config, config], Terminal(silent=True), disk / "runs")
+        without = Config.model_validate(values | {"data": values["data"] | {"cache": False}})
+        assert len(prepare([without], Terminal(silent=True), disk / "runs")) == 1
+    with small_disk(tmp_path / "other", need // 2**20 + 2) as disk:
+        assert len(prepare([config, config], Terminal(silent=True), disk / "runs")) == 2

@@ -236,7 +236,7 @@ def test_a_full_disk_stops_the_builder_at_once_and_lives(examples, tmp_path, dis
     done = builder(examples[0].image.parent, disk / "cache", 40)  # 30 MB
     printed, error = done.communicate()
     assert (done.returncode, printed) == (1, "")
-    assert "data.cache: the decoded images need 0.0301 GB" in error
+    assert "data.cache: the decoded images need 30 MB" in error
     assert not list((disk / "cache").glob("pixels-*.[tn]*"))
 
 

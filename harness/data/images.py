@@ -18,7 +18,7 @@ from PIL import Image
 
 from harness.data.readers import Example
 from harness.errors import Problem, UserError
-from harness.store import fingerprint
+from harness.store import fingerprint, gb
 
 Progress = Callable[[int, int], None]
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -177,7 +177,7 @@ def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> 
 def _too_full(folder: Path, need: int) -> Problem:
     free = shutil.disk_usage(folder).free
     return Problem(
-        f"the decoded images need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free",
+        f"the decoded images need {gb(need)}, {gb(free)} are free",
         folder,
         key="data.cache",
         hint="Free some, or decode anew in every epoch: --set data.cache=false",
