@@ -151,6 +151,20 @@ def test_all_reasons_are_given_at_once(project):
     assert board(project).entries[0].apart.count(";") == 2
 
 
+def test_trials_of_a_study_are_left_out_and_its_best_run_is_in(project):
+    for number in range(3):
+        trial = {"number": number, "state": "COMPLETE"}
+        write_run(project, record(name="study", variant=f"trial-{number:04}", bertscore=0.9, trial=trial))
+    write_run(project, record(name="study/best", variant="trial-0002", bertscore=0.9))
+    write_run(project, record(bertscore=0.6))
+    found = board(project)
+    assert [(entry.record["name"], found.rank(entry)) for entry in found.entries] == [
+        ("study/best", 1),
+        ("imageclef2023/table3", 2),
+    ]
+    assert len(json.loads(harness(project, "--edition", "2023", "--format", "json"))[0]["runs"]) == 2
+
+
 def test_validation_is_ranked_among_ourselves_and_never_among_the_teams(project):
     write_run(project, record(variant="best", bertscore=0.99))
     write_run(project, record(variant="worst", bertscore=0.01))

@@ -159,11 +159,14 @@ def read_standings(file: Path) -> list[Standing]:
 
 
 def _records(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and record of every run but the trials of studies, which are many, and scored to be compared."""
     for file in sorted(runs.rglob("run.json")):
         try:
-            yield file.parent, json.loads(file.read_text(encoding="utf-8"))
+            record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError([Problem(f"not the record of a run: {error}", file)]) from None
+        if record.get("trial") is None:
+            yield file.parent, record
 
 
 def _apart(record: Mapping[str, Any], split: str, edition: int) -> str | None:
