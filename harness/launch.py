@@ -45,7 +45,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
         max_restarts=0,
         shutdown_timeout=_GRACE,
     )
-    _share_cores(processes)
+    share_cores(processes)
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "harness", *arguments)
     except ChildFailedError as error:
@@ -69,7 +69,7 @@ def report(text: str) -> None:
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
 
 
-def _share_cores(processes: int) -> None:
+def share_cores(processes: int) -> None:
     """Split the cores among the ranks: as many threads each as there are cores slows all of them down."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

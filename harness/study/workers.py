@@ -25,7 +25,7 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
 
     Ctrl-C and SIGTERM are handed on, and raise `KeyboardInterrupt` once all have ended.
     """
-    launch._share_cores(workers * ranks)
+    launch.share_cores(workers * ranks)
     command = [sys.executable, "-u", "-m", "harness", *arguments]
     running = [
         subprocess.Popen(command, env=os.environ | own, start_new_session=True)
