@@ -138,7 +138,7 @@ pruner: {name: median}
         ("low: 1e-6", "low: 0", "with log it is above 0"),
         ("low: 1, high: 3}", "low: 1, high: 3, when: {predict.length_penalty: 1}}", "wait for each other"),
         ("base: small", "sampler: {name: grid}\nbase: small", "a grid needs choices, or a step and no log"),
-        ("base: small", "storage: mysql://x\nbase: small", "storage: got 'mysql://x'"),
+        ("base: small", "storage: mysql://x\nbase: small", "storage: give sqlite, journal or postgresql://"),
         ("base: small", "sampler: {name: cma}\nbase: small", "sampler.name: got 'cma'"),
         ("base: small", "overrides: {train: {batch: 3}}\nbase: small", "train.batch: unknown key"),
         ("base: small", "objective: []\nbase: small", "name each score once"),
@@ -208,3 +208,29 @@ def test_the_shipped_decoding_study_takes_the_quickstart_as_its_base():
     assert spec.name == "quickstart/study_decoding"
     assert isinstance(spec.trial(1, spec.start), Config)
     assert load(file).start["predict.num_beams"] == paper.predict.num_beams == 5
+
+
+ADDRESSES = [
+    "me:s3cret@word@host/db",
+    "me:s3cret/word@host/db",
+    "me@host/db?password=s3cret",
+    "me:s3cret@host:54x/db",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_would_be_misread_is_refused_and_its_password_not_shown(folder, address):
+    (message,) = messages(folder, f"{STUDY}storage: postgresql://{address}\n")
+    assert "~/.pgpass" in message
+    assert "s3cret" not in message
+    assert "find.yaml:9: storage: " in message
+
+
+def test_addresses_are_those_that_libpq_takes(folder):
+    for address in (
+        "me@host/db",
+        "me:p%40ss@10.0.0.1:5433/db",
+        "/db?host=/var/run/postgresql",
+        "me@[::1]/db",
+    ):
+        assert study(folder, f"{STUDY}storage: postgresql://{address}\n").config.storage.endswith(address)

@@ -382,3 +382,21 @@ def test_sync_says_which_runs_are_left(root, monkeypatch):
             tracking.sync(root)
     assert str(folder) in str(error.value)
     assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000", "http://host:5000"),
+        ("postgresql://me:secret@secret@host/db", "postgresql://host/db"),
+        ("postgresql://me:se/secret@host/db, then http://host/x", "postgresql://host/db, then http://host/x"),
+        (
+            "postgresql://host/db?password=secret&sslmode=require",
+            "postgresql://host/db?password=***&sslmode=require",
+        ),
+        ("postgresql://me@host/db", "postgresql://host/db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+    ],
+)
+def test_no_password_is_shown(text, shown):
+    assert server.without_password(text) == shown

@@ -1,6 +1,7 @@
 """A study file: its schema, and everything that can be checked before the first trial."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,12 @@ from harness.study.space import FIXED, Parameter, ParameterConfig, grid, is_whol
 
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
 """Keys of the base that may change while a study goes on."""
-POSTGRESQL = r"postgresql(\+\w+)?://"
+ADDRESS = re.compile(
+    r"postgresql(\+psycopg)?://"
+    r"([^\s/?@:]+(:[^\s/?@:]*)?@)?"  # user, password
+    r"(\[[\da-fA-F:.]+\]|[^\s/?@:\[\]]*)(:\d+)?"  # host, port
+    r"/[^\s/?@:]+(\?\S*)?"  # database, libpq's options
+)
 
 
 class SamplerConfig(Section):
@@ -62,7 +68,7 @@ class StudyConfig(Section):
     """The validation score after post-processing that is to be high; several for a Pareto front."""
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
-    storage: Annotated[str, Field(pattern=rf"^(sqlite|journal|{POSTGRESQL}.+)$")] | None = None
+    storage: str | None = None
     """sqlite, journal or postgresql://...; by default sqlite for one worker and journal for more."""
     trials: PositiveInt = 20
     """How many there are to be, over all calls."""
@@ -73,6 +79,19 @@ class StudyConfig(Section):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("storage")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        # what was given is not shown: it may hold a password
+        if value in (None, "sqlite", "journal"):
+            return value
+        if not ADDRESS.fullmatch(value):
+            what = "give sqlite, journal or postgresql://user@host/database"
+            raise ValueError(f"{what}; @ : / ? in a password are %40 %3A %2F %3F, or it is in ~/.pgpass")
+        if "password=" in value:
+            raise ValueError("a password stands before the @, or better in ~/.pgpass")
+        return value
 
 
 @dataclass(frozen=True)

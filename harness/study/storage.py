@@ -23,6 +23,7 @@ from harness.tracking.server import without_password
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 RECORD = "study.json"
+_PATIENCE = 10  # seconds to wait for a connection to a server
 FILES = {"sqlite": "study.db", "journal": "study.journal"}
 
 
@@ -78,7 +79,12 @@ def address(folder: Path, chosen: str) -> str:
     """How `optuna.load_study` and optuna-dashboard are told of the storage, without a password."""
     if chosen == "sqlite":
         return f"sqlite:///{folder / FILES['sqlite']}"
-    return str(folder / FILES["journal"]) if chosen == "journal" else re.sub(r":[^:/@]*@", "@", chosen)
+    return str(folder / FILES["journal"]) if chosen == "journal" else re.sub(r":[^:/@]*@", "@", _url(chosen))
+
+
+def _url(chosen: str) -> str:
+    """PostgreSQL's address for SQLAlchemy, which before 2.1 takes another driver unless it is named."""
+    return chosen.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 @contextmanager
@@ -92,6 +98,8 @@ def reachable(chosen: str) -> Iterator[None]:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         what = f"{without_password(chosen)}: {without_password(why)}"
         hint = "Nothing is lost; once it answers, the same command goes on."
+        if "password" in why:
+            hint = "Passwords are in ~/.pgpass (chmod 600), a line host:port:database:user:password each."
         raise UserError([Problem(what, key="storage", hint=hint)], exit_code=1) from None
 
 
@@ -100,11 +108,11 @@ def connect(folder: Path, chosen: str) -> BaseStorage:
     if chosen == "journal":
         file = folder / FILES["journal"]
         return JournalStorage(JournalFileBackend(str(file), FileLocked(file)))
-    url = f"sqlite:///{folder / FILES['sqlite']}" if chosen == "sqlite" else chosen
-    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    url = f"sqlite:///{folder / FILES['sqlite']}" if chosen == "sqlite" else _url(chosen)
+    limits = {} if chosen == "sqlite" else {"connect_timeout": _PATIENCE}
     try:
         with reachable(chosen):
-            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
     except ImportError:
         hint = "Install it: pip install -e '.[team]'"
         raise UserError([Problem("PostgreSQL needs psycopg", key="storage", hint=hint)]) from None
@@ -133,8 +141,8 @@ def open_study(spec: Study, folder: Path, chosen: str) -> tuple[optuna.Study, Ba
     Raises `UserError` where the one of that name asks another question or has its runs elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    storage = connect(folder, chosen)
     with FileLock(folder / "study.lock"):
+        storage = connect(folder, chosen)  # of two that make the tables of an empty database one would fail
         directions = ["maximize"] * len(spec.objective)
         study = optuna.create_study(
             storage=storage,

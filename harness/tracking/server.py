@@ -286,12 +286,14 @@ def database_of(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
-def without_password(uri: str) -> str:
-    """The address without a password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def without_password(text: str) -> str:
+    """An address, or a line that holds some, without user and password, whatever signs these have."""
+    text = re.sub(r"//([^\s/@:]*:\S*|[^\s/]*)@", "//", text)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
 
 
 def set_environment(limits: Mapping[str, str]) -> None:
     quiet = {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
     for key, value in {**quiet, **limits}.items():
         os.environ.setdefault(key, value)
