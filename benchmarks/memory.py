@@ -39,6 +39,8 @@ SETUPS = (
     {"micro_batch_size": 8},
     {"zero_stage": 1},
     {"zero_stage": 2},
+    {"zero_stage": 3},
+    {"zero_stage": 2, "offload": True},
 )
 
 

@@ -151,11 +151,14 @@ def usage(model: Model, setup: Setup) -> Usage:
         buffers += min(_gathered(model), whole + model.frozen)
     host = 0
     if setup.offload:
-        host = copy + moments + 2 * shard + (shard if stage < 3 else 0)
+        # gradients twice, and what AdamW needs to step a tensor as large as the shard
+        host = copy + moments + 2 * shard + 2 * shard + (shard if stage < 3 else 0)
         copy = moments = 0
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)
-    moment = max(_computing(held, setup.checkpointing), _stepping(model, setup, whole, shard))
+    computing, stepping = _computing(held, setup.checkpointing), _stepping(model, setup, whole, shard)
+    # glibc keeps what the activations took, in pieces too small for the optimiser's flat tensors
+    moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
     if stage == 3:  # validation captions with a whole copy
         moment = max(moment, whole + model.frozen)
     tensors = weights + gradients + copy + moments + buffers + moment
@@ -190,7 +193,9 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
     """Temporaries of an optimiser step: AdamW's own and, without ZeRO, gradients joined to be averaged."""
     if setup.offload:
         return 0
-    own = 0 if model.kind == "cpu" else (shard if setup.zero_stage else whole)
+    own = shard if setup.zero_stage else whole
+    if model.kind == "cpu":  # AdamW steps one tensor after the other there; ZeRO's are as large as the shard
+        own = 2 * shard if setup.zero_stage else 0
     if setup.zero_stage in (1, 2):
         return own + shard
     joined = min(_FLOAT * _BUCKET, whole) if setup.devices > 1 else 0

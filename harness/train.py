@@ -25,6 +25,7 @@ from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.engine import accumulation, engine, place, resume, to_universal, whole
 from harness.errors import Problem, UserError
+from harness.interrupts import Interrupts
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
@@ -72,6 +73,7 @@ class Training:
         if self.config.batch_size % (self.config.micro_batch_size * world):
             raise UserError([_indivisible(self.config, world)])
         self.device = devices.torch_device(self.kind)
+        self.interrupts, self.interrupted = Interrupts(), False
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
@@ -126,12 +128,18 @@ class Training:
         self._end(stage)
 
     def _steps(self, trainer: Any, stage: Stage) -> None:
-        """The steps of a stage that are left, with checkpoints, and validation after each epoch."""
+        """The steps of a stage that are left, with checkpoints, and validation after each epoch.
+
+        An interruption on any rank waits for the end of a step, after which all ranks save and stop.
+        """
         for step in range(self.state.done, stage.epochs * self.per_epoch):
-            self._step(trainer, stage, step)
             ended = (step + 1) % self.per_epoch == 0
-            if ended or self._due(step + 1):
-                self._save(trainer, validated=not ended)
+            with self.interrupts.wait():
+                self._step(trainer, stage, step)
+                if ended or self.interrupted or self._due(step + 1):
+                    self._save(trainer, validated=not ended)
+            if self.interrupted or (ended and self.interrupts.came):
+                raise KeyboardInterrupt
             if ended:
                 self._validate(stage)
 
@@ -249,8 +257,13 @@ class Training:
         return row | ({} if scale is None else {"loss_scale": scale})
 
     def _summed(self, found: Tensor, own: Sequence[np.ndarray]) -> Tensor:
-        """The loss terms (2,) over all ranks' micro-batches (M, 2); stops all where one is not finite."""
-        total = ranks.total(found.sum(0))
+        """The loss terms (2,) over all ranks' micro-batches (M, 2); stops all where one is not finite.
+
+        On the way the ranks tell each other whether one was interrupted.
+        """
+        came = found.new_tensor([float(self.interrupts.came is not None)])
+        total, interrupted = ranks.total(torch.cat([found.sum(0), came])).split([len(TERMS), 1])
+        self.interrupted = bool(interrupted)
         if not torch.isfinite(total).all():
             ids = self.splits["train"].ids
             bad = [

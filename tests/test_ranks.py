@@ -203,11 +203,12 @@ def test_one_rank_captions_as_three_did(shared_run):
     assert (step / "predictions.csv").read_bytes() == before
 
 
-def test_ctrl_c_ends_all_ranks_and_says_so(tmp_path):
+def test_ctrl_c_saves_ends_all_ranks_and_says_so(tmp_path):
     text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
     (tmp_path / "long.yaml").write_text(text)
     command = [sys.executable, "-m", "harness", "run", "long.yaml", "--nproc", "2"]
-    command += ["--set", "train.evaluate_every=0"]
+    command += ["--set", "train.evaluate_every=0", "--set", "train.batch_size=4"]
+    command += ["--set", "train.micro_batch_size=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     losses = tmp_path / "runs" / "steps"
@@ -218,6 +219,9 @@ def test_ctrl_c_ends_all_ranks_and_says_so(tmp_path):
     assert running.wait(60) == 130, running.stderr.read()[-3000:]
     (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
     assert json.loads(file.read_text())["status"] == "KILLED"
+    directory = next(losses.glob("train-*/losses.jsonl")).parent
+    done = rows(directory)[-1]["step"]
+    assert Checkpoints(directory, keep=2).newest().step == done  # and not of the last whole epoch
 
 
 def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):

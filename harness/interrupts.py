@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM that wait until what is done so far can be saved."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+PATIENCE = 5.0
+
+
+class Interrupts:
+    """Whether Ctrl-C or SIGTERM `came` while they had to `wait`.
+
+    Another one more than `PATIENCE` seconds after the first does not wait: until then it may be the same,
+    sent by the terminal and by a launcher.
+    """
+
+    def __init__(self) -> None:
+        self.came: float | None = None
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """Let them wait in this block; in a thread they can't be caught, and go where they always went."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, *_: Any) -> None:
+        if self.came is not None and time.monotonic() - self.came > PATIENCE:
+            raise KeyboardInterrupt
+        self.came = self.came or time.monotonic()
