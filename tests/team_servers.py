@@ -20,7 +20,7 @@ from pathlib import Path
 PASSWORD = "s3cret-of-the-team"
 
 
-def wait(until: Callable[[], object], seconds: float = 90) -> None:
+def wait(until: Callable[[], object], seconds: float = 150) -> None:
     """Until something holds; an AssertionError after so many seconds."""
     end = time.monotonic() + seconds
     while not until():
@@ -142,8 +142,9 @@ class MlflowServer:
         self.address = f"http://127.0.0.1:{self.port}"
         store = cluster.address("mlflow").replace("postgresql", "postgresql+psycopg", 1)
         place = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
-        listen = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        self.command = bound([sys.executable, "-m", "mlflow", "server", *place, *listen], "TERM")
+        listen = ["--host", "0.0.0.0", "--port", str(self.port), "--allowed-hosts", f"127.0.0.1:{self.port}"]
+        command = [sys.executable, "-m", "mlflow", "server", *place, *listen, "--workers", "1"]
+        self.command = bound(command, "TERM")
         self.environment = os.environ | {
             "PGPASSFILE": str(cluster.pgpass),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
