@@ -89,7 +89,8 @@ def test_a_checkpoint_that_can_not_be_sealed_anew_counts_as_before(tmp_path, lea
         assert checkpoints.newest() == state
 
 
-@pytest.mark.parametrize("leave", [pytest.param(0, marks=pytest.mark.slow), 400_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", [0, 400_000])
 def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_no_earlier_one(disk, leave):
     """Nothing is left, or space for a part of the next checkpoint."""
     process = start(disk)

@@ -80,7 +80,7 @@ def assert_same(file: Path, plain: dict[str, torch.Tensor]) -> None:
         pytest.param(0, False, marks=pytest.mark.slow),
         pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(1, True, marks=pytest.mark.slow),
-        (2, False),
+        pytest.param(2, False, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),
         (3, False),
         pytest.param(3, True, marks=pytest.mark.slow),
@@ -224,6 +224,7 @@ def test_ctrl_c_saves_ends_all_ranks_and_says_so(tmp_path):
     assert Checkpoints(directory, keep=2).newest().step == done  # and not of the last whole epoch
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):
     """Rank 1 may write no large file, so its part of the checkpoint fails, and nobody else's."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -254,7 +254,7 @@ def rows_of(folder: Path) -> int:
     return sum(len(file.read_text().splitlines()) for file in trained(folder))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_captions(folder, finished, tmp_path, how):
     (tmp_path / "small.yaml").write_text(EXPERIMENT)
     process = start(tmp_path, "run", "small.yaml")

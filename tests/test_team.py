@@ -1,6 +1,7 @@
 """A team on one server: PostgreSQL and `mlflow server` as the README starts them, workers, and what fails.
 
-A cluster of its own in a temporary folder; skipped where Debian's postgresql is not installed.
+A cluster of its own in a temporary folder; skipped where Debian's postgresql is not installed. Marked slow,
+and run by `.ci/run`.
 """
 
 import json
@@ -26,6 +27,7 @@ from harness.errors import UserError
 from harness.study import storage
 from harness.study.spec import load
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("psycopg", reason="needs psycopg: pip install -e '.[team]'")
 if programs() is None:
     pytest.skip("needs PostgreSQL: apt install postgresql", allow_module_level=True)
