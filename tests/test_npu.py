@@ -30,7 +30,7 @@ def plain() -> Environment:
 
 
 @pytest.fixture(scope="session")
-def npu(request: pytest.FixtureRequest) -> Environment:
+def npu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """An environment with two make-believe NPUs; built once for each torch and source, then kept."""
     environment = plain()
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
