@@ -13,9 +13,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from harness.config import Config
 from harness.device import Device
 from harness.errors import UserError
+from harness.experiment import load as load_experiment
 from harness.study import workers
+from harness.study.results import as_experiment, winner
 from harness.study.spec import Study, load
 from harness.study.storage import address, choose, open_study, owned
 from harness.study.trials import Trials
@@ -306,3 +309,31 @@ def test_workers_share_the_devices_that_are_visible(monkeypatch):
     told = [workers.environment(number, four, 2) for number in range(2)]
     assert [one["ASCEND_RT_VISIBLE_DEVICES"] for one in told] == ["0,1", "2,3"]
     assert workers.environment(1, Device("cpu", 1, "", {}), 2) == {workers.WORKER: "1"}
+
+
+def written(folder: Path, text: str) -> Config:
+    """What the best of a study that was scored once is as an experiment: the one run that it holds."""
+    (folder / "small.yaml").write_text(BASE)
+    (folder / "find.yaml").write_text(text)
+    spec = load(folder / "find.yaml")
+    trials = opened(spec, folder)
+    trials.finish(trials.take(), "COMPLETE", {"bertscore": 0.5})
+    trials.finish(trials.take(), "COMPLETE", {"bertscore": 0.6})
+    best = winner(trials.study, spec, None)
+    (folder / "best.yaml").write_text(as_experiment(best, spec, folder / "best.yaml", "a test"))
+    (run,) = load_experiment(folder / "best.yaml")
+    tried = spec.trial(best.number, {p.key: p.decode(best.params[p.key]) for p in spec.space})
+    assert (run.seed, run.train, run.predict.num_beams) == (tried.seed, tried.train, tried.predict.num_beams)
+    return run
+
+
+def test_the_best_keeps_its_seed_and_what_chose_its_weights(tmp_path):
+    seeds = "base: small.yaml\nsampler: {name: grid}\nspace: {seed: {choices: [42, 1]}}\n"
+    assert written(tmp_path, seeds + "name: a\n").seed == 1
+    space = "base: small.yaml\nsampler: {name: grid}\nspace: {predict.num_beams: {choices: [2, 3]}}\n"
+    overrides = (
+        "overrides: {seed: 7, score: {metrics: [bertscore], precision: bf16, bertscore: {layer: 3}}}\n"
+    )
+    run = written(tmp_path, space + overrides + "name: b\n")
+    assert (run.seed, run.score.precision, run.score.bertscore.layer) == (7, "bf16", 3)
+    assert run.score.metrics == ("bertscore", "rouge1")

@@ -162,13 +162,16 @@ def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
 def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -> str:
     """The YAML of an experiment whose run gives a trial's captions, on every split and with every score.
 
-    What the study overrides to be cheaper, `score` and `predict.splits`, is left as the base has it.
+    What the study overrides to be cheaper, `score` and `predict.splits`, is left as the base has it, but for
+    the two keys of `score` by which training chooses the best weights.
     """
     changed = variant_of(spec.base_file, spec.base.variant)
     merge(changed, _overrides(spec))
     for parameter in spec.space:
         if parameter.key in trial.params:
             set_value(changed, parameter.path, parameter.decode(trial.params[parameter.key]))
+    changed.pop("seed", None)  # the file's `seeds` go before
+    seed = trial.params.get("seed", spec.base.seed)
     told = zip(spec.objective, trial.values, strict=True)
     scores = ", ".join(f"{name} {_digits(trial, value)}" for name, value in told)
     star = "" if trial.user_attrs.get("official", True) else " (* by a stand-in)"
@@ -182,7 +185,7 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
     body = {
         "base": os.path.relpath(spec.base_file.resolve(), output.resolve().parent),
         "name": f"{spec.name}/best",
-        "seeds": [spec.base.seed],
+        "seeds": [seed],
         "variants": {f"trial-{trial.number:04}": changed},
     }
     return "\n".join(head) + "\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
@@ -193,8 +196,10 @@ def _overrides(spec: Study) -> dict[str, Any]:
     changed: dict[str, Any] = json.loads(json.dumps(spec.config.overrides, default=str))
     for path, value in parse_sets(spec.sets)[0]:
         set_value(changed, path, value)
-    for key in ("score", "device"):
-        changed.pop(key, None)
+    changed.pop("device", None)
+    score = changed.pop("score", {})
+    if kept := {key: score[key] for key in ("bertscore", "precision") if key in score}:
+        changed["score"] = kept
     if "predict" in changed:
         changed["predict"].pop("splits", None)
     return changed
