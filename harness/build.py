@@ -220,9 +220,10 @@ class Builder:
         source = self.plan.directory("predict-valid" if stage == "before" else "postprocess-valid")
         inputs = dict(self.plan.inputs[f"score-{stage}"])
         inputs["captions"] = (source / PREDICTIONS).read_text(encoding="utf-8")
+        inputs["training"] = self.data.fingerprints["train"]  # the constant caption comes from it
         index = self.plan.root / "cache" / "scored" / fingerprint(inputs)
         with self._alone(index):
-            if earlier := ranks.agree(self._scored(index)):
+            if earlier := ranks.agree(self._scored(index, directory)):
                 self.reporter.say(f"{self.config.run_name}: the same captions were scored before")
                 if ranks.rank() == 0:
                     for name in SCORED:
@@ -233,10 +234,12 @@ class Builder:
                 write(index, directory.name)
         return complete
 
-    def _scored(self, index: Path) -> Path | None:
-        """The step that an entry of the index names, if it is still there; its scores are written last."""
+    def _scored(self, index: Path, directory: Path) -> Path | None:
+        """The other step that an entry of the index names, if it is there; its scores are written last."""
         earlier = self.plan.root / "steps" / index.read_text() if index.exists() else None
-        return earlier if earlier is not None and (earlier / "scores.json").exists() else None
+        if earlier is None or earlier.name == directory.name or not (earlier / "scores.json").exists():
+            return None
+        return earlier
 
     @contextlib.contextmanager
     def _alone(self, index: Path) -> Iterator[None]:

@@ -19,6 +19,7 @@ from pydantic import (
 from harness.editions import EDITIONS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 MetricName = Literal[
     "bertscore",
@@ -146,6 +147,21 @@ class Stage2Config(Section):
     """Overrides `train.learning_rate` in this stage."""
 
 
+_DECIDED = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_autocast": "precision",
+    "optimizer": "learning_rate",
+    "scheduler": "warmup_steps",
+}
+_DECIDED_ZERO = {"stage": "zero_stage", "offload_optimizer": "offload", "offload_param": "offload"}
+"""Keys of DeepSpeed's config, and the keys of `train` that decide them."""
+
+
 class TrainConfig(Section):
     """Fine-tuning in two stages, each with an optimiser and a schedule of its own."""
 
@@ -167,7 +183,7 @@ class TrainConfig(Section):
     warmup_first_epoch_only: bool = False
     """LAVIS warms up within epoch 0 only, and moves the cosine by whole epochs: true repeats that."""
     weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     label_smoothing: Fraction = 0.1
@@ -215,6 +231,17 @@ class TrainConfig(Section):
     def _offloads_what_is_sharded(self) -> "TrainConfig":
         if self.offload and not self.zero_stage:
             raise ValueError("offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_what_train_decides(self) -> "TrainConfig":
+        zero = self.deepspeed.get("zero_optimization", {})
+        given = [key for key in _DECIDED if key in self.deepspeed]
+        given += [f"zero_optimization.{key}" for key in _DECIDED_ZERO if key in zero]
+        if given:
+            own = {**_DECIDED, **{f"zero_optimization.{key}": name for key, name in _DECIDED_ZERO.items()}}
+            wanted = ", ".join(f"train.{own[key]} for {key}" for key in given)
+            raise ValueError(f"deepspeed: what train decides can't be set there; use {wanted}")
         return self
 
     @model_validator(mode="after")

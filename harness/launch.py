@@ -1,11 +1,11 @@
 """Several ranks: started here by torch's or DeepSpeed's launcher, or found to be started by SLURM."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -95,8 +95,9 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
     try:
         return running.wait()
     except KeyboardInterrupt:
-        running.send_signal(signal.SIGINT)
-        running.wait(_GRACE)
+        running.terminate()  # and not SIGINT, which a process started in the background ignores
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(_GRACE)
         return INTERRUPTED
 
 

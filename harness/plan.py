@@ -75,7 +75,7 @@ class Plan:
                 "metric": metric,
                 "data": data.fingerprints["train"],
             }
-        bertscore = config.score.bertscore.model_dump()
+        bertscore, precision = config.score.bertscore.model_dump(), config.score.precision
         standing = _identities({"bertscore": config.score.bertscore.checkpoint}, self.root)
         decoding = config.predict.model_dump(exclude={"splits", "batch_size"})
         steps["train"] = {
@@ -86,7 +86,7 @@ class Plan:
             "train": config.train.model_dump(exclude=HOW),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
-            "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing],
+            "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing, precision],
         }
         for split in self.splits:
             steps[f"predict-{split}"] = {

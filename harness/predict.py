@@ -91,7 +91,7 @@ def predict_split(
 def _read_partials(directory: Path) -> dict[str, str]:
     known = {}
     for file in sorted(directory.glob(PARTIALS)):
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in file.read_bytes().split(b"\n"):
             try:
                 image, caption = json.loads(line)
             except ValueError:  # the line that the interruption cut

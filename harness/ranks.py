@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.device import Kind, rank, world_size
@@ -24,7 +25,8 @@ def start(kind: Kind = "cpu") -> None:
     if not distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "29500")
-        distributed.init_process_group(backends[kind])
+        # others wait while rank 0 decodes images, or waits for a process that builds the same step
+        distributed.init_process_group(backends[kind], timeout=timedelta(days=7))
 
 
 def stop() -> None:

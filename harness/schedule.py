@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.config import TrainConfig
+from harness.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ _GROUPED = 50
 
 def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return images[np.argsort(-lengths[images], kind="stable")]
+
+
+def indivisible(config: TrainConfig, devices: int) -> Problem | None:
+    """What is wrong where so many devices can't share an optimiser step's batch."""
+    if config.batch_size % (config.micro_batch_size * devices) == 0:
+        return None
+    return Problem(
+        f"got {config.batch_size}, which {devices} devices with micro batches of {config.micro_batch_size} "
+        f"cannot share; a multiple of {devices * config.micro_batch_size} is allowed",
+        key="train.batch_size",
+    )
 
 
 def total_steps(config: TrainConfig, images: int) -> int:

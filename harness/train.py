@@ -30,7 +30,7 @@ from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
 from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
-from harness.schedule import Stage, epoch_batches, learning_rate, stages
+from harness.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.store import gb
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
@@ -69,9 +69,8 @@ class Training:
     evaluate: Callable[[Loaded], dict[str, float]]
 
     def __post_init__(self) -> None:
-        world = ranks.world_size()
-        if self.config.batch_size % (self.config.micro_batch_size * world):
-            raise UserError([_indivisible(self.config, world)])
+        if problem := indivisible(self.config, ranks.world_size()):
+            raise UserError([problem])
         self.device = devices.torch_device(self.kind)
         self.interrupts, self.interrupted = Interrupts(), False
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
@@ -340,6 +339,9 @@ class Training:
         self.state.validated = validated
         self.state.ranks, self.state.zero_stage = ranks.world_size(), self.config.zero_stage
         path = self.checkpoints.path(self.state)
+        if ranks.rank() == 0:  # what another number of ranks left when it was killed here
+            shutil.rmtree(path, ignore_errors=True)
+        ranks.agree(None)
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
@@ -362,11 +364,3 @@ class Training:
 def _share(loss: Tensor | None, weight: float, tokens: int, device: torch.device) -> Tensor:
     """A micro-batch's part of a mean over `tokens` tokens, weighted; 0 where there is no such loss."""
     return torch.zeros((), device=device) if loss is None else weight * loss / max(tokens, 1)
-
-
-def _indivisible(config: TrainConfig, world: int) -> Problem:
-    return Problem(
-        f"got {config.batch_size}, which {world} devices with micro batches of {config.micro_batch_size} "
-        f"cannot share; a multiple of {world * config.micro_batch_size} is allowed",
-        key="train.batch_size",
-    )

@@ -197,10 +197,19 @@ def test_one_rank_captions_as_three_did(shared_run):
     # what a rank that was killed left behind: two captions, and a line cut in two
     rows = before.decode().splitlines()[1:3]
     kept = "".join(json.dumps(row.split(",", 1)) + "\n" for row in rows if '"' not in row)
-    (step / "partial-1.jsonl").write_text(kept + '["phantom_te')
+    (step / "partial-1.jsonl").write_bytes(f'{kept}["phantom_te'.encode() + "é".encode()[:1])
     done = harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")
     assert done.returncode == 0, done.stderr[-4000:]
     assert (step / "predictions.csv").read_bytes() == before
+
+
+def test_ranks_that_can_not_share_the_batch_are_not_started(tmp_path):
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    done = harness(tmp_path, "run", "small.yaml", "--nproc", "3")
+    assert done.returncode == 2
+    assert "train.batch_size: got 16, which 3 devices with micro batches of 8 cannot share" in done.stderr
+    assert done.stderr.rstrip().endswith("1 problem; nothing was run.")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ctrl_c_saves_ends_all_ranks_and_says_so(tmp_path):

@@ -326,3 +326,11 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code.replace("HEAVY", repr(heavy))], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_scores_that_were_written_and_not_yet_marked_are_made_again(folder, finished):
+    """Killed in between, the list of scored captions names the very step that is to be built."""
+    step = folder / "runs" / record(folder, "opt-s42")["steps"]["score-before"]
+    (step / "DONE").unlink()
+    harness(folder, "run", "small.yaml")
+    assert (step / "DONE").exists()

@@ -319,6 +319,24 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     assert scales[-1] == 2.0 ** (40 - moved.count(False))  # halved as often as a step was left out
 
 
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"gradient_accumulation_steps": 1}, "train.batch_size for gradient_accumulation_steps"),
+        ({"zero_optimization": {"stage": 3}}, "train.zero_stage for zero_optimization.stage"),
+        ({"fp16": {"enabled": True}}, "train.precision for fp16"),
+    ],
+)
+def test_what_train_decides_is_not_decided_again_in_deepspeeds_words(given, instead):
+    with pytest.raises(ValueError, match=instead):
+        config(deepspeed=given)
+
+
+def test_betas_are_less_than_one():
+    with pytest.raises(ValueError, match="betas"):
+        config(betas=[1.0, 0.9])
+
+
 def test_fp16_without_a_scaled_loss_is_refused():
     with pytest.raises(ValueError, match="precision is fp16, whose losses DeepSpeed scales at a zero_stage"):
         config(precision="fp16")

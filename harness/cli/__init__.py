@@ -61,6 +61,8 @@ def main() -> None:
     """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
     2 usage, config or data, 3 invalid submission, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _interrupt)
     code = 0
     try:
         _run_command()
@@ -148,12 +150,16 @@ def run(
         _print_plans(configs, output)
         return
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
-        sys.exit(_launched(nproc, hostfile))
+        sys.exit(_launched(configs, nproc, hostfile))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _run_all(experiment, configs, output)
 
 
-def _launched(nproc: int | None, hostfile: Path | None) -> int:
+def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> int:
+    from harness.schedule import indivisible
+
+    if not hostfile and (found := [p for config in configs if (p := indivisible(config.train, nproc or 1))]):
+        raise UserError(list(dict.fromkeys(found)))
     arguments = sys.argv[1:]
     return launch.on_hosts(arguments, hostfile, nproc) if hostfile else launch.here(arguments, nproc or 1)
 
