@@ -90,7 +90,8 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
     if problems:
         raise UserError(problems)
     slots = ["--num_gpus", str(processes)] if processes else []
-    command = [program, "--hostfile", str(hostfile), *slots, "--module", "harness", *arguments]
+    options = ["--hostfile", str(hostfile), *slots, "--no_local_rank", "--log_level", "error"]
+    command = [program, *options, "--module", "harness", *arguments]
     running = subprocess.Popen(command)
     try:
         return running.wait()

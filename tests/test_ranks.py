@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,6 +233,27 @@ def test_ctrl_c_saves_ends_all_ranks_and_says_so(tmp_path):
     directory = next(losses.glob("train-*/losses.jsonl")).parent
     done = rows(directory)[-1]["step"]
     assert Checkpoints(directory, keep=2).newest().step == done  # and not of the last whole epoch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "hosts", [["localhost slots=2"], ["localhost slots=1", f"{socket.gethostname()} slots=1"]]
+)
+def test_hosts_of_a_file_train_together(tmp_path, hosts):
+    """DeepSpeed's launcher over ssh; two names of this machine are two hosts to it."""
+    for host in hosts:
+        command = ["ssh", "-o", "BatchMode=yes", host.split()[0], "true"]
+        if shutil.which("ssh") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs ssh to this machine without a password")
+    if len(hosts) > 1 and shutil.which("pdsh") is None:
+        pytest.skip("needs pdsh")
+    (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
+    done = harness(tmp_path, "run", "small.yaml", "--hostfile", "hosts", "--set", "train.zero_stage=2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert (record["status"], record["made"]["train"]["ranks"]) == ("FINISHED", 2)
 
 
 @pytest.mark.slow
