@@ -13,6 +13,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from harness.cli.terminal import Terminal
 from harness.config import Config
 from harness.device import Device
 from harness.errors import UserError
@@ -21,7 +22,8 @@ from harness.study import workers
 from harness.study.results import as_experiment, winner
 from harness.study.spec import Study, load
 from harness.study.storage import address, choose, open_study, owned
-from harness.study.trials import Trials
+from harness.study.trials import ALIKE, Trials
+from harness.study.work import _Worker
 
 BASE = """
 name: small
@@ -337,3 +339,52 @@ def test_the_best_keeps_its_seed_and_what_chose_its_weights(tmp_path):
     run = written(tmp_path, space + overrides + "name: b\n")
     assert (run.seed, run.score.precision, run.score.bertscore.layer) == (7, "bf16", 3)
     assert run.score.metrics == ("bertscore", "rouge1")
+
+
+def ending(trials: Trials, error: BaseException) -> TrialState:
+    """How a trial ends in whose run `error` comes up."""
+
+    class Failing(_Worker):
+        def _scores(self, trial):
+            raise error
+
+    one = Failing(trials.spec, trials, Terminal(silent=True), "a test", {})
+    taken = trials.take()
+    if isinstance(error, ValueError | RuntimeError):
+        assert one._attempt(taken) == f"{type(error).__name__}: {error}"
+    else:
+        with pytest.raises(type(error)):
+            one._attempt(taken)
+    return trials.study.trials[taken.number]
+
+
+def test_a_value_error_fails_a_trial_and_an_unknown_error_is_tried_again_within_limits(tmp_path):
+    trials = opened(study(tmp_path, retries=1), tmp_path)
+    ended = ending(trials, ValueError("no such shape"))
+    assert (ended.state, ended.user_attrs["reason"]) == (TrialState.FAIL, "ValueError: no such shape")
+    for _ in range(3):
+        assert ending(trials, KeyboardInterrupt()).user_attrs["reason"].startswith("interrupted; tried again")
+    assert "KeyError: 'x'; tried again" in ending(trials, KeyError("x")).user_attrs["reason"]
+    assert ending(trials, KeyError("x")).user_attrs["reason"] == "KeyError: 'x', 2 times in a row"
+    assert trials.take().slot == 2
+
+
+def test_first_trials_that_fail_alike_are_known_to_every_process(tmp_path):
+    spec = study(tmp_path)
+    for _ in range(ALIKE):
+        trials = opened(spec, tmp_path)  # as ranks that start anew
+        assert trials.failed_alike() is None
+        trials.finish(trials.take(), "FAIL", reason="short of memory")
+    assert opened(spec, tmp_path).failed_alike() == "short of memory"
+    trials.finish(trials.take(), "FAIL", reason="another")  # what was wrong first is mended
+    assert opened(spec, tmp_path).failed_alike() is None
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    spec = study(tmp_path)
+    folder, data = tmp_path / spec.name, {"train": "a", "valid": "b", "test": "c"}
+    open_study(spec, folder, "journal", data)
+    open_study(spec, folder, "journal", data | {"test": "d"})
+    open_study(spec, folder, "journal")
+    with pytest.raises(UserError, match=r"begun with another valid split;[\s\S]*another name"):
+        open_study(spec, folder, "journal", data | {"valid": "d"})

@@ -75,6 +75,17 @@ def run(
         _work(spec, chosen, timeout)
     if not processes.is_worker() and not int(os.environ.get("RANK", "0")):
         _print(spec, chosen, output)
+        _end_without_scores(spec)
+
+
+def _end_without_scores(spec: "Study") -> None:
+    from harness.study import storage
+
+    record = storage.read_record(_folder(spec))
+    if record.get("ended") and not record["trials"].get("COMPLETE"):
+        what = f"the study {spec.name} ended without one trial that has scores"
+        hint = "The table says why each failed; mend it, and more trials: --trials NUMBER"
+        raise UserError([Problem(what, spec.file, hint=hint)], exit_code=1)
 
 
 def _load(
@@ -125,8 +136,8 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     from harness.study import storage, workers
 
     terminal = Terminal()
-    prepare([spec.base], terminal)  # draws and checks the data, before several do
-    storage.open_study(spec, _folder(spec), chosen)
+    (plan,) = prepare([spec.base], terminal)  # draws and checks the data, before several do
+    storage.open_study(spec, _folder(spec), chosen, plan.data.fingerprints)
     follower = tracking.start(_folder(spec))
     try:
         codes = workers.start(sys.argv[1:], count, device.probe(spec.base.device), ranks)
@@ -155,9 +166,11 @@ def _run_ranks(spec: "Study", ranks: int) -> int:
             code = launch.here(sys.argv[1:], ranks)
         except UserError as error:  # of a rank that failed alone
             code, told = error.exit_code, error
-        before, known = known, read_record(_folder(spec)).get("trials")
+        record = read_record(_folder(spec))
+        before, known = known, record.get("trials")
         idle = 0 if known != before else idle + 1
-        if code in (0, launch.INTERRUPTED) or idle > spec.config.retries:
+        ended = record.get("failed_alike") or (record.get("ended") and idle)
+        if code in (0, launch.INTERRUPTED) or ended or idle > spec.config.retries:
             break
     if told is not None:
         raise told

@@ -87,6 +87,7 @@ def publish(trials: Trials, draw: bool = False) -> None:
         ]
         slots = sum("slot" not in trial.user_attrs for trial in every)
         done = slots >= trials.spec.trials and not {"RUNNING", "WAITING"} & set(states)
+        record["failed_alike"] = trials.failed_alike()
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds") if done else None
         if draw or time.time() - record.get("drawn", 0) > _REDRAW:
             names = _draw(trials.study, trials.spec, trials.folder / "plots")

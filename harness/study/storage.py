@@ -5,7 +5,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,19 @@ def _url(chosen: str) -> str:
     return chosen.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a database raises that does not answer."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError, optuna.exceptions.StorageInternalError
+
+
 @contextmanager
 def reachable(chosen: str) -> Iterator[None]:
     """Turn what a database raises that does not answer into a `UserError`."""
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except failures() as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         what = f"{without_password(chosen)}: {without_password(why)}"
         hint = "Nothing is lost; once it answers, the same command goes on."
@@ -135,11 +140,15 @@ def owned(folder: Path, chosen: str) -> Iterator[None]:
         raise UserError([Problem(what, key="storage", hint=hint)]) from None
 
 
-def open_study(spec: Study, folder: Path, chosen: str) -> tuple[optuna.Study, BaseStorage]:
+def open_study(
+    spec: Study, folder: Path, chosen: str, data: Mapping[str, str] | None = None
+) -> tuple[optuna.Study, BaseStorage]:
     """The study of a file in its storage, begun there where it is new.
 
-    Raises `UserError` where the one of that name asks another question or has its runs elsewhere.
+    `data` are the fingerprints of the splits, for whoever goes on to run trials. Raises `UserError` where the
+    study of that name asks another question, has seen other data or has its runs elsewhere.
     """
+    seen = {split: data[split] for split in ("train", "valid")} if data else {}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "study.lock"):
         storage = connect(folder, chosen)  # of two that make the tables of an empty database one would fail
@@ -156,13 +165,13 @@ def open_study(spec: Study, folder: Path, chosen: str) -> tuple[optuna.Study, Ba
         if "runs" not in known:
             record = {"id": uuid.uuid4().hex, "storage": without_password(chosen), "study": spec.name}
             write_json(folder / RECORD, record)
-            study.set_user_attr("question", json.dumps(spec.question))
+            study.set_user_attr("question", json.dumps(spec.question | {"data": seen}))
             study.set_user_attr("runs", record["id"])
         elif known["runs"] != record.get("id"):
             what = f"the study {spec.name} in {without_password(chosen)} has its runs in another folder"
             hint = "All workers of a study share one runs/. For a new study give another name."
             raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
-        elif parts := _differs(spec, json.loads(known["question"])):
+        elif parts := _differs(spec, json.loads(known["question"]), seen):
             what = (
                 f"the study {spec.name} was begun with another {', '.join(parts)}; trials can't be compared"
             )
@@ -170,7 +179,7 @@ def open_study(spec: Study, folder: Path, chosen: str) -> tuple[optuna.Study, Ba
     return study, storage
 
 
-def _differs(spec: Study, begun: dict[str, Any]) -> list[str]:
+def _differs(spec: Study, begun: dict[str, Any], data: Mapping[str, str]) -> list[str]:
     """The parts of a study's question that differ from those that the study of its name was begun with.
 
     Of the base those that both have: a newer harness has keys that an older one had not.
@@ -178,6 +187,7 @@ def _differs(spec: Study, begun: dict[str, Any]) -> list[str]:
     now = json.loads(json.dumps(spec.question))
     parts = [key for key in ("objective", "sampler") if now[key] != begun[key]]
     spaces = now["space"] | begun["space"]
+    parts += [f"{split} split" for split in data if data[split] != begun["data"].get(split, data[split])]
     parts += [f"space of {key}" for key in spaces if now["space"].get(key) != begun["space"].get(key)]
     both = [key for key in now["base"] if key in begun["base"]]
     return parts + [key for key in both if now["base"][key] != begun["base"][key]]

@@ -22,6 +22,8 @@ from harness.study.space import Parameter, encode
 from harness.study.spec import Study
 from harness.study.storage import sampler
 
+ALIKE = 3
+"""So many first trials that fail for the same reason end the study."""
 State = str
 """COMPLETE, PRUNED or FAIL, as Optuna calls them."""
 
@@ -83,6 +85,19 @@ class Trials:
     def busy(self) -> bool:
         """Whether other processes work at trials, which might come back."""
         return any(trial.state is TrialState.RUNNING for trial in self.study.get_trials(deepcopy=False))
+
+    def failed_alike(self) -> str | None:
+        """Why the first trials failed, if all did for the reason of the one that ended last."""
+        last: dict[int, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            last[self.slot_of(trial)] = trial
+        ended = [trial for trial in last.values() if trial.state.is_finished()]
+        first = [last[slot] for slot in range(ALIKE) if slot in last]
+        if not ended or len(first) < ALIKE:
+            return None
+        first.append(max(ended, key=lambda trial: trial.datetime_complete))
+        told = {t.user_attrs.get("reason") if t.state is TrialState.FAIL else None for t in first}
+        return told.pop() if len(told) == 1 else None
 
     def finish(
         self, trial: Trial, state: State, values: Mapping[str, float] | None = None, reason: str | None = None

@@ -12,11 +12,9 @@ from harness.errors import Problem, Pruned, UserError
 from harness.plan import RUNS, Plan, Reporter, prepare
 from harness.study import results
 from harness.study.spec import Study
-from harness.study.storage import open_study, owned, reachable
-from harness.study.trials import Trial, Trials, absent, scores_of
+from harness.study.storage import failures, open_study, owned, reachable
+from harness.study.trials import ALIKE, Trial, Trials, absent, scores_of
 
-ALIKE = 3
-"""So many first trials that fail for the same reason end the study."""
 WAIT = "wait"
 _POLL = 1.0  # seconds between looks at whether another worker's trial came back
 
@@ -34,10 +32,10 @@ def work(
         _assist(spec, silent)
         return
     loaded: dict[str, Dataset] = {}
-    prepare([spec.base], reporter, RUNS, loaded)
+    (plan,) = prepare([spec.base], reporter, RUNS, loaded)
     ranks.agree(None)  # the others may look at the data now, which is drawn and checked
     with owned(RUNS / spec.name, chosen), reachable(chosen):
-        study, storage = open_study(spec, RUNS / spec.name, chosen)
+        study, storage = open_study(spec, RUNS / spec.name, chosen, plan.data.fingerprints)
         worker = _Worker(spec, Trials(spec, study, storage, RUNS), reporter, command, loaded)
         try:
             worker.run(float("inf") if timeout is None else time.monotonic() + timeout)
@@ -52,41 +50,43 @@ class _Worker:
     ) -> None:
         self.spec, self.trials, self.reporter = spec, trials, reporter
         self.command, self.loaded = command, loaded
-        self.endings: list[str | None] = []
 
     def run(self, until: float) -> None:
         """Trial after trial; while others still work, wait for what they might leave behind."""
         while time.monotonic() < until:
             trial = self.trials.take()
             if trial is not None:
-                self._attempt(trial)
+                failed = self._attempt(trial)
                 results.publish(self.trials)
-                self._end_after_failures()
+                if failed is not None:
+                    self._end_after_failure(failed)
             elif self.trials.busy():
                 ranks.agree(WAIT)
                 time.sleep(_POLL)
             else:
                 return
 
-    def _attempt(self, trial: Trial) -> None:
-        """Run one trial and tell how it ended, whatever comes."""
-        values, failure, reason = None, None, None
+    def _attempt(self, trial: Trial) -> str | None:
+        """Run one trial and tell how it ended, whatever comes -> why it failed, if it did."""
+        values, reason = None, None
         try:
             state, values = "COMPLETE", self._scores(trial)
         except Pruned as why:
             state, reason = "PRUNED", str(why)
-        except (UserError, RuntimeError) as error:  # torch tells by a RuntimeError that memory is short
+        except (UserError, RuntimeError, ValueError) as error:  # torch: memory is short; values do not fit
             state, reason = "FAIL", _reason(error)
-            failure = reason
-        except BaseException:
+        except (KeyboardInterrupt, OSError, *failures()):
             if ranks.world_size() > 1:  # launchers interrupt a rank when another one fails
                 self.trials.give_back(trial, "interrupted, or another rank failed", lost=True)
             else:
                 self.trials.give_back(trial)
             raise
+        except BaseException as error:
+            self.trials.give_back(trial, _reason(error), lost=True)
+            raise
         self.trials.finish(trial, state, values, reason)
-        self.endings.append(failure)
         self.reporter.say(results.line(self.trials, trial.number))
+        return reason if state == "FAIL" else None
 
     def _scores(self, trial: Trial) -> dict[str, float]:
         """Run a trial; its scores by the name of the objective."""
@@ -111,17 +111,16 @@ class _Worker:
         judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
         return judge if name != "valid_primary" else f"{judge}; training does not compute {metric}"
 
-    def _end_after_failures(self) -> None:
-        if self.endings[-1] is not None and ranks.world_size() > 1:
-            # the other ranks may wait in the middle of a step; the launcher starts all of them anew
-            raise UserError([Problem(f"the ranks start anew after: {self.endings[-1]}")], exit_code=1)
-        first = self.endings[:ALIKE]
-        if len(self.endings) == ALIKE and first[0] is not None and len(set(first)) == 1:
-            what = f"the first {ALIKE} trials failed alike, so the study ends: {first[0]}"
+    def _end_after_failure(self, why: str) -> None:
+        if self.trials.failed_alike() == why:
+            what = f"the first {ALIKE} trials failed alike, so the study ends: {why}"
             raise UserError([Problem(what, self.spec.file)], exit_code=1)
+        if ranks.world_size() > 1:
+            # the other ranks may wait in the middle of a step; the launcher starts all of them anew
+            raise UserError([Problem(f"the ranks start anew after: {why}")], exit_code=1)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return "; ".join(map(str, error.problems))
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
