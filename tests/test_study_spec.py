@@ -141,6 +141,14 @@ pruner: {name: median}
         ("base: small", "storage: mysql://x\nbase: small", "storage: give sqlite, journal or postgresql://"),
         ("base: small", "sampler: {name: cma}\nbase: small", "sampler.name: got 'cma'"),
         ("base: small", "overrides: {train: {batch: 3}}\nbase: small", "train.batch: unknown key"),
+        (
+            "base: small",
+            "name: cache\nbase: small",
+            ":2: name: got cache; 'cache' is a folder of the harness",
+        ),
+        ("base: small", "name: steps/x\nbase: small", ":2: name: got steps/x; 'steps' is a folder"),
+        ("low: 1, high: 3}", "low: 1, high: .inf}", "space.predict.num_beams.high: got inf; "),
+        ("  predict.num_beams:", "  train: {choices: [{}]}\n  predict.num_beams:", "is part of train, which"),
         ("base: small", "objective: []\nbase: small", "name each score once"),
     ],
 )
@@ -234,3 +242,10 @@ def test_addresses_are_those_that_libpq_takes(folder):
         "me@[::1]/db",
     ):
         assert study(folder, f"{STUDY}storage: postgresql://{address}\n").config.storage.endswith(address)
+
+
+def test_a_base_with_several_seeds_needs_one(folder):
+    (folder / "small.yaml").write_text(BASE + "seeds: [42, 43]\n")
+    (message,) = messages(folder, STUDY)
+    assert "has seeds: 42, 43; a study takes one" in message
+    assert study(folder, "overrides: {seed: 43}\n" + STUDY).base.seed == 43

@@ -388,3 +388,13 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     open_study(spec, folder, "journal")
     with pytest.raises(UserError, match=r"begun with another valid split;[\s\S]*another name"):
         open_study(spec, folder, "journal", data | {"valid": "d"})
+
+
+@pytest.mark.parametrize("place", ["run.json", "base-s42/run.json"])
+def test_a_folder_with_runs_of_an_experiment_is_refused(tmp_path, place):
+    spec = study(tmp_path)
+    file = tmp_path / spec.name / place
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="holds runs that are none of a study"):
+        opened(spec, tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from harness.config import Config, Section
 
@@ -18,13 +18,13 @@ FIXED = ("name", "variant", "edition", "score", "predict.splits")
 class ParameterConfig(Section):
     """The values of one key: a range of numbers, or a list of choices."""
 
-    low: float | None = None
+    low: FiniteFloat | None = None
     """Least value."""
-    high: float | None = None
+    high: FiniteFloat | None = None
     """Greatest value; in the range."""
     log: bool = False
     """Draw the logarithm evenly."""
-    step: float | None = None
+    step: FiniteFloat | None = None
     """Only `low`, `low` + `step`, ...; by default 1 for whole numbers, none for others."""
     choices: list[Any] | None = None
     """Instead of a range: these values, of any type that the key takes."""

@@ -197,7 +197,8 @@ def load(
     start = _base(config, base_file, sets, places, file)
     name = config.name or f"{start.name}/{file.stem}"
     space, found = _space(config, start, places, file)
-    problems += found + _objective_problems(config, start, places, file)
+    problems += found + _name_problems(name, start, places, file)
+    problems += _objective_problems(config, start, places, file)
     if problems:
         raise UserError(problems)
     study = Study(file, config, name, base_file, start, space, tuple(sets))
@@ -245,7 +246,12 @@ def _base(
     if wanted is not None and wanted not in variants:
         what = f"got {wanted}; {base_file} has {', '.join(variants)}"
         raise UserError([experiment.problem_at(what, ("variant",), places, file)])
-    return next(run for run in runs if wanted in (None, run.variant))
+    runs = [run for run in runs if wanted in (None, run.variant)]
+    if len({run.seed for run in runs}) > 1:
+        seeds = ", ".join(str(run.seed) for run in runs)
+        what = f"{base_file} has seeds: {seeds}; a study takes one, e.g. overrides: {{seed: {runs[0].seed}}}"
+        raise UserError([experiment.problem_at(what, ("base",), places, file)])
+    return runs[0]
 
 
 def _space(
@@ -261,6 +267,8 @@ def _space(
             what = "no key of an experiment." + experiment.did_you_mean(path)
         elif any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             what = "can't be searched: trials are called or compared by it"
+        elif wider := next((one for one in config.space if key.startswith(f"{one}.")), None):
+            what = f"is part of {wider}, which is searched as a whole"
         elif how.choices is None and is_whole(key) is None:
             what = "takes no number; give choices"
         else:
@@ -333,6 +341,15 @@ def _because(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _name_problems(name: str, base: Config, places: Mapping[Path_, Place], file: Path) -> list[Problem]:
+    try:
+        Config.model_validate(base.model_dump(mode="json") | {"name": name})
+    except ValidationError as error:
+        what = f"got {name}; {_because(error.errors()[0]).removeprefix('name: ')}"
+        return [experiment.problem_at(what, ("name",), places, file)]
+    return []
 
 
 def _objective_problems(

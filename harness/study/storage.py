@@ -151,6 +151,9 @@ def open_study(
     seen = {split: data[split] for split in ("train", "valid")} if data else {}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "study.lock"):
+        if not read_record(folder) and ((folder / "run.json").exists() or any(folder.glob("*/run.json"))):
+            what = f"{folder} holds runs that are none of a study"
+            raise UserError([Problem(what, spec.file, key="name", hint="Give the study another name.")])
         storage = connect(folder, chosen)  # of two that make the tables of an empty database one would fail
         directions = ["maximize"] * len(spec.objective)
         study = optuna.create_study(

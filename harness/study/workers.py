@@ -1,7 +1,6 @@
 """Several workers of one study on this machine: processes of the same command, each with its devices."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,15 +26,15 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
     """
     launch.share_cores(workers * ranks)
     command = [sys.executable, "-u", "-m", "harness", *arguments]
-    running = [
-        subprocess.Popen(command, env=os.environ | own, start_new_session=True)
-        for own in (environment(number, device, ranks) for number in range(workers))
-    ]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for number in range(workers):
+            own = os.environ | environment(number, device, ranks)
+            running.append(subprocess.Popen(command, env=own, start_new_session=True))
         return [process.wait() for process in running]
     except KeyboardInterrupt:
         for process in running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # begun by cron or `&`, they ignore SIGINT
         for process in running:
             _end(process)
         raise
