@@ -1,12 +1,15 @@
 """What the tests share: small phantom data, the folder shared/ where there is one."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# where pytest is started in the background it is ignored, and by what the tests start, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 

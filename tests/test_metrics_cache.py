@@ -144,7 +144,8 @@ def test_a_killed_writer_leaves_a_usable_file(tmp_path):
     assert len(found) == 50
 
 
-@pytest.mark.parametrize(("processes", "rows"), [(2, 32), pytest.param(3, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "rows"), [(2, 32), (3, 2)])
 def test_ranks_share_the_work_and_change_nothing(golden, tmp_path, processes, rows):
     captions = tuple(side[:rows] for side in golden)
     one, _ = metrics.score(*captions, None, STANDIN, 2023)
