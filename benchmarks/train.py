@@ -43,13 +43,14 @@ class Ours(train.Training):
 
     def begin(self) -> None:
         """What comes before the first step of a stage."""
-        self.loaded, self.state = self._placed(), State()
+        self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
         freeze(self.loaded.model, True, text_path=True)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
 
     def step(self, number: int) -> None:
         """One optimiser step."""
-        self._step(self.trainer, STAGE, number % self.per_epoch)
+        number %= self.per_epoch
+        self._step(self.trainer, STAGE, number, self.order[number])
 
 
 def ours(folder: Path, directory: Path) -> Ours:
@@ -86,7 +87,7 @@ def ready(training: Ours, loaded: Loaded) -> list[list[dict[str, Any]]]:
             }
             for part in indices.reshape(-1, MICRO)
         ]
-        for indices in training._order(1, 0)
+        for indices in training.order
     ]
 
 

@@ -157,8 +157,9 @@ _DECIDED = {
     "torch_autocast": "precision",
     "optimizer": "learning_rate",
     "scheduler": "warmup_steps",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload",
 }
-_DECIDED_ZERO = {"stage": "zero_stage", "offload_optimizer": "offload", "offload_param": "offload"}
 """Keys of DeepSpeed's config, and the keys of `train` that decide them."""
 
 
@@ -236,12 +237,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _leaves_what_train_decides(self) -> "TrainConfig":
         zero = self.deepspeed.get("zero_optimization", {})
-        given = [key for key in _DECIDED if key in self.deepspeed]
-        given += [f"zero_optimization.{key}" for key in _DECIDED_ZERO if key in zero]
-        if given:
-            own = {**_DECIDED, **{f"zero_optimization.{key}": name for key, name in _DECIDED_ZERO.items()}}
-            wanted = ", ".join(f"train.{own[key]} for {key}" for key in given)
-            raise ValueError(f"deepspeed: what train decides can't be set there; use {wanted}")
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: got {zero!r}; a mapping is allowed")
+        given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero)}
+        if taken := [f"train.{own} for {key}" for key, own in _DECIDED.items() if key in given]:
+            raise ValueError(f"deepspeed: what train decides can't be set there; use {', '.join(taken)}")
         return self
 
     @model_validator(mode="after")

@@ -16,8 +16,8 @@ from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import sizes
 from harness.models.sizes import Sizes
-from harness.plan import problems
-from harness.store import gb
+from harness.plan import RUNS, problems
+from harness.store import free, gb
 
 DISTRIBUTION = "imageclef-harness"
 _WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
@@ -179,18 +179,18 @@ def _disk(configs: Sequence[Config]) -> Check:
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
     during = (_WEIGHT + _OPTIMISER) * kept + 2 * _WEIGHT
     weights = sum(known) * _WEIGHT + max(known, default=0) * during
-    free, need = forecast.free(), cache + weights
-    what = f"{gb(free)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
+    room, need = free(RUNS), cache + weights
+    what = f"{gb(room)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
     if cache:
         what += f" ({'; '.join(forecast.listed(sizes) for sizes in caches.values() if sizes)})"
     if not counted:
         what += "; images not counted, as their folder is not there"
     if len(known) < len(trainings):
         what += "; weights not counted where the checkpoint is not at hand"
-    if need <= free:
+    if need <= room:
         return Check("disk", True, what)
-    without = ", or decode in every epoch: --set data.cache=false" if weights <= free else ""
-    return Check("disk", False, what, f"Free {gb(need - free)}{without}")
+    without = ", or decode in every epoch: --set data.cache=false" if weights <= room else ""
+    return Check("disk", False, what, f"Free {gb(need - room)}{without}")
 
 
 def _training(config: Config) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from harness.memory import GB, Model, Setup
 from harness.models import sizes
 from harness.plan import RUNS
 from harness.schedule import stages
-from harness.store import gb
+from harness.store import free, gb
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
 _TINY_GRID = 8  # patches on a side as models.tiny builds its ViT
@@ -56,12 +55,6 @@ def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
     }
 
 
-def free() -> int:
-    """Bytes that are free where runs are written."""
-    place = next(path for path in (RUNS.resolve(), *RUNS.resolve().parents) if path.exists())
-    return shutil.disk_usage(place).free
-
-
 def forecast(config: Config) -> dict[str, Any]:
     """Steps, pixel cache and memory of a run; what can't be told is None, its reason under `unknown`.
 
@@ -88,7 +81,7 @@ def forecast(config: Config) -> dict[str, Any]:
 
 def _disk(to_build: Caches) -> dict[str, Any]:
     rows = [{"split": split, "side": side, "bytes": size} for (split, side), size in to_build.items()]
-    return {"to_build": rows, "free": free()}
+    return {"to_build": rows, "free": free(RUNS)}
 
 
 def steps(config: TrainConfig, count: int) -> list[dict[str, int]]:

@@ -152,7 +152,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     host = 0
     if setup.offload:
         # gradients twice, and what AdamW needs to step a tensor as large as the shard
-        host = copy + moments + 2 * shard + 2 * shard + (shard if stage < 3 else 0)
+        host = copy + moments + 4 * shard + (shard if stage < 3 else 0)
         copy = moments = 0
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)

@@ -7,7 +7,6 @@ imports torch, so that `--dry-run` answers at once.
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from harness.data.images import unbuilt
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.bertscore import IDF_SINCE
-from harness.store import gb, is_done, step_directory
+from harness.store import free, gb, is_done, step_directory
 
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
@@ -202,23 +201,18 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     """A disk that can't hold the decoded images of all that is left to train and to caption."""
     wanted = {}
     for plan in plans:
-        left = {
-            name.partition("-")[2] for name in plan.inputs if name[:7] == "predict" and not plan.done(name)
-        }
-        left |= set() if plan.done("train") else {"train", "valid"}
+        left = set() if plan.done("train") else {"train", "valid"}
+        left |= {split for split in plan.splits if not plan.done(f"predict-{split}")}
         size, cache = plan.config.model.image_size, plan.root / "cache"
         for split in left if plan.config.data.cache else ():
             key = (plan.config.data.root, split, size)
             if key not in wanted:
                 wanted[key] = unbuilt(plan.data.splits[split], size, cache)
     need = sum(wanted.values())
-    if not need:
+    room = free(plans[0].root) if need else 0
+    if need <= room:
         return []
-    root = plans[0].root.resolve()
-    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
-    if need <= free:
-        return []
-    what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(free)} are free"
+    what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(room)} are free"
     return [Problem(what, key="data.cache", hint="Or decode anew in every epoch: --set data.cache=false")]
 
 

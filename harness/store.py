@@ -1,8 +1,9 @@
-"""What lies on disk: fingerprints, whole-or-nothing writes, and steps that are done once."""
+"""What lies on disk: fingerprints, whole-or-nothing writes, steps that are done once, and the room left."""
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ def fingerprint(value: Any) -> str:
 def gb(size: float) -> str:
     """Bytes in words."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def free(path: Path) -> int:
+    """Bytes that are free where a path lies, or will lie."""
+    there = next(place for place in (path.resolve(), *path.resolve().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def write(path: Path, content: str | bytes) -> Path:

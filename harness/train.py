@@ -4,7 +4,6 @@ It knows neither metrics nor MLflow: `log` gets what happened, and `evaluate` tu
 scores. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
-import functools
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from harness.models.loading import Loaded, load_trained, save_trained
 from harness.models.text import Text, to_device
 from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
-from harness.store import gb
+from harness.store import free, gb
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 PRIMARY = "valid_primary"
@@ -49,7 +48,7 @@ class Split:
     concepts: Sequence[Text | None]
 
 
-@dataclass(eq=False)
+@dataclass
 class Training:
     """One training, to be `run`: it leaves `best.safetensors` and `losses.jsonl` in `directory`.
 
@@ -117,6 +116,7 @@ class Training:
         try:
             if resumed:
                 resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
+                self._forget(universal)
                 if not self.state.validated:
                     self._validate(stage)
             else:
@@ -131,10 +131,14 @@ class Training:
 
         An interruption on any rank waits for the end of a step, after which all ranks save and stop.
         """
-        for step in range(self.state.done, stage.epochs * self.per_epoch):
-            ended = (step + 1) % self.per_epoch == 0
+        begun = self.state.done
+        for step in range(begun, stage.epochs * self.per_epoch):
+            epoch, number = divmod(step, self.per_epoch)
+            if number == 0 or step == begun:
+                order = self._order(stage.number, epoch)
+            ended = number + 1 == self.per_epoch
             with self.interrupts.wait():
-                self._step(trainer, stage, step)
+                self._step(trainer, stage, step, order[number])
                 if ended or self.interrupted or self._due(step + 1):
                     self._save(trainer, validated=not ended)
             if self.interrupted or (ended and self.interrupts.came):
@@ -160,6 +164,12 @@ class Training:
         ranks.agree(None)
         return target
 
+    def _forget(self, universal: Path | None) -> None:
+        """Delete what `_for_these_ranks` made, once all ranks have read it."""
+        ranks.agree(None)
+        if universal is not None and ranks.rank() == 0:
+            shutil.rmtree(universal)
+
     def _due(self, steps: int) -> bool:
         every = self.config.checkpoint_every_steps
         return every > 0 and steps % every == 0
@@ -183,11 +193,9 @@ class Training:
     def _reads(self, stage: Stage) -> bool:
         return stage.concept_weight > 0 or self.loaded.model.language_model is None
 
-    def _step(self, trainer: Any, stage: Stage, step: int) -> None:
-        """Optimiser step `step` of a stage, from 0."""
+    def _step(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> None:
+        """Optimiser step `step` of a stage, from 0, on these images."""
         begun = time.perf_counter()
-        epoch, number = divmod(step, self.per_epoch)
-        indices = self._order(stage.number, epoch)[number]
         steps = stage.epochs * self.per_epoch
         rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
         for group in trainer.optimizer.param_groups:
@@ -200,7 +208,6 @@ class Training:
         where = {"step": self.state.step, "stage": stage.number, "epoch": (step + 1) / self.per_epoch}
         self._log({**where, **row, "learning_rate": rate, "images_per_second": speed})
 
-    @functools.lru_cache(1)  # noqa: B019  (a training lives as long as its process)
     def _order(self, stage: int, epoch: int) -> list[np.ndarray]:
         """The images of each optimiser step of an epoch."""
         config = self.config
@@ -345,8 +352,8 @@ class Training:
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
-            free = gb(shutil.disk_usage(self.directory).free)
-            what = f"the checkpoint after step {self.state.step} could not be written, {free} are free"
+            room = gb(free(self.directory))
+            what = f"the checkpoint after step {self.state.step} could not be written, {room} are free"
             hint = f"Earlier ones are kept. Free some space, and the same command goes on. ({error})"
             raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
         ranks.agree(None)  # all ranks have written their part

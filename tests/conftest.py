@@ -40,3 +40,21 @@ def store():
 
     checkpoint, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
     return bertscore.embeddings(checkpoint.folder, layer, "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny checkpoint that has read `models.TEXTS`."""
+    from models import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def loaded(tiny_folder):
+    """That checkpoint, to be looked at and not trained."""
+    from models import load_tiny
+
+    result = load_tiny(tiny_folder)
+    result.model.eval()
+    return result

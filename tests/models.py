@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from harness.config import AugmentConfig, ModelConfig, TinyConfig
 from harness.models import loading, tiny
@@ -55,3 +56,11 @@ def load_tiny(folder: Path, image_size: int = 64, language_model: bool = True, *
             layer.dropout = 0.0
         loaded.model.language_model.model.decoder.dropout = 0.0
     return loaded
+
+
+def batch(loaded: loading.Loaded, count: int = 3) -> tuple:
+    """Images (count, 3, S, S), normalised, with the first captions and concept sentences, collated."""
+    images = loaded.normalise(torch.from_numpy(pixels(count)))
+    captions = loaded.caption.collate([loaded.caption.encode(TEXTS[i][1]) for i in range(count)])
+    concepts = loaded.concept.collate([loaded.concept.encode(TEXTS[i][0]) for i in range(count)])
+    return images, captions, concepts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TEXTS, build_tiny, load_tiny, pixels
+from models import TEXTS, batch, load_tiny, pixels
 from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
@@ -29,25 +29,6 @@ from harness.models.text import clean_caption, concept_sentence, language_codec
 
 device.probe("cpu")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def loaded(folder):
-    result = load_tiny(folder)
-    result.model.eval()
-    return result
-
-
-def batch(loaded, count=3):
-    images = loaded.normalise(torch.from_numpy(pixels(count)))
-    captions = loaded.caption.collate([loaded.caption.encode(TEXTS[i][1]) for i in range(count)])
-    concepts = loaded.concept.collate([loaded.concept.encode(TEXTS[i][0]) for i in range(count)])
-    return images, captions, concepts
 
 
 # the recipe
@@ -148,9 +129,9 @@ def test_long_captions_keep_the_line_break_that_lavis_cuts_off(opt_codec):
     assert codec.decode(ids) == codec.decode(ids[:-1])
 
 
-def test_the_caption_loss_is_transformers_own_and_never_smoothed(loaded, folder):
+def test_the_caption_loss_is_transformers_own_and_never_smoothed(loaded, tiny_folder):
     """The oracle shifts and averages by itself; LAVIS smooths the Q-Former's losses only."""
-    theirs = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tiny_folder).eval()
     images, captions, _ = batch(loaded)
     tokens = torch.full((len(images), theirs.config.num_query_tokens), theirs.config.image_token_index)
     with torch.no_grad():
@@ -266,9 +247,9 @@ def test_images_are_squashed_by_a_bicubic_filter_and_normalised_with_clips_numbe
 
 
 @pytest.mark.parametrize("fp32", [True, False])
-def test_the_vit_stays_out_of_autocast_where_asked_to(folder, fp32):
+def test_the_vit_stays_out_of_autocast_where_asked_to(tiny_folder, fp32):
     """Its weights are fp32 in any case, as LAVIS has them in fine-tuning; this is its arithmetic, too."""
-    model = load_tiny(folder).model.eval()
+    model = load_tiny(tiny_folder).model.eval()
     images = torch.randn(2, 3, 64, 64)
     seen = {}
     for name in ("vision_model.encoder.layers.0.mlp.fc1", "qformer.encoder.layer.0.intermediate_query.dense"):

@@ -6,35 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TEXTS, build_tiny, load_tiny, pixels
+from models import TEXTS, batch, load_tiny, pixels
 from transformers import Blip2ForConditionalGeneration
 
 from harness.models import loading
 from harness.models.blip2 import IGNORE, freeze
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def loaded(folder):
-    result = load_tiny(folder)
-    result.model.eval()
-    return result
-
-
-def batch(loaded, count=3):
-    images = loaded.normalise(torch.from_numpy(pixels(count)))
-    captions = loaded.caption.collate([loaded.caption.encode(TEXTS[i][1]) for i in range(count)])
-    concepts = loaded.concept.collate([loaded.concept.encode(TEXTS[i][0]) for i in range(count)])
-    return images, captions, concepts
-
-
-def test_language_model_path_equals_transformers(loaded, folder):
+def test_language_model_path_equals_transformers(loaded, tiny_folder):
     """The oracle puts image tokens into input_ids; we put the projected queries before the ids."""
-    theirs = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tiny_folder).eval()
     images, captions, _ = batch(loaded)
     queries = loaded.model.config.num_query_tokens
     image_tokens = torch.full((len(images), queries), theirs.config.image_token_index)
@@ -75,8 +56,8 @@ def test_query_and_text_path_equal_one_masked_pass(loaded):
 
 
 @pytest.mark.parametrize("language_model", [True, False])
-def test_greedy_decoding_equals_the_argmax_of_the_training_path(folder, language_model):
-    loaded = load_tiny(folder, language_model=language_model)
+def test_greedy_decoding_equals_the_argmax_of_the_training_path(tiny_folder, language_model):
+    loaded = load_tiny(tiny_folder, language_model=language_model)
     model = loaded.model.eval()
     images, _, _ = batch(loaded)
     prompt = torch.tensor(loaded.caption.prompt)
@@ -93,9 +74,9 @@ def test_greedy_decoding_equals_the_argmax_of_the_training_path(folder, language
 
 
 @pytest.mark.parametrize("language_model", [True, False])
-def test_beam_search_finds_the_best_of_all_short_sequences(folder, language_model):
+def test_beam_search_finds_the_best_of_all_short_sequences(tiny_folder, language_model):
     """With as many beams as words, the first two tokens are searched exhaustively."""
-    loaded = load_tiny(folder, language_model=language_model)
+    loaded = load_tiny(tiny_folder, language_model=language_model)
     model = loaded.model.eval()
     image = loaded.normalise(torch.from_numpy(pixels(1, seed=3)))
     prompt = torch.tensor(loaded.caption.prompt)
@@ -139,9 +120,9 @@ def test_losses_are_sums_that_do_not_depend_on_the_split_of_a_batch(loaded):
 
 
 @pytest.mark.parametrize("size", [104, 64, 40])
-def test_position_table_resized_once_equals_interpolation_at_each_pass(folder, size):
-    theirs = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
-    ours = load_tiny(folder, image_size=size).model.eval()
+def test_position_table_resized_once_equals_interpolation_at_each_pass(tiny_folder, size):
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tiny_folder).eval()
+    ours = load_tiny(tiny_folder, image_size=size).model.eval()
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = theirs.vision_model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
@@ -158,8 +139,8 @@ def test_both_losses_see_the_image(loaded):
 
 
 @pytest.mark.parametrize("language_model", [True, False])
-def test_every_trained_parameter_takes_part_and_no_frozen_one(folder, language_model):
-    loaded = load_tiny(folder, language_model=language_model)
+def test_every_trained_parameter_takes_part_and_no_frozen_one(tiny_folder, language_model):
+    loaded = load_tiny(tiny_folder, language_model=language_model)
     images, captions, concepts = batch(loaded)
     for text_path in (True, False) if language_model else (True,):
         freeze(loaded.model, train_vision=True, text_path=text_path)
@@ -172,20 +153,20 @@ def test_every_trained_parameter_takes_part_and_no_frozen_one(folder, language_m
                 assert not parameter.requires_grad
 
 
-def test_tiny_is_the_same_in_another_process(folder, tmp_path):
-    again = tmp_path / folder.name
+def test_tiny_is_the_same_in_another_process(tiny_folder, tmp_path):
+    again = tmp_path / tiny_folder.name
     code = f"from models import build_tiny; from pathlib import Path; build_tiny(Path({str(again)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
 
 
-def test_trained_weights_travel_without_the_frozen_language_model(folder, tmp_path):
-    loaded = load_tiny(folder)
+def test_trained_weights_travel_without_the_frozen_language_model(tiny_folder, tmp_path):
+    loaded = load_tiny(tiny_folder)
     with torch.no_grad():
         loaded.model.query_tokens += 1
     loading.save_trained(loaded.model, tmp_path / "best.safetensors")
     assert not any(n.startswith("language_model.") for n in loading.load_file(tmp_path / "best.safetensors"))
-    other = load_tiny(folder)
+    other = load_tiny(tiny_folder)
     loading.load_trained(other.model, tmp_path / "best.safetensors")
     for name, weight in loaded.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name]), name

@@ -325,6 +325,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
         ({"gradient_accumulation_steps": 1}, "train.batch_size for gradient_accumulation_steps"),
         ({"zero_optimization": {"stage": 3}}, "train.zero_stage for zero_optimization.stage"),
         ({"fp16": {"enabled": True}}, "train.precision for fp16"),
+        ({"zero_optimization": 2}, "zero_optimization: got 2; a mapping is allowed"),
     ],
 )
 def test_what_train_decides_is_not_decided_again_in_deepspeeds_words(given, instead):

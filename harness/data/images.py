@@ -5,7 +5,6 @@ import errno
 import hashlib
 import io
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from PIL import Image
 
 from harness.data.readers import Example
 from harness.errors import Problem, UserError
-from harness.store import fingerprint, gb
+from harness.store import fingerprint, free, gb
 
 Progress = Callable[[int, int], None]
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -145,7 +144,7 @@ def _build(
     file: Path, paths: Sequence[Path], size: int, workers: int | None, progress: Progress | None
 ) -> None:
     need = len(paths) * size * size * 3
-    if need > shutil.disk_usage(file.parent).free:
+    if need > free(file.parent):
         raise UserError([_too_full(file.parent, need)])
     squeezed = each(lambda path: _pixels(path, size), paths, workers, progress)
     try:
@@ -175,9 +174,8 @@ def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> 
 
 
 def _too_full(folder: Path, need: int) -> Problem:
-    free = shutil.disk_usage(folder).free
     return Problem(
-        f"the decoded images need {gb(need)}, {gb(free)} are free",
+        f"the decoded images need {gb(need)}, {gb(free(folder))} are free",
         folder,
         key="data.cache",
         hint="Free some, or decode anew in every epoch: --set data.cache=false",
