@@ -153,6 +153,7 @@ def test_every_trained_parameter_takes_part_and_no_frozen_one(tiny_folder, langu
                 assert not parameter.requires_grad
 
 
+@pytest.mark.slow
 def test_tiny_is_the_same_in_another_process(tiny_folder, tmp_path):
     again = tmp_path / tiny_folder.name
     code = f"from models import build_tiny; from pathlib import Path; build_tiny(Path({str(again)!r}))"
