@@ -171,3 +171,13 @@ def test_trained_weights_travel_without_the_frozen_language_model(tiny_folder, t
     loading.load_trained(other.model, tmp_path / "best.safetensors")
     for name, weight in loaded.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name]), name
+
+
+def test_another_process_builds_the_same_tiny_model_to_the_bit(tiny_folder, tmp_path):
+    """tokenizers' WordPiece trainer alone does not: in every process its ties break another way."""
+    code = "import sys, pathlib, models; models.build_tiny(pathlib.Path(sys.argv[1]))"
+    again = tmp_path / tiny_folder.name
+    subprocess.run([sys.executable, "-c", code, str(again)], cwd=Path(__file__).parent, check=True)
+    files = [file.relative_to(tiny_folder) for file in sorted(tiny_folder.rglob("*")) if file.is_file()]
+    assert len(files) > 8
+    assert [name for name in files if (again / name).read_bytes() != (tiny_folder / name).read_bytes()] == []

@@ -35,6 +35,7 @@ PRUNED = """
 base: small.yaml
 variant: opt
 name: pruned
+objective: rouge1
 overrides:
   model: {language_model: false}
   train:
@@ -242,11 +243,11 @@ def _prunes(folder: Path, name: str = "pruned") -> None:
     assert len(bad) == 2
     for run in bad:
         assert (run["status"], run["trial"]["state"]) == ("PRUNED", "PRUNED")
-        assert run["trial"]["reason"].startswith("valid_bertscore 0.")
+        assert run["trial"]["reason"].startswith("valid_rouge1 0.")
         assert "by median" in run["trial"]["reason"]
         losses = folder / "runs" / run["steps"]["train"] / "losses.jsonl"
         rows = [json.loads(line) for line in losses.read_text().splitlines()]
-        told = [row["valid_bertscore"] for row in rows if "valid_bertscore" in row]
+        told = [row["valid_rouge1"] for row in rows if "valid_rouge1" in row]
         assert 0 < len(told) < 4
         assert f"{told[-1]:.4f}" in run["trial"]["reason"]
         assert not (losses.parent / "DONE").exists()

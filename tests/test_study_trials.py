@@ -62,12 +62,12 @@ def score(values: dict) -> float:
 
 
 def worker(spec: Study, folder: Path, log: Path, pause: float) -> None:
-    """Take trials and finish them, noting each that came to its end."""
+    """Take trials and finish them, noting each that came to its end; stay until `over` is there."""
     trials = opened(spec, folder)
     while True:
         trial = trials.take()
         if trial is None:
-            if not trials.busy():
+            if not trials.busy() and (folder / "over").exists():
                 os._exit(0)
             time.sleep(0.01)
             continue
@@ -85,11 +85,11 @@ def results(trials: Trials) -> dict[int, tuple[dict, float]]:
     return {slot: (trial.params, trial.value) for slot, trial in zip(slots, done, strict=True)}
 
 
-def alone(tmp_path: Path) -> dict[int, tuple[dict, float]]:
+def alone(tmp_path: Path, **changes) -> dict[int, tuple[dict, float]]:
     """The same study by one undisturbed process."""
     folder = tmp_path / "alone"
     folder.mkdir()
-    spec = study(folder)
+    spec = study(folder, **changes)
     trials = opened(spec, folder)
     while (trial := trials.take()) is not None:
         trials.finish(trial, "COMPLETE", {"bertscore": score(trial.values)})
@@ -97,7 +97,7 @@ def alone(tmp_path: Path) -> dict[int, tuple[dict, float]]:
 
 
 def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
-    spec, log = study(tmp_path), tmp_path / "log"
+    spec, log = study(tmp_path, trials=60), tmp_path / "log"
     draw = random.Random(5)
 
     def begin() -> multiprocessing.Process:
@@ -105,19 +105,25 @@ def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
         process.start()
         return process
 
-    running = [begin(), begin()]
+    log.touch()
+    running, done, end = [begin(), begin()], 0, time.monotonic() + 100
     for _ in range(10):
-        time.sleep(draw.uniform(0.1, 0.6))
+        while len(log.read_text().splitlines()) == done:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        done = len(log.read_text().splitlines())
         victim = running.pop(draw.randrange(2))
-        os.kill(victim.pid, signal.SIGKILL)
+        victim.kill()
         victim.join()
         running.append(begin())
+    (tmp_path / "over").touch()
     for process in running:
-        process.join(60)
+        process.join(100)
         assert process.exitcode == 0
     trials = opened(spec, tmp_path)
     found = results(trials)
-    assert found == alone(tmp_path)
+    assert found == alone(tmp_path, trials=60)
     assert sum("retry_of" in trial.user_attrs for trial in trials.study.trials) > 3
     assert len(found) == spec.trials
     for line in log.read_text().splitlines():

@@ -76,15 +76,20 @@ def image_side(config: TinyConfig) -> int:
 
 
 def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folder: Path) -> None:
-    """Train both tokenizers, once: tokenizers' trainers break ties differently in every process."""
+    """Train both tokenizers; the same texts give the same files."""
     corpus = [text for pair in texts for text in pair]
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer(lowercase=True)
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DEC]
+    # the trainer numbers letters within words in the order of a hash map, another one in every process, and
+    # breaks ties by these numbers (tokenizers issue 1794); special tokens it numbers as they are given
+    within = sorted({"##" + letter for text in corpus for word in _words(words, text) for letter in word[1:]})
     words.train_from_iterator(
         corpus,
-        trainers.WordPieceTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False),
+        trainers.WordPieceTrainer(
+            vocab_size=config.vocab_size, special_tokens=special + within, show_progress=False
+        ),
     )
     vocabulary = sorted(words.get_vocab().items(), key=lambda item: item[1])
     (folder / QFORMER_TOKENIZER).mkdir(parents=True, exist_ok=True)
@@ -111,6 +116,11 @@ def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folde
         pad_token=_PAD,
         additional_special_tokens=[_IMAGE],
     ).save_pretrained(folder)
+
+
+def _words(tokenizer: Tokenizer, text: str) -> list[str]:
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    return [word for word, _ in pieces]
 
 
 def _blip2_config(
