@@ -1,11 +1,13 @@
 """Several ranks: started here by torch's or DeepSpeed's launcher, or found to be started by SLURM."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,13 @@ _GRACE = 60  # seconds for the ranks to write down that they were interrupted
 def is_rank() -> bool:
     """Whether this process was started by a launcher."""
     return "RANK" in os.environ
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the parent dies, so that no ranks train on after a launcher's SIGKILL; Linux only."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def here(arguments: Sequence[str], processes: int) -> int:

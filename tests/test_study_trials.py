@@ -134,6 +134,7 @@ def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
 
 def holder(spec: Study, folder: Path, taken: Path) -> None:
     trial = opened(spec, folder).take()
+    trial.report(0.5, trial.number + 1)
     taken.write_text(json.dumps([trial.number, trial.values]))
     time.sleep(60)
 
@@ -175,6 +176,8 @@ def test_a_lost_trial_is_retried_with_its_parameters_as_often_as_allowed(tmp_pat
         "its process was gone, 3 times in a row",
     ]
     assert [trial.user_attrs.get("retry_of") for trial in told[:3]] == [None, 0, 0]
+    # the pruner knows what training will not validate again
+    assert [set(trial.intermediate_values) for trial in told[:4]] == [{1}, {1, 2}, {1, 2, 3}, set()]
 
 
 def taker(spec: Study, folder: Path, gate: Path, log: Path) -> None:
@@ -184,7 +187,8 @@ def taker(spec: Study, folder: Path, gate: Path, log: Path) -> None:
     trial = trials.take()
     with log.open("a") as file:
         file.write(f"{trial.retry_of}\n")
-    time.sleep(1)
+    while len(log.read_text().splitlines()) < 4:  # the trial of one who leaves is lost, and found again
+        time.sleep(0.01)
 
 
 def test_two_that_find_the_same_lost_trial_retry_it_once(tmp_path):

@@ -357,14 +357,14 @@ def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monke
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:secret@"))
         start = time.monotonic()
         follower = tracking.start(folder.parent)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         log = folder.parent / "mlflow.log"
         while "base-s1" not in log.read_text():  # it has tried once, as in any real run
             assert time.monotonic() - start < 60
             time.sleep(0.2)
         start = time.monotonic()
         sentence = follower.finish()
-        assert time.monotonic() - start < 12
+        assert time.monotonic() - start < 30
     assert "harness sync" in sentence
     assert address in sentence
     assert "secret" not in sentence + log.read_text()

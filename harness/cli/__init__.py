@@ -63,6 +63,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
         signal.signal(signal.SIGHUP, _interrupt)
+    if launch.is_rank():
+        launch.end_with_parent()
     code = 0
     try:
         _run_command()

@@ -63,6 +63,8 @@ def run(
     from harness.study import storage
     from harness.study import workers as processes
 
+    if processes.is_worker():
+        launch.end_with_parent()
     launch.adopt_slurm(os.environ)
     spec = _load(file, sets, device, base, variant, trials)
     chosen = storage.choose(spec, _folder(spec), workers)

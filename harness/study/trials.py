@@ -8,7 +8,7 @@ one more lock, so that two workers never take or retry the same trial.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class Trial:
     retry_of: int | None
     asked: optuna.Trial
     lock: FileLock
+    reported: set[int] = field(default_factory=set)
+
+    def report(self, value: float, epoch: int) -> None:
+        """Tell the pruner a validation score; one of an epoch that is repeated counts as first told."""
+        if epoch not in self.reported:
+            self.asked.report(value, epoch)
+            self.reported.add(epoch)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -80,7 +87,11 @@ class Trials:
             asked = self.study.ask()
             lock = self._lock_of(asked.number)
             lock.acquire()
-        return Trial(asked.number, slot, self._draw(asked), asked.user_attrs.get("retry_of"), asked, lock)
+        trial = Trial(asked.number, slot, self._draw(asked), asked.user_attrs.get("retry_of"), asked, lock)
+        if (before := asked.user_attrs.get("after")) is not None:  # training goes on from what it had done
+            for epoch, value in sorted(known[before].intermediate_values.items()):
+                trial.report(value, epoch)
+        return trial
 
     def busy(self) -> bool:
         """Whether other processes work at trials, which might come back."""

@@ -105,7 +105,7 @@ class _Worker:
         (metric,) = self.spec.objective
         name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
         epoch = int(row["epoch"]) + (plan.config.train.stage1.epochs if row["stage"] == 2 else 0)
-        trial.asked.report(row[name], epoch)
+        trial.report(row[name], epoch)
         if not trial.asked.should_prune():
             return None
         judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
