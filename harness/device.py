@@ -73,6 +73,15 @@ def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
     return Device("cpu", 1, _cpu_name(), why_not)
 
 
+def shortage(wanted: Literal["auto", "npu", "cuda", "cpu"], processes: int) -> Problem | None:
+    """What is wrong where a launch here wants more processes than there are devices; CPUs take any number."""
+    found = probe(wanted)
+    if found.kind == "cpu" or processes <= found.count:
+        return None
+    what = f"got {processes}, but this machine shows {found.count} {found.kind} ({found.name})"
+    return Problem(what, key="--nproc", hint="Several ranks on CPUs: --device cpu.")
+
+
 def _try(kind: Kind) -> tuple[int, str]:
     package = _PACKAGES[kind]
     if importlib.util.find_spec(package) is None:

@@ -208,12 +208,12 @@ def test_a_process_that_waits_builds_what_a_killed_one_began(examples, tmp_path)
 
 def test_what_is_still_being_built_is_not_swept_away(examples, tmp_path):
     images, cache = examples[0].image.parent, tmp_path / "cache"
-    slow = builder(images, cache, 40)
+    slow = builder(images, cache, 200)
     wait_for(lambda: list(cache.glob("*.tmp")))
     slow.send_signal(signal.SIGSTOP)
     assert builder(images, cache, 1, 8).communicate()[0].split()[0] == "5"
     slow.send_signal(signal.SIGCONT)
-    assert slow.communicate()[0].split()[0] == "200"
+    assert slow.communicate()[0].split()[0] == "1000"
 
 
 def test_decoders_do_not_run_away_from_a_slow_writer():

@@ -105,6 +105,7 @@ def on_cpu(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 def beside(on_cpu: tuple[Path, subprocess.CompletedProcess], folder: Path) -> Path:
     """A folder with the data and the untrained model of the run on the CPU."""
+    folder.mkdir(exist_ok=True)
     shutil.copy(on_cpu[0] / "small.yaml", folder)
     shutil.copytree(on_cpu[0] / "data", folder / "data")
     for step in (on_cpu[0] / "runs" / "steps").glob("tiny-*"):
@@ -213,3 +214,29 @@ def test_an_npu_that_does_not_work_is_passed_over_with_the_reason(npu, tmp_path,
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert checks["not used: npu"]["found"].startswith(reason)
     assert not checks["device"]["found"].startswith("npu")
+
+
+@pytest.mark.slow
+def test_more_ranks_than_npus_are_refused_before_any_starts(npu, tmp_path):
+    (tmp_path / "small.yaml").write_text(experiment())
+    done = run(tmp_path, npu, "run", "small.yaml", "--nproc", "3")
+    assert done.returncode == 2
+    assert "--nproc: got 3, but this machine shows 2 npu (make-believe NPU)" in done.stderr
+    assert "train.batch_size: got" in done.stderr  # and all else that is wrong
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_torch_npu_that_breaks_torch_leaves_ranks_on_the_cpu_alone(on_cpu, tmp_path):
+    """As on a login node: installed, told to torch as a backend to load by itself, and without CANN."""
+    info = tmp_path / "installed" / "torch_npu-2.9.dist-info"
+    (tmp_path / "installed" / "torch_npu").mkdir(parents=True)
+    (tmp_path / "installed" / "torch_npu" / "__init__.py").write_text("raise ImportError('libascend_hal.so')")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.9\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    environment = plain() | {"PYTHONPATH": str(tmp_path / "installed")}
+    assert "torch_npu" in run(tmp_path, environment, "import torch", program=("-c",)).stderr
+    folder = beside(on_cpu, tmp_path / "project")
+    record = finished(folder, run(folder, environment, "run", "small.yaml", "--nproc", "2"))
+    assert losses(folder, record) == losses(on_cpu[0], finished(*on_cpu))

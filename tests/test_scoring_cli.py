@@ -302,7 +302,7 @@ def test_runs_that_are_none(golden, tmp_path):
 
 def test_ctrl_c_ends_with_130(golden, tmp_path):
     """Interrupted while METEOR works in its thread: neither a traceback nor a wait for it."""
-    many = {f"x_{n}": f"{text} {n}" for n in range(400) for text in ["axial ct of the chest with a mass"]}
+    many = {f"x_{n}": f"{text} {n}" for n in range(4000) for text in ["axial ct of the chest with a mass"]}
     for name in ("p.csv", "r.csv"):
         captions.write_captions(tmp_path / name, many)
     command = [
@@ -317,7 +317,7 @@ def test_ctrl_c_ends_with_130(golden, tmp_path):
         "meteor",
     ]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert "400 captions" in running.stderr.readline()
+    assert "4,000 captions" in running.stderr.readline()
     time.sleep(1.5)
     began = time.perf_counter()
     running.send_signal(signal.SIGINT)

@@ -158,12 +158,17 @@ def run(
 
 
 def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> int:
+    from harness import device
     from harness.schedule import indivisible
 
-    if not hostfile and (found := [p for config in configs if (p := indivisible(config.train, nproc or 1))]):
-        raise UserError(list(dict.fromkeys(found)))
-    arguments = sys.argv[1:]
-    return launch.on_hosts(arguments, hostfile, nproc) if hostfile else launch.here(arguments, nproc or 1)
+    if hostfile:
+        return launch.on_hosts(sys.argv[1:], hostfile, nproc)
+    ranks = nproc or 1
+    found = [device.shortage(config.device, ranks) for config in configs]
+    found += [indivisible(config.train, ranks) for config in configs]
+    if problems := list(dict.fromkeys(filter(None, found))):
+        raise UserError(problems)
+    return launch.here(sys.argv[1:], ranks)
 
 
 def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:

@@ -156,13 +156,14 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
 
 def _run_ranks(spec: "Study", ranks: int) -> int:
     """Start the ranks of one worker -> their exit code; anew after a trial that failed or lost a rank."""
-    from harness import launch
+    from harness import device, launch
     from harness.plan import prepare
     from harness.schedule import indivisible
     from harness.study.storage import read_record
 
-    if problem := indivisible(spec.base.train, ranks):
-        raise UserError([problem])
+    found = [device.shortage(spec.base.device, ranks), indivisible(spec.base.train, ranks)]
+    if problems := list(filter(None, found)):
+        raise UserError(problems)
     prepare([spec.base], Terminal())  # what is wrong with the base is said once
     known, idle = read_record(_folder(spec)).get("trials"), 0
     while True:
