@@ -106,28 +106,31 @@ class Builder:
         else:
             standins.build_clip([example.image for example in examples], captions, directory)
 
+    @property
+    def _checkpoint(self) -> Path:
+        name = self.config.model.checkpoint
+        return self.plan.directory("tiny") if name == "tiny" else checkpoints.find(name).folder
+
     def _load(self) -> "Loaded":
+        from harness import engine
         from harness.models import loading
 
-        model = self.config.model
-        folder = (
-            self.plan.directory("tiny")
-            if model.checkpoint == "tiny"
-            else checkpoints.find(model.checkpoint).folder
-        )
-        return loading.load(model, folder, self.config.train.max_caption_tokens, self.config.train.dropout)
+        config = self.config.train
+        how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
+        return loading.load(*how, language_dtype=engine.language_dtype(config, self.kind))
 
     def _train(self, directory: Path) -> None:
         from harness import plots, schedule, train
+        from harness.models import loading
         from harness.models.text import Text
 
-        device.seed_everything(self.config.seed)
-        texts = self._load()
+        most = self.config.train.max_caption_tokens
+        caption, concept = loading.codecs(self.config.model, self._checkpoint, most)
 
         def split(name: str) -> train.Split:
             pairs = self._texts(name)
-            concepts: list[Text | None] = [texts.concept.encode(c) if c else None for c, _ in pairs]
-            captions = [texts.caption.encode(caption) for _, caption in pairs]
+            concepts: list[Text | None] = [concept.encode(s) if s else None for s, _ in pairs]
+            captions = [caption.encode(text) for _, text in pairs]
             ids = [example.id for example in self.data.splits[name]]
             return train.Split(ids, self._pixels(name), captions, concepts)
 
@@ -217,6 +220,7 @@ class Builder:
 
     def _score(self, stage: str, directory: Path) -> bool:
         """Score captions, or take the scores of the same captions from the step that has them."""
+        self._model = None  # the neural metrics want its memory
         source = self.plan.directory("predict-valid" if stage == "before" else "postprocess-valid")
         inputs = dict(self.plan.inputs[f"score-{stage}"])
         inputs["captions"] = (source / PREDICTIONS).read_text(encoding="utf-8")

@@ -224,15 +224,14 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
         yield Check("memory", True, f"not estimated: the sizes of {name} are not known without its config")
     for kind, configs in by_kind.items():
         model = forecast.largest([_model(config, kind) for config in configs])
-        loading = max(map(_loading_bytes, configs))
         if kind == "cpu":
-            yield _fits("memory", "RAM", model, _ram(), 1, loading)
+            yield _fits("memory", "RAM", model, _ram(), 1)
             yield Check("memory of typical cards", True, _on_cards(configs))
             continue
         count, free = device.probe(configs[0].device).count, device.module(kind).mem_get_info(0)[0]
         yield _fits(f"memory of the {kind}", kind, model, free, count)
         host = memory.usage(model, memory.configured(model.config, 1)).host
-        yield _loads(_ram(), loading + host)
+        yield _loads(_ram(), model.weights + host, count)
 
 
 def _model(config: Config, kind: str) -> Model:
@@ -249,26 +248,25 @@ def _on_cards(configs: Sequence[Config]) -> str:
     )
 
 
-def _fits(name: str, what: str, model: Model, free: float, most: int, loading: int = 0) -> Check:
+def _fits(name: str, what: str, model: Model, free: float, most: int) -> Check:
     """Whether the configured training fits one device, else the simplest means on at most `most`."""
     setup = memory.configured(model.config, 1)
-    need = max(memory.needed(model, setup), loading)
+    need = memory.needed(model, setup)
     found = f"{gb(free)} of {what} free; {gb(need)} needed: {_parts(model, setup)}"
     if need <= free:
         return Check(name, True, found)
-    return Check(name, False, found, _cure(model, free, most, loading))
+    return Check(name, False, found, _cure(model, free, most))
 
 
-def _cure(model: Model, free: float, most: int, loading: int) -> str:
-    setup = memory.smallest(model, free, most) if loading <= free else None
-    if setup is not None:
+def _cure(model: Model, free: float, most: int) -> str:
+    if setup := memory.smallest(model, free, most):
         return f"{forecast.fits(setup, model)}: {gb(memory.needed(model, setup))}"
     fix = "Use a machine with more memory, or a smaller model.checkpoint"
     if model.kind != "cpu" and (more := memory.smallest(model, free)):
         fix = f"Such a device each for more ranks: {forecast.fits(more, model)}"
     if model.config.train_vision:
         frozen = model.without_vision()
-        least = max(memory.needed(frozen, memory.configured(frozen.config, 1)), loading)
+        least = memory.needed(frozen, memory.configured(frozen.config, 1))
         fix += f"; with --set train.train_vision=false it is {gb(least)}"
     return f"{fix}."
 
@@ -283,16 +281,12 @@ def _parts(model: Model, setup: Setup) -> str:
     )
 
 
-def _loads(free: float, need: int) -> Check:
-    found = f"{gb(free)} of RAM free; {gb(need)} needed: all weights once in fp32, and what is offloaded"
-    fix = None if need <= free else "Use a machine with more memory, or a smaller model.checkpoint."
-    return Check("memory", need <= free, found, fix)
-
-
-def _loading_bytes(config: Config) -> int:
-    found = _sizes(config)
-    assert found is not None
-    return sum(vars(found).values()) * _WEIGHT
+def _loads(free: float, need: int, ranks: int) -> Check:
+    fit = min(int(free // need), ranks)
+    found = f"{gb(free)} of RAM free; each rank needs {gb(need)}, for all weights once and what is offloaded"
+    if ranks > 1:
+        found += f": enough for {fit} of {ranks} ranks"
+    return Check("memory", fit > 0, found, None if fit else "Use a machine with more memory.")
 
 
 def _in_bf16(config: Config, kind: str) -> bool:

@@ -26,8 +26,8 @@ def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
     """Put a model on its device, the frozen language model in the precision that it computes in."""
     model.autocast_dtype = precision(config, kind)
     model.vision_in_fp32 = config.vision_precision == "fp32"
-    if model.language_model is not None and model.autocast_dtype is not None:
-        model.language_model.to(model.autocast_dtype)
+    if model.language_model is not None:
+        model.language_model.to(language_dtype(config, kind))
     if kind == "cpu":  # torch's fused attention is slower there than plain products, backwards above all
         for part in (model.vision_model, model.language_model):
             if part is not None:
@@ -42,6 +42,11 @@ def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
     if config.precision == "auto":
         return torch.bfloat16 if devices.has_bf16(kind) else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
+
+
+def language_dtype(config: TrainConfig, kind: devices.Kind) -> torch.dtype:
+    """What the frozen language model is kept in: the precision that it computes in."""
+    return precision(config, kind) or torch.float32
 
 
 def engine(

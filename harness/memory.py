@@ -90,6 +90,11 @@ class Model:
         vision = 0 if self.config.train_vision else sizes.vision
         return _FLOAT * vision + (2 if self.half else _FLOAT) * sizes.language_model
 
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights, which every rank loads whole."""
+        return _FLOAT * self.trained + self.frozen
+
     def activations(self, micro_batch: int) -> Activations:
         """Those of the stage that takes more, with every text as long as the config allows."""
         return max(
@@ -136,7 +141,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     """
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
     whole, shard = _FLOAT * numbers, _FLOAT * numbers // shards
-    weights = whole + model.frozen if stage < 3 else (whole + model.frozen) // shards
+    weights = model.weights if stage < 3 else model.weights // shards
     bucket = _FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 step a flat copy of their part of the weights
     moments = (_MOMENTS * numbers) // (shards if stage else 1)
@@ -148,7 +153,7 @@ def usage(model: Model, setup: Setup) -> Usage:
         buffers += min(bucket, whole)
         gradients += shard if _accumulates(model.config, setup) else 0
     if stage == 3:
-        buffers += min(_gathered(model), whole + model.frozen)
+        buffers += min(_gathered(model), model.weights)
     host = 0
     if setup.offload:
         # gradients twice, and what AdamW needs to step a tensor as large as the shard
@@ -160,7 +165,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     # glibc keeps what the activations took, in pieces too small for the optimiser's flat tensors
     moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
     if stage == 3:  # validation captions with a whole copy
-        moment = max(moment, whole + model.frozen)
+        moment = max(moment, model.weights)
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)

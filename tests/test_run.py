@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,33 @@ def test_rows_that_differ_in_deduplication_share_training_and_captions(folder, f
     (losses,) = trained(folder)
     rows = [json.loads(line) for line in losses.read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+
+
+def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(folder, finished, tmp_path):
+    """At full size they are 10 GB for each rank, and were 30 GB when loaded twice, in fp32."""
+    for name in ("data", *(step.relative_to(folder) for step in (folder / "runs" / "steps").glob("tiny-*/"))):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    code = """if True:
+        from harness import cli
+        from harness.models import loading
+        load = loading.load
+        def told(*arguments, **options):
+            loaded = load(*arguments, **options)
+            print(*{f"{name} in {weight.dtype}" for name, part in loaded.model.named_children()
+                    for weight in part.parameters()}, sep="\\n")
+            return loaded
+        loading.load = told
+        cli.main()
+    """
+    arguments = ("run", "small.yaml", "--set", "train.precision=bf16", "--set", "predict.splits=[valid]")
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    told = [line for line in done.stdout.splitlines() if " in torch." in line]
+    whole = ["cls", "embeddings", "language_projection", "qformer", "vision_model"]
+    assert sorted(told) == sorted(
+        ["language_model in torch.bfloat16", *(f"{p} in torch.float32" for p in whole)]
+    )
 
 
 def test_losses_and_validation_are_logged_by_step(folder, finished):

@@ -45,41 +45,56 @@ class Loaded:
         return planes.sub_(mean).div_(std)
 
 
-def load(config: ModelConfig, folder: Path, max_tokens: int, dropout: float | None = None) -> Loaded:
-    """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
+def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, Codec]:
+    """The codecs of captions and of concept sentences, without any weights.
 
-    Raises `UserError` naming the weights that no configured checkpoint holds.
+    Raises `UserError` where no configured checkpoint has a tokenizer for the Q-Former's text path.
     """
     text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
-    tokenizer = _qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head])
+    concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
+    if not config.language_model:
+        return concept, concept
+    language, blip2 = AutoTokenizer.from_pretrained(folder), Blip2Config.from_pretrained(folder)
+    return language_codec(language, blip2.text_config, config.prompt, max_tokens), concept
+
+
+def load(
+    config: ModelConfig,
+    folder: Path,
+    max_tokens: int,
+    dropout: float | None = None,
+    language_dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
+
+    Weights are fp32; those of the frozen language model, two thirds of all, are read as `language_dtype`.
+    Raises `UserError` naming the weights that no configured checkpoint holds.
+    """
+    caption, concept = codecs(config, folder, max_tokens)
     blip2 = Blip2Config.from_pretrained(folder)
-    blip2.qformer_config.vocab_size = len(tokenizer)
+    blip2.qformer_config.vocab_size = len(concept.tokenizer)
     if dropout is not None:
         blip2.qformer_config.hidden_dropout_prob = dropout
         blip2.qformer_config.attention_probs_dropout_prob = dropout
     # what is missing is reported below, as an error; what is not needed is no news
     logging.set_verbosity_error()
+    parts = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
     model, info = Captioner.from_pretrained(
         folder,
         config=blip2,
         language_model=config.language_model,
-        dtype=torch.float32,
+        dtype=parts | {"text_config": language_dtype},
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
     lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
-    lacking = _fill(model, lacking - _TIED, [f for f in (text, head) if f])
+    texts = [_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint)]
+    lacking = _fill(model, lacking - _TIED, filter(None, texts))
     if lacking:
         raise UserError([_unfilled(lacking, folder)])
     model.tie_weights()
     model.resize_images(config.image_size)
-    mean, std = _pixel_units(folder)
-    concept = qformer_codec(tokenizer, max_tokens)
-    caption = concept
-    if config.language_model:
-        language = AutoTokenizer.from_pretrained(folder)
-        caption = language_codec(language, blip2.text_config, config.prompt, max_tokens)
-    return Loaded(model, caption, concept, mean, std)
+    return Loaded(model, caption, concept, *_pixel_units(folder))
 
 
 def _folder(name: str | None) -> Path | None:

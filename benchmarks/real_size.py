@@ -1,0 +1,167 @@
+"""BLIP-2 at its real size (ViT-g, Q-Former, OPT-2.7B; random weights) on one device: speed, memory, FLOPs.
+
+    python benchmarks/real_size.py                                                  # as the paper trains it
+    python benchmarks/real_size.py --image-size 224 --micro-batch 2 --frozen-vit    # on a laptop with 20 GB
+
+Two micro batches a step, texts of 48 tokens, gradient checkpointing. Prints images/s of training and of
+captioning (32 new tokens, greedy), the peak of memory while training beside what `doctor` predicts, and which
+part of the device's own rate for matrix products a training step reaches. Its FLOPs are those of one forward
+and backward pass as torch counts them on tensors without contents; what checkpointing computes again is no
+progress, and is left out.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import device, memory
+from harness.config import ModelConfig, TrainConfig
+from harness.memory import GB, Model
+from harness.models import sizes
+
+TEXT, NEW, STEPS = 48, 32, 2
+
+
+def captioner(config: TrainConfig, image_size: int, kind: device.Kind):
+    """The model with random weights, its frozen language model in the precision that it computes in."""
+    import torch
+    from transformers import Blip2Config
+
+    from harness.engine import language_dtype, place
+    from harness.models.blip2 import Captioner, freeze
+
+    blip2 = Blip2Config(
+        text_config={"model_type": "opt", **sizes.OPT_2_7B},
+        qformer_config={"vocab_size": 30523},
+        vision_config={"image_size": image_size},
+    )
+    blip2.text_config.dtype = language_dtype(config, kind)
+    with device.torch_device(kind):
+        model = Captioner(blip2)
+    torch.nn.init.normal_(model.query_tokens, std=0.02)
+    place(model, config, kind)
+    freeze(model, config.train_vision, text_path=True)
+    return model
+
+
+def batch(config: TrainConfig, image_size: int, place: object) -> tuple:
+    """Images and texts of one micro batch, as `Captioner.forward` takes them."""
+    import torch
+
+    ids = torch.ones(config.micro_batch_size, TEXT, dtype=torch.long, device=place)
+    pixels = torch.rand(config.micro_batch_size, 3, image_size, image_size, device=place)
+    return pixels, *[{"ids": ids, "mask": ids, "labels": ids}] * 2
+
+
+def step_flops(config: TrainConfig, image_size: int) -> int:
+    """FLOPs of the forward and backward pass of one optimiser step."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Blip2Config
+
+    from harness.models.blip2 import Captioner, freeze
+
+    words = {"model_type": "opt", **sizes.OPT_2_7B}
+    blip2 = Blip2Config(text_config=words, qformer_config={"vocab_size": 30523})
+    blip2.vision_config.image_size = image_size
+    with torch.device("meta"):
+        model = Captioner(blip2).train()
+        freeze(model, config.train_vision, text_path=True)
+        with FlopCounterMode(display=False) as counted:
+            losses = model(*batch(config, image_size, "meta"))
+            (losses.caption + losses.concept).backward()
+    return counted.get_total_flops() * config.batch_size // config.micro_batch_size
+
+
+def seconds(act: Callable[[], object], kind: device.Kind, times: int) -> float:
+    """Seconds that one of `times` calls takes, after one that does not count."""
+    wait = getattr(device.module(kind), "synchronize", lambda: None)
+    act()
+    wait()
+    begun = time.perf_counter()
+    for _ in range(times):
+        act()
+    wait()
+    return (time.perf_counter() - begun) / times
+
+
+def rate(config: TrainConfig, kind: device.Kind) -> float:
+    """FLOPs a second of the device's matrix products, in the precision of training."""
+    import torch
+
+    from harness.engine import language_dtype
+
+    square = torch.rand(4096, 4096, device=device.torch_device(kind), dtype=language_dtype(config, kind))
+    return 2 * 4096**3 / seconds(lambda: square @ square, kind, 10)
+
+
+def peak(kind: device.Kind) -> int:
+    """Bytes: of this process on a CPU, else what the device had allocated."""
+    if kind == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return device.module(kind).max_memory_allocated()
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--image-size", type=int, default=364)
+    options.add_argument("--micro-batch", type=int, default=16)
+    options.add_argument("--frozen-vit", action="store_true")
+    options.add_argument("--device", default="auto", choices=["auto", "npu", "cuda", "cpu"])
+    given = options.parse_args()
+    found = device.probe(given.device)
+    config = TrainConfig(
+        micro_batch_size=given.micro_batch,
+        batch_size=2 * given.micro_batch,
+        max_caption_tokens=TEXT,
+        train_vision=not given.frozen_vit,
+        gradient_checkpointing=True,
+    )
+    import torch
+
+    from harness.engine import engine, precision
+
+    kind, size = found.kind, given.image_size
+    half = precision(config, kind) is not None
+    shape = sizes.of_model(ModelConfig(checkpoint=sizes.PUBLISHED[0], image_size=size))
+    said = memory.needed(Model(shape, config, kind, half), memory.configured(config, 1))
+    per_step, best = step_flops(config, size), rate(config, kind)
+
+    model = captioner(config, size, kind)
+    inputs = batch(config, size, device.torch_device(kind))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = engine(model.train(), config, kind, Path(folder))
+
+        def step() -> None:
+            for _ in range(2):
+                losses = trainer(*inputs)
+                trainer.backward((losses.caption + losses.concept) / inputs[1]["ids"].numel())
+                trainer.step()
+
+        training = seconds(step, kind, STEPS)
+    reached = peak(kind)
+    model.eval()
+    prompt = torch.ones(4, dtype=torch.long, device=inputs[0].device)
+    decoding = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1}
+    captioning = seconds(lambda: model.caption(inputs[0], prompt, 2, 1, **decoding), kind, 1)
+
+    numbers = sum(p.numel() for p in model.parameters()) / 1e9
+    which = "frozen" if given.frozen_vit else "trained"
+    print(f"{found.name} ({kind}), {numbers:.2f} B parameters, {size} pixels, ViT {which}, ", end="")
+    print(f"micro batch {given.micro_batch}, {'half precision' if half else 'fp32'}")
+    print(f"training     {config.batch_size / training:10.3f} images/s   {training:.2f} s a step")
+    print(f"captioning   {given.micro_batch / captioning:10.3f} images/s")
+    print(f"memory       {reached / GB:10.1f} GB peak   {said / GB:.1f} GB predicted   {said / reached:.2f}")
+    print(
+        f"arithmetic   {per_step / training / 1e12:10.3f} TFLOP/s   {per_step / training / best:.0%} of ",
+        end="",
+    )
+    print(f"{best / 1e12:.3f} in matrix products;   {per_step / config.batch_size / 1e12:.2f} TFLOP an image")
+
+
+if __name__ == "__main__":
+    main()
