@@ -6,8 +6,7 @@
 Two micro batches a step, texts of 48 tokens, gradient checkpointing. Prints images/s of training and of
 captioning (32 new tokens, greedy), the peak of memory while training beside what `doctor` predicts, and which
 part of the device's own rate for matrix products a training step reaches. Its FLOPs are those of one forward
-and backward pass as torch counts them on tensors without contents; what checkpointing computes again is no
-progress, and is left out.
+and backward pass as torch counts them; what checkpointing computes again is no progress, and is left out.
 """
 
 import argparse
@@ -56,24 +55,16 @@ def batch(config: TrainConfig, image_size: int, place: object) -> tuple:
     return pixels, *[{"ids": ids, "mask": ids, "labels": ids}] * 2
 
 
-def step_flops(config: TrainConfig, image_size: int) -> int:
-    """FLOPs of the forward and backward pass of one optimiser step."""
-    import torch
+def image_flops(model, inputs: tuple) -> int:
+    """FLOPs of the forward and backward pass of one image with its texts."""
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import Blip2Config
 
-    from harness.models.blip2 import Captioner, freeze
-
-    words = {"model_type": "opt", **sizes.OPT_2_7B}
-    blip2 = Blip2Config(text_config=words, qformer_config={"vocab_size": 30523})
-    blip2.vision_config.image_size = image_size
-    with torch.device("meta"):
-        model = Captioner(blip2).train()
-        freeze(model, config.train_vision, text_path=True)
-        with FlopCounterMode(display=False) as counted:
-            losses = model(*batch(config, image_size, "meta"))
-            (losses.caption + losses.concept).backward()
-    return counted.get_total_flops() * config.batch_size // config.micro_batch_size
+    model.gradient_checkpointing_disable()
+    pixels, *texts = inputs
+    with FlopCounterMode(display=False) as counted:
+        losses = model(pixels[:1], *({key: ids[:1] for key, ids in text.items()} for text in texts))
+        (losses.caption + losses.concept).backward()
+    return counted.get_total_flops()
 
 
 def seconds(act: Callable[[], object], kind: device.Kind, times: int) -> float:
@@ -129,8 +120,7 @@ def main() -> None:
     half = precision(config, kind) is not None
     shape = sizes.of_model(ModelConfig(checkpoint=sizes.PUBLISHED[0], image_size=size))
     said = memory.needed(Model(shape, config, kind, half), memory.configured(config, 1))
-    per_step, best = step_flops(config, size), rate(config, kind)
-
+    best = rate(config, kind)
     model = captioner(config, size, kind)
     inputs = batch(config, size, device.torch_device(kind))
     with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +134,7 @@ def main() -> None:
 
         training = seconds(step, kind, STEPS)
     reached = peak(kind)
+    per_image = image_flops(model, inputs)
     model.eval()
     prompt = torch.ones(4, dtype=torch.long, device=inputs[0].device)
     decoding = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1}
@@ -156,11 +147,9 @@ def main() -> None:
     print(f"training     {config.batch_size / training:10.3f} images/s   {training:.2f} s a step")
     print(f"captioning   {given.micro_batch / captioning:10.3f} images/s")
     print(f"memory       {reached / GB:10.1f} GB peak   {said / GB:.1f} GB predicted   {said / reached:.2f}")
-    print(
-        f"arithmetic   {per_step / training / 1e12:10.3f} TFLOP/s   {per_step / training / best:.0%} of ",
-        end="",
-    )
-    print(f"{best / 1e12:.3f} in matrix products;   {per_step / config.batch_size / 1e12:.2f} TFLOP an image")
+    done = per_image * config.batch_size / training
+    print(f"arithmetic   {done / 1e12:10.3f} TFLOP/s    {per_image / 1e12:.2f} TFLOP an image; ", end="")
+    print(f"{done / best:.0%} of {best / 1e12:.3f} TFLOP/s in matrix products")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How each step is built: the one room that brings model, data, metrics and post-processing together."""
 
 import contextlib
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ class Builder:
         from harness import engine
         from harness.models import loading
 
+        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
         config = self.config.train
         how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
         return loading.load(*how, language_dtype=engine.language_dtype(config, self.kind))
@@ -221,6 +223,7 @@ class Builder:
     def _score(self, stage: str, directory: Path) -> bool:
         """Score captions, or take the scores of the same captions from the step that has them."""
         self._model = None  # the neural metrics want its memory
+        gc.collect()
         source = self.plan.directory("predict-valid" if stage == "before" else "postprocess-valid")
         inputs = dict(self.plan.inputs[f"score-{stage}"])
         inputs["captions"] = (source / PREDICTIONS).read_text(encoding="utf-8")

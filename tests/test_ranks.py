@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 from models import build_tiny
+from safetensors.torch import load_file
 from test_run import EXPERIMENT
 from test_training import by_hand
 from test_training import config as settings
 
 from harness import device, launch
-from harness.models.loading import load_file
 from harness.resume import Checkpoints, State
 
 device.probe("cpu")

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import TEXTS, build_tiny, load_tiny, pixels
+from safetensors.torch import load_file
 
 from harness import device, schedule, train
 from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.models.blip2 import IGNORE, freeze
-from harness.models.loading import load_file
 
 device.probe("cpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -201,9 +201,14 @@ def save_trained(model: Captioner, path: Path) -> None:
 
 
 def load_trained(model: Captioner, path: Path) -> None:
-    """Read what `save_trained` wrote into a model of the same shape."""
-    weights = load_file(path)
+    """Read what `save_trained` wrote into a model of the same shape, one weight after the other."""
     own = trained_weights(model)
-    if weights.keys() != own.keys():
-        raise ValueError(f"{path} holds other weights: {sorted(weights.keys() ^ own.keys())[:4]}")
-    model.load_state_dict(weights, strict=False)
+    with safe_open(path, "pt") as weights, torch.no_grad():
+        found = set(weights.keys())
+        if found != own.keys():
+            raise ValueError(f"{path} holds other weights: {sorted(found ^ own.keys())[:4]}")
+        for name, weight in own.items():
+            read = weights.get_tensor(name)
+            if read.shape != weight.shape:
+                raise ValueError(f"{path}: {name} is {tuple(read.shape)}, and not {tuple(weight.shape)}")
+            weight.copy_(read)
