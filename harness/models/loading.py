@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from harness import checkpoints
+from harness import checkpoints, device
 from harness.config import ModelConfig
 from harness.errors import Problem, UserError
 from harness.models.blip2 import Captioner
@@ -78,6 +78,8 @@ def load(
         blip2.qformer_config.attention_probs_dropout_prob = dropout
     # what is missing is reported below, as an error; what is not needed is no news
     logging.set_verbosity_error()
+    if device.rank():
+        logging.disable_progress_bar()
     parts = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
     model, info = Captioner.from_pretrained(
         folder,
