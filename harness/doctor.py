@@ -230,7 +230,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
             continue
         count, free = device.probe(configs[0].device).count, device.module(kind).mem_get_info(0)[0]
         yield _fits(f"memory of the {kind}", kind, model, free, count)
-        host = memory.usage(model, memory.configured(model.config, 1)).host
+        host = memory.usage(model, memory.configured(model.config, count)).host
         yield _loads(_ram(), model.weights + host, count)
 
 

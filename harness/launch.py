@@ -18,6 +18,8 @@ from pathlib import Path
 from harness.errors import Problem, UserError
 
 FAILED, INTERRUPTED = 1, 130
+PARENT = "HARNESS_LAUNCHER"
+"""Set in the environment of a rank or worker that a launcher here starts: the launcher's process."""
 _GRACE = 60  # seconds for the ranks to write down that they were interrupted
 
 
@@ -27,10 +29,17 @@ def is_rank() -> bool:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM when the parent dies, so that no ranks train on after a launcher's SIGKILL; Linux only."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    """Get SIGTERM when the launcher in this package that started this process dies, even by SIGKILL.
+
+    On Linux only. Raises `KeyboardInterrupt` where it is gone already.
+    """
+    parent = os.environ.pop(PARENT, None)  # what this process starts has another parent
+    if parent is None or sys.platform != "linux":
+        return
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        raise KeyboardInterrupt
 
 
 def here(arguments: Sequence[str], processes: int) -> int:
@@ -55,6 +64,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
         shutdown_timeout=_GRACE,
     )
     share_cores(processes)
+    os.environ[PARENT] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "harness", *arguments)
     except ChildFailedError as error:
@@ -69,6 +79,8 @@ def here(arguments: Sequence[str], processes: int) -> int:
         return code
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
+    finally:
+        del os.environ[PARENT]
     return 0
 
 

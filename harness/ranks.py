@@ -1,18 +1,34 @@
 """What the processes of one launch tell each other; alone, each of these does nothing."""
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.device import Kind, rank, world_size
 
-__all__ = ["agree", "every", "gather", "rank", "share", "start", "stop", "total", "world_size"]
+__all__ = [
+    "agree",
+    "all_interrupted",
+    "cut_off",
+    "every",
+    "gather",
+    "rank",
+    "say_when_interrupted",
+    "share",
+    "start",
+    "stop",
+    "total",
+    "world_size",
+]
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
+_INTERRUPTED = "interrupted-"
 
 
 def start(kind: Kind = "cpu") -> None:
@@ -36,6 +52,52 @@ def stop() -> None:
     if world_size() > 1 and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+def cut_off(error: BaseException) -> bool:
+    """Whether this is what a collective raises when another rank is gone."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def say_when_interrupted() -> None:
+    """From now on let rank 0 know of Ctrl-C or SIGTERM at once, even within a collective that waits."""
+    import torch.distributed as distributed
+
+    store = distributed.distributed_c10d._get_default_store()
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(
+        told
+    )  # written to when a signal comes; its handler runs once the collective has ended
+
+    def tell() -> None:
+        os.read(heard, 1)
+        store.set(f"{_INTERRUPTED}{rank()}", "")
+
+    threading.Thread(target=tell, daemon=True).start()
+
+
+def all_interrupted(seconds: float = 5) -> bool:
+    """On rank 0, which was interrupted: whether all were, or just those that launchers end when one fails.
+
+    Waits so long for what the others say by `say_when_interrupted`.
+    """
+    if world_size() == 1:
+        return True
+    import torch.distributed as distributed
+
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        store.wait(
+            [f"{_INTERRUPTED}{number}" for number in range(1, world_size())], timedelta(seconds=seconds)
+        )
+    except distributed.DistError:
+        return False
+    return True
 
 
 def agree(value: Any) -> Any:

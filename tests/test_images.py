@@ -151,7 +151,7 @@ print(len(built), int(np.asarray(pixels, np.int64).sum()))
 
 
 def wait_for(found):
-    for _ in range(2000):
+    for _ in range(20_000):
         if result := found():
             return result
         time.sleep(0.005)

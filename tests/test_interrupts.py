@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,26 @@ def test_what_is_ignored_stays_ignored():
         assert interrupts.came is None
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_finaliser_is_not_lost(tmp_path):
+    """Python only prints what is raised there, and goes on."""
+    code = """if True:
+        import os, signal, time
+        from harness import cli
+        class Left:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        def command(**_):
+            Left()
+            time.sleep(20)
+            return 0
+        cli.app = command
+        cli.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; the same command goes on where this one stopped\n"

@@ -302,7 +302,7 @@ def test_runs_that_are_none(golden, tmp_path):
 
 def test_ctrl_c_ends_with_130(golden, tmp_path):
     """Interrupted while METEOR works in its thread: neither a traceback nor a wait for it."""
-    many = {f"x_{n}": f"{text} {n}" for n in range(4000) for text in ["axial ct of the chest with a mass"]}
+    many = {f"x_{n}": f"{text} {n}" for n in range(20_000) for text in ["axial ct of the chest with a mass"]}
     for name in ("p.csv", "r.csv"):
         captions.write_captions(tmp_path / name, many)
     command = [
@@ -317,14 +317,14 @@ def test_ctrl_c_ends_with_130(golden, tmp_path):
         "meteor",
     ]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert "4,000 captions" in running.stderr.readline()
+    assert "20,000 captions" in running.stderr.readline()
     time.sleep(1.5)
     began = time.perf_counter()
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "Traceback" not in said
-    assert time.perf_counter() - began < 15, "waited for METEOR"
+    assert time.perf_counter() - began < 10, "waited for METEOR"
 
 
 def test_concepts_are_scored_against_all_and_against_the_manual_ones(tmp_path):

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,15 +62,16 @@ def main() -> None:
     """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
     2 usage, config or data, 3 invalid submission, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _interrupt_again
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
         signal.signal(signal.SIGHUP, _interrupt)
-    if launch.is_rank():
-        launch.end_with_parent()
     code = 0
     try:
         _run_command()
     except SystemExit as end:
         code = end.code
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is said and written
+        signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own end aborts now and then after ZeRO-3
         sys.stdout.flush()
         sys.stderr.flush()
@@ -80,6 +82,7 @@ def main() -> None:
 def _run_command() -> None:
     interrupted = "interrupted; the same command goes on where this one stopped"
     try:
+        launch.end_with_parent()
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
             _fail(interrupted, INTERRUPTED)
     except UserError as error:
@@ -89,6 +92,12 @@ def _run_command() -> None:
     except ClickException as error:
         error.show()
         sys.exit(2)
+    except RuntimeError as error:
+        from harness import ranks
+
+        if not ranks.cut_off(error):
+            raise
+        _fail("error: another rank of this launch is gone; the same command goes on", 1)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
@@ -100,6 +109,14 @@ def _run_command() -> None:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _interrupt_again(swallowed: Any) -> None:
+    """Python drops what is raised in a finaliser or a weak reference's callback: interrupt outside of it."""
+    if issubclass(swallowed.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(swallowed)
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:

@@ -63,8 +63,6 @@ def run(
     from harness.study import storage
     from harness.study import workers as processes
 
-    if processes.is_worker():
-        launch.end_with_parent()
     launch.adopt_slurm(os.environ)
     spec = _load(file, sets, device, base, variant, trials)
     chosen = storage.choose(spec, _folder(spec), workers)
@@ -251,23 +249,23 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from harness import tables
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     keys = [parameter.key for parameter in spec.space]
-    table = Table(title=f"{spec.name}: validation scores", title_justify="left")
+    table = Table(title=escape(f"{spec.name}: validation scores"), title_justify="left")
     for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
         scores = [tables.cell({"value": v, "official": row["official"]}) for v in row["values"].values()]
-        values = [_short(row["params"].get(key)) for key in keys]
+        values = [escape(_short(row["params"].get(key))) for key in keys]
         spent = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        table.add_row(
-            str(row["number"]), *scores, *values, spent, _note(row), style="bold" if row["best"] else ""
-        )
+        note = escape(_note(row))
+        table.add_row(str(row["number"]), *scores, *values, spent, note, style="bold" if row["best"] else "")
     console.print(table)
     if any(row["official"] is False for row in rows):
         console.print(tables.NOT_COMPARABLE, markup=False)

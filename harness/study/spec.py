@@ -112,10 +112,10 @@ class Study:
         return self.config.objective
 
     @cached_property
-    def grid(self) -> list[dict[str, Any]]:
-        """All points but the base's, for the sampler that goes through them; else none."""
+    def grid(self) -> list[dict[str, Any]] | None:
+        """All points but the base's, for the sampler that goes through them; else None."""
         if self.config.sampler.name != "grid":
-            return []
+            return None
         return [point for point in grid(self.space) if point != self.start]
 
     @cached_property
@@ -131,12 +131,13 @@ class Study:
         """The values of the trial that comes `slot`-th, where no sampler draws them."""
         if slot == 0:
             return self.start
-        return self.grid[slot - 1] if self.grid else None
+        return self.grid[slot - 1] if self.grid is not None else None
 
     @property
     def trials(self) -> int:
         """How many there are to be; of a grid, no more than it has points."""
-        return min(self.config.trials, len(self.grid) + 1) if self.grid else self.config.trials
+        most = self.config.trials
+        return most if self.grid is None else min(most, len(self.grid) + 1)
 
     @property
     def epochs(self) -> int:

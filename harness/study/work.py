@@ -74,12 +74,12 @@ class _Worker:
         except Pruned as why:
             state, reason = "PRUNED", str(why)
         except (UserError, RuntimeError, ValueError) as error:  # torch: memory is short; values do not fit
+            if ranks.cut_off(error):
+                self._leave(trial)
+                raise KeyboardInterrupt from error
             state, reason = "FAIL", _reason(error)
         except (KeyboardInterrupt, OSError, *failures()):
-            if ranks.world_size() > 1:  # launchers interrupt a rank when another one fails
-                self.trials.give_back(trial, "interrupted, or another rank failed", lost=True)
-            else:
-                self.trials.give_back(trial)
+            self._leave(trial)
             raise
         except BaseException as error:
             self.trials.give_back(trial, _reason(error), lost=True)
@@ -87,6 +87,13 @@ class _Worker:
         self.trials.finish(trial, state, values, reason)
         self.reporter.say(results.line(self.trials, trial.number))
         return reason if state == "FAIL" else None
+
+    def _leave(self, trial: Trial) -> None:
+        """Give a trial back; it counts as lost where this rank was interrupted because another one failed."""
+        if ranks.all_interrupted():
+            self.trials.give_back(trial)
+        else:
+            self.trials.give_back(trial, "another rank failed", lost=True)
 
     def _scores(self, trial: Trial) -> dict[str, float]:
         """Run a trial; its scores by the name of the objective."""
@@ -141,6 +148,7 @@ def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | N
 
 def _assist(spec: Study, silent: Reporter) -> None:
     """What ranks other than 0 do: their share of each trial that rank 0 takes."""
+    ranks.say_when_interrupted()
     loaded: dict[str, Dataset] = {}
     ranks.agree(None)
     while (told := ranks.agree(None)) is not None:

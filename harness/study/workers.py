@@ -29,7 +29,7 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
     running: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(workers):
-            own = os.environ | environment(number, device, ranks)
+            own = os.environ | environment(number, device, ranks) | {launch.PARENT: str(os.getpid())}
             running.append(subprocess.Popen(command, env=own, start_new_session=True))
         return [process.wait() for process in running]
     except KeyboardInterrupt:
