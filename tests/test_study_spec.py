@@ -204,6 +204,12 @@ space:
     assert sorted(map(_key, points)) == sorted(map(_key, wanted))
 
 
+def test_a_grid_of_one_point_is_one_trial(folder):
+    text = "base: small.yaml\nvariant: one\nsampler: {name: grid}\n"
+    spec = study(folder, text + "space:\n  predict.num_beams: {choices: [2]}\n")
+    assert spec.trials == 1
+
+
 def _key(point: dict) -> str:
     return json.dumps(point, sort_keys=True)
 

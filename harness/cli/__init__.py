@@ -70,9 +70,9 @@ def main() -> None:
         _run_command()
     except SystemExit as end:
         code = end.code
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is said and written
-        signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own end aborts now and then after ZeRO-3
+        for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's echo, when all is said and written
+            signal.signal(number, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
