@@ -327,3 +327,15 @@ def test_workers_killed_at_random_lose_no_finished_trial(folder, long_study):
     states = [row["state"] for row in json.loads(study.stdout)]
     assert states.count("COMPLETE") == 12
     assert set(states) <= {"COMPLETE", "FAIL"}
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(folder, capsys):
+    from harness.cli.study import _table
+
+    row = {"number": 0, "state": "FAIL", "best": False, "values": {"bertscore": None}, "official": None}
+    _table(
+        load(folder / "decoding.yaml"),
+        [row | {"params": {}, "seconds": None, "reason": "[/a/pair.cc] gone", "retry_of": None}],
+        "",
+    )
+    assert "[/a/pair.cc] gone" in capsys.readouterr().out
