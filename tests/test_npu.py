@@ -236,6 +236,7 @@ def test_a_torch_npu_that_breaks_torch_leaves_ranks_on_the_cpu_alone(on_cpu, tmp
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.9\n")
     (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
     environment = plain() | {"PYTHONPATH": str(tmp_path / "installed")}
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)  # which tests of this process may have set
     assert "torch_npu" in run(tmp_path, environment, "import torch", program=("-c",)).stderr
     folder = beside(on_cpu, tmp_path / "project")
     record = finished(folder, run(folder, environment, "run", "small.yaml", "--nproc", "2"))
