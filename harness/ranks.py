@@ -1,9 +1,10 @@
 """What the processes of one launch tell each other; alone, each of these does nothing."""
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 _INTERRUPTED = "interrupted-"
+_PATIENCE = 5  # seconds
 
 
 def start(kind: Kind = "cpu") -> None:
@@ -63,38 +65,43 @@ def cut_off(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
-def say_when_interrupted() -> None:
-    """From now on let rank 0 know of Ctrl-C or SIGTERM at once, even within a collective that waits."""
+@contextlib.contextmanager
+def say_when_interrupted() -> Iterator[None]:
+    """In this block let rank 0 know of Ctrl-C or SIGTERM at once, even within a collective that waits."""
     import torch.distributed as distributed
 
     store = distributed.distributed_c10d._get_default_store()
     heard, told = os.pipe()
     os.set_blocking(told, False)
-    signal.set_wakeup_fd(
-        told
-    )  # written to when a signal comes; its handler runs once the collective has ended
+    # a signal writes there when it comes; Python runs its handler once the collective has ended
+    signal.set_wakeup_fd(told)
 
     def tell() -> None:
         os.read(heard, 1)
         store.set(f"{_INTERRUPTED}{rank()}", "")
 
-    threading.Thread(target=tell, daemon=True).start()
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        telling.join(_PATIENCE)  # or this process would be gone before it has told
+        raise
 
 
-def all_interrupted(seconds: float = 5) -> bool:
+def all_interrupted() -> bool:
     """On rank 0, which was interrupted: whether all were, or just those that launchers end when one fails.
 
-    Waits so long for what the others say by `say_when_interrupted`.
+    Waits some seconds for what the others say by `say_when_interrupted`.
     """
     if world_size() == 1:
         return True
     import torch.distributed as distributed
 
     store = distributed.distributed_c10d._get_default_store()
+    others = [f"{_INTERRUPTED}{number}" for number in range(1, world_size())]
     try:
-        store.wait(
-            [f"{_INTERRUPTED}{number}" for number in range(1, world_size())], timedelta(seconds=seconds)
-        )
+        store.wait(others, timedelta(seconds=_PATIENCE))
     except distributed.DistError:
         return False
     return True

@@ -29,7 +29,8 @@ def work(
     """
     ranks.start(device.probe(spec.base.device).kind)
     if ranks.rank():
-        _assist(spec, silent)
+        with ranks.say_when_interrupted():
+            _assist(spec, silent)
         return
     loaded: dict[str, Dataset] = {}
     (plan,) = prepare([spec.base], reporter, RUNS, loaded)
@@ -148,7 +149,6 @@ def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | N
 
 def _assist(spec: Study, silent: Reporter) -> None:
     """What ranks other than 0 do: their share of each trial that rank 0 takes."""
-    ranks.say_when_interrupted()
     loaded: dict[str, Dataset] = {}
     ranks.agree(None)
     while (told := ranks.agree(None)) is not None:
