@@ -34,7 +34,9 @@ scores, _ = metrics.score(*given["captions"], None, config, 2023, cache=cache)
 if not ranks.rank():
     per_image = {n: s.per_image.tolist() for n, s in scores.items() if s.value is not None}
     Path(given["out"]).write_text(json.dumps(per_image))
-ranks.stop() if ranks.world_size() > 1 else None
+if ranks.world_size() > 1:
+    ranks.stop()
+    ranks.leave()
 """
 
 
@@ -320,8 +322,9 @@ def compute(rows):
 try:
     inputs.scored_by_all("what", inputs.clean_pairs, compute)
 except Absent as absence:
-    print(absence, flush=True)
+    print(absence)
 ranks.stop()
+ranks.leave()
 """
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException as ClickException
 
-from harness import launch
+from harness import launch, ranks
 from harness.cli import compare, data, leaderboard, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
@@ -70,12 +70,8 @@ def main() -> None:
         _run_command()
     except SystemExit as end:
         code = end.code
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own end aborts now and then after ZeRO-3
-        for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's echo, when all is said and written
-            signal.signal(number, signal.SIG_IGN)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if ranks.world_size() > 1:
+        ranks.leave(code)
     sys.exit(code)
 
 
@@ -93,8 +89,6 @@ def _run_command() -> None:
         error.show()
         sys.exit(2)
     except RuntimeError as error:
-        from harness import ranks
-
         if not ranks.cut_off(error):
             raise
         _fail("error: another rank of this launch is gone; the same command goes on", 1)
@@ -180,18 +174,17 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
 
     if hostfile:
         return launch.on_hosts(sys.argv[1:], hostfile, nproc)
-    ranks = nproc or 1
-    found = [device.shortage(config.device, ranks) for config in configs]
-    found += [indivisible(config.train, ranks) for config in configs]
+    count = nproc or 1
+    found = [device.shortage(config.device, count) for config in configs]
+    found += [indivisible(config.train, count) for config in configs]
     if problems := list(dict.fromkeys(filter(None, found))):
         raise UserError(problems)
-    return launch.here(sys.argv[1:], ranks)
+    return launch.here(sys.argv[1:], count)
 
 
 def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     """The runs of an experiment, in this process or as one of several ranks; rank 0 writes and prints."""
     from harness import device as devices
-    from harness import ranks
 
     kinds = {devices.probe(config.device).kind for config in configs}
     ranks.start(kinds.pop())
@@ -225,7 +218,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
 
 
 def _assist(configs: list[Any]) -> None:
-    from harness import ranks, run
+    from harness import run
     from harness.plan import prepare
 
     silent = Terminal(silent=True)
