@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from harness import device, ranks, train
 from harness.config import AugmentConfig, TrainConfig
-from harness.engine import engine, place
+from harness.engine import engine, place, release
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded
 from harness.resume import State
@@ -203,7 +203,7 @@ def beside_others(folder: Path) -> None:
         our, their = statistics.median(mine), statistics.median(trainers)
         print(f"Trainer          {BATCH / their:6.1f} images/s")
         print(f"harness          {BATCH / our:6.1f} images/s   {their / our:.2f} x")
-        training.trainer.destroy()
+        release(training.trainer)
 
 
 def one_rank(folder: Path) -> None:

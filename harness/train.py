@@ -4,6 +4,7 @@ It knows neither metrics nor MLflow: `log` gets what happened, and `evaluate` tu
 scores. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from harness import device as devices
 from harness import ranks
 from harness.config import AugmentConfig, TrainConfig
 from harness.data.augment import augment
-from harness.engine import accumulation, engine, place, resume, to_universal, whole
+from harness.engine import accumulation, engine, place, release, resume, to_universal, whole
 from harness.errors import Problem, UserError
 from harness.interrupts import Interrupts
 from harness.models.blip2 import freeze
@@ -123,7 +124,9 @@ class Training:
                 self.state.stage, self.state.done = stage.number, 0
             self._steps(trainer, stage)
         finally:
-            trainer.destroy()
+            release(trainer)
+            del trainer
+            gc.collect()
         self._end(stage)
 
     def _steps(self, trainer: Any, stage: Stage) -> None:
