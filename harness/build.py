@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import checkpoints, device, metrics, postprocess, ranks
 from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
-from harness.errors import UserError
+from harness.errors import Problem, UserError
 from harness.plan import Plan, Reporter, primary_metric
 from harness.store import fingerprint, write, write_json
 
@@ -22,6 +22,10 @@ SHARED = ("train", "predict", "score")
 """The steps that all ranks work at."""
 SCORED = ("scores.json", "per_image.csv", "arrays.npz", "caption_lengths.png")
 """What a score step leaves."""
+LESS_MEMORY = (
+    "Other processes may have it. `python -m harness doctor EXPERIMENT` says what training needs, and with "
+    "what it needs less; captioning does with a lower predict.batch_size. The same command goes on."
+)
 Watch = Callable[[Mapping[str, Any]], None]
 """Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
 
@@ -52,7 +56,14 @@ class Builder:
         if ranks.rank() and kind not in SHARED:
             return True
         self.reporter.say(f"{self.config.run_name}: {name}")
-        return builders[kind]() is not False
+        try:
+            return builders[kind]() is not False
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+            self.reporter.say(f"{self.config.run_name}: {str(error).strip()}")
+            what = f"the {self.kind} has not enough memory for this step"
+            raise UserError([Problem(what, key=name, hint=LESS_MEMORY)], exit_code=1) from error
 
     def _pixels(self, split: str, size: int | None = None) -> Any:
         """The images of a split as uint8 (N, S, S, 3), S the model's image size or another."""
@@ -116,10 +127,16 @@ class Builder:
         from harness import engine
         from harness.models import loading
 
-        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
+        self._make_room()
         config = self.config.train
         how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
         return loading.load(*how, language_dtype=engine.language_dtype(config, self.kind))
+
+    def _make_room(self) -> None:
+        """Take from the device what the model is not to share it with."""
+        if self.kind != "cpu":
+            metrics.unload()
+        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
 
     def _train(self, directory: Path) -> None:
         from harness import plots, schedule, train
@@ -136,6 +153,8 @@ class Builder:
             ids = [example.id for example in self.data.splits[name]]
             return train.Split(ids, self._pixels(name), captions, concepts)
 
+        if not device.computes_fp32(self.kind) and self.config.train.precision != "fp16":
+            self.reporter.say(f"this {self.kind} rounds to fp16 what it multiplies, whatever the precision")
         splits = {"train": split("train"), "valid": split("valid")}
         steps = schedule.total_steps(self.config.train, len(splits["train"].ids))
         with self.reporter.progress(f"Training {self.config.variant}") as advance:
@@ -183,6 +202,7 @@ class Builder:
         scores, _ = metrics.score(
             captions, references, images, settings, self.config.edition, self._torch_device
         )
+        self._make_room()
         if ranks.rank():
             return {}
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
@@ -194,7 +214,7 @@ class Builder:
 
     @property
     def _torch_device(self) -> str:
-        return str(device.torch_device(self.kind))
+        return device.scoring_device(self.kind)
 
     def _trained(self) -> "Loaded":
         if self._model is None:

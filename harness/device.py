@@ -63,6 +63,7 @@ def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
         count, answer = _try(kind)
         if count:
             _prepare(kind)
+            _bind(count)
             return Device(kind, count, answer, why_not)
         why_not[kind] = answer
     if wanted not in ("auto", "cpu"):
@@ -115,10 +116,20 @@ def _has_nvidia_driver() -> bool:
 def _prepare(kind: Kind) -> None:
     os.environ["DS_ACCELERATOR"] = kind
     if kind == "npu":
+        # HCCL gives up after 2 minutes where ranks load 15 GB of weights at their own pace
+        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1800")
         importlib.import_module("torch_npu")  # torch does so itself where autoloading is not off
+        # the first Ascend 910 would compile its operators anew for every length of a text
+        module("npu").set_compile_mode(jit_compile=False)
     else:
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         sys.modules["torch_npu"] = None  # so that "is it installed?" says no
+
+
+def _bind(count: int) -> None:
+    """Where SLURM shows each task one device, its own, that is the first one, and for DeepSpeed as well."""
+    if count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
 
 
 def _cpu_name() -> str:
@@ -139,22 +150,51 @@ def module(kind: Kind) -> ModuleType:
 
 
 def torch_device(kind: Kind) -> Any:
-    """The `torch.device` of this rank, made current."""
+    """The `torch.device` of this rank, made current; fp32 is fp32 on it, in convolutions too."""
     import torch
 
     if kind == "cpu":
         return torch.device("cpu")
+    if kind == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        module(kind).conv.allow_hf32 = False
     module(kind).set_device(local_rank())
     return torch.device(kind, local_rank())
 
 
+def scoring_device(kind: Kind) -> str:
+    """The torch device of the neural metrics: the CPU where the other one does not keep what they promise."""
+    return str(torch_device(kind)) if kind != "cpu" and computes_fp32(kind) else "cpu"
+
+
 def has_bf16(kind: Kind) -> bool:
-    """Whether bf16 arithmetic is done by the hardware (on a CPU without it, bf16 is slower than fp32)."""
+    """Whether bf16 arithmetic is done by the hardware; emulated, it is slower than fp32."""
     import torch
 
     if kind == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return module(kind).is_bf16_supported()
+
+
+def computes_fp32(kind: Kind) -> bool:
+    """Whether fp32 matrix products are of fp32 numbers: those without bf16 among the NPUs round to fp16.
+
+    Source: `SetPrecisionMode` in torch-npu's npu_sys_ctrl.cpp (`allow_fp32_to_fp16` below Ascend 910B1).
+    """
+    return kind != "npu" or has_bf16(kind)
+
+
+def overflows(kind: Kind) -> bool:
+    """Whether what is too large for fp16 becomes infinite, by which a loss scale is found to be too large."""
+    return kind != "npu" or module(kind).utils.is_support_inf_nan()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says by this that a device has no memory left."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def seed_everything(seed: int) -> None:

@@ -16,7 +16,7 @@ from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import sizes
 from harness.models.sizes import Sizes
-from harness.plan import RUNS, problems
+from harness.plan import RUNS, problems, unscalable
 from harness.store import free, gb
 
 DISTRIBUTION = "imageclef-harness"
@@ -111,6 +111,12 @@ def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> It
         yield Check("bf16", False, what, "--set train.precision=auto")
     else:
         yield Check("bf16", True, f"this {found.kind} has none; train.precision: auto computes in fp32")
+    if not device.computes_fp32(found.kind):
+        what = f"this {found.kind} rounds to fp16 what it multiplies; neural metrics are computed on the CPU"
+        yield Check("fp32", True, what)
+    unscaled = (unscalable(config, found.kind) for config in configs if config.device == wanted)
+    for problem in dict.fromkeys(filter(None, unscaled)):
+        yield Check("fp16", False, problem.what, "--set train.precision=auto")
 
 
 def _java() -> Check:

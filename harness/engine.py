@@ -165,6 +165,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before each forward pass
     }
 
 

@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from harness.errors import Problem, UserError
@@ -20,6 +22,8 @@ from harness.errors import Problem, UserError
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"
 """Set in the environment of a rank or worker that a launcher here starts: the launcher's process."""
+CARRIED = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "XDG_CACHE_HOME", "OMP_", "ASCEND", "HCCL_")
+"""How the names of variables begin that `--hostfile` carries to other hosts; tokens stay here."""
 _GRACE = 60  # seconds for the ranks to write down that they were interrupted
 
 
@@ -85,9 +89,11 @@ def here(arguments: Sequence[str], processes: int) -> int:
 
 
 def report(text: str) -> None:
-    """Leave an error to the launcher, for a rank that does not print."""
+    """Leave the error of a rank other than 0 to the launcher; where that takes none, say it here."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    else:
+        print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
 
 
 def share_cores(processes: int) -> None:
@@ -113,22 +119,36 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
     slots = ["--num_gpus", str(processes)] if processes else []
     options = ["--hostfile", str(hostfile), *slots, "--no_local_rank", "--log_level", "error"]
     command = [program, *options, "--module", "harness", *arguments]
-    running = subprocess.Popen(command)
-    try:
-        return running.wait()
-    except KeyboardInterrupt:
-        running.terminate()  # and not SIGINT, which a process started in the background ignores
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(_GRACE)
-        return INTERRUPTED
+    with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".env") as file:
+        file.writelines(_carried(os.environ))
+        file.flush()
+        running = subprocess.Popen(command, env={"DS_ENV_FILE": file.name} | os.environ)
+        try:
+            return running.wait()
+        except KeyboardInterrupt:
+            running.terminate()  # and not SIGINT, which a process started in the background ignores
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(_GRACE)
+            return INTERRUPTED
+
+
+def _carried(environment: Mapping[str, str]) -> Iterator[str]:
+    """What the ranks of other hosts are to find in their environment, beside what DeepSpeed carries there."""
+    for name, value in environment.items():
+        if name.startswith(CARRIED) and "TOKEN" not in name and "\n" not in value:
+            yield f"{name}={shlex.quote(value)}\n"
+    for folder in (Path.home(), Path()):  # where DeepSpeed looks unless it is told
+        if (file := folder / ".deepspeed_env").is_file():
+            yield f"{file.read_text().rstrip()}\n"
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """Say in torch's words (RANK, WORLD_SIZE, ...) what `srun` says in SLURM's, for more than one task."""
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if "RANK" in environment or "SLURM_PROCID" not in environment or tasks < 2:
+    # a batch script has SLURM_NTASKS and SLURM_PROCID too, but it is no task of a step
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or tasks < 2:
         return
-    first = environment.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(environment["SLURM_JOB_NODELIST"])
+    first = _first_host(environment["SLURM_STEP_NODELIST"])
     port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
     environment |= {
         "RANK": environment["SLURM_PROCID"],
@@ -136,6 +156,7 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1")),
     }
 
 

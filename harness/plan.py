@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import checkpoints, metrics, postprocess
+from harness import checkpoints, device, metrics, postprocess
 from harness.config import STANDIN, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.images import unbuilt
@@ -154,6 +154,15 @@ def problems(config: Config) -> list[Problem]:
     return found
 
 
+def unscalable(config: Config, kind: device.Kind) -> Problem | None:
+    """What is wrong with fp16 on a device that does not overflow where losses are scaled too far."""
+    if config.train.precision != "fp16" or device.overflows(kind):
+        return None
+    what = f"got fp16, but this {kind} cuts off what is too large, and the loss scale would grow for ever"
+    hint = "Use auto or fp32; this device rounds to fp16 what it multiplies, but gradients stay fp32."
+    return Problem(what, key="train.precision", hint=hint)
+
+
 def _model_checkpoints(config: Config) -> dict[str, str]:
     """The checkpoints by key that the captioner is loaded from; a tiny one is made here and needs none."""
     if config.model.checkpoint == "tiny":
@@ -173,6 +182,7 @@ def prepare(
     `loaded` keeps the data between calls.
     """
     found = [problem for config in configs for problem in problems(config)]
+    found += filter(None, (unscalable(config, device.probe(config.device).kind) for config in configs))
     plans, hints, failed = [], [], set()
     loaded = {} if loaded is None else loaded
     known = set(loaded)

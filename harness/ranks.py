@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from harness.device import Kind, rank, world_size
+from harness.errors import Problem, UserError
 
 __all__ = [
     "agree",
@@ -17,6 +18,7 @@ __all__ = [
     "cut_off",
     "every",
     "gather",
+    "joined",
     "leave",
     "rank",
     "say_when_interrupted",
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
-_INTERRUPTED = "interrupted-"
+_HERE, _INTERRUPTED = "here-", "interrupted-"
+_SEARCH = timedelta(minutes=10)
 _PATIENCE = 5  # seconds
 
 
@@ -45,8 +48,39 @@ def start(kind: Kind = "cpu") -> None:
     if not distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "29500")
+        store = _found_each_other()
         # others wait while rank 0 decodes images, or waits for a process that builds the same step
-        distributed.init_process_group(backends[kind], timeout=timedelta(days=7))
+        patience = timedelta(days=7)
+        distributed.init_process_group(
+            backends[kind], store=store, rank=rank(), world_size=world_size(), timeout=patience
+        )
+        store.set_timeout(patience)
+
+
+def _found_each_other() -> Any:
+    """The store of a launch, once all its ranks have come to it; raises `UserError` after some minutes."""
+    import torch.distributed as distributed
+
+    try:
+        store, *_ = next(distributed.rendezvous("env://", timeout=_SEARCH))
+        store.set(f"{_HERE}{rank()}", "")
+        store.wait([f"{_HERE}{number}" for number in range(world_size())], _SEARCH)
+    except distributed.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        minutes = f"{_SEARCH.total_seconds() / 60:g} minutes"
+        what = f"not all of the {world_size()} ranks came to {address}, where rank 0 is, within {minutes}"
+        hint = "Start as many, with nothing between them and that address."
+        raise UserError([Problem(what, hint=hint)], exit_code=1) from error
+    return store
+
+
+def joined() -> bool:
+    """Whether this process has joined the others of its launch."""
+    if world_size() == 1:
+        return False
+    import torch.distributed as distributed
+
+    return distributed.is_initialized()
 
 
 def stop() -> None:

@@ -365,4 +365,4 @@ def _too_many(scored: Rows, allowed: int | None) -> Iterator[str]:
 def _torch_device(wanted: str) -> str:
     """The torch device, found without importing torch where that is the CPU."""
     kind = device.probe(wanted).kind
-    return "cpu" if kind == "cpu" else str(device.torch_device(kind))
+    return device.scoring_device(kind)

@@ -113,6 +113,7 @@ class Training:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
         freeze(self.loaded.model, self.config.train_vision, self._reads(stage))
+        ranks.every(None)  # all have loaded: devices wait for each other for minutes only
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
             if resumed:

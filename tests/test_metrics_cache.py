@@ -1,12 +1,14 @@
 """Scores that are kept, shared among ranks, in bf16, and means of other scores."""
 
 import csv
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -337,3 +339,15 @@ def test_what_stops_one_rank_stops_all(tmp_path, rows, fails):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"rank {fails} cannot") == 2
+
+
+def test_unloaded_models_are_gone(golden):
+    config = STANDIN.model_copy(update={"metrics": ("bertscore",), "bootstrap": 0})
+    metrics.score(*golden, None, config, 2023)
+    checkpoint, layer = bertscore.locate(config.bertscore)
+    model = weakref.ref(bertscore.embeddings(checkpoint.folder, layer, "cpu").model)
+    gc.collect()
+    assert model() is not None
+    metrics.unload()
+    gc.collect()
+    assert model() is None

@@ -217,6 +217,35 @@ def test_an_npu_that_does_not_work_is_passed_over_with_the_reason(npu, tmp_path,
 
 
 @pytest.mark.slow
+def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
+    """It has no bf16, rounds to fp16 what it multiplies, and cuts off what is too large for that."""
+    first = npu | {"MAKE_BELIEVE_NPU_FIRST": "1"}
+    (tmp_path / "small.yaml").write_text(experiment())
+    half = ("small.yaml", "--set", "train.precision=fp16", "--set", "train.zero_stage=1")
+    done = run(tmp_path, first, "doctor", *half, "--format", "json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert checks["bf16"]["ok"]
+    assert checks["fp32"]["found"].endswith("neural metrics are computed on the CPU")
+    assert not checks["fp16"]["ok"]
+    refused = run(tmp_path, first, "run", *half)
+    assert refused.returncode == 2
+    assert "train.precision: got fp16, but this npu cuts off what is too large" in refused.stderr
+    code = "from harness import device; device.probe(); print(device.scoring_device('npu'))"
+    assert [run(tmp_path, each, code, program=("-c",)).stdout for each in (first, npu)] == [
+        "cpu\n",
+        "npu:0\n",
+    ]
+
+
+@pytest.mark.slow
+def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, tmp_path):
+    told = npu | {"MAKE_BELIEVE_NPUS": "1", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    code = "from harness import device; print(device.torch_device(device.probe().kind))"
+    done = run(tmp_path, told, code, program=("-c",))
+    assert done.stdout == "npu:0\n", done.stderr
+
+
+@pytest.mark.slow
 def test_more_ranks_than_npus_are_refused_before_any_starts(npu, tmp_path):
     (tmp_path / "small.yaml").write_text(experiment())
     done = run(tmp_path, npu, "run", "small.yaml", "--nproc", "3")

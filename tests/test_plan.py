@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness import checkpoints
+from harness import build, checkpoints
+from harness.cli.terminal import Terminal
 from harness.config import Config, DataConfig, PhantomConfig
 from harness.data import load
+from harness.errors import UserError
 from harness.experiment import load as load_experiment
 from harness.plan import Plan, problems
 from harness.store import is_done, step
@@ -110,3 +112,21 @@ def test_a_step_that_lacks_something_is_built_again(tmp_path):
     for expected in (False, True, True):
         directory = step(tmp_path, "score", {"a": 1}, lambda _: next(answers))
         assert is_done(directory) == expected
+
+
+def test_a_device_without_memory_is_told_in_words(capsys):
+    """The error is torch's own; a study finds the same reason in every trial, whatever the numbers in it."""
+
+    class Asking(build.Builder):
+        def __init__(self):
+            self.config = Config.model_validate({"name": "small", "data": {"root": "x"}})
+            self.kind, self.reporter = "cpu", Terminal()
+
+        def _predict(self, split, directory):
+            torch.empty(1 << 60)
+
+    with pytest.raises(UserError) as told:
+        Asking().build("predict-test", Path())
+    assert str(told.value).startswith("error: predict-test: the cpu has not enough memory for this step\n")
+    assert told.value.exit_code == 1
+    assert "you tried to allocate" in capsys.readouterr().err

@@ -208,6 +208,7 @@ def test_ranks_that_can_not_share_the_batch_are_not_started(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_launcher_that_ends_has_all_ranks_save_and_end(tmp_path, how):
     """SIGKILL is what the system sends when memory is short: the ranks hear of it all the same."""
@@ -273,11 +274,13 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):
 
 def test_srun_is_understood():
     environment = {
-        "SLURM_NTASKS": "16",
+        "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_PROCID": "9",
         "SLURM_LOCALID": "1",
-        "SLURM_JOB_NODELIST": "node[03-04]",
+        "SLURM_STEP_NODELIST": "node[03-04]",
         "SLURM_JOB_ID": "71",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",  # of the login node where srun was called
+        "SLURM_CPUS_PER_TASK": "8",
     }
     launch.adopt_slurm(environment)
     assert environment["RANK"] == "9"
@@ -285,9 +288,81 @@ def test_srun_is_understood():
     assert environment["LOCAL_RANK"] == "1"
     assert environment["MASTER_ADDR"] == "node03"
     assert environment["MASTER_PORT"] == "20071"
-    alone = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    assert environment["OMP_NUM_THREADS"] == "8"
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # what sbatch says to its script
+    ],
+)
+def test_a_process_alone_in_its_slurm_step_is_no_rank(alone):
     launch.adopt_slurm(alone)
     assert "RANK" not in alone
+
+
+def in_slurm(*command: str) -> list[str]:
+    """The command as a step of SLURM, which has to run here."""
+    srun = ["srun", "--immediate=20", "--overcommit", "-n", "2", "--kill-on-bad-exit=1"]
+    if shutil.which("srun") is None or subprocess.run([*srun, "true"], capture_output=True).returncode:
+        pytest.skip("needs a SLURM that has this machine as its node")
+    return [*srun, *command]
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm_train_together(tmp_path):
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
+    command = in_slurm(sys.executable, "-m", "harness", "run", "small.yaml")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert (record["status"], record["made"]["train"]["ranks"]) == ("FINISHED", 2)
+    assert done.stderr.count(": train\n") == 1
+
+
+@pytest.mark.slow
+def test_a_script_of_sbatch_is_one_process_that_starts_its_ranks(tmp_path):
+    in_slurm()
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
+    (tmp_path / "job.sh").write_text(
+        f"#!/bin/sh\n#SBATCH --ntasks=2\n{sys.executable} -m harness run small.yaml --nproc 2\n"
+    )
+    command = ["sbatch", "--wait", "--output=job.log", "job.sh"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (tmp_path / "job.log").read_text()
+    (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
+    assert json.loads(file.read_text())["made"]["train"]["ranks"] == 2
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
+    """Whether rank 0 or another is missing; what is sent while training may wait for days."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = (
+        "from datetime import timedelta\nfrom harness import ranks\nfrom harness.errors import UserError\n"
+        "ranks._SEARCH = timedelta(seconds=2)\n"
+        "try: ranks.start()\nexcept UserError as error: print(error)\n"
+    )
+    told = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
+    assert f"error: not all of the 2 ranks came to localhost:{port}, where rank 0 is, within" in done.stdout
+
+
+def test_other_hosts_hear_where_weights_are_and_no_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0")
+    given = {"HF_HOME": "/disk/our models", "HF_TOKEN": "secret", "LANG": "C", "HCCL_IF_IP": "10.0.0.1"}
+    assert list(launch._carried(given)) == [
+        "HF_HOME='/disk/our models'\n",
+        "HCCL_IF_IP=10.0.0.1\n",
+        "NCCL_SOCKET_IFNAME=ib0\n",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The page of a run: what it holds, and what it says is missing. How it works in a browser: test_pages.py."""
 
-import base64
 import csv
 import io
 import json
@@ -142,57 +141,6 @@ def harness(folder: Path, *arguments: str, code: int = 0) -> str:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
-
-
-REAL = """
-name: small
-data:
-  root: data/phantom
-  phantom: {train: 24, valid: 6, test: 4, seed: 3}
-model:
-  checkpoint: tiny
-  image_size: 56
-  tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, qformer_layers: 2, num_query_tokens: 4,
-         text_hidden_size: 48, text_layers: 1, vocab_size: 300, text_epochs: 1, vision_epochs: 1}
-train:
-  stage1: {epochs: 1}
-  stage2: {epochs: 1}
-  batch_size: 8
-  micro_batch_size: 8
-  warmup_steps: 2
-predict: {num_beams: 1, max_new_tokens: 16}
-postprocess: {deduplicate: true}
-score:
-  metrics: [bertscore, rouge1, bleu1]
-  bertscore: {checkpoint: standin}
-  bootstrap: 50
-"""
-
-
-def test_a_real_run_has_a_page_of_all_it_left_and_mlflow_has_the_page(tmp_path):
-    (tmp_path / "small.yaml").write_text(REAL)
-    harness(tmp_path, "run", "small.yaml")
-    folder = tmp_path / "runs" / "small" / "base-s42"
-    assert harness(tmp_path, "report", "runs/small/base-s42") == "runs/small/base-s42/report.html\n"
-    page, run = data_of(folder / "report.html"), json.loads((folder / "run.json").read_text())
-    rows = page["captions"]["rows"]
-    assert [row["id"] for row in rows] == [f"phantom_valid_{n:06d}" for n in range(1, 7)]
-    assert page["captions"]["notes"] == []
-    for at, metric in enumerate(page["captions"]["metrics"]):
-        if metric != "bleu1":  # of the whole corpus
-            mean = sum(row["scores_after"][at] for row in rows) / len(rows)
-            assert mean == pytest.approx(run["scores"]["valid"]["after"][metric]["value"], abs=1e-4)
-    for row in rows:
-        with Image.open(io.BytesIO(base64.b64decode(row["thumbnail"]))) as image:
-            assert max(image.size) <= report.SIDE
-        assert (folder / row["image"]).is_file()
-        assert row["concepts"]
-    assert [stage for stage, _ in page["curves"]["stages"]] == [1, 2]
-    assert [row["stage"] for row in page["curves"]["valid"]] == [1, 2]
-    assert {step["step"] for step in page["steps"]} == set(run["steps"])
-    assert all(step["by"] == "this run" for step in page["steps"])
-    harness(tmp_path, "sync")
-    assert len(list((tmp_path / "mlartifacts").rglob("report.html"))) == 1
 
 
 def test_what_differs_from_the_defaults_and_from_the_runs_beside_it(tmp_path):

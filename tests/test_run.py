@@ -1,6 +1,8 @@
 """The run command from YAML to submission, in a process of its own, on a small made-up set."""
 
+import base64
 import csv
+import io
 import json
 import os
 import shutil
@@ -12,8 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rouge_score import rouge_scorer
+from test_report import data_of
 
+from harness import report
 from harness.captions import read_captions
 from harness.metrics.text import official
 from harness.submission import check, read
@@ -90,6 +95,33 @@ def test_the_table_says_what_was_scored_by_what(finished):
     assert "* not comparable with official scores: another model, precision or reading" in finished.stdout
     assert "constant caption" in finished.stdout
     assert "mlflow ui" in finished.stdout
+
+
+def test_a_run_has_a_page_of_all_it_left_and_mlflow_has_the_page(folder, finished):
+    (run,) = (folder / "runs" / "small").glob("opt_dedup-s42")
+    page, made = data_of(run / "report.html"), record(folder, run.name)
+    rows = page["captions"]["rows"]
+    assert [row["id"] for row in rows] == [f"phantom_valid_{n:06d}" for n in range(1, 13)]
+    assert page["captions"]["notes"] == []
+    for at, metric in enumerate(page["captions"]["metrics"]):
+        if metric != "bleu1":  # of the whole corpus
+            mean = sum(row["scores_after"][at] for row in rows) / len(rows)
+            assert mean == pytest.approx(made["scores"]["valid"]["after"][metric]["value"], abs=1e-4)
+    for row in rows:
+        with Image.open(io.BytesIO(base64.b64decode(row["thumbnail"]))) as image:
+            assert max(image.size) <= report.SIDE
+        assert (run / row["image"]).is_file()
+        assert row["concepts"]
+    assert [stage for stage, _ in page["curves"]["stages"]] == [1, 2]
+    assert [row["stage"] for row in page["curves"]["valid"]] == [1, 1, 2]
+    assert {step["step"] for step in page["steps"]} == set(made["steps"])
+    assert {step["by"] for step in page["steps"]} == {"this run", "an earlier run by the same command"}
+    assert len(list((folder / "mlartifacts").rglob("report.html"))) == 2
+    before = (run / "report.html").read_bytes()
+    done = harness(folder, "report", str(run.relative_to(folder)))
+    assert done.stdout == f"{run.relative_to(folder)}/report.html\n"
+    assert data_of(run / "report.html").keys() == page.keys()
+    (run / "report.html").write_bytes(before)
 
 
 def test_rows_that_differ_in_deduplication_share_training_and_captions(folder, finished):

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,11 +66,17 @@ def main() -> None:
     sys.unraisablehook = _interrupt_again
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
         signal.signal(signal.SIGHUP, _interrupt)
+    launch.adopt_slurm(os.environ)
     code = 0
     try:
         _run_command()
     except SystemExit as end:
         code = end.code
+    except BaseException:
+        if ranks.world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
     if ranks.world_size() > 1:
         ranks.leave(code)
     sys.exit(code)
@@ -91,6 +98,8 @@ def _run_command() -> None:
     except RuntimeError as error:
         if not ranks.cut_off(error):
             raise
+        if ranks.rank():  # rank 0 says it, if not the one that is gone
+            sys.exit(1)
         _fail("error: another rank of this launch is gone; the same command goes on", 1)
     except OSError as error:
         if error.errno not in MENDABLE:
@@ -115,7 +124,7 @@ def _interrupt_again(swallowed: Any) -> None:
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
     if int(os.environ.get("RANK", "0")):  # rank 0 says it, or the launcher for a rank that fails alone
-        if code != INTERRUPTED:
+        if code == 1 or (code != INTERRUPTED and ranks.joined()):  # before, all ranks find the same
             launch.report(text)
         sys.exit(code)
     print(text, file=sys.stderr)
@@ -157,7 +166,6 @@ def run(
 
     The same command after an interruption goes on where it stopped; steps that are done are not repeated.
     """
-    launch.adopt_slurm(os.environ)
     configs = _configs(experiment, sets, device)
     if dry_run:
         _print_plans(configs, output)

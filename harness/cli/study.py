@@ -63,7 +63,6 @@ def run(
     from harness.study import storage
     from harness.study import workers as processes
 
-    launch.adopt_slurm(os.environ)
     spec = _load(file, sets, device, base, variant, trials)
     chosen = storage.choose(spec, _folder(spec), workers)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

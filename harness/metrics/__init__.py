@@ -46,6 +46,7 @@ __all__ = [
     "references_fingerprint",
     "score",
     "score_concepts",
+    "unload",
     "write_arrays",
     "write_per_image",
 ]
@@ -206,6 +207,13 @@ def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
             0.0,
         )
     return made
+
+
+def unload() -> None:
+    """Forget the models of the neural metrics, and with them what they have embedded."""
+    kept = (bertscore._embeddings, bleurt._load, clipscore._load, similarity._load, alignscore._load)
+    for load in kept:
+        load.cache_clear()
 
 
 def score_concepts(

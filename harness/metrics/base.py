@@ -174,18 +174,21 @@ def by_length(
     import torch
 
     todo = list(batches(lengths, budget))
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(threads)
+        try:
+            done = list(pool.map(compute, todo))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+    else:  # and in this thread: in another, torch-npu takes device 0
+        done = [compute(rows) for rows in todo]
     found: list[Any] = [None] * len(lengths)
-    threads = torch.get_num_threads()
-    workers = threads if device == "cpu" else 1
-    torch.set_num_threads(1 if device == "cpu" else threads)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for rows, results in zip(todo, pool.map(compute, todo), strict=True):
-            for row, result in zip(rows, results, strict=True):
-                found[row] = result
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    for rows, results in zip(todo, done, strict=True):
+        for row, result in zip(rows, results, strict=True):
+            found[row] = result
     return found
 
 

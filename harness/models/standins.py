@@ -39,7 +39,7 @@ def build_bleurt(captions: Sequence[str], folder: Path, seed: int = 0) -> None:
 
     texts = sorted({" ".join(caption.lower().split()) for caption in captions} - {""})
     tokenizer = _tokenizer(BleurtTokenizerFast, texts, folder)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BleurtForSequenceClassification(
             BleurtConfig(
@@ -73,7 +73,7 @@ def build_clip(images: Sequence[Path], captions: Sequence[str], folder: Path, se
     processor.save_pretrained(folder)
     pixels = torch.cat([_pixels(processor, path) for path in images])
     width = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(
             CLIPConfig(

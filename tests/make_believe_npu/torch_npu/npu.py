@@ -65,8 +65,19 @@ def get_device_properties(index=None):
     return SimpleNamespace(name=get_device_name(index), total_memory=MEMORY)
 
 
+# the first Ascend 910 has neither bf16 nor numbers beyond the largest
+FIRST = os.environ.get("MAKE_BELIEVE_NPU_FIRST") == "1"
+conv = SimpleNamespace(allow_hf32=True)
+utils = SimpleNamespace(is_support_inf_nan=lambda: not FIRST)
+
+
+def set_compile_mode(jit_compile):
+    if jit_compile:
+        raise RuntimeError("the make-believe NPU compiles nothing")
+
+
 def is_bf16_supported():
-    return True
+    return not FIRST
 
 
 def get_amp_supported_dtype():
