@@ -127,16 +127,17 @@ class Builder:
         from harness import engine
         from harness.models import loading
 
-        self._make_room()
+        self._unload_metrics()
+        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
         config = self.config.train
         how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
         return loading.load(*how, language_dtype=engine.language_dtype(config, self.kind))
 
-    def _make_room(self) -> None:
-        """Take from the device what the model is not to share it with."""
+    def _unload_metrics(self) -> None:
+        """Take the metrics' models from a device that the captioner needs for itself."""
         if self.kind != "cpu":
             metrics.unload()
-        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
+            gc.collect()
 
     def _train(self, directory: Path) -> None:
         from harness import plots, schedule, train
@@ -202,7 +203,7 @@ class Builder:
         scores, _ = metrics.score(
             captions, references, images, settings, self.config.edition, self._torch_device
         )
-        self._make_room()
+        self._unload_metrics()
         if ranks.rank():
             return {}
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
