@@ -142,9 +142,18 @@ class Browser:
         began = time.monotonic()
         self.events.clear()
         self.send("Page.navigate", url=page.resolve().as_uri())
+        self._wait_until_loaded(began)
+        return time.monotonic() - began
+
+    def follow(self, node: str) -> None:
+        """Click on a link that a JavaScript expression gives, and wait until its page is loaded."""
+        self.events.clear()
+        self.click(node)
+        self._wait_until_loaded(time.monotonic())
+
+    def _wait_until_loaded(self, began: float) -> None:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(began + SECONDS))
-        return time.monotonic() - began
 
     def evaluate(self, script: str) -> Any:
         """The JSON value of an expression in the page."""
