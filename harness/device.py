@@ -13,6 +13,8 @@ from typing import Any, Literal
 from harness.errors import Problem, UserError
 
 Kind = Literal["npu", "cuda", "cpu"]
+STEP = "HARNESS_SLURM_STEP"
+"""Set in the environment of a rank that is a task of SLURM: which step, of which job."""
 _PACKAGES: dict[Kind, str] = {"npu": "torch_npu", "cuda": "torch"}
 _PROBE = (
     "import torch, {package}; of = torch.{kind}; print(n := of.device_count(), n and of.get_device_name(0))"
@@ -128,7 +130,7 @@ def _prepare(kind: Kind) -> None:
 
 def _bind(count: int) -> None:
     """Where SLURM shows each task one device, its own, that is the first one, and for DeepSpeed as well."""
-    if count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" in os.environ:
+    if count == 1 and STEP in os.environ:
         os.environ["LOCAL_RANK"] = "0"
 
 

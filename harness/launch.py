@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from harness.device import STEP
 from harness.errors import Problem, UserError
 
 FAILED, INTERRUPTED = 1, 130
@@ -80,6 +80,10 @@ def here(arguments: Sequence[str], processes: int) -> int:
         )
         if alone and told.startswith("error: "):
             raise UserError(told.removeprefix("error: "), exit_code=code) from None
+        if first.exitcode < 0:
+            what = f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
+            hint = "SIGKILL is what the system sends when memory is short. The same command goes on."
+            raise UserError([Problem(what, hint=hint)], exit_code=FAILED) from None
         return code
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
@@ -88,12 +92,12 @@ def here(arguments: Sequence[str], processes: int) -> int:
     return 0
 
 
-def report(text: str) -> None:
-    """Leave the error of a rank other than 0 to the launcher; where that takes none, say it here."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+def report(text: str) -> bool:
+    """Leave an error to the launcher, if it takes them; returns whether it does."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    else:
-        print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+    return bool(file)
 
 
 def share_cores(processes: int) -> None:
@@ -122,7 +126,7 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
     with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".env") as file:
         file.writelines(_carried(os.environ))
         file.flush()
-        running = subprocess.Popen(command, env={"DS_ENV_FILE": file.name} | os.environ)
+        running = subprocess.Popen(command, env=os.environ | {"DS_ENV_FILE": file.name})
         try:
             return running.wait()
         except KeyboardInterrupt:
@@ -135,11 +139,13 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
 def _carried(environment: Mapping[str, str]) -> Iterator[str]:
     """What the ranks of other hosts are to find in their environment, beside what DeepSpeed carries there."""
     for name, value in environment.items():
-        if name.startswith(CARRIED) and "TOKEN" not in name and "\n" not in value:
-            yield f"{name}={shlex.quote(value)}\n"
-    for folder in (Path.home(), Path()):  # where DeepSpeed looks unless it is told
-        if (file := folder / ".deepspeed_env").is_file():
-            yield f"{file.read_text().rstrip()}\n"
+        if name.startswith(CARRIED) and "TOKEN" not in name and not set(value) & set('\n\\"$`'):
+            yield f"{name}={value}\n"  # DeepSpeed puts it between double quotes
+    # where DeepSpeed itself looks
+    told = environment.get("DS_ENV_FILE")
+    for file in [Path(told)] if told else [folder / ".deepspeed_env" for folder in (Path.home(), Path())]:
+        lines = file.read_text().splitlines() if file.is_file() else []
+        yield from (f"{line}\n" for line in lines if "=" in line)
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
@@ -149,13 +155,15 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     if "RANK" in environment or tasks < 2:
         return
     first = _first_host(environment["SLURM_STEP_NODELIST"])
-    port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    port = 20_000 + (job + 101 * step) % 20_000
     environment |= {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        STEP: f"{job}.{step}",
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1")),
     }
 

@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from harness.device import Kind, rank, world_size
+from harness.device import STEP, Kind, rank, world_size
 from harness.errors import Problem, UserError
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "all_interrupted",
     "cut_off",
     "every",
+    "first_fails_too",
     "gather",
     "joined",
     "leave",
     "rank",
+    "say_failed",
     "say_when_interrupted",
     "share",
     "start",
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
-_HERE, _INTERRUPTED = "here-", "interrupted-"
+_HERE, _INTERRUPTED, _FAILED = "here-", "interrupted-", "failed"
 _SEARCH = timedelta(minutes=10)
 _PATIENCE = 5  # seconds
 
@@ -61,12 +65,22 @@ def _found_each_other() -> Any:
     """The store of a launch, once all its ranks have come to it; raises `UserError` after some minutes."""
     import torch.distributed as distributed
 
+    # steps of SLURM that come to one store by mistake, and the attempts of torchrun, do not hear each other
+    # (which are counted by each node on its own)
+    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
+    launch = f"{os.environ.get(STEP, '')}-{attempt}"
     try:
-        store, *_ = next(distributed.rendezvous("env://", timeout=_SEARCH))
-        store.set(f"{_HERE}{rank()}", "")
-        store.wait([f"{_HERE}{number}" for number in range(world_size())], _SEARCH)
+        with _ended_by_signals():
+            store, *_ = next(distributed.rendezvous("env://", timeout=_SEARCH))
+            store = distributed.PrefixStore(launch, store)
+            store.set(f"{_HERE}{rank()}", "")
+            store.wait([f"{_HERE}{number}" for number in range(world_size())], _SEARCH)
     except distributed.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if not re.search("time(d )?out", str(error), re.IGNORECASE):
+            why = str(error).strip().splitlines()[0]
+            raise UserError([Problem(f"the ranks can't meet at {address}: {why}")], exit_code=1) from error
         minutes = f"{_SEARCH.total_seconds() / 60:g} minutes"
         what = f"not all of the {world_size()} ranks came to {address}, where rank 0 is, within {minutes}"
         hint = "Start as many, with nothing between them and that address."
@@ -74,13 +88,54 @@ def _found_each_other() -> Any:
     return store
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """In this block Ctrl-C and SIGTERM end the process: it waits where Python's own handlers don't run."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def joined() -> bool:
     """Whether this process has joined the others of its launch."""
-    if world_size() == 1:
+    distributed = sys.modules.get("torch.distributed")  # importing torch is not always safe, and slow
+    return world_size() > 1 and distributed is not None and distributed.is_initialized()
+
+
+def say_failed() -> None:
+    """On rank 0, once it has said why it fails: let the others know."""
+    if joined():
+        with contextlib.suppress(RuntimeError):  # they are gone already
+            _store().set(_FAILED, "")
+
+
+def first_fails_too() -> bool:
+    """On another rank that fails: whether rank 0 has said why; waits some seconds for it.
+
+    A rank that left at once might have its launcher end rank 0 before it has said a word.
+    """
+    if not joined():
+        time.sleep(_PATIENCE)
         return False
     import torch.distributed as distributed
 
-    return distributed.is_initialized()
+    try:
+        _store().wait([_FAILED], timedelta(seconds=_PATIENCE))
+    except distributed.DistError:
+        return False
+    return True
+
+
+def _store() -> Any:
+    import torch.distributed as distributed
+
+    return distributed.distributed_c10d._get_default_store()
 
 
 def stop() -> None:
@@ -117,9 +172,7 @@ def cut_off(error: BaseException) -> bool:
 @contextlib.contextmanager
 def say_when_interrupted() -> Iterator[None]:
     """In this block let rank 0 know of Ctrl-C or SIGTERM at once, even within a collective that waits."""
-    import torch.distributed as distributed
-
-    store = distributed.distributed_c10d._get_default_store()
+    store = _store()
     heard, told = os.pipe()
     os.set_blocking(told, False)
     # a signal writes there when it comes; Python runs its handler once the collective has ended
@@ -147,7 +200,7 @@ def all_interrupted() -> bool:
         return True
     import torch.distributed as distributed
 
-    store = distributed.distributed_c10d._get_default_store()
+    store = _store()
     others = [f"{_INTERRUPTED}{number}" for number in range(1, world_size())]
     try:
         store.wait(others, timedelta(seconds=_PATIENCE))

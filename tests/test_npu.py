@@ -239,8 +239,12 @@ def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
 
 @pytest.mark.slow
 def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, tmp_path):
-    told = npu | {"MAKE_BELIEVE_NPUS": "1", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    code = "from harness import device; print(device.torch_device(device.probe().kind))"
+    told = npu | {"MAKE_BELIEVE_NPUS": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "here"}
+    told |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    code = (
+        "import os\nfrom harness import device, launch\nlaunch.adopt_slurm(os.environ)\n"
+        "print(device.torch_device(device.probe().kind))"
+    )
     done = run(tmp_path, told, code, program=("-c",))
     assert done.stdout == "npu:0\n", done.stderr
 

@@ -1,5 +1,6 @@
 """Several ranks: ZeRO against plain PyTorch, killed ranks, damaged checkpoints, captioning, launching."""
 
+import argparse
 import json
 import os
 import shutil
@@ -279,6 +280,7 @@ def test_srun_is_understood():
         "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "node[03-04]",
         "SLURM_JOB_ID": "71",
+        "SLURM_STEP_ID": "3",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",  # of the login node where srun was called
         "SLURM_CPUS_PER_TASK": "8",
     }
@@ -287,7 +289,7 @@ def test_srun_is_understood():
     assert environment["WORLD_SIZE"] == "16"
     assert environment["LOCAL_RANK"] == "1"
     assert environment["MASTER_ADDR"] == "node03"
-    assert environment["MASTER_PORT"] == "20071"
+    assert environment["MASTER_PORT"] == "20374"
     assert environment["OMP_NUM_THREADS"] == "8"
 
 
@@ -352,17 +354,53 @@ def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
     assert f"error: not all of the 2 ranks came to localhost:{port}, where rank 0 is, within" in done.stdout
+    if number == 0:
+        with socket.socket() as taken:
+            taken.bind(("", port))
+            taken.listen()
+            done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
+        assert f"error: the ranks can't meet at localhost:{port}: The server socket has failed" in done.stdout
 
 
 def test_other_hosts_hear_where_weights_are_and_no_token(tmp_path, monkeypatch):
+    """As DeepSpeed's launcher reads and exports it, in a shell."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0")
+    (tmp_path / ".deepspeed_env").write_text("\nNCCL_SOCKET_IFNAME=ib0")
     given = {"HF_HOME": "/disk/our models", "HF_TOKEN": "secret", "LANG": "C", "HCCL_IF_IP": "10.0.0.1"}
-    assert list(launch._carried(given)) == [
-        "HF_HOME='/disk/our models'\n",
-        "HCCL_IF_IP=10.0.0.1\n",
-        "NCCL_SOCKET_IFNAME=ib0\n",
-    ]
+    runner = PDSHRunner(argparse.Namespace(user_args=[], user_script="", launcher_args=""), "")
+    for line in launch._carried(given | {"HF_ODD": "$HOME", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}):
+        runner.add_export(*line.split("=", maxsplit=1))
+    script = "".join(f"export {name}={value}; " for name, value in runner.exports.items())
+    done = subprocess.run(["env", "-i", "sh", "-c", f"{script}env"], capture_output=True, text=True)
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert {name: value for name, value in told.items() if name not in ("PWD", "SHLVL", "_")} == {
+        "HF_HOME": "/disk/our models",
+        "HCCL_IF_IP": "10.0.0.1",
+        "TORCH_CUDA_ARCH_LIST": "8.0;9.0",
+        "NCCL_SOCKET_IFNAME": "ib0",
+    }
+
+
+@pytest.mark.slow
+def test_a_rank_that_a_signal_ended_is_told(tmp_path):
+    """As when memory is short: rank 0, which speaks for all, can't say it."""
+    text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
+    (tmp_path / "long.yaml").write_text(text)
+    command = [sys.executable, "-m", "harness", "run", "long.yaml", "--nproc", "2"]
+    command += ["--set", "train.evaluate_every=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    begun = time.time()
+    while not list(tmp_path.glob("runs/steps/train-*/losses.jsonl")) and time.time() - begun < 120:
+        time.sleep(0.2)
+    first = min(psutil.Process(running.pid).children(), key=lambda child: int(child.environ()["RANK"]))
+    first.kill()
+    said = running.communicate(timeout=100)[1]
+    assert running.returncode == 1
+    assert "error: rank 0 was ended by SIGKILL\n" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def main() -> None:
         _run_command()
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except Exception:
         if ranks.world_size() == 1:
             raise
         traceback.print_exc()
@@ -123,15 +123,21 @@ def _interrupt_again(swallowed: Any) -> None:
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
-    if int(os.environ.get("RANK", "0")):  # rank 0 says it, or the launcher for a rank that fails alone
-        if code == 1 or (code != INTERRUPTED and ranks.joined()):  # before, all ranks find the same
-            launch.report(text)
+    if ranks.world_size() > 1:  # a launcher ends the others when one leaves, and this one has ended
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
+        if code != INTERRUPTED and not launch.report(text):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if not ranks.first_fails_too():
+                print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
     print(text, file=sys.stderr)
     if problems and code == 2:
         noun = "problem" if problems == 1 else "problems"
         print(f"{problems} {noun}; nothing was run.", file=sys.stderr)
     sys.stderr.flush()
+    ranks.say_failed()
     sys.exit(code)
 
 
