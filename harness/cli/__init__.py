@@ -128,7 +128,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
             signal.signal(number, signal.SIG_IGN)
     if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
         if code != INTERRUPTED and not launch.report(text):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
             if not ranks.first_fails_too():
                 print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
