@@ -154,7 +154,7 @@ class Builder:
             ids = [example.id for example in self.data.splits[name]]
             return train.Split(ids, self._pixels(name), captions, concepts)
 
-        if not device.computes_fp32(self.kind) and self.config.train.precision != "fp16":
+        if not device.computes_fp32(self.kind):
             self.reporter.say(f"this {self.kind} rounds to fp16 what it multiplies, whatever the precision")
         splits = {"train": split("train"), "valid": split("valid")}
         steps = schedule.total_steps(self.config.train, len(splits["train"].ids))

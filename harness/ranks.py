@@ -1,4 +1,4 @@
-"""What the processes of one launch tell each other; alone, each of these does nothing."""
+"""What the processes of one launch tell each other, from meeting to leaving; one alone has nothing to say."""
 
 import contextlib
 import os
@@ -40,6 +40,7 @@ Item = TypeVar("Item")
 _HERE, _INTERRUPTED, _FAILED = "here-", "interrupted-", "failed"
 _SEARCH = timedelta(minutes=10)
 _PATIENCE = 5  # seconds
+_RECORDING = 30  # seconds in which rank 0 has written down a failure, and MLflow has it
 
 
 def start(kind: Kind = "cpu") -> None:
@@ -116,9 +117,9 @@ def say_failed() -> None:
 
 
 def first_fails_too() -> bool:
-    """On another rank that fails: whether rank 0 has said why; waits some seconds for it.
+    """On another rank that fails: whether rank 0 has said why; waits for it.
 
-    A rank that left at once might have its launcher end rank 0 before it has said a word.
+    A rank that left at once might have its launcher end rank 0 before it has written and said a word.
     """
     if not joined():
         time.sleep(_PATIENCE)
@@ -126,7 +127,7 @@ def first_fails_too() -> bool:
     import torch.distributed as distributed
 
     try:
-        _store().wait([_FAILED], timedelta(seconds=_PATIENCE))
+        _store().wait([_FAILED], timedelta(seconds=_RECORDING))
     except distributed.DistError:
         return False
     return True

@@ -243,10 +243,10 @@ def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, t
     told |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     code = (
         "import os\nfrom harness import device, launch\nlaunch.adopt_slurm(os.environ)\n"
-        "print(device.torch_device(device.probe().kind))"
+        "print(device.torch_device(device.probe().kind))\nimport torch\nprint(torch.npu.conv.allow_hf32)"
     )
     done = run(tmp_path, told, code, program=("-c",))
-    assert done.stdout == "npu:0\n", done.stderr
+    assert done.stdout == "npu:0\nFalse\n", done.stderr
 
 
 @pytest.mark.slow

@@ -385,6 +385,26 @@ def test_other_hosts_hear_where_weights_are_and_no_token(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_stops_all_ranks_is_said_once(tmp_path):
+    """Where no launcher takes their errors, as under srun."""
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "harness", "run", "small.yaml", "--set", "train.learning_rate=1e30"]
+    running = []
+    for number in ("0", "1"):
+        environment = os.environ | told | {"RANK": number, "LOCAL_RANK": number}
+        rank = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        running.append(rank)
+    said = [rank.communicate(timeout=200)[1] for rank in running]
+    assert [rank.returncode for rank in running] == [1, 1]
+    assert "error: caption_loss became nan" in said[0]
+    assert "error" not in said[1]
+
+
+@pytest.mark.slow
 def test_a_rank_that_a_signal_ended_is_told(tmp_path):
     """As when memory is short: rank 0, which speaks for all, can't say it."""
     text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
