@@ -213,7 +213,7 @@ class TrainConfig(Section):
     """auto: bf16 autocast where the device has it, else fp32; trained weights stay fp32; fp16 needs ZeRO."""
     vision_precision: Literal["auto", "fp32"] = "auto"
     """fp32 keeps the ViT's arithmetic out of autocast, too; its weights are fp32 in any case."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = 0
     """What DeepSpeed shards over the ranks: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
     offload: bool = False
     """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
