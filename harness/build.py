@@ -12,7 +12,7 @@ from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
 from harness.errors import Problem, UserError
 from harness.plan import Plan, Reporter, primary_metric
-from harness.store import fingerprint, write, write_json
+from harness.store import fingerprint, finite, write, write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
@@ -131,7 +131,8 @@ class Builder:
         gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
         config = self.config.train
         how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
-        return loading.load(*how, language_dtype=engine.language_dtype(config, self.kind))
+        language = (engine.language_dtype(config, self.kind), config.language_dropout)
+        return loading.load(*how, *language)
 
     def _unload_metrics(self) -> None:
         """Take the metrics' models from a device that the captioner needs for itself."""
@@ -310,7 +311,7 @@ class Builder:
         metrics.write_per_image(directory / "per_image.csv", ids, references, predictions, scores)
         metrics.write_arrays(directory / "arrays.npz", ids, scores)
         plots.caption_lengths(predictions, references, directory / "caption_lengths.png")
-        write_json(directory / "scores.json", result)
+        write_json(directory / "scores.json", finite(result))
         return all(score.value is not None for score in scores.values())
 
     def _with_standins(self) -> Any:

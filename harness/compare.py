@@ -7,7 +7,6 @@ statistics of each draw. The per-image scores of the others are taken as given: 
 stay those of the whole reference set.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -20,6 +19,7 @@ import numpy as np
 from harness.errors import Problem, UserError
 from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays, references_fingerprint
 from harness.scoring import Rows
+from harness.store import parsed
 from harness.submission.inputs import run_record, run_root
 
 LEVEL = 0.05
@@ -287,12 +287,13 @@ def read_run(folder: Path, label: str) -> System:
     record = run_record(folder)
     step = run_root(folder, record) / record.get("steps", {}).get("score-after", "")
     if not (step / "scores.json").is_file():
-        what = f"the run (status {record['status']}) has no scores"
+        why = (record.get("failure") or {}).get("reason")
+        what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
         raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
     if not (step / ARRAYS).is_file():
         what = "scored by an older version, without the numbers of single images that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
-    result = json.loads((step / "scores.json").read_text(encoding="utf-8"))
+    result = parsed((step / "scores.json").read_text(encoding="utf-8"))
     ids, arrays = read_arrays(step / ARRAYS)
     scores = {name: _with_rows(Score(**entry), arrays.get(name)) for name, entry in result["scores"].items()}
     return System(label, ids, result["references"], scores)

@@ -205,6 +205,8 @@ class TrainConfig(Section):
     """Of the Q-Former's language-model losses; LAVIS smooths those and not the OPT's."""
     dropout: Fraction | None = None
     """Dropout of the Q-Former; by default what the checkpoint says."""
+    language_dropout: Fraction | None = None
+    """Dropout of the frozen language model, 0 for none of any kind; by default what the checkpoint says."""
     train_vision: bool = True
     """False freezes the ViT."""
     gradient_checkpointing: bool = False

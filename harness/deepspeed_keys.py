@@ -210,7 +210,7 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
             meant = f" Did you mean {path + '.' if path else ''}{near[0]}?" if near else ""
             yield key, f"deepspeed.{key[:80]}: unknown key of DeepSpeed's config.{meant}"
         elif key in SECTIONS and not isinstance(value, Mapping):
-            yield key, f"deepspeed.{key}: got {str(value)[:80]!r}; a mapping is allowed"
+            yield key, f"deepspeed.{key}: got {repr(value)[:80]}; a mapping is allowed"
         elif key in SECTIONS:
             yield from _mistakes(value, key)
         elif not _is_json(value):

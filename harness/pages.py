@@ -4,14 +4,16 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from harness.store import finite
+
 
 def filled(template: str, data: Any) -> str:
     """A template of `harness/templates` with the common style and scripts, and the data as JSON.
 
     Nothing in the data can become markup: "</script>" in a JSON string would end the element, "<!--" hide its
-    end. NaN and infinity are refused.
+    end. NaN and infinity are shown as what is absent.
     """
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(data), allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     templates = files("harness").joinpath("templates")
     common, page = (

@@ -1,9 +1,10 @@
 """PNG plots of a run: training curves and caption lengths."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from harness.store import parsed
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -26,7 +27,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def curves(losses: Path, path: Path) -> None:
     """Losses, learning rate and validation scores by optimiser step, from a `losses.jsonl`."""
-    rows = [json.loads(line) for line in losses.read_text().splitlines()]
+    rows = [parsed(line) for line in losses.read_text().splitlines()]
     panels = {
         "loss (nats per token)": ["loss", "caption_loss", "concept_loss", "valid_loss"],
         "learning rate": ["learning_rate"],
@@ -37,14 +38,15 @@ def curves(losses: Path, path: Path) -> None:
     figure, axes = _axes(len(panels))
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label=name, marker="o" if name.startswith("valid") else None
                 )
         axis.set(title=title, xlabel="optimiser step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     _save(figure, path)
 
 

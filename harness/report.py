@@ -8,7 +8,6 @@ is gone, has a page of what is there, which says what is not.
 import base64
 import csv
 import io
-import json
 import math
 import os
 from collections import Counter
@@ -31,7 +30,7 @@ from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.pages import filled
 from harness.tracking.contents import rows
-from harness.tracking.server import status_of
+from harness.tracking.server import failure_of, status_of
 
 REPORT = "report.html"
 SIDE = 192
@@ -131,7 +130,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
 def _read(folder: Path) -> Run:
     file = folder / "run.json"
     try:
-        return Run(folder, json.loads(file.read_text(encoding="utf-8")))
+        return Run(folder, store.parsed(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError([Problem("not a run: it has no run.json", folder, hint=_runs_near(folder))]) from None
     except ValueError as error:
@@ -183,8 +182,12 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     changed = " (with changes that were not committed)" if git["dirty"] else ""
     status = status_of(record, None)
     gone = " (its process is gone)" if status != record["status"] else ""
+    failure = failure_of(record) or {}
     return {
         "status": status + gone,
+        "failed in": failure.get("step"),
+        "why": failure.get("reason"),
+        "what helps": failure.get("hint"),
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"]["model"]["checkpoint"],
         "edition": record["edition"],
@@ -290,7 +293,11 @@ def _curves(run: Run) -> dict[str, Any]:
         "steps_per_point": size,
         "stages": [[stage, part[0]["step"]] for stage, part in sorted(stages.items())],
         "valid": [
-            {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
+            {
+                key: value
+                for key, value in row.items()
+                if value is not None and (key.startswith("valid_") or key in ("stage", "epoch", "step"))
+            }
             for row in found
             if "valid_loss" in row
         ],
@@ -299,7 +306,7 @@ def _curves(run: Run) -> dict[str, Any]:
 
 def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterator[list[float]]:
     """Means of `size` steps each of one stage."""
-    points = [(row["step"], row[name]) for row in part if name in row]
+    points = [(row["step"], row[name]) for row in part if row.get(name) is not None]
     for at in range(0, len(points), size):
         group = points[at : at + size]
         yield [sum(column) / len(group) for column in zip(*group, strict=True)]

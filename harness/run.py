@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,11 +21,12 @@ from harness.build import Builder, Watch
 from harness.captions import PREDICTIONS, read_captions
 from harness.config import Config, flat
 from harness.editions import EDITIONS
-from harness.errors import Pruned
+from harness.errors import Pruned, UserError
 from harness.plan import Plan, Reporter
-from harness.store import step, write, write_json
+from harness.store import parsed, step, write, write_json
+from harness.tracking.server import without_password
 
-SUBMISSIONS, MADE = Path("submissions"), "made.json"
+SUBMISSIONS, MADE, TRACEBACK = Path("submissions"), "made.json", "traceback.txt"
 PACKAGES = (
     "imageclef-harness",
     "torch",
@@ -71,6 +73,7 @@ def run(
         builder = Builder(plan, reporter, watch)
         for name in plan.inputs:
             record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
+            record["at"] = name
             if plan.done(name):
                 ranks.agree(False)
             else:
@@ -84,6 +87,7 @@ def run(
             record["made"][name] = json.loads((plan.directory(name) / MADE).read_text())
             _keep(record, plan, name)
             write_json(folder / "run.json", record)
+        record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
     return record
 
@@ -115,6 +119,8 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "ended": None,
+        "at": None,
+        "failure": None,
         "command": command,
         "edition": config.edition,
         "config": json.loads(config.model_dump_json()),
@@ -148,24 +154,43 @@ def _is_standin(name: str) -> bool:
 
 @contextlib.contextmanager
 def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Keep `run.json` true: RUNNING from the start, FINISHED, FAILED, PRUNED or KILLED at the end."""
+    """Keep `run.json` true: RUNNING from the start; FINISHED, FAILED, PRUNED or KILLED at the end; why."""
     write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
     write_json(folder / "run.json", record)
-    status = "FAILED"
+    (folder / TRACEBACK).unlink(missing_ok=True)
     try:
         yield
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except Pruned:
-        status = "PRUNED"
+        record["status"], record["at"] = "FINISHED", None
+    except BaseException as error:
+        record["status"], record["failure"] = _failure(error, record["at"])
+        if record["status"] == "FAILED" and not isinstance(error, UserError):
+            with contextlib.suppress(OSError):  # a full disk, which may be why it failed
+                write(folder / TRACEBACK, without_password(traceback.format_exc()))
+                record["artifacts"][TRACEBACK] = f"{record['name']}/{folder.name}/{TRACEBACK}"
         raise
     finally:
-        record["status"] = status
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / "run.json", record)
+
+
+def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:
+    """The status of a run that an error ended, and what its record keeps: step, reason and hint."""
+    hints: list[str | None] = []
+    if isinstance(error, KeyboardInterrupt):
+        status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command goes on"
+    elif isinstance(error, Pruned):
+        status, reason = "PRUNED", str(error)
+    elif isinstance(error, UserError):
+        status, reason = "FAILED", "; ".join(map(str, error.problems))
+        hints = [*(problem.hint for problem in error.problems), error.hint]
+    elif ranks.cut_off(error):
+        status, reason = "FAILED", "another rank of this launch is gone; the same command goes on"
+    else:
+        first = (str(error).strip().splitlines() or [""])[0]
+        status, reason = "FAILED", f"{type(error).__name__}: {first}".removesuffix(": ")
+    shown = {"reason": without_password(reason), "hint": " ".join(filter(None, hints)) or None}
+    return status, {"step": at, "error": type(error).__name__, **shown}
 
 
 def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
@@ -179,7 +204,7 @@ def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
         stage = "before" if kind == "predict" else "after"
         record["artifacts"][f"predictions/{part}_{stage}.csv"] = f"{where}/predictions.csv"
     elif kind == "score":
-        result = json.loads((plan.directory(name) / "scores.json").read_text())
+        result = parsed((plan.directory(name) / "scores.json").read_text())
         record["scores"].setdefault("valid", {})[part] = result["scores"]
         record["artifacts"][f"scores/valid_{part}.json"] = f"{where}/scores.json"
         record["artifacts"][f"scores/valid_{part}_per_image.csv"] = f"{where}/per_image.csv"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -48,6 +49,20 @@ def write(path: Path, content: str | bytes) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """Write a value as indented JSON, whole or nothing; NaN and infinity are refused."""
     return write(path, json.dumps(value, indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+
+
+def parsed(text: str | bytes) -> Any:
+    """A value from JSON; NaN and infinity, which older versions wrote, are None. Raises `ValueError`."""
+    return finite(json.loads(text))
+
+
+def finite(value: Any) -> Any:
+    """The JSON-like value with None for each number that is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def step_directory(root: Path, kind: str, inputs: Mapping[str, Any]) -> Path:

@@ -27,7 +27,7 @@ from harness.engine import accumulation, engine, place, release, resume, to_univ
 from harness.errors import Problem, UserError
 from harness.interrupts import Interrupts
 from harness.models.blip2 import freeze
-from harness.models.loading import Loaded, load_trained, save_trained
+from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
@@ -36,6 +36,10 @@ from harness.store import free, gb
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 PRIMARY = "valid_primary"
 TERMS = ("caption_loss", "concept_loss")
+DIVERGED = (
+    "Training diverged. Lower train.learning_rate, raise train.warmup_steps, set train.max_grad_norm to 1, "
+    "or set train.precision: fp32."
+)
 Row = dict[str, Any]
 
 
@@ -136,6 +140,7 @@ class Training:
         An interruption on any rank waits for the end of a step, after which all ranks save and stop.
         """
         begun = self.state.done
+        self._check_weights(trainer, stage)
         for step in range(begun, stage.epochs * self.per_epoch):
             epoch, number = divmod(step, self.per_epoch)
             if number == 0 or step == begun:
@@ -144,6 +149,7 @@ class Training:
             with self.interrupts.wait():
                 self._step(trainer, stage, step, order[number])
                 if ended or self.interrupted or self._due(step + 1):
+                    self._check_weights(trainer, stage)
                     self._save(trainer, validated=not ended)
             if self.interrupted or (ended and self.interrupts.came):
                 raise KeyboardInterrupt
@@ -261,8 +267,7 @@ class Training:
         finite = norm is not None and math.isfinite(norm)
         if norm is not None and not finite and scale in (None, 1):
             what = f"the gradients of step {self.state.step + 1} are not finite, though its loss is"
-            hint = "Lower train.learning_rate, or set train.precision: fp32."
-            raise UserError([Problem(what, hint=hint)], None, 1)
+            raise UserError([Problem(what, hint=DIVERGED)], None, 1)
         row: Row = {"grad_norm": float(norm)} if finite else {}
         return row | ({} if scale is None else {"loss_scale": scale})
 
@@ -282,10 +287,8 @@ class Training:
             ]
             name, value, images = sorted(ranks.gather(bad))[0]
             what = f"{name} became {value} at step {self.state.step + 1}"
-            hint = "Lower train.learning_rate, or set train.precision: fp32."
-            raise UserError(
-                [Problem(f"{what}; images of that batch: {', '.join(images)}", hint=hint)], None, 1
-            )
+            what += f"; images of that batch: {', '.join(images)}"
+            raise UserError([Problem(what, hint=DIVERGED)], None, 1)
         return total
 
     def _has(self, stage: Stage, term: str) -> bool:
@@ -322,7 +325,9 @@ class Training:
         loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
         loaded.model.eval()
         row = {"valid_loss": self._valid_loss(loaded)}
+        self._check_validation(row, stage)
         row |= ranks.agree(self.evaluate(loaded)) if scores else {}
+        self._check_validation(row, stage)
         loaded.model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
@@ -332,6 +337,31 @@ class Training:
         self.state.validated = True
         if ranks.rank() == 0:
             self.checkpoints.seal(self.state)
+
+    def _check_validation(self, row: Row, stage: Stage) -> None:
+        """Stop all ranks where a validation gave a number that is not finite."""
+        for name, value in row.items():
+            if not math.isfinite(value):
+                what = f"{name} became {value} in the validation after {self._where(stage)}"
+                raise UserError([Problem(what, hint=DIVERGED)], None, 1)
+
+    def _check_weights(self, trainer: Any, stage: Stage) -> None:
+        """Stop all ranks before weights or moments that are not finite are saved, or trained any further."""
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        parts = [weight for group in optimizer.param_groups for weight in group["params"]]  # of ZeRO-3
+        moments = [part for state in optimizer.state.values() for part in state.values()]
+        own = [*trained_weights(self.loaded.model).values(), *parts, *filter(torch.is_tensor, moments)]
+        bad = torch.zeros(1, device=self.device)
+        for tensor in own:
+            bad += (~torch.isfinite(tensor.detach())).any().to(bad)
+        if ranks.total(bad).item():
+            what = f"the weights or the optimiser's moments after {self._where(stage)} are not finite"
+            hint = f"{DIVERGED} To train anew by the same config, delete {self.directory}."
+            raise UserError([Problem(what, hint=hint)], None, 1)
+
+    def _where(self, stage: Stage) -> str:
+        epoch = math.ceil(self.state.done / self.per_epoch)
+        return f"step {self.state.step} (stage {stage.number}, epoch {epoch})"
 
     @torch.no_grad()
     def _valid_loss(self, loaded: Loaded) -> float:
@@ -368,7 +398,7 @@ class Training:
         row["time"] = time.time()
         if ranks.rank() == 0:
             with (self.directory / LOSSES).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         self.log(row)
 
 

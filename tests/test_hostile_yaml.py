@@ -212,7 +212,7 @@ def test_a_mistake_across_keys_of_two_sections_points_at_the_one_that_was_given(
         ("timers: {throughput: {enabld: true}}", "Did you mean timers.throughput.enabled?"),
         ("nonsense: 1", "deepspeed.nonsense: unknown key of DeepSpeed's config."),
         ("elasticity: {}", "deepspeed.elasticity: unknown key of DeepSpeed's config."),
-        ("comms_logger: true", "deepspeed.comms_logger: got 'True'; a mapping is allowed"),
+        ("comms_logger: true", "deepspeed.comms_logger: got True; a mapping is allowed"),
         ("scheduler: {}", "what train decides can't be set there; use train.warmup_steps for scheduler"),
     ],
 )  # fmt: skip

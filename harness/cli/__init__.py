@@ -1,5 +1,6 @@
 """The commands; the only room that prints and sets exit codes."""
 
+import contextlib
 import csv
 import errno
 import json
@@ -218,8 +219,14 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     records: list[dict[str, Any]] = []
     try:
         for plan in plans:
-            records += [runs.run(plan, terminal, _command(), base_of(experiment, plan.config.variant))]
-            reports.write(RUNS / plan.config.name / plan.config.run_name)
+            page_of = RUNS / plan.config.name / plan.config.run_name
+            try:
+                records += [runs.run(plan, terminal, _command(), base_of(experiment, plan.config.variant))]
+            except Exception:
+                with contextlib.suppress(Exception):  # the page says why the run failed; that goes before
+                    reports.write(page_of)
+                raise
+            reports.write(page_of)
     except UserError:
         if records:
             _print_records(records, output)

@@ -29,13 +29,14 @@ def leaderboard(
     output: Annotated[
         BoardFormat, typer.Option("--format", help="html writes leaderboard/index.html.")
     ] = BoardFormat.table,
+    everything: Annotated[bool, typer.Option("--all", help="With the trials of studies.")] = False,
 ) -> None:
     """Official standings (test) and our runs (validation), each with a rank or the reason for none."""
     from harness import leaderboard as boards
     from harness.plan import RUNS
 
-    years = [edition] if edition is not None else boards.editions(RUNS)
-    found = [boards.board(year, RUNS) for year in years]
+    years = [edition] if edition is not None else boards.editions(RUNS, trials=everything)
+    found = [boards.board(year, RUNS, trials=everything) for year in years]
     if output is BoardFormat.html:
         print(boards.write_page(found))
     elif output is BoardFormat.json:

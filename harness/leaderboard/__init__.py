@@ -23,7 +23,7 @@ from harness.leaderboard.entries import (
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
 from harness.store import fingerprint, write
-from harness.tracking.server import STATE
+from harness.tracking.server import STATE, failure_of, status_of
 
 __all__ = [
     "SPLITS",
@@ -107,7 +107,8 @@ def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
         "beats": board.beats(entry),
         "image_gap": (record["image_gap"] or {}).get("rouge1") if entry.split == "valid" else None,
         "seed": record["seed"],
-        "status": record["status"],
+        "status": status_of(record, None),
+        "failure": failure_of(record),
         "date": record["ended"] or record["started"],
         "commit": record["git"]["commit"],
         "dirty": record["git"]["dirty"],

@@ -6,7 +6,6 @@ computed by the official checkpoint, on the edition's own images, for captions b
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
+from harness.store import parsed
+from harness.tracking.server import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
 IMAGES: Mapping[int, Mapping[str, int]] = {2023: {"valid": 10_437, "test": 10_473}}
@@ -112,20 +113,23 @@ class Board:
         }
 
 
-def editions(runs: Path, standings: Path = STANDINGS) -> list[int]:
+def editions(runs: Path, standings: Path = STANDINGS, trials: bool = False) -> list[int]:
     """The editions that have official standings or runs."""
-    with_runs = {record["edition"] for _, record in _records(runs)}
+    with_runs = {record["edition"] for _, record in _records(runs, trials)}
     return [year for year in EDITIONS if year in with_runs or (standings / f"{year}.csv").exists()]
 
 
-def board(edition: int, runs: Path, standings: Path = STANDINGS) -> Board:
-    """Read an edition's standings and our runs of it; raises `UserError` where a file can't be read."""
+def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = False) -> Board:
+    """Read an edition's standings and our runs of it, with the trials of studies where `trials` says so.
+
+    Raises `UserError` where a file can't be read.
+    """
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {known}", key="--edition")])
     entries = [
         Entry(record, folder, split, _apart(record, split, edition))
-        for folder, record in _records(runs)
+        for folder, record in _records(runs, trials)
         if record["edition"] == edition
         for split in record["scores"] or ("valid",)
     ]
@@ -158,14 +162,14 @@ def read_standings(file: Path) -> list[Standing]:
     return rows
 
 
-def _records(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and record of every run but the trials of studies, which are many, and scored to be compared."""
+def _records(runs: Path, trials: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and record of every run; without `trials` but those of studies, which are many."""
     for file in sorted(runs.rglob("run.json")):
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = parsed(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError([Problem(f"not the record of a run: {error}", file)]) from None
-        if record.get("trial") is None:
+        if trials or record.get("trial") is None:
             yield file.parent, record
 
 
@@ -174,9 +178,18 @@ def _apart(record: Mapping[str, Any], split: str, edition: int) -> str | None:
     return "; ".join(_reasons(record, split, edition)) or None
 
 
+def _because(failure: Mapping[str, Any] | None) -> str:
+    """Where and why a run ended, after its status."""
+    if failure is None:
+        return ""
+    return (f" in {failure['step']}" if failure["step"] else "") + f": {failure['reason']}"
+
+
 def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[str]:
     if record["status"] != "FINISHED":
-        yield f"the run is {record['status']}"
+        yield f"the run is {status_of(record, None)}{_because(failure_of(record))}"
+    if record.get("trial") is not None:
+        yield "it is a trial of a study"
     if record["standin_model"]:
         yield "its captions are by a stand-in model"
     if record["config"]["data"]["phantom"] is not None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from harness import checkpoints, device
@@ -64,6 +64,7 @@ def load(
     max_tokens: int,
     dropout: float | None = None,
     language_dtype: torch.dtype = torch.float32,
+    language_dropout: float | None = None,
 ) -> Loaded:
     """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
 
@@ -76,6 +77,8 @@ def load(
     if dropout is not None:
         blip2.qformer_config.hidden_dropout_prob = dropout
         blip2.qformer_config.attention_probs_dropout_prob = dropout
+    if language_dropout is not None:
+        _set_dropout(blip2.text_config, language_dropout)
     # what is missing is reported below, as an error; what is not needed is no news
     logging.set_verbosity_error()
     if device.rank():
@@ -97,6 +100,16 @@ def load(
     model.tie_weights()
     model.resize_images(config.image_size)
     return Loaded(model, caption, concept, *_pixel_units(folder))
+
+
+def _set_dropout(config: PretrainedConfig, share: float) -> None:
+    """The dropout of a language model's layers; without it, nothing else is left out at random either."""
+    for name in ("dropout", "dropout_rate", "resid_pdrop", "hidden_dropout"):  # OPT, T5, GPT-2, NeoX
+        if hasattr(config, name):
+            setattr(config, name, share)
+    for name in ("attention_dropout", "activation_dropout", "layerdrop", "attn_pdrop", "embd_pdrop"):
+        if share == 0 and hasattr(config, name):
+            setattr(config, name, 0.0)
 
 
 def _folder(name: str | None) -> Path | None:
@@ -190,9 +203,13 @@ def trained_weights(model: Captioner) -> dict[str, Tensor]:
 
 
 def save_trained(model: Captioner, path: Path) -> None:
-    """Write what fine-tuning may change, whole or nothing."""
+    """Write what fine-tuning may change, whole or nothing; raises `UserError` for what is not finite."""
     temporary = path.with_suffix(".tmp")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(model).items()}
+    if bad := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+        what = f"{len(bad)} weights are not finite and are not saved, the first {bad[0]}"
+        hint = "Lower train.learning_rate. Before the first step, they are those of model.checkpoint."
+        raise UserError([Problem(what, path, hint=hint)], None, 1)
     try:
         save_file(weights, temporary)
     except SafetensorError as error:  # a full disk, which it does not tell by an OSError
@@ -213,4 +230,7 @@ def load_trained(model: Captioner, path: Path) -> None:
             read = weights.get_tensor(name)
             if read.shape != weight.shape:
                 raise ValueError(f"{path}: {name} is {tuple(read.shape)}, and not {tuple(weight.shape)}")
+            if not torch.isfinite(read).all():
+                hint = f"They are of a training that diverged; to train anew, delete {path.parent}."
+                raise UserError([Problem(f"{name} is not finite", path, hint=hint)], None, 1)
             weight.copy_(read)

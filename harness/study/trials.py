@@ -5,7 +5,6 @@ lock of its trial, and the system takes it from a process that dies. All that ch
 one more lock, so that two workers never take or retry the same trial.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.store import write_json
+from harness.store import parsed, write_json
 from harness.study.space import Parameter, encode
 from harness.study.spec import Study
 from harness.study.storage import sampler
@@ -222,7 +221,7 @@ class Trials:
     def read_run(self, number: int) -> dict[str, Any] | None:
         """What is recorded of a trial's run."""
         file = self.run_file(number)
-        return json.loads(file.read_text(encoding="utf-8")) if file else None
+        return parsed(file.read_text(encoding="utf-8")) if file else None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -248,7 +247,11 @@ def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
     """Why scores of the objective are absent from a finished run."""
     scores = record["scores"]["valid"]["after"]
-    return [f"{n} is absent: {scores[n]['reason']}" for n in objective if scores[n]["value"] is None]
+    return [
+        f"{n} is absent: {scores[n].get('reason', 'it is not a finite number')}"
+        for n in objective
+        if scores[n]["value"] is None
+    ]
 
 
 def scores_of(record: Mapping[str, Any], objective: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import json
 import re
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Problem, UserError
+from harness.store import parsed
 from harness.submission.form import MEMBER, Rules, Task, content, decoded
 
 _IDS_HINT = "Give the organisers' list of ids, a label file of the split, or a file with one id a line."
@@ -314,7 +314,7 @@ def run_record(folder: Path) -> dict[str, Any]:
         hint = "The folder of a run is runs/<experiment>/<variant>-s<seed>."
         raise UserError([Problem("not a run: it has no run.json", folder, hint=hint)])
     try:
-        record = json.loads(file.read_bytes())
+        record = parsed(file.read_bytes())
     except ValueError:
         record = None
     if not isinstance(record, dict) or not record.keys() >= _RECORDED:

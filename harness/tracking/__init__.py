@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import Problem, UserError
-from harness.store import fingerprint
+from harness.store import fingerprint, parsed
 from harness.tracking.server import (
     Mirror,
     State,
@@ -45,7 +45,7 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
     from filelock import FileLock
 
     run_directory = Path(run_directory).resolve()
-    record = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
+    record = parsed((run_directory / "run.json").read_text(encoding="utf-8"))
     with FileLock(run_directory.parent / "mlflow.lock", timeout=60):
         state = State.load(run_directory.parent)
         Mirror(run_directory, record, owner, state).bring_up_to_date()
@@ -174,6 +174,6 @@ def _study_is_mirrored(experiment_directory: Path) -> bool:
 
 def _is_mirrored(file: Path) -> bool:
     """Whether a run's record is on the server as it is on disk."""
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = parsed(file.read_text(encoding="utf-8"))
     entry = State.load(file.parent.parent).runs.get(file.parent.name, {})
     return entry.get("mirrored") == fingerprint(record)

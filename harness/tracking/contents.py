@@ -1,12 +1,13 @@
 """What of a run's record goes to MLflow, and under which names."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.store import fingerprint
+from harness.store import fingerprint, parsed
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -28,7 +29,7 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 def is_measured(key: str, value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and key not in ("step", "time", "stage", "epoch")
+    return number and math.isfinite(value) and key not in ("step", "time", "stage", "epoch")
 
 
 def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
@@ -37,7 +38,7 @@ def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
     if file and file.exists():
         for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):  # else it is being written
-                yield json.loads(line)
+                yield parsed(line)
 
 
 def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One run brought up to date on one tracking server, whatever was there before."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -9,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from harness.tracking.contents import (
 STATE, STUDY = "mlflow.json", "study.json"
 DEFAULT_URI = "sqlite:///mlflow.db"
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
+_CLOCKS = 60  # seconds by which a clock may have been set since a process began
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _IN_MLFLOW = {"PRUNED": "FINISHED"}
 """MLflow has no word for a run that a study ended early; the tag trial/state says it."""
@@ -81,7 +84,7 @@ class Mirror:
         status = status_of(self.record, self.owner)
         if self.entry.get("status") != status:
             self.client.update_run(run, status="RUNNING")
-        self._describe(run)
+        self._describe(run, status)
         self._points(run)
         for key, path in artifacts(self.record, self.root, self.directory):
             self._artifact(run, self.entry, key, path)
@@ -164,13 +167,14 @@ class Mirror:
         )
         return created.info.run_id
 
-    def _describe(self, run: str) -> None:
+    def _describe(self, run: str, status: str) -> None:
         """Parameters, tags, data sets and scores, when the record has changed."""
         from mlflow.entities import Metric, Param, RunTag
 
-        if self.entry.get("described") == fingerprint(self.record):
+        described = fingerprint({**self.record, "status": status})
+        if self.entry.get("described") == described:
             return
-        values, tags = self.record["parameters"].items(), tags_of(self.record).items()
+        values, tags = self.record["parameters"].items(), self._tags(run).items()
         known = self.entry.setdefault("scores", {})
         scores = {key: value for key, value in scores_of(self.record).items() if known.get(key) != value}
         # The time of this record, and not of this call, so that a call that was killed adds no second point.
@@ -180,8 +184,17 @@ class Mirror:
         self._batches(run, "metrics", [Metric(key, value, when, 0) for key, value in scores.items()])
         self.client.log_inputs(run, datasets(self.record))
         known.update(scores)
-        self.entry["described"] = fingerprint(self.record)
+        self.entry["described"] = described
         self.state.save()
+
+    def _tags(self, run: str) -> dict[str, Any]:
+        """The tags of the run as it is now; why an earlier attempt failed is deleted."""
+        failure = failure_of(self.record, self.owner) or {}
+        told = {f"failure/{key}": value for key, value in failure.items() if value is not None}
+        for key in self.client.get_run(run).data.tags:
+            if key.startswith("failure/") and key not in told:
+                self.client.delete_tag(run, key)
+        return tags_of(self.record) | told
 
     def _batches(
         self, run: str, kind: str, items: list[Any], after: Callable[[list[Any]], None] | None = None
@@ -244,9 +257,21 @@ def _experiment(client: Any, name: str) -> str:
 
 
 def status_of(record: Mapping[str, Any], owner: int | None) -> str:
+    """The status of a run; one that is RUNNING while its process on this machine is gone was KILLED."""
     pid, here = record.get("pid", owner), record.get("host") in (None, socket.gethostname())
-    dead = record["status"] == "RUNNING" and here and pid is not None and not alive(pid)
-    return "KILLED" if dead else record["status"]
+    if record["status"] != "RUNNING" or not here or pid is None:
+        return record["status"]
+    began = record["started"] if "pid" in record else None
+    return "RUNNING" if alive(pid, began) else "KILLED"
+
+
+def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str, Any] | None:
+    """Why a run did not finish: its step, the reason, what helps; None for one that did, or that goes on."""
+    if status_of(record, owner) == record["status"]:
+        return record.get("failure")
+    reason = "its process is gone: killed, out of memory, or the machine was restarted"
+    hint = f"The same command goes on: {record['command']}"
+    return {"step": record.get("at"), "error": None, "reason": reason, "hint": hint}
 
 
 def read_study(experiment_directory: Path) -> dict[str, Any] | None:
@@ -265,11 +290,14 @@ def _of_all(experiment_directory: Path, owner: int | None) -> str:
     return next(status for status in ("RUNNING", "KILLED", "FAILED", "FINISHED") if status in found)
 
 
-def alive(pid: int) -> bool:
+def alive(pid: int, began: str | None = None) -> bool:
+    """Whether a process is there; where it `began` something then, not a later one of the same number."""
     import psutil
 
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        known = datetime.fromisoformat(began).timestamp() if began else math.inf
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= known + _CLOCKS
     except psutil.NoSuchProcess:
         return False
 
