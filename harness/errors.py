@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.visible import one_line
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,7 +19,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file and self.line else str(self.file or "")
-        return ": ".join(part for part in (place, self.key or "", self.what) if part)
+        return one_line(": ".join(part for part in (place, self.key or "", self.what) if part))
 
 
 @dataclass
@@ -41,9 +43,9 @@ class UserError(Exception):
         for problem in self.problems:
             lines.append(f"error: {problem}")
             if problem.hint:
-                lines.append(f"       {problem.hint}")
+                lines.append(f"       {one_line(problem.hint)}")
         if self.hint:
-            lines.append(f"       {self.hint}")
+            lines.append(f"       {one_line(self.hint)}")
         return "\n".join(lines)
 
 

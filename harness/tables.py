@@ -2,7 +2,6 @@
 
 import csv as csv_module
 import io
-import json
 import shutil
 import statistics as numbers
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.editions import EDITIONS
+from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
 Record = Mapping[str, Any]
@@ -53,10 +53,9 @@ def _run_name(record: Record) -> str:
 
 def show(records: Sequence[Record]) -> None:
     """Print the score table of an experiment, what it shows beside scores, and where everything lies."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False, soft_wrap=False)
+    screen = console()
     names = metric_names(records)
     sizes = records[0]["data"]["splits"]
     title = f"{records[0]['name']}: validation scores, {sizes['valid']} images"
@@ -74,23 +73,23 @@ def show(records: Sequence[Record]) -> None:
         values = [_floor(baseline, name) for name in names]
         table.add_section()
         table.add_row("constant caption", *values, "")
-    console.print(table)
+    screen.print(table)
     for line in _notes(records):
-        console.print(line, markup=False)
-    console.print(
+        screen.print(line)
+    screen.print(
         "\nCheckpoints, captions, scores: " + _paths(f"runs/{r['name']}/{_run_name(r)}" for r in records)
     )
-    console.print("Reports (images, captions, curves, for a browser):")
+    screen.print("Reports (images, captions, curves, for a browser):")
     for record in records:
-        console.print(f"  runs/{record['name']}/{_run_name(record)}/report.html", markup=False)
-    console.print("Submissions (checked):")
+        screen.print(f"  runs/{record['name']}/{_run_name(record)}/report.html")
+    screen.print("Submissions (checked):")
     for record in records:
         for path in record["submissions"]:
-            console.print(f"  {path}", markup=False)
-    console.print("All of it, with curves and artifacts:")
-    console.print("  mlflow ui")
+            screen.print(f"  {path}")
+    screen.print("All of it, with curves and artifacts:")
+    screen.print("  mlflow ui")
     if shutil.which("mlflow") is None:
-        console.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
+        screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
 
 
 def _floor(baseline: Mapping[str, Any], name: str) -> str:
@@ -133,15 +132,13 @@ def _notes(records: Sequence[Record]) -> list[str]:
 
 def show_checks(checks: Sequence[Any]) -> None:
     """Print what the doctor found: one line a check, its fix below where one is needed."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    screen = console()
     for check in checks:
-        mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
-        console.print(mark + f"{check.name:<28}", end="")
-        console.print(check.found, markup=False)
+        screen.print("ok  " if check.ok else "FIX ", style="green" if check.ok else "red", end="")
+        screen.print(f"{check.name:<28}", end="")
+        screen.print(check.found)
         if check.fix:
-            console.print(f"     {check.fix}", markup=False)
+            screen.print(f"     {check.fix}")
 
 
 def show_statistics(
@@ -160,7 +157,7 @@ def show_statistics(
         if words
     }
     if output == "json":
-        print(json.dumps({"modalities": modalities, "caption_lengths": summary}, indent=1))
+        print(json_text({"modalities": modalities, "caption_lengths": summary}))
         return
     rows = [
         [name, *(modalities[s].get(name, 0) for s in modalities)]
@@ -171,13 +168,12 @@ def show_statistics(
     if output == "csv":
         text = io.StringIO()
         csv_module.writer(text, lineterminator="\n").writerows([["", *modalities], *rows, *more])
-        print(text.getvalue(), end="")
+        print_csv(text.getvalue())
         return
-    from rich.console import Console
     from rich.table import Table
 
     for title, body in (("Images per modality", rows), ("Caption lengths", more)):
         table = Table("", *modalities, title=title, title_justify="left")
         for row in body:
             table.add_row(*map(str, row))
-        Console().print(table)
+        console().print(table)

@@ -3,12 +3,14 @@
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +32,12 @@ from harness.cli.terminal import (
     Terminal,
 )
 from harness.errors import UserError
+from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_csv
 
 INTERRUPTED = 130
+_INTERRUPTED = "interrupted; the same command goes on where this one stopped"
+_PATIENCE = 2.0
+"""Seconds for threads to end by themselves after an interruption."""
 MENDABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -63,36 +69,47 @@ app.command("score")(score.score)
 def main() -> None:
     """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
     2 usage, config or data, 3 invalid submission, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.unraisablehook = _interrupt_again
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
-        signal.signal(signal.SIGHUP, _interrupt)
-    launch.adopt_slurm(os.environ)
     code = 0
     try:
+        guard()
+        _hear_signals()
+        launch.adopt_slurm(os.environ)
         _run_command()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:  # a second one, while the first was being said
+        code = INTERRUPTED
     except Exception:
         if ranks.world_size() == 1:
             raise
         traceback.print_exc()
         code = 1
-    if ranks.world_size() > 1:
+    code = _all_written(code)
+    if code == INTERRUPTED:
+        _end_children()
+    if ranks.world_size() > 1 or code == INTERRUPTED:
         ranks.leave(code)
     sys.exit(code)
 
 
+def _hear_signals() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _interrupt_again
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _interrupt)
+
+
 def _run_command() -> None:
-    interrupted = "interrupted; the same command goes on where this one stopped"
     try:
+        if gone := _without_folder():
+            _fail(gone, 2)
         launch.end_with_parent()
         if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-            _fail(interrupted, INTERRUPTED)
+            _fail(_INTERRUPTED, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
     except (KeyboardInterrupt, typer.Abort):
-        _fail(interrupted, INTERRUPTED)
+        _fail(_INTERRUPTED, INTERRUPTED)
     except ClickException as error:
         error.show()
         sys.exit(2)
@@ -103,12 +120,51 @@ def _run_command() -> None:
             sys.exit(1)
         _fail("error: another rank of this launch is gone; the same command goes on", 1)
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if gone := _without_folder():
+            _fail(gone, 1)
+        if error.errno not in MENDABLE and error.filename != STANDARD_OUTPUT:
             raise
         _fail(
             f"error: {error.filename or 'writing'}: {error.strerror}; mend it, and the same command goes on",
             1,
         )
+
+
+def _without_folder() -> str | None:
+    """What to say where the working directory is gone: torch and others end hard there, without a word."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        return f"error: the working directory can't be used: {error.strerror}; cd to a folder that exists"
+    return None
+
+
+def _all_written(code: int) -> int:
+    """The exit code, 1 where it was 0 and what was printed can't be written."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"error: {STANDARD_OUTPUT}: {error.strerror}", file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _end_children() -> None:
+    """End what this process started (Java, MedCAT), and wait a little for the threads that waited for it.
+
+    Processes with a session of their own are left: they see by themselves that this one ends.
+    """
+    import psutil
+
+    session = os.getsid(0)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(child.pid) == session:
+                child.kill()
+    until = time.monotonic() + _PATIENCE
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _interrupt(*_: Any) -> None:
@@ -124,8 +180,9 @@ def _interrupt_again(swallowed: Any) -> None:
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
-    if ranks.world_size() > 1:  # a launcher ends the others when one leaves, and this one has ended
-        for number in (signal.SIGINT, signal.SIGTERM):
+    # a launcher ends the others when one leaves, and this one has ended
+    if ranks.world_size() > 1 or code == INTERRUPTED:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
         if code != INTERRUPTED and not launch.report(text):
@@ -260,10 +317,12 @@ def _print_plans(configs: list[Any], output: Format) -> None:
         rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
         rows[-1]["training"] = forecast(config)
     if output is Format.json:
-        print(json.dumps(rows, indent=1))
+        print(json_text(rows))
     elif output is Format.csv:
         lines = [["run", "step", "state"], *([r["run"], *item] for r in rows for item in r["steps"].items())]
-        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        print_csv(text.getvalue())
     else:
         for row in rows:
             _print_plan(row)
@@ -291,9 +350,9 @@ def _print_records(records: list[dict[str, Any]], output: Format) -> None:
     from harness import tables
 
     if output is Format.json:
-        print(json.dumps(records, indent=1, ensure_ascii=False))
+        print(json_text(records))
     elif output is Format.csv:
-        print(tables.csv(records), end="")
+        print_csv(tables.csv(records))
     else:
         tables.show(records)
 
@@ -312,7 +371,7 @@ def sync(
         tracking.follow(follow, parent or os.getppid())
     else:
         for line in tracking.sync(run or RUNS):
-            print(line)
+            print(one_line(line))
 
 
 @app.command()
@@ -330,7 +389,7 @@ def doctor(
     configs = [config for file in experiments or () for config in _configs(file, sets, device)]
     checks = diagnosis.examine(configs, device or "auto")
     if output is Report.json:
-        print(json.dumps([vars(check) for check in checks], indent=1))
+        print(json_text([vars(check) for check in checks]))
     else:
         from harness import tables
 

@@ -1,9 +1,8 @@
 """`harness compare`: which of the differences between runs or files are real."""
 
 import csv
-import json
+import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
 from harness.errors import Problem, UserError
+from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.compare import Difference, System
@@ -70,9 +70,11 @@ def compare(
     found = comparison.compare(systems, metrics, resamples)
     if output is Format.json:
         result = _as_dict(systems, found, resamples)
-        print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+        print(json_text(result, allow_nan=False))
     elif output is Format.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(_csv(systems, found))
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(_csv(systems, found))
+        print_csv(text.getvalue())
     else:
         _print(systems, found, resamples)
 
@@ -192,10 +194,9 @@ def _csv(systems: Sequence["System"], found: Sequence["Difference"]) -> list[lis
 
 
 def _print(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    screen = console()
     several = len(systems) > 2
     title = f"{len(systems)} systems, {len(systems[0].ids)} images: scores and differences [95 % interval]"
     table = Table("metric", "system", title=title, title_justify="left")
@@ -206,23 +207,21 @@ def _print(systems: Sequence["System"], found: Sequence["Difference"], resamples
         for row in _section(metric, systems, found, several):
             table.add_row(*row)
         table.add_section()
-    console.print(table)
+    screen.print(table)
     for line in _notes(systems, found, resamples):
-        console.print(line, markup=False)
+        screen.print(line)
 
 
 def _section(
     metric: str, systems: Sequence["System"], found: Sequence["Difference"], several: bool
 ) -> list[list[str]]:
     """The rows of one metric: each system's score, then each difference."""
-    from rich.markup import escape
-
-    rows = [["", escape(system.label), _value(system.scores.get(metric))] for system in systems]
+    rows = [["", system.label, _value(system.scores.get(metric))] for system in systems]
     rows[0][0] = metric
     for one in found:
         if one.metric == metric:
             ps = (one.p, one.adjusted_p) if several else (one.p,)
-            rows.append(["", escape(f"{one.b} - {one.a}"), _gap(one), *map(_p, ps), escape(one.verdict)])
+            rows.append(["", f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
     return rows
 
 

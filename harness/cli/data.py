@@ -1,6 +1,5 @@
 """`harness data`: look at a data set, check it, or draw a made-up one."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
 from harness.errors import UserError
+from harness.visible import json_text
 
 app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
 
@@ -59,11 +59,7 @@ def data_check(
     with Terminal().progress("Checking images") as advance:
         problems = check(_data_config(root, layout), RUNS, advance)
     if output is Report.json:
-        print(
-            json.dumps(
-                [{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems], indent=1
-            )
-        )
+        print(json_text([{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems]))
         if problems:
             sys.exit(2)
     elif problems:

@@ -2,12 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.leaderboard import Board, Entry
@@ -40,90 +41,83 @@ def leaderboard(
     if output is BoardFormat.html:
         print(boards.write_page(found))
     elif output is BoardFormat.json:
-        print(json.dumps([boards.as_dict(board) for board in found], indent=1, ensure_ascii=False))
+        print(json_text([boards.as_dict(board) for board in found]))
     elif output is BoardFormat.csv:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(boards.rows(found))
-        print(text.getvalue(), end="")
+        print_csv(text.getvalue())
     else:
         _print(found)
 
 
 def _print(boards: Sequence["Board"]) -> None:
-    from rich.console import Console
-
     from harness.leaderboard import SPLITS
     from harness.tables import NOT_COMPARABLE
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    screen = console()
     for board in boards:
-        _standings(console, board)
+        _standings(screen, board)
         ranked = [e for e in board.entries if not e.apart and e.split == "valid"]
         if ranked:
-            _runs(console, board, ranked, f"{board.edition}: our runs, validation (ranked among each other)")
+            _runs(screen, board, ranked, f"{board.edition}: our runs, validation (ranked among each other)")
         for split, word in SPLITS.items():
             apart = [e for e in board.entries if e.apart and e.split == split]
             if apart:
-                _runs(console, board, apart, f"{board.edition}: our runs, {word}, not ranked")
-                _why(console, apart)
-        _seeds(console, board)
+                _runs(screen, board, apart, f"{board.edition}: our runs, {word}, not ranked")
+                _why(screen, apart)
+        _seeds(screen, board)
         for entry in board.entries:
             for line in (*_origin(board, entry), *_beaten(board, entry)):
-                console.print(line, markup=False)
+                screen.print(line)
         if not board.entries:
-            console.print(f"{board.edition}: no runs yet", markup=False)
+            screen.print(f"{board.edition}: no runs yet")
     if any(_starred(entry) for board in boards for entry in board.entries):
-        console.print(NOT_COMPARABLE, markup=False)
-    console.print("As a page: python -m harness leaderboard --format html", markup=False)
+        screen.print(NOT_COMPARABLE)
+    screen.print("As a page: python -m harness leaderboard --format html")
 
 
-def _standings(console: Any, board: "Board") -> None:
+def _standings(screen: Any, board: "Board") -> None:
     """The official rows and our runs on test in one table."""
-    from rich.markup import escape
-
     ours = [e for e in board.entries if e.split == "test" and not e.apart]
     if not board.standings and not ours:
-        console.print(f"{board.edition}: no official standings at hand", markup=False)
+        screen.print(f"{board.edition}: no official standings at hand")
         return
     table = _table(board, f"{board.edition}: official standings, test (the {len(board.standings)} at hand)")
     last = max((row.rank for row in board.standings), default=0)
     lines = [
-        (row.rank, False, [str(row.rank), escape(row.team), row.run, *_official(board, row)])
+        (row.rank, False, [str(row.rank), row.team, row.run, *_official(board, row)])
         for row in board.standings
     ]
     for entry in ours:
         rank = board.rank(entry)
-        cells = [f"({rank})" if rank else f"(>{last})", escape(entry.record["name"]), escape(entry.run)]
+        cells = [f"({rank})" if rank else f"(>{last})", entry.record["name"], entry.run]
         lines.append((rank or last + 1, True, [*cells, *_cells(board, entry)]))
     for _, _, cells in sorted(lines, key=lambda line: (line[0], not line[1])):
         table.add_row(*cells)
-    console.print(table)
+    screen.print(table)
 
 
 def _official(board: "Board", row: Any) -> list[str]:
     return [f"{row.scores[name]:.4f}" if name in row.scores else "-" for name in board.metrics]
 
 
-def _runs(console: Any, board: "Board", entries: Sequence["Entry"], title: str) -> None:
-    from rich.markup import escape
-
+def _runs(screen: Any, board: "Board", entries: Sequence["Entry"], title: str) -> None:
     table = _table(board, title)
     for entry in entries:
         rank = board.rank(entry)
-        name = [str(rank) if rank else "-", escape(entry.record["name"]), escape(entry.run)]
+        name = [str(rank) if rank else "-", entry.record["name"], entry.run]
         table.add_row(*name, *_cells(board, entry))
-    console.print(table)
+    screen.print(table)
 
 
-def _why(console: Any, apart: Sequence["Entry"]) -> None:
+def _why(screen: Any, apart: Sequence["Entry"]) -> None:
     """Each reason once, after the runs that it holds for."""
     for reason in dict.fromkeys(entry.apart for entry in apart):
         names = ", ".join(_name(entry) for entry in apart if entry.apart == reason)
-        console.print(f"{names}: {reason}", markup=False)
+        screen.print(f"{names}: {reason}")
 
 
-def _seeds(console: Any, board: "Board") -> None:
-    from rich.markup import escape
+def _seeds(screen: Any, board: "Board") -> None:
     from rich.table import Table
 
     from harness.leaderboard import SPLITS, over_seeds
@@ -139,9 +133,9 @@ def _seeds(console: Any, board: "Board") -> None:
     for group in groups:
         seeds = ", ".join(map(str, group["seeds"]))
         cells = [_mean(group["scores"].get(name)) for name in names]
-        variant = (escape(group["experiment"]), escape(group["variant"]), SPLITS[group["split"]])
+        variant = (group["experiment"], group["variant"], SPLITS[group["split"]])
         table.add_row(*variant, seeds, *cells)
-    console.print(table)
+    screen.print(table)
 
 
 def _mean(score: dict[str, Any] | None) -> str:

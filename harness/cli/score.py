@@ -1,7 +1,7 @@
 """`harness score`: captions from elsewhere, or a run's, against references."""
 
 import csv
-import json
+import io
 import os
 import shutil
 import sys
@@ -14,6 +14,7 @@ import typer
 
 from harness.cli.terminal import DeviceOption, Format, Output, Sets, Task, Terminal
 from harness.errors import Problem, UserError
+from harness.visible import is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.metrics import Score
@@ -82,7 +83,7 @@ def score(
     if output is Format.json:
         found = {name: _plain(score) for name, score in scores.items()}
         result = {"edition": year, "n": len(rows.ids), "scores": found, "warnings": warnings}
-        print(json.dumps(result | {"inputs": rows.inputs}, indent=1, ensure_ascii=False, allow_nan=False))
+        print(json_text(result | {"inputs": rows.inputs}, allow_nan=False))
     else:
         _print_csv(scores) if output is Format.csv else _print_table(scores)
         for warning in warnings:
@@ -159,16 +160,18 @@ def _plain(score: "Score") -> dict[str, Any]:
 
 def _print_csv(scores: Mapping[str, "Score"]) -> None:
     columns = ("value", "low", "high", "n", "official", "signature", "reason")
-    table = csv.writer(sys.stdout, lineterminator="\n")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
     table.writerow(["metric", *columns])
     for name, score in scores.items():
         found = [getattr(score, column) for column in columns]
         table.writerow([name, *("" if value is None else value for value in found)])
+    print_csv(text.getvalue())
 
 
 def _print_table(scores: Mapping[str, "Score"]) -> None:
     """One line a metric; on a terminal too narrow for that, its signature below."""
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    columns = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
     width = max(map(len, scores), default=0)
     shown = max((len(_number(score)) for score in scores.values()), default=0)
     for name, score in scores.items():

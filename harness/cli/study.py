@@ -1,6 +1,7 @@
 """The study command: run one, show its trials, write the best as an experiment."""
 
 import csv
+import io
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 
 from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
 from harness.errors import Problem, UserError
+from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.study.spec import Study
@@ -233,44 +235,44 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
     rows = results.rows(study, spec)
     keys = [parameter.key for parameter in spec.space]
     if output is Format.json:
-        print(json.dumps(rows, indent=1))
+        print(json_text(rows))
     elif output is Format.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["number", "state", *spec.objective, *keys, "seconds", "retry_of", "reason"])
         for row in rows:
             told = [*row["values"].values(), *(row["params"].get(key) for key in keys)]
             writer.writerow(
                 [row["number"], row["state"], *told, row["seconds"], row["retry_of"], row["reason"]]
             )
+        print_csv(text.getvalue())
     else:
         _table(spec, rows, storage.address(_folder(spec), chosen))
 
 
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from harness import tables
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    screen = console()
     keys = [parameter.key for parameter in spec.space]
-    table = Table(title=escape(f"{spec.name}: validation scores"), title_justify="left")
+    table = Table(title=f"{spec.name}: validation scores", title_justify="left")
     for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
         scores = [tables.cell({"value": v, "official": row["official"]}) for v in row["values"].values()]
-        values = [escape(_short(row["params"].get(key))) for key in keys]
+        values = [_short(row["params"].get(key)) for key in keys]
         spent = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        note = escape(_note(row))
+        note = _note(row)
         table.add_row(str(row["number"]), *scores, *values, spent, note, style="bold" if row["best"] else "")
-    console.print(table)
+    screen.print(table)
     if any(row["official"] is False for row in rows):
-        console.print(tables.NOT_COMPARABLE, markup=False)
-    console.print(f"Plots and records: runs/{spec.name}/", markup=False)
-    console.print(f"The best as an experiment: python -m harness study best {_words(spec)}", markup=False)
-    console.print(f"In a browser: optuna-dashboard {address}", markup=False)
+        screen.print(tables.NOT_COMPARABLE)
+    screen.print(f"Plots and records: runs/{spec.name}/")
+    screen.print(f"The best as an experiment: python -m harness study best {_words(spec)}")
+    screen.print(f"In a browser: optuna-dashboard {address}")
 
 
 def _words(spec: "Study") -> str:

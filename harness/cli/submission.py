@@ -1,6 +1,5 @@
 """`harness submission`: make an official file, or check one."""
 
-import json
 import os
 import shlex
 import sys
@@ -12,6 +11,7 @@ import typer
 
 from harness.cli.terminal import Report, ReportFormat, Task
 from harness.errors import Problem, UserError
+from harness.visible import json_text, one_line
 
 app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
 
@@ -140,14 +140,14 @@ def check(
         result: dict[str, Any] = {"file": str(file), "valid": not problems, "problems": _plain(problems)}
         if fix:
             result |= {"out": str(fix), "mended": mended, "out_valid": not left, "left": _plain(left)}
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print(json_text(result))
         if left:
             sys.exit(3)
         return
     for line in mended:
-        print(f"mended: {line}")
+        print(f"mended: {one_line(line)}")
     if fix:
-        print(f"wrote {fix}")
+        print(f"wrote {one_line(str(fix))}")
     if left:
         raise UserError(left, exit_code=3)
     print(f"ok: {len(wanted)} rows, valid for {edition}")

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from harness import visible
+
 
 class Format(StrEnum):
     """How results are printed."""
@@ -60,20 +62,19 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.silent:
-            print(text, file=sys.stderr, flush=True)
+            print(visible.one_line(text), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
         """A bar with an ETA that appears at the first `advance(done, total, note)`."""
-        if self.silent or not sys.stderr.isatty():
+        if self.silent or not visible.is_terminal(sys.stderr):
             yield lambda done, total, note="": None
             return
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        columns.append(TextColumn("{task.fields[note]}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        columns.append(TextColumn("{task.fields[note]}", markup=False))
+        with Progress(*columns, console=visible.console(stderr=True), transient=True) as bars:
             task: Any = None
 
             def advance(done: int, total: int, note: str = "") -> None:

@@ -148,11 +148,11 @@ def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]
         others = {name: beside.submit(_timed, metrics[name], inputs) for name in first if not ranks.rank()}
         neural = {name: _timed(metric, inputs) for name, metric in metrics.items() if metric.neural}
         done = neural | {name: result.result() for name, result in others.items()}
-    except BaseException:
-        meteor.stop()  # or an interrupted command would wait for what Java still has to answer
+    except BaseException:  # an interrupted command does not wait for what others still have to answer
+        meteor.stop()
+        beside.shutdown(wait=False, cancel_futures=True)
         raise
-    finally:
-        beside.shutdown(cancel_futures=True)
+    beside.shutdown()
     return {name: done[name] for name in metrics if name in done}
 
 

@@ -181,7 +181,7 @@ def by_length(
         try:
             done = list(pool.map(compute, todo))
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
             torch.set_num_threads(threads)
     else:  # and in this thread: in another, torch-npu takes device 0
         done = [compute(rows) for rows in todo]
