@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _state(values: Any) -> State | None:
     """The state that `asdict` made these values of; None for any others."""
     known = asdict(State())
-    if not isinstance(values, dict) or not values.keys() <= known.keys():
+    if not values or not isinstance(values, dict) or not values.keys() <= known.keys():
         return None
     optional = {"best": float, "best_step": int}
     for key, value in values.items():
