@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.config import PredictConfig
 from harness.errors import Problem, UserError
 from harness.plan import Plan, Reporter, primary_metric
-from harness.store import fingerprint, finite, write, write_json
+from harness.store import damage_of, fingerprint, finite, write, write_json
 
 if TYPE_CHECKING:
     from harness.models.loading import Loaded
@@ -264,11 +265,13 @@ class Builder:
         return complete
 
     def _scored(self, index: Path, directory: Path) -> Path | None:
-        """The other step that an entry of the index names, if it is there; its scores are written last."""
-        earlier = self.plan.root / "steps" / index.read_text() if index.exists() else None
-        if earlier is None or earlier.name == directory.name or not (earlier / "scores.json").exists():
+        """The other step that an entry of the index names, if it is there and whole."""
+        name = index.read_bytes().decode(errors="replace") if index.is_file() else ""
+        if name == directory.name or not re.fullmatch("score-[0-9a-f]{12}", name):
             return None
-        return earlier
+        earlier = self.plan.root / "steps" / name
+        whole = all((earlier / file).is_file() and not damage_of(earlier / file) for file in SCORED)
+        return earlier if whole else None
 
     @contextlib.contextmanager
     def _alone(self, index: Path) -> Iterator[None]:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness import checkpoints, device, metrics, postprocess
+from harness.captions import PREDICTIONS
 from harness.config import STANDIN, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.images import unbuilt
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.bertscore import IDF_SINCE
-from harness.store import free, gb, is_done, step_directory
+from harness.resume import BEST
+from harness.store import free, gb, is_done, products, step_directory
 
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
@@ -127,9 +129,29 @@ class Plan:
         """Where a step's output lies, or will lie."""
         return step_directory(self.root, name.split("-")[0], self.inputs[name])
 
+    def sources(self, name: str) -> dict[str, Sequence[str] | None]:
+        """The steps that a step reads, and which of their files; None for all."""
+        kind, _, part = name.partition("-")
+        tiny = {step: None for step in ("tiny",) if step in self.inputs}
+        if kind == "train":
+            return tiny
+        if kind == "predict":
+            return tiny | {"train": (BEST,)}
+        if kind == "postprocess":
+            return {f"predict-{part}": (PREDICTIONS,)}
+        if kind == "score":
+            scored = "predict-valid" if part == "before" else "postprocess-valid"
+            return {scored: (PREDICTIONS,)} | {f"standin-{metric}": None for metric in self.standins}
+        return {}
+
+    def made_from(self, name: str) -> dict[str, str]:
+        """SHA-256 of the files that a step reads, where the steps before it have sealed theirs."""
+        found = (products(self.directory(step), files) for step, files in self.sources(name).items())
+        return {file: digest for one in found for file, digest in one.items()}
+
     def done(self, name: str) -> bool:
-        """Whether a step ran to its end."""
-        return is_done(self.directory(name))
+        """Whether a step ran to its end, has its files, and read those that the steps before it hold now."""
+        return is_done(self.directory(name), self.made_from(name))
 
     @property
     def _unused(self) -> set[str]:

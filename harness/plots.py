@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.store import parsed
+from harness.resume import rows_of
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -27,7 +27,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def curves(losses: Path, path: Path) -> None:
     """Losses, learning rate and validation scores by optimiser step, from a `losses.jsonl`."""
-    rows = [parsed(line) for line in losses.read_text().splitlines()]
+    rows = list(rows_of(losses))
     panels = {
         "loss (nats per token)": ["loss", "caption_loss", "concept_loss", "valid_loss"],
         "learning rate": ["learning_rate"],

@@ -1,12 +1,16 @@
 """Where a training stands on disk: checkpoints that are whole or do not count, and rows that go with them."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from harness.store import write, write_json
+from harness.store import parsed, write, write_json
 
+BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
 AFTER = 3
@@ -46,16 +50,18 @@ class Checkpoints:
         return self.folder / f"stage{stage}.safetensors"
 
     def newest(self) -> State:
-        """The state of the newest whole checkpoint, or the first; one that was cut short is passed over."""
-        finished = self.directory / FINISHED
-        if finished.exists():
-            return State(**json.loads(finished.read_text()))
+        """The state of the newest whole checkpoint, or the first; one that was cut short is passed over.
+
+        A training that has ended starts anew where its weights or its losses are gone.
+        """
+        ended = _state(_read(self.directory / FINISHED))
+        if ended and all((self.directory / name).is_file() for name in (BEST, LOSSES)):
+            return ended
         for folder in sorted(self.folder.glob("step*"), reverse=True):
-            seal = folder / STATE
-            if seal.exists():
-                content = json.loads(seal.read_text())
-                if content["files"] == _sizes(folder):
-                    return State(**content["state"])
+            content = _read(folder / STATE)
+            state = _state(content.get("state"))
+            if state and content.get("files") == _sizes(folder):
+                return state
         return State()
 
     def seal(self, state: State) -> None:
@@ -72,15 +78,47 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON mapping; an empty one where the file is not there or damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _state(values: Any) -> State | None:
+    """The state that `asdict` made these values of; None for any others."""
+    known = asdict(State())
+    if not values or not isinstance(values, dict) or not values.keys() <= known.keys():
+        return None
+    optional = {"best": float, "best_step": int}
+    for key, value in values.items():
+        wanted = optional.get(key) or type(known[key])
+        if type(value) is not wanted and not (key in optional and value is None):
+            return None
+    return State(**values)
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and STATE not in path.name)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
+def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `losses.jsonl`, numbers by name; one that is half written or damaged is left out."""
+    for line in file.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = parsed(line)
+            numbers = isinstance(row, dict) and all(isinstance(n, int | float | None) for n in row.values())
+            if numbers and isinstance(row.get("step"), int) and isinstance(row.get("time"), int | float):
+                yield row
+
+
 def forget_rows_after(file: Path, state: State) -> None:
     """Drop the rows of what will be done again, and a row that an interruption cut in two."""
     if file.exists():
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        rows = list(rows_of(file))
         last = state.step if state.validated else state.step - 0.5
         kept = [row for row in rows if row["step"] <= (last if "valid_loss" in row else state.step)]
         write(file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -23,10 +23,11 @@ from harness.config import Config, flat
 from harness.editions import EDITIONS
 from harness.errors import Pruned, UserError
 from harness.plan import Plan, Reporter
-from harness.store import parsed, step, write, write_json
+from harness.store import MADE, damage, is_unsealed, parsed, seal, step, write, write_json
 from harness.tracking.server import without_password
 
-SUBMISSIONS, MADE, TRACEBACK = Path("submissions"), "made.json", "traceback.txt"
+RECORD, TRACEBACK = "run.json", "traceback.txt"
+SUBMISSIONS = Path("submissions")
 PACKAGES = (
     "imageclef-harness",
     "torch",
@@ -45,9 +46,8 @@ PACKAGES = (
 def assist(plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
     """What a rank other than 0 does of a run: its share of the steps that rank 0 finds to be built."""
     builder = Builder(plan, reporter, watch)
-    for name in plan.inputs:
-        if ranks.agree(None):
-            builder.build(name, plan.directory(name))
+    while (name := ranks.agree(None)) is not None:
+        builder.build(name, plan.directory(name))
 
 
 def run(
@@ -70,42 +70,72 @@ def run(
         record["trial"] = dict(trial)
     folder = plan.root / plan.config.name / plan.config.run_name
     with _status(record, folder):
-        builder = Builder(plan, reporter, watch)
+        steps = _Steps(plan, Builder(plan, reporter, watch), record, folder)
         for name in plan.inputs:
             record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
             record["at"] = name
-            if plan.done(name):
-                ranks.agree(False)
-            else:
-                write_json(folder / "run.json", record)  # MLflow follows the losses from the first step on
-                begun = time.perf_counter()
-                making = _Making(builder, name, record)
-                step(plan.root, name.split("-")[0], plan.inputs[name], making)
-                if not making.called:  # another process has built it meanwhile
-                    ranks.agree(False)
-                record["seconds"][name] = round(time.perf_counter() - begun, 1)
-            record["made"][name] = json.loads((plan.directory(name) / MADE).read_text())
+            steps.ensure(name)
+            record["made"][name] = _made_by(plan.directory(name))
             _keep(record, plan, name)
-            write_json(folder / "run.json", record)
+            write_json(folder / RECORD, record)
+        ranks.agree(None)
         record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
     return record
 
 
-class _Making:
-    """Builds a step with all ranks and writes down by what: a run that shares it has another environment."""
+class _Steps:
+    """The steps of a run, built with all ranks where they are not done or not what they were."""
 
-    def __init__(self, builder: Builder, name: str, record: dict[str, Any]) -> None:
-        self.builder, self.name, self.record, self.called = builder, name, record, False
+    def __init__(self, plan: Plan, builder: Builder, record: dict[str, Any], folder: Path) -> None:
+        self.plan, self.builder, self.record, self.folder = plan, builder, record, folder
 
-    def __call__(self, directory: Path) -> bool:
-        self.called = ranks.agree(True)
+    def ensure(self, name: str, thorough: bool = False) -> None:
+        """Build a step unless it is done, and first what it reads; `thorough` checks large weights too."""
+        directory, made_from = self.plan.directory(name), self.plan.made_from(name)
+        damaged = damage(directory, thorough)
+        if not damaged and self.plan.done(name):
+            self._seal(directory, made_from)
+            return
+        for file, what in damaged.items():
+            self._say(
+                f"{name}: {directory / file} is not what the step left ({what}); the step is built again"
+            )
+        for source in self.plan.sources(name):
+            self.ensure(source, thorough=True)
+        write_json(self.folder / RECORD, self.record)  # MLflow follows the losses from the first step on
         begun = time.perf_counter()
-        complete = self.builder.build(self.name, directory)
+        inputs, made_from = self.plan.inputs[name], self.plan.made_from(name)
+        step(self.plan.root, name.split("-")[0], inputs, lambda where: self._build(name, where), made_from)
+        self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
+
+    def _build(self, name: str, directory: Path) -> bool:
+        """Build with all ranks and write down by what: a run that shares the step has another environment."""
+        ranks.agree(name)
+        begun = time.perf_counter()
+        complete = self.builder.build(name, directory)
         made = {key: self.record[key] for key in ("git", "environment", "command")}
         made["ranks"] = ranks.world_size()
         write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
         return complete
+
+    def _seal(self, directory: Path, made_from: Mapping[str, str]) -> None:
+        """Write down what an earlier version left, as it is found now: damage is noticed from here on."""
+        if is_unsealed(directory):
+            with contextlib.suppress(OSError):  # a read-only folder stays as it is
+                seal(directory, made_from)
+
+    def _say(self, text: str) -> None:
+        self.builder.reporter.say(f"{self.plan.config.run_name}: {text}")
+
+
+def _made_by(directory: Path) -> dict[str, Any] | None:
+    """What a step wrote down of its making; None where an earlier version's note can't be read."""
+    try:
+        made = json.loads((directory / MADE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return made if isinstance(made, dict) else None
 
 
 def _new_record(plan: Plan, command: str) -> dict[str, Any]:
@@ -157,7 +187,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
     """Keep `run.json` true: RUNNING from the start; FINISHED, FAILED, PRUNED or KILLED at the end; why."""
     write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
-    write_json(folder / "run.json", record)
+    write_json(folder / RECORD, record)
     (folder / TRACEBACK).unlink(missing_ok=True)
     try:
         yield
@@ -171,7 +201,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
         raise
     finally:
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(folder / "run.json", record)
+        write_json(folder / RECORD, record)
 
 
 def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:

@@ -1,15 +1,18 @@
 """What lies on disk: fingerprints, whole-or-nothing writes, steps that are done once, and the room left."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DONE = "DONE"
+DONE, INPUTS, MADE = "DONE", "inputs.json", "made.json"
+LARGE = 64_000_000
+"""Bytes. The SHA-256 of a larger file of a step is checked only when it is read, of others by every run."""
 
 
 def fingerprint(value: Any) -> str:
@@ -65,35 +68,155 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_checked(path: Path, value: Any) -> Path:
+    """Write a JSON-like value with its checksum, for `read_checked`."""
+    return write_json(path, {"checksum": fingerprint(value), "value": value})
+
+
+def read_checked(path: Path) -> Any:
+    """The value that `write_checked` wrote; None where there is no such file or a bit of it has changed."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+        whole = isinstance(content, dict) and content.get("checksum") == fingerprint(content.get("value"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content["value"] if whole else None
+
+
 def step_directory(root: Path, kind: str, inputs: Mapping[str, Any]) -> Path:
     """The directory of the step whose output `inputs` determine: `root/steps/<kind>-<fingerprint>`."""
     return root / "steps" / f"{kind}-{fingerprint(inputs)}"
 
 
-def is_done(directory: Path) -> bool:
-    """Whether the step in `directory` ran to its end."""
-    return (directory / DONE).exists()
+def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool:
+    """Whether the step in `directory` ran to its end, and its files are there with the sizes that they had.
+
+    `made_from` are the files that the step would read now, by `products`: a step that has read others is not
+    done. Cheap: no file but the seal is opened.
+    """
+    if is_unsealed(directory):
+        return True
+    seal = _seal(directory)
+    if seal is None or any(_misfit(directory / name, size) for name, (size, _) in seal["files"].items()):
+        return False
+    read = seal["from"]
+    return all(read.get(name, digest) == digest for name, digest in (made_from or {}).items())
 
 
-def step(root: Path, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], bool]) -> Path:
-    """Return the directory of a step, calling `build(directory)` unless it was already done.
+def is_unsealed(directory: Path) -> bool:
+    """Whether the step was done by an earlier version, which did not write down what it left."""
+    done = directory / DONE
+    return done.is_file() and not done.stat().st_size
+
+
+def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
+    """What is wrong with each file of a done step that is not what the step left; files besides don't matter.
+
+    All files are compared by size, and by SHA-256 those of at most `LARGE` bytes, or all if `thorough`.
+    """
+    if is_unsealed(directory) or not (directory / DONE).exists():
+        return {}
+    seal = _seal(directory)
+    if seal is None:
+        return {DONE: "its checksum differs"}
+    found = {}
+    for name, (size, digest) in seal["files"].items():
+        wrong = _misfit(directory / name, size)
+        if not wrong and (thorough or size <= LARGE):
+            wrong = _altered(directory / name, digest)
+        if wrong:
+            found[name] = wrong
+    return found
+
+
+def damage_of(file: Path) -> str | None:
+    """What is wrong with one file of a step, whatever its size; None for one that no step has sealed."""
+    seal = _seal(file.parent)
+    if seal is None or file.name not in seal["files"]:
+        return None
+    size, digest = seal["files"][file.name]
+    return _misfit(file, size) or _altered(file, digest)
+
+
+def products(directory: Path, names: Sequence[str] | None = None) -> dict[str, str]:
+    """SHA-256 of what a sealed step made for others, by `<step>/<file>`: `names`, or all but its notes."""
+    seal = _seal(directory) or {"files": {}}
+    wanted = [name for name in seal["files"] if name not in (INPUTS, MADE)] if names is None else names
+    return {f"{directory.name}/{n}": seal["files"][n][1] for n in wanted if n in seal["files"]}
+
+
+def _seal(directory: Path) -> dict[str, Any] | None:
+    seal = read_checked(directory / DONE)
+    return seal if isinstance(seal, dict) and seal.keys() >= {"files", "from"} else None
+
+
+def _misfit(file: Path, size: int) -> str | None:
+    if not file.is_file():
+        return "it is gone"
+    found = file.stat().st_size
+    return None if found == size else f"it has {found:,} bytes, and had {size:,}"
+
+
+def _altered(file: Path, digest: str) -> str | None:
+    try:
+        return None if _sha256(file) == digest else "its SHA-256 differs"
+    except OSError as error:  # a bad disk
+        return f"it can't be read: {error.strerror}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def seal(directory: Path, made_from: Mapping[str, str]) -> None:
+    """Mark a step as done: the sizes and SHA-256 of what it left, and of what it read, go into `DONE`."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != DONE)
+    known = {str(path.relative_to(directory)): [path.stat().st_size, _sha256(path)] for path in files}
+    write_checked(directory / DONE, {"files": known, "from": dict(made_from)})
+
+
+def step(
+    root: Path,
+    kind: str,
+    inputs: Mapping[str, Any],
+    build: Callable[[Path], bool],
+    made_from: Mapping[str, str] | None = None,
+) -> Path:
+    """Return the directory of a step, calling `build(directory)` unless it is done and nothing of it changed.
 
     `build` tells whether all came out; a step that lacks something is built again the next time. An
-    interrupted step finds its directory as it left it. A second process that wants the same step waits.
+    interrupted step finds its directory as it left it, one that is damaged finds what is whole, and one that
+    read other files than `made_from` finds nothing. A second process that wants the same step waits.
     """
     from filelock import FileLock
 
-    directory = step_directory(root, kind, inputs)
-    if is_done(directory):
+    directory, made_from = step_directory(root, kind, inputs), made_from or {}
+
+    def whole() -> bool:
+        return is_done(directory, made_from) and not damage(directory)
+
+    if whole():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_suffix(".lock")):
-        if not is_done(directory):
-            write_json(directory / "inputs.json", inputs)
+        if not whole():
+            _clear(directory)
+            write_json(directory / INPUTS, inputs)
             if build(directory):
                 _sync(directory)
-                write(directory / DONE, "")
+                seal(directory, made_from)
     return directory
+
+
+def _clear(directory: Path) -> None:
+    """Take away what can't be built upon; the seal goes first, so that nothing stands for what is missing."""
+    damaged = damage(directory)
+    stale = not damaged and (directory / DONE).exists()  # whole, but made from other files
+    (directory / DONE).unlink(missing_ok=True)
+    for path in directory.iterdir() if stale else [directory / name for name in damaged]:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _sync(directory: Path) -> None:

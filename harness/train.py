@@ -29,11 +29,10 @@ from harness.interrupts import Interrupts
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
-from harness.resume import UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
+from harness.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.store import free, gb
 
-BEST, LOSSES = "best.safetensors", "losses.jsonl"
 PRIMARY = "valid_primary"
 TERMS = ("caption_loss", "concept_loss")
 DIVERGED = (
