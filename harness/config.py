@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,7 @@ from harness.editions import EDITIONS
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)]
 MetricName = Literal[
     "bertscore",
     "rouge1",
@@ -334,6 +336,8 @@ class ScoreConfig(Section):
     similarity: SimilarityConfig = SimilarityConfig()
     medcat: MedCatConfig = MedCatConfig()
     alignscore: AlignScoreConfig = AlignScoreConfig()
+    trusted: tuple[Sha256, ...] = ()
+    """SHA-256 sums of local weights, copied from where they are published: their scores are official."""
     bootstrap: NonNegativeInt = 1000
     """Resamples of the rows behind each 95 % interval; 0: no intervals."""
 
