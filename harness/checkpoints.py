@@ -124,7 +124,7 @@ def contents(folder: Path, cache: Path | None) -> list[list[str]]:
 
 
 def _model_files(folder: Path) -> list[tuple[str, Path]]:
-    """By their names those files of a folder that may be read for a model; of inner folders the small ones."""
+    """The files of a folder that a model may be read from, by name; of inner folders the small ones."""
     return [
         (name, file)
         for name, file in walk(folder)
@@ -135,7 +135,7 @@ def _model_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def digest(checkpoint: Checkpoint, cache: Path | None) -> str:
-    """8 hex digits that name its contents: the first of `sha256`, for a stand-in those of what it computes."""
+    """8 hex digits that name its contents: the first of `sha256`; for a stand-in by `contents`."""
     if checkpoint.standin:
         return fingerprint(contents(checkpoint.folder, cache))[:8]
     return sha256(checkpoint.folder, cache)[:8]
@@ -149,11 +149,10 @@ def walk(folder: Path) -> list[tuple[str, Path]]:
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = [n for n in folders if not (n.startswith(".") or n == "__pycache__")] * (
-            real not in seen
-        )
-        if real in seen:  # a link to itself
+        if real in seen:  # a link to a folder above
+            folders.clear()
             continue
+        folders[:] = [name for name in folders if not (name.startswith(".") or name == "__pycache__")]
         seen.add(real)
         files = [Path(place, name) for name in names if not name.startswith(".")]
         found += [(file.relative_to(folder).as_posix(), file) for file in files if file.is_file()]
@@ -167,7 +166,7 @@ def sums(path: Path, cache: Path | None) -> list[list[str]]:
 
 
 def sha256(path: Path, cache: Path | None) -> str:
-    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files, as docs/guide.md says."""
+    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files (docs/guide.md)."""
     if not path.is_dir():
         return _sha256(path, cache)
     lines = b"".join(_line(name, of_file) for name, of_file in sums(path, cache))

@@ -231,9 +231,10 @@ def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) ->
 
 
 def made_of(file: Path) -> str:
-    """The RoBERTa whose config and tokenizer a checkpoint goes with; raises `Flawed` if it is none of AlignScore.
+    """The RoBERTa whose config and tokenizer a checkpoint goes with.
 
-    Read without torch, from the plain values that Lightning keeps beside the weights.
+    Read without torch, from the plain values that Lightning keeps beside the weights. Raises `Flawed` if it
+    is none of AlignScore.
     """
     content = read_pickle(file)
     try:

@@ -101,7 +101,7 @@ class Inputs:
         return ranks.gather(made)
 
     def name_of(self, checkpoint: Checkpoint) -> str:
-        """The checkpoint as signatures name it: if not as the hub gave it by its contents, a stand-in as one."""
+        """The checkpoint as signatures name it: a stand-in as one, what is not as fetched by its contents."""
         name = checkpoint.name
         if checkpoint.local or not (checkpoint.standin or self._is_fetched(checkpoint)):
             name += f"@{checkpoints.digest(checkpoint, self.cache)}"

@@ -56,7 +56,7 @@ def problems(config: MedCatConfig) -> list[Problem]:
 
 
 def identity(config: MedCatConfig, cache: Path | None) -> dict[str, Any]:
-    """What determines its numbers, as far as that is seen without running anything: pack, Python, packages."""
+    """What determines its numbers and is seen without running anything: pack, Python and packages."""
     python = _python(config)
     program = sha256(python, cache) if python.is_file() else None
     pack = sums(config.model_pack, cache) if config.model_pack else None
