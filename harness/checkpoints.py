@@ -1,16 +1,29 @@
-"""Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in."""
+"""Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in.
+
+Weights are known by their contents. Those of the hub are official where they are the files that the hub's
+client has fetched; those of a local file or folder where the user has listed their SHA-256.
+"""
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.errors import Problem
+from harness.outline import Flawed, check_weights
 from harness.store import fingerprint, write_json
 
 STANDIN_FILE = "standin.json"
+_UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
+"""Files in model folders of other frameworks, and of people."""
+_SETTLED = 2_000_000_000
+"""Nanoseconds after which a change of a file shows in its dates."""
+_hashed: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -28,16 +41,27 @@ def find(name: str | Path) -> Checkpoint | None:
 
     A folder that holds `standin.json` (see `mark_standin`) is a stand-in wherever it is moved to.
     """
-    folder = Path(name)
-    local = folder.is_dir()
+    try:
+        folder = Path(name)
+        local = folder.is_dir()
+    except OSError:  # a name that is too long for a file
+        return None
     if not local:
         folder = _cached(str(name))
     if folder is None or not _is_whole(folder):
         return None
-    mark = folder / STANDIN_FILE
-    if mark.exists():
-        return Checkpoint(json.loads(mark.read_text())["name"], folder, True, local)
-    return Checkpoint(str(name), folder, False, local)
+    standin = standin_name(folder)
+    return Checkpoint(standin or str(name), folder, standin is not None, local)
+
+
+def standin_name(folder: Path) -> str | None:
+    """The name in a folder's `standin.json`, or None where there is no such file."""
+    try:
+        return str(json.loads((folder / STANDIN_FILE).read_text(encoding="utf-8"))["name"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return "unreadable"
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -47,43 +71,179 @@ def _weight_files(folder: Path) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     """Whether there are weights, and every part that an index names; a broken download has neither."""
     for index in folder.glob("*.index.json"):
-        parts = set(json.loads(index.read_text())["weight_map"].values())
-        if all((folder / part).exists() for part in parts):
+        parts = _parts(index)
+        if parts and all((folder / part).exists() for part in parts):
             return True
     return any("-of-" not in file.name for file in _weight_files(folder))
 
 
-def contents(folder: Path, root: Path) -> list[list[str]]:
-    """Name and SHA-256 of each weight file; known hashes stay under `root/cache`, by place, size and date."""
-    return hashes(_weight_files(folder), root / "cache")
+def _parts(index: Path) -> set[str]:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    return set()
+
+
+def flaws(checkpoint: Checkpoint, key: str, config: bool = True, tokenizer: bool = True) -> list[Problem]:
+    """What keeps the files of a checkpoint from being loaded, found without torch.
+
+    A `config.json` that is no mapping, no files of a `tokenizer`, weights that are of another kind, cut short
+    or packed. `key` is the config's that names the checkpoint.
+    """
+    folder = checkpoint.folder
+    found = []
+    if config and (flaw := _config_flaw(folder)):
+        found.append(flaw)
+    if tokenizer and not any(any(folder.glob(names)) for names in ("tokenizer*", "vocab*", "*.model")):
+        found.append("no files of a tokenizer")
+    for file in _weight_files(folder):
+        try:
+            check_weights(file)
+        except Flawed as flaw:
+            found.append(f"{file.name} {flaw}")
+        except OSError as error:
+            found.append(f"{file.name} can't be read: {error.strerror}")
+    return [Problem(f"{what}: {folder}", key=key) for what in found]
+
+
+def _config_flaw(folder: Path) -> str | None:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "no config.json"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"config.json can't be read ({error})"
+    return None if isinstance(settings, dict) else "config.json is no mapping"
+
+
+def contents(folder: Path, cache: Path | None) -> list[list[str]]:
+    """Name and SHA-256 of each file that determines what a model folder computes.
+
+    Weights, config and tokenizer; known hashes stay in the folder `cache`.
+    """
+    return [[name, _sha256(file, cache)] for name, file in _model_files(folder)]
+
+
+def _model_files(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a folder that a model may be read from, by name; of inner folders the small ones."""
+    return [
+        (name, file)
+        for name, file in walk(folder)
+        if file.suffix not in _UNREAD
+        and name != "DONE"
+        and ("/" not in name or file.suffix in (".json", ".txt"))
+    ]
 
 
 def digest(checkpoint: Checkpoint, cache: Path | None) -> str:
-    """8 hex digits that name the contents of its weight files."""
-    return fingerprint(hashes(_weight_files(checkpoint.folder), cache))[:8]
+    """8 hex digits that name its contents: the first of `sha256`; for a stand-in by `contents`."""
+    if checkpoint.standin:
+        return fingerprint(contents(checkpoint.folder, cache))[:8]
+    return sha256(checkpoint.folder, cache)[:8]
 
 
-def hashes(files: Sequence[Path], cache: Path | None) -> list[list[str]]:
-    """Name and SHA-256 of each file; known ones stay in the folder `cache`, by place, size and dates."""
+def walk(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a folder and of those in it by their relative names, in the order of these as bytes.
+
+    Without what begins with a dot, and without `__pycache__`.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not (name.startswith(".") or name == "__pycache__")]
+        seen.add(real)
+        files = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [(file.relative_to(folder).as_posix(), file) for file in files if file.is_file()]
+    return sorted(found, key=lambda pair: os.fsencode(pair[0]))
+
+
+def sums(path: Path, cache: Path | None) -> list[list[str]]:
+    """Name and SHA-256 of a file, or of each file of a folder (`walk`)."""
+    files = walk(path) if path.is_dir() else [(path.name, path)]
+    return [[name, _sha256(file, cache)] for name, file in files]
+
+
+def sha256(path: Path, cache: Path | None) -> str:
+    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files (docs/guide.md)."""
+    if not path.is_dir():
+        return _sha256(path, cache)
+    lines = b"".join(_line(name, of_file) for name, of_file in sums(path, cache))
+    return hashlib.sha256(lines).hexdigest()
+
+
+def _line(name: str, of_file: str) -> bytes:
+    """A file in the output of `sha256sum`, which marks and escapes names with line breaks."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    mark = "\\" if escaped != name else ""
+    return os.fsencode(f"{mark}{of_file}  ./{escaped}\n")
+
+
+def is_trusted(path: Path, trusted: Collection[str], cache: Path | None) -> bool:
+    """Whether the SHA-256 of a file or folder, or of every file in that folder, is among the `trusted`."""
+    if not trusted:
+        return False
+    files = {of_file for _, of_file in sums(path, cache)}
+    return bool(files) and (sha256(path, cache) in trusted or files <= set(trusted))
+
+
+def untrusted(key: str, path: Path, cache: Path | None) -> str:
+    """Says that contents are not known as the published ones, and what to compare and list if they are."""
+    found = sha256(path, cache)
+    what = f"{key}: the SHA-256 of {path} is {found}, which score.trusted does not list, so it has a star"
+    return f"{what}. If it is the published one: --set 'score.trusted=[{found}]'"
+
+
+def is_fetched(checkpoint: Checkpoint, cache: Path | None) -> bool:
+    """Whether each file is one that the hub's client has fetched: the cache names those by their hashes.
+
+    A SHA-256 for weights, for small files that of git. A folder that was made by hand has no such names, and
+    a file that was changed has another one.
+    """
+    blobs = checkpoint.folder.parents[1] / "blobs"
+    names = {blob.name for blob in blobs.iterdir()} if blobs.is_dir() else set()
+    weights = set(_weight_files(checkpoint.folder))
+    return bool(names) and all(
+        _sha256(file, cache) in names or (file not in weights and _git_hash(file) in names)
+        for _, file in _model_files(checkpoint.folder)
+    )
+
+
+def _git_hash(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _sha256(file: Path, cache: Path | None) -> str:
+    """Known ones stay in memory and in the folder `cache`, by all that changes with a file's contents."""
     kept = cache / "weights.json" if cache else None
-    known = _known(kept)
-    result = []
-    for file in files:
-        state = file.stat()
-        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
-        if key not in known:
+    state, key = _state(file)
+    if key not in _hashed:
+        found = _known(kept).get(key)
+        if found is None:
             with file.open("rb") as content:
-                known[key] = hashlib.file_digest(content, "sha256").hexdigest()
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if state > time.time_ns() - _SETTLED or _state(file)[1] != key:
+                return found
             with contextlib.suppress(OSError):  # a read-only or full disk: it is hashed again the next time
                 if kept:
-                    write_json(kept, known)
-        result.append([file.name, known[key]])
-    return result
+                    write_json(kept, _known(kept) | {key: found})
+        _hashed[key] = found
+    return _hashed[key]
 
 
-def _known(kept: Path | None) -> dict[str, str]:
+def _state(file: Path) -> tuple[int, str]:
+    """When a file changed last, and what tells its state from others."""
+    state = file.stat()
+    dates = (state.st_mtime_ns, state.st_ctime_ns)
+    return max(dates), ":".join(map(str, (file.resolve(), state.st_dev, state.st_ino, state.st_size, *dates)))
+
+
+def _known(kept: Path | None) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(kept.read_text()) if kept else {}
+        found = json.loads(kept.read_text()) if kept else {}
+        return found if isinstance(found, dict) else {}
     return {}
 
 
@@ -109,6 +269,9 @@ def mark_standin(folder: Path, name: str) -> None:
 
 def missing(name: str, key: str) -> Problem:
     """The problem to report when `find(name)` gave None for the config key `key`."""
+    if Path(name).is_dir():
+        hint = "It needs model.safetensors or pytorch_model.bin, with every part that an index names."
+        return Problem(f"no whole weights in this folder: {name}", key=key, hint=hint)
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     hint = (
         None

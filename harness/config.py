@@ -51,6 +51,7 @@ Seed = whole(0, 2**32 - 1)
 Steps, Images = whole(0, 10**9), whole(1, 10**7)
 Epochs, Batch, Tokens = whole(0, 100_000), whole(1, 100_000), whole(1, 10_000)
 Side, Width, Layers, Entries = whole(1, 4096), whole(1, 100_000), whole(1, 1000), whole(1, 10**6)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)]
 MetricName = Literal[
     "bertscore",
     "rouge1",
@@ -349,6 +350,8 @@ class ScoreConfig(Section):
     similarity: SimilarityConfig = SimilarityConfig()
     medcat: MedCatConfig = MedCatConfig()
     alignscore: AlignScoreConfig = AlignScoreConfig()
+    trusted: tuple[Sha256, ...] = ()
+    """SHA-256 sums of local weights, copied from where they are published: their scores are official."""
     bootstrap: whole(0, 10**6) = 1000
     """Resamples of the rows behind each 95 % interval; 0: no intervals."""
 

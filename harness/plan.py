@@ -30,7 +30,7 @@ TINY_VERSION = 3
 STANDIN_VERSION = 1
 TRAIN_VERSION = 3
 PREDICT_VERSION = 1
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 
 
 HOW = {"zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints"}
@@ -76,8 +76,6 @@ class Plan:
                 "metric": metric,
                 "data": data.fingerprints["train"],
             }
-        bertscore, precision = config.score.bertscore.model_dump(), config.score.precision
-        standing = _identities({"bertscore": config.score.bertscore.checkpoint}, self.root)
         decoding = config.predict.model_dump(exclude={"splits", "batch_size"})
         steps["train"] = {
             "version": TRAIN_VERSION,
@@ -87,7 +85,7 @@ class Plan:
             "train": config.train.model_dump(exclude=HOW),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
-            "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing, precision],
+            "primary": _primary(config, self.root),
         }
         for split in self.splits:
             steps[f"predict-{split}"] = {
@@ -108,7 +106,8 @@ class Plan:
                     "captions": steps[source],
                     "data": data.fingerprints["valid"],
                     "score": config.score.model_dump(),
-                    "checkpoints": _identities(metrics.checkpoints_of(config.score), self.root),
+                    "weights": metrics.identities_of(config.score, self.root / "cache"),
+                    "packages": metrics.versions(),
                     "standins": [steps[f"standin-{metric}"] for metric in self.standins],
                     "edition": config.edition,
                 }
@@ -161,9 +160,17 @@ class Plan:
 
 
 def _identities(named: Mapping[str, str], root: Path) -> list[Any]:
-    """What tells two checkpoints of the same name apart: the contents of their weight files."""
-    found = [(key, name, checkpoints.find(name)) for key, name in named.items() if name != STANDIN]
-    return [[key, name, checkpoints.contents(f.folder, root) if f else None] for key, name, f in found]
+    """What tells two checkpoints of the same name apart: the contents of their files."""
+    found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
+    return [[key, name, f and checkpoints.contents(f.folder, root / "cache")] for key, name, f in found]
+
+
+def _primary(config: Config, root: Path) -> list[Any]:
+    """What determines the numbers of the metric that chooses the best weights."""
+    name = primary_metric(config)
+    only = config.score.model_copy(update={"metrics": (name,)})
+    settings = {key: value for key, value in only.model_dump().items() if key in (name, "precision")}
+    return [name, config.edition >= IDF_SINCE, settings, metrics.identities_of(only, root / "cache")]
 
 
 def problems(config: Config) -> list[Problem]:
@@ -171,8 +178,12 @@ def problems(config: Config) -> list[Problem]:
     wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     for key, name in _model_checkpoints(config).items():
-        if checkpoints.find(name) is None:
+        at_hand, main = checkpoints.find(name), key == "checkpoint"
+        if at_hand is None:
             found.append(checkpoints.missing(name, f"model.{key}"))
+        else:
+            speaks = main and config.model.language_model
+            found += checkpoints.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
     return found
 
 

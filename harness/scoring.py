@@ -34,6 +34,8 @@ from harness.submission.inputs import (
 )
 
 _CONCEPTS = re.compile(r"C\d+(;C\d+)*")
+EXECUTED = ("similarity", "medcat")
+"""The sections of `score:` that name a program, or files with programs in them."""
 Run = tuple[Path, Mapping[str, Any]]
 """A run's folder and its `run.json`."""
 
@@ -228,8 +230,13 @@ def settings(
 
 
 def _of_run(run: Run, edition: int) -> dict[str, Any]:
-    """The run's own `score:` section; what its edition decided is open again for another edition."""
+    """The run's own `score:` section; what its edition decided is open again for another edition.
+
+    Without what scoring would execute: a run's folder may come from elsewhere.
+    """
     values = copy.deepcopy(run[1]["config"].get("score", {}))
+    for section in EXECUTED:
+        values.pop(section, None)
     if run[1]["edition"] != edition:
         values.pop("metrics", None)
         if values.get("bleurt", {}).get("checkpoint") != STANDIN:

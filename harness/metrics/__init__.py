@@ -28,6 +28,7 @@ from harness.metrics import (
 )
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, sign
 from harness.metrics.baseline import constant_baseline
+from harness.metrics.cache import versions
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
 from harness.store import fingerprint
@@ -40,6 +41,7 @@ __all__ = [
     "aggregate",
     "checkpoints_of",
     "constant_baseline",
+    "identities_of",
     "image_gap",
     "problems",
     "read_arrays",
@@ -47,6 +49,7 @@ __all__ = [
     "score",
     "score_concepts",
     "unload",
+    "versions",
     "write_arrays",
     "write_per_image",
 ]
@@ -126,7 +129,8 @@ def score(
     flagged = _empty_rows(inputs, [name for name in ("bertscore", "rouge1") if name in found])
     for result in found.values():
         flagged += result.measured.warnings if result.measured else []
-    return scores, list(dict.fromkeys(one.told(ids) for one in flagged))
+    doubts = [doubt for result in found.values() if result.measured for doubt in result.measured.doubts]
+    return scores, list(dict.fromkeys([*(one.told(ids) for one in flagged), *doubts]))
 
 
 @dataclass(frozen=True)
@@ -311,9 +315,9 @@ def problems(config: ScoreConfig, edition: int) -> list[Problem]:
     wanted = checkpoints_of(config)
     found = bertscore.problems(config.bertscore) if "bertscore" in wanted else []
     for name in ("bleurt", "clipscore"):
-        at_hand = wanted.get(name) in (None, STANDIN) or checkpoints.find(wanted[name])
-        if not at_hand:
-            found.append(checkpoints.missing(wanted[name], f"score.{name}.checkpoint"))
+        if wanted.get(name) not in (None, STANDIN):
+            key, at_hand = f"score.{name}.checkpoint", checkpoints.find(wanted[name])
+            found += checkpoints.flaws(at_hand, key) if at_hand else [checkpoints.missing(wanted[name], key)]
     for name, local in (("similarity", similarity), ("medcat", medcat), ("alignscore", alignscore)):
         if name in config.metrics:
             found += local.problems(getattr(config, name))
@@ -332,6 +336,26 @@ def checkpoints_of(config: ScoreConfig) -> dict[str, str]:
         for section, metrics in users.items()
         if metrics & set(config.metrics)
     }
+
+
+def identities_of(config: ScoreConfig, cache: Path | None) -> dict[str, Any]:
+    """What determines the numbers of the wanted metrics beside settings and captions, by section.
+
+    The contents of their weights, found without running or loading anything; known hashes stay in `cache`.
+    Stand-ins that are trained here have none: they are what their steps make of the data.
+    """
+    found: dict[str, Any] = {}
+    for section, name in checkpoints_of(config).items():
+        if section == "bertscore" and name == STANDIN:
+            found[section] = checkpoints.contents(bertscore.locate(config.bertscore)[0].folder, cache)
+        elif name != STANDIN and (at_hand := checkpoints.find(name)):
+            found[section] = checkpoints.contents(at_hand.folder, cache)
+    for section, local in (("similarity", similarity), ("medcat", medcat), ("alignscore", alignscore)):
+        settings = getattr(config, section)
+        named = settings != type(settings)()
+        if section in config.metrics and named and not local.problems(settings):
+            found[section] = local.identity(settings, cache)
+    return found
 
 
 def _wanted(config: ScoreConfig) -> dict[str, Metric]:

@@ -5,10 +5,7 @@ without its dependencies (pytorch-lightning 1, spacy) and equal to it one pair a
 """
 
 import functools
-import io
-import json
 import pickle
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from harness import checkpoints
-from harness.checkpoints import STANDIN_FILE
+from harness.checkpoints import Checkpoint, standin_name
 from harness.config import AlignScoreConfig
 from harness.errors import Problem
 from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loading, sign
 from harness.metrics.cache import Row
-from harness.metrics.images import identities
+from harness.outline import Flawed, Stored, read_pickle
 from harness.store import fingerprint
 
 OFFICIAL = "AlignScore-base.ckpt"
@@ -49,11 +46,14 @@ def problems(config: AlignScoreConfig) -> list[Problem]:
     if not config.checkpoint.is_file():
         return [Problem(f"no such file: {config.checkpoint}", key=KEY, hint=HINT)]
     found = []
-    roberta = made_of(config.checkpoint)
-    if roberta is None:
-        found.append(Problem(f"no checkpoint of AlignScore: {config.checkpoint}", key=KEY, hint=HINT))
-    elif checkpoints.find(roberta) is None:
-        found.append(checkpoints.missing(roberta, KEY))
+    try:
+        roberta = made_of(config.checkpoint)
+    except Flawed as flaw:
+        what = f"no checkpoint of AlignScore: {config.checkpoint} {flaw}"
+        found.append(Problem(what, key=KEY, hint=HINT))
+    else:
+        at_hand = checkpoints.find(roberta)
+        found += checkpoints.flaws(at_hand, KEY) if at_hand else [checkpoints.missing(roberta, KEY)]
     if _splitter() is None:
         found.append(Problem("nltk has no sentence splitter here", key=KEY, hint=f"Fetch it: {PUNKT}"))
     return found
@@ -71,40 +71,65 @@ def measure(inputs: Inputs) -> Measured:
         raise Absent(f"needs {KEY}. {HINT}")
     if wrong := problems(inputs.config.alignscore):
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
-    name, standin = _name(file)
-    name += f"@{fingerprint(checkpoints.hashes([file], inputs.cache))[:8]}"
-    splits = f"nltk:{metadata.version('nltk')}"
+    standin, roberta = standin_name(file.parent), checkpoints.find(made_of(file))
+    contents = identity(inputs.config.alignscore, inputs.cache)
+    name = f"STAND-IN {standin}" if standin else file.stem
+    name += f"@{checkpoints.sha256(file, inputs.cache)[:8]}"
+    splits = f"nltk:{metadata.version('nltk')}@{fingerprint(contents['punkt'])[:8]}"
     signature = sign("alignscore", inputs.edition, name, "nli_sp", "pre:raw", precision, splits)
+    if roberta.local:
+        signature += f"|{roberta.folder.name}@{checkpoints.digest(roberta, inputs.cache)}"
 
     def compute(rows: Sequence[Row]) -> np.ndarray:
         return load(file, inputs.device, precision).scores(rows)
 
     pairs = list(zip(inputs.references, inputs.predictions, strict=True))
-    per_image, cut = inputs.scored_by_all([signature, identities([file])], pairs, compute).T
+    per_image, cut = inputs.scored_by_all([signature, contents], pairs, compute).T
+    as_official = file.name == OFFICIAL and not standin and precision == "fp32"
+    official, doubts = _official(inputs, file, roberta) if as_official else (False, [])
     return Measured(
         per_image,
         signature,
-        official=not standin and precision == "fp32" and file.name == OFFICIAL,
+        official=official,
         warnings=cut_rows("alignscore", cut),
+        doubts=doubts,
     )
 
 
-def _name(file: Path) -> tuple[str, bool]:
-    mark = file.with_name(STANDIN_FILE)
-    if mark.exists():
-        return f"STAND-IN {json.loads(mark.read_text())['name']}", True
-    return file.stem, False
+def _official(inputs: Inputs, file: Path, roberta: Checkpoint) -> tuple[bool, list[str]]:
+    """Whether the contents of checkpoint and RoBERTa are the published ones, and if not, why."""
+    if not inputs.trusts(file):
+        return False, [checkpoints.untrusted(KEY, file, inputs.cache)]
+    if Path(roberta.name).is_absolute():  # the published file names one of the hub: a place is the user's own
+        return True, []
+    return inputs.official(roberta, roberta.name, KEY)
+
+
+def identity(config: AlignScoreConfig, cache: Path | None) -> dict[str, Any]:
+    """What determines its numbers: the checkpoint, the RoBERTa it goes with, and nltk's data for English."""
+    try:
+        roberta = checkpoints.find(made_of(config.checkpoint))
+    except Flawed:
+        roberta = None
+    punkt = _punkt()
+    return {
+        "checkpoint": checkpoints.sha256(config.checkpoint, cache),
+        "roberta": roberta and checkpoints.contents(roberta.folder, cache),
+        "punkt": punkt and checkpoints.sums(punkt, cache),
+    }
 
 
 def load(file: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The AlignScore of a checkpoint file; the last one used stays in memory."""
-    return _load(file, device, precision, fingerprint(identities([file])))
+    stamp = fingerprint(identity(AlignScoreConfig(checkpoint=file), None))
+    return _load(file, device, precision, stamp)
 
 
 @functools.lru_cache(maxsize=1)
 def _load(file: Path, device: str, precision: str, stamp: str) -> "Scorer":
-    """`stamp` is of the file's state: weights that were replaced are read again."""
-    return Scorer(file, device, precision)
+    """`stamp` is of the contents: what was replaced is read again."""
+    with loading(file):
+        return Scorer(file, device, precision)
 
 
 class Scorer:
@@ -173,11 +198,18 @@ def _splitter() -> Callable[[str], list[str]] | None:
     """nltk's splitter into sentences, or None where its data are not on this machine."""
     from nltk.tokenize import sent_tokenize
 
+    return sent_tokenize if _punkt() else None
+
+
+def _punkt() -> Path | None:
+    """The folder, or the zip, of nltk's data for splitting English; None where there is none."""
+    import nltk
+
     try:
-        sent_tokenize("One. Two.")
+        found = nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:
         return None
-    return sent_tokenize
+    return Path(found.zipfile.filename if hasattr(found, "zipfile") else found.path)
 
 
 def _pairs(split: Callable[[str], list[str]], reference: str, prediction: str) -> list[list[Pair]]:
@@ -198,38 +230,20 @@ def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) ->
     return float(np.mean(np.max([[aligned[pair] for pair in pairs] for pairs in chunks], axis=0)))
 
 
-def made_of(file: Path) -> str | None:
-    """The RoBERTa whose config and tokenizer a checkpoint goes with, or None if it is none of AlignScore.
+def made_of(file: Path) -> str:
+    """The RoBERTa whose config and tokenizer a checkpoint goes with.
 
-    Read without torch, from the plain values that Lightning keeps beside the weights.
+    Read without torch, from the plain values that Lightning keeps beside the weights. Raises `Flawed` if it
+    is none of AlignScore.
     """
+    content = read_pickle(file)
     try:
-        with zipfile.ZipFile(file) as parts:
-            (outline,) = (name for name in parts.namelist() if name.endswith("/data.pkl"))
-            content = _Outline(io.BytesIO(parts.read(outline))).load()
-        return content["hyper_parameters"]["model"] if "tri_layer.weight" in content["state_dict"] else None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, TypeError):
-        return None
-
-
-class _Outline(pickle.Unpickler):
-    """Reads the plain values of a pickle; no class or function that it names is imported or called."""
-
-    def find_class(self, module: str, name: str) -> type:
-        return _Nothing
-
-    def persistent_load(self, identity: Any) -> None:
-        return None
-
-
-class _Nothing(dict):
-    """Stands for any object; as a dict it keeps the names of the weights."""
-
-    def __init__(self, *_: Any):
+        name, weights = content["hyper_parameters"]["model"], content["state_dict"]
+        if isinstance(name, str) and isinstance(weights["tri_layer.weight"], Stored):
+            return name
+    except (KeyError, TypeError, IndexError):
         pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
+    raise Flawed("holds other things than AlignScore's weights and settings")
 
 
 def _build(folder: Path, file: Path) -> tuple[Any, Any]:
@@ -249,5 +263,6 @@ def _build(folder: Path, file: Path) -> tuple[Any, Any]:
         try:
             part.load_state_dict(mine)
         except RuntimeError as error:
-            raise Absent(f"{file} does not fit {folder}: {error}") from None
+            what = " ".join(str(error).split())[:300]
+            raise Absent(f"{file} does not fit {folder}: {what}") from None
     return encoder, head

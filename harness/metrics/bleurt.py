@@ -8,10 +8,11 @@ import numpy as np
 
 from harness import checkpoints
 from harness.editions import EDITIONS
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, sign
-from harness.metrics.cache import Row, state
+from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.cache import Row
 from harness.store import fingerprint
 
+KEY = "score.bleurt.checkpoint"
 BATCH_TOKENS = 2048
 
 
@@ -33,26 +34,29 @@ def measure(inputs: Inputs) -> Measured:
         scorer = load(found.folder, inputs.device, precision)
         return scorer.scores([(reference, prediction) for prediction, reference in pairs])
 
-    per_image, cut = inputs.scored_by_all([signature, state(found.folder)], inputs.clean_pairs, compute).T
+    weights = checkpoints.contents(found.folder, inputs.cache)
+    per_image, cut = inputs.scored_by_all([signature, weights], inputs.clean_pairs, compute).T
+    named = EDITIONS[inputs.edition].bleurt
+    official, doubts = inputs.official(found, named, KEY) if precision == "fp32" else (False, [])
     return Measured(
         per_image,
         signature,
-        official=not (found.standin or found.local)
-        and precision == "fp32"
-        and found.name == EDITIONS[inputs.edition].bleurt,
+        official=official,
         warnings=cut_rows("bleurt", cut),
+        doubts=doubts,
     )
 
 
 def load(folder: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The BLEURT in a folder; the last one used stays in memory."""
-    return _load(folder, device, precision, fingerprint(state(folder)))
+    return _load(folder, device, precision, fingerprint(checkpoints.contents(folder, None)))
 
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str, precision: str, stamp: str) -> "Scorer":
-    """`stamp` is of the folder's state: weights that were replaced are read again."""
-    return Scorer(folder, device, precision)
+    """`stamp` is of the folder's contents: weights that were replaced are read again."""
+    with loading(folder):
+        return Scorer(folder, device, precision)
 
 
 class Scorer:
@@ -63,8 +67,9 @@ class Scorer:
 
         self.device = device
         self.tokenizer = BleurtTokenizer.from_pretrained(folder)
-        self.model = BleurtForSequenceClassification.from_pretrained(folder, dtype=dtype(precision))
-        self.model.eval().to(device)
+        self.model = loaded(
+            BleurtForSequenceClassification, folder, "position_ids", dtype=dtype(precision)
+        ).to(device)
         self.limit = min(512, self.model.config.max_position_embeddings)
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

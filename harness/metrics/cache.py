@@ -12,12 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from harness.checkpoints import contents
 from harness.store import fingerprint
 
 EMBEDDING_BYTES = 4_000_000_000
 SCORE_BYTES = 500_000_000
 VERSION = 1
 """Raise it when a metric's code gives other numbers for the same signature: what is kept is made anew."""
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "pillow",
+    "ftfy",
+    "nltk",
+    "bleurt-pytorch",
+    "pycocoevalcap",
+)
 _ASKED = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS kept (key BLOB UNIQUE, value BLOB)"
 _UNUSABLE = (sqlite3.DatabaseError, OSError)
@@ -76,18 +88,14 @@ class Blobs:
             yield database
 
 
-def state(folder: Path) -> list[Any]:
-    """What tells a folder of weights from another without reading them: place, names, sizes and dates."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    stats = [(file.name, file.stat()) for file in files]
-    dates = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
-    return [str(folder.resolve()), dates]
-
-
 def made_by(device: str) -> list[str]:
     """What else moves numbers of neural models: the kind of device, and the versions that compute on it."""
-    packages = ("torch", "transformers", "tokenizers", "pillow", "ftfy")
-    return [device.partition(":")[0], *(f"{name}:{metadata.version(name)}" for name in packages)]
+    return [device.partition(":")[0], *versions()]
+
+
+def versions() -> list[str]:
+    """The versions of the packages that compute scores."""
+    return [f"{name}:{metadata.version(name)}" for name in PACKAGES]
 
 
 def key(*parts: str) -> bytes:
@@ -112,7 +120,7 @@ class TextCache:
     """Embedded texts of one encoder on disk, so that references shared by many runs are embedded once."""
 
     def __init__(self, folder: Path, encoder: Path, *how: Any):
-        name = f"embeddings-{fingerprint([VERSION, state(encoder), *how])}.sqlite"
+        name = f"embeddings-{fingerprint([VERSION, contents(encoder, folder), *how])}.sqlite"
         self.blobs = Blobs(folder / name, EMBEDDING_BYTES)
 
     def get(self, texts: Sequence[str]) -> dict[str, Embedded]:

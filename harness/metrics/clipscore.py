@@ -13,11 +13,12 @@ from PIL import Image
 from harness import checkpoints
 from harness.data.images import DAMAGE, decode
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, sign
-from harness.metrics.cache import Row, state
+from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 from harness.store import fingerprint
 
+KEY = "score.clipscore.checkpoint"
 OFFICIAL = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
@@ -75,9 +76,11 @@ def _measure(
         precision,
     )
 
+    weights = checkpoints.contents(found.folder, inputs.cache)
+
     def compute(rows: Sequence[Row]) -> np.ndarray:
         clip = load(found.folder, inputs.device, precision)
-        clip.features.keep(inputs.cache, inputs.device, [state(found.folder), precision])
+        clip.features.keep(inputs.cache, inputs.device, [weights, precision])
         count = len(captions[0])
         columns = [[clean(PREFIX + row[column]) for row in rows] for column in range(count)]
         scores = formula(clip.features.of([row[count:] for row in rows]), *map(clip.texts, columns))
@@ -85,12 +88,14 @@ def _measure(
         return np.column_stack([scores, clip.limit * np.array(cut)])
 
     rows = [(*texts, *image) for texts, image in zip(captions, identities(inputs.images), strict=True)]
-    per_image, cut = inputs.scored_by_all([signature, state(found.folder)], rows, compute).T
+    per_image, cut = inputs.scored_by_all([signature, weights], rows, compute).T
+    official, doubts = inputs.official(found, OFFICIAL, KEY) if precision == "fp32" else (False, [])
     return Measured(
         per_image,
         signature,
-        official=not (found.standin or found.local) and precision == "fp32" and found.name == OFFICIAL,
+        official=official,
         warnings=cut_rows(name, cut),
+        doubts=doubts,
     )
 
 
@@ -130,13 +135,14 @@ def _square(path: Path, size: int) -> Image.Image:
 
 def load(folder: Path, device: str, precision: str = "fp32") -> "Clip":
     """The CLIP in a folder; the last one used stays in memory, and with it the features of images."""
-    return _load(folder, device, precision, fingerprint(state(folder)))
+    return _load(folder, device, precision, fingerprint(checkpoints.contents(folder, None)))
 
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str, precision: str, stamp: str) -> "Clip":
-    """`stamp` is of the folder's state: weights that were replaced are read again."""
-    return Clip(folder, device, precision)
+    """`stamp` is of the folder's contents: weights that were replaced are read again."""
+    with loading(folder):
+        return Clip(folder, device, precision)
 
 
 class Clip:
@@ -151,7 +157,7 @@ class Clip:
 
         self.device, self.dtype = device, dtype(precision)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = CLIPModel.from_pretrained(folder, dtype=self.dtype).eval().to(device)
+        self.model = loaded(CLIPModel, folder, "position_ids", dtype=self.dtype).to(device)
         self.size = self.model.config.vision_config.image_size
         self.limit = self.model.config.text_config.max_position_embeddings
         self.cut: set[str] = set()

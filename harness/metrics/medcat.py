@@ -5,20 +5,20 @@ in a second process, by a Python that has it: `medcat_worker.py`.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from harness.checkpoints import hashes
+from harness.checkpoints import sha256, sums, untrusted
 from harness.config import MedCatConfig
 from harness.errors import Problem
 from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, sign
-from harness.metrics.cache import Row, state
-from harness.metrics.images import identities
-from harness.store import fingerprint
+from harness.metrics.cache import Row
 
 OFFICIAL = "umls_self_train_model_pt2ch_3760d588371755d0"
 """The UMLS full model of the organisers' README; its licence is a personal one of UTS."""
@@ -29,11 +29,15 @@ PYTHON_HINT = (
     f"medcat/bin/pip install 'medcat<2' 'pyarrow<20', then {PYTHON_KEY}: medcat/bin/python"
 )
 WORKER = Path(__file__).with_name("medcat_worker.py")
-_VERSION = "from importlib.metadata import version; print(version('medcat'))"
+_PACKAGES = """
+import json
+from importlib.metadata import distributions
+print(json.dumps(sorted({f"{d.metadata['Name']}-{d.version}" for d in distributions()})))
+"""
 
 
 def problems(config: MedCatConfig) -> list[Problem]:
-    """What is wrong with the model pack and the Python for it, where a pack is named."""
+    """What is wrong with the model pack and the Python for it, where a pack is named; neither is run."""
     if config.model_pack is None:
         return []
     found = []
@@ -43,11 +47,20 @@ def problems(config: MedCatConfig) -> list[Problem]:
     ):
         what = f"no model pack of MedCAT 1 (a zip, or a folder with cdb.dat): {config.model_pack}"
         found.append(Problem(what, key=PACK_KEY, hint=PACK_HINT))
-    version = _version(_python(config))
-    if version is None or not version.startswith("1."):
-        what = f"{_python(config)} has " + (f"MedCAT {version}" if version else "no package medcat")
-        found.append(Problem(f"{what}; the organisers use MedCAT 1", key=PYTHON_KEY, hint=PYTHON_HINT))
+    python = _python(config)
+    if not python.is_file():
+        found.append(Problem(f"no such program: {python}", key=PYTHON_KEY, hint=PYTHON_HINT))
+    elif (flaw := _flaw(python, _seen(python))) and _is_environment(python):
+        found.append(Problem(flaw, key=PYTHON_KEY, hint=PYTHON_HINT))
     return found
+
+
+def identity(config: MedCatConfig, cache: Path | None) -> dict[str, Any]:
+    """What determines its numbers and is seen without running anything: pack, Python and packages."""
+    python = _python(config)
+    program = sha256(python, cache) if python.is_file() else None
+    pack = sums(config.model_pack, cache) if config.model_pack else None
+    return {"pack": pack, "python": program, "packages": _seen(python)}
 
 
 def measure(inputs: Inputs) -> Measured:
@@ -61,21 +74,24 @@ def measure(inputs: Inputs) -> Measured:
         raise Absent(f"needs {PACK_KEY}. {PACK_HINT}")
     if wrong := problems(config):
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
-    python = _python(config)
-    name = config.model_pack.stem
-    packed = config.model_pack if config.model_pack.is_file() else config.model_pack / "cdb.dat"
-    contents = fingerprint(hashes([packed], inputs.cache))[:8]
-    signature = sign("medcat", inputs.edition, f"{name}@{contents}", "pre:raw", f"medcat:{_version(python)}")
-
-    pack = identities([config.model_pack]) if config.model_pack.is_file() else state(config.model_pack)
+    python, pack = _python(config), config.model_pack
+    packages = _packages(python)
+    if flaw := _flaw(python, packages):
+        raise Absent(f"{PYTHON_KEY}: {flaw}. {PYTHON_HINT}")
+    name = f"{pack.stem}@{sha256(pack, inputs.cache)[:8]}"
+    version = _version(packages)
+    signature = sign("medcat", inputs.edition, name, "pre:raw", f"medcat:{version}")
+    what = [signature, identity(config, inputs.cache), packages]
 
     def compute(rows: Sequence[Row]) -> list[list[float]]:
-        found = concepts({caption for row in rows for caption in row}, config.model_pack, python)
+        found = concepts({caption for row in rows for caption in row}, pack, python)
         return [[_score(row, found)] for row in rows]
 
     pairs = list(zip(inputs.predictions, inputs.references, strict=True))
-    per_image = inputs.scored([signature, pack], pairs, compute)[:, 0]
-    return Measured(per_image, signature, official=name == OFFICIAL)
+    per_image = inputs.scored(what, pairs, compute)[:, 0]
+    trusted = pack.stem == OFFICIAL and inputs.trusts(pack)
+    doubts = [] if trusted or pack.stem != OFFICIAL else [untrusted(PACK_KEY, pack, inputs.cache)]
+    return Measured(per_image, signature, official=trusted, doubts=doubts)
 
 
 def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]]:
@@ -84,7 +100,10 @@ def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]
     with TemporaryDirectory() as folder:
         texts, found = Path(folder, "texts.json"), Path(folder, "concepts.json")
         texts.write_text(json.dumps(asked), encoding="utf-8")
-        command = [python, "-I", WORKER, pack.resolve(), texts, found]
+        # MedCAT unpacks a zip beside itself, and reads what it finds there instead of the zip
+        here = Path(folder, pack.name)
+        here.symlink_to(pack.resolve())
+        command = [python, "-I", WORKER, here, texts, found]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
@@ -101,13 +120,48 @@ def _score(pair: Row, found: Mapping[str, set[str]]) -> float:
 
 
 def _python(config: MedCatConfig) -> Path:
-    return Path(config.python or sys.executable)
+    """The program, by a path that holds in any folder: what is no file here is looked for on PATH."""
+    given = config.python or Path(sys.executable)
+    if given.is_file() or len(given.parts) > 1:
+        return given.absolute()  # links are kept: an environment is known by its own
+    return Path(shutil.which(given) or given.absolute())
 
 
-def _version(python: Path) -> str | None:
-    """The version of MedCAT that a Python has, or None where it has none or is no Python."""
+def _packages(python: Path) -> list[str]:
+    """The packages that a Python says it has, `name-version` each; none where it is no Python."""
     try:
-        done = subprocess.run([python, "-I", "-c", _VERSION], capture_output=True, text=True)
+        done = subprocess.run([python, "-I", "-c", _PACKAGES], capture_output=True, text=True)
+        found = json.loads(done.stdout)
+    except (OSError, ValueError):
+        return []
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
+def _seen(python: Path) -> list[str]:
+    """The packages that lie where a Python keeps them, `name-version` each, found without running it."""
+    places = ("lib*/python3*/site-packages", "lib/python3*/dist-packages")
+    folders = [folder for place in places for folder in python.parent.parent.glob(place)]
+    return sorted({one.name.removesuffix(".dist-info") for f in folders for one in f.glob("*.dist-info")})
+
+
+def _is_environment(python: Path) -> bool:
+    """Whether a Python has no packages but those that lie beside it."""
+    try:
+        settings = (python.parent.parent / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    return done.stdout.strip() or None
+        return False
+    return "include-system-site-packages = false" in settings
+
+
+def _flaw(python: Path, packages: Sequence[str]) -> str | None:
+    version = _version(packages)
+    if version is None:
+        return f"{python} has no package medcat; the organisers use MedCAT 1"
+    if not version.startswith("1."):
+        return f"{python} has MedCAT {version}; the organisers use MedCAT 1"
+    return None
+
+
+def _version(packages: Sequence[str]) -> str | None:
+    versions = (one.rpartition("-")[2] for one in packages if one.lower().startswith("medcat-"))
+    return next(versions, None)

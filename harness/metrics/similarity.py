@@ -9,36 +9,35 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from harness.checkpoints import STANDIN_FILE, hashes
+from harness.checkpoints import sha256, standin_name, sums, untrusted
 from harness.config import SimilarityConfig
 from harness.data.images import DAMAGE, decode
 from harness.errors import Problem, UserError
 from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, cut_rows, sign
-from harness.metrics.cache import Row, state
+from harness.metrics.base import Absent, Inputs, Measured, cut_rows, loading, sign
+from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
-from harness.store import fingerprint
 
 KEY = "score.similarity.folder"
 WEIGHT = 2.5
 BATCH = 8
-MODULE = "medimageinsightmodel"
+MODULE, PACKAGE = "medimageinsightmodel", "MedImageInsight"
 MODEL = "2024.09.27"
 VISION = "medimageinsigt-v1.0.0.pt"  # the publishers' spelling
 LANGUAGE = "language_model.pth"
 WEIGHTS = f"{MODEL}/vision_model/{VISION}"
 PARTS = (
     f"{MODULE}.py",
-    "MedImageInsight",
+    PACKAGE,
     f"{MODEL}/config.yaml",
     WEIGHTS,
     f"{MODEL}/language_model/clip_tokenizer_4.16.2",
@@ -80,38 +79,45 @@ def measure(inputs: Inputs) -> Measured:
         raise Absent(f"{wrong[0]}. {wrong[0].hint}")
     if inputs.images is None:
         raise Absent("needs images")
-    name, standin = _name(folder)
-    name += f"@{fingerprint(hashes([folder / WEIGHTS], inputs.cache))[:8]}"
+    standin = standin_name(folder)
+    name = f"STAND-IN {standin}" if standin else f"MedImageInsight-{MODEL}"
+    name += f"@{sha256(folder, inputs.cache)[:8]}"
     signature = sign("similarity", inputs.edition, name, f"w:{WEIGHT}", "pre:raw", "fp32")
-    states = [state(folder / part) for part in (f"{MODEL}/vision_model", MODEL, "")]
+    contents = identity(inputs.config.similarity, inputs.cache)
 
     def compute(rows: Sequence[Row]) -> list[tuple[float, int]]:
         model = load(folder, inputs.device)
-        model.features.keep(inputs.cache, inputs.device, states)
+        model.features.keep(inputs.cache, inputs.device, contents)
         return model.scores([row[0] for row in rows], [row[1:] for row in rows])
 
     images = identities(inputs.images)
     rows = [(caption, *image) for caption, image in zip(inputs.predictions, images, strict=True)]
-    per_image, cut = inputs.scored_by_all([signature, states], rows, compute).T
-    return Measured(per_image, signature, official=not standin, warnings=cut_rows("similarity", cut))
+    per_image, cut = inputs.scored_by_all([signature, contents], rows, compute).T
+    trusted = not standin and inputs.trusts(folder)
+    return Measured(
+        per_image,
+        signature,
+        official=trusted,
+        warnings=cut_rows("similarity", cut),
+        doubts=[] if trusted or standin else [untrusted(KEY, folder, inputs.cache)],
+    )
 
 
-def _name(folder: Path) -> tuple[str, bool]:
-    mark = folder / STANDIN_FILE
-    if mark.exists():
-        return f"STAND-IN {json.loads(mark.read_text())['name']}", True
-    return f"MedImageInsight-{MODEL}", False
+def identity(config: SimilarityConfig, cache: Path | None) -> list[list[str]]:
+    """What determines its numbers: code, weights and tokenizer, by their names and SHA-256."""
+    return sums(config.folder, cache)
 
 
 def load(folder: Path, device: str) -> "Model":
     """The MedImageInsight in a folder; the last one used stays in memory, and with it features of images."""
-    return _load(folder, device, fingerprint(identities([folder / WEIGHTS])))
+    return _load(folder, device, sha256(folder, None))
 
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str, stamp: str) -> "Model":
-    """`stamp` is of the weights' state: weights that were replaced are read again."""
-    return Model(folder, device)
+    """`stamp` is of the folder's contents: what was replaced is read again."""
+    with loading(folder):
+        return Model(folder, device)
 
 
 class Model:
@@ -186,16 +192,18 @@ def encoded(path: Path) -> str:
 
 @contextlib.contextmanager
 def _its_own_modules(folder: Path) -> Iterator[None]:
-    """The folder's modules first on the path, and what they print on stderr."""
-    before = sys.path.copy()
+    """The folder's modules first on the path, read from their sources, and what they print on stderr."""
+    before, bytecode = sys.path.copy(), sys.pycache_prefix
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:  # of another folder
+        del sys.modules[name]
     sys.path.insert(0, str(folder.resolve()))
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), TemporaryDirectory() as sys.pycache_prefix:
             yield
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch: RuntimeError
         raise Absent(f"the code in {folder} does not run here: {error}. {HINT}") from error
     finally:
-        sys.path[:] = before
+        sys.path[:], sys.pycache_prefix = before, bytecode
 
 
 def _module(file: Path) -> Any:
