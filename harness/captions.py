@@ -2,12 +2,15 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness.store import write
 
 PREDICTIONS = "predictions.csv"
+_MOSTLY = 0.9  # of all captions; people write the same one for 1 % of the images
+_SHOWN = 80  # characters
 
 
 def write_captions(path: Path, captions: Mapping[str, str]) -> Path:
@@ -27,3 +30,19 @@ def read_captions(path: Path) -> dict[str, str]:
     """Read what `write_captions` wrote."""
     with path.open(encoding="utf-8", newline="") as file:
         return {row["ID"]: row["caption"] for row in csv.DictReader(file)}
+
+
+def sameness(values: Iterable[str], name: str = "captions") -> str | None:
+    """What to warn of where more than 90 % of the captions (or concept lists) are empty or the same."""
+    texts = [" ".join(text.split()) for text in values]
+    if not texts:
+        return None
+    (text, count), *_ = Counter(texts).most_common(1)
+    if count <= _MOSTLY * len(texts) or (text and count < 2):
+        return None
+    share = f"all {count:,} {name}"
+    if count < len(texts):
+        share = f"{count:,} of {len(texts):,} {name} ({100 * count / len(texts):.1f} %)"
+    if not text:
+        return f"{share} are empty"
+    return f"{share} are the same: {text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"

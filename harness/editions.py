@@ -27,6 +27,8 @@ class Edition:
     """More concepts than this for one image are refused by the evaluator; None: not established."""
     strict_checker: bool
     """Whether the organisers run a checker that wants the order of the ids file (2026)."""
+    skips_ids: bool
+    """Whether the organisers' loader ignores rows whose id holds "ID" (2023)."""
     metrics: tuple[str, ...]
     """Every caption metric of that year that can be computed with public weights, by its name in harness;
     where the year's own are not established (2022), those of 2023."""
@@ -55,6 +57,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format="pipe",
             max_cuis=100,
             strict_checker=False,
+            skips_ids=False,
             metrics=_SEVEN,
             primary=None,
             ranking="not established",
@@ -66,6 +69,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format="pipe",
             max_cuis=100,
             strict_checker=False,
+            skips_ids=True,
             metrics=_SEVEN,
             primary="bertscore",
             ranking="by bertscore, highest first",
@@ -77,6 +81,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format=None,
             max_cuis=None,
             strict_checker=False,
+            skips_ids=False,
             metrics=(*_SEVEN, "refclipscore"),
             primary="bertscore",
             ranking="by bertscore, highest first",
@@ -89,6 +94,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format="csv-zip",
             max_cuis=100,
             strict_checker=False,
+            skips_ids=False,
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
@@ -106,6 +112,7 @@ EDITIONS: Mapping[int, Edition] = {
             concept_format="csv-zip",
             max_cuis=100,
             strict_checker=True,
+            skips_ids=False,
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",

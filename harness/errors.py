@@ -1,8 +1,11 @@
 """Errors for people: what is wrong, where, what was got, what is allowed, the next command."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+_NAMED = 3  # of many rows with the same fault
 
 from harness.visible import one_line
 
@@ -20,6 +23,40 @@ class Problem:
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file and self.line else str(self.file or "")
         return one_line(": ".join(part for part in (place, self.key or "", self.what) if part))
+
+
+class Flaw(NamedTuple):
+    """One of possibly many rows with the same thing wrong; `subject` is what there, e.g. an id."""
+
+    line: int | None
+    what: str
+    hint: str | None = None
+    subject: str = ""
+
+
+def grouped(file: str | Path, flaws: Iterable[Flaw]) -> list[Problem]:
+    """One problem for each cause, at its first line: how many rows have it, and the first few of them."""
+    causes: dict[tuple[str, str | None], list[Flaw]] = {}
+    for flaw in flaws:
+        causes.setdefault((flaw.what, flaw.hint), []).append(flaw)
+    return [
+        Problem(f"{what}{places(same)}", file, same[0].line, hint=hint)
+        for (what, hint), same in causes.items()
+    ]
+
+
+def places(flaws: Sequence[Flaw]) -> str:
+    """Where flaws of one cause are: ` (17,237 rows): line 1, line 2, line 3 and 17,234 more`."""
+    if len(flaws) == 1:
+        return f": {flaws[0].subject}" if flaws[0].subject else ""
+    count = f" ({len(flaws):,} rows)" if len(flaws) > _NAMED else ""
+    more = f" and {len(flaws) - _NAMED:,} more" if len(flaws) > _NAMED else ""
+    return f"{count}: {', '.join(_place(flaw) for flaw in flaws[:_NAMED])}{more}"
+
+
+def _place(flaw: Flaw) -> str:
+    line = f"line {flaw.line}" if flaw.line else ""
+    return f"{flaw.subject} ({line})" if flaw.subject and line else flaw.subject or line
 
 
 @dataclass

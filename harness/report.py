@@ -22,7 +22,7 @@ from urllib.parse import quote
 import yaml
 
 from harness import store
-from harness.captions import PREDICTIONS, read_captions
+from harness.captions import PREDICTIONS, read_captions, sameness
 from harness.config import Config, flat
 from harness.data.images import DAMAGE, decode, each
 from harness.data.readers import Example, read
@@ -162,7 +162,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
         "baseline": record["baseline"],
-        "warnings": record["warnings"],
+        "warnings": _warnings(record, captions),
         "differences": differences(record),
         "from_base": from_base(record),
         "siblings": _siblings(run, page),
@@ -198,6 +198,12 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "commit": git["commit"] and git["commit"] + changed,
         "submissions": ", ".join(record["submissions"]) or None,
     }
+
+
+def _warnings(record: Mapping[str, Any], captions: Captions) -> list[str]:
+    """Those of the record, and one of captions that are all but the same, which older runs do not record."""
+    same = sameness((captions.after or captions.before).values())
+    return list(dict.fromkeys([*record["warnings"], *([f"valid: {same}"] if same else [])]))
 
 
 def _moment(text: str | None) -> str | None:

@@ -18,12 +18,13 @@ import yaml
 
 from harness import checkpoints, device, ranks, submission
 from harness.build import Builder, Watch
-from harness.captions import PREDICTIONS, read_captions
+from harness.captions import PREDICTIONS, read_captions, sameness
 from harness.config import Config, flat
 from harness.editions import EDITIONS
 from harness.errors import Pruned, UserError
 from harness.plan import Plan, Reporter
 from harness.store import MADE, damage, is_unsealed, parsed, seal, step, write, write_json
+from harness.submission.form import other_editions
 from harness.tracking.server import without_password
 
 RECORD, TRACEBACK = "run.json", "traceback.txt"
@@ -79,6 +80,7 @@ def run(
             _keep(record, plan, name)
             write_json(folder / RECORD, record)
         ranks.agree(None)
+        record["warnings"] += _all_the_same(plan, reporter)
         record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
     return record
@@ -244,11 +246,24 @@ def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
             record["artifacts"]["plots/caption_lengths.png"] = f"{where}/caption_lengths.png"
 
 
+def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
+    """A warning for each split whose captions are all but the same, said at once."""
+    found = []
+    for name in plan.inputs:
+        kind, _, split = name.partition("-")
+        if kind == "postprocess" and (
+            same := sameness(read_captions(plan.directory(name) / PREDICTIONS).values())
+        ):
+            found.append(f"{split}: {same}")
+            reporter.say(f"warning: {plan.config.run_name}: {found[-1]}")
+    return found
+
+
 def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
     """Write and check the official file of every predicted split, if the edition has an established one."""
     if EDITIONS[plan.config.edition].caption_format is None:
         record["warnings"].append(
-            f"no submission file: its format in {plan.config.edition} is not established"
+            f"no submission file: its format in {plan.config.edition} is not established. {other_editions()}"
         )
         return []
     made = []

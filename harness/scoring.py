@@ -13,27 +13,29 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from harness import checkpoints, device, metrics, ranks
+from harness.captions import sameness
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data.readers import IMAGE_SUFFIXES
 from harness.editions import EDITIONS
-from harness.errors import Problem, UserError
+from harness.errors import Flaw, Problem, UserError, grouped
 from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
 from harness.plan import RUNS
 from harness.store import is_done
-from harness.submission.form import Task, bare
+from harness.submission.form import Task, bare, plural
 from harness.submission.inputs import (
     CaptionFile,
-    Flaw,
-    grouped,
+    few,
     passes_for_header,
     read,
+    read_otherwise,
     run_artifact,
     run_record,
     run_root,
+    with_ids,
 )
 
-_CONCEPTS = re.compile(r"C\d+(;C\d+)*")
+_CONCEPTS = re.compile(r"C\d+(\s*;\s*C\d+)*")
 EXECUTED = ("similarity", "medcat")
 """The sections of `score:` that name a program, or files with programs in them."""
 Run = tuple[Path, Mapping[str, Any]]
@@ -79,7 +81,7 @@ def rows(
             problems += error.problems
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
-    predicted, known = files
+    predicted, known = _same_ids(*files)
     problems = [*_misplaced(predicted, task), *_misplaced(known, task)] or _mismatches(predicted, known)
     found = {}
     if images is not None:
@@ -92,9 +94,26 @@ def rows(
         [predicted.values[key] for key in known.values],
         list(known.values.values()),
         [found[key] for key in known.values] if images is not None else None,
-        [file.described("captions" if task == "caption" else "lists of concepts") for file in files],
-        [warning for file in files for warning in _warnings(file, known)],
+        [file.described(plural(task)) for file in (predicted, known)],
+        [
+            *(warning for file in (predicted, known) for warning in _warnings(file, known)),
+            *_of_predictions(predicted, task),
+        ],
     )
+
+
+def _same_ids(predicted: CaptionFile, known: CaptionFile) -> tuple[CaptionFile, CaptionFile]:
+    """Both files with the ids of the one that is no COCO results, where one is."""
+    if known.separator:
+        return with_ids(predicted, known.values), known
+    return predicted, with_ids(known, predicted.values)
+
+
+def _of_predictions(file: CaptionFile, task: Task) -> Iterator[str]:
+    """Where the organisers would read another submission, and whether its captions are all the same."""
+    yield from (f"{file.path.name}: {what}" for what in read_otherwise(file))
+    if same := sameness(file.values.values(), plural(task)):
+        yield f"{file.path.name}: {same}"
 
 
 def _predictions(path: Path) -> CaptionFile:
@@ -164,19 +183,13 @@ def _warnings(file: CaptionFile, known: CaptionFile) -> Iterator[str]:
     name = file.path.name
     yield from (f"{name}: {warning}" for warning in file.warnings)
     if file.cut:
-        yield f"{name}: {_some(file.cut, file)} cut at a pipe, as the organisers' loader does"
+        yield f"{name}: {few(file.cut)} cut at a pipe, as the organisers' loader does"
     ignored = [key for key in file.values if passes_for_header(key, file.separator)]
     if passed := [key for key in ignored if key not in known.values]:
-        yield f'{name}: {_some(passed, file)} passed over: the organisers\' loader ignores ids that hold "ID"'
+        yield f'{name}: {few(passed)} passed over: the organisers\' loader ignores ids that hold "ID"'
     if kept := [key for key in ignored if key in known.values]:
         what = 'scored; the organisers\' loader would ignore ids that hold "ID", and refuse the file'
-        yield f"{name}: {_some(kept, file)} {what}"
-
-
-def _some(keys: Sequence[str], file: CaptionFile) -> str:
-    named = ", ".join(str(file.lines[key]) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-    rows = "row" if len(keys) == 1 else "rows"
-    return f"{len(keys):,} {rows} (line {named})"
+        yield f"{name}: {few(kept)} {what}"
 
 
 def _images(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Problem]]:
@@ -331,6 +344,7 @@ def score(
         edition,
         torch_device,
         RUNS / "cache",
+        ids=scored.ids,
     )
     if device.world_size() > 1:
         ranks.stop()
@@ -346,7 +360,7 @@ def score_concepts(
     """
 
     def sets(values: Sequence[str]) -> list[set[str]]:
-        return [set(filter(None, value.split(";"))) for value in values]
+        return [set(filter(None, map(str.strip, value.split(";")))) for value in values]
 
     validated = None
     if manual is not None:

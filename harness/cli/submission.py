@@ -3,6 +3,8 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,24 +48,42 @@ def make(
 ) -> None:
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
-    from harness.submission.inputs import read_ids, read_predictions, run_artifact, run_record
+    from harness.captions import sameness
+    from harness.submission.inputs import read_ids, run_artifact, run_record
+    from harness.submission.runs import captions
 
     record = run_record(source) if source.is_dir() else None
     if record is None:
         _require(edition, ids, source)
     elif task is Task.concept:
         raise UserError([Problem("a run predicts captions; give a file of concepts", source, key="--task")])
-    file = source
-    if record is not None:
-        file = run_artifact(source, record, f"predictions/{split.value}_after.csv")
-    values = read_predictions(file, task.value)
     year = edition if edition is not None else record["edition"]
-    wanted = read_ids(ids) if ids else list(values)
+    submission.rules(year, task.value)
+    wanted = read_ids(ids) if ids else None
+    if record is None:
+        file, values = source, _of_file(source, task, wanted)
+    else:
+        file = run_artifact(source, record, f"predictions/{split.value}_after.csv")
+        values = captions(source, record, split.value, wanted)
     manifest = _manifest(file, record)
-    upload = submission.make(
-        values, wanted, year, out or _folder(source, record, year), manifest, split.value, task.value
-    )
+    folder = out or _folder(source, record, year)
+    upload = submission.make(values, wanted or list(values), year, folder, manifest, split.value, task.value)
+    if same := sameness(map(submission.joined, values.values()), submission.plural(task.value)):
+        print(f"warning: {same}", file=sys.stderr)
     print(upload)
+
+
+def _of_file(source: Path, task: Task, ids: Sequence[str]) -> Mapping[str, Any]:
+    """The captions or concepts of a file, and what to know of how it was read on stderr."""
+    from harness.submission import plural
+    from harness.submission.inputs import as_predictions, read, with_ids
+
+    found = with_ids(read(source), ids)
+    values = as_predictions(found, task.value)
+    print(found.described(plural(task.value)), file=sys.stderr)
+    for warning in found.warnings:
+        print(f"warning: {source.name}: {warning}", file=sys.stderr)
+    return values
 
 
 def _require(edition: int | None, ids: Path | None, source: Path) -> None:
@@ -135,12 +155,13 @@ def check(
     wanted = read_ids(ids)
     problems = submission.check(file, wanted, edition, task.value)
     mended = submission.fix(file, fix, wanted, edition, task.value) if fix else []
-    left = submission.check(fix, wanted, edition, task.value) if fix else problems
+    left = _by_hand(submission.check(fix, wanted, edition, task.value)) if fix else problems
+    same = None if left else _sameness(fix or file, task)
     if output is Report.json:
         result: dict[str, Any] = {"file": str(file), "valid": not problems, "problems": _plain(problems)}
         if fix:
             result |= {"out": str(fix), "mended": mended, "out_valid": not left, "left": _plain(left)}
-        print(json_text(result))
+        print(json_text(result | {"warnings": [same] if same else []}))
         if left:
             sys.exit(3)
         return
@@ -150,7 +171,24 @@ def check(
         print(f"wrote {one_line(str(fix))}")
     if left:
         raise UserError(left, exit_code=3)
+    if same:
+        print(f"warning: {same}", file=sys.stderr)
     print(f"ok: {len(wanted)} rows, valid for {edition}")
+
+
+def _sameness(file: Path, task: Task) -> str | None:
+    """The warning of a valid file whose captions are all but the same."""
+    from harness.captions import sameness
+    from harness.submission import plural, read
+
+    return sameness(read(file).values(), plural(task.value))
+
+
+def _by_hand(problems: Sequence[Problem]) -> list[Problem]:
+    """What --fix has left is not for --fix again."""
+    from harness.submission.form import MEND
+
+    return [replace(p, hint="Mend it by hand.") if p.hint == MEND else p for p in problems]
 
 
 def _plain(problems: list[Problem]) -> list[dict[str, Any]]:

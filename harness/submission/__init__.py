@@ -1,22 +1,25 @@
 """Official submission files, for captions and for concepts: written, checked, mended and read."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import store
-from harness.errors import Problem, UserError
+from harness.captions import sameness
+from harness.errors import Flaw, Problem, UserError, grouped
+from harness.submission import folder as folders
 from harness.submission import inputs
-from harness.submission.checks import check, concept_faults, id_faults, some
-from harness.submission.form import INVALID, MEMBER, Rules, Task, lines_of, rules, store_text
+from harness.submission.checks import check, concept_faults, faults, id_faults, some
+from harness.submission.form import INVALID, MEMBER, Rules, Task, lines_of, plural, rules, store_text, zipped
 from harness.submission.mend import fix
 
 __all__ = ["Task", "as_written", "check", "fix", "make", "read", "rules", "write_captions", "write_concepts"]
 
 _NAMES = {"caption": "caption_prediction", "concept": "concept_detection"}
+ZIP, MANIFEST = "submission.zip", "manifest.json"
 
 
 def as_written(caption: str, edition: int) -> str:
@@ -36,8 +39,7 @@ def write_captions(path: Path, captions: Mapping[str, str], ids: Sequence[str], 
     Raises `UserError` (exit code 3) for missing or superfluous captions and for ids that can't be submitted.
     """
     form = rules(edition, "caption")
-    refuse(_coverage(captions, ids, form))
-    return _store(path, {i: as_written(captions[i], edition) for i in ids}, form)
+    return store_text(path, _text(captions, ids, form), form)
 
 
 def write_concepts(
@@ -48,15 +50,7 @@ def write_concepts(
     Raises `UserError` (exit code 3) also for what is no CUI, and for more CUIs than the evaluator takes.
     """
     form = rules(edition, "concept")
-    values = {key: ";".join(dict.fromkeys(cuis)) for key, cuis in concepts.items()}
-    problems = _coverage(concepts, ids, form)
-    problems += [
-        Problem(what, key=key, hint=hint)
-        for key, value in values.items()
-        for what, hint in concept_faults(value, form)
-    ]
-    refuse(problems)
-    return _store(path, {i: values[i] for i in ids}, form)
+    return store_text(path, _text(concepts, ids, form), form)
 
 
 def refuse(problems: Sequence[Problem]) -> None:
@@ -64,12 +58,29 @@ def refuse(problems: Sequence[Problem]) -> None:
         raise UserError(problems, exit_code=INVALID)
 
 
+def _text(values: Mapping[str, Any], ids: Sequence[str], form: Rules) -> str:
+    """The text of the file. Raises `UserError` (exit code 3) for ids and concepts that can't be submitted."""
+    problems = _coverage(values, ids, form)
+    if form.task == "concept":
+        lists = {key: ";".join(dict.fromkeys(cuis)) for key, cuis in values.items()}
+        flaws = [
+            Flaw(None, what, hint, f"{key}, {subject}")
+            for key, value in lists.items()
+            for what, hint, subject in concept_faults(value, form)
+        ]
+        problems += grouped("", flaws)
+    refuse(problems)
+    written = {key: as_written(values[key], form.edition) for key in ids} if form.task == "caption" else lists
+    return "".join(f"{line}\n" for line in lines_of({key: written[key] for key in ids}, form))
+
+
 def _coverage(values: Mapping[str, Any], ids: Sequence[str], form: Rules) -> list[Problem]:
-    problems = [
-        Problem(f"the id {key!r} {what}", hint="Such an id can't be submitted.")
+    flaws = [
+        Flaw(None, f"the id {what}", "Such an id can't be submitted.", repr(key))
         for key in ids
         for what in id_faults(key, form)
     ]
+    problems = grouped("", flaws)
     known = set(ids)
     twice = [key for key, n in Counter(ids).items() if n > 1]
     missing = [key for key in ids if key not in values]
@@ -84,11 +95,6 @@ def _coverage(values: Mapping[str, Any], ids: Sequence[str], form: Rules) -> lis
     return problems
 
 
-def _store(path: Path, values: Mapping[str, str], form: Rules) -> Path:
-    text = "".join(f"{line}\n" for line in lines_of(values, form))
-    return store_text(path, text, form)
-
-
 def make(
     values: Mapping[str, str] | Mapping[str, Sequence[str]],
     ids: Sequence[str],
@@ -101,28 +107,36 @@ def make(
     """Write, check and describe a submission in `directory/<task>-<split>/`; returns the file to upload.
 
     Beside it lies `manifest.json`: edition, task, split, number of rows, hashes of the file and of the ids,
-    and what `manifest` adds (run, config, commit, command). It is written last: where it is, the file is
-    whole and checked. Raises `UserError` (exit code 3) when the file can't be made or fails the check.
+    and what `manifest` adds (run, config, commit, command). All files of an earlier submission are replaced
+    together, once the new ones are checked. Raises `UserError` (exit code 3) when the file can't be made or
+    fails the check; then nothing is written.
     """
     form = rules(edition, task)
     folder = directory / f"{task}-{split}"
-    upload = folder / (f"{_NAMES[task]}_{split}.csv" if form.separator == "|" else "submission.zip")
-    (folder / "manifest.json").unlink(missing_ok=True)
-    write_one = write_captions if task == "caption" else write_concepts
-    for path in [upload, *([folder / MEMBER] if form.separator == "," else [])]:
-        write_one(path, values, ids, edition)
-    refuse(check(upload, ids, edition, task))
+    text = _text(values, ids, form).encode("utf-8", "surrogateescape")
+    pipes = f"{_NAMES[task]}_{split}.csv"
+    upload = pipes if form.separator == "|" else ZIP
+    refuse(faults(text, ids, form, folder / upload))
+    files = {pipes: text} if form.separator == "|" else {ZIP: zipped(text), MEMBER: text}
     described = {
-        "file": upload.name,
-        "sha256": hashlib.sha256(upload.read_bytes()).hexdigest(),
+        "file": upload,
+        "sha256": hashlib.sha256(files[upload]).hexdigest(),
         "edition": edition,
         "task": task,
         "split": split,
         "n": len(ids),
         "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
     }
-    store.write_json(folder / "manifest.json", {**manifest, **described})
-    return upload
+    if same := sameness(map(joined, values.values()), plural(task)):
+        described["warnings"] = [same]
+    about = json.dumps({**manifest, **described}, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    folders.replace(folder, {**files, MANIFEST: f"{about}\n"}, (pipes, ZIP, MEMBER, MANIFEST))
+    return folder / upload
+
+
+def joined(value: str | Sequence[str]) -> str:
+    """A caption, or the concepts of an image, as one text."""
+    return value if isinstance(value, str) else ";".join(value)
 
 
 def read(path: Path | str) -> dict[str, str]:

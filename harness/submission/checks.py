@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.errors import Problem
+from harness.errors import Flaw, Problem, grouped
+from harness.submission import kinds
 from harness.submission.form import (
+    IS_ZIP,
+    MEMBER,
     MEND,
-    Fault,
     Row,
     Rules,
     Task,
@@ -20,59 +22,99 @@ from harness.submission.form import (
 )
 
 _BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+Fault = tuple[str, str, str]
+"""What is wrong with a row, how to mend it, and what there is in this row."""
 
 
 def check(path: Path | str, ids: Sequence[str], edition: int, task: Task = "caption") -> list[Problem]:
     """Every reason for which the organisers would refuse the file or misread it; empty when there is none.
 
-    Each problem has its line (and byte offset, where encoding is concerned) and how to mend it. Where the
-    organisers' checker lets pass what their evaluator refuses or misreads, this one does not. A zip, or the
-    `submission.csv` for it, may be given. Raises `UserError` where the edition's format is not established.
+    One problem for each cause, with the line of the first row that has it, the number of these rows, and how
+    to mend them. Where the organisers' checker lets pass what their evaluator refuses or misreads, this one
+    does not. A zip, or the `submission.csv` for it, may be given. Raises `UserError` where the edition's
+    format is not established.
     """
-    form = rules(edition, task)
-    data, fault = content(Path(path), form)
+    form, path = rules(edition, task), Path(path)
+    data, fault = content(path, zipped=form.separator == ",")
     if data is None:
-        return [Problem(fault, path, hint="Make it: python -m harness submission make")]
-    text, faults = decoded(data)
-    rows = list(rows_of(text, form, set(ids)))
-    body = rows
+        return [Problem(fault, path, hint=_another_file(fault, path, form))]
+    return faults(data, ids, form, path)
+
+
+def _another_file(fault: str, path: Path, form: Rules) -> str:
+    """What to do about a file that can't be opened."""
+    if fault == IS_ZIP:
+        return kinds.conversion(path, form)
+    if fault.startswith("the zip holds"):
+        return f"Put the file alone into it: zip -j submission.zip {MEMBER}"
+    return "Give a whole file, or make one: python -m harness submission make RUN"
+
+
+def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Problem]:
+    """What `check` finds in the bytes of a text; `path` is its name in the problems."""
+    if strange := whole(data, form, path):
+        return [strange]
+    text, flaws = decoded(data)
+    rows = body = list(rows_of(text, form, set(ids)))
     if form.header:
-        if not rows or rows[0].raw != form.header:
-            faults.append((1, f"the first line is not exactly {form.header}", "Put that line first."))
+        if not rows or rows[0].fields != tuple(form.header.split(",")):
+            flaws.append(Flaw(1, f"the first line is not {form.header}", "Put that line first."))
         body = rows[1:] if rows and is_header(rows[0]) else rows
     for row in body:
-        faults += [(row.line, *fault) for fault in _row_faults(row, form)]
-    faults += _set_faults(body, ids, form)
-    faults.sort(key=lambda fault: (fault[0] is None, fault[0] or 0))
-    return [Problem(what, path, line, hint=hint) for line, what, hint in faults]
+        flaws += [Flaw(row.line, *fault) for fault in _row_faults(row, form)]
+    flaws += _set_faults(body, ids, form)
+    flaws.sort(key=lambda flaw: (flaw.line is None, flaw.line or 0))
+    return grouped(path, flaws)
 
 
-def _row_faults(row: Row, form: Rules) -> Iterator[tuple[str, str]]:
-    """What is wrong with one row by itself, and how to mend it."""
+def whole(data: bytes, form: Rules, path: Path) -> Problem | None:
+    """What is wrong with a file as a whole, so that no single row of it need be named."""
+    if found := kinds.not_text(data):
+        return Problem(found[0], path, hint=found[1] or "Give the submission: a text file or its zip.")
+    if other := kinds.other_format(decoded(data)[0], form):
+        what = f"{other}; the edition of {form.edition} has {kinds.described(form)}"
+        return Problem(what, path, hint=kinds.conversion(path, form))
+    return None
+
+
+def _row_faults(row: Row, form: Rules) -> Iterator[Fault]:
+    """What is wrong with one row by itself."""
     if not row.raw.strip():
-        yield "a blank line", "Delete it."
+        yield "a blank line", MEND, ""
         return
-    if breaks := sorted({f"U+{ord(c):04X}" for c in _BREAKS.findall(row.raw)}):
-        # The 2026 checker then compares its raw lines with the wrong rows, and refuses a correct neighbour.
-        yield f"a line break ({', '.join(breaks)}) inside a row: lines and rows no longer agree", MEND
+    if form.header is None and is_header(row):
+        yield "a header, which files of this edition do not have", MEND, ""
+        return
+    yield from _line_breaks(row, form)
     if row.broken:
-        yield row.broken, 'Quote the whole caption: ID,"caption", with "" for a quote inside.'
+        yield (*row.broken, "")
     elif len(row.fields) != 2:
         yield columns(row, form)
     if len(row.fields) > 1:
         for what in id_faults(row.fields[0], form):
-            yield f"the id {row.fields[0]!r} {what}", "Write the id as it is in the ids file."
+            hint = "Write the id as it is in the ids file."
+            yield f"the id {what}", hint, repr(row.fields[0][:80])
     if len(row.fields) == 2 and form.task == "concept":
         yield from concept_faults(row.fields[1], form)
 
 
-def columns(row: Row, form: Rules) -> tuple[str, str]:
+def _line_breaks(row: Row, form: Rules) -> Iterator[Fault]:
+    found = ", ".join(sorted({f"U+{ord(c):04X}" for c in _BREAKS.findall(row.raw)}))
+    if found and form.strict:
+        # It compares its raw lines with the wrong rows then, and refuses a correct neighbour.
+        yield "a line break inside a row: the organisers' checker counts lines, not rows", MEND, found
+    elif "\r" in row.raw:
+        yield "a carriage return inside a caption, which the organisers read as a line feed", MEND, "U+000D"
+
+
+def columns(row: Row, form: Rules) -> Fault:
     n = len(row.fields)
     if n < 2:
-        return f"has no {form.separator!r}", f"Write ID{form.separator}{form.task}."
+        return f"has no {form.separator!r}", f"Write ID{form.separator}{form.task}.", ""
     if form.separator == "|":
-        return f"has {n - 1} pipes; the loader cuts the {form.task} at the second", MEND
-    return f"has {n} columns, not 2", "Quote captions that hold a comma."
+        cut = f"has more than one pipe; the loader cuts the {form.task} at the second"
+        return cut, MEND, f"{n - 1} pipes"
+    return "has more columns than 2", "Quote captions that hold a comma.", f"{n} columns"
 
 
 def id_faults(key: str, form: Rules) -> Iterator[str]:
@@ -80,48 +122,55 @@ def id_faults(key: str, form: Rules) -> Iterator[str]:
         yield "is empty or holds white space"
     if any(c in key for c in '|,"'):
         yield "holds a separator or a quote"
-    if form.separator == "|" and "ID" in key:
-        yield 'holds "ID"; the loader takes such a row for a header and ignores it'
+    if form.skips_ids and "ID" in key:
+        yield 'holds "ID"; the organisers\' loader takes such a row for a header and ignores it'
 
 
-def concept_faults(value: str, form: Rules) -> Iterator[tuple[str, str]]:
-    cuis = value.split(";")
+def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
+    """What is wrong with a list of CUIs; an empty one is right."""
     if not value:
-        if form.strict:
-            yield "has no CUI; the checker wants C and digits", "Predict at least one concept."
         return
-    if wrong := [cui for cui in cuis if not re.fullmatch(r"C[0-9]+", cui)]:
-        yield f"got {', '.join(map(repr, wrong[:5]))}; a CUI is C and digits", "Write C0040405;C0817096."
-    if len(set(cuis)) < len(cuis):
-        yield "a CUI is there twice", MEND
+    cuis = value.split(";")
+    if form.strict:  # its checker takes white space beside semicolons, not around the list
+        cuis = [cui.strip() for cui in cuis]
+        if value != value.strip():
+            yield "has white space before or after its concepts", MEND, repr(value[:80])
+    if wrong := [cui for cui in cuis if not re.fullmatch(r"C\d+", cui)]:
+        named = ", ".join(repr(cui[:40]) for cui in wrong[:5])
+        yield "holds what is no CUI: C and digits", "Write C0040405;C0817096.", named
+    if twice := len(cuis) - len(set(cuis)):
+        yield "holds a CUI twice", MEND, f"{twice} of {len(cuis)}"
     if form.max_cuis and len(cuis) > form.max_cuis:
         # The 2026 checker lets this pass; the evaluator then refuses the whole file.
-        yield f"has {len(cuis)} CUIs; the evaluator takes {form.max_cuis}", "Keep the most probable ones."
+        what = f"holds more than {form.max_cuis} CUIs, which the evaluator refuses"
+        yield what, "Keep the most probable ones.", f"{len(cuis)} CUIs"
 
 
-def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fault]:
+def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Flaw]:
     """What is wrong with the ids as a whole: unknown, twice, missing, out of order."""
-    faults: list[Fault] = []
+    flaws: list[Flaw] = []
     known, first = set(ids), {}
     for row in rows:
         key = row.fields[0] if row.fields else _first_field(row, form)
         if key in first:
-            faults.append((row.line, f"{key} is there already, on line {first[key]}", "Keep one of the two."))
+            where = f"{key}, as on line {first[key]}"
+            flaws.append(Flaw(row.line, "an id that was there before", "Keep one of the two.", where))
         elif key in known:
             first[key] = row.line
-        elif row.raw.strip():
+        elif row.raw.strip() and not (form.header is None and is_header(row)):
             hint = (
                 "Leave out the ending." if bare(key) in known else "Leave it out, or give the right ids file."
             )
-            faults.append((row.line, f"{key[:80]!r} is not among the ids", hint))
+            flaws.append(Flaw(row.line, "an id that is not among the ids", hint, repr(key[:80])))
     missing = [key for key in ids if key not in first]
     if missing:
-        faults.append((None, f"{some(missing)}: missing", "Predict them; nothing is made up."))
+        flaws.append(Flaw(None, f"{some(missing)}: missing", "Predict them; nothing is made up."))
     wanted = [key for key in ids if key in first]
     if form.strict and (at := [i for i, (a, b) in enumerate(zip(first, wanted, strict=True)) if a != b]):
         got = list(first)[at[0]]
-        faults.append((first[got], f"got {got}; in the order of the ids file it is {wanted[at[0]]}", MEND))
-    return faults
+        order = f"not in the order of the ids file: got {got} where it has {wanted[at[0]]}"
+        flaws.append(Flaw(first[got], order, MEND))
+    return flaws
 
 
 def _first_field(row: Row, form: Rules) -> str:

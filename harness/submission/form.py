@@ -12,16 +12,20 @@ from typing import Literal
 
 from harness import store
 from harness.editions import EDITIONS
-from harness.errors import Problem, UserError
+from harness.errors import Flaw, Problem, UserError
 
 Task = Literal["caption", "concept"]
-Fault = tuple[int | None, str, str]
-"""A line, what is wrong there, how to mend it."""
 
 MEMBER = "submission.csv"
 INVALID = 3  # exit code
 HEADERS = {"caption": "ID,Caption", "concept": "ID,CUIs"}
-MEND = "Mend the file: python -m harness submission check --fix OUT"
+MEND = "To mend it, add to this command: --fix OUT"
+LONGEST = 131_072  # characters of a field; Python's csv module, with which the organisers read, takes no more
+TOO_LONG = f"has a field of more than {LONGEST:,} characters, where the organisers' reader stops"
+_SHORTEN = "Shorten the caption."
+NOT_UTF_8 = "is not UTF-8"
+IS_ZIP = "is a zip; this edition takes the text file itself"
+_ALONE = f"it must hold {MEMBER} at its root and nothing else"
 _LARGEST = 1 << 28  # bytes; 100 times the largest submission, so that a zip can't fill the memory
 
 
@@ -35,16 +39,24 @@ class Rules:
     max_cuis: int | None
     strict: bool
     """Whether the organisers' checker wants the order of the ids file."""
+    edition: int
+    skips_ids: bool
+    """Whether the organisers' loader ignores rows whose id holds "ID"."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it stands in the file; `broken` says why its fields can't be told apart."""
+    """A row as it stands in the file; `broken` is why its fields can't be told apart, and how to mend it."""
 
     line: int
     raw: str
     fields: tuple[str, ...]
-    broken: str | None = None
+    broken: tuple[str, str] | None = None
+
+
+def plural(task: Task) -> str:
+    """What a task predicts, in the plural."""
+    return "captions" if task == "caption" else "lists of concepts"
 
 
 def rules(edition: int, task: Task = "caption") -> Rules:
@@ -57,15 +69,23 @@ def rules(edition: int, task: Task = "caption") -> Rules:
     if form is None:
         raise UserError(
             [Problem(f"the submission format of {edition} is not established", key="edition")],
-            hint="Its files had either pipes (then use edition 2023) or commas (then use edition 2025).",
+            hint=other_editions(task),
         )
-    if form == "pipe":
-        return Rules(task, "|", None, year.max_cuis, year.strict_checker)
-    return Rules(task, ",", HEADERS[task], year.max_cuis, year.strict_checker)
+    separator, header = ("|", None) if form == "pipe" else (",", HEADERS[task])
+    return Rules(task, separator, header, year.max_cuis, year.strict_checker, edition, year.skips_ids)
 
 
-def content(path: Path, form: Rules) -> tuple[bytes | None, str]:
-    """The bytes of the text file, out of its zip where it is in one; or None and why not."""
+def other_editions(task: Task = "caption") -> str:
+    """The commands that write a file where an edition has no established format of its own."""
+    of_task = " --task concept" if task == "concept" else ""
+    return (
+        "To write pipes or commas: python -m harness submission make RUN|FILE --ids IDS "
+        f"--edition 2023{of_task} (pipes, no header) or --edition 2025{of_task} (commas, header, zip)"
+    )
+
+
+def content(path: Path, zipped: bool) -> tuple[bytes | None, str]:
+    """The bytes of the text file, out of its zip where it may be in one; or None and why not."""
     try:
         if path.stat().st_size > _LARGEST:
             return None, f"is larger than {_LARGEST >> 20} MB"
@@ -74,16 +94,13 @@ def content(path: Path, form: Rules) -> tuple[bytes | None, str]:
         return None, f"can't be read: {error.strerror or error}"
     if not data.startswith(b"PK") and path.suffix != ".zip":
         return data, ""
-    if form.separator == "|":
-        return None, "is a zip; this edition takes the text file itself"
+    if not zipped:
+        return None, IS_ZIP
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
             if names != [MEMBER]:
-                return (
-                    None,
-                    f"the zip holds {_listed(names)}; it must hold {MEMBER} at its root and nothing else",
-                )
+                return None, f"the zip holds {_listed(names)}; {_ALONE}"
             with archive.open(MEMBER) as member:
                 data = member.read(_LARGEST + 1)
     except (
@@ -103,19 +120,19 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (" ..." if len(names) > 5 else "") if names else "nothing"
 
 
-def decoded(data: bytes) -> tuple[str, list[Fault]]:
+def decoded(data: bytes) -> tuple[str, list[Flaw]]:
     """The text, bytes that are no UTF-8 kept as surrogates, and what is wrong with the encoding."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         try:
-            return data.decode("utf-16"), [(1, "byte 0: is UTF-16, not UTF-8", "Save it as UTF-8.")]
+            return data.decode("utf-16"), [Flaw(1, "is UTF-16, not UTF-8", "Save it as UTF-8.")]
         except UnicodeDecodeError:
             pass
-    faults: list[Fault] = []
+    flaws: list[Flaw] = []
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     if start:
-        faults.append((1, "byte 0: a byte order mark; it becomes part of the first field", MEND))
+        flaws.append(Flaw(1, "starts with a byte order mark, which becomes part of the first field", MEND))
     try:
-        return data[start:].decode(), faults
+        return data[start:].decode(), flaws
     except UnicodeDecodeError:
         pass
     offset = start
@@ -123,25 +140,45 @@ def decoded(data: bytes) -> tuple[str, list[Fault]]:
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            what = f"byte {offset + error.start}: 0x{line[error.start]:02x} is not UTF-8"
-            faults.append((number, what, "Save the file as UTF-8."))
+            subject = f"byte {offset + error.start}: 0x{line[error.start]:02x}"
+            flaws.append(Flaw(number, NOT_UTF_8, "Save the file as UTF-8.", subject))
         offset += len(line) + 1
-    return data[start:].decode("utf-8", "surrogateescape"), faults
+    return data[start:].decode("utf-8", "surrogateescape"), flaws
 
 
 def rows_of(text: str, form: Rules, known: set[str]) -> Iterator[Row]:
-    """The rows; one that a quoted line break spreads over several lines is one row."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    if not lines[-1]:
-        lines.pop()
+    """The rows; one that a quoted line break spreads over several lines is one row.
+
+    LF, CRLF and CR each end a line, as they do for Python's csv module and its text files.
+    """
+    lines = list(io.StringIO(text, newline=""))
+    if form.separator == "," and (rows := _whole(lines, known)) is not None:
+        yield from rows
+        return
     at = 0
     while at < len(lines):
         end = at + 1
         if form.separator == "," and lines[at].count('"') % 2:
             end = _end_of_quote(lines, at, known)
-        raw = "\n".join(lines[at:end])
-        yield _row(at + 1, raw, form)
+        yield _row(at + 1, _without_end("".join(lines[at:end])), form)
         at = end
+
+
+def _whole(lines: Sequence[str], known: set[str]) -> list[Row] | None:
+    """The rows as the csv module reads them; None where it can't, or where a stray quote takes rows in."""
+    reader = csv.reader(lines, strict=True)
+    rows, at = [], 0
+    try:
+        for fields in reader:
+            rows.append(Row(at + 1, _without_end("".join(lines[at : reader.line_num])), tuple(fields)))
+            at = reader.line_num
+    except csv.Error:
+        return None
+    return rows if known <= {row.fields[0] for row in rows if row.fields} else None
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def _end_of_quote(lines: Sequence[str], at: int, known: set[str]) -> int:
@@ -156,12 +193,25 @@ def _end_of_quote(lines: Sequence[str], at: int, known: set[str]) -> int:
 
 def _row(line: int, raw: str, form: Rules) -> Row:
     if form.separator == "|":
-        return Row(line, raw, tuple(raw.split("|")))
+        fields = tuple(raw.split("|"))
+        return Row(line, raw, fields, (TOO_LONG, _SHORTEN) if max(map(len, fields)) > LONGEST else None)
     try:
         rows = list(csv.reader([raw], strict=True))
     except csv.Error as error:
-        return Row(line, raw, (), f"can't be read as CSV: {error}")
+        return Row(line, raw, (), _unreadable(str(error)))
     return Row(line, raw, tuple(rows[0]) if rows else ())
+
+
+def _unreadable(error: str) -> tuple[str, str]:
+    """What an error of the strict csv module means, and how to mend the row."""
+    if "field limit" in error:
+        return TOO_LONG, _SHORTEN
+    quote = 'Quote the whole caption: ID,"caption", with "" for a quote inside.'
+    if "end of data" in error:
+        return "has a quote that is never closed: readers of CSV take the next rows for its caption", quote
+    if "expected after" in error:
+        return "has text after a closing quote: readers of CSV drop the quotes", quote
+    return f"is not CSV ({error})", quote
 
 
 def is_header(row: Row) -> bool:
@@ -183,10 +233,10 @@ def lines_of(values: Mapping[str, str], form: Rules) -> Iterator[str]:
 
 def store_text(path: Path, text: str, form: Rules) -> Path:
     data = text.encode("utf-8", "surrogateescape")
-    return store.write(path, _zipped(data) if form.separator == "," and path.suffix == ".zip" else data)
+    return store.write(path, zipped(data) if form.separator == "," and path.suffix == ".zip" else data)
 
 
-def _zipped(data: bytes) -> bytes:
+def zipped(data: bytes) -> bytes:
     """A zip that is the same on every machine: no time of day; stored, as zlibs differ."""
     member = zipfile.ZipInfo(MEMBER, (1980, 1, 1, 0, 0, 0))
     member.create_system = 3

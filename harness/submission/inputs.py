@@ -5,20 +5,19 @@ import io
 import re
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.data.readers import comma_rows, unquoted_rows
-from harness.errors import Problem, UserError
+from harness.errors import Flaw, Problem, UserError, grouped, places
 from harness.store import parsed
-from harness.submission.form import MEMBER, Rules, Task, content, decoded
+from harness.submission import coco, kinds
+from harness.submission.form import LONGEST, MEMBER, Task, content, decoded
 
 _IDS_HINT = "Give the organisers' list of ids, a label file of the split, or a file with one id a line."
 _FILE_HINT = "Give a submission, a label file, or the folder of a run: runs/<experiment>/<variant>-s<seed>."
-_EXPORT_HINT = "Export it as CSV (UTF-8), and give that file."
 _FORMATS = {
     ("|", False): "pipe-separated without header (2022, 2023)",
     ("|", True): "pipe-separated with header",
@@ -28,21 +27,8 @@ _FORMATS = {
     (",", False): "comma-separated without header",
 }
 _NAMES = {"|": "pipe", "\t": "tab", ",": "comma"}
-_BINARY = {
-    b"\xff\xd8\xff": ("is a JPEG image", _FILE_HINT),
-    b"\x89PNG": ("is a PNG image", _FILE_HINT),
-    b"%PDF": ("is a PDF", _FILE_HINT),
-    b"\x1f\x8b": ("is compressed by gzip", "Unpack it, and give the text file."),
-    b"\xd0\xcf\x11\xe0": ("is an Excel workbook", _EXPORT_HINT),
-}
-_WIDE = {
-    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
-    "UTF-16 without a byte order mark": re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]"),
-}
-"""How a text of two or four bytes a character begins: the first two are ASCII, of an id or a header."""
-_TEXTS = (".csv", ".tsv", ".txt")
+_TEXTS = (".csv", ".tsv", ".txt", ".json")
 _LARGEST = 1 << 28  # bytes of a member, so that a zip can't fill the memory
-_NAMED = 3
 _RECORDED = {"name", "status", "edition", "command", "config", "artifacts"}
 
 
@@ -51,7 +37,8 @@ class CaptionFile:
     """Captions (or `C1;C2`) by id, in the order of their file.
 
     `separator` and `kind` are what the file was taken for, `lines` where each id stands, `cut` the ids whose
-    caption ended at a second pipe, `warnings` what else to know.
+    caption ended at a second pipe, `warnings` what else to know, `header` whether there was one. JSON has
+    neither separator nor lines.
     """
 
     path: Path
@@ -61,42 +48,11 @@ class CaptionFile:
     lines: Mapping[str, int]
     cut: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    header: bool = True
 
     def described(self, values: str = "captions") -> str:
         """What the file was taken for, in a line."""
         return f"{self.path.name}: {len(self.values):,} {values}, {self.kind}"
-
-
-class Flaw(NamedTuple):
-    """One of possibly many rows with the same thing wrong; `subject` is what there, e.g. an id."""
-
-    line: int | None
-    what: str
-    hint: str | None = None
-    subject: str = ""
-
-
-def grouped(path: Path, flaws: Iterable[Flaw]) -> list[Problem]:
-    """One problem for each thing that is wrong, at its first line, naming a few of the rows that have it."""
-    kinds: dict[tuple[str, str | None], list[Flaw]] = {}
-    for flaw in flaws:
-        kinds.setdefault((flaw.what, flaw.hint), []).append(flaw)
-    return [
-        Problem(f"{what}{_named(same)}", path, same[0].line, hint=hint)
-        for (what, hint), same in kinds.items()
-    ]
-
-
-def _named(flaws: Sequence[Flaw]) -> str:
-    if len(flaws) == 1:
-        return f": {flaws[0].subject}" if flaws[0].subject else ""
-    more = f" and {len(flaws) - _NAMED:,} more" if len(flaws) > _NAMED else ""
-    return f": {', '.join(_place(flaw) for flaw in flaws[:_NAMED])}{more}"
-
-
-def _place(flaw: Flaw) -> str:
-    line = f"line {flaw.line}" if flaw.line else ""
-    return f"{flaw.subject} ({line})" if flaw.subject and line else flaw.subject or line
 
 
 def read(path: Path) -> CaptionFile:
@@ -105,11 +61,34 @@ def read(path: Path) -> CaptionFile:
     The first separator of the file says which: `|` and tab come without quoting, `,` with. In a pipe file a
     caption ends at a second pipe and rows whose id is `ID` are passed over, as in the organisers' loader of
     2023; elsewhere a header after the first row is a mistake. Blank lines and a byte order mark are passed
-    over, line breaks inside quotes stay. A zip may hold one text of any name.
-    Raises `UserError` with every row that can't be read.
+    over, line breaks inside quotes stay. COCO results (JSON) have their image ids as they are: `with_ids`
+    matches them. A zip may hold one text of any name. Raises `UserError` with every row that can't be read.
     """
     text, flaws, warnings = _text_of(path)
+    if coco.is_json(text) or path.suffix.lower() == ".json":
+        if flaws:
+            raise UserError(grouped(path, flaws))
+        return CaptionFile(path, "", coco.KIND, coco.captions(text, path), {}, warnings=warnings)
+    return _read_table(path, text, flaws, warnings)
+
+
+def with_ids(file: CaptionFile, ids: Iterable[str]) -> CaptionFile:
+    """A file of COCO results with these ids in place of its image ids, where they match; others as they are.
+
+    An image id that ends in `.jpg` or is a number matches the one id that it can mean; a warning says so.
+    Raises `UserError` where it can mean several.
+    """
+    if file.separator:
+        return file
+    names, how = coco.named(file.values, ids, file.path)
+    values = {names.get(key, key): caption for key, caption in file.values.items()}
+    return replace(file, values=values, warnings=[*file.warnings, *([how] if how else [])])
+
+
+def _read_table(path: Path, text: str, flaws: list[Flaw], warnings: list[str]) -> CaptionFile:
     separator = _separator(text, path)
+    if separator == "|":
+        text = _lines_at_cr(text)
     rows = comma_rows(text) if separator == "," else unquoted_rows(text, separator)
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -133,10 +112,42 @@ def read(path: Path) -> CaptionFile:
     if flaws:
         raise UserError(grouped(path, flaws))
     if blank:
-        warnings.append(f"blank lines are passed over; a submission must not have any{_named(blank)}")
+        warnings.append(f"blank lines are passed over; a submission must not have any{places(blank)}")
     if again:
-        warnings.append(f"rows with the id ID are passed over, as in the organisers' loader{_named(again)}")
-    return CaptionFile(path, separator, _FORMATS[separator, header], values, lines, cut, warnings)
+        warnings.append(f"rows with the id ID are passed over, as in the organisers' loader{places(again)}")
+    return CaptionFile(path, separator, _FORMATS[separator, header], values, lines, cut, warnings, header)
+
+
+def _lines_at_cr(text: str) -> str:
+    """The text with a line feed for each CR, as the organisers read it, if every line then is a row.
+
+    Otherwise a CR stays in its caption, and `read_otherwise` says so.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return lines if all("|" in line for line in lines.split("\n") if line.strip()) else text
+
+
+def read_otherwise(file: CaptionFile) -> Iterator[str]:
+    """Where the organisers' loader would read other captions in a submission than `read` does, in words."""
+    if not file.separator:  # JSON, which is none
+        return
+    keys = list(file.values)
+    if file.separator == "," and not file.header and keys:
+        yield f"has no header: the organisers' loader takes its first row, {keys[0]}, for one and loses it"
+    if found := [key for key, text in file.values.items() if "\r" in text]:
+        there = "reads a line feed there" if file.separator == "," else "ends the row there"
+        yield f"{few(found)} with a carriage return inside: the organisers' loader {there}"
+    if found := [key for key, text in file.values.items() if len(text) > LONGEST]:
+        yield f"{few(found)} of more than {LONGEST:,} characters: the organisers' loader refuses the file"
+    if file.separator == "\t" and (found := [key for key, text in file.values.items() if text[:1] == '"']):
+        yield f"{few(found)} beginning with a quote: here it stays, a reader of CSV would drop it"
+
+
+def few(keys: Sequence[str]) -> str:
+    """How many captions, and the ids of the first: `7 captions (a, b, c, d, e and 2 more)`."""
+    more = f" and {len(keys) - 5:,} more" if len(keys) > 5 else ""
+    noun = "caption" if len(keys) == 1 else "captions"
+    return f"{len(keys):,} {noun} ({', '.join(keys[:5])}{more})"
 
 
 def _is_header(fields: Sequence[str], first: bool, separator: str) -> bool:
@@ -161,7 +172,7 @@ def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[st
         return Flaw(line, f"has no {_NAMES[separator]}", "Write an id and its caption on each line.")
     if len(fields) > 2 and separator != "|":
         hint = "Quote captions that hold a comma." if separator == "," else None
-        return Flaw(line, f"has {len(fields)} columns, not 2", hint)
+        return Flaw(line, "has more columns than 2", hint, f"{len(fields)} columns")
     key = fields[0]
     if _names_ids(key):
         return Flaw(line, "a header that is not the first row", "Leave it out.")
@@ -178,34 +189,26 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     """The text of a file or its zip, what is wrong with its encoding, and what is merely odd about it."""
     if path.is_dir():
         raise UserError([Problem("is a folder, not a file", path, hint=_FILE_HINT)])
-    data, fault = content(path, Rules("caption", ",", None, None, False))
+    data, fault = content(path, zipped=True)
     warnings = []
     if data is None and (name := _only_text(path)) and (data := _member(path, name)) is not None:
         warnings = [f"reads {name}; the organisers want a zip of {MEMBER} and nothing else"]
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
-        problem = ("is an Excel workbook", _EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
+        problem = ("is an Excel workbook", kinds.EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
         raise UserError([Problem(problem[0], path, hint=problem[1])])
-    for start, (what, hint) in _BINARY.items():
-        if data.startswith(start):
-            raise UserError([Problem(what, path, hint=hint)])
-    _refuse_wide(data, path, _EXPORT_HINT)
+    _refuse_no_text(data, path, _FILE_HINT)
     has_mark = data.startswith(codecs.BOM_UTF8)
-    text, faults = decoded(data)
-    flaws = [Flaw(*fault) for fault in faults[has_mark:]]
-    if len(flaws) > _NAMED:
-        rest = len(flaws) - _NAMED
-        flaws[_NAMED:] = [Flaw(flaws[_NAMED].line, f"this and {rest - 1:,} more lines are not UTF-8")]
+    text, flaws = decoded(data)
     warnings += ["starts with a byte order mark; a submission must not"] if has_mark else []
     # CR alone ends lines where nothing else does
-    return text if "\n" in text else text.replace("\r", "\n"), flaws, warnings
+    return text if "\n" in text else text.replace("\r", "\n"), flaws[has_mark:], warnings
 
 
-def _refuse_wide(data: bytes, path: Path, hint: str) -> None:
-    """Raise `UserError` for a text that is not UTF-8 and would pass for one with odd characters."""
-    for name, beginning in _WIDE.items():
-        if beginning.match(data):
-            raise UserError([Problem(f"is {name}, not UTF-8", path, 1, hint=hint)])
+def _refuse_no_text(data: bytes, path: Path, hint: str) -> None:
+    """Raise `UserError` for an image, an archive, and for a text that is not UTF-8 and would pass for one."""
+    if found := kinds.not_text(data):
+        raise UserError([Problem(found[0], path, hint=found[1] or hint)])
 
 
 def _only_text(path: Path) -> str | None:
@@ -244,18 +247,28 @@ def _separator(text: str, path: Path) -> str:
     return found[0]
 
 
-def read_predictions(path: Path, task: Task = "caption") -> dict[str, str] | dict[str, list[str]]:
-    """Captions, or lists of CUIs, by id, from a file as `read` takes it, to make a submission from.
+def as_predictions(found: CaptionFile, task: Task = "caption") -> dict[str, str] | dict[str, list[str]]:
+    """The captions of a file, or lists of CUIs, by id, to make a submission from.
+
+    Raises `UserError` with every caption that was cut at a pipe.
+    """
+    what, hint = "a second pipe would cut this", "Replace it, or give the captions as CSV."
+    if flaws := [Flaw(found.lines[key], what, hint, key) for key in found.cut]:
+        raise UserError(grouped(found.path, flaws))
+    if task == "caption":
+        return dict(found.values)
+    lists = {key: map(str.strip, value.split(";")) for key, value in found.values.items()}
+    return {key: [cui for cui in cuis if cui] for key, cuis in lists.items()}
+
+
+def read_predictions(
+    path: Path, task: Task = "caption", ids: Iterable[str] = ()
+) -> dict[str, str] | dict[str, list[str]]:
+    """Captions, or lists of CUIs, by id, from a file as `read` takes it; `ids` are for COCO results.
 
     Raises `UserError` with every row that can't be read, captions cut at a pipe included.
     """
-    found = read(path)
-    what, hint = "a second pipe would cut this", "Replace it, or give the captions as CSV."
-    if flaws := [Flaw(found.lines[key], what, hint, key) for key in found.cut]:
-        raise UserError(grouped(path, flaws))
-    if task == "caption":
-        return dict(found.values)
-    return {key: [cui for cui in value.split(";") if cui] for key, value in found.values.items()}
+    return as_predictions(with_ids(read(path), ids), task)
 
 
 def read_ids(path: Path) -> list[str]:
@@ -264,31 +277,33 @@ def read_ids(path: Path) -> list[str]:
     Label files are those of any layout, tab-separated without quoting or CSV, with or without a header.
     Raises `UserError` with every line that holds no id, or an id that was there before.
     """
-    lines = list(_first_column(_text(path, _IDS_HINT), path))
+    text = _text(path, _IDS_HINT)
+    if coco.is_json(text):
+        raise UserError([Problem("is JSON, not a list of ids", path, hint=_IDS_HINT)])
+    lines = list(_first_column(text, path))
     if lines and lines[0][1].strip().lower() == "id":
         lines = lines[1:]
-    problems = [
-        Problem(f"got {key!r}; an id has no white space and is not empty", path, line, hint=_IDS_HINT)
+    flaws = [
+        Flaw(line, "an id that is empty or holds white space", _IDS_HINT, repr(key[:80]))
         for line, key in lines
         if key.split() != [key]
     ]
-    times = Counter(key for _, key in lines)
-    seen: set[str] = set()
+    first: dict[str, int] = {}
     for line, key in lines:
-        if times[key] > 1 and key in seen:
-            problems.append(Problem(f"{key} is there already", path, line, hint="Give each id once."))
-        seen.add(key)
+        if first.setdefault(key, line) != line:
+            what = f"{key[:80]}, already on line {first[key]}"
+            flaws.append(Flaw(line, "an id that was there before", "Give each id once.", what))
     if not lines:
-        problems.append(Problem("holds no ids", path, hint=_IDS_HINT))
-    if problems:
-        raise UserError(problems)
-    return [key for _, key in lines]
+        flaws.append(Flaw(None, "holds no ids", _IDS_HINT))
+    if flaws:
+        raise UserError(grouped(path, flaws))
+    return list(first)
 
 
 def _text(path: Path, hint: str) -> str:
     try:
         data = path.read_bytes()
-        _refuse_wide(data, path, hint)
+        _refuse_no_text(data, path, hint)
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except OSError as error:
         raise UserError([Problem(f"can't be read: {error.strerror}", path, hint=hint)]) from None
@@ -302,7 +317,7 @@ def _first_column(text: str, path: Path) -> Iterator[tuple[int, str]]:
     is_csv = "," in first and "\t" not in first
     for line, fields in comma_rows(text) if is_csv else unquoted_rows(text, "\t"):
         if isinstance(fields, str):
-            raise UserError([Problem(fields, path, line)])
+            raise UserError([Problem(fields, path, line, hint=_IDS_HINT)])
         if "".join(fields).strip():
             yield line, fields[0]
 
@@ -333,5 +348,13 @@ def run_artifact(folder: Path, record: Mapping[str, Any], name: str) -> Path:
         kind = name.partition("/")[0]
         has = [other for other in record["artifacts"] if other.startswith(f"{kind}/")]
         what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
-        raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
+        raise UserError([Problem(what, folder, hint=_next(record, name))])
     return run_root(folder, record) / record["artifacts"][name]
+
+
+def _next(record: Mapping[str, Any], name: str) -> str:
+    """The command after which a run has a file; a finished run did not caption this split."""
+    command = record["command"]
+    if record["status"] == "FINISHED" and name.startswith("predictions/"):
+        return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
+    return f"Finish it: {command}"

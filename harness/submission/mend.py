@@ -1,12 +1,15 @@
 """What of a damaged submission file can be mended without a new word."""
 
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import Problem, UserError
+from harness.errors import Flaw, Problem, UserError, grouped
+from harness.submission.checks import check, whole
 from harness.submission.form import (
     INVALID,
+    NOT_UTF_8,
     Row,
     Rules,
     Task,
@@ -29,38 +32,38 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     it is at the end, and a missing one stays missing, so `check(out, ...)` says what is left to do. Nothing
     is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the file can't be read.
     """
-    form = rules(edition, task)
-    data, fault = content(Path(path), form)
-    if data is None:
-        raise UserError([Problem(fault, path)], exit_code=INVALID)
+    form, path = rules(edition, task), Path(path)
+    data, _ = content(path, zipped=form.separator == ",")
+    problems = check(path, ids, edition, task) if data is None else [whole(data, form, path)]
+    if problems := [problem for problem in problems if problem]:
+        raise UserError(problems, exit_code=INVALID)
     text, marks = decoded(data)
-    readable = (mark for mark in marks if not mark[1].endswith("is not UTF-8"))
-    done = [f"line {line}: {what}: rewritten as UTF-8" for line, what, _ in readable]
+    done = [Flaw(mark.line, f"{mark.what}: rewritten as UTF-8") for mark in marks if mark.what != NOT_UTF_8]
     known = set(ids)
     rows = [row for row in rows_of(text, form, known) if row.raw.strip()]
     mended: dict[str, str] = {}
     left: list[Row] = []
-    quoted: list[int] = []
     last = 0
     for row in rows:
         key, value, did = _mended(row, form, known)
         if is_header(row) and key not in known:
-            done += [f"line {row.line}: left out, a header"] if row.line > 1 or not form.header else []
+            done += [Flaw(row.line, "left out, a header")] if row.line > 1 or not form.header else []
         elif key in mended and mended[key] == value:
-            done.append(f"line {row.line}: left out, the same row as before")
+            done.append(Flaw(row.line, "left out, the same row as before"))
         elif key not in known or key in mended:
             left.append(row)
         else:
             mended[key], last = value, row.line
-            done += [f"line {row.line}: {what}" for what in did]
-            quoted += [row.line] if not did and row.raw != _written(key, value, form) else []
-    if quoted:
-        done.append(f"quoted {len(quoted)} rows as this format wants it, the first on line {quoted[0]}")
-    done += [f"line {row.line}: can't be mended, moved to the end" for row in left if row.line < last]
-    done += _done_to_file(text, mended, ids, form)
+            if row.raw != _written(key, value, form):
+                done += [Flaw(row.line, what) for what in did or ["quoted as this format wants it"]]
+    done += [Flaw(row.line, "can't be mended, moved to the end") for row in left if row.line < last]
     lines = [*lines_of({key: mended[key] for key in ids if key in mended}, form), *(row.raw for row in left)]
     store_text(Path(out), "".join(f"{line}\n" for line in lines), form)
-    return done
+    return [*map(_sentence, grouped("", done)), *_done_to_file(text, mended, ids, form)]
+
+
+def _sentence(done: Problem) -> str:
+    return f"line {done.line}: {done.what}"
 
 
 def _written(key: str, value: str, form: Rules) -> str:
@@ -68,14 +71,14 @@ def _written(key: str, value: str, form: Rules) -> str:
 
 
 def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
-    """The id ("" for a row that can't be mended), the value, and what was done to them."""
+    """The id ("" for a row that can't be mended), the value, and what was done to them, if anything."""
     key, _, value = row.raw.partition(form.separator)
     if not row.broken and len(row.fields) == 2:
         key, value = row.fields
     elif form.separator == ",":
         value = _without_quoting(value.strip())
     clean = key if key in known else bare(key.strip(' "\ufeff'))
-    did = [] if clean == key else [f"wrote the id {key!r} as {clean}"]
+    did = [] if clean == key else ["wrote the id as it is in the ids file"]
     if form.task == "concept":
         new = ";".join(dict.fromkeys(cui.strip() for cui in value.split(";") if cui.strip()))
         if re.search(r'[|,"\s]', new):
@@ -100,14 +103,14 @@ def _without_quoting(value: str) -> str:
 
 
 def _done_to_file(text: str, mended: Mapping[str, str], ids: Sequence[str], form: Rules) -> Iterator[str]:
-    lines = text.split("\n")
-    if form.header and lines[0].removesuffix("\r") != form.header:
+    lines = list(io.StringIO(text, newline=""))
+    if form.header and (not lines or lines[0].rstrip("\r\n") != form.header):
         yield f"wrote the header {form.header}"
-    if blank := sum(not line.strip() for line in lines[:-1]):
+    if blank := sum(not line.strip() for line in lines):
         yield f"deleted {blank} blank lines"
     if list(mended) != [key for key in ids if key in mended]:
         yield "put the rows into the order of the ids file"
-    if "\r\n" in text:
+    if "\r" in text:
         yield "ended the lines with a line feed alone"
-    if lines[-1]:
+    if lines and lines[-1][-1] not in "\r\n":
         yield "added the final newline"

@@ -1,0 +1,122 @@
+"""COCO results, the JSON that captioning code usually writes: `[{"image_id": 16, "caption": "..."}, ...]`."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Flaw, Problem, UserError, grouped
+from harness.submission.form import bare
+
+KIND = "COCO results (JSON)"
+_WANTED = 'COCO results are a list: [{"image_id": 16, "caption": "..."}, ...]'
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is JSON and no table: no id begins with such brackets."""
+    return re.match(r"\s*(\[\s*[\]{\[\"]|\{\s*[}\"])", text) is not None
+
+
+def captions(text: str, path: Path) -> dict[str, str]:
+    """Captions by image id, as the file has it: a number or a text, here always a text.
+
+    COCO annotations (`{"images": [...], "annotations": [...]}`) are read too, with the file names of the
+    images as ids. Raises `UserError` for JSON of another kind, and with every entry that can't be read.
+    """
+    entries, names = _entries(text, path)
+    found: dict[str, str] = {}
+    places: dict[str, int] = {}
+    flaws = []
+    for number, entry in enumerate(entries, 1):
+        place = f"entry {number}"
+        key = _key(entry, names)
+        caption = entry.get("caption") if isinstance(entry, dict) else None
+        if key is None:
+            what = "has no image_id that is a whole number or a text without white space"
+            flaws.append(Flaw(None, what, _WANTED, place))
+        elif not isinstance(caption, str):
+            flaws.append(Flaw(None, "has no caption that is a text", _WANTED, f"{place}, {key[:80]}"))
+        elif key in found:
+            subject = f"{key[:80]}, entries {places[key]} and {number}"
+            flaws.append(Flaw(None, "an image_id that was there before", "Give each image once.", subject))
+        else:
+            found[key], places[key] = re.sub("[\ud800-\udfff]", "\ufffd", caption), number
+    if flaws:
+        raise UserError(grouped(path, flaws))
+    if not found:
+        raise UserError([Problem("is JSON without an entry", path, hint=_WANTED)])
+    return found
+
+
+def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
+    """The entries, and the names of their images by image id where the file lists them."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        line = getattr(error, "lineno", None)
+        raise UserError([Problem(f"is damaged JSON: {error}", path, line, hint=_WANTED)]) from None
+    except RecursionError:
+        raise UserError([Problem("is JSON nested too deep", path, hint=_WANTED)]) from None
+    names: dict[str, str] = {}
+    if isinstance(found, dict) and isinstance(found.get("annotations"), list):
+        images = found.get("images") if isinstance(found.get("images"), list) else []
+        listed = [one for one in images if isinstance(one, dict) and isinstance(one.get("file_name"), str)]
+        names = {str(one.get("id")): one["file_name"] for one in listed}
+        found = found["annotations"]
+    if not isinstance(found, list):
+        keys = ", ".join(map(repr, list(found)[:3])) if isinstance(found, dict) else repr(found)[:40]
+        raise UserError([Problem(f"is JSON, but not of COCO results: got {keys[:200]}", path, hint=_WANTED)])
+    return found, names
+
+
+def _key(entry: Any, names: Mapping[str, str]) -> str | None:
+    """The image id of an entry as text; None where it has none."""
+    value = entry.get("image_id") if isinstance(entry, dict) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    key = names.get(str(value), str(value)) if isinstance(value, str) or abs(value) < 10**18 else ""
+    return key if key.split() == [key] and not re.search("[\ud800-\udfff]", key) else None
+
+
+def named(keys: Iterable[str], ids: Iterable[str], path: Path) -> tuple[dict[str, str], str | None]:
+    """The id of each key that has one, and how they were matched, in words.
+
+    A key is an id, or an id with the ending and the folders of an image, or the number that one id alone ends
+    with. Raises `UserError` where a number ends several ids, or several keys are the same id.
+    """
+    known = dict.fromkeys(ids)
+    by_number: dict[str, list[str]] = {}
+    for one in known:
+        by_number.setdefault(_number(one), []).append(one)
+    found: dict[str, str] = {}
+    numbered, flaws = [], []
+    taken: dict[str, str] = {}
+    for key in keys:
+        name = bare(key.replace("\\", "/").rpartition("/")[2])
+        match = [one for one in (key, name) if one in known][:1]
+        if not match and re.fullmatch("[0-9]+", name):
+            match = by_number.get(_number(name), [])
+            numbered += [key] if len(match) == 1 else []
+        if len(match) > 1:
+            what = "an image_id whose number several ids end with"
+            subject = f"{key}: {', '.join(match[:3])}"
+            flaws.append(Flaw(None, what, "Write the whole id as image_id.", subject))
+        elif match and match[0] in taken:
+            subject = f"{taken[match[0]]} and {key} are {match[0]}"
+            flaws.append(Flaw(None, "image_ids that are the same id", "Give each image once.", subject))
+        elif match:
+            found[key] = match[0]
+            taken[match[0]] = key
+    if flaws:
+        raise UserError(grouped(path, flaws))
+    how = f"{len(numbered):,} image_ids matched by number" if numbered else None
+    return found, how and f"{how}: {numbered[0]} is {found[numbered[0]]}"
+
+
+def _number(key: str) -> str:
+    """The digits that a key ends with, without leading zeros; empty where it ends with none."""
+    digits = re.search("[0-9]*$", key)[0]
+    return digits and (digits.lstrip("0") or "0")

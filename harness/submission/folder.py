@@ -1,0 +1,63 @@
+"""A folder whose files change together, or not at all."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from harness import store
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
+
+def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[str]) -> None:
+    """Have the folder hold `files` in place of what it has under the names `earlier`; other files stay.
+
+    The files are written to a hidden folder beside it, and the two change places in one step: whoever is
+    killed at any time leaves the old files or the new ones. Raises `OSError` where nothing can be written.
+    """
+    folder = folder.resolve()
+    stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in earlier:
+                _copy(path, stage / path.name)
+        for name, content in files.items():
+            store.write(stage / name, content)
+        _swap(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, to, symlinks=True)
+    else:
+        shutil.copy2(path, to, follow_symlinks=False)
+
+
+def _swap(new: Path, old: Path) -> None:
+    with contextlib.suppress(OSError):
+        new.rename(old)  # there is none yet, or an empty one
+        return
+    if _exchanged(new, old):
+        return
+    # a file system without that: for a moment there is only the old one, under this name
+    aside = old.with_name(f".{old.name}.{os.getpid()}.old")
+    old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside)
+
+
+def _exchanged(one: Path, two: Path) -> bool:
+    """Whether two folders have changed places, in one step; Linux can, on most file systems."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(two), _EXCHANGE) == 0

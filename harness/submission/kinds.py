@@ -1,0 +1,61 @@
+"""What a file is that is no submission of the format asked for: by its first bytes or by its separators."""
+
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from harness.submission import coco
+from harness.submission.form import Rules
+
+EXPORT_HINT = "Export it as CSV (UTF-8), and give that file."
+_BINARY = {
+    b"\xff\xd8\xff": ("is a JPEG image", None),
+    b"\x89PNG": ("is a PNG image", None),
+    b"%PDF": ("is a PDF", None),
+    b"\x1f\x8b": ("is compressed by gzip", "Unpack it, and give the text file."),
+    b"\xd0\xcf\x11\xe0": ("is an Excel workbook", EXPORT_HINT),
+}
+_WIDE = {
+    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
+    "UTF-16 without a byte order mark": re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]"),
+}
+"""How a text of two or four bytes a character begins: the first two are ASCII, of an id or a header."""
+_SEPARATORS = {"|": "pipes", "\t": "tabs", ",": "commas", ";": "semicolons"}
+
+
+def not_text(data: bytes) -> tuple[str, str | None] | None:
+    """What a file is that holds no UTF-8 text, and what to do with it; None for one that may hold text."""
+    for start, known in _BINARY.items():
+        if data.startswith(start):
+            return known
+    for name, beginning in _WIDE.items():
+        if beginning.match(data):
+            return f"is {name}, not UTF-8", EXPORT_HINT
+    return None
+
+
+def other_format(text: str, form: Rules) -> str | None:
+    """What a text is that as a whole has another format than `form`; None where its rows may be checked."""
+    if coco.is_json(text):
+        return "is JSON, of COCO results or another kind"
+    firsts = Counter(found[0] for line in text.splitlines() if (found := re.search(r"[|\t,;]", line)))
+    if not firsts:
+        return None
+    separator, count = firsts.most_common(1)[0]
+    if separator == form.separator or 2 * count <= firsts.total():
+        return None
+    return f"is separated by {_SEPARATORS[separator]}"
+
+
+def conversion(path: Path, form: Rules) -> str:
+    """The command that writes the captions (or concepts) of a file in the format `form`."""
+    of_task = " --task concept" if form.task == "concept" else ""
+    command = f"python -m harness submission make {shlex.quote(str(path))} --edition {form.edition} --ids IDS"
+    return f"To write it in this format: {command}{of_task}"
+
+
+def described(form: Rules) -> str:
+    """The format in words: `ID|caption without a header`."""
+    value = "caption" if form.task == "caption" else "C1;C2"
+    return f"the header {form.header}" if form.header else f"ID{form.separator}{value} without a header"

@@ -1,0 +1,86 @@
+"""The captions of a run, all of them: a run knows how many images its splits have, and which."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Problem, UserError
+from harness.submission.checks import some
+from harness.submission.form import INVALID
+from harness.submission.inputs import as_predictions, read, run_artifact, run_root
+
+
+def captions(
+    folder: Path, record: Mapping[str, Any], split: str, ids: Sequence[str] | None = None
+) -> dict[str, str]:
+    """The post-processed captions of a split of the run in `folder`, by id, in the order of the split.
+
+    Compared with the size of the split in the run's record, with the ids of the run's other files, and with
+    those of its data folder, unless `ids` say what is to be submitted. Raises `UserError` (exit code 3) where
+    captions are missing, cut short, or of other images.
+    """
+    file = run_artifact(folder, record, f"predictions/{split}_after.csv")
+    again = f"Delete {file.parent}, and the run makes it again: {record['command']}"
+    try:
+        found = as_predictions(read(file))
+    except UserError as error:
+        problems = [Problem(p.what, p.file, p.line, hint=again) for p in error.problems]
+        raise UserError(problems, exit_code=INVALID) from None
+    problems = list(_against_the_run(found, file, folder, record, split, again))
+    if ids is None and not problems:
+        problems = list(_against_the_data(found, file, folder, record, split))
+    if problems:
+        raise UserError(problems, exit_code=INVALID)
+    return found
+
+
+def _against_the_run(
+    found: Mapping[str, str], file: Path, folder: Path, record: Mapping[str, Any], split: str, again: str
+) -> Iterator[Problem]:
+    size = record.get("data", {}).get("splits", {}).get(split)
+    if size is not None and len(found) != size:
+        yield Problem(
+            f"holds {len(found):,} captions; the {split} split of the run has {size:,}", file, hint=again
+        )
+    for name in (f"predictions/{split}_before.csv", f"scores/{split}_after_per_image.csv"):
+        if name not in record["artifacts"]:
+            continue
+        other = run_root(folder, record) / record["artifacts"][name]
+        known = _ids_in(other)
+        if size is None or len(known) == size:  # else it is the other file that is damaged
+            for what in _differences(found, known):
+                yield Problem(f"{what}, compared with {other}", file, hint=again)
+                return
+
+
+def _ids_in(table: Path) -> Collection[str]:
+    """The ids of a CSV file that a step of the run left; none where it can't be read."""
+    import csv
+
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            return dict.fromkeys(row["ID"] for row in csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error):
+        return ()
+
+
+def _against_the_data(
+    found: Mapping[str, str], file: Path, folder: Path, record: Mapping[str, Any], split: str
+) -> Iterator[Problem]:
+    from harness.data.readers import read as listed
+
+    data = record.get("data", {})
+    roots = [Path(data["root"]), run_root(folder, record).parent / data["root"]] if "root" in data else []
+    root = next((root for root in roots if root.is_dir()), None)
+    examples = listed(root, data["layout"]).splits.get(split) if root else None
+    hint = "Caption them all, or give the ids to submit: --ids FILE"
+    for what in _differences(found, [example.id for example in examples or ()]) if examples else ():
+        yield Problem(f"{what}, compared with the {split} split in {root}", file, hint=hint)
+
+
+def _differences(found: Mapping[str, str], ids: Collection[str]) -> Iterator[str]:
+    known = set(ids)
+    if missing := [key for key in ids if key not in found]:
+        yield f"{some(missing)}: missing"
+    if foreign := [key for key in found if known and key not in known]:
+        yield f"{some(foreign)}: not of the split"
