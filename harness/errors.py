@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-_NAMED = 3  # of many rows with the same fault
-
 from harness.visible import one_line
+
+_NAMED = 3  # of many rows with the same fault
 
 
 @dataclass(frozen=True)
