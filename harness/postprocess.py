@@ -1,13 +1,14 @@
 """Between the model and the submission: repetitions removed, white space, capital letter, full stop."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from operator import eq
 
 from harness.config import PostprocessConfig
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same caption would come out differently; part of every step's fingerprint."""
 
 _RUNS = (
@@ -21,6 +22,8 @@ _CLOSERS = "\"')]}”’»"
 _FUNCTION_WORDS = frozenset(
     ["a", "an", "and", "as", "at", "by", "for", "from", "in", "into", "of", "on", "or", "the", "to", "with"]
 )
+_ARTICLES = frozenset(["a", "an", "the"])
+_WORD = re.compile(r"(?<![^\W_])[^\W\d_]{2,}(?![^\W_])")
 _PERIOD = 64  # words in the longest phrase that is looked for side by side: half of the model's 128 tokens
 _PHRASE = 4  # words that make a repeated phrase more than chance: "end of the tibia"
 _COPIED = 12  # words that a tail made of copied phrases must have: two labels of one figure share fewer
@@ -120,24 +123,54 @@ def _once(words: Sequence[str], same: bytes, period: int) -> list[int]:
         end = len(same) if end < 0 else end
         copies = (end - at) // period
         middle, last = at + period, at + 2 * period
-        if copies > 1 or _is_slip(words[at:middle], words[middle:last], last == len(words)):
-            stay += range(done, middle)
+        before = words[at - 1] if at else None
+        if copies > 1 or _is_slip(words[at:middle], words[middle:last], before, last == len(words)):
+            # Of "a, a mass" the last is kept, which has no comma.
+            said = at + copies if _is_little(words[at:middle]) and words[at].endswith(",") else at
+            stay += [*range(done, at), *range(said, said + period)]
             # At the end of a caption the last copy may have been broken off: it goes too.
             done = len(words) if end == len(same) and copies > 1 else middle + copies * period
         at = same.find(b"\1" * period, end)
     return [*stay, *range(done, len(words))]
 
 
-def _is_slip(phrase: Sequence[str], copy: Sequence[str], ends: bool) -> bool:
+def _is_slip(phrase: Sequence[str], copy: Sequence[str], before: str | None, ends: bool) -> bool:
     """Whether a phrase written twice is a slip of the writer; `ends` where the caption ends with it.
 
-    Not so a size (3 × 3 cm), an abbreviation given in brackets, a title that opens its first sentence, or a
-    word after a comma (light blue, blue).
+    Not so a size (3 × 3 cm), a level (L1 L1), an abbreviation given in brackets, a title that opens its first
+    sentence, or a word after a comma (light blue, blue). `before` is the word before the phrase.
     """
+    if _is_little(phrase):
+        return _is_little_twice(phrase[0], copy[0], before)
     bare, again = ([word.casefold().rstrip(",;.") for word in words] for words in (phrase, copy))
     boundary = (*_STOPS, ":", ",", ";") if len(phrase) == 1 else (*_STOPS, ":")
     goes_on = phrase[-1].endswith(boundary) and not (ends or copy[-1].endswith(_STOPS))
-    return bare == again and not goes_on and any(len(word) > 1 and word.isalpha() for word in bare)
+    return bare == again and not goes_on and any(map(_is_word, bare))
+
+
+def _is_little(phrase: Sequence[str]) -> bool:
+    bare = phrase[0].rstrip(",")
+    return len(phrase) == 1 and (len(bare) == 1 or bare.casefold() in _ARTICLES)
+
+
+def _is_little_twice(word: str, copy: str, before: str | None) -> bool:
+    """Whether an article or one letter follows itself: with a a mass, with a, a mass, A a mass.
+
+    A capital that comes second is a name (point A A, type I I), a letter after a number is a unit (3 m m),
+    an x is a sign, and what stands before a comma and opens a sentence names a panel (a, a mass is seen).
+    """
+    bare = word.casefold().rstrip(",")
+    if copy.rstrip(",;.") != bare or bare == "x" or not bare.isalpha():
+        return False
+    if before is None or before.endswith((*_STOPS, ":", ";")):
+        return not word.endswith(",")
+    return bare in _ARTICLES or not before[-1].isdigit()
+
+
+def _is_word(text: str) -> bool:
+    """Whether a part of it is two letters or more and no digit, accents aside: not so 5, L1, T2, 3mm, ×."""
+    letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
+    return bool(_WORD.search(letters))
 
 
 def _without_sentences(words: Sequence[str], keys: Sequence[str], kept: Sequence[int]) -> list[int]:
