@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def test_what_differs_from_the_base_experiment(tmp_path):
 def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path):
     empty = {
         "status": "RUNNING",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": {},
         "seconds": {},
         "scores": {},

@@ -1,0 +1,121 @@
+"""Numbers that are not finite: no weights, score, record or page is made of them, and the reason is told."""
+
+import json
+import math
+
+import pytest
+import torch
+from models import build_tiny, load_tiny
+from safetensors.torch import load_file, save_file
+from test_training import config, run, splits
+
+from harness import device, plots, store, train
+from harness.config import AugmentConfig
+from harness.errors import UserError
+from harness.models.loading import load_trained, save_trained
+from harness.pages import filled
+
+device.probe("cpu")
+LAST_STEP = {
+    "learning_rate": 1e18,
+    "max_grad_norm": 0,
+    "warmup_steps": 1,
+    "batch_size": 12,
+    "stage1": {"epochs": 1},
+    "stage2": {"epochs": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def failure(*arguments, **options) -> UserError:
+    with pytest.raises(UserError) as caught:
+        run(*arguments, **options)
+    assert caught.value.exit_code == 1
+    assert "train.learning_rate" in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_divergence_in_the_last_step_fails_with_its_place_however_often_it_is_tried(
+    folder, tmp_path, zero_stage
+):
+    for _ in range(2):
+        error = failure(folder, tmp_path / "run", config(**LAST_STEP, zero_stage=zero_stage))
+        assert "step 2 (stage 1, epoch 1)" in str(error)
+        assert not (tmp_path / "run" / train.BEST).exists()
+        assert not (tmp_path / "run" / "finished.json").exists()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(folder, tmp_path, value):
+    """Set between the last step of an epoch and the checkpoint after it, where no loss tells of it."""
+    seen = []
+
+    def log(row):
+        if row["step"] == 6 and "loss" in row:  # the epochs have 3 steps each
+            (model,) = [m for m in seen if m.query_tokens.requires_grad]
+            with torch.no_grad():
+                model.query_tokens[0, 0, 0] = value
+
+    training = _training(folder, tmp_path, config(stage1={"epochs": 2}, stage2={"epochs": 0}), log, seen)
+    with pytest.raises(UserError, match=r"after step 6 \(stage 1, epoch 2\) are not finite") as caught:
+        training.run()
+    assert caught.value.exit_code == 1
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step*"))] == ["step00000003"]
+    best = load_file(tmp_path / train.BEST)
+    assert all(torch.isfinite(weight).all() for weight in best.values())
+
+
+def _training(folder, directory, settings, log, seen):
+    def load():
+        loaded = load_tiny(folder)
+        seen.append(loaded.model)
+        return loaded
+
+    data = splits(load_tiny(folder))
+    scores = {"valid_primary": 0.0}
+    return train.Training(
+        settings, AugmentConfig(), load, data, "cpu", 42, directory, log, lambda loaded: dict(scores)
+    )
+
+
+def test_a_validation_score_that_is_no_number_chooses_nothing(folder, tmp_path):
+    settings = config(stage1={"epochs": 1}, stage2={"epochs": 0})
+    scores = {"valid_rouge1": 0.5, "valid_primary": math.nan}
+    error = failure(folder, tmp_path / "run", settings, evaluate=lambda: scores)
+    assert "valid_primary became nan in the validation after step 3 (stage 1, epoch 1)" in str(error)
+    assert not (tmp_path / "run" / train.BEST).exists()
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, tmp_path):
+    model = load_tiny(folder).model
+    save_trained(model, tmp_path / "good.safetensors")
+    weights = load_file(tmp_path / "good.safetensors")
+    weights["query_tokens"][0, 0, 0] = math.nan
+    save_file(weights, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=r"bad\.safetensors: query_tokens is not finite") as caught:
+        load_trained(model, tmp_path / "bad.safetensors")
+    assert caught.value.exit_code == 1
+    assert f"delete {tmp_path}" in str(caught.value)
+    with torch.no_grad():
+        model.query_tokens[0, 0, 0] = math.inf
+    with pytest.raises(UserError, match="1 weights are not finite and are not saved, the first query_tokens"):
+        save_trained(model, tmp_path / "new.safetensors")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_what_older_versions_wrote_is_read_as_absent_and_drawn(tmp_path):
+    old = '{"a": NaN, "b": [Infinity, 1.5], "c": {"d": -Infinity, "e": 1e999}}'
+    assert store.parsed(old) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": None}}
+    assert '{"gap":null}' in filled("report.html", {"gap": math.nan})
+    rows = [{"step": 1, "loss": 2.0, "learning_rate": 1.0}, {"step": 1, "valid_loss": math.nan}]
+    (tmp_path / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.curves(tmp_path / "losses.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
