@@ -106,7 +106,8 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Pat
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
-        raise UserError([Problem("no such file", file, hint=hint)])
+        what = "is not a regular file" if file.exists() else "no such file"  # it is read more than once
+        raise UserError([Problem(what, file, hint=hint)])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
     node, values = parse(file)

@@ -59,7 +59,7 @@ def make(
     values = read_predictions(file, task.value)
     year = edition if edition is not None else record["edition"]
     wanted = read_ids(ids) if ids else list(values)
-    manifest = _manifest(file, record)
+    manifest = _manifest(file, record, split.value)
     upload = submission.make(
         values, wanted, year, out or _folder(source, record, year), manifest, split.value, task.value
     )
@@ -75,14 +75,15 @@ def _require(edition: int | None, ids: Path | None, source: Path) -> None:
         raise UserError([Problem("is needed for a file of predictions", key=key) for key in missing])
 
 
-def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str, Any]:
     import hashlib
 
     from harness.run import git_state
 
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),
-        "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        # of a FIFO nothing is left that could be hashed
+        "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
         "command": f"python -m harness {shlex.join(sys.argv[1:])}",
         "commit": git_state(),
     }
@@ -94,6 +95,7 @@ def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:
         "run_command": record["command"],
         "commit": record["git"],
         "config": record["config"],
+        "fallback": record.get("fallback", {}).get(split),
     }
 
 
