@@ -67,16 +67,16 @@ class Builder:
             raise UserError([Problem(what, key=name, hint=LESS_MEMORY)], exit_code=1) from error
 
     def _pixels(self, split: str, size: int | None = None) -> Any:
-        """The images of a split as uint8 (N, S, S, 3), S the model's image size or another."""
+        """The readable images of a split as uint8 (N, S, S, 3), S the model's image size or another."""
         from harness.data.images import open_pixels
 
         cache = self.plan.root / "cache" if self.config.data.cache else None
         with self.reporter.progress(f"Decoding {split} images") as advance:
             size = size or self.config.model.image_size
-            return open_pixels(self.data.splits[split], size, cache, progress=advance)
+            return open_pixels(self.data.readable(split), size, cache, progress=advance)
 
     def _texts(self, split: str) -> list[tuple[str | None, str]]:
-        """(concept sentence or None, caption) of each image, as the model sees them."""
+        """(concept sentence or None, caption) of each readable image, as the model sees them."""
         from harness.models.text import clean_caption, concept_sentence
 
         how, most = self.config.train.caption_cleaning, self.config.train.max_words
@@ -86,7 +86,7 @@ class Builder:
                 concept_sentence([names.get(cui, cui) for cui in example.cuis]) if example.cuis else None,
                 clean_caption(example.caption or "", how, most),
             )
-            for example in self.data.splits[split]
+            for example in self.data.readable(split)
         ]
 
     def _tiny(self, directory: Path) -> None:
@@ -153,8 +153,11 @@ class Builder:
             pairs = self._texts(name)
             concepts: list[Text | None] = [concept.encode(s) if s else None for s, _ in pairs]
             captions = [caption.encode(text) for _, text in pairs]
-            ids = [example.id for example in self.data.splits[name]]
-            return train.Split(ids, self._pixels(name), captions, concepts)
+            examples = self.data.readable(name)
+            for i, example in enumerate(examples):
+                if not example.trains:  # its tokens count in no loss
+                    captions[i] = Text(captions[i].ids, len(captions[i].ids))
+            return train.Split([e.id for e in examples], self._pixels(name), captions, concepts)
 
         if not device.computes_fp32(self.kind):
             self.reporter.say(f"this {self.kind} rounds to fp16 what it multiplies, whatever the precision")
@@ -193,9 +196,10 @@ class Builder:
 
         from harness import predict, train
 
-        examples = self.data.splits["valid"]
-        count = min(self.config.train.evaluate_images, len(examples))
-        chosen = np.sort(np.random.default_rng(0).permutation(len(examples))[:count])
+        examples = self.data.readable("valid")
+        fit = np.flatnonzero([example.trains for example in examples])
+        count = min(self.config.train.evaluate_images, len(fit))
+        chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
         greedy = PredictConfig(num_beams=1, max_new_tokens=self.config.train.max_caption_tokens)
         captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
         primary = primary_metric(self.config)
@@ -233,15 +237,21 @@ class Builder:
         from harness import predict
 
         ids = [example.id for example in self.data.splits[split]]
+        given = self._given(split)
         with self.reporter.progress(f"Captioning {split}") as advance:
             predict.predict_split(
-                self._trained(), ids, self._pixels(split), self.config.predict, directory, advance
+                self._trained(), ids, self._pixels(split), self.config.predict, directory, advance, given
             )
+
+    def _given(self, split: str) -> dict[str, str]:
+        """The captions of images that can't be read, by id."""
+        given = self.plan.fallback.get(split)
+        return dict.fromkeys(given["ids"], given["caption"]) if given else {}
 
     def _postprocess(self, split: str, directory: Path) -> None:
         before = read_captions(self.plan.directory(f"predict-{split}") / PREDICTIONS)
         after = {i: postprocess.postprocess(text, self.config.postprocess) for i, text in before.items()}
-        write_captions(directory / PREDICTIONS, after)
+        write_captions(directory / PREDICTIONS, after | self._given(split))
 
     def _score(self, stage: str, directory: Path) -> bool:
         """Score captions, or take the scores of the same captions from the step that has them."""
@@ -289,13 +299,13 @@ class Builder:
         from harness import plots
 
         found = read_captions(captions)
-        examples = self.data.splits["valid"]
+        examples = [example for example in self.data.splits["valid"] if example.caption is not None]
         ids = [example.id for example in examples]
         predictions = [found[example.id] for example in examples]
         references = [example.caption for example in examples]
         settings = self._with_standins()
         self.reporter.say(f"{self.config.run_name}: scoring {len(predictions)} captions")
-        images = [example.image for example in examples]
+        images = [None if example.damage else example.image for example in examples]
         how = (settings, self.config.edition, self._torch_device, self.plan.root / "cache")
         scores, warnings = metrics.score(predictions, references, images, *how, ids=ids)
         training = [example.caption for example in self.data.splits["train"]]

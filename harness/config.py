@@ -112,7 +112,7 @@ class DataConfig(Section):
     layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
     """How its files are named and written; imageclef2024 also reads 2025 and 2026."""
     skip_bad: bool = False
-    """Leave out rows with problems (and list them) instead of stopping."""
+    """Go on with problems, and list them: training leaves such rows out, validation and test keep theirs."""
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""
     augment: AugmentConfig = AugmentConfig()

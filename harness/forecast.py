@@ -48,9 +48,10 @@ def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
     """The images of each split that are there, without those that `data.skip_bad` is known to leave out."""
     listing = readers.read(source.root, source.layout)
     if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:
-        return data.load(source, RUNS).splits
+        checked = data.load(source, RUNS)
+        return {split: checked.readable(split) for split in checked.splits}
     return {
-        split: [example for example in examples if (split, example.id) in listing.files]
+        split: [e for e in examples if (split, e.id) in listing.files and (split != "train" or e.trains)]
         for split, examples in listing.splits.items()
     }
 

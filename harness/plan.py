@@ -17,12 +17,15 @@ from harness import checkpoints, device, metrics, postprocess
 from harness.captions import PREDICTIONS
 from harness.config import STANDIN, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
+from harness.data.readers import together
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.bertscore import IDF_SINCE
 from harness.resume import BEST
 from harness.store import free, gb, is_done, products, step_directory
+from harness.submission.checks import some
 
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
@@ -123,6 +126,36 @@ class Plan:
         """The models of metrics, by the name of their section, whose stand-ins are trained here."""
         models = metrics.checkpoints_of(self.config.score)
         return [name for name in ("bleurt", "clipscore") if models.get(name) == STANDIN]
+
+    @cached_property
+    def fallback(self) -> dict[str, dict[str, Any]]:
+        """By split, the `ids` of images that can't be read, if any, and the `caption` that they get.
+
+        It is the constant caption of `metrics.constant_baseline`, and nothing of the model's.
+        """
+        unreadable = {split: [e.id for e in self.data.unreadable(split)] for split in self.splits}
+        if not any(unreadable.values()):
+            return {}
+        caption = metrics.constant_caption([example.caption for example in self.data.splits["train"]])
+        return {split: {"caption": caption, "ids": ids} for split, ids in unreadable.items() if ids}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know of rows that are used for a part only, or not at all."""
+        found = []
+        if left := len(self.data.left_out):
+            found.append(f"data.skip_bad: rows with {left:,} problems are left out")
+        for split, examples in self.data.splits.items():
+            wordless = [f.row[1] for f in self.data.notes if f.row[0] == split and f.cause == WITHOUT_WORDS]
+            if wordless:
+                found.append(f"{split}: no word in the caption of {some(wordless)}; not trained on")
+            unscored = [e.id for e in examples if e.caption is None] if split == "valid" else []
+            if unscored:
+                found.append(f"{split}: the caption of {some(unscored)} can't be read; not scored")
+        for split, given in self.fallback.items():
+            what = f"{some(given['ids'])}; captioned by the constant caption: {given['caption']}"
+            found.append(f"{split}: no image that can be read for {what}")
+        return found
 
     def directory(self, name: str) -> Path:
         """Where a step's output lies, or will lie."""
@@ -235,8 +268,10 @@ def prepare(
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
     for dataset in (dataset for key, dataset in loaded.items() if key not in known):
-        for problem in dataset.left_out:
+        for problem in together(dataset.left_out):
             reporter.say(f"left out: {problem}")
+        for problem in together(dataset.notes):
+            reporter.say(f"note: {problem}")
     return plans
 
 
@@ -250,7 +285,7 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
         for split in left if plan.config.data.cache else ():
             key = (plan.config.data.root, split, size)
             if key not in wanted:
-                wanted[key] = unbuilt(plan.data.splits[split], size, cache)
+                wanted[key] = unbuilt(plan.data.readable(split), size, cache)
     need = sum(wanted.values())
     room = free(plans[0].root) if need else 0
     if need <= room:

@@ -1,7 +1,7 @@
 """A trained model and a split to captions; what was captioned before an interruption is kept."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,15 @@ def predict_split(
     config: PredictConfig,
     directory: Path,
     progress: Callable[[int, int], None],
+    given: Mapping[str, str] | None = None,
 ) -> None:
     """Write `predictions.csv` (ID, caption), going on after what any rank left in its `partial-*.jsonl`.
 
+    `given` are captions of ids whose images can't be read; `pixels` (N, S, S, 3) are those of the others.
     Each rank captions its share of the images that are left; rank 0 writes.
     """
+    given = given or {}
+    every, ids = ids, [image for image in ids if image not in given]
     known = ranks.agree(_read_partials(directory))
     waiting = ranks.share([i for i, image in enumerate(ids) if image not in known])
     with (directory / f"partial-{ranks.rank()}.jsonl").open("a", encoding="utf-8") as file:
@@ -83,7 +87,8 @@ def predict_split(
         texts = captions(loaded, pixels, waiting, config, keep)
     known |= ranks.gather([(ids[i], text) for i, text in zip(waiting, texts, strict=True)])
     if ranks.rank() == 0:
-        write_captions(directory / PREDICTIONS, {image: known[image] for image in ids})
+        known |= given
+        write_captions(directory / PREDICTIONS, {image: known[image] for image in every})
         for partial in directory.glob(PARTIALS):
             partial.unlink()
 

@@ -162,7 +162,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
         "baseline": record["baseline"],
-        "warnings": _warnings(record, captions),
+        "warnings": [*_warnings(record, captions), *record["data"].get("notes", ())],
         "differences": differences(record),
         "from_base": from_base(record),
         "siblings": _siblings(run, page),

@@ -166,7 +166,9 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
             "fingerprints": dict(plan.data.fingerprints),
             "splits": {split: len(examples) for split, examples in plan.data.splits.items()},
             "left_out": len(plan.data.left_out),
+            "notes": plan.notes,
         },
+        "fallback": plan.fallback,
         "steps": {},
         "made": {},
         "seconds": {},
@@ -278,6 +280,7 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
             "made": record["made"],
             "command": record["command"],
             "config": record["config"],
+            "fallback": plan.fallback.get(split),
         }
         ids = [example.id for example in plan.data.splits[split]]
         made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from harness import checkpoints, device, metrics, ranks
 from harness.captions import sameness
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
-from harness.data.readers import IMAGE_SUFFIXES
+from harness.data import folders
 from harness.editions import EDITIONS
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.experiment import Place, explain, parse_sets, set_value
@@ -196,28 +195,21 @@ def _images(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Pro
     """The image of each id that has one, in the folder or one below, and what is wrong with the others."""
     if not folder.is_dir():
         return {}, [Problem("no such folder", folder, key="--images")]
-    found: dict[str, Path] = {}
-    flaws = []
-    for path in _image_files(folder):
-        if path.stem in found and path.stem in known.values:
-            flaws.append(
-                Flaw(None, "more than one image of an id", "Keep one.", f"{found[path.stem]}, {path}")
-            )
-        found.setdefault(path.stem, path)
-    flaws += [
-        Flaw(known.lines.get(key), "no image", f"Looked for ID{', ID'.join(IMAGE_SUFFIXES)}.", key)
-        for key in known.values
-        if key not in found
-    ]
-    return found, grouped(folder, flaws)
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
     below = sorted(path for path in folder.iterdir() if path.is_dir())
-    for place in (folder, *below):
-        for name in sorted(os.listdir(place)):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                yield place / name
+    found = folders.scan([folder, *below], folder)
+    if found is None:
+        looked = f"looked for {', '.join(folders.IMAGE_SUFFIXES)} in it and one folder deeper"
+        return {}, [Problem(f"no images: {looked}", folder, key="--images")]
+    rivals = found.ambiguous(known.values)
+    hint = f"Looked for ID{', ID'.join(folders.IMAGE_SUFFIXES)}."
+    flaws = [
+        Flaw(known.lines.get(key), "no image", hint, f"{key} ({instead})" if instead else key)
+        for key in known.values
+        if key not in found.files and key not in found.rivals
+        for instead in [found.instead(key)]
+    ]
+    problems = [Problem(rivals, folder, hint=folders.KEEP_ONE)] if rivals else []
+    return {key: file.path for key, file in found.files.items()}, [*problems, *grouped(folder, flaws)]
 
 
 def settings(

@@ -121,7 +121,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if score["value"] is None:
             notes[f"- {name} is absent: {score['reason']}"] = None
     for record in records:
-        notes |= dict.fromkeys(record["warnings"])
+        notes |= dict.fromkeys([*record["warnings"], *record["data"].get("notes", ())])
         gap = (record["image_gap"] or {}).get("rouge1", {})
         if gap.get("low") is not None and gap["low"] <= 0:
             notes[f"{_run_name(record)}: its captions fit other images as well (image gap)"] = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
-from harness.errors import UserError
+from harness.errors import Problem, UserError
 from harness.visible import json_text
 
 app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
@@ -22,7 +22,6 @@ def _data_config(root: Path, layout: str, **more: Any) -> Any:
     from pydantic import ValidationError
 
     from harness.config import DataConfig
-    from harness.errors import Problem
 
     try:
         return DataConfig(root=root, layout=layout, **more)
@@ -52,20 +51,33 @@ def data_phantom(
 def data_check(
     root: Root, layout: LayoutOption = "imageclef2023", output: ReportFormat = Report.table
 ) -> None:
-    """Verify labels and images, and print every problem with file and line; exit code 2 if there are any."""
-    from harness.data import check
+    """Verify labels and images, and print every problem with file and line; exit code 2 if there are any.
+
+    What is odd and no mistake, such as a blank caption, is a note: training alone leaves the row out.
+    """
+    from harness.data import MEND, examine
+    from harness.data.readers import together
     from harness.plan import RUNS
 
     with Terminal().progress("Checking images") as advance:
-        problems = check(_data_config(root, layout), RUNS, advance)
+        found = examine(_data_config(root, layout), RUNS, advance)
     if output is Report.json:
-        print(json_text([{k: v if v is None else str(v) for k, v in vars(p).items()} for p in problems]))
-        if problems:
+        notes = [finding.problem for finding in found.notes]
+        rows = [_plain(p, "problem") for p in found.problems] + [_plain(p, "note") for p in notes]
+        print(json_text(rows))
+        if found.problems:
             sys.exit(2)
-    elif problems:
-        raise UserError(problems, "Mend them, or leave these rows out: --set data.skip_bad=true")
-    else:
-        print("ok: no problems")
+        return
+    for note in together(found.notes):
+        print(f"note: {note}")
+    if found.problems:
+        raise UserError(found.causes, MEND if found.findings and not found.fatal else None)
+    print("ok: no problems")
+
+
+def _plain(problem: Problem, kind: str) -> dict[str, Any]:
+    values = {key: value if value is None else str(value) for key, value in vars(problem).items()}
+    return {"kind": kind, **values}
 
 
 @app.command("stats")

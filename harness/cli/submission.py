@@ -65,7 +65,7 @@ def make(
     else:
         file = run_artifact(source, record, f"predictions/{split.value}_after.csv")
         values = captions(source, record, split.value, wanted)
-    manifest = _manifest(file, record)
+    manifest = _manifest(file, record, split.value)
     folder = out or _folder(source, record, year)
     upload = submission.make(values, wanted or list(values), year, folder, manifest, split.value, task.value)
     if same := sameness(map(submission.joined, values.values()), submission.plural(task.value)):
@@ -95,14 +95,15 @@ def _require(edition: int | None, ids: Path | None, source: Path) -> None:
         raise UserError([Problem("is needed for a file of predictions", key=key) for key in missing])
 
 
-def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str, Any]:
     import hashlib
 
     from harness.run import git_state
 
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),
-        "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        # of a FIFO nothing is left that could be hashed
+        "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
         "command": f"python -m harness {shlex.join(sys.argv[1:])}",
         "commit": git_state(),
     }
@@ -114,6 +115,7 @@ def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:
         "run_command": record["command"],
         "commit": record["git"],
         "config": record["config"],
+        "fallback": record.get("fallback", {}).get(split),
     }
 
 

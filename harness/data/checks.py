@@ -4,21 +4,37 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from harness.config import DataConfig
 from harness.data import phantom
-from harness.data.images import DAMAGE, Progress, decode, each
-from harness.data.readers import Dataset, Example, File, Finding, Listing, Row, read
+from harness.data.files import read as read_file
+from harness.data.folders import File
+from harness.data.images import DAMAGE, Progress, damage, decode, each
+from harness.data.readers import (
+    SPLITS,
+    Dataset,
+    Example,
+    Finding,
+    Listing,
+    Row,
+    has_words,
+    read,
+    together,
+)
 from harness.errors import Problem, UserError
 from harness.store import fingerprint, write
 
 CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
 """As many are decoded within about a second; with more, the labels' problems are reported without waiting."""
+MEND = (
+    "Correct them, or go on with --set data.skip_bad=true: training then leaves these rows out; validation "
+    "and test rows are all captioned and submitted, with the constant caption where the image can't be read."
+)
 _Key = tuple[str, int, int]
 _SCAN_FORMAT = 1  # raise it when `decode` gives other pixels
 
@@ -36,8 +52,8 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
     """Read and check a data set; draws the phantom first, if one is configured and nothing is there.
 
     A folder that exists and is no phantom is real data and is never written to. Images are decoded once; what
-    that told is kept under `work/data`. Raises `UserError` with all problems, but for rows that
-    `data.skip_bad` leaves out.
+    that told is kept under `work/data`. Raises `UserError` with all problems, but for those with which
+    `data.skip_bad` goes on: it leaves such rows out of training alone.
     """
     _ensure(config)
     listing = read(config.root, config.layout)
@@ -53,14 +69,38 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
     return _dataset(config, listing, findings, scans)
 
 
-def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
-    """All problems of a data set, every image decoded, whether or not `data.skip_bad` would mend them."""
+@dataclass(frozen=True)
+class Examined:
+    """All that is wrong with a data set, and what is merely odd: rows that are used for a part only."""
+
+    fatal: list[Problem]
+    findings: list[Finding]
+    notes: list[Finding]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """One for each row that has one."""
+        return self.fatal + [finding.problem for finding in self.findings]
+
+    @property
+    def causes(self) -> list[Problem]:
+        """The problems, those of many rows told once."""
+        return self.fatal + together(self.findings)
+
+
+def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> Examined:
+    """Look at a data set, every image decoded, whether or not `data.skip_bad` would go on."""
     _ensure(config)
     listing = read(config.root, config.layout)
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
-    return listing.fatal + [finding.problem for finding in findings]
+    return Examined(listing.fatal, findings, list(_without_words(listing)))
+
+
+def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
+    """All problems of a data set, every image decoded, whether or not `data.skip_bad` would go on."""
+    return examine(config, work, progress).problems
 
 
 def unchecked(config: DataConfig, work: Path = Path("runs")) -> int:
@@ -80,44 +120,65 @@ def _ensure(config: DataConfig) -> None:
 def _error(listing: Listing, findings: list[Finding], unknown: list[File], config: DataConfig) -> UserError:
     hints = []
     if findings and not listing.fatal and not config.skip_bad:
-        hints.append("Mend them, or leave these rows out: --set data.skip_bad=true")
+        hints.append(MEND)
     if unknown:
         hints.append(
             f"{len(unknown)} images were not decoded yet; to check them too: python -m harness data check"
         )
-    return UserError(listing.fatal + [finding.problem for finding in findings], " ".join(hints) or None)
+    return UserError(listing.fatal + together(findings), " ".join(hints) or None)
 
 
 def _label_findings(listing: Listing) -> Iterator[Finding]:
     ids = {split: {example.id: example for example in rows} for split, rows in listing.splits.items()}
     for split, examples in listing.splits.items():
         for example in examples:
-            for what in _label_faults(example, listing.files.get((split, example.id)), listing.concept_names):
-                yield _finding(listing, split, example, what)
+            for what, cause in _label_faults(listing, split, example):
+                yield _finding(listing, split, example, what, cause)
             if split == "train" and example.id in ids.get("valid", {}):
                 place = _place(listing, "valid", ids["valid"][example.id])
-                yield _finding(listing, split, example, f"leak: id {example.id} is also that of {place}")
+                what = f"leak: id {example.id} is also that of {place}"
+                yield _finding(listing, split, example, what, "leak: id")
 
 
-def _label_faults(example: Example, file: File | None, names: Mapping[str, str]) -> Iterator[str]:
-    if example.caption is not None and not example.caption.strip():
-        yield f"empty caption of {example.id}"
+def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tuple[str, str]]:
+    """What is wrong with a row, and the cause that it shares with other rows."""
+    names = listing.concept_names
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
-        yield f"got the CUI {', '.join(map(repr, malformed))}; C and seven digits are allowed"
+        cause = "C and seven digits are allowed"
+        yield f"got the CUI {', '.join(map(repr, malformed))}; {cause}", cause
     if names:  # without them, that file is the problem
         unknown = [cui for cui in example.cuis if cui not in names and cui not in malformed]
         if unknown:
-            yield f"unknown CUI {', '.join(unknown)}: not in the file of concept names"
+            cause = "not in the file of concept names"
+            yield f"unknown CUI {', '.join(unknown)}: {cause}", cause
+    file = listing.files.get((split, example.id))
     if file is None:
-        yield f"no image {example.image}"
+        yield listing.lacking[split, example.id], "no image"
     elif file.size == 0:
-        yield f"{example.image} is empty (0 bytes)"
+        yield f"{example.image} is empty (0 bytes)", "empty image"
 
 
-def _finding(listing: Listing, split: str, example: Example, what: str) -> Finding:
+WITHOUT_WORDS = "no word in the caption"
+_USED_FOR = {
+    "train": "training leaves the row out",
+    "valid": "the row is captioned, scored and submitted, and left out of the validation loss",
+    "test": "the row is captioned and submitted",
+}
+
+
+def _without_words(listing: Listing) -> Iterator[Finding]:
+    """Rows whose caption is blank or punctuation alone; published sets have them, so they are no mistake."""
+    for split, examples in listing.splits.items():
+        for example in examples:
+            if example.caption is not None and not has_words(example.caption):
+                what = f"no word in the caption of {example.id}: {_USED_FOR[split]}"
+                yield _finding(listing, split, example, what, WITHOUT_WORDS)
+
+
+def _finding(listing: Listing, split: str, example: Example, what: str, cause: str) -> Finding:
     source = listing.sources[split] or example.image
-    return Finding(Problem(what, source, example.line), (split, example.id))
+    return Finding(Problem(what, source, example.line), (split, example.id), cause)
 
 
 def _place(listing: Listing, split: str, example: Example) -> str:
@@ -136,11 +197,12 @@ def _image_findings(listing: Listing, scans: Mapping[Row, Scan]) -> Iterator[Fin
             if scan is None:
                 continue
             if scan.damage and listing.files[split, example.id].size:
-                yield _finding(listing, split, example, f"{example.image}: {scan.damage}")
+                yield _finding(listing, split, example, f"{example.image}: {scan.damage}", "damaged image")
             elif split == "train" and scan.pixels in valid:
                 twin = valid[scan.pixels]
                 same_file = scan.content == scans["valid", twin.id].content
-                yield _finding(listing, split, example, _leak(listing, example, twin, same_file))
+                what = _leak(listing, example, twin, same_file)
+                yield _finding(listing, split, example, what, "leak: image")
 
 
 def _leak(listing: Listing, example: Example, twin: Example, same_file: bool) -> str:
@@ -154,26 +216,64 @@ def _leak(listing: Listing, example: Example, twin: Example, same_file: bool) ->
 def _dataset(
     config: DataConfig, listing: Listing, findings: list[Finding], scans: Mapping[Row, Scan]
 ) -> Dataset:
-    bad: set[Row | None] = {finding.row for finding in findings}
+    bad = {finding.row for finding in findings}
     splits = {
-        split: tuple(example for example in examples if (split, example.id) not in bad)
-        for split, examples in listing.splits.items()
+        split: tuple(_with_damage(split, example, listing, scans) for example in examples)
+        for split, examples in {"test": [], **listing.splits}.items()
     }
-    empty = [split for split in ("train", "valid") if not splits[split]]
-    if empty:
-        problems = [Problem(f"no good row is left in {split}", config.root) for split in empty]
-        raise UserError([*problems, *(finding.problem for finding in findings)])
-    splits.setdefault("test", ())
+    splits["train"] = tuple(e for e in splits["train"] if e.trains and ("train", e.id) not in bad)
+    if problems := list(_unusable(config.root, splits)):
+        raise UserError([*problems, *together(findings)])
     fingerprints = {
-        split: fingerprint([_contents(split, examples, scans), listing.concept_names])
-        for split, examples in splits.items()
+        split: fingerprint([_contents(split, splits[split], scans), listing.concept_names])
+        for split in SPLITS
     }
-    left_out = tuple(finding.problem for finding in findings)
-    return Dataset(config.root, config.layout, splits, listing.concept_names, fingerprints, left_out)
+    listed = {("test", e.id) for e in splits["test"]} | {("valid", e.id) for e in splits["valid"]}
+    notes = [_kept(finding, splits) for finding in findings if finding.row in listed]
+    return Dataset(
+        config.root,
+        config.layout,
+        {split: splits[split] for split in SPLITS},
+        listing.concept_names,
+        fingerprints,
+        left_out=tuple(finding for finding in findings if finding.row not in listed),
+        notes=(*_without_words(listing), *notes),
+    )
+
+
+def _with_damage(split: str, example: Example, listing: Listing, scans: Mapping[Row, Scan]) -> Example:
+    """The row, and why its image can't be read."""
+    row = (split, example.id)
+    scan = scans.get(row)
+    damage = listing.lacking[row] if scan is None else scan.damage
+    return replace(example, damage=damage) if damage else example
+
+
+def _unusable(root: Path, splits: Mapping[str, tuple[Example, ...]]) -> Iterator[Problem]:
+    """Splits in which no row is fit for what it is there for."""
+    for split in ("train", "valid"):
+        if not any(example.trains for example in splits[split]):
+            yield Problem(f"no good row is left in {split}", root)
+    if splits["test"] and all(example.damage for example in splits["test"]):
+        yield Problem("no image of test can be read", root)
+
+
+def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Finding:
+    """What becomes of a row that is captioned and submitted whatever is wrong with it."""
+    split, id = finding.row
+    example = next(example for example in splits[split] if example.id == id)
+    if example.damage:
+        becomes = "it gets the constant caption"
+    elif split == "valid" and example.caption is None:
+        becomes = "the row is captioned and submitted, and not scored"
+    else:
+        becomes = "the row is used all the same"
+    problem = replace(finding.problem, what=f"{finding.problem.what}; {becomes}")
+    return finding._replace(problem=problem)
 
 
 def _contents(split: str, examples: tuple[Example, ...], scans: Mapping[Row, Scan]) -> list[list]:
-    return [[e.id, e.caption, e.cuis, scans[split, e.id].content] for e in examples]
+    return [[e.id, e.caption, e.cuis, "" if e.damage else scans[split, e.id].content] for e in examples]
 
 
 def _scan(
@@ -197,10 +297,10 @@ def _scan(
 
 def _look(file: File) -> Scan:
     try:
-        content = file.path.read_bytes()
+        content = read_file(file.path)
         image = decode(content)
     except DAMAGE as error:
-        return Scan("", "", f"not a whole image: {str(error).partition(' <')[0]}")
+        return Scan("", "", damage(error))
     pixels = hashlib.sha256(str(image.size).encode() + image.tobytes())
     return Scan(hashlib.sha256(content).hexdigest()[:32], pixels.hexdigest()[:32], "")
 

@@ -5,6 +5,8 @@ import errno
 import hashlib
 import io
 import os
+import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from harness.data.files import read
 from harness.data.readers import Example
 from harness.errors import Problem, UserError
 from harness.store import fingerprint, free, gb
@@ -25,14 +28,21 @@ _CACHE_FORMAT = 1  # raise it when decode or resize give other pixels
 _AHEAD = 4  # items per thread
 
 
+# of odd but whole files; what is too large, `damage` tells
+warnings.filterwarnings("ignore", module=r"PIL\.")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")
+"""What is read, whatever the suffix. PIL hands some of its other formats to programs, EPS to Ghostscript."""
+
+
 def decode(source: Path | bytes) -> Image.Image:
     """The RGB image in a file or its bytes.
 
     16-bit, 32-bit and float grey images are windowed to 8 bits from their least to their greatest value
     (PIL's own conversion saturates them to white). Transparency is laid over black. EXIF orientation is left
-    alone. Raises one of `DAMAGE` where the file is not a whole image.
+    alone. Raises one of `DAMAGE` where the file is not a whole image; `damage` tells it in words.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    content = source if isinstance(source, bytes) else read(source)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         image.load()
         if image.mode == "F" or image.mode.startswith("I"):
             return _window(np.asarray(image, dtype=np.float64)).convert("RGB")
@@ -44,7 +54,19 @@ def decode(source: Path | bytes) -> Image.Image:
 
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What PIL raises on truncated, foreign and absurd files."""
+"""What reading raises on what is no file, and PIL on truncated, foreign and absurd files."""
+
+
+def damage(error: Exception) -> str:
+    """One of `DAMAGE` in words."""
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        got = f"{int(pixels[0]) / 1e6:.0f}" if pixels else "more"
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6  # from there on PIL refuses
+        return f"too large: {got} megapixels; {limit:.0f} are allowed. Make it smaller"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"can't be read: {error.strerror}"
+    return f"not a whole image: {str(error).partition(' <')[0]}"
 
 
 def _window(grey: np.ndarray) -> Image.Image:
@@ -117,7 +139,7 @@ def _pixels(path: Path, size: int) -> np.ndarray:
         return resize(decode(path), size)
     except DAMAGE as error:
         hint = "All of them: python -m harness data check"
-        raise UserError([Problem(f"not a whole image: {error}", path, hint=hint)]) from None
+        raise UserError([Problem(damage(error), path, hint=hint)]) from None
 
 
 def _file(cache: Path, paths: Iterable[Path], size: int) -> Path:

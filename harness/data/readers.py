@@ -6,37 +6,53 @@ Nothing is opened here but label files: images are only listed. Sources: the fil
 
 import csv
 import io
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from harness.data import files, folders
+from harness.data.folders import IMAGE_SUFFIXES, File
 from harness.errors import Problem
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "valid", "test")
 _LONGEST_FIELD = 2**31 - 1  # characters; the csv module takes no more on every platform
 Row = tuple[str, str]
 """(split, id) of one example."""
+Table = dict[str, tuple[int | None, str | None]]
+"""Line and value by id; the value is None where the row can't be read, or holds nothing but the id."""
+_TWICE = "duplicate id"
+_APART = 3  # as many problems of one cause are told one by one
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what its label files say about it; `line` is its line in the captions (or ids) file."""
+    """One image and what its label files say about it; `line` is its line in the captions (or ids) file.
+
+    `caption` is None where there is none or its row can't be read; `damage` says why the image can't be read.
+    """
 
     id: str
     image: Path
     caption: str | None
     cuis: tuple[str, ...]
     line: int | None
+    damage: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to learn from: an image that can be read, and a caption with words."""
+        return not self.damage and self.caption is not None and has_words(self.caption)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A checked data set; `splits` has the keys train, valid and test, and test may lack captions.
 
-    `fingerprints` name the contents of each split's labels and images, whatever their place and date.
+    Train holds the rows to learn from; valid and test hold every row that is listed, since all are to be
+    captioned and submitted. `fingerprints` name the contents of each split's labels and images, whatever
+    their place and date. `left_out` are rows that are not used, `notes` rows that are used for a part only.
     """
 
     root: Path
@@ -44,24 +60,24 @@ class Dataset:
     splits: Mapping[str, tuple[Example, ...]]
     concept_names: Mapping[str, str]
     fingerprints: Mapping[str, str]
-    left_out: tuple[Problem, ...]
+    left_out: tuple["Finding", ...]
+    notes: tuple["Finding", ...] = ()
+
+    def readable(self, split: str) -> list[Example]:
+        """The rows of a split whose images can be read."""
+        return [example for example in self.splits[split] if not example.damage]
+
+    def unreadable(self, split: str) -> list[Example]:
+        """The rows of a split whose images can't be read; a caption for them is not the model's."""
+        return [example for example in self.splits[split] if example.damage]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A problem that leaving out `row` mends (None: the row was not read at all)."""
+class Finding(NamedTuple):
+    """A problem with a row (None: with a line that is no row); those of one `cause` are told together."""
 
     problem: Problem
     row: Row | None
-
-
-class File(NamedTuple):
-    """An image as its folder lists it; `name` is its path below the data set's root."""
-
-    path: Path
-    name: str
-    size: int
-    mtime_ns: int
+    cause: str
 
 
 @dataclass
@@ -73,8 +89,12 @@ class Listing:
     """Per split, the file that `Example.line` counts in; None where the ids are those of the images."""
     files: dict[Row, File] = field(default_factory=dict)
     """The images that are there."""
+    lacking: dict[Row, str] = field(default_factory=dict)
+    """Why a row has no image, of those that have none."""
     concept_names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
+    """Per split, what stands where rows that can't be read have their id."""
     fatal: list[Problem] = field(default_factory=list)
     """Problems that no left-out row mends."""
 
@@ -122,32 +142,47 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
     if captions_file and concepts_file:
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
-    source, lines = captions_file, {id: line for id, (line, _) in captions.items()}
+    source = captions_file
     if not required and captions_file is None:
         source = _find(root, "test_ids.csv", "test ids", False, listing)
-        lines = _ids(source, listing) if source else {}
-    folder, files = _images(root, split)
-    if folder is None and (required or lines):
-        listing.fatal.append(_no_images(root, split))
+        captions = _ids(source, split, listing) if source else {}
+    images = folders.of_split(root, split)
+    if images is None:
+        if required or captions:
+            listing.fatal.append(_no_images(root, split))
+        elif source is None and (unread := folders.foreign(root, split)):
+            listing.fatal.append(Problem(f"no {split} images: {unread}", root))
         return
-    if not lines and source is None:
-        lines = dict.fromkeys(sorted(files)) if not required else {}
+    if not captions and source is None and not required:
+        captions = dict.fromkeys(images.ids, (None, None))
+    # a row that can't be read is of use outside training, if there is an image that shows where its id ends
+    rows = {
+        id: row
+        for id, row in captions.items()
+        if id not in listing.doubtful[split] or (split != "train" and id in images)
+    }
+    if rivals := images.ambiguous(rows):
+        listing.fatal.append(Problem(rivals, images.folder, hint=folders.KEEP_ONE))
     listing.sources[split] = source
-    listing.files |= {(split, id): files[id] for id in lines if id in files}
+    listing.files |= {(split, id): images.files[id] for id in rows if id in images.files}
+    for id in rows:
+        if id not in images.files:
+            instead = f"; {found}" if (found := images.instead(id)) else ""
+            listing.lacking[split, id] = f"no image {images.folder / id}.jpg{instead}"
     listing.splits[split] = [
         Example(
             id,
-            files[id].path if id in files else folder / f"{id}.jpg",
-            captions[id][1] if id in captions else None,
-            tuple(concepts[id][1].split(";")) if concepts.get(id, (0, ""))[1] else (),
+            images.files[id].path if id in images.files else images.folder / f"{id}.jpg",
+            caption,
+            tuple(concepts[id][1].split(";")) if concepts.get(id, (0, None))[1] else (),
             line,
         )
-        for id, line in lines.items()
+        for id, (line, caption) in rows.items()
     ]
 
 
 def _find(root: Path, suffix: str, what: str, required: bool, listing: Listing) -> Path | None:
-    found = sorted(path for path in root.glob(f"*{suffix}") if path.is_file())
+    found = sorted(path for path in root.glob(f"*{suffix}") if not path.name.startswith("."))
     if len(found) == 1:
         return found[0]
     if found:
@@ -164,15 +199,14 @@ def _there(root: Path) -> str:
     return f"There: {shown}" if names else "The folder is empty."
 
 
-def _table(
-    path: Path | None, separator: str, header: tuple[str, str], split: str, listing: Listing
-) -> dict[str, tuple[int, str]]:
-    """Two columns as id -> (line, value); the first of two rows with one id is kept."""
-    rows: dict[str, tuple[int, str]] = {}
+def _table(path: Path | None, separator: str, header: tuple[str, str], split: str, listing: Listing) -> Table:
+    """Two columns; the first of two rows with one id is kept."""
+    rows: Table = {}
     text = _text(path, listing) if path else None
     if text is None:
         return rows
     lines = unquoted_rows(text, "\t") if separator == "tab" else comma_rows(text)
+    raw = _Lines(text)
     mark = "<tab>" if separator == "tab" else ","
     _, first = next(lines, (1, []))
     if not isinstance(first, list) or [name.lower() for name in first] != [name.lower() for name in header]:
@@ -188,24 +222,63 @@ def _table(
         return rows
     for line, fields in lines:
         id = fields[0] if isinstance(fields, list) and fields else ""
-        if isinstance(fields, str):
-            what = fields
-        elif len(fields) != 2:
-            what = f"got {len(fields)} fields; 2 are allowed" if any(fields) else "blank line"
-        elif not id.strip():
-            what = "empty id"
-        elif id in rows:
-            what = f"duplicate id {id}, first on line {rows[id][0]}; this later row is the bad one"
-            id = ""  # so that the first row stays
-        else:
+        if isinstance(fields, list) and len(fields) == 2 and id not in rows and id.split() == [id]:
             rows[id] = (line, fields[1])
             continue
-        listing.findings.append(Finding(Problem(what, path, line), (split, id) if id.strip() else None))
+        what, cause = _row_fault(fields, rows)
+        if isinstance(fields, str):
+            id = raw.first_field(line)
+        if id in rows and cause == _TWICE:
+            id = ""  # so that the first row stays
+        elif id.split() == [id] and id not in rows:
+            rows[id] = (line, None)
+            listing.doubtful[split].add(id)
+        listing.findings.append(Finding(Problem(what, path, line), (split, id) if id else None, cause))
+    if not rows:
+        listing.fatal.append(Problem("has a header and no row that can be read", path))
     return rows
 
 
+def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
+    """What keeps a row from being an id and a value, and the cause that it shares with other rows."""
+    if isinstance(fields, str):
+        return fields, fields
+    if len(fields) != 2:
+        what = (
+            f"got {len(fields)} field{'s' * (len(fields) != 1)}; 2 are allowed"
+            if any(fields)
+            else "blank line"
+        )
+        return what, what
+    if not fields[0].strip():
+        return "empty id", "empty id"
+    if fields[0] in rows:
+        first = rows[fields[0]][0]
+        return f"{_TWICE} {fields[0]}, first on line {first}; this later row is the bad one", _TWICE
+    return f"the id {fields[0]!r} holds white space", "white space in an id"
+
+
+class _Lines:
+    """The lines of a CSV file as they stand, split when the first of them is asked for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return list(io.StringIO(self.text, newline=""))
+
+    def first_field(self, line: int) -> str:
+        """What stands before the first comma of a line that is no CSV."""
+        return self.lines[line - 1].partition(",")[0].strip('"\r\n ')
+
+
 def _text(path: Path, listing: Listing) -> str | None:
-    content = path.read_bytes()
+    try:
+        content = files.read(path)
+    except OSError as error:
+        listing.fatal.append(Problem(f"can't be read: {error.strerror}", path))
+        return None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -245,7 +318,8 @@ def _comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     lines = list(io.StringIO(text, newline=""))
     at = 0
     while at < len(lines):
-        reader = csv.reader(lines[at:] if at else lines, strict=True)
+        rest = lines if at == 0 else (lines[i] for i in range(at, len(lines)))  # no copy for each mistake
+        reader = csv.reader(rest, strict=True)
         start, base = at, at
         try:
             for fields in reader:
@@ -258,38 +332,40 @@ def _comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _unmatched(
-    split: str,
-    captions_file: Path,
-    captions: Mapping[str, tuple[int, str]],
-    concepts_file: Path,
-    concepts: Mapping[str, tuple[int, str]],
-    listing: Listing,
+    split: str, captions_file: Path, captions: Table, concepts_file: Path, concepts: Table, listing: Listing
 ) -> None:
+    """Rows of captions without concepts, and of concepts without a caption."""
     known = {finding.row for finding in listing.findings}
-    for id, (line, _) in captions.items():
-        if id not in concepts and (split, id) not in known:
-            what = f"{id} has no row in {concepts_file.name}"
-            listing.findings.append(Finding(Problem(what, captions_file, line), (split, id)))
-    for id, (line, _) in concepts.items():
-        if id not in captions and (split, id) not in known:
-            what = f"{id} has no row in {captions_file.name}"
-            listing.findings.append(Finding(Problem(what, concepts_file, line), (split, id)))
+    for rows, file, others, other in (
+        (captions, captions_file, concepts, concepts_file),
+        (concepts, concepts_file, captions, captions_file),
+    ):
+        for id, (line, _) in rows.items():
+            if id not in others and (split, id) not in known:
+                cause = f"has no row in {other.name}"
+                listing.findings.append(Finding(Problem(f"{id} {cause}", file, line), (split, id), cause))
 
 
-def _ids(path: Path, listing: Listing) -> dict[str, int]:
-    lines: dict[str, int] = {}
+def _ids(path: Path, split: str, listing: Listing) -> Table:
+    """One id on each line, as rows without a value."""
+    rows: Table = {}
     for line, fields in unquoted_rows(_text(path, listing) or "", "\t"):
         id = fields[0].strip()
         if line == 1 and id.upper() == "ID":
             continue
-        if not id or len(fields) > 1:
-            listing.findings.append(Finding(Problem("one id is allowed on each line", path, line), None))
-        elif id in lines:
-            what = f"duplicate id {id}, first on line {lines[id]}; this later row is the bad one"
-            listing.findings.append(Finding(Problem(what, path, line), None))
+        if id in rows:
+            what, cause = _row_fault([id, ""], rows)
+            id = ""
+        elif len(fields) > 1 or id.split() != [id]:
+            what = cause = "one id is allowed on each line"
+            if id.split() == [id]:
+                rows[id] = (line, None)
+                listing.doubtful[split].add(id)
         else:
-            lines[id] = line
-    return lines
+            rows[id] = (line, None)
+            continue
+        listing.findings.append(Finding(Problem(what, path, line), (split, id) if id else None, cause))
+    return rows
 
 
 def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
@@ -306,48 +382,35 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
                 names[fields[0]] = fields[1]
         else:
             what = fields if isinstance(fields, str) else f"got {len(fields)} fields; 2 are allowed"
-            listing.findings.append(Finding(Problem(what, path, line), None))
+            listing.findings.append(Finding(Problem(what, path, line), None, what))
     return names
 
 
-def _folders(root: Path, split: str) -> list[Path]:
-    """Where people unpack a split's images, archives in archives included."""
-    outer = [root / split, *sorted(root.glob(f"*{split}_images")), root / "images" / split]
-    inner = [base / name for base in outer for name in (split, f"{split}_images", "images")]
-    return [*outer, *inner]
-
-
-def _images(root: Path, split: str) -> tuple[Path | None, dict[str, File]]:
-    """The first folder of the split that holds images, and those images by id."""
-    for folder in _folders(root, split):
-        files = _list(folder, root) if folder.is_dir() else {}
-        if files:
-            return folder, files
-    return None, {}
-
-
-def _list(folder: Path, root: Path) -> dict[str, File]:
-    files = {}
-    below = folder.relative_to(root).as_posix()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # a link to nothing: reported as a missing image
-                continue
-            files[stem] = File(
-                folder / entry.name, f"{below}/{entry.name}", status.st_size, status.st_mtime_ns
-            )
-    return files
-
-
 def _no_images(root: Path, split: str) -> Problem:
-    looked = ", ".join(f"{folder.relative_to(root)}/" for folder in _folders(root, split)[:3])
-    return Problem(
-        f"no {split} images: looked for {', '.join(IMAGE_SUFFIXES)} in {looked} and one folder deeper",
-        root,
-        hint=_there(root),
-    )
+    looked = ", ".join(f"{folder.relative_to(root)}/" for folder in folders.folders(root, split)[:3])
+    what = f"no {split} images: looked for {', '.join(IMAGE_SUFFIXES)} in {looked} and one folder deeper"
+    unread = folders.foreign(root, split)
+    return Problem(f"{what}; {unread}" if unread else what, root, hint=_there(root))
+
+
+def has_words(caption: str) -> bool:
+    """Whether a caption holds a letter or a digit: white space and punctuation alone teach nothing."""
+    return any(map(str.isalnum, caption))
+
+
+def together(findings: Iterable[Finding]) -> list[Problem]:
+    """The problems, those of one cause in one file told at the first of its rows, with how many follow."""
+    causes: dict[tuple[str, str], list[Problem]] = {}
+    for problem, row, cause in findings:
+        place = str(problem.file) if problem.line else row[0] if row else ""
+        causes.setdefault((place, cause), []).append(problem)
+    return [problem for same in causes.values() for problem in _told(same)]
+
+
+def _told(same: list[Problem]) -> list[Problem]:
+    if len(same) <= _APART:
+        return same
+    first, rest = same[0], same[1:]
+    lines = [str(problem.line) for problem in rest if problem.line]
+    named = f" (lines {', '.join(lines[:5])}{', ...' if len(lines) > 5 else ''})" if lines else ""
+    return [replace(first, what=f"{first.what}; and {len(rest):,} more like it{named}")]

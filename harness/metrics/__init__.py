@@ -27,7 +27,7 @@ from harness.metrics import (
     text,
 )
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, sign
-from harness.metrics.baseline import constant_baseline
+from harness.metrics.baseline import constant_baseline, constant_caption
 from harness.metrics.cache import versions
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
@@ -41,6 +41,7 @@ __all__ = [
     "aggregate",
     "checkpoints_of",
     "constant_baseline",
+    "constant_caption",
     "identities_of",
     "image_gap",
     "problems",
@@ -103,7 +104,7 @@ class Score:
 def score(
     predictions: Sequence[str],
     references: Sequence[str],
-    images: Sequence[Path] | None,
+    images: Sequence[Path | None] | None,
     config: ScoreConfig,
     edition: int,
     device: str = "cpu",
@@ -112,11 +113,11 @@ def score(
 ) -> tuple[dict[str, Score], list[str]]:
     """Score captions row by row by the metrics of the config; returns the scores and what to know about them.
 
-    `images` are the files of the rows, `device` a torch device, `cache` a folder for embeddings that later
-    calls may share; `ids` name rows in what is to be known. The Java and counting metrics run in a thread
-    beside the neural ones. When launched on several ranks, which all have to call this, they share the neural
-    work and rank 0 gets the result. Raises `UserError` when the rows do not match; a metric that cannot be
-    computed is absent with its reason.
+    `images` are the files of the rows, None for one that can't be read; `device` is a torch device, `cache` a
+    folder for embeddings that later calls may share; `ids` name rows in what is to be known. The Java and
+    counting metrics run in a thread beside the neural ones. When launched on several ranks, which all have to
+    call this, they share the neural work and rank 0 gets the result. Raises `UserError` when the rows do not
+    match; a metric that cannot be computed is absent with its reason.
     """
     _check_rows(predictions, references, images)
     config = config.for_edition(edition)
@@ -367,7 +368,9 @@ def _wanted(config: ScoreConfig) -> dict[str, Metric]:
     return wanted
 
 
-def _check_rows(predictions: Sequence[str], references: Sequence[str], images: Sequence[Path] | None) -> None:
+def _check_rows(
+    predictions: Sequence[str], references: Sequence[str], images: Sequence[Path | None] | None
+) -> None:
     counts = {"predictions": len(predictions), "references": len(references)}
     if images is not None:
         counts["images"] = len(images)

@@ -32,12 +32,12 @@ class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
     `predictions` and `references` are raw but for line breaks, which are made spaces; `images` is None where
-    there are none.
+    there are none, and one of them is None where it can't be read.
     """
 
     predictions: Sequence[str]
     references: Sequence[str]
-    images: Sequence[Path] | None
+    images: Sequence[Path | None] | None
     config: ScoreConfig
     edition: int
     device: str = "cpu"

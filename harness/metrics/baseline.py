@@ -24,24 +24,30 @@ def constant_baseline(
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
-    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out. With more than 2,000
-    training captions, a seeded sample of them is candidate and is scored against.
+    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out.
     """
-    captions = [text.official(text.one_line(caption)) for caption in training]
-    if len(captions) > MOST_CANDIDATES:
-        chosen = np.random.default_rng(0).permutation(len(captions))[:MOST_CANDIDATES]
-        captions = [captions[i] for i in sorted(chosen)]
-        training = [training[i] for i in sorted(chosen)]
-    best = int(np.argmax(mean_rouge1(captions)))
-    constant = [training[best]] * len(references)
-    inputs = Inputs(constant, references, None, config, edition, device, cache)
-    result: dict[str, Any] = {"caption": training[best]}
+    constant = constant_caption(training)
+    inputs = Inputs([constant] * len(references), references, None, config, edition, device, cache)
+    result: dict[str, Any] = {"caption": constant}
     for name, measure in control.MEASURES.items():
         try:
             result[name] = float(measure(inputs).per_image.mean())
         except Absent:
             continue
     return result
+
+
+def constant_caption(training: Sequence[str]) -> str:
+    """The training caption with the best mean ROUGE-1 over the training captions.
+
+    With more than 2,000 of them, a seeded sample is candidate and is scored against.
+    """
+    captions = [text.official(text.one_line(caption)) for caption in training]
+    if len(captions) > MOST_CANDIDATES:
+        chosen = np.random.default_rng(0).permutation(len(captions))[:MOST_CANDIDATES]
+        captions = [captions[i] for i in sorted(chosen)]
+        training = [training[i] for i in sorted(chosen)]
+    return training[int(np.argmax(mean_rouge1(captions)))]
 
 
 def mean_rouge1(captions: Sequence[str]) -> np.ndarray:

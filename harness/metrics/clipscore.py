@@ -2,6 +2,7 @@
 
 import functools
 import html
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from harness import checkpoints
-from harness.data.images import DAMAGE, decode
+from harness.data.files import read
+from harness.data.images import DAMAGE, FORMATS, damage, decode
 from harness.errors import Problem, UserError
 from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, loaded, loading, sign
 from harness.metrics.cache import Row
@@ -116,15 +118,16 @@ def pixels(path: Path, size: int) -> np.ndarray:
     try:
         rgb = _square(path, size)
     except DAMAGE as error:
-        raise UserError([Problem(f"not a whole image: {error}", path)]) from None
+        raise UserError([Problem(damage(error), path)]) from None
     values = np.asarray(rgb, dtype=np.float32) / 255
     return ((values - np.float32(_MEAN)) / np.float32(_STD)).transpose(2, 0, 1)
 
 
 def _square(path: Path, size: int) -> Image.Image:
-    with Image.open(path) as opened:
+    content = read(path)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
-        image = opened if opened.mode in ("L", "RGB") else decode(path)
+        image = opened if opened.mode in ("L", "RGB") else decode(content)
         width, height = image.size
         # the longer side is truncated and the margin rounded as torchvision does both
         scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)

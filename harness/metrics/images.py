@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import Problem, UserError
+from harness.metrics.base import Absent
 from harness.metrics.cache import VERSION, Blobs, Row, key, made_by
 from harness.store import fingerprint
 
@@ -16,11 +17,13 @@ Encode = Callable[[Sequence[Path]], np.ndarray]
 """Features (n, d) of n image files."""
 
 
-def identities(paths: Sequence[Path]) -> list[Row]:
+def identities(paths: Sequence[Path | None]) -> list[Row]:
     """What tells image files from others without reading them: place, size and date of each.
 
-    Raises `UserError` that names the files that are not there.
+    Raises `UserError` that names the files that are not there, `Absent` where one is known to be unreadable.
     """
+    if unreadable := sum(path is None for path in paths):
+        raise Absent(f"needs every image, and {unreadable:,} of {len(paths):,} can't be read")
     missing = [Path(path) for path in paths if not Path(path).is_file()]
     if missing:
         raise UserError([Problem("no such image", path) for path in missing])

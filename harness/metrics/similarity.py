@@ -20,7 +20,8 @@ from PIL import Image
 
 from harness.checkpoints import sha256, standin_name, sums, untrusted
 from harness.config import SimilarityConfig
-from harness.data.images import DAMAGE, decode
+from harness.data.files import read
+from harness.data.images import DAMAGE, FORMATS, damage, decode
 from harness.errors import Problem, UserError
 from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, cut_rows, loading, sign
@@ -177,8 +178,8 @@ def encoded(path: Path) -> str:
     Raises `UserError` where the file is not a whole image.
     """
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        content = read(path)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
             plain = image.mode in ("L", "RGB")
         if not plain:
@@ -186,7 +187,7 @@ def encoded(path: Path) -> str:
             decode(content).save(png, "PNG")
             content = png.getvalue()
     except DAMAGE as error:
-        raise UserError([Problem(f"not a whole image: {error}", path)]) from None
+        raise UserError([Problem(damage(error), path)]) from None
     return base64.b64encode(content).decode()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import store
+from harness.data import files
 from harness.editions import EDITIONS
 from harness.errors import Flaw, Problem, UserError
 
@@ -89,9 +90,9 @@ def content(path: Path, zipped: bool) -> tuple[bytes | None, str]:
     try:
         if path.stat().st_size > _LARGEST:
             return None, f"is larger than {_LARGEST >> 20} MB"
-        data = path.read_bytes()
+        data = files.read(path, pipes=True)
     except OSError as error:
-        return None, f"can't be read: {error.strerror or error}"
+        return None, f"can't be read: {files.why(path, error)}"
     if not data.startswith(b"PK") and path.suffix != ".zip":
         return data, ""
     if not zipped:

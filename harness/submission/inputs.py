@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from harness.data import files
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Flaw, Problem, UserError, grouped, places
 from harness.store import parsed
@@ -191,7 +192,8 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
         raise UserError([Problem("is a folder, not a file", path, hint=_FILE_HINT)])
     data, fault = content(path, zipped=True)
     warnings = []
-    if data is None and (name := _only_text(path)) and (data := _member(path, name)) is not None:
+    name = _only_text(path) if data is None and path.is_file() else None
+    if name and (data := _member(path, name)) is not None:
         warnings = [f"reads {name}; the organisers want a zip of {MEMBER} and nothing else"]
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
@@ -302,7 +304,7 @@ def read_ids(path: Path) -> list[str]:
 
 def _text(path: Path, hint: str) -> str:
     try:
-        data = path.read_bytes()
+        data = files.read(path, pipes=True)
         _refuse_no_text(data, path, hint)
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except OSError as error:
