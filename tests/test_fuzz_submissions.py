@@ -179,7 +179,7 @@ def true(what: str, data: bytes, edition: int, task: str) -> bool:
         "starts with a byte order mark": data.startswith(b"\xef\xbb\xbf"),
         "not UTF-8": not _is_utf_8(data) or b"\0" in data,
         "a blank line": any(not line.strip() for line in lines),
-        "first line is not": _first_row(lines) != ["ID", "Caption" if task == "caption" else "CUIs"],
+        "first line is not": _first_row(text) != ["ID", "Caption" if task == "caption" else "CUIs"],
         "more than one pipe": any(line.count("|") > 1 for line in lines),
         "more columns": any(line.count(",") > 1 for line in lines),
         "131,072": max(map(len, re.split("[,|]", text))) > 131_072,
@@ -193,9 +193,9 @@ def true(what: str, data: bytes, edition: int, task: str) -> bool:
     return all(holds for words, holds in facts.items() if re.search(words, what))
 
 
-def _first_row(lines: list[str]) -> list[str] | None:
+def _first_row(text: str) -> list[str] | None:
     with contextlib.suppress(csv.Error):
-        return next(csv.reader(lines), None)
+        return next(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")), None)
     return None
 
 

@@ -181,4 +181,4 @@ def _first_field(row: Row, form: Rules) -> str:
 
 def some(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"{len(keys)} id{'s' * (len(keys) > 1)} ({', '.join(keys[:5])}{more})"
+    return f"{len(keys)} id{'s' * (len(keys) > 1)} ({', '.join(key[:80] for key in keys[:5])}{more})"
