@@ -46,3 +46,9 @@ def sameness(values: Iterable[str], name: str = "captions") -> str | None:
     if not text:
         return f"{share} are empty"
     return f"{share} are the same: {text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
+
+
+def same_in(split: str, captions: Mapping[str, str]) -> list[str]:
+    """The warning of `sameness` for a split, if there is one."""
+    found = sameness(captions.values())
+    return [f"{split}: {found}"] if found else []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from harness.visible import one_line
 
 _NAMED = 3  # of many rows with the same fault
+_LONGEST = 200  # characters of what is shown of a row
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def grouped(file: str | Path, flaws: Iterable[Flaw]) -> list[Problem]:
 def places(flaws: Sequence[Flaw]) -> str:
     """Where flaws of one cause are: ` (17,237 rows): line 1, line 2, line 3 and 17,234 more`."""
     if len(flaws) == 1:
-        return f": {flaws[0].subject}" if flaws[0].subject else ""
+        return f": {_cut(flaws[0].subject)}" if flaws[0].subject else ""
     count = f" ({len(flaws):,} rows)" if len(flaws) > _NAMED else ""
     more = f" and {len(flaws) - _NAMED:,} more" if len(flaws) > _NAMED else ""
     return f"{count}: {', '.join(_place(flaw) for flaw in flaws[:_NAMED])}{more}"
@@ -56,7 +57,12 @@ def places(flaws: Sequence[Flaw]) -> str:
 
 def _place(flaw: Flaw) -> str:
     line = f"line {flaw.line}" if flaw.line else ""
-    return f"{flaw.subject} ({line})" if flaw.subject and line else flaw.subject or line
+    subject = _cut(flaw.subject)
+    return f"{subject} ({line})" if subject and line else subject or line
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """PNG plots of a run: training curves and caption lengths."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.resume import rows_of
+from harness.store import write
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -19,10 +21,10 @@ def _axes(count: int) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
     pyplot.close(figure)
-    temporary.replace(path)
+    write(path, image.getvalue())
 
 
 def curves(losses: Path, path: Path) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import yaml
 
 from harness import store
-from harness.captions import PREDICTIONS, read_captions, sameness
+from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config import Config, flat
 from harness.data.images import DAMAGE, decode, each
 from harness.data.readers import Example, read
@@ -94,7 +94,12 @@ class Captions:
     @property
     def ids(self) -> list[str]:
         """In the order of the data set."""
-        return list(self.scored or self.after or self.before)
+        return list(self.scored or self.last)
+
+    @property
+    def last(self) -> Mapping[str, str]:
+        """The captions of the last stage."""
+        return self.after or self.before
 
     @property
     def metrics(self) -> list[str]:
@@ -162,7 +167,10 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
         "baseline": record["baseline"],
-        "warnings": [*_warnings(record, captions), *record["data"].get("notes", ())],
+        "warnings": [
+            *dict.fromkeys(record["warnings"] + same_in("valid", captions.after or captions.before)),
+            *record["data"].get("notes", ()),
+        ],
         "differences": differences(record),
         "from_base": from_base(record),
         "siblings": _siblings(run, page),
@@ -198,12 +206,6 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "commit": git["commit"] and git["commit"] + changed,
         "submissions": ", ".join(record["submissions"]) or None,
     }
-
-
-def _warnings(record: Mapping[str, Any], captions: Captions) -> list[str]:
-    """Those of the record, and one of captions that are all but the same, which older runs do not record."""
-    same = sameness((captions.after or captions.before).values())
-    return list(dict.fromkeys([*record["warnings"], *([f"valid: {same}"] if same else [])]))
 
 
 def _moment(text: str | None) -> str | None:

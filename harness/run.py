@@ -18,7 +18,7 @@ import yaml
 
 from harness import checkpoints, device, ranks, submission
 from harness.build import Builder, Watch
-from harness.captions import PREDICTIONS, read_captions, sameness
+from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config import Config, flat
 from harness.editions import EDITIONS
 from harness.errors import Pruned, UserError
@@ -251,13 +251,11 @@ def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
 def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
     """A warning for each split whose captions are all but the same, said at once."""
     found = []
-    for name in plan.inputs:
-        kind, _, split = name.partition("-")
-        if kind == "postprocess" and (
-            same := sameness(read_captions(plan.directory(name) / PREDICTIONS).values())
-        ):
-            found.append(f"{split}: {same}")
-            reporter.say(f"warning: {plan.config.run_name}: {found[-1]}")
+    for kind, _, split in (name.partition("-") for name in plan.inputs):
+        if kind == "postprocess":
+            found += same_in(split, read_captions(plan.directory(f"{kind}-{split}") / PREDICTIONS))
+    for warning in found:
+        reporter.say(f"warning: {plan.config.run_name}: {warning}")
     return found
 
 

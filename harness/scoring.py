@@ -102,9 +102,8 @@ def rows(
 
 
 def _same_ids(predicted: CaptionFile, known: CaptionFile) -> tuple[CaptionFile, CaptionFile]:
-    """Both files with the ids of the one that is no COCO results, where one is."""
-    if known.separator:
-        return with_ids(predicted, known.values), known
+    """Both files, those of COCO results with the ids of the other one."""
+    predicted = with_ids(predicted, known.values)
     return predicted, with_ids(known, predicted.values)
 
 

@@ -42,9 +42,10 @@ def write(path: Path, content: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # a full disk, or a folder of that name
+    except BaseException as error:  # a full disk, a folder of that name, an interruption
         temporary.unlink(missing_ok=True)
-        error.filename = str(path)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     return path
 

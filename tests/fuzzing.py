@@ -1,8 +1,27 @@
-"""How many cases the fuzzers try: few in every run of the tests, HARNESS_FUZZ_CASES on request."""
+"""What the fuzzers share: how many cases they try, and how long one may take."""
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 
 
 def cases(default: int) -> int:
-    """The number of cases, by default `default`."""
+    """How many cases a fuzzer tries: `HARNESS_FUZZ_CASES`, or its own small number."""
     return int(os.environ.get("HARNESS_FUZZ_CASES", default))
+
+
+@contextlib.contextmanager
+def within(seconds: int, case: object) -> Iterator[None]:
+    """Fail, with the case, where its work takes longer: a hang."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"hangs for {seconds} s: {case!r}"[:2000])
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

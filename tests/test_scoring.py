@@ -92,9 +92,9 @@ def test_a_pipe_file_is_read_as_the_organisers_do(tmp_path):
     assert rows.predictions == ["CT ", "plain", "", "x"]
     assert rows.references[0] == "A | B"
     text = "\n".join(rows.warnings)
-    assert "p.csv: 1 row (line 2) cut at a pipe" in text
-    assert "p.csv: 1 row (line 1) passed over" in text
-    assert "p.csv: 1 row (line 3) scored; the organisers' loader would ignore" in text
+    assert "p.csv: 1 caption (a) cut at a pipe" in text
+    assert "p.csv: 1 caption (Image ID) passed over" in text
+    assert "p.csv: 1 caption (VALID_2) scored; the organisers' loader would ignore" in text
     assert "p.csv: blank lines are passed over; a submission must not have any: line 6" in text
     assert len(rows.warnings) == 4
 
@@ -152,7 +152,7 @@ FAULTS = {
         REFERENCE,
         ["is UTF-16 without a byte order"],
     ),
-    "utf-32": ("a|x\nb|y\n".encode("utf-32"), REFERENCE, ["p.csv:1: is UTF-32, not UTF-8"]),
+    "utf-32": ("a|x\nb|y\n".encode("utf-32"), REFERENCE, ["p.csv: is UTF-32, not UTF-8"]),
     "utf-32 BE": ("\ufeffa|x\nb|y\n".encode("utf-32-be"), REFERENCE, ["is UTF-32, not UTF-8"]),
     "utf-32 without BOM": ("a|x\nb|y\n".encode("utf-32-le"), REFERENCE, ["is UTF-32, not UTF-8"]),
     "header again": (

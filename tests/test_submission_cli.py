@@ -99,8 +99,11 @@ def test_concepts(folder):
     path = folder / done.stdout.strip()
     assert path.read_text() == "img_2|C1306645\nimg_1|C0040405;C0817096\nimg_3|\n"
     submission(folder, "check", str(path), "--edition", "2023", *options)
-    done = submission(folder, "make", "concepts.csv", "--edition", "2026", *options, code=3)
-    assert "img_3" in done.stderr
+    done = submission(folder, "make", "concepts.csv", "--edition", "2026", *options)
+    with zipfile.ZipFile(folder / done.stdout.strip()) as archive:
+        text = archive.read("submission.csv").decode()
+    assert text == "ID,CUIs\nimg_2,C1306645\nimg_1,C0040405;C0817096\nimg_3,\n"
+    submission(folder, "check", done.stdout.strip(), "--edition", "2026", *options)
     done = submission(folder, "make", "runs/group/exp/base-s42", "--task", "concept", code=2)
     assert "file of concepts" in done.stderr
 
@@ -129,6 +132,7 @@ def test_check_prints_line_and_fix_and_exits_with_3(folder):
         "file": good,
         "valid": True,
         "problems": [],
+        "warnings": [],
     }
 
 
@@ -238,7 +242,7 @@ def test_ids_of_the_real_files(shared):
         (b"", [None], "no ids"),
         (b"ID\n", [None], "no ids"),
         (b"ID\na\nb\na\n", [4], "already"),
-        (b"a\nb c\n d\n", [2, 3], "white space"),
+        (b"a\nb c\n d\n", [2], "white space: 'b c' (line 2), ' d' (line 3)"),
         (b"ID,Caption\n,x\na,y\n", [2], "empty"),
         (b"a\n\xff\n", [None], "byte 2"),
     ],

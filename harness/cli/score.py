@@ -1,5 +1,6 @@
 """`harness score`: captions from elsewhere, or a run's, against references."""
 
+import contextlib
 import csv
 import io
 import os
@@ -145,11 +146,17 @@ def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
         return f"would overwrite what is read: {path}"
     if path.exists() and not path.is_file():
         return f"is no file: {path}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     # the name that the table is written under at first, which is the longer one
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.touch()
-    temporary.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    finally:
+        with contextlib.suppress(OSError):  # not all of them may be there
+            for folder in new:  # nothing is left of a score that fails
+                folder.rmdir()
     return None
 
 

@@ -1,5 +1,6 @@
 """What came out of a study: lines and rows of its trials, plots, and the winning config as an experiment."""
 
+import io
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import Problem, UserError
 from harness.experiment import merge, parse_sets, set_value, variant_of
-from harness.store import write_json
+from harness.store import write, write_json
 from harness.study.spec import Study
 from harness.study.storage import RECORD, read_record
 from harness.study.trials import Trials
@@ -132,10 +133,10 @@ def _save(axes: Any, path: Path) -> str:
 
     figure = axes.figure
     figure.set_size_inches(9, 5)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    temporary.replace(path)
+    write(path, image.getvalue())
     return path.name
 
 

@@ -57,9 +57,11 @@ def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Pro
     text, flaws = decoded(data)
     rows = body = list(rows_of(text, form, set(ids)))
     if form.header:
-        if not rows or rows[0].fields != tuple(form.header.split(",")):
+        if rows and rows[0].broken:
+            flaws.append(Flaw(1, *rows[0].broken))
+        elif not rows or rows[0].fields != tuple(form.header.split(",")):
             flaws.append(Flaw(1, f"the first line is not {form.header}", "Put that line first."))
-        body = rows[1:] if rows and is_header(rows[0]) else rows
+        body = rows if rows and bare(_first_field(rows[0], form)) in ids else rows[1:]
     for row in body:
         flaws += [Flaw(row.line, *fault) for fault in _row_faults(row, form)]
     flaws += _set_faults(body, ids, form)
@@ -151,7 +153,7 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
     flaws: list[Flaw] = []
     known, first = set(ids), {}
     for row in rows:
-        key = row.fields[0] if row.fields else _first_field(row, form)
+        key = _first_field(row, form)
         if key in first:
             where = f"{key}, as on line {first[key]}"
             flaws.append(Flaw(row.line, "an id that was there before", "Keep one of the two.", where))
@@ -174,9 +176,9 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
 
 
 def _first_field(row: Row, form: Rules) -> str:
-    return row.raw.partition(form.separator)[0].strip('"')
+    return row.fields[0] if row.fields else row.raw.partition(form.separator)[0].strip('"')
 
 
 def some(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"{len(keys)} id{'s' * (len(keys) > 1)} ({', '.join(keys[:5])}{more})"
+    return f"{len(keys)} id{'s' * (len(keys) > 1)} ({', '.join(key[:80] for key in keys[:5])}{more})"

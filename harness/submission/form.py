@@ -216,7 +216,8 @@ def _unreadable(error: str) -> tuple[str, str]:
 
 
 def is_header(row: Row) -> bool:
-    return bool(row.fields) and row.fields[0].strip().lower() == "id"
+    first = row.fields[0] if row.fields else row.raw.partition(",")[0].strip('"')
+    return first.strip().lower() == "id"
 
 
 def bare(key: str) -> str:

@@ -134,7 +134,7 @@ def read_otherwise(file: CaptionFile) -> Iterator[str]:
         return
     keys = list(file.values)
     if file.separator == "," and not file.header and keys:
-        yield f"has no header: the organisers' loader takes its first row, {keys[0]}, for one and loses it"
+        yield f"has no header: the organisers' loader takes its first row, {keys[0][:80]}, for one"
     if found := [key for key, text in file.values.items() if "\r" in text]:
         there = "reads a line feed there" if file.separator == "," else "ends the row there"
         yield f"{few(found)} with a carriage return inside: the organisers' loader {there}"
@@ -148,7 +148,7 @@ def few(keys: Sequence[str]) -> str:
     """How many captions, and the ids of the first: `7 captions (a, b, c, d, e and 2 more)`."""
     more = f" and {len(keys) - 5:,} more" if len(keys) > 5 else ""
     noun = "caption" if len(keys) == 1 else "captions"
-    return f"{len(keys):,} {noun} ({', '.join(keys[:5])}{more})"
+    return f"{len(keys):,} {noun} ({', '.join(key[:80] for key in keys[:5])}{more})"
 
 
 def _is_header(fields: Sequence[str], first: bool, separator: str) -> bool:

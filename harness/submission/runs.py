@@ -47,10 +47,10 @@ def _against_the_run(
             continue
         other = run_root(folder, record) / record["artifacts"][name]
         known = _ids_in(other)
-        if size is None or len(known) == size:  # else it is the other file that is damaged
-            for what in _differences(found, known):
-                yield Problem(f"{what}, compared with {other}", file, hint=again)
-                return
+        whole = known and (size is None or len(known) == size)  # else it is that file which is damaged
+        if whole and (wrong := list(_differences(found, known))):
+            yield from (Problem(f"{what}, compared with {other}", file, hint=again) for what in wrong)
+            return
 
 
 def _ids_in(table: Path) -> Collection[str]:
