@@ -17,6 +17,7 @@ from harness.config import ScoreConfig
 from harness.device import out_of_memory
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
+from harness.metrics.expected import quieten
 
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
@@ -236,6 +237,7 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def loading(place: Path) -> Iterator[None]:
     """Turns whatever a library makes of damaged or foreign files into `Absent`, in one line."""
+    quieten()
     try:
         yield
     except (Absent, MemoryError):
