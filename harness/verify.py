@@ -86,10 +86,8 @@ def _verified(name: str, score: Score, inputs: Inputs, wanted: int) -> Verified:
     try:
         theirs = original.scores(inputs, [pairs[row] for row in rows])
     except Exception as error:  # whatever a package makes of these captions is its answer
-        what = " ".join(str(error).split())[:200]
-        return Verified(
-            original.package, 0, None, f"not compared: it stops at {type(error).__name__}: {what}"
-        )
+        why = f"not compared: it stops at {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Verified(original.package, 0, None, why)
     return Verified(original.package, len(rows), float(np.abs(np.asarray(theirs) - ours).max()))
 
 

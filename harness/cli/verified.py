@@ -1,5 +1,6 @@
 """How `score --verify` is printed: our scores beside the original packages."""
 
+import math
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,7 @@ def plain(verified: Mapping[str, "Verified"]) -> dict[str, dict[str, Any]]:
         name: {
             "package": one.package and _package(one),
             "rows": one.rows,
-            "difference": None
-            if one.difference is None or one.difference != one.difference
-            else one.difference,
+            "difference": one.difference if math.isfinite(one.difference or 0) else None,
             "ok": None if one.difference is None else not one.fails,
             "reason": one.why,
         }
