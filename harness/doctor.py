@@ -20,6 +20,7 @@ from harness.plan import RUNS, problems, unscalable
 from harness.store import free, gb
 
 DISTRIBUTION = "imageclef-harness"
+VERIFY = "verify them by the original packages: python -m harness score FILE --references FILE --verify 20"
 _WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
 
 
@@ -44,6 +45,7 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
     for want in wanted:
         checks += _device(want, configs, kinds)
     checks.append(_java())
+    checks.append(Check("scores", True, VERIFY))
     if configs:
         checks += _weights(configs)
         checks += _data(configs)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from harness import checkpoints, device, metrics, ranks
+from harness import checkpoints, device, metrics, ranks, verify
 from harness.captions import sameness
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data import folders
@@ -349,6 +349,14 @@ def score_concepts(
 
     Returns the scores, and what is to be known about the rows.
     """
+    scores = metrics.score_concepts(*_concepts(scored, manual), edition, bootstrap)
+    return scores, [*scored.warnings, *_too_many(scored, EDITIONS[edition].max_cuis)]
+
+
+def _concepts(
+    scored: Rows, manual: Rows | None
+) -> tuple[list[set[str]], list[set[str]], list[set[str]] | None]:
+    """Predicted, reference and, where there are any, manually validated concepts, row by row."""
 
     def sets(values: Sequence[str]) -> list[set[str]]:
         return [set(filter(None, map(str.strip, value.split(";")))) for value in values]
@@ -357,10 +365,34 @@ def score_concepts(
     if manual is not None:
         by_id = dict(zip(manual.ids, manual.references, strict=True))
         validated = sets([by_id[key] for key in scored.ids])
-    scores = metrics.score_concepts(
-        sets(scored.predictions), sets(scored.references), validated, edition, bootstrap
+    return sets(scored.predictions), sets(scored.references), validated
+
+
+def verified(
+    scored: Rows,
+    config: ScoreConfig,
+    edition: int,
+    scores: Mapping[str, Score],
+    rows: int,
+    wanted_device: str,
+) -> dict[str, verify.Verified]:
+    """The scores beside the original packages, one pair at a time, on some rows; see `verify`."""
+    inputs = metrics.Inputs(
+        scored.predictions,
+        scored.references,
+        scored.images,
+        config.for_edition(edition),
+        edition,
+        _torch_device(wanted_device),
     )
-    return scores, [*scored.warnings, *_too_many(scored, EDITIONS[edition].max_cuis)]
+    return verify.captions(inputs, scores, rows)
+
+
+def verified_concepts(
+    scored: Rows, manual: Rows | None, edition: int, scores: Mapping[str, Score], rows: int
+) -> dict[str, verify.Verified]:
+    """As `verified`, for scores of concepts."""
+    return verify.concept_lists(*_concepts(scored, manual), scores, edition, rows)
 
 
 def _too_many(scored: Rows, allowed: int | None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli import verified as verification
 from harness.cli.terminal import DeviceOption, Format, Output, Sets, Task, Terminal
 from harness.errors import Problem, UserError
 from harness.visible import is_terminal, json_text, print_csv
@@ -53,6 +54,10 @@ def score(
     per_image: Annotated[
         Path | None, typer.Option(metavar="OUT.csv", help="Write the score of each image.")
     ] = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Compare N rows with the original packages; 1e-5 is allowed."),
+    ] = None,
     output: Output = Format.table,
 ) -> None:
     """Score captions, or concepts, as the organisers do, each score with its interval and signature.
@@ -78,21 +83,34 @@ def score(
         validated = scoring.rows(predictions, manual, task=task.value) if manual else None
         scores, warnings = scoring.score_concepts(rows, validated, year, config.bootstrap)
     else:
-        scores, warnings = scoring.score(rows, config, year, device.value if device else "auto")
+        on = device.value if device else "auto"
+        scores, warnings = scoring.score(rows, config, year, on)
     if rank():
         return
+    verified = None
+    if verify and task is Task.concept:
+        verified = scoring.verified_concepts(rows, validated, year, scores, verify)
+    elif verify:
+        say(f"verifying {min(verify, len(rows.ids)):,} rows by the original packages, one pair at a time")
+        verified = scoring.verified(rows, config, year, scores, verify, on)
     if output is Format.json:
         found = {name: _plain(score) for name, score in scores.items()}
         result = {"edition": year, "n": len(rows.ids), "scores": found, "warnings": warnings}
-        print(json_text(result | {"inputs": rows.inputs}, allow_nan=False))
+        result |= {"inputs": rows.inputs} | ({"verified": verification.plain(verified)} if verified else {})
+        print(json_text(result, allow_nan=False))
     else:
         _print_csv(scores) if output is Format.csv else _print_table(scores)
         for warning in warnings:
             say(f"warning: {warning}")
+        if verified:
+            table = verification.lines(verified, verify or 0, len(rows.ids))
+            print("\n".join(table), file=sys.stderr if output is Format.csv else sys.stdout)
     if per_image is not None:
         from harness.metrics import write_per_image
 
         say(f"per image: {write_per_image(per_image, rows.ids, rows.references, rows.predictions, scores)}")
+    if verified:
+        verification.judge(verified)
 
 
 def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:

@@ -36,6 +36,7 @@ from harness.store import fingerprint
 __all__ = [
     "METRICS",
     "READINGS",
+    "Inputs",
     "Metric",
     "Score",
     "aggregate",

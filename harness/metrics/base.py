@@ -17,6 +17,7 @@ from harness.config import ScoreConfig
 from harness.device import out_of_memory
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
+from harness.metrics.expected import quieten
 
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
@@ -233,9 +234,19 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def at_hand(name: str, key: str) -> Checkpoint:
+    """The checkpoint that the config names by `key`; raises `Absent` where it can't be loaded."""
+    found = checkpoints.find(name)
+    wrong = checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
+    if found is None or wrong:
+        raise Absent("; ".join(problem.what for problem in wrong))
+    return found
+
+
 @contextlib.contextmanager
 def loading(place: Path) -> Iterator[None]:
     """Turns whatever a library makes of damaged or foreign files into `Absent`, in one line."""
+    quieten()
     try:
         yield
     except (Absent, MemoryError):

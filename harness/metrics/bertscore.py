@@ -21,7 +21,18 @@ from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
 from harness.errors import Problem
 from harness.metrics import cache, text
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.base import (
+    Absent,
+    Inputs,
+    Measured,
+    at_hand,
+    by_length,
+    cut_rows,
+    dtype,
+    loaded,
+    loading,
+    sign,
+)
 from harness.metrics.cache import Embedded, Row, TextCache
 from harness.store import fingerprint
 
@@ -45,10 +56,7 @@ def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
             raise Absent(f"{STANDIN_NAME} is not installed")
         folder = Path(package.submodule_search_locations[0]) / "model"
         return Checkpoint(STANDIN_NAME, folder, standin=True), STANDIN_LAYER
-    found = checkpoints.find(config.checkpoint)
-    if found is None:
-        raise Absent(f"weights are not on this machine: {config.checkpoint}")
-    return found, config.layer
+    return at_hand(config.checkpoint, KEY), config.layer
 
 
 def problems(config: BertScoreConfig) -> list[Problem]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness import checkpoints
 from harness.editions import EDITIONS
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.base import Inputs, Measured, at_hand, by_length, cut_rows, dtype, loaded, loading, sign
 from harness.metrics.cache import Row
 from harness.store import fingerprint
 
@@ -23,9 +23,7 @@ def measure(inputs: Inputs) -> Measured:
     the signature says.
     """
     name, precision = inputs.config.bleurt.checkpoint, inputs.config.precision
-    found = checkpoints.find(name)
-    if found is None:
-        raise Absent(f"weights are not on this machine: {name}")
+    found = at_hand(name, KEY)
     signature = sign(
         "bleurt", inputs.edition, inputs.name_of(found), "pre:official", precision, "bleurt-pytorch:0.0.1"
     )

@@ -15,7 +15,7 @@ from harness import checkpoints
 from harness.data.files import read
 from harness.data.images import DAMAGE, FORMATS, damage, decode
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, Inputs, Measured, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.base import Absent, Inputs, Measured, at_hand, cut_rows, dtype, loaded, loading, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 from harness.store import fingerprint
@@ -65,9 +65,7 @@ def _measure(
     if inputs.images is None:
         raise Absent("needs images")
     checkpoint, precision = inputs.config.clipscore.checkpoint, inputs.config.precision
-    found = checkpoints.find(checkpoint)
-    if found is None:
-        raise Absent(f"weights are not on this machine: {checkpoint}")
+    found = at_hand(checkpoint, KEY)
     signature = sign(
         name,
         inputs.edition,
