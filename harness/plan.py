@@ -19,7 +19,6 @@ from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.images import unbuilt
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.metrics.bertscore import IDF_SINCE
 from harness.store import free, gb, is_done, step_directory
 
 RUNS = Path("runs")
@@ -28,7 +27,7 @@ TINY_VERSION = 3
 STANDIN_VERSION = 1
 TRAIN_VERSION = 3
 PREDICT_VERSION = 1
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 
 
 HOW = {"zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints"}
@@ -57,6 +56,7 @@ class Plan:
     def inputs(self) -> dict[str, dict[str, Any]]:
         """What determines the output of each step, by step name in the order of running."""
         config, data = self.config, self.data
+        edition = EDITIONS[config.edition]
         steps: dict[str, dict[str, Any]] = {}
         if config.model.checkpoint == "tiny":
             steps["tiny"] = {
@@ -85,7 +85,7 @@ class Plan:
             "train": config.train.model_dump(exclude=HOW),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
-            "primary": [primary_metric(config), config.edition >= IDF_SINCE, bertscore, standing, precision],
+            "primary": [primary_metric(config), edition.bertscore_idf, bertscore, standing, precision],
         }
         for split in self.splits:
             steps[f"predict-{split}"] = {

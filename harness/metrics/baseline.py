@@ -27,7 +27,7 @@ def constant_baseline(
     `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out. With more than 2,000
     training captions, a seeded sample of them is candidate and is scored against.
     """
-    captions = [text.official(text.one_line(caption)) for caption in training]
+    captions = [text.official(caption) for caption in training]
     if len(captions) > MOST_CANDIDATES:
         chosen = np.random.default_rng(0).permutation(len(captions))[:MOST_CANDIDATES]
         captions = [captions[i] for i in sorted(chosen)]

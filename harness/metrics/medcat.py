@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from harness.checkpoints import hashes
 from harness.config import MedCatConfig
+from harness.editions import EDITIONS
 from harness.errors import Problem
-from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, sign
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, empty, sign
 from harness.metrics.cache import Row, state
 from harness.metrics.images import identities
 from harness.store import fingerprint
@@ -53,8 +55,8 @@ def problems(config: MedCatConfig) -> list[Problem]:
 def measure(inputs: Inputs) -> Measured:
     """F1 of the UMLS concepts that MedCAT finds in each raw prediction and its raw reference.
 
-    Concepts count once for a caption, in 0 to 1; two empty captions are 1, two captions without any concept
-    are 0, as in the evaluator of 2026.
+    Concepts count once for a caption, in 0 to 1; two captions of length 0 are 1, two captions without any
+    concept are 0, white space included, as in the evaluators of 2025 and 2026.
     """
     config = inputs.config.medcat
     if config.model_pack is None:
@@ -73,9 +75,11 @@ def measure(inputs: Inputs) -> Measured:
         found = concepts({caption for row in rows for caption in row}, config.model_pack, python)
         return [[_score(row, found)] for row in rows]
 
-    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
-    per_image = inputs.scored([signature, pack], pairs, compute)[:, 0]
-    return Measured(per_image, signature, official=name == OFFICIAL)
+    per_image = inputs.scored([signature, pack], inputs.pairs, compute)[:, 0]
+    rows = np.flatnonzero(empty(inputs.pairs)).tolist()
+    said = f"with both captions of length 0: medcat is 1 by {EDITIONS[inputs.edition].blanks.rule}"
+    warnings = [Flagged(rows, said)] if rows else []
+    return Measured(per_image, signature, official=name == OFFICIAL, warnings=warnings)
 
 
 def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]]:
@@ -94,7 +98,7 @@ def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]
 
 
 def _score(pair: Row, found: Mapping[str, set[str]]) -> float:
-    if all(map(text.is_empty, pair)):
+    if not any(pair):
         return 1.0
     ours, theirs = (found[caption] for caption in pair)
     return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours & theirs else 0.0
