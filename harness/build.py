@@ -259,7 +259,7 @@ class Builder:
         gc.collect()
         source = self.plan.directory("predict-valid" if stage == "before" else "postprocess-valid")
         inputs = dict(self.plan.inputs[f"score-{stage}"])
-        inputs["captions"] = (source / PREDICTIONS).read_text(encoding="utf-8")
+        inputs["captions"] = (source / PREDICTIONS).read_bytes().decode()  # line breaks as they are
         inputs["training"] = self.data.fingerprints["train"]  # the constant caption comes from it
         index = self.plan.root / "cache" / "scored" / fingerprint(inputs)
         with self._alone(index):

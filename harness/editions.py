@@ -14,6 +14,22 @@ csv-zip: comma, header `ID,Caption` or `ID,CUIs`, as `submission.csv` at the roo
 
 
 @dataclass(frozen=True)
+class Blanks:
+    """What an evaluator makes of captions that are empty or hold nothing but white space.
+
+    BERTScore and ROUGE-1 are 1 where both captions have length 0, and 0 wherever else one of them is blank
+    after the pre-processing.
+    """
+
+    length_of: Literal["raw", "clean"]
+    """The form whose length 0 counts: the captions as read, or after the pre-processing."""
+    rule: str
+    """Whose rule it is, for warnings."""
+    similarity_embeds_empty: bool = False
+    """Whether Similarity embeds a prediction of length 0, and is 1 where both captions have it; else 0."""
+
+
+@dataclass(frozen=True)
 class Edition:
     """One year's files, metrics and ranking."""
 
@@ -38,6 +54,12 @@ class Edition:
     """The ranking rule in words, for tables and pages."""
     bleurt: str = "lucadiliello/BLEURT-20"
     """The checkpoint of that year's BLEURT."""
+    bertscore_idf: bool = False
+    """Whether BERTScore weighs tokens by their rarity in the references."""
+    bertscore_tokens: int | None = None
+    """Tokens after which BERTScore cuts a caption, the two special ones included; None: it does not.
+    That of 2024 is not established, and taken as in 2023."""
+    blanks: Blanks = Blanks("clean", "the rule of 2023")
     aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Scores that are the plain mean of other scores, in the order in which they can be computed."""
     unavailable: tuple[str, ...] = ()
@@ -61,6 +83,8 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SEVEN,
             primary=None,
             ranking="not established",
+            bertscore_tokens=512,
+            blanks=Blanks("clean", "the rule of 2023; that of 2022 is not established"),
         ),
         Edition(
             year=2023,
@@ -73,6 +97,7 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SEVEN,
             primary="bertscore",
             ranking="by bertscore, highest first",
+            bertscore_tokens=512,
         ),
         Edition(
             year=2024,
@@ -86,6 +111,8 @@ EDITIONS: Mapping[int, Edition] = {
             primary="bertscore",
             ranking="by bertscore, highest first",
             unavailable=("ClinicalBLEURT", "MedBERTScore"),
+            bertscore_tokens=512,
+            blanks=Blanks("clean", "the rule of 2023; that of 2024 is not established"),
         ),
         Edition(
             year=2025,
@@ -99,6 +126,8 @@ EDITIONS: Mapping[int, Edition] = {
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
             bleurt="lucadiliello/BLEURT-20-D12",
+            bertscore_idf=True,
+            blanks=Blanks("raw", "the rule of 2025", similarity_embeds_empty=True),
             aggregates={
                 "relevance": ("bertscore", "rouge1", "similarity"),
                 "factuality": ("medcat", "alignscore"),
@@ -117,6 +146,8 @@ EDITIONS: Mapping[int, Edition] = {
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
             bleurt="lucadiliello/BLEURT-20-D12",
+            bertscore_idf=True,
+            blanks=Blanks("raw", "the rule of 2026"),
             aggregates={
                 "relevance": ("bertscore", "rouge1", "similarity", "bleurt"),
                 "factuality": ("medcat", "alignscore"),

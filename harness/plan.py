@@ -22,7 +22,6 @@ from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.metrics.bertscore import IDF_SINCE
 from harness.resume import BEST
 from harness.store import free, gb, is_done, products, step_directory
 from harness.submission.checks import some
@@ -203,7 +202,9 @@ def _primary(config: Config, root: Path) -> list[Any]:
     name = primary_metric(config)
     only = config.score.model_copy(update={"metrics": (name,)})
     settings = {key: value for key, value in only.model_dump().items() if key in (name, "precision")}
-    return [name, config.edition >= IDF_SINCE, settings, metrics.identities_of(only, root / "cache")]
+    edition = EDITIONS[config.edition]
+    rules = [edition.bertscore_idf, edition.bertscore_tokens, edition.blanks]
+    return [name, rules, settings, metrics.identities_of(only, root / "cache")]
 
 
 def problems(config: Config) -> list[Problem]:

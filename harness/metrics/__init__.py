@@ -1,5 +1,6 @@
 """Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,7 @@ METRICS: dict[str, Metric] = {
 }
 READINGS: dict[str, Metric] = {"cider_ptb": Metric(lexical.cider_ptb)}
 """Reported beside the metric before the `_`, where it is not established which of the two is official."""
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 UNDECIDED = {reading.partition("_")[0] for reading in READINGS}
 
 
@@ -79,8 +81,9 @@ class Score:
     """One metric over one set of captions.
 
     `value` with its 95 % row bootstrap interval [`low`, `high`], None with a `reason` where it could not be
-    computed; `n` captions; `official` only where the edition's own checkpoint computed it; `per_image` (n,)
-    segment scores and `statistics` (n, k) that `aggregate(name)` turns into the value.
+    computed; `n` images that count; `official` only where the edition's own checkpoint computed it;
+    `per_image` scores of all images, NaN for one that does not count, and `statistics` (n, k) that
+    `aggregate(name)` turns into the value.
     """
 
     name: str
@@ -128,7 +131,7 @@ def score(
         return {}, []
     found |= _aggregates(found, edition)
     scores = _with_intervals(found, len(inputs.references), config.bootstrap, edition)
-    flagged = _empty_rows(inputs, [name for name in ("bertscore", "rouge1") if name in found])
+    flagged = _blank_rows(inputs, [name for name in ("bertscore", "rouge1") if name in found])
     for result in found.values():
         flagged += result.measured.warnings if result.measured else []
     doubts = [doubt for result in found.values() if result.measured for doubt in result.measured.doubts]
@@ -231,40 +234,52 @@ def score_concepts(
 ) -> dict[str, Score]:
     """The scores of concept detection, row by row sets of CUIs: `f1` over all concepts, and `f1_secondary`.
 
-    The second is against the `manual` references and over modalities and body parts alone; it is absent
-    without them.
+    The second is against the `manual` references and over modalities and body parts alone. Images whose
+    manual list has none of these do not count; it is absent where no image counts, and without `manual`.
     """
+    _check_counts(predictions=predictions, references=references, manual=manual)
     started = time.perf_counter()
     per_image = concepts.scores(predictions, references)
     signature = sign("f1", edition, "all concepts", "like:sklearn")
     found = {"f1": _Found(Measured(per_image, signature), time.perf_counter() - started)}
-    if manual is None:
-        found["f1_secondary"] = _Found(None, 0.0, "needs the manually validated concepts (--manual)")
-    else:
-        per_image = concepts.secondary_scores(predictions, manual)
-        signature = sign(
-            "f1_secondary", edition, f"{len(concepts.SECONDARY)} concepts, manual", "like:sklearn"
-        )
-        found["f1_secondary"] = _Found(Measured(per_image, signature), 0.0)
+    found["f1_secondary"] = _secondary(predictions, manual, edition)
     return _with_intervals(found, len(references), bootstrap, None)
+
+
+def _secondary(predictions: Sequence[Set[str]], manual: Sequence[Set[str]] | None, edition: int) -> _Found:
+    if manual is None:
+        return _Found(None, 0.0, "needs the manually validated concepts (--manual)")
+    per_image = concepts.secondary_scores(predictions, manual)
+    what = f"{len(concepts.SECONDARY)} concepts"
+    if np.isnan(per_image).all():
+        return _Found(None, 0.0, f"no image counts: no manual list has one of the {what} of this score")
+    return _Found(Measured(per_image, sign("f1_secondary", edition, f"{what}, manual", "like:sklearn")), 0.0)
 
 
 def _with_intervals(
     found: Mapping[str, _Found], n: int, resamples: int, edition: int | None
 ) -> dict[str, Score]:
-    """The scores; `edition` says which of them are official at all, None leaves that to the metric."""
-    measured = {name: result.measured for name, result in found.items() if result.measured}
+    """The scores; `edition` says which of them are official at all, None leaves that to the metric.
+
+    An interval is of resampled rows that count. Scores of the same rows are resampled together.
+    """
+    arrays = {
+        name: one.measured.per_image if one.measured.statistics is None else one.measured.statistics
+        for name, one in found.items()
+        if one.measured
+    }
+    counted = {name: values[np.isfinite(values.reshape(n, -1)).all(1)] for name, values in arrays.items()}
     intervals = {}
-    if resamples and measured and n > 1:
-        arrays = {n: m.per_image if m.statistics is None else m.statistics for n, m in measured.items()}
-        resampled = bootstrap.resample(arrays, {n: aggregate(n) for n in arrays}, resamples)
-        intervals = {name: bootstrap.interval(scores) for name, scores in resampled.items()}
+    for rows in {len(values) for values in counted.values()} - {1} if resamples else ():
+        same = {name: values for name, values in counted.items() if len(values) == rows}
+        resampled = bootstrap.resample(same, {name: aggregate(name) for name in same}, resamples)
+        intervals |= {name: bootstrap.interval(scores) for name, scores in resampled.items()}
     return {
         name: _score(
             name,
             result.measured,
             *intervals.get(name, (None, None)),
-            n,
+            len(counted[name]),
             result.seconds,
             result.measured.official and _is_official(name, edition),
         )
@@ -293,7 +308,7 @@ def _score(
 ) -> Score:
     return Score(
         name,
-        float(measured.per_image.mean()) if measured.value is None else measured.value,
+        float(np.nanmean(measured.per_image)) if measured.value is None else measured.value,
         low,
         high,
         n,
@@ -372,23 +387,36 @@ def _wanted(config: ScoreConfig) -> dict[str, Metric]:
 def _check_rows(
     predictions: Sequence[str], references: Sequence[str], images: Sequence[Path | None] | None
 ) -> None:
-    counts = {"predictions": len(predictions), "references": len(references)}
-    if images is not None:
-        counts["images"] = len(images)
-    if len(set(counts.values())) > 1 or not predictions:
+    _check_counts(predictions=predictions, references=references, images=images)
+    problems = [
+        Problem(f"row {row} of the {name} holds half of a surrogate pair, which is no character")
+        for name, captions in (("predictions", predictions), ("references", references))
+        for row, caption in enumerate(captions, 1)
+        if _HALF_A_PAIR.search(caption)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _check_counts(**rows: Sequence[Any] | None) -> None:
+    counts = {what: len(values) for what, values in rows.items() if values is not None}
+    if len(set(counts.values())) > 1 or not counts["predictions"]:
         got = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise UserError([Problem(f"got {got}; scoring wants the same number of each, at least one")])
 
 
-def _empty_rows(inputs: Inputs, metrics: Sequence[str]) -> list[Flagged]:
-    """Rows that the organisers' code has no answer for, and what `metrics` of them are."""
-    empty = [tuple(map(text.is_empty, pair)) for pair in inputs.clean_pairs]
-    both = [row for row, sides in enumerate(empty) if all(sides)]
-    one = [row for row, sides in enumerate(empty) if any(sides) and not all(sides)]
-    kinds = ((both, "prediction and reference", 1), (one, "one caption", 0))
+def _blank_rows(inputs: Inputs, metrics: Sequence[str]) -> list[Flagged]:
+    """Rows with a blank caption, and what `metrics` of them are by the edition's rule."""
+    blanks = EDITIONS[inputs.edition].blanks
+    blank = np.array([any(map(text.is_empty, pair)) for pair in inputs.clean_pairs])
+    after = " after pre-processing" if blanks.length_of == "clean" else ""
+    kinds = (
+        (inputs.agreed, f"both captions of length 0{after}", 1),
+        (blank & ~inputs.agreed, "a caption that is blank after pre-processing", 0),
+    )
     named = f"{' and '.join(metrics)} {'are' if len(metrics) > 1 else 'is'}"
     return [
-        Flagged(rows, f"with {what} empty after pre-processing: {named} {value}")
+        Flagged(np.flatnonzero(rows).tolist(), f"with {what}: {named} {value} by {blanks.rule}")
         for rows, what, value in kinds
-        if rows and metrics
+        if rows.any() and metrics
     ]

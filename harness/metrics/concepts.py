@@ -26,5 +26,10 @@ def scores(predictions: Sequence[Set[str]], references: Sequence[Set[str]]) -> n
 
 
 def secondary_scores(predictions: Sequence[Set[str]], manual: Sequence[Set[str]]) -> np.ndarray:
-    """F1 (n,) per image over the concepts of `SECONDARY` alone, against the manual references."""
-    return scores([found & SECONDARY for found in predictions], [found & SECONDARY for found in manual])
+    """F1 (n,) per image over the concepts of `SECONDARY` alone, against the manual references.
+
+    NaN for an image whose manual list has none of them: the organisers leave it out, and divide by the rest.
+    """
+    wanted = [found & SECONDARY for found in manual]
+    found = scores([found & SECONDARY for found in predictions], wanted)
+    return np.where([bool(one) for one in wanted], found, np.nan)

@@ -1,6 +1,7 @@
 """What scoring leaves on disk for people (a table by image) and for `compare` (numbers in full)."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,12 @@ def write_per_image(
     predictions: Sequence[str],
     scores: Mapping[str, "Score"],
 ) -> Path:
-    """Write ID, reference, prediction and the score of each image by each metric that has one, as CSV."""
+    """Write ID, reference, prediction and the score of each image by each metric that has one, as CSV.
+
+    The cell of an image that does not count is empty.
+    """
     named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
-    columns = [[f"{value:.6f}" for value in values] for values in named.values()]
+    columns = [["" if math.isnan(value) else f"{value:.6f}" for value in values] for values in named.values()]
     rows = zip(ids, references, predictions, *columns, strict=True)
     return write_table(path, [("ID", "reference", "prediction", *named), *rows])
 
@@ -31,7 +35,8 @@ def write_per_image(
 def write_arrays(path: Path, ids: Sequence[str], scores: Mapping[str, "Score"]) -> Path:
     """Write `ids` (n,) and, by the name of each metric that has a value, what resampling needs.
 
-    That is (n, k) statistics where the metric has an aggregate, else (n,) scores.
+    That is (n, k) statistics where the metric has an aggregate, else (n,) scores, NaN where a row does not
+    count.
     """
     arrays = {
         name: score.per_image if score.statistics is None else score.statistics

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent
+from harness.metrics.base import Absent, filled
 from harness.metrics.cache import VERSION, Blobs, Row, key, made_by
 from harness.store import fingerprint
 
@@ -38,6 +38,7 @@ class Features:
     """Image features by `encode`, kept in memory and, once `keep` has named a folder, on disk.
 
     They serve the captions before and after post-processing, two metrics of one model, and later runs.
+    Batches are all of one size, so that a feature is a function of its image alone.
     """
 
     def __init__(self, encode: Encode, batch: int):
@@ -61,8 +62,8 @@ class Features:
             kept = self._disk.get(keys)
             self._known |= {keys[k]: np.frombuffer(value, np.float32) for k, value in kept.items()}
             new = [image for image in new if image not in self._known]
-        for start in range(0, len(new), self._batch):
-            self._add(new[start : start + self._batch])
+        for batch in filled(new, self._batch):
+            self._add(batch)
         return np.stack([self._known[image] for image in images])
 
     def _add(self, images: Sequence[Row]) -> None:

@@ -1,23 +1,25 @@
 """ROUGE-1, BLEU-1 and CIDEr: scores that count words."""
 
+import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from harness.metrics import java, text
+from harness.metrics import java
 from harness.metrics.base import Inputs, Measured, sign
 from harness.metrics.cache import Row
 from harness.store import fingerprint
 
 WORD = re.compile(r"[a-z0-9]+")
+CIDER_ORDERS = 4
+CIDER_SIGMA = 6.0
 
 
 def rouge1_f(prediction: str, reference: str) -> float:
-    """ROUGE-1 F1 of one pre-processed pair, equal to rouge-score's without stemmer; both empty is 1."""
-    if text.is_empty(prediction) and text.is_empty(reference):
-        return 1.0
+    """ROUGE-1 F1 of one pre-processed pair, equal to rouge-score's without stemmer."""
     ours, theirs = Counter(WORD.findall(prediction.lower())), Counter(WORD.findall(reference.lower()))
     common = (ours & theirs).total()
     if not common:
@@ -27,8 +29,8 @@ def rouge1_f(prediction: str, reference: str) -> float:
 
 
 def rouge1(inputs: Inputs) -> Measured:
-    """ROUGE-1 F1 of each row after the official pre-processing."""
-    per_image = np.array([rouge1_f(*pair) for pair in inputs.clean_pairs])
+    """ROUGE-1 F1 of each row after the official pre-processing; empty captions by the edition's rule."""
+    per_image = np.where(inputs.agreed, 1.0, [rouge1_f(*pair) for pair in inputs.clean_pairs])
     return Measured(per_image, sign("rouge1", inputs.edition, "stem:no", "like:rouge-score:0.1.2"))
 
 
@@ -60,15 +62,14 @@ def bleu1_aggregate(totals: np.ndarray) -> np.ndarray:
 
 def cider(inputs: Inputs) -> Measured:
     """CIDEr-D of each row after the official pre-processing, without PTB; its mean is the score."""
-    signature = sign("cider", inputs.edition, "ptb:no", "pycocoevalcap:1.2")
+    signature = sign("cider", inputs.edition, "ptb:no", "like:pycocoevalcap:1.2")
     return Measured(_cider(inputs, signature, inputs.clean_pairs, list), signature)
 
 
 def cider_ptb(inputs: Inputs) -> Measured:
     """CIDEr-D of the raw captions after PTB, the other candidate for what the organisers compute."""
-    signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "pycocoevalcap:1.2")
-    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
-    return Measured(_cider(inputs, signature, pairs, java.ptb), signature)
+    signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "like:pycocoevalcap:1.2")
+    return Measured(_cider(inputs, signature, inputs.pairs, java.ptb), signature)
 
 
 def _cider(
@@ -87,12 +88,66 @@ def _cider(
 
 
 def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """CIDEr-D (n,), in 0 to 10, by pycocoevalcap; its document frequencies are those of these references."""
-    from pycocoevalcap.cider.cider_scorer import CiderScorer
+    """CIDEr-D (n,), in 0 to 10, as pycocoevalcap's `cider_scorer.py` with one reference for each prediction.
 
-    scorer = CiderScorer()
-    for prediction, reference in zip(predictions, references, strict=True):
-        scorer += (prediction, [reference])
-    if not any(map(str.split, references)):  # the scorer takes the maximum of no frequencies
-        return np.zeros(len(predictions))
-    return np.asarray(scorer.compute_score()[1])
+    Document frequencies are those of these references. A row's score is a function of the references and the
+    row: its sums run over the n-grams of the references in an order that other predictions do not change.
+    """
+    count = len(references)
+    words, document = _words([*references, *predictions])
+    log_count = math.log(count)
+    starts = grams = np.arange(0)
+    total, lengths = np.zeros(count), np.zeros(2 * count)
+    for order in range(1, CIDER_ORDERS + 1):
+        if order == 1:
+            starts, grams = np.arange(len(words)), words
+        else:
+            inside = starts + order - 1 < len(words)
+            starts, grams = starts[inside], grams[inside]
+            inside = document[starts] == document[starts + order - 1]
+            starts, grams = starts[inside], grams[inside]
+            grams = _ranks(grams * (words.max(initial=0) + 1) + words[starts + order - 1])
+        if order == 2:  # the original measures captions in pairs of words
+            lengths = np.bincount(document[starts], minlength=2 * count).astype(float)
+        total += _cosines(document[starts], grams, count, log_count)
+    gap = lengths[count:] - lengths[:count]
+    return 10 * total / CIDER_ORDERS * np.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
+
+
+def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each word of all texts, in order, and the number of its text."""
+    known: dict[str, int] = {}
+    numbers = array("q")
+    counts = []
+    for text in texts:
+        split = text.split()
+        counts.append(len(split))
+        numbers.extend(known.setdefault(word, len(known)) for word in split)
+    return np.array(numbers, dtype=np.int64), np.repeat(np.arange(len(texts)), counts)
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: float) -> np.ndarray:
+    """Clipped cosines (count,) of n-grams of one order; documents from `count` on are the predictions."""
+    size = int(grams.max(initial=0)) + 1
+    pairs, times = np.unique(document * size + grams, return_counts=True)
+    document, grams = np.divmod(pairs, size)
+    frequency = np.bincount(grams[document < count], minlength=size)
+    weights = times * (log_count - np.log(np.maximum(frequency, 1)))[grams]
+    # summed apart, and exactly: n-grams that no reference has
+    known = frequency[grams] > 0
+    squares = np.bincount(document[known], weights[known] ** 2, 2 * count)
+    squares += log_count**2 * np.bincount(document[~known], times[~known] ** 2, 2 * count)
+    norms = np.sqrt(squares)
+
+    ours = document >= count
+    _, mine, theirs = np.intersect1d(
+        pairs[ours] - count * size, pairs[~ours], assume_unique=True, return_indices=True
+    )
+    clipped = np.minimum(weights[ours][mine], weights[~ours][theirs]) * weights[~ours][theirs]
+    shared = np.bincount(document[~ours][theirs], clipped, count)
+    both = norms[:count] * norms[count:]
+    return np.divide(shared, both, out=np.zeros(count), where=both > 0)

@@ -13,11 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from harness.checkpoints import sha256, sums, untrusted
 from harness.config import MedCatConfig
+from harness.editions import EDITIONS
 from harness.errors import Problem
-from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, sign
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, empty, sign
 from harness.metrics.cache import Row
 
 OFFICIAL = "umls_self_train_model_pt2ch_3760d588371755d0"
@@ -66,8 +68,8 @@ def identity(config: MedCatConfig, cache: Path | None) -> dict[str, Any]:
 def measure(inputs: Inputs) -> Measured:
     """F1 of the UMLS concepts that MedCAT finds in each raw prediction and its raw reference.
 
-    Concepts count once for a caption, in 0 to 1; two empty captions are 1, two captions without any concept
-    are 0, as in the evaluator of 2026.
+    Concepts count once for a caption, in 0 to 1; two captions of length 0 are 1, two captions without any
+    concept are 0, white space included, as in the evaluators of 2025 and 2026.
     """
     config = inputs.config.medcat
     if config.model_pack is None:
@@ -87,11 +89,13 @@ def measure(inputs: Inputs) -> Measured:
         found = concepts({caption for row in rows for caption in row}, pack, python)
         return [[_score(row, found)] for row in rows]
 
-    pairs = list(zip(inputs.predictions, inputs.references, strict=True))
-    per_image = inputs.scored(what, pairs, compute)[:, 0]
+    per_image = inputs.scored(what, inputs.pairs, compute)[:, 0]
+    rows = np.flatnonzero(empty(inputs.pairs)).tolist()
+    said = f"with both captions of length 0: medcat is 1 by {EDITIONS[inputs.edition].blanks.rule}"
+    warnings = [Flagged(rows, said)] if rows else []
     trusted = pack.stem == OFFICIAL and inputs.trusts(pack)
     doubts = [] if trusted or pack.stem != OFFICIAL else [untrusted(PACK_KEY, pack, inputs.cache)]
-    return Measured(per_image, signature, official=trusted, doubts=doubts)
+    return Measured(per_image, signature, official=trusted, warnings=warnings, doubts=doubts)
 
 
 def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]]:
@@ -113,7 +117,7 @@ def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]
 
 
 def _score(pair: Row, found: Mapping[str, set[str]]) -> float:
-    if all(map(text.is_empty, pair)):
+    if not any(pair):
         return 1.0
     ours, theirs = (found[caption] for caption in pair)
     return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours & theirs else 0.0

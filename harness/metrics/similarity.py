@@ -22,15 +22,15 @@ from harness.checkpoints import sha256, standin_name, sums, untrusted
 from harness.config import SimilarityConfig
 from harness.data.files import read
 from harness.data.images import DAMAGE, FORMATS, damage, decode
+from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.metrics import text
-from harness.metrics.base import Absent, Inputs, Measured, cut_rows, loading, sign
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, cut_rows, empty, filled, loading, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 
 KEY = "score.similarity.folder"
 WEIGHT = 2.5
-BATCH = 8
+BATCH = 4
 MODULE, PACKAGE = "medimageinsightmodel", "MedImageInsight"
 MODEL = "2024.09.27"
 VISION = "medimageinsigt-v1.0.0.pt"  # the publishers' spelling
@@ -70,8 +70,9 @@ def problems(config: SimilarityConfig) -> list[Problem]:
 def measure(inputs: Inputs) -> Measured:
     """2.5 * max(cos(image, prediction), 0) of each raw prediction with its image, in 0 to 2.5.
 
-    An empty prediction is 0, as in the evaluator of 2026; after an exception that evaluator says 1, where
-    this says what is wrong. MedImageInsight always computes in float32.
+    White space is embedded as any text is. A prediction of length 0 is embedded too in 2025, where two
+    captions of length 0 are 1; in 2026 it is 0. After an exception the evaluator of 2026 says 1, where this
+    says what is wrong. MedImageInsight always computes in float32.
     """
     folder = inputs.config.similarity.folder
     if folder is None:
@@ -94,14 +95,27 @@ def measure(inputs: Inputs) -> Measured:
     images = identities(inputs.images)
     rows = [(caption, *image) for caption, image in zip(inputs.predictions, images, strict=True)]
     per_image, cut = inputs.scored_by_all([signature, contents], rows, compute).T
+    values, warnings = _with_empty(inputs, per_image)
     trusted = not standin and inputs.trusts(folder)
     return Measured(
-        per_image,
+        values,
         signature,
         official=trusted,
-        warnings=cut_rows("similarity", cut),
+        warnings=cut_rows("similarity", cut) + warnings,
         doubts=[] if trusted or standin else [untrusted(KEY, folder, inputs.cache)],
     )
+
+
+def _with_empty(inputs: Inputs, per_image: np.ndarray) -> tuple[np.ndarray, list[Flagged]]:
+    """The scores (n,) with those of captions of length 0 by the edition's rule, and what to say of these."""
+    blanks = EDITIONS[inputs.edition].blanks
+    if blanks.similarity_embeds_empty:
+        rows, what, value = empty(inputs.pairs), "both captions", 1.0
+    else:
+        rows, what, value = empty([(caption,) for caption in inputs.predictions]), "a prediction", 0.0
+    said = f"with {what} of length 0: similarity is {value:.0f} by {blanks.rule}"
+    flagged = [Flagged(np.flatnonzero(rows).tolist(), said)] if rows.any() else []
+    return np.where(rows, value, per_image), flagged
 
 
 def identity(config: SimilarityConfig, cache: Path | None) -> list[list[str]]:
@@ -139,34 +153,35 @@ class Model:
 
     def scores(self, captions: Sequence[str], images: Sequence[Row]) -> list[tuple[float, int]]:
         """The score of each caption with its image, and to how many tokens the caption was cut, 0 if not."""
-        whole = [caption for caption in dict.fromkeys(captions) if not text.is_empty(caption)]
+        whole = list(dict.fromkeys(captions))
         texts = dict(zip(whole, self._text_features(whole), strict=True))
         cut = {caption for caption in whole if self._length(caption) > self.model.max_length}
         return [
-            (_score(image, texts.get(caption)), self.model.max_length * (caption in cut))
+            (_score(image, texts[caption]), self.model.max_length * (caption in cut))
             for caption, image in zip(captions, self.features.of(images), strict=True)
         ]
 
-    def _text_features(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
+    def _text_features(self, captions: Sequence[str]) -> list[np.ndarray]:
         import torch
 
-        for start in range(0, len(captions), BATCH):
+        found: list[np.ndarray] = []
+        for batch in filled(captions, BATCH):
             with torch.inference_mode():
-                yield from self.model.encode(texts=captions[start : start + BATCH])["text_embeddings"]
+                found += list(self.model.encode(texts=batch)["text_embeddings"])
+        return found[: len(captions)]
 
     def _image_features(self, paths: Sequence[Path]) -> np.ndarray:
         import torch
 
+        read = {path: encoded(path) for path in dict.fromkeys(paths)}
         with torch.inference_mode():
-            return np.asarray(self.model.encode(images=[encoded(p) for p in paths])["image_embeddings"])
+            return np.asarray(self.model.encode(images=[read[p] for p in paths])["image_embeddings"])
 
     def _length(self, caption: str) -> int:
         return len(self.model.tokenize([caption], truncation=False)["input_ids"][0])
 
 
-def _score(image: np.ndarray, caption: np.ndarray | None) -> float:
-    if caption is None:
-        return 0.0
+def _score(image: np.ndarray, caption: np.ndarray) -> float:
     cosine = image @ caption / (np.linalg.norm(image) * np.linalg.norm(caption))
     return WEIGHT * max(float(cosine), 0.0)
 

@@ -1,4 +1,4 @@
-"""The text that metrics see: the organisers' pre-processing, and line breaks made harmless."""
+"""The text that metrics see: the caption as read, or after the organisers' pre-processing."""
 
 import re
 import string
@@ -7,16 +7,8 @@ _DIGITS = re.compile(r"\d+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def one_line(text: str) -> str:
-    """The text with every line break (\\r, \\x0b, \\x0c, U+0085, U+2028 and their kin) as one space.
-
-    Other white space stays: DeBERTa's tokenizer tells one space from two, as the official evaluator does.
-    """
-    return " ".join(text.splitlines())
-
-
 def collapse(text: str) -> str:
-    """The text with each run of white space as one space, none at the ends."""
+    """The text with each run of white space as one space, none at the ends: one line, for the Java tools."""
     return " ".join(text.split())
 
 
@@ -26,5 +18,5 @@ def official(text: str) -> str:
 
 
 def is_empty(text: str) -> bool:
-    """Whether nothing but white space is left."""
+    """Whether it holds nothing but white space."""
     return not text.strip()
