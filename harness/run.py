@@ -223,8 +223,13 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         status, reason = "FAILED", f"{type(error).__name__}: {first}".removesuffix(": ")
-    shown = {"reason": without_password(reason), "hint": " ".join(filter(None, hints)) or None}
-    return status, {"step": at, "error": type(error).__name__, **shown}
+    hint = without_password(" ".join(filter(None, hints))) or None
+    return status, {
+        "step": at,
+        "error": type(error).__name__,
+        "reason": without_password(reason),
+        "hint": hint,
+    }
 
 
 def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (messages stand whole)
 """YAML that is too much, too deep, ambiguous or out of range: refused with file and line, at once."""
 
 import json

@@ -338,3 +338,31 @@ def test_a_reason_with_brackets_is_shown_as_it_is(folder, capsys):
         "",
     )
     assert "[/a/pair.cc] gone" in capsys.readouterr().out
+
+
+def test_more_trials_than_points_are_said_and_not_run(folder, finished):
+    """The points are those of a study that has run, so that nothing is trained."""
+    text = DECODING.partition("space:")[0] + "name: points\nspace: {predict.num_beams: {choices: [2, 1]}}\n"
+    (folder / "points.yaml").write_text(text + "trials: 5\n")
+    done = harness(folder, "study", "points.yaml", "--format", "json")
+    assert "the space has 2 points: there are 2 trials and not 5" in done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["params"] for row in rows] == [{"predict.num_beams": 2}, {"predict.num_beams": 1}]
+    assert json.loads((folder / "runs/points/study.json").read_text())["ended"]
+
+
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(folder, finished):
+    text = DECODING.partition("space:")[0].replace("overrides: {", "overrides: {train: {max_grad_norm: 0}, ")
+    space = "name: diverged\nspace: {train.learning_rate: {choices: [1e-3, 1e18]}}\ntrials: 2\n"
+    (folder / "diverged.yaml").write_text(text + space)
+    done = harness(folder, "study", "diverged.yaml", "--format", "json")
+    good, bad = json.loads(done.stdout)
+    assert (good["state"], bad["state"], bad["values"]) == ("COMPLETE", "FAIL", {"bertscore": None})
+    assert "became" in bad["reason"]
+    (made,) = [one for one in records(folder, "diverged") if one["variant"] == "trial-0001"]
+    assert (made["status"], made["failure"]["reason"]) == ("FAILED", bad["reason"])
+    shown = harness(folder, "study", "show", "diverged.yaml").stdout
+    assert "caption_loss" in shown or "valid_loss" in shown
+    board = harness(folder, "leaderboard", "--all", "--format", "json").stdout
+    apart = {entry["run"]: entry["apart"] for entry in json.loads(board)[0]["runs"]}
+    assert apart["trial-0001-s42"].startswith(f"the run is FAILED in train: {bad['reason']}; it is a trial")

@@ -255,3 +255,13 @@ def test_a_base_with_several_seeds_needs_one(folder):
     (message,) = messages(folder, STUDY)
     assert "has seeds: 42, 43; a study takes one" in message
     assert study(folder, "overrides: {seed: 43}\n" + STUDY).base.seed == 43
+
+
+def test_a_space_without_end_and_one_that_is_too_large_keep_their_trials(folder):
+    head = "base: small.yaml\nvariant: one\ntrials: 9\nspace:\n"
+    assert study(folder, head + "  train.learning_rate: {low: 1e-6, high: 1e-3}\n").points is None
+    large = head + "  train.warmup_steps: {low: 0, high: 1000000}\n"
+    assert (study(folder, large).points, study(folder, large).trials) == (None, 9)
+    assert study(folder, head + "  predict.num_beams: {choices: [2, 1, 2, 1]}\n").trials == 2
+    (message,) = messages(folder, large + "sampler: {name: grid}\n")
+    assert message.endswith(":4: space: a grid of 1,000,001 points; at most 100,000 are allowed")

@@ -68,6 +68,9 @@ def run(
     spec = _load(file, sets, device, base, variant, trials)
     chosen = storage.choose(spec, _folder(spec), workers)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if spec.trials < spec.config.trials and not processes.is_worker() and not launch.is_rank():
+        wanted, points = spec.config.trials, spec.trials
+        Terminal().say(f"the space has {points} points: there are {points} trials and not {wanted}")
     if workers > 1 and not processes.is_worker():
         _run_workers(spec, chosen, workers, nproc)
     elif nproc > 1 and not launch.is_rank():

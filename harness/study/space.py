@@ -14,6 +14,9 @@ from harness.config import Config, Section
 FIXED = ("name", "variant", "edition", "score", "predict.splits")
 """Keys that no study searches: what trials are called, and what they are compared by."""
 
+MOST_POINTS = 100_000
+"""Points of a space that are listed; a larger one counts as endless."""
+
 
 class ParameterConfig(Section):
     """The values of one key: a range of numbers, or a list of choices."""
@@ -103,8 +106,15 @@ class Parameter:
         """All values in order; a continuous range has none to list."""
         if self.how.choices is not None:
             return list(self.how.choices)
-        count = math.floor((self.how.high - self.how.low) / self.step + 1e-9) + 1
-        return [self._number(round(self.how.low + i * self.step, 12)) for i in range(count)]
+        return [self._number(round(self.how.low + i * self.step, 12)) for i in range(self.count)]
+
+    @property
+    def count(self) -> int | float:
+        """How many values there are; infinitely many in a continuous range."""
+        if self.how.choices is not None:
+            return len(self.how.choices)
+        steps = (self.how.high - self.how.low) / self.step if self.step else math.inf
+        return math.floor(steps + 1e-9) + 1 if math.isfinite(steps) else math.inf
 
     @property
     def listable(self) -> bool:
@@ -164,13 +174,21 @@ def ordered(space: Sequence[Parameter]) -> list[Parameter]:
     return list(done.values())
 
 
-def grid(space: Sequence[Parameter]) -> list[dict[str, Any]]:
-    """Every point of a space without continuous ranges, in the order of its lists."""
-    points: dict[str, dict[str, Any]] = {}
+def points(space: Sequence[Parameter]) -> list[dict[str, Any]] | None:
+    """Every point of a space, in the order of its lists; None where there are more than `MOST_POINTS`."""
+    if math.prod(parameter.count for parameter in space) > MOST_POINTS:
+        return None
+    found: dict[str, dict[str, Any]] = {}
     for combination in itertools.product(*(parameter.values() for parameter in space)):
         point: dict[str, Any] = {}
         for parameter, value in zip(space, combination, strict=True):
             if parameter.active(point):
                 point[parameter.key] = value
-        points.setdefault(json.dumps(point), point)
-    return list(points.values())
+        found.setdefault(name_of(point), point)
+    return list(found.values())
+
+
+def name_of(point: Mapping[str, Any]) -> str:
+    """A text that two points share only if they are the same, whatever rounding left behind."""
+    values = {key: round(v, 12) if isinstance(v, float) else encode(v) for key, v in point.items()}
+    return json.dumps(values, sort_keys=True)

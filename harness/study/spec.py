@@ -1,6 +1,7 @@
 """A study file: its schema, and everything that can be checked before the first trial."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,17 @@ from harness.config import Config, Epochs, Section, Seed, flat, keys, whole
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.plan import HOW
-from harness.study.space import FIXED, Parameter, ParameterConfig, grid, is_whole, ordered, several
+from harness.study.space import (
+    FIXED,
+    MOST_POINTS,
+    Parameter,
+    ParameterConfig,
+    is_whole,
+    name_of,
+    ordered,
+    points,
+    several,
+)
 from harness.yamlfile import Path_, Place, no_file, parse, places_of
 
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
@@ -114,9 +125,14 @@ class Study:
     @cached_property
     def grid(self) -> list[dict[str, Any]] | None:
         """All points but the base's, for the sampler that goes through them; else None."""
-        if self.config.sampler.name != "grid":
+        if self.config.sampler.name != "grid" or self.points is None:
             return None
-        return [point for point in grid(self.space) if point != self.start]
+        return [point for point in self.points if name_of(point) != name_of(self.start)]
+
+    @cached_property
+    def points(self) -> list[dict[str, Any]] | None:
+        """All points of the space, which are tried once each; None where there is no end of them."""
+        return points(self.space)
 
     @cached_property
     def start(self) -> dict[str, Any]:
@@ -135,9 +151,9 @@ class Study:
 
     @property
     def trials(self) -> int:
-        """How many there are to be; of a grid, no more than it has points."""
+        """How many there are to be, no more than the space has points."""
         most = self.config.trials
-        return most if self.grid is None else min(most, len(self.grid) + 1)
+        return most if self.points is None else min(most, len(self.points))
 
     @property
     def epochs(self) -> int:
@@ -276,6 +292,10 @@ def _space(
         problems.append(experiment.problem_at(what, ("space", key), places, file))
     for parameter in space:
         problems += _parameter_problems(parameter, config, space, base, places, file)
+    size = math.prod(parameter.count for parameter in space)
+    if config.sampler.name == "grid" and math.isfinite(size) and size > MOST_POINTS:
+        what = f"a grid of {size:,} points; at most {MOST_POINTS:,} are allowed"
+        problems.append(experiment.problem_at(what, ("space",), places, file))
     if problems:
         return (), problems
     try:

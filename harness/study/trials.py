@@ -17,10 +17,12 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.store import parsed, write_json
-from harness.study.space import Parameter, encode
+from harness.study.space import Parameter, encode, name_of
 from harness.study.spec import Study
 from harness.study.storage import sampler
 
+_DRAWS = 20
+"""Draws of a sampler for a point that is new, before the next one in order is taken."""
 ALIKE = 3
 """So many first trials that fail for the same reason end the study."""
 State = str
@@ -80,7 +82,7 @@ class Trials:
                 slot = self.slot_of(waiting[0])
             elif slot >= self.spec.trials:
                 return None
-            elif (fixed := self.spec.fixed(slot)) is not None:
+            elif (fixed := self.spec.fixed(slot) or self._untried(slot, known)) is not None:
                 self.study.enqueue_trial({key: encode(value) for key, value in fixed.items()})
             self.study.sampler = sampler(self.spec, slot)
             asked = self.study.ask()
@@ -91,6 +93,28 @@ class Trials:
             for epoch, value in sorted(known[before].intermediate_values.items()):
                 trial.report(value, epoch)
         return trial
+
+    def _untried(self, slot: int, known: Sequence[FrozenTrial]) -> dict[str, Any] | None:
+        """A point that no trial has had, of a space that has an end: what the sampler draws, until it is new.
+
+        It draws in a copy of the study, where a draw that is not new stays, so that tpe looks elsewhere.
+        None for an endless space, where the sampler draws for itself.
+        """
+        if self.spec.points is None:
+            return None
+        tried = {
+            name_of(self._values(trial.system_attrs.get("fixed_params", trial.params))) for trial in known
+        }
+        copy = optuna.create_study(directions=self.study.directions, sampler=sampler(self.spec, slot))
+        copy.add_trials(known)
+        for _ in range(_DRAWS):
+            point = self._draw(copy.ask())
+            if name_of(point) not in tried:
+                return point
+        return next((point for point in self.spec.points if name_of(point) not in tried), None)
+
+    def _values(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.key: p.decode(stored[p.key]) for p in self.spec.space if p.key in stored}
 
     def busy(self) -> bool:
         """Whether other processes work at trials, which might come back."""
@@ -177,7 +201,7 @@ class Trials:
     def _parameters(self, trial: FrozenTrial) -> dict[str, Any]:
         """What a trial was given or drew; nothing if it had not drawn all, which it will do alike again."""
         drawn = dict(trial.params)
-        values = {p.key: p.decode(drawn[p.key]) for p in self.spec.space if p.key in drawn}
+        values = self._values(drawn)
         wanted = [p.key for p in self.spec.space if p.active(values)]
         return drawn if set(wanted) <= set(drawn) else trial.system_attrs.get("fixed_params", {})
 
