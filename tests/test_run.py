@@ -253,7 +253,6 @@ def test_captions_that_are_all_the_same_are_warned_of(folder, finished):
         assert sum(said in warning for warning in run["warnings"]) == 1
     page = data_of(folder / "runs" / "same" / "opt-s42" / "report.html")
     assert page["warnings"] == run["warnings"]
-    assert not any("all the same" in w or "are the same" in w for w in record(folder, "opt-s42")["warnings"])
     manifest = folder / "submissions" / "same" / "opt-s42" / "caption-test" / "manifest.json"
     assert "all 6 captions are the same" in json.loads(manifest.read_text())["warnings"][0]
 
