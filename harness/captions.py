@@ -35,10 +35,10 @@ def read_captions(path: Path) -> dict[str, str]:
 def sameness(values: Iterable[str], name: str = "captions") -> str | None:
     """What to warn of where more than 90 % of the captions (or concept lists) are empty or the same."""
     texts = [" ".join(text.split()) for text in values]
-    if not texts:
+    if len(texts) < 2:
         return None
     (text, count), *_ = Counter(texts).most_common(1)
-    if count <= _MOSTLY * len(texts) or (text and count < 2):
+    if count <= _MOSTLY * len(texts):
         return None
     share = f"all {count:,} {name}"
     if count < len(texts):

@@ -145,7 +145,13 @@ def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
         )
     written = [value for value in file.values.values() if value]
     if written and all(map(_CONCEPTS.fullmatch, written)):
-        return [Problem("holds concepts, not captions", file.path, hint="Score them with --task concept.")]
+        return [
+            Problem(
+                "holds concepts, not captions",
+                file.path,
+                hint="To score them: python -m harness score --task concept",
+            )
+        ]
     return []
 
 

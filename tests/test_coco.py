@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness import scoring, submission
+from harness.cli import compare as cli_compare
 from harness.errors import UserError
 from harness.submission.inputs import read, read_ids, read_predictions
 
@@ -51,6 +52,18 @@ def test_image_ids_are_matched_and_it_is_said(ids, by_number, tmp_path):
     assert dict(zip(other_way.ids, other_way.references, strict=True)) == CAPTIONS
     both = scoring.rows(path, coco(tmp_path / "references.json", IDS))
     assert sorted(both.ids) == sorted(IDS)
+
+
+def test_compare_reads_them_and_says_so(tmp_path):
+    coco(tmp_path / "ours.json", [16, 7, 300])
+    references = coco(tmp_path / "references.json", [f"{key}.jpg" for key in IDS], ["a", "b", "c"])
+    sources = [tmp_path / "ours.json", _pipes(tmp_path / "theirs.csv")]
+    systems, files = cli_compare._read(sources, _pipes(tmp_path / "labels.csv"), None)
+    assert [system.ids for system in systems] == [IDS, IDS]
+    assert files["ours.json"].predictions == TEXTS
+    assert any("3 image_ids matched by number: 16 is" in w for w in files["ours.json"].warnings)
+    systems, files = cli_compare._read(sources[1:], references, None)
+    assert files["theirs.csv"].references == ["a", "b", "c"]
 
 
 def _pipes(path: Path) -> Path:

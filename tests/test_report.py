@@ -276,6 +276,14 @@ def test_long_curves_keep_their_means_and_their_stages(tmp_path):
     assert curves["valid"] == [{"step": 6000, "stage": 1, "epoch": 60, "valid_loss": 3.25}]
 
 
+def test_captions_that_are_all_the_same_are_warned_of(tmp_path):
+    found = [caption | {"after": "An x-ray."} for caption in captions(3)]
+    page = data_of(report.write(write_run(tmp_path, record(), found)))
+    assert page["warnings"] == [*record()["warnings"], "valid: all 3 captions are the same: 'An x-ray.'"]
+    page = data_of(report.write(write_run(tmp_path, record(), captions(3))))
+    assert page["warnings"] == record()["warnings"]
+
+
 def test_a_score_that_is_no_number_is_absent(tmp_path):
     found = captions(2)
     found[0]["scores"], found[1]["scores"] = ["nan", 0.5], ["", 0.25]

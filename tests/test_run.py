@@ -237,6 +237,26 @@ def test_submissions_pass_the_check_and_hold_the_captions(folder, finished):
         assert read(folder / path) == {i: " ".join(c.split()).replace("|", "/") for i, c in captions.items()}
 
 
+def test_captions_that_are_all_the_same_are_warned_of(folder, finished):
+    done = harness(
+        folder,
+        "run",
+        "small.yaml",
+        "--set=name=same",
+        "--set=predict.max_new_tokens=1",
+        "--set=predict.num_beams=1",
+    )
+    run = json.loads((folder / "runs" / "same" / "opt-s42" / "run.json").read_text())
+    for split, count in (("valid", 12), ("test", 6)):
+        said = f"{split}: all {count} captions are the same: "
+        assert f"warning: opt-s42: {said}" in done.stderr
+        assert sum(said in warning for warning in run["warnings"]) == 1
+    page = data_of(folder / "runs" / "same" / "opt-s42" / "report.html")
+    assert page["warnings"] == run["warnings"]
+    manifest = folder / "submissions" / "same" / "opt-s42" / "caption-test" / "manifest.json"
+    assert "all 6 captions are the same" in json.loads(manifest.read_text())["warnings"][0]
+
+
 def test_the_same_command_repeats_nothing(folder, finished):
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs/steps").rglob("*") if path.is_file()}
     harness(folder, "run", "small.yaml")

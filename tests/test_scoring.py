@@ -99,6 +99,63 @@ def test_a_pipe_file_is_read_as_the_organisers_do(tmp_path):
     assert len(rows.warnings) == 4
 
 
+LABELS = {"a": "A", "b": "B", "c": "C"}
+OTHERWISE = {
+    "no header": (
+        b"a,x\nb,y\nc,z\n",
+        ["has no header: the organisers' loader takes its first row, a, for one"],
+    ),
+    "header": (b"ID,Caption\na,x\nb,y\nc,z\n", []),
+    "pipes": (b"a|x\nb|y\nc|z\n", []),
+    "CR in quotes": (
+        b'ID,Caption\na,x\nb,"y\rw"\nc,"z\r\nv"\n',
+        ["2 captions (b, c) with a carriage return inside: the organisers' loader reads a line feed there"],
+    ),
+    "CR in pipes": (
+        b"a|x\nb|y\rw\nc|z\n",
+        ["1 caption (b) with a carriage return inside: the organisers' loader ends the row there"],
+    ),
+    "CR ends rows": (b"a|x\rb|y\nc|z\r", []),
+    "long": (
+        b"ID,Caption\na,x\nb," + b"y" * 131_073 + b"\nc,z\n",
+        ["1 caption (b) of more than 131,072 characters: the organisers' loader refuses the file"],
+    ),
+    "as long as may be": (b"a|x\nb|" + b"y" * 131_072 + b"\nc|z\n", []),
+    "quotes in tabs": (
+        b'ID\tcaption\na\t"x" y\nb\ty "w"\nc\t"z"\n',
+        ["2 captions (a, c) beginning with a quote: here it stays, a reader of CSV would drop it"],
+    ),
+    "quotes in pipes": (b'a|"x" y\nb|y\nc|z\n', []),
+    "cut": (b"a|x|v\nb|y\nc|z\n", ["1 caption (a) cut at a pipe, as the organisers' loader does"]),
+    "the same": (b"a|x\nb|x\nc|x\n", ["all 3 captions are the same: 'x'"]),
+    "empty": (b"a|\nb|\nc|\n", ["all 3 captions are empty"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_where_the_organisers_read_otherwise_is_said_with_ids(case, tmp_path):
+    data, warnings = OTHERWISE[case]
+    (tmp_path / "p.csv").write_bytes(data)
+    (tmp_path / "r.csv").write_text(written(LABELS, "\t", True, "\n"))
+    rows = scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv")
+    assert rows.warnings == [f"p.csv: {warning}" for warning in warnings]
+
+
+def test_the_labels_of_2023_have_no_warning_of_their_own(tmp_path):
+    """Of what the organisers would read, predictions alone count."""
+    (tmp_path / "p.csv").write_text("a|x\nb|y\nc|z\n")
+    (tmp_path / "r.csv").write_text('a,"\r"\nb,B\nc,C\n', newline="")
+    assert scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv").warnings == []
+
+
+def test_white_space_beside_semicolons_is_read_as_the_organisers_do(tmp_path):
+    (tmp_path / "p.csv").write_text("ID,CUIs\na,C1 ; C2\nb,\nc,C3\n")
+    (tmp_path / "r.csv").write_text("ID,CUIs\na,C1;C2\nb,\nc,C3\n")
+    rows = scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv", task="concept")
+    scores, _ = scoring.score_concepts(rows, None, 2026, 0)
+    assert scores["f1"].value == 1
+
+
 def test_headers_in_the_middle_of_a_pipe_file_are_passed_over_with_a_warning(tmp_path):
     """As of two files joined; the organisers' loader ignores ids that hold "ID"."""
     (tmp_path / "p.csv").write_text("ID|caption\na|x\nID|caption\nb|y\n")

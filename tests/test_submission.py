@@ -256,6 +256,8 @@ def test_zips_that_are_none(tmp_path):
     assert "can't be read" in check(tmp_path / "none", IDS, 2025)[0].what
     with pytest.raises(UserError):
         fix(path, tmp_path / "out", IDS, 2025)
+    with pytest.raises(UserError, match="this edition takes a text file"):
+        fix(path, tmp_path / "out.zip", IDS, 2023)
 
 
 def _mutated(data: bytes, rng: random.Random) -> bytes:

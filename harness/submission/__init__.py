@@ -13,7 +13,18 @@ from harness.errors import Flaw, Problem, UserError, grouped
 from harness.submission import folder as folders
 from harness.submission import inputs
 from harness.submission.checks import check, concept_faults, faults, id_faults, some
-from harness.submission.form import INVALID, MEMBER, Rules, Task, lines_of, plural, rules, store_text, zipped
+from harness.submission.form import (
+    INVALID,
+    MEMBER,
+    Rules,
+    Task,
+    bare,
+    lines_of,
+    plural,
+    rules,
+    store_text,
+    zipped,
+)
 from harness.submission.mend import fix
 
 __all__ = ["Task", "as_written", "check", "fix", "make", "read", "rules", "write_captions", "write_concepts"]
@@ -85,10 +96,13 @@ def _coverage(values: Mapping[str, Any], ids: Sequence[str], form: Rules) -> lis
     twice = [key for key, n in Counter(ids).items() if n > 1]
     missing = [key for key in ids if key not in values]
     superfluous = [key for key in values if key not in known]
+    other = "Give the ids file of the split that was predicted."
+    if superfluous and bare(superfluous[0]) in known:
+        other = "Leave out the endings of the ids, such as .jpg."
     for what, keys, hint in (
         ("twice in the ids", twice, "Give each id once."),
         (f"without a {form.task}", missing, "Predict the whole split; nothing is made up."),
-        ("not among the ids", superfluous, "Give the ids file of the split that was predicted."),
+        ("not among the ids", superfluous, other),
     ):
         if keys:
             problems.append(Problem(f"{some(keys)}: {what}", hint=hint))

@@ -357,6 +357,8 @@ def run_artifact(folder: Path, record: Mapping[str, Any], name: str) -> Path:
 def _next(record: Mapping[str, Any], name: str) -> str:
     """The command after which a run has a file; a finished run did not caption this split."""
     command = record["command"]
+    if record.get("trial"):
+        return "A trial captions valid alone: write the best one with harness study best, and run that."
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"

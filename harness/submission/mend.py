@@ -33,6 +33,8 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the file can't be read.
     """
     form, path = rules(edition, task), Path(path)
+    if form.separator == "|" and Path(out).suffix == ".zip":
+        raise UserError([Problem("got the name of a zip; this edition takes a text file", out, key="--fix")])
     data, _ = content(path, zipped=form.separator == ",")
     problems = check(path, ids, edition, task) if data is None else [whole(data, form, path)]
     if problems := [problem for problem in problems if problem]:
