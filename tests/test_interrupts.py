@@ -135,7 +135,7 @@ def test_score_ends_within_seconds_and_leaves_no_process(scored, tmp_path, metri
     assert code == 130
     assert said.endswith(SAID)
     assert "Traceback" not in said
-    assert seconds < 10  # on a machine that does something else, too
+    assert seconds < 20  # on a machine that does much else; about 0.2 s on an idle one
     assert not left
 
 
