@@ -1,7 +1,7 @@
 """`python -m harness`."""
 
+import os
 import signal
-import sys
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the commands take over, a moment later
@@ -10,5 +10,5 @@ if __name__ == "__main__":
     try:
         from harness.cli import main
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # Python's own end would be by SIGINT, if code in a string was interrupted
     main()

@@ -5,18 +5,29 @@ from importlib.resources import files
 from typing import Any
 
 from harness.store import finite
+from harness.visible import visible
 
 
 def filled(template: str, data: Any) -> str:
     """A template of `harness/templates` with the common style and scripts, and the data as JSON.
 
     Nothing in the data can become markup: "</script>" in a JSON string would end the element, "<!--" hide its
-    end. NaN and infinity are shown as what is absent.
+    end. Characters that turn text around or can't be seen are written out, as on a terminal. NaN and infinity
+    are shown as what is absent.
     """
-    text = json.dumps(finite(data), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_shown(finite(data)), allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     templates = files("harness").joinpath("templates")
     common, page = (
         templates.joinpath(name).read_text(encoding="utf-8") for name in ("common.html", template)
     )
     return page.replace("{{common}}", common).replace("{{data}}", text)
+
+
+def _shown(value: Any) -> Any:
+    """The data with `visible` texts."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {_shown(key): _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list | tuple) else value

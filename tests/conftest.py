@@ -2,11 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests and what they start are about the CPU, also on a machine with GPUs; those of the fixture `cuda` see
+# the GPUs. pytest's workers read this file again, so what the user had set is kept.
+os.environ.setdefault("HARNESS_TESTS_CUDA", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("DO_NOT_TRACK", "true")
 # where pytest is started in the background it is ignored, and by what the tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,6 +25,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def cuda() -> dict[str, str]:
+    """The environment of a process that sees the CUDA devices of this machine; skips where there is none."""
+    visible = os.environ["HARNESS_TESTS_CUDA"]
+    seen = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    seen |= {} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible}
+    ask = "from harness import device; print(*device._try('cuda'), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", ask], env=seen, capture_output=True, text=True, check=True)
+    count, reason = done.stdout.splitlines()
+    if count == "0":
+        pytest.skip(f"needs a CUDA device: {reason}")
+    return seen
 
 
 @pytest.fixture(scope="session")

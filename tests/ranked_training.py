@@ -12,8 +12,6 @@ from harness import device, ranks, train
 from harness.config import AugmentConfig, TrainConfig
 from harness.models.loading import save_trained
 
-device.probe("cpu")
-
 
 def split(loaded, name, chosen, seed):
     """The split of that name over some of the texts."""
@@ -28,7 +26,8 @@ def split(loaded, name, chosen, seed):
 
 def main(given):
     """Train, and leave the final weights, the best ones being the last."""
-    ranks.start()
+    found = device.probe(given.get("device", "cpu"))
+    ranks.start(found.kind)
     count = iter(range(1000))
 
     def load():
@@ -49,7 +48,7 @@ def main(given):
         AugmentConfig(),
         load,
         data,
-        "cpu",
+        str(device.torch_device(found.kind)),
         42,
         directory,
         log,

@@ -85,7 +85,7 @@ def values(record: dict) -> dict[str, float]:
 
 def experiment() -> str:
     """test_run's, in fp32, without what devices draw differently, with a language model that has words."""
-    given = yaml.safe_load(EXPERIMENT)
+    given = yaml.safe_load(EXPERIMENT) | {"device": "auto"}
     given["variants"] = {"opt": {}}
     given["model"]["tiny"]["text_epochs"] = 12
     given["train"] |= {"precision": "fp32", "dropout": 0}

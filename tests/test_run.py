@@ -25,6 +25,7 @@ from harness.submission import check, read
 
 EXPERIMENT = """
 name: small
+device: cpu
 data:
   root: data/phantom
   phantom: {train: 48, valid: 12, test: 6, seed: 3}

@@ -66,10 +66,10 @@ def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dro
     return loaded, [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
 
 
-def by_hand(folder, settings, language_model):
+def by_hand(folder, settings, language_model, place="cpu"):
     """Both stages in plain PyTorch: AdamW, mean losses over the tokens of the global batch, clipping."""
     loaded = load_tiny(folder, language_model=language_model)
-    model, split = loaded.model, splits(loaded)["train"]
+    model, split = loaded.model.to(place), splits(loaded)["train"]
     lengths = np.array([len(text.ids) for text in split.captions])
     losses = []
     for stage in schedule.stages(settings):
@@ -88,9 +88,10 @@ def by_hand(folder, settings, language_model):
             indices = schedule.epoch_batches(lengths, 8, 42, stage.number, epoch)[number]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate(settings, stage.learning_rate, step, total, 3)
-            captions = loaded.caption.collate([split.captions[i] for i in indices])
-            concepts = loaded.concept.collate([split.concepts[i] for i in indices])
-            queries, states = model.see(loaded.normalise(torch.from_numpy(split.pixels[indices])))
+            captions = moved(loaded.caption.collate([split.captions[i] for i in indices]), place)
+            concepts = moved(loaded.concept.collate([split.concepts[i] for i in indices]), place)
+            images = torch.from_numpy(split.pixels[indices]).to(place)
+            queries, states = model.see(loaded.normalise(images))
             if language_model:
                 loss = mean_loss(model._speak(queries, captions["ids"], captions["mask"]), captions, 0.0)
             else:
@@ -105,6 +106,10 @@ def by_hand(folder, settings, language_model):
             optimizer.step()
             losses.append(float(loss.detach()))
     return model, losses
+
+
+def moved(batch, place):
+    return {name: values.to(place) for name, values in batch.items()}
 
 
 def mean_loss(logits, batch, smoothing):

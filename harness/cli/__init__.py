@@ -36,6 +36,7 @@ from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_c
 
 INTERRUPTED = 130
 _INTERRUPTED = "interrupted; the same command goes on where this one stopped"
+_heard = threading.Event()
 _PATIENCE = 2.0
 """Seconds for threads to end by themselves after an interruption."""
 MENDABLE = {
@@ -80,10 +81,14 @@ def main() -> None:
     except KeyboardInterrupt:  # a second one, while the first was being said
         code = INTERRUPTED
     except Exception:
-        if ranks.world_size() == 1:
+        if _heard.is_set():  # and a library has made something else of it
+            print(_INTERRUPTED, file=sys.stderr)
+            code = INTERRUPTED
+        elif ranks.world_size() == 1:
             raise
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     code = _all_written(code)
     if code == INTERRUPTED:
         _end_children()
@@ -93,10 +98,11 @@ def main() -> None:
 
 
 def _hear_signals() -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _interrupt_again
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
-        signal.signal(signal.SIGHUP, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup and a shell's & set
+            signal.signal(number, _interrupt)
 
 
 def _run_command() -> None:
@@ -168,6 +174,7 @@ def _end_children() -> None:
 
 
 def _interrupt(*_: Any) -> None:
+    _heard.set()
     raise KeyboardInterrupt
 
 

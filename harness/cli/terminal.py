@@ -74,13 +74,18 @@ class Terminal:
 
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         columns.append(TextColumn("{task.fields[note]}", markup=False))
-        with Progress(*columns, console=visible.console(stderr=True), transient=True) as bars:
-            task: Any = None
+        bars = Progress(*columns, console=visible.console(stderr=True), transient=True)
+        task: Any = None
 
-            def advance(done: int, total: int, note: str = "") -> None:
-                nonlocal task
-                if task is None:
-                    task = bars.add_task(label, total=total, note=note)
-                bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
+        def advance(done: int, total: int, note: str = "") -> None:
+            nonlocal task
+            if task is None:
+                task = bars.add_task(label, total=total, note=note)
+                bars.start()
+            bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
 
+        try:
             yield advance
+        finally:
+            if task is not None:
+                bars.stop()

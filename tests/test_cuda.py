@@ -1,0 +1,86 @@
+"""What must hold on a GPU: training against plain PyTorch, resume to the bit, captioning, metrics.
+
+Each test starts processes that see the GPU, since the process of pytest is one that sees none.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_pairs import PREDICTIONS, REFERENCES, written
+from models import build_tiny
+from safetensors.torch import load_file
+from test_ranks import TRAIN, TRAINING, rows
+
+pytestmark = pytest.mark.cuda
+ON_DEVICE = Path(__file__).parent / "on_device.py"
+
+
+@pytest.fixture(scope="module")
+def folder(cuda, tmp_path_factory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def on_device(environment: dict[str, str], task: str, kind: str, folder: Path) -> list:
+    command = [sys.executable, str(ON_DEVICE), task, kind, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(environment: dict[str, str], folder: Path, directory: Path, check: bool = True, **given) -> int:
+    """Train on one rank with one GPU -> the launcher's exit code."""
+    directory.mkdir(exist_ok=True)
+    given = {"folder": str(folder), "directory": str(directory), "device": "cuda", "train": TRAIN} | given
+    (directory / "given.json").write_text(json.dumps(given))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command = [sys.executable, *launcher, str(TRAINING), str(directory / "given.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 or not check, done.stderr[-4000:]
+    return done.returncode
+
+
+def test_training_equals_plain_pytorch(cuda, folder, tmp_path):
+    train(cuda, folder, tmp_path / "run")
+    losses = on_device(cuda, "plain", "cuda", folder)
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found == pytest.approx(losses, rel=1e-4)
+    ours, plain = load_file(tmp_path / "run" / "final.safetensors"), torch.load(folder / "plain.pt")
+    names = sorted(ours.keys() & plain.keys())
+    assert names
+    differences = torch.cat([(ours[name] - plain[name]).abs().flatten() for name in names])
+    assert differences.max() < TRAIN["learning_rate"]
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(cuda, folder, tmp_path):
+    how = {"train": TRAIN | {"checkpoint_every_steps": 2}, "dropout": 0.1}
+    train(cuda, folder, tmp_path / "whole", **how)
+    assert train(cuda, folder, tmp_path / "parts", check=False, kill_at=8, **how) != 0
+    train(cuda, folder, tmp_path / "parts", **how)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_captions_are_those_of_the_cpu(cuda, folder):
+    there, here = (on_device(cuda, "captions", kind, folder) for kind in ("cuda", "cpu"))
+    # where two beams are equal but for rounding, either may win
+    assert sum(one == other for one, other in zip(there, here, strict=True)) >= len(here) - 1
+
+
+def test_scores_are_those_of_the_cpu(cuda, tmp_path):
+    for name, values in (("labels.csv", REFERENCES), ("run.csv", PREDICTIONS)):
+        (tmp_path / name).write_text(written(values, ",", True, "\n", quoted=True), encoding="utf-8")
+    found = {}
+    for kind in ("cuda", "cpu"):
+        place = tmp_path / kind  # no cache is shared
+        place.mkdir()
+        command = [sys.executable, "-m", "harness", "score", "../run.csv", "--references", "../labels.csv"]
+        options = ["--metrics", "bertscore", "--standins", "--device", kind, "--format", "json"]
+        done = subprocess.run([*command, *options], cwd=place, env=cuda, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[kind] = json.loads(done.stdout)["scores"]["bertscore"]["value"]
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-5)
