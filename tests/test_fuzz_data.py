@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,11 @@ def noise(rng: random.Random) -> bytes:
     for _ in range(rng.randint(0, 6)):
         at = rng.randrange(min(len(content), rng.choice([40, 200, len(content)])))
         content[at] = rng.randrange(256)
+    if (
+        form == "TIFF"
+        and (at := content.find(struct.pack("<H", rng.choice([256, 258, 259, 273, 279])), 8)) > 0
+    ):
+        content[at + 2] = rng.randrange(14)  # the type of a tag
     if rng.random() < 0.3:
         del content[rng.randrange(len(content)) :]
     return bytes(content)

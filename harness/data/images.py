@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import warnings
@@ -30,6 +31,7 @@ _AHEAD = 4  # items per thread
 
 # of odd but whole files; what is too large, `damage` tells
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")
 """What is read, whatever the suffix. PIL hands some of its other formats to programs, EPS to Ghostscript."""
 
@@ -41,9 +43,7 @@ def decode(source: Path | bytes) -> Image.Image:
     (PIL's own conversion saturates them to white). Transparency is laid over black. EXIF orientation is left
     alone. Raises one of `DAMAGE` where the file is not a whole image; `damage` tells it in words.
     """
-    content = source if isinstance(source, bytes) else read(source)
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        image.load()
+    with loaded(source) as image:
         if image.mode == "F" or image.mode.startswith("I"):
             return _window(np.asarray(image, dtype=np.float64)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -51,6 +51,19 @@ def decode(source: Path | bytes) -> Image.Image:
             black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
             return Image.alpha_composite(black, rgba).convert("RGB")
         return image.convert("RGB")
+
+
+def loaded(source: Path | bytes) -> Image.Image:
+    """The image in a file or its bytes as PIL reads it, and all of it; raises one of `DAMAGE` alone."""
+    content = source if isinstance(source, bytes) else read(source)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image.load()
+    except DAMAGE:
+        raise
+    except Exception as error:  # PIL's readers meet values that their authors did not think of
+        raise ValueError(str(error) or type(error).__name__) from error
+    return image
 
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

@@ -161,6 +161,8 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
         for id, row in captions.items()
         if id not in listing.doubtful[split] or (split != "train" and id in images)
     }
+    if captions and not rows:
+        listing.fatal.append(Problem(f"no row of {split} can be read", source))
     if rivals := images.ambiguous(rows):
         listing.fatal.append(Problem(rivals, images.folder, hint=folders.KEEP_ONE))
     listing.sources[split] = source
@@ -365,6 +367,9 @@ def _ids(path: Path, split: str, listing: Listing) -> Table:
             rows[id] = (line, None)
             continue
         listing.findings.append(Finding(Problem(what, path, line), (split, id) if id else None, cause))
+    if not rows:
+        hint = "Write one id on each line, and end the lines by LF or CRLF."
+        listing.fatal.append(Problem("holds no id that can be read", path, hint=hint))
     return rows
 
 

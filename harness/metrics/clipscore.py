@@ -2,7 +2,6 @@
 
 import functools
 import html
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from harness import checkpoints
 from harness.data.files import read
-from harness.data.images import DAMAGE, FORMATS, damage, decode
+from harness.data.images import DAMAGE, damage, decode, loaded
 from harness.errors import Problem, UserError
 from harness.metrics.base import (
     Absent,
@@ -133,7 +132,7 @@ def pixels(path: Path, size: int) -> np.ndarray:
 
 def _square(path: Path, size: int) -> Image.Image:
     content = read(path)
-    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+    with loaded(content) as opened:
         # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
         image = opened if opened.mode in ("L", "RGB") else decode(content)
         width, height = image.size

@@ -16,12 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from harness.checkpoints import sha256, standin_name, sums, untrusted
 from harness.config import SimilarityConfig
 from harness.data.files import read
-from harness.data.images import DAMAGE, FORMATS, damage, decode
+from harness.data.images import DAMAGE, damage, decode, loaded
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, cut_rows, empty, filled, loading, sign
@@ -194,8 +193,7 @@ def encoded(path: Path) -> str:
     """
     try:
         content = read(path)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            image.load()
+        with loaded(content) as image:
             plain = image.mode in ("L", "RGB")
         if not plain:
             png = io.BytesIO()
