@@ -14,7 +14,7 @@ from harness.editions import EDITIONS
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
-PAGES = [*sorted(ROOT.glob("*.md")), GUIDE, ROOT / "submissions" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), GUIDE, ROOT / "docs" / "security.md", ROOT / "submissions" / "README.md"]
 
 
 def key_rows() -> dict[str, tuple[str, str]]:

@@ -1,8 +1,10 @@
 """MedCAT and AlignScore of 2025 and 2026, on small models in the published layouts."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -208,6 +210,37 @@ def test_alignscore_equals_the_published_inference_one_pair_at_a_time(align, tmp
     assert found.signature.startswith("alignscore|clef2025|AlignScore-base@")
     assert 0 < len(cut) < len(references)
     assert found.warnings == [Flagged(list(cut), "longer than alignscore takes, cut at 96 tokens")]
+
+
+def test_alignscore_is_official_by_its_contents(align, tmp_path):
+    named = {"alignscore": {"checkpoint": align}}
+    found = alignscore.measure(inputs(named))
+    trusted = hashlib.sha256(align.read_bytes()).hexdigest()
+    assert not found.official
+    assert trusted in found.doubts[0]
+    known = alignscore.measure(inputs(named, trusted=[trusted]))
+    assert known.official
+    assert f"|AlignScore-base@{trusted[:8]}|" in known.signature
+    assert not alignscore.measure(inputs(named, trusted=[trusted], precision="bf16")).official
+    renamed = tmp_path / "align-large.ckpt"
+    shutil.copyfile(align, renamed)
+    assert not alignscore.measure(inputs({"alignscore": {"checkpoint": renamed}}, trusted=[trusted])).official
+
+
+def test_what_determines_alignscores_numbers_is_in_its_identity(align, tmp_path):
+    import nltk
+
+    config = ScoreConfig.model_validate({"alignscore": {"checkpoint": align}}).alignscore
+    first = alignscore.identity(config, tmp_path)
+    punkt = Path(nltk.data.path[0], "tokenizers", "punkt_tab", "english", "abbrev_types.txt")
+    for file in (align.parent / "roberta" / "merges.txt", align.parent / "roberta" / "config.json", punkt):
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        try:
+            assert alignscore.identity(config, tmp_path) != first, file
+        finally:
+            file.write_bytes(content)
+    assert alignscore.identity(config, tmp_path) == first
 
 
 def test_empty_captions_of_alignscore(align):

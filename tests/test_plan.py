@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from harness import build, checkpoints
+from harness.checkpoints import Checkpoint
 from harness.cli.terminal import Terminal
 from harness.config import Config, DataConfig, PhantomConfig
 from harness.data import load
 from harness.errors import UserError
 from harness.experiment import load as load_experiment
+from harness.metrics import bertscore
 from harness.plan import Plan, problems
 from harness.store import is_done, step
 
@@ -77,6 +79,48 @@ def test_a_checkpoint_is_known_by_its_contents(data, tmp_path):
     assert plan(data, tmp_path, model=model).directory("train") == before
     weights(folder, 1)
     assert plan(data, tmp_path, model=model).directory("train") != before
+
+
+@pytest.fixture
+def encoder(tmp_path) -> Path:
+    """A folder with weights, config and tokenizer of BERTScore, which chooses the best weights."""
+    folder = weights(tmp_path / "encoder", 0)
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "README.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
+def test_the_primary_metrics_files_are_in_training_and_scores(name, encoder, data, tmp_path):
+    score = {"bertscore": {"checkpoint": str(encoder), "layer": 1}, "metrics": ["bertscore"]}
+    steps = ("train", "score-before", "score-after")
+
+    def places() -> list[Path]:
+        return [plan(data, tmp_path, score=score).directory(step) for step in steps]
+
+    before = places()
+    (encoder / "README.md").write_text("for people")
+    assert places() == before
+    content = (encoder / name).read_bytes()
+    (encoder / name).write_bytes(content[::-1])
+    assert not set(before) & set(places())
+    (encoder / name).write_bytes(content)
+    assert places() == before
+
+
+def test_other_packages_score_anew_and_train_nothing(data, tmp_path, monkeypatch):
+    before = [plan(data, tmp_path).directory(step) for step in ("train", "score-after")]
+    monkeypatch.setattr("harness.metrics.versions", lambda: ["torch:9"])
+    after = [plan(data, tmp_path).directory(step) for step in ("train", "score-after")]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_a_standin_in_a_wheel_is_known_by_its_contents(data, tmp_path, monkeypatch):
+    before = plan(data, tmp_path).directory("train")
+    other = Checkpoint("other", weights(tmp_path / "other", 3), True)
+    monkeypatch.setattr(bertscore, "locate", lambda _: (other, 6))
+    assert plan(data, tmp_path).directory("train") != before
 
 
 def test_a_broken_download_is_no_checkpoint(tmp_path):

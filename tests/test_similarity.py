@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import py_compile
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import similarity
@@ -166,6 +169,37 @@ def test_an_image_is_encoded_once_for_all_captions_and_loads_of_the_model(insigh
     similarity._load.cache_clear()
     np.testing.assert_allclose(similarity.measure(replace(later, cache=None)).per_image, found, atol=1e-7)
     assert "Model loaded" not in capfd.readouterr().out
+
+
+def test_similarity_is_official_by_all_contents_of_its_folder(insight, pictures):
+    """Its code computes the score as much as its weights do."""
+    named = {"similarity": {"folder": insight}}
+    trusted = checkpoints.sha256(insight, None)
+    found = similarity.measure(inputs(named, pictures))
+    assert not found.official
+    assert trusted in found.doubts[0]
+    assert similarity.measure(inputs(named | {"trusted": [trusted]}, pictures)).official
+    (insight / "__pycache__").mkdir(exist_ok=True)
+    (insight / "__pycache__" / "old.pyc").write_bytes(b"x")
+    assert similarity.measure(inputs(named | {"trusted": [trusted]}, pictures)).official
+    (insight / "MedImageInsight" / "tokens.py").write_text(TOKENS.replace("/ 3", "/ 5"))
+    changed = similarity.measure(inputs(named | {"trusted": [trusted]}, pictures))
+    assert not changed.official
+    assert np.abs(changed.per_image - found.per_image).max() > 1e-3, "the changed code is what ran"
+
+
+def test_bytecode_in_the_folder_is_not_run(insight, pictures):
+    tokens = insight / "MedImageInsight" / "tokens.py"
+    expected = similarity.measure(inputs({"similarity": {"folder": insight}}, pictures)).per_image
+    source, state = tokens.read_text(), tokens.stat()
+    tokens.write_text(source.replace("/ 3", "/ 5"))
+    os.utime(tokens, ns=(state.st_atime_ns, state.st_mtime_ns))
+    py_compile.compile(str(tokens))
+    tokens.write_text(source)
+    os.utime(tokens, ns=(state.st_atime_ns, state.st_mtime_ns))
+    similarity._load.cache_clear()
+    again = similarity.measure(inputs({"similarity": {"folder": insight}}, pictures)).per_image
+    np.testing.assert_allclose(again, expected)
 
 
 def test_similarity_says_what_is_missing(insight, pictures):

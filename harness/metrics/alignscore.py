@@ -141,7 +141,7 @@ class Scorer:
 
         folder = checkpoints.find(made_of(file)).folder
         self.device = device
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.encoder, self.head = _build(folder, file)
         for part in (self.encoder, self.head):
             part.eval().to(device, dtype(precision))
@@ -253,7 +253,7 @@ def _build(folder: Path, file: Path) -> tuple[Any, Any]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except pickle.UnpicklingError:
         raise Absent(f"{file} holds objects of Lightning beside its weights. {REWRITE}") from None
-    encoder = RobertaModel(AutoConfig.from_pretrained(folder))
+    encoder = RobertaModel(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     head = torch.nn.Linear(encoder.config.hidden_size, 3)
     for part, prefix in ((encoder, "base_model."), (head, "tri_layer.")):
         mine = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

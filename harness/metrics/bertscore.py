@@ -225,13 +225,15 @@ class Embeddings:
         self.device = device
         self.batch_tokens = batch_tokens
         # bert-score's default is the slow tokenizer
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, trust_remote_code=False)
         prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
         self.options = {"add_prefix_space": True} if prefixed else {}
         known = isinstance(
             self.tokenizer, BertTokenizer | DebertaTokenizer | GPT2Tokenizer | RobertaTokenizer
         )
-        self.fast = AutoTokenizer.from_pretrained(folder, **self.options) if known else None
+        self.fast = (
+            AutoTokenizer.from_pretrained(folder, **self.options, trust_remote_code=False) if known else None
+        )
         self.limit = limit
         self.model = _encoder(folder, layer, precision).to(device)
         self._kept: dict[str, tuple] = {}
@@ -331,7 +333,8 @@ def _encoder(folder: Path, layer: int, precision: str) -> Any:
     from transformers import AutoModel
 
     # DeBERTa makes two of its parameters float32, whatever type it is loaded in
-    model = loaded(AutoModel, folder, "pooler|position_ids", dtype=dtype(precision)).to(dtype(precision))
+    how = {"dtype": dtype(precision), "trust_remote_code": False}
+    model = loaded(AutoModel, folder, "pooler|position_ids", **how).to(dtype(precision))
     if hasattr(model, "decoder") and hasattr(model, "encoder"):
         model = model.encoder
     stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)

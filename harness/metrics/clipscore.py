@@ -166,7 +166,7 @@ class Clip:
         from transformers import AutoTokenizer, CLIPModel
 
         self.device, self.dtype = device, dtype(precision)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.model = loaded(CLIPModel, folder, "position_ids", dtype=self.dtype).to(device)
         self.size = self.model.config.vision_config.image_size
         self.limit = self.model.config.text_config.max_position_embeddings

@@ -6,6 +6,8 @@ REMARKS = (
     # texts are cut, and the rows that were are named in a warning of ours
     "Token indices sequence length is longer than the specified maximum",
     "Be aware, overflowing tokens are not returned",
+    # as BLEURT's tokenizer is used here, to bring texts of like length together
+    "You're using a ",
     # BLEURT's tokenizer is another one than BERT's, whose files it reads
     "The tokenizer class you load from this checkpoint is not the same type",
     # what a checkpoint lacks is an error of ours, where it is used

@@ -54,7 +54,10 @@ def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, C
     concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
     if not config.language_model:
         return concept, concept
-    language, blip2 = AutoTokenizer.from_pretrained(folder), Blip2Config.from_pretrained(folder)
+    language, blip2 = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        Blip2Config.from_pretrained(folder),
+    )
     return language_codec(language, blip2.text_config, config.prompt, max_tokens), concept
 
 
@@ -120,7 +123,7 @@ def _folder(name: str | None) -> Path | None:
 def _qformer_tokenizer(folders: Iterable[Path | None]) -> PreTrainedTokenizerBase:
     for folder in folders:
         if folder is not None and any((folder / name).exists() for name in ("vocab.txt", "tokenizer.json")):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             if DEC not in tokenizer.get_vocab():
                 tokenizer.add_special_tokens({"bos_token": DEC})
             return tokenizer

@@ -55,8 +55,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         _save_tokenizers(config, texts, folder)
-        qformer = AutoTokenizer.from_pretrained(folder / QFORMER_TOKENIZER)
-        language = AutoTokenizer.from_pretrained(folder)
+        qformer = AutoTokenizer.from_pretrained(folder / QFORMER_TOKENIZER, trust_remote_code=False)
+        language = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         blip2 = _blip2_config(config, language, len(qformer))
         model = Captioner(blip2)
         nn.init.normal_(model.query_tokens, std=0.02)
