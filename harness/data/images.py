@@ -43,7 +43,7 @@ def decode(source: Path | bytes) -> Image.Image:
     (PIL's own conversion saturates them to white). Transparency is laid over black. EXIF orientation is left
     alone. Raises one of `DAMAGE` where the file is not a whole image; `damage` tells it in words.
     """
-    with loaded(source) as image:
+    with open_image(source) as image:
         if image.mode == "F" or image.mode.startswith("I"):
             return _window(np.asarray(image, dtype=np.float64)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -53,7 +53,7 @@ def decode(source: Path | bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def loaded(source: Path | bytes) -> Image.Image:
+def open_image(source: Path | bytes) -> Image.Image:
     """The image in a file or its bytes as PIL reads it, and all of it; raises one of `DAMAGE` alone."""
     content = source if isinstance(source, bytes) else read(source)
     try:

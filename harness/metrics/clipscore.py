@@ -12,7 +12,7 @@ from PIL import Image
 
 from harness import checkpoints
 from harness.data.files import read
-from harness.data.images import DAMAGE, damage, decode, loaded
+from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
 from harness.metrics.base import (
     Absent,
@@ -132,7 +132,7 @@ def pixels(path: Path, size: int) -> np.ndarray:
 
 def _square(path: Path, size: int) -> Image.Image:
     content = read(path)
-    with loaded(content) as opened:
+    with open_image(content) as opened:
         # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
         image = opened if opened.mode in ("L", "RGB") else decode(content)
         width, height = image.size

@@ -20,7 +20,7 @@ import numpy as np
 from harness.checkpoints import sha256, standin_name, sums, untrusted
 from harness.config import SimilarityConfig
 from harness.data.files import read
-from harness.data.images import DAMAGE, damage, decode, loaded
+from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, cut_rows, empty, filled, loading, sign
@@ -193,7 +193,7 @@ def encoded(path: Path) -> str:
     """
     try:
         content = read(path)
-        with loaded(content) as image:
+        with open_image(content) as image:
             plain = image.mode in ("L", "RGB")
         if not plain:
             png = io.BytesIO()
