@@ -78,6 +78,33 @@ def ours(folder: Path, predictions: Path, references: Path, *options: str) -> di
     return printed | {"wall": time.perf_counter() - begun, "peak": usage.ru_maxrss / 1e6}
 
 
+def cider(predictions: list[str], references: list[str], copies: int) -> None:
+    """Print both ways to CIDEr side by side, and ours of `copies` times the rows with its peak memory."""
+    import resource
+
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    from harness.metrics import lexical, text
+
+    sides = [[text.official(caption) for caption in side] for side in (predictions, references)]
+    begun = time.perf_counter()
+    found = lexical.cider_scores(*sides)
+    seconds = time.perf_counter() - begun
+    lexical.cider_scores(*(side * copies for side in sides))
+    many, peak = time.perf_counter() - begun - seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.perf_counter()
+    scorer = CiderScorer()
+    for prediction, reference in zip(*sides, strict=True):
+        scorer += (prediction, [reference])
+    expected = scorer.compute_score()[1]
+    whole = time.perf_counter() - begun
+    print(f"CIDEr of {len(predictions)} captions, without PTB")
+    print(f"  pycocoevalcap         {whole:7.2f} s")
+    gap = abs(found - expected).max()
+    print(f"  harness               {seconds:7.2f} s {whole / seconds:6.1f} x, differs by {gap:.0e}")
+    print(f"  harness, {copies * len(predictions):,} rows {many:7.2f} s           peak {peak / 1e6:.2f} GB")
+
+
 def where_the_time_goes(predictions: list[str], references: list[str]) -> None:
     """Print the seconds of each part of BERTScore, and its arithmetic beside the machine's products."""
     from harness.metrics import bertscore, text
@@ -99,10 +126,10 @@ def where_the_time_goes(predictions: list[str], references: list[str]) -> None:
 
         return wrapper
 
-    def counting(ids: list[list[int]]) -> Any:
+    def counting(ids: list[list[int]], width: int) -> Any:
         nonlocal operations
-        operations += flops(store.model, len(ids), max(map(len, ids)))
-        return forward(ids)
+        operations += flops(store.model, len(ids), width)
+        return forward(ids, width)
 
     forward, store._forward = store._forward, counting
     bertscore.by_length = timed("encode", bertscore.by_length)
@@ -210,6 +237,7 @@ def main(data: Path) -> None:
         )
     gap = low["scores"]["bertscore"]["value"] - fresh["scores"]["bertscore"]["value"]
     print(f"  bf16 moves the mean BERTScore by {gap:+.1e}: {low['scores']['bertscore']['signature']}")
+    alone(cider, guesses, truth, 12)
     print("where the time of the first file goes")
     alone(where_the_time_goes, guesses, truth)
     alone(at_the_official_size, some[0][:120], some[1][:120])

@@ -56,10 +56,10 @@ def test_bertscore_when_the_store_is_too_small(golden, store, monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(prediction=CAPTIONS, reference=CAPTIONS)
 def test_bertscore_equals_bert_score(store, oracle, prediction, reference):
-    prediction, reference = (text.official(text.one_line(caption)) for caption in (prediction, reference))
+    prediction, reference = text.official(prediction), text.official(reference)
     found = bertscore.f1([prediction], [reference], store, store.uniform)[0]
-    if text.is_empty(prediction) or text.is_empty(reference):
-        assert found == float(text.is_empty(prediction) and text.is_empty(reference))
+    if not prediction or not reference:  # bert-score takes no text of length 0
+        assert found == 0
     else:
         assert found == pytest.approx(oracle.score([prediction], [reference])[2].item(), abs=1e-6)
 

@@ -135,10 +135,13 @@ def test_similarity_equals_the_evaluator_of_2025_one_pair_at_a_time(insight, pic
         expected.append(2.5 * np.max([np.dot(c, v) / (np.linalg.norm(c) * np.linalg.norm(v)), 0]))
     np.testing.assert_allclose(found.per_image[[0, 1, 2]], expected[:3], atol=1e-6)
     assert np.ptp(found.per_image) > 0.3
-    assert found.per_image[[4, 6]].tolist() == [0.0, 0.0], "empty predictions"
+    assert found.per_image[4] == 1.0, "both captions of length 0, in 2025"
     name = r"MedImageInsight-2024\.09\.27@[0-9a-f]{8}"
     assert re.fullmatch(rf"similarity\|clef2025\|{name}\|w:2\.5\|pre:raw\|fp32", found.signature)
-    assert found.warnings == [Flagged([0, 1, 2, 3], "longer than similarity takes, cut at 12 tokens")]
+    assert found.warnings == [
+        Flagged([0, 1, 2, 3], "longer than similarity takes, cut at 12 tokens"),
+        Flagged([4], "with both captions of length 0: similarity is 1 by the rule of 2025"),
+    ]
     sys.modules.pop("medimageinsightmodel")
 
 
@@ -161,11 +164,11 @@ def test_an_image_is_encoded_once_for_all_captions_and_loads_of_the_model(insigh
     model = similarity.load(insight, "cpu")
     model.model.batches.clear()
     similarity.measure(replace(first, predictions=[f"{caption} now" for caption in PREDICTIONS]))
-    assert model.model.batches == [7], "texts only"
+    assert model.model.batches == [4, 4], "texts only"
     later = replace(first, predictions=[f"{caption} then" for caption in PREDICTIONS])
     similarity._load.cache_clear()
     found = similarity.measure(later).per_image
-    assert similarity.load(insight, "cpu").model.batches == [7], "images from the disk"
+    assert similarity.load(insight, "cpu").model.batches == [4, 4], "images from the disk"
     similarity._load.cache_clear()
     np.testing.assert_allclose(similarity.measure(replace(later, cache=None)).per_image, found, atol=1e-7)
     assert "Model loaded" not in capfd.readouterr().out

@@ -140,8 +140,8 @@ def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: flo
     # summed apart, and exactly: n-grams that no reference has
     known = frequency[grams] > 0
     squares = np.bincount(document[known], weights[known] ** 2, 2 * count)
-    squares += log_count**2 * np.bincount(document[~known], times[~known] ** 2, 2 * count)
-    norms = np.sqrt(squares)
+    unknown = np.bincount(document[~known], times[~known] ** 2, 2 * count)
+    norms = np.sqrt(squares + log_count**2 * unknown)
 
     ours = document >= count
     _, mine, theirs = np.intersect1d(
