@@ -1,7 +1,6 @@
 """Captions from elsewhere against references: two files, or a run, into rows; the rows into scores."""
 
 import copy
-import csv
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from harness import checkpoints, device, metrics, ranks
+from harness import checkpoints, device, metrics, ranks, records
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data.readers import IMAGE_SUFFIXES
 from harness.editions import EDITIONS
@@ -20,7 +19,10 @@ from harness.errors import Problem, UserError
 from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
 from harness.plan import RUNS
-from harness.store import is_done
+from harness.records import artifact as run_artifact
+from harness.records import read as run_record
+from harness.records import root as run_root
+from harness.store import damage, is_done
 from harness.submission.form import Task, bare
 from harness.submission.inputs import (
     CaptionFile,
@@ -28,9 +30,6 @@ from harness.submission.inputs import (
     grouped,
     passes_for_header,
     read,
-    run_artifact,
-    run_record,
-    run_root,
 )
 
 _CONCEPTS = re.compile(r"C\d+(;C\d+)*")
@@ -107,12 +106,7 @@ def _references(path: Path | None, predictions: Path) -> CaptionFile:
     if run is None:
         raise UserError([Problem("is needed, unless a run's folder is scored", key="--references")])
     table = run_artifact(*run, "scores/valid_after_per_image.csv")
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            values = {row["ID"]: row["reference"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
-        hint = f"Delete {table.parent}, and the run makes it again: {run[1]['command']}"
-        raise UserError([Problem(f"can't be read: {error}", table, hint=hint)]) from None
+    values = {key: row["reference"] for key, row in records.per_image(table, run[1]).items()}
     return CaptionFile(table, ",", "references of the run's validation split", values, {})
 
 
@@ -300,9 +294,17 @@ def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
 def _standin(metric: str, run: Run | None) -> Path | None:
     if run and (step := run[1].get("steps", {}).get(f"standin-{metric}")):
         return run_root(*run) / step
-    made = [folder for folder in (RUNS / "steps").glob("standin-*") if is_done(folder)]
-    made = [f for f in made if json.loads((f / "inputs.json").read_text())["metric"] == metric]
+    made = [f for f in (RUNS / "steps").glob("standin-*") if is_done(f) and _made_for(f) == metric]
+    made = [folder for folder in made if not damage(folder)]
     return max(made, key=lambda folder: (folder / "DONE").stat().st_mtime_ns, default=None)
+
+
+def _made_for(folder: Path) -> str | None:
+    """The metric of a stand-in; None where that can't be read."""
+    try:
+        return json.loads((folder / "inputs.json").read_bytes())["metric"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def score(

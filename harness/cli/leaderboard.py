@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.terminal import Terminal
+
 if TYPE_CHECKING:
     from harness.leaderboard import Board, Entry
 
@@ -36,6 +38,8 @@ def leaderboard(
 
     years = [edition] if edition is not None else boards.editions(RUNS)
     found = [boards.board(year, RUNS) for year in years]
+    for problem in dict.fromkeys(problem for board in found for problem in board.left_out):
+        Terminal().say(f"left out: {problem}")
     if output is BoardFormat.html:
         print(boards.write_page(found))
     elif output is BoardFormat.json:

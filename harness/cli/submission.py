@@ -46,9 +46,11 @@ def make(
 ) -> None:
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
-    from harness.submission.inputs import read_ids, read_predictions, run_artifact, run_record
+    from harness.records import artifact as run_artifact
+    from harness.records import read as run_record
+    from harness.submission.inputs import read_ids, read_predictions
 
-    record = run_record(source) if source.is_dir() else None
+    record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
     if record is None:
         _require(edition, ids, source)
     elif task is Task.concept:

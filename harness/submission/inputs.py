@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import json
 import re
 import zipfile
 import zlib
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Problem, UserError
@@ -43,7 +42,6 @@ _WIDE = {
 _TEXTS = (".csv", ".tsv", ".txt")
 _LARGEST = 1 << 28  # bytes of a member, so that a zip can't fill the memory
 _NAMED = 3
-_RECORDED = {"name", "status", "edition", "command", "config", "artifacts"}
 
 
 @dataclass(frozen=True)
@@ -305,33 +303,3 @@ def _first_column(text: str, path: Path) -> Iterator[tuple[int, str]]:
             raise UserError([Problem(fields, path, line)])
         if "".join(fields).strip():
             yield line, fields[0]
-
-
-def run_record(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a run's folder. Raises `UserError` where there is none that a run wrote."""
-    file = folder / "run.json"
-    if not file.is_file():
-        hint = "The folder of a run is runs/<experiment>/<variant>-s<seed>."
-        raise UserError([Problem("not a run: it has no run.json", folder, hint=hint)])
-    try:
-        record = json.loads(file.read_bytes())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not record.keys() >= _RECORDED:
-        raise UserError([Problem("is not what a run writes", file, hint="Run the experiment again.")])
-    return record
-
-
-def run_root(folder: Path, record: Mapping[str, Any]) -> Path:
-    """The folder that a run's paths start from: `runs`, wherever it was moved to."""
-    return folder.resolve().parents[len(Path(record["name"]).parts)]
-
-
-def run_artifact(folder: Path, record: Mapping[str, Any], name: str) -> Path:
-    """A file of a run by its name in `run.json`. Raises `UserError` where the run has not come that far."""
-    if name not in record["artifacts"]:
-        kind = name.partition("/")[0]
-        has = [other for other in record["artifacts"] if other.startswith(f"{kind}/")]
-        what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
-        raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
-    return run_root(folder, record) / record["artifacts"][name]
