@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import Problem
-from harness.store import fingerprint, write_json
+from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
 
@@ -76,15 +76,19 @@ def hashes(files: Sequence[Path], cache: Path | None) -> list[list[str]]:
                 known[key] = hashlib.file_digest(content, "sha256").hexdigest()
             with contextlib.suppress(OSError):  # a read-only or full disk: it is hashed again the next time
                 if kept:
-                    write_json(kept, known)
+                    write_checked(kept, known)
         result.append([file.name, known[key]])
     return result
 
 
 def _known(kept: Path | None) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(kept.read_text()) if kept else {}
-    return {}
+    """Hashes that are known; none where the file is damaged, so that the weights are hashed again."""
+    known = read_checked(kept) if kept else None
+    if kept and known is None:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = json.loads(kept.read_bytes())  # an earlier version wrote no checksum
+    whole = isinstance(known, dict) and all(isinstance(one, str) and len(one) == 64 for one in known.values())
+    return known if whole else {}
 
 
 def _cached(name: str) -> Path | None:

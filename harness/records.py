@@ -47,7 +47,7 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 
 class _Part(BaseModel):
-    """What a record may hold. Keys that earlier versions did not write may be absent, none of another type."""
+    """What a record may hold. Keys that earlier versions lacked may be absent, none is of another type."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

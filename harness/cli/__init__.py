@@ -29,6 +29,7 @@ from harness.cli.terminal import (
     Terminal,
 )
 from harness.errors import UserError
+from harness.masking import masked
 
 INTERRUPTED = 130
 MENDABLE = {
@@ -73,9 +74,7 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except Exception:
-        if ranks.world_size() == 1:
-            raise
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
     if ranks.world_size() > 1:
         ranks.leave(code)
@@ -90,7 +89,13 @@ def _run_command() -> None:
             _fail(interrupted, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort as abort:
+        if isinstance(
+            abort.__cause__, EOFError
+        ):  # of a file that is cut short, and no end of the user's input
+            raise abort.__cause__ from None
+        _fail(interrupted, INTERRUPTED)
+    except KeyboardInterrupt:
         _fail(interrupted, INTERRUPTED)
     except ClickException as error:
         error.show()
@@ -132,7 +137,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
             if not ranks.first_fails_too():
                 print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
-    print(text, file=sys.stderr)
+    print(masked(text), file=sys.stderr)
     if problems and code == 2:
         noun = "problem" if problems == 1 else "problems"
         print(f"{problems} {noun}; nothing was run.", file=sys.stderr)
@@ -149,7 +154,7 @@ def _configs(experiment: Path, sets: list[str] | None, device: DeviceName | None
 
 
 def _command() -> str:
-    return f"python -m harness {shlex.join(sys.argv[1:])}"
+    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ import typer
 
 from harness.cli.terminal import Report, ReportFormat, Task
 from harness.errors import Problem, UserError
+from harness.masking import masked
 
 app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
 
@@ -85,7 +86,7 @@ def _manifest(file: Path, record: dict[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),
         "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "command": f"python -m harness {shlex.join(sys.argv[1:])}",
+        "command": masked(f"python -m harness {shlex.join(sys.argv[1:])}"),
         "commit": git_state(),
     }
     if record is None:
