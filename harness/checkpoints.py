@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import Problem
 from harness.outline import Flawed, check_weights
-from harness.store import fingerprint, write_json
+from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
 _UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
@@ -228,7 +228,7 @@ def _sha256(file: Path, cache: Path | None) -> str:
                 return found
             with contextlib.suppress(OSError):  # a read-only or full disk: it is hashed again the next time
                 if kept:
-                    write_json(kept, _known(kept) | {key: found})
+                    write_checked(kept, _known(kept) | {key: found})
         _hashed[key] = found
     return _hashed[key]
 
@@ -241,10 +241,10 @@ def _state(file: Path) -> tuple[int, str]:
 
 
 def _known(kept: Path | None) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(kept.read_text()) if kept else {}
-        return found if isinstance(found, dict) else {}
-    return {}
+    """Hashes that are known; none where the file is damaged, so that the weights are hashed again."""
+    known = read_checked(kept) if kept else None
+    whole = isinstance(known, dict) and all(isinstance(one, str) and len(one) == 64 for one in known.values())
+    return known if whole else {}
 
 
 def _cached(name: str) -> Path | None:

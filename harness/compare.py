@@ -7,24 +7,27 @@ statistics of each draw. The per-image scores of the others are taken as given: 
 stay those of the whole reference set.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import combinations, zip_longest
 from math import comb
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
+from harness import records
 from harness.errors import Problem, UserError
 from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays, references_fingerprint
 from harness.scoring import Rows
-from harness.store import parsed
-from harness.submission.inputs import run_record, run_root
 
 LEVEL = 0.05
 PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time stay in memory
 ARRAYS = "arrays.npz"
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error)
+"""What numpy and zipfile raise for a file of arrays that is damaged."""
 TIE = 1e-12  # scores of order 1 that differ by less differ by rounding
 
 
@@ -284,18 +287,23 @@ def read_run(folder: Path, label: str) -> System:
 
     Raises `UserError` where the folder is no run, or its scores lack the numbers of single images.
     """
-    record = run_record(folder)
-    step = run_root(folder, record) / record.get("steps", {}).get("score-after", "")
-    if not (step / "scores.json").is_file():
+    record = records.read(folder)
+    table = records.step_file(folder, record, "score-after", "scores.json")
+    if table is None:
         why = (record.get("failure") or {}).get("reason")
         what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
         raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
-    if not (step / ARRAYS).is_file():
+    if (file := records.step_file(folder, record, "score-after", ARRAYS)) is None:
         what = "scored by an older version, without the numbers of single images that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
-    result = parsed((step / "scores.json").read_text(encoding="utf-8"))
-    ids, arrays = read_arrays(step / ARRAYS)
-    scores = {name: _with_rows(Score(**entry), arrays.get(name)) for name, entry in result["scores"].items()}
+    result = records.scores(table, record)
+    try:
+        ids, arrays = read_arrays(file)
+        scores = {
+            name: _with_rows(Score(**e), arrays.get(name), len(ids)) for name, e in result["scores"].items()
+        }
+    except UNREADABLE as error:
+        raise records.damaged(file, record, f"can't be read: {error}") from None
     return System(label, ids, result["references"], scores)
 
 
@@ -304,5 +312,7 @@ def of_rows(found: Rows, label: str) -> System:
     return System(label, found.ids, references_fingerprint(found.ids, found.references), {})
 
 
-def _with_rows(score: Score, array: np.ndarray | None) -> Score:
+def _with_rows(score: Score, array: np.ndarray | None, rows: int) -> Score:
+    if array is not None and (array.dtype.kind not in "fiu" or len(array) != rows):
+        raise ValueError(f"{score.name} has no number for each image")
     return replace(score, **{"statistics" if aggregate(score.name) else "per_image": array})

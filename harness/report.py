@@ -6,13 +6,12 @@ is gone, has a page of what is there, which says what is not.
 """
 
 import base64
-import csv
 import io
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +20,15 @@ from urllib.parse import quote
 
 import yaml
 
-from harness import store
-from harness.captions import PREDICTIONS, read_captions, same_in
+from harness import records, store
+from harness.captions import PREDICTIONS, same_in
 from harness.config import Config, flat
 from harness.data.images import DAMAGE, decode, each
 from harness.data.readers import Example, read
 from harness.editions import EDITIONS
-from harness.errors import Problem, UserError
+from harness.errors import UserError
 from harness.pages import filled
-from harness.tracking.contents import rows
+from harness.resume import LOSSES, rows_of
 from harness.tracking.server import failure_of, status_of
 
 REPORT = "report.html"
@@ -40,15 +39,20 @@ MOST_EMBEDDED = 1_000
 _POINTS = 400  # of a curve's stage: more than a screen can tell apart
 _TRAIN = ("loss", "caption_loss", "concept_loss", "learning_rate")
 _NO_SETTING = ("variant", "seed")
+_NEEDS = (
+    *("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "environment", "data"),
+    *("steps", "made", "seconds", "scores", "image_gap", "baseline", "warnings", "artifacts", "submissions"),
+)
 _CAPTION_COLUMNS = ("ID", "reference", "prediction")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what `run.json` says in it."""
+    """A run's folder, what `run.json` says in it, and what can't be read and is left out."""
 
     folder: Path
     record: Mapping[str, Any]
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -58,13 +62,16 @@ class Run:
     @cached_property
     def root(self) -> Path:
         """The folder that holds `steps/` and the experiments."""
-        return self.folder.resolve().parents[len(Path(self.record["name"]).parts)]
+        return records.root(self.folder, self.record)
 
-    def file(self, step: str, name: str) -> Path | None:
-        """A file that a step has left; None where there is no step or no file yet."""
-        folder = self.record["steps"].get(step)
-        path = self.root / folder / name if folder else None
-        return path if path and path.is_file() else None
+    def read(self, step: str, name: str, reader: Callable[[Path, records.Record], Any]) -> Any:
+        """What a reader finds in a file of a step; empty where there is none that can be read."""
+        try:
+            file = records.step_file(self.folder, self.record, step, name)
+            return reader(file, self.record) if file else {}
+        except UserError as error:
+            self.left_out.extend(str(problem) for problem in error.problems)
+            return {}
 
     def main_metric(self) -> str | None:
         """The score that ranks in the run's edition, else the first one that it has."""
@@ -116,8 +123,10 @@ class Images:
     concept_names: Mapping[str, str]
 
 
-def write(folder: Path, out: Path | None = None) -> Path:
+def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
     """Write the page of the run in `folder`, by default to its `report.html`, and return the page's path.
+
+    `say` hears of each file that the page leaves out, since it is not what the run left.
 
     A page in its default place is listed among the artifacts of a run that has ended, so that the next mirror
     takes it to MLflow. Raises `UserError` where there is no run.
@@ -125,6 +134,8 @@ def write(folder: Path, out: Path | None = None) -> Path:
     run = _read(folder)
     page = out or folder / REPORT
     store.write(page, filled(REPORT, as_dict(run, page.parent)))
+    for problem in dict.fromkeys(run.left_out):
+        say(f"left out: {problem}")
     if out is None and run.record["status"] != "RUNNING":
         record = dict(_read(folder).record)
         record["artifacts"] |= {REPORT: f"{record['name']}/{run.name}/{REPORT}"}
@@ -133,29 +144,15 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
 
 def _read(folder: Path) -> Run:
-    file = folder / "run.json"
-    try:
-        return Run(folder, store.parsed(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError([Problem("not a run: it has no run.json", folder, hint=_runs_near(folder))]) from None
-    except ValueError as error:
-        raise UserError([Problem(f"not the record of a run: {error}", file)]) from None
-
-
-def _runs_near(folder: Path) -> str:
-    """The runs below the folder, or else below runs/, for someone who gave another folder."""
-    for place in (folder, Path("runs")):
-        if found := sorted(str(file.parent) for file in place.rglob("run.json")):
-            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            return f"Runs: {', '.join(found[:8])}{more}"
-    return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+    return Run(folder, records.read(folder, _NEEDS))
 
 
 def as_dict(run: Run, page: Path) -> dict[str, Any]:
     """All that the page shows, as JSON-like values; links are relative to the folder `page`."""
     record = run.record
     images = _images(run)
-    captions = _captions(run, images)
+    captions, curves, siblings = _captions(run, images), _curves(run), _siblings(run, page)
+    left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],
@@ -170,12 +167,13 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "warnings": [
             *dict.fromkeys(record["warnings"] + same_in("valid", captions.after or captions.before)),
             *record["data"].get("notes", ()),
+            *left_out,
         ],
         "differences": differences(record),
         "from_base": from_base(record),
-        "siblings": _siblings(run, page),
+        "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
-        "curves": _curves(run),
+        "curves": curves,
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "data": _data_facts(record),
@@ -197,7 +195,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "why": failure.get("reason"),
         "what helps": failure.get("hint"),
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
-        "checkpoint": record["config"]["model"]["checkpoint"],
+        "checkpoint": record["config"].get("model", {}).get("checkpoint"),
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),
@@ -237,7 +235,7 @@ def differences(record: Mapping[str, Any]) -> list[list[Any]]:
 
     A required key has the default None, as have the keys of a section that is null by default.
     """
-    required = {"name": record["name"], "edition": record["edition"], "data": {"root": ""}}
+    required = {"name": "any", "edition": record["edition"], "data": {"root": ""}}
     defaults = flat(Config.model_validate(required)) | {"data.root": None}
     return [
         [key, value, defaults.get(key)]
@@ -262,7 +260,10 @@ def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _siblings(run: Run, page: Path) -> dict[str, Any]:
     """The runs of the same experiment that lie beside this one, and the keys in which they differ."""
-    found = [_read(file.parent) for file in sorted(run.folder.resolve().parent.glob("*/run.json"))]
+    files = sorted(run.folder.resolve().parent.glob(f"*/{records.FILE}"))
+    beside, left_out = records.read_all(files, _NEEDS)
+    run.left_out.extend(map(str, left_out))
+    found = [Run(folder, record) for folder, record in beside]
     every = dict.fromkeys(key for one in found for key in one.record["parameters"] if key not in _NO_SETTING)
     settings = [{key: one.record["parameters"].get(key) for key in every} for one in found]
     keys = [key for key in every if any(values[key] != settings[0][key] for values in settings)]
@@ -289,8 +290,8 @@ def _link(path: Path, page: Path) -> str:
 
 def _curves(run: Run) -> dict[str, Any]:
     """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
-    found = list(rows(run.record, run.root))
-    steps = [row for row in found if "valid_loss" not in row]
+    found = list(run.read("train", LOSSES, lambda file, _: rows_of(file)))
+    steps = [row for row in found if "valid_loss" not in row and "stage" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
     train = {
@@ -321,23 +322,15 @@ def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterato
 
 
 def _captions(run: Run, images: Images | None) -> Captions:
-    texts = [
-        read_captions(file) if (file := run.file(step, PREDICTIONS)) else {}
-        for step in ("predict-valid", "postprocess-valid")
-    ]
-    before, after = (_per_image(run.file(step, "per_image.csv")) for step in ("score-before", "score-after"))
+    steps = ("predict-valid", "postprocess-valid")
+    texts = [run.read(step, PREDICTIONS, records.captions) for step in steps]
+    steps = ("score-before", "score-after")
+    before, after = (run.read(step, "per_image.csv", records.per_image) for step in steps)
     references = {key: row["reference"] for key, row in (after or before).items()}
     if not references and images:
         labels = {key: images.examples[key].caption for key in texts[0] if key in images.examples}
         references = {key: caption for key, caption in labels.items() if caption is not None}
     return Captions(*texts, before, after, references)
-
-
-def _per_image(file: Path | None) -> dict[str, dict[str, str]]:
-    if file is None:
-        return {}
-    with file.open(encoding="utf-8", newline="") as text:
-        return {row["ID"]: row for row in csv.DictReader(text)}
 
 
 def _images(run: Run) -> Images | None:
@@ -407,8 +400,15 @@ def _numbers(row: Mapping[str, str] | None, metrics: Sequence[str]) -> list[floa
     """Scores of one image with the digits that the page shows; None for one that is no number."""
     if row is None:
         return None
-    values = [float(row.get(metric) or "nan") for metric in metrics]
+    values = [_number(row.get(metric)) for metric in metrics]
     return [round(value, 4) if math.isfinite(value) else None for value in values]
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
 
 
 def _thumbnails(files: Mapping[str, Path]) -> dict[str, str]:

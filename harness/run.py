@@ -22,10 +22,10 @@ from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config import Config, flat
 from harness.editions import EDITIONS
 from harness.errors import Pruned, UserError
+from harness.masking import masked
 from harness.plan import Plan, Reporter
 from harness.store import MADE, damage, is_unsealed, parsed, seal, step, write, write_json
 from harness.submission.form import other_editions
-from harness.tracking.server import without_password
 
 RECORD, TRACEBACK = "run.json", "traceback.txt"
 SUBMISSIONS = Path("submissions")
@@ -200,7 +200,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
         record["status"], record["failure"] = _failure(error, record["at"])
         if record["status"] == "FAILED" and not isinstance(error, UserError):
             with contextlib.suppress(OSError):  # a full disk, which may be why it failed
-                write(folder / TRACEBACK, without_password(traceback.format_exc()))
+                write(folder / TRACEBACK, masked(traceback.format_exc()))
                 record["artifacts"][TRACEBACK] = f"{record['name']}/{folder.name}/{TRACEBACK}"
         raise
     finally:
@@ -223,11 +223,11 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         status, reason = "FAILED", f"{type(error).__name__}: {first}".removesuffix(": ")
-    hint = without_password(" ".join(filter(None, hints))) or None
+    hint = masked(" ".join(filter(None, hints))) or None
     return status, {
         "step": at,
         "error": type(error).__name__,
-        "reason": without_password(reason),
+        "reason": masked(reason),
         "hint": hint,
     }
 

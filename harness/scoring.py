@@ -1,7 +1,6 @@
 """Captions from elsewhere against references: two files, or a run, into rows; the rows into scores."""
 
 import copy
-import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from harness import checkpoints, device, metrics, ranks, verify
+from harness import checkpoints, device, metrics, ranks, records, verify
 from harness.captions import sameness
 from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data import folders
@@ -20,7 +19,10 @@ from harness.errors import Flaw, Problem, UserError, grouped
 from harness.experiment import Place, explain, parse_sets, set_value
 from harness.metrics import Score
 from harness.plan import RUNS
-from harness.store import is_done
+from harness.records import artifact as run_artifact
+from harness.records import read as run_record
+from harness.records import root as run_root
+from harness.store import damage, is_done
 from harness.submission.form import Task, bare, plural
 from harness.submission.inputs import (
     CaptionFile,
@@ -28,9 +30,6 @@ from harness.submission.inputs import (
     passes_for_header,
     read,
     read_otherwise,
-    run_artifact,
-    run_record,
-    run_root,
     with_ids,
 )
 
@@ -126,12 +125,7 @@ def _references(path: Path | None, predictions: Path) -> CaptionFile:
     if run is None:
         raise UserError([Problem("is needed, unless a run's folder is scored", key="--references")])
     table = run_artifact(*run, "scores/valid_after_per_image.csv")
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            values = {row["ID"]: row["reference"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
-        hint = f"Delete {table.parent}, and the run makes it again: {run[1]['command']}"
-        raise UserError([Problem(f"can't be read: {error}", table, hint=hint)]) from None
+    values = {key: row["reference"] for key, row in records.per_image(table, run[1]).items()}
     return CaptionFile(table, ",", "references of the run's validation split", values, {})
 
 
@@ -317,9 +311,17 @@ def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
 def _standin(metric: str, run: Run | None) -> Path | None:
     if run and (step := run[1].get("steps", {}).get(f"standin-{metric}")):
         return run_root(*run) / step
-    made = [folder for folder in (RUNS / "steps").glob("standin-*") if is_done(folder)]
-    made = [f for f in made if json.loads((f / "inputs.json").read_text())["metric"] == metric]
+    made = [f for f in (RUNS / "steps").glob("standin-*") if is_done(f) and _made_for(f) == metric]
+    made = [folder for folder in made if not damage(folder)]
     return max(made, key=lambda folder: (folder / "DONE").stat().st_mtime_ns, default=None)
+
+
+def _made_for(folder: Path) -> str | None:
+    """The metric of a stand-in; None where that can't be read."""
+    try:
+        return json.loads((folder / "inputs.json").read_bytes())["metric"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def score(

@@ -32,6 +32,7 @@ from harness.cli.terminal import (
     Terminal,
 )
 from harness.errors import UserError
+from harness.masking import masked
 from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_csv
 
 INTERRUPTED = 130
@@ -84,10 +85,8 @@ def main() -> None:
         if _heard.is_set():  # and a library has made something else of it
             print(_INTERRUPTED, file=sys.stderr)
             code = INTERRUPTED
-        elif ranks.world_size() == 1:
-            raise
         else:
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), file=sys.stderr, end="")
             code = 1
     code = _all_written(code)
     if code == INTERRUPTED:
@@ -114,7 +113,11 @@ def _run_command() -> None:
             _fail(_INTERRUPTED, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # of a file that is cut short: nobody interrupted
+            raise abort.__cause__ from None
+        _fail(_INTERRUPTED, INTERRUPTED)
+    except KeyboardInterrupt:
         _fail(_INTERRUPTED, INTERRUPTED)
     except ClickException as error:
         error.show()
@@ -197,7 +200,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
             if not ranks.first_fails_too():
                 print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
-    print(text, file=sys.stderr)
+    print(masked(text), file=sys.stderr)
     if problems and code == 2:
         noun = "problem" if problems == 1 else "problems"
         print(f"{problems} {noun}; nothing was run.", file=sys.stderr)
@@ -214,7 +217,7 @@ def _configs(experiment: Path, sets: list[str] | None, device: DeviceName | None
 
 
 def _command() -> str:
-    return f"python -m harness {shlex.join(sys.argv[1:])}"
+    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.terminal import Terminal
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def leaderboard(
 
     years = [edition] if edition is not None else boards.editions(RUNS, trials=everything)
     found = [boards.board(year, RUNS, trials=everything) for year in years]
+    for problem in dict.fromkeys(problem for board in found for problem in board.left_out):
+        Terminal().say(f"left out: {problem}")
     if output is BoardFormat.html:
         print(boards.write_page(found))
     elif output is BoardFormat.json:

@@ -15,5 +15,6 @@ def report(
 ) -> None:
     """Write one self-contained page of a run: config, curves, scores, and captions with their images."""
     from harness import report as pages
+    from harness.cli.terminal import Terminal
 
-    print(pages.write(run, out))
+    print(pages.write(run, out, Terminal().say))

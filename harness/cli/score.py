@@ -145,7 +145,7 @@ def _check_output(
     path: Path, inputs: Sequence[Path | None], run: tuple[Path, Mapping[str, Any]] | None
 ) -> None:
     """Raise `UserError`, before hours of scoring, where the file can't be written or is one that is read."""
-    from harness.submission.inputs import run_root
+    from harness.records import root as run_root
 
     read = [file for file in inputs if file is not None]
     read += [run_root(*run) / name for name in run[1]["artifacts"].values()] if run else []

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
 from harness.errors import Problem, UserError
+from harness.masking import masked
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _folder(spec: "Study") -> Path:
 
 
 def _command() -> str:
-    return f"python -m harness {shlex.join(sys.argv[1:])}"
+    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
 
 
 def _work(spec: "Study", chosen: str, timeout: float | None) -> None:

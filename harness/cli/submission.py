@@ -13,6 +13,7 @@ import typer
 
 from harness.cli.terminal import Report, ReportFormat, Task
 from harness.errors import Problem, UserError
+from harness.masking import masked
 from harness.visible import json_text, one_line
 
 app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
@@ -49,10 +50,12 @@ def make(
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
     from harness.captions import sameness
-    from harness.submission.inputs import read_ids, run_artifact, run_record
+    from harness.records import artifact as run_artifact
+    from harness.records import read as run_record
+    from harness.submission.inputs import read_ids
     from harness.submission.runs import captions
 
-    record = run_record(source) if source.is_dir() else None
+    record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
     if record is None:
         _require(edition, ids, source)
     elif task is Task.concept:
@@ -104,7 +107,7 @@ def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str
         "predictions": os.path.relpath(file),
         # of a FIFO nothing is left that could be hashed
         "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
-        "command": f"python -m harness {shlex.join(sys.argv[1:])}",
+        "command": masked(f"python -m harness {shlex.join(sys.argv[1:])}"),
         "commit": git_state(),
     }
     if record is None:

@@ -1,11 +1,13 @@
 """Everything that can be wrong with a data set, found before any training: labels first, then every image."""
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -26,7 +28,7 @@ from harness.data.readers import (
     together,
 )
 from harness.errors import Problem, UserError
-from harness.store import fingerprint, write
+from harness.store import fingerprint, read_checked, write_checked
 
 CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
@@ -291,7 +293,7 @@ def _scan(
                     known[_key(image)] = scan
             finally:
                 whole = [[*key, *astuple(scan)] for key, scan in known.items() if not scan.damage]
-                write(file, json.dumps(whole))
+                write_checked(file, whole)
     return {row: known[_key(file)] for row, file in listing.files.items()}
 
 
@@ -314,11 +316,20 @@ def _scan_file(root: Path, work: Path) -> Path:
 
 
 def _known(root: Path, work: Path) -> dict[_Key, Scan]:
-    try:
-        rows = json.loads(_scan_file(root, work).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """What earlier scans told; nothing where the file is damaged, so that all images are decoded again."""
+    file = _scan_file(root, work)
+    rows = read_checked(file)
+    if rows is None:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            rows = json.loads(file.read_bytes())  # an earlier version wrote no checksum
+    if not isinstance(rows, list) or not all(map(_is_scan, rows)):
         return {}
     return {(path, size, mtime): Scan(*scan) for path, size, mtime, *scan in rows}
+
+
+def _is_scan(row: Any) -> bool:
+    kinds = (str, int, int, str, str, str)
+    return isinstance(row, list) and list(map(type, row)) == list(kinds)
 
 
 def _unscanned(listing: Listing, known: Mapping[_Key, Scan]) -> list[File]:

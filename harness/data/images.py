@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,8 +107,10 @@ def open_pixels(
     """The resized images of `examples`, by an index -> uint8 (H, W, 3) or an array of them -> (N, H, W, 3).
 
     With `cache` (a folder) they are decoded once, in parallel, into the memory-mapped
-    `pixels-<fingerprint>.npy`; a second process that wants it waits for the first. Without, each is decoded
-    whenever it is asked for. Raises `UserError` where an image is damaged or the disk too full.
+    `pixels-<fingerprint>.npy`, which ends with a CRC-32 of each image; a second process that wants it waits
+    for the first. A file that is cut short is built anew, and an image that is not what was written is
+    decoded again. Without, each is decoded whenever it is asked for. Raises `UserError` where an image is
+    damaged or the disk too full.
     """
     paths = [example.image for example in examples]
     if cache is None or not paths:
@@ -115,19 +118,64 @@ def open_pixels(
     from filelock import FileLock
 
     file = _file(cache, paths, size)
-    if not file.exists():
+    pixels = _cached(file, paths, size)
+    if pixels is None:
         cache.mkdir(parents=True, exist_ok=True)
         _sweep(cache)
         with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
-                _build(file, paths, size, workers, progress)
-    return np.load(file, mmap_mode="r")
+            pixels = _cached(file, paths, size)
+            if pixels is None:
+                if not _add_sums(file, (len(paths), size, size, 3)):
+                    _build(file, paths, size, workers, progress)
+                pixels = _cached(file, paths, size)
+    return pixels
 
 
 def unbuilt(examples: Sequence[Example], size: int, cache: Path) -> int:
     """Bytes that `open_pixels` has yet to write into `cache` for these images; 0 where they are there."""
     paths = [example.image for example in examples]
-    return 0 if not paths or _file(cache, paths, size).exists() else len(paths) * size * size * 3
+    shape = (len(paths), size, size, 3)
+    file = _file(cache, paths, size) if paths else cache
+    built = not paths or any(_mapped(file, shape, sums) is not None for sums in (True, False))
+    return 0 if built else int(np.prod(shape))
+
+
+class Cached:
+    """Images of a cache file, memory-mapped; each is compared with its checksum when it is first read."""
+
+    def __init__(self, pixels: np.ndarray, sums: np.ndarray, file: Path, paths: Sequence[Path]) -> None:
+        self.pixels, self.sums, self.file, self.paths = pixels, sums, file, paths
+        self.shape = pixels.shape
+        self.checked = np.zeros(len(paths), bool)
+        self.apart: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        wanted = np.arange(len(self.paths))[index]
+        for i in np.atleast_1d(wanted):
+            if not self.checked[i] and zlib.crc32(self.pixels[i]) != self.sums[i]:
+                self._decode_again(int(i))
+            self.checked[i] = True
+        found = self.pixels[index]
+        if self.apart and (places := np.isin(wanted, list(self.apart))).any():
+            found = np.array(found)
+            for place in np.argwhere(places):
+                found[tuple(place)] = self.apart[int(wanted[tuple(place)])]
+        return found
+
+    def _decode_again(self, i: int) -> None:
+        """Put an image into its place in the file, or keep it apart where the file can't be written."""
+        image = _pixels(self.paths[i], self.shape[1])
+        try:
+            with self.file.open("r+b") as file:
+                file.seek(len(_header(self.shape)) + i * image.nbytes)
+                file.write(image)
+                file.seek(len(_header(self.shape)) + len(self.paths) * image.nbytes + 4 * i)
+                file.write(np.array(zlib.crc32(image), "<u4"))
+        except OSError:
+            self.apart[i] = image
 
 
 class Decoded:
@@ -190,17 +238,59 @@ def _build(
         raise UserError([_too_full(file.parent, need)]) from None
 
 
+def _cached(file: Path, paths: Sequence[Path], size: int) -> Cached | None:
+    """The images of a cache file; None where it is not there, or not whole with its checksums."""
+    pixels = _mapped(file, (len(paths), size, size, 3), sums=True)
+    return None if pixels is None else Cached(pixels, _sums(file, len(paths)), file, paths)
+
+
+def _mapped(file: Path, shape: tuple[int, ...], sums: bool) -> np.ndarray | None:
+    """The memory-mapped pixels of a file of exactly that shape, with or without checksums behind them."""
+    header = _header(shape)
+    bytes_wanted = len(header) + int(np.prod(shape)) + (4 * shape[0] if sums else 0)
+    if not file.is_file() or file.stat().st_size != bytes_wanted:
+        return None
+    with file.open("rb") as content:
+        whole = content.read(len(header)) == header
+    return np.memmap(file, np.uint8, "r", len(header), shape) if whole else None
+
+
+def _sums(file: Path, count: int) -> np.ndarray:
+    return np.fromfile(file, "<u4", offset=file.stat().st_size - 4 * count)
+
+
+def _add_sums(file: Path, shape: tuple[int, ...]) -> bool:
+    """Give a whole cache of an earlier version its checksums, by what it holds now; False for others."""
+    pixels = _mapped(file, shape, sums=False)
+    if pixels is not None:
+        sums = np.array([zlib.crc32(image) for image in pixels], "<u4")
+        with file.open("ab") as content:
+            content.write(sums)
+    return pixels is not None
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What an .npy file of uint8 images begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
 def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:
-    """Write uint8 images as an .npy file; not through a memory map, where a full disk kills the process."""
-    temporary = file.with_suffix(".tmp")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    """Write uint8 images as an .npy file, with their checksums behind.
+
+    Not through a memory map, where a full disk kills the process.
+    """
+    temporary, sums = file.with_suffix(".tmp"), []
     try:
         with temporary.open("w+b") as out:
-            np.lib.format.write_array_header_1_0(out, header)
+            out.write(_header(shape))
             if hasattr(os, "posix_fallocate"):  # take all the space now, before hours of decoding
-                os.posix_fallocate(out.fileno(), 0, out.tell() + int(np.prod(shape)))
+                os.posix_fallocate(out.fileno(), 0, out.tell() + int(np.prod(shape)) + 4 * shape[0])
             for image in images:
                 out.write(image)
+                sums.append(zlib.crc32(image))
+            out.write(np.array(sums, "<u4"))
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)

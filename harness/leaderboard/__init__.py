@@ -1,6 +1,5 @@
 """Our runs beside the official standings, as values for tables, files and a page."""
 
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from harness.leaderboard.entries import (
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
 from harness.store import fingerprint, write
-from harness.tracking.server import STATE, failure_of, status_of
+from harness.tracking.server import failure_of, mirrored_as, status_of
 
 __all__ = [
     "SPLITS",
@@ -53,6 +52,7 @@ def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
         "metrics": board.metrics,
         "standings": [vars(row) for row in board.standings],
         "runs": [_entry(board, entry, page) for entry in board.entries],
+        "left_out": [str(problem) for problem in board.left_out],
         "seeds": over_seeds(board),
         "table_3": table_3(board),
         "table_3_steps": steps(board),
@@ -124,16 +124,12 @@ def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
 
 def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
     """Where the run is mirrored: server, run id and, where the server has pages, a link."""
-    file = entry.folder.parent / STATE
-    servers = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     found = []
-    for server, state in servers.items():
-        run = state.get("runs", {}).get(entry.folder.name, {}).get("run_id")
-        if run:
-            local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
-            site = "http://127.0.0.1:5000" if local else server.rstrip("/")
-            link = f"{site}/#/runs/{run}" if site.startswith(("http://", "https://")) else None
-            found.append({"server": "mlflow ui" if local else server, "run": run, "link": link})
+    for server, run in mirrored_as(entry.folder).items():
+        local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
+        site = "http://127.0.0.1:5000" if local else server.rstrip("/")
+        link = f"{site}/#/runs/{run}" if site.startswith(("http://", "https://")) else None
+        found.append({"server": "mlflow ui" if local else server, "run": run, "link": link})
     return found
 
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import records
 from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.store import parsed
 from harness.tracking.server import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
 IMAGES: Mapping[int, Mapping[str, int]] = {2023: {"valid": 10_437, "test": 10_473}}
 """Images of each edition's splits as the organisers released them, where that is known."""
+_NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "scores", "image_gap")
 NOT_METRICS = ("rank", "team", "run", "source")
 SCORE_KEYS = ("value", "low", "high", "n", "official", "signature", "reason")
 SPLITS = {"valid": "validation", "test": "test"}
@@ -66,11 +67,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Board:
-    """One edition: its official standings and our runs, each in their order."""
+    """One edition: its official standings and our runs, each in their order.
+
+    `left_out` are the records of runs, of whatever edition, that can't be read.
+    """
 
     edition: int
     standings: Sequence[Standing]
     entries: Sequence[Entry]
+    left_out: Sequence[Problem] = ()
 
     @property
     def primary(self) -> str | None:
@@ -115,7 +120,7 @@ class Board:
 
 def editions(runs: Path, standings: Path = STANDINGS, trials: bool = False) -> list[int]:
     """The editions that have official standings or runs."""
-    with_runs = {record["edition"] for _, record in _records(runs, trials)}
+    with_runs = {record["edition"] for _, record in _records(runs, trials)[0]}
     return [year for year in EDITIONS if year in with_runs or (standings / f"{year}.csv").exists()]
 
 
@@ -127,16 +132,17 @@ def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = 
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {known}", key="--edition")])
+    found, left_out = _records(runs, trials)
     entries = [
         Entry(record, folder, split, _apart(record, split, edition))
-        for folder, record in _records(runs, trials)
+        for folder, record in found
         if record["edition"] == edition
         for split in record["scores"] or ("valid",)
     ]
     primary = EDITIONS[edition].primary
     # those apart are not put in the order of scores that can't be compared
     entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
-    return Board(edition, read_standings(standings / f"{edition}.csv"), entries)
+    return Board(edition, read_standings(standings / f"{edition}.csv"), entries, left_out)
 
 
 def read_standings(file: Path) -> list[Standing]:
@@ -162,15 +168,13 @@ def read_standings(file: Path) -> list[Standing]:
     return rows
 
 
-def _records(runs: Path, trials: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and record of every run; without `trials` but those of studies, which are many."""
-    for file in sorted(runs.rglob("run.json")):
-        try:
-            record = parsed(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError([Problem(f"not the record of a run: {error}", file)]) from None
-        if trials or record.get("trial") is None:
-            yield file.parent, record
+def _records(runs: Path, trials: bool) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
+    """Folder and record of every run; without `trials` but those of studies, which are many.
+
+    Also what is wrong with the records that are left out.
+    """
+    found, left_out = records.read_all(sorted(runs.rglob(records.FILE)), _NEEDS)
+    return [one for one in found if trials or one[1].get("trial") is None], left_out
 
 
 def _apart(record: Mapping[str, Any], split: str, edition: int) -> str | None:
@@ -192,7 +196,7 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield "it is a trial of a study"
     if record["standin_model"]:
         yield "its captions are by a stand-in model"
-    if record["config"]["data"]["phantom"] is not None:
+    if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
     primary = EDITIONS[edition].primary
     if primary is None:

@@ -17,9 +17,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.errors import Problem, UserError
+from harness.masking import masked
 from harness.store import write_json
 from harness.study.spec import Study
-from harness.tracking.server import without_password
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 RECORD = "study.json"
@@ -62,8 +62,8 @@ def choose(spec: Study, folder: Path, workers: int) -> str:
     begun = read_record(folder).get("storage")
     wanted = spec.config.storage
     chosen = wanted or begun or ("sqlite" if workers == 1 else "journal")
-    if begun is not None and without_password(chosen) != begun:
-        what = f"got {without_password(chosen)}, but the study in {folder} was begun with {begun}"
+    if begun is not None and masked(chosen) != begun:
+        what = f"got {masked(chosen)}, but the study in {folder} was begun with {begun}"
         raise UserError([Problem(what, spec.file, key="storage", hint="Give the new study another name.")])
     if chosen == "sqlite" and workers > 1:
         what = f"SQLite has one writer, so {workers} workers would wait for each other and fail"
@@ -101,7 +101,7 @@ def reachable(chosen: str) -> Iterator[None]:
         yield
     except failures() as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
-        what = f"{without_password(chosen)}: {without_password(why)}"
+        what = f"{masked(chosen)}: {masked(why)}"
         hint = "Nothing is lost; once it answers, the same command goes on."
         if "password" in why:
             hint = "Passwords are in ~/.pgpass (chmod 600), a line host:port:database:user:password each."
@@ -166,12 +166,12 @@ def open_study(
         record = read_record(folder)
         known = study.user_attrs
         if "runs" not in known:
-            record = {"id": uuid.uuid4().hex, "storage": without_password(chosen), "study": spec.name}
+            record = {"id": uuid.uuid4().hex, "storage": masked(chosen), "study": spec.name}
             write_json(folder / RECORD, record)
             study.set_user_attr("question", json.dumps(spec.question | {"data": seen}))
             study.set_user_attr("runs", record["id"])
         elif known["runs"] != record.get("id"):
-            what = f"the study {spec.name} in {without_password(chosen)} has its runs in another folder"
+            what = f"the study {spec.name} in {masked(chosen)} has its runs in another folder"
             hint = "All workers of a study share one runs/. For a new study give another name."
             raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
         elif parts := _differs(spec, json.loads(known["question"]), seen):

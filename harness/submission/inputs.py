@@ -8,12 +8,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from harness.data import files
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Flaw, Problem, UserError, grouped, places
-from harness.store import parsed
 from harness.submission import coco, kinds
 from harness.submission.form import LONGEST, MEMBER, Task, content, decoded
 
@@ -30,7 +28,6 @@ _FORMATS = {
 _NAMES = {"|": "pipe", "\t": "tab", ",": "comma"}
 _TEXTS = (".csv", ".tsv", ".txt", ".json")
 _LARGEST = 1 << 28  # bytes of a member, so that a zip can't fill the memory
-_RECORDED = {"name", "status", "edition", "command", "config", "artifacts"}
 
 
 @dataclass(frozen=True)
@@ -322,43 +319,3 @@ def _first_column(text: str, path: Path) -> Iterator[tuple[int, str]]:
             raise UserError([Problem(fields, path, line, hint=_IDS_HINT)])
         if "".join(fields).strip():
             yield line, fields[0]
-
-
-def run_record(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a run's folder. Raises `UserError` where there is none that a run wrote."""
-    file = folder / "run.json"
-    if not file.is_file():
-        hint = "The folder of a run is runs/<experiment>/<variant>-s<seed>."
-        raise UserError([Problem("not a run: it has no run.json", folder, hint=hint)])
-    try:
-        record = parsed(file.read_bytes())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not record.keys() >= _RECORDED:
-        raise UserError([Problem("is not what a run writes", file, hint="Run the experiment again.")])
-    return record
-
-
-def run_root(folder: Path, record: Mapping[str, Any]) -> Path:
-    """The folder that a run's paths start from: `runs`, wherever it was moved to."""
-    return folder.resolve().parents[len(Path(record["name"]).parts)]
-
-
-def run_artifact(folder: Path, record: Mapping[str, Any], name: str) -> Path:
-    """A file of a run by its name in `run.json`. Raises `UserError` where the run has not come that far."""
-    if name not in record["artifacts"]:
-        kind = name.partition("/")[0]
-        has = [other for other in record["artifacts"] if other.startswith(f"{kind}/")]
-        what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
-        raise UserError([Problem(what, folder, hint=_next(record, name))])
-    return run_root(folder, record) / record["artifacts"][name]
-
-
-def _next(record: Mapping[str, Any], name: str) -> str:
-    """The command after which a run has a file; a finished run did not caption this split."""
-    command = record["command"]
-    if record.get("trial"):
-        return "A trial captions valid alone: write the best one with harness study best, and run that."
-    if record["status"] == "FINISHED" and name.startswith("predictions/"):
-        return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
-    return f"Finish it: {command}"

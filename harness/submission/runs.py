@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import Problem, UserError
+from harness.records import artifact as run_artifact
+from harness.records import root as run_root
 from harness.submission.checks import some
 from harness.submission.form import INVALID
-from harness.submission.inputs import as_predictions, read, run_artifact, run_root
+from harness.submission.inputs import as_predictions, read
 
 
 def captions(

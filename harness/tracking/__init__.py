@@ -5,7 +5,6 @@ few seconds, and `sync` mirrors at any later time and to any other server. Both 
 point has the step and the time of its row on disk, and a store that is given a point twice keeps one.
 """
 
-import json
 import logging
 import os
 import select
@@ -15,22 +14,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import records
 from harness.errors import Problem, UserError
-from harness.store import fingerprint, parsed
-from harness.tracking.server import (
-    Mirror,
-    State,
-    alive,
-    read_study,
-    set_environment,
-    tracking_uri,
-    without_password,
-)
+from harness.masking import masked
+from harness.store import fingerprint
+from harness.tracking.server import Mirror, State, alive, read_study
+from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
 
+NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
+NEEDS += ("artifacts", "submissions")
+"""The keys of a record that the mirror shows."""
 _log = logging.getLogger(__name__)
 _PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-# For the follower whatever the user's are: it tries again anyway, and the run waits for its last try.
-_HURRIED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _SLOW = 2.0  # seconds after which a failure means that no server answers, for the other runs as little
 
 
@@ -45,7 +40,7 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
     from filelock import FileLock
 
     run_directory = Path(run_directory).resolve()
-    record = parsed((run_directory / "run.json").read_text(encoding="utf-8"))
+    record = records.read(run_directory, NEEDS)
     with FileLock(run_directory.parent / "mlflow.lock", timeout=60):
         state = State.load(run_directory.parent)
         Mirror(run_directory, record, owner, state).bring_up_to_date()
@@ -54,18 +49,22 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
 def sync(root: Path) -> list[str]:
     """Mirror every run in or under `root`; returns a line for each.
 
-    Raises `UserError` (exit code 1) with the runs that were not mirrored, and why.
+    A record that can't be read is left out and named. Raises `UserError` (exit code 1) with the runs that
+    were not mirrored, and why; within seconds where the server does not answer.
     """
+    server = masked(tracking_uri())
+    found, left_out = records.read_all(sorted(root.rglob(records.FILE)), NEEDS)
+    done, problems = [f"left out: {problem}" for problem in left_out], []
+    if found:
+        _look_for(server, found[0][0] if len(found) == 1 else root)
     set_environment(_PATIENT)
-    server = without_password(tracking_uri())
-    done, problems = [], []
-    for file in sorted(root.rglob("run.json")):
+    for folder, _ in found:
         began = time.monotonic()
         try:
-            mirror(file.parent)
-            done.append(f"{file.parent}: mirrored to {server}")
+            mirror(folder)
+            done.append(f"{folder}: mirrored to {server}")
         except failures() as error:
-            problems.append(Problem(f"not mirrored to {server}: {_first_line(error)}", file.parent))
+            problems.append(Problem(f"not mirrored to {server}: {first_line(error)}", folder))
             if time.monotonic() - began > _SLOW:
                 break
     if problems:
@@ -73,12 +72,20 @@ def sync(root: Path) -> list[str]:
     return done
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a server, a database or a disk that can't be reached raises."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+def _look_for(server: str, waiting: Path) -> None:
+    """Raise `UserError` (exit code 1), within seconds, where the server does not answer or refuses."""
+    set_environment({})
+    unset = {key: value for key, value in HURRIED.items() if key not in os.environ}
+    os.environ.update(unset)
+    try:
+        opened(tracking_uri())
+    except failures() as error:
+        what = f"not mirrored to {server}: {first_line(error)}"
+        hint = "Nothing is lost; later: python -m harness sync"
+        raise UserError([Problem(what, waiting, hint=hint)], exit_code=1) from None
+    finally:
+        for key in unset:
+            os.environ.pop(key)
 
 
 @dataclass(frozen=True)
@@ -97,10 +104,10 @@ class Follower:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        ended = [file for file in self.experiment_directory.glob("*/run.json") if not _is_running(file)]
-        if all(_is_mirrored(file) for file in ended):
+        found, _ = records.read_all(self.experiment_directory.glob(f"*/{records.FILE}"), NEEDS)
+        if all(_is_mirrored(*one) for one in found if one[1]["status"] != "RUNNING"):
             return None
-        log, server = self.experiment_directory / "mlflow.log", without_password(tracking_uri())
+        log, server = self.experiment_directory / "mlflow.log", masked(tracking_uri())
         return f"MLflow at {server} was not reached (see {log}); later: python -m harness sync"
 
 
@@ -127,8 +134,9 @@ def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
     """Mirror the runs of a folder every few seconds until `parent` is gone or standard input closes."""
     os.nice(10)  # the run needs the cores
     set_environment({})
-    os.environ.update(_HURRIED)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
+    os.environ.update(HURRIED)  # whatever the user's are: it tries again, and the run waits for its last try
+    logging.basicConfig(level=logging.INFO, force=True)
+    logging.getLogger().handlers[0].setFormatter(_Masking("%(asctime)s %(message)s"))
     ended = False
     while True:
         ended = ended or not alive(parent)
@@ -138,16 +146,24 @@ def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
         ended = _input_closes(every)
 
 
+class _Masking(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
 def _mirror_all(experiment_directory: Path, parent: int) -> None:
-    files = sorted(experiment_directory.glob("*/run.json"))
-    for file in files:
+    files = sorted(experiment_directory.glob(f"*/{records.FILE}"))
+    found, left_out = records.read_all(files, NEEDS)
+    for problem in left_out:
+        _log.warning("left out: %s", problem)
+    for folder, record in found:
         began = time.monotonic()
         try:
-            behind = file == files[-1] and not _study_is_mirrored(experiment_directory)
-            if behind or _is_running(file) or not _is_mirrored(file):
-                mirror(file.parent, parent)
-        except failures() as error:
-            _log.warning("%s: %s", file.parent.name, _first_line(error))
+            behind = folder == found[-1][0] and not _study_is_mirrored(experiment_directory)
+            if behind or record["status"] == "RUNNING" or not _is_mirrored(folder, record):
+                mirror(folder, parent)
+        except (*failures(), UserError) as error:
+            _log.warning("%s: %s", folder.name, first_line(error))
             if time.monotonic() - began > _SLOW:
                 return
 
@@ -157,23 +173,13 @@ def _input_closes(seconds: float) -> bool:
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return without_password(line)[:500]
-
-
-def _is_running(file: Path) -> bool:
-    return json.loads(file.read_text(encoding="utf-8"))["status"] == "RUNNING"
-
-
 def _study_is_mirrored(experiment_directory: Path) -> bool:
     """Whether what is recorded of a study, if the experiment is one, is on the server."""
     study = read_study(experiment_directory)
     return study is None or State.load(experiment_directory).parent.get("study") == fingerprint(study)
 
 
-def _is_mirrored(file: Path) -> bool:
+def _is_mirrored(folder: Path, record: records.Record) -> bool:
     """Whether a run's record is on the server as it is on disk."""
-    record = parsed(file.read_text(encoding="utf-8"))
-    entry = State.load(file.parent.parent).runs.get(file.parent.name, {})
+    entry = State.load(folder.parent).runs.get(folder.name, {})
     return entry.get("mirrored") == fingerprint(record)

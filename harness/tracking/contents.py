@@ -7,7 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.store import fingerprint, parsed
+from harness.masking import masked
+from harness.resume import LOSSES, rows_of
+from harness.store import damage_of, fingerprint
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -33,12 +35,11 @@ def is_measured(key: str, value: Any) -> bool:
 
 
 def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the training step's `losses.jsonl`, also while they are written."""
     step = record["steps"].get("train")
-    file = root / step / "losses.jsonl" if step else None
-    if file and file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):  # else it is being written
-                yield parsed(line)
+    file = root / step / LOSSES if step else None
+    if file and file.is_file():
+        yield from rows_of(file)
 
 
 def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,12 +49,13 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
     reasons = {metric: score["reason"] for metric, score in scores.items() if score.get("reason")}
     made_by_standins = [metric for metric, signature in signatures.items() if "STAND-IN" in signature]
     tags = {
-        "mlflow.source.name": record["command"],
+        "mlflow.source.name": masked(record["command"]),
         "mlflow.source.git.commit": record["git"]["commit"],
         "git.dirty": record["git"]["dirty"],
         "standin": ", ".join(made_by_standins) or None,
         "standin_model": record.get("standin_model"),
-        **{key: record[key] for key in ("command", "edition", "variant", "seed")},
+        **{key: record[key] for key in ("edition", "variant", "seed")},
+        "command": masked(record["command"]),
         **{f"signature/{metric}": signature for metric, signature in signatures.items()},
         **{f"absent/{metric}": reason for metric, reason in reasons.items()},
         **{f"environment/{name}": version for name, version in record["environment"].items()},
@@ -73,7 +75,7 @@ def datasets(record: Mapping[str, Any]) -> list[Any]:
         DatasetInput(
             Dataset(
                 name=f"{Path(data['root']).name}/{split}"[-500:],
-                digest=str(prints.get(split) or data.get("fingerprint") or fingerprint(data))[:36],
+                digest=str(prints.get(split) or fingerprint(data))[:36],
                 source_type="local",
                 source=json.dumps({"uri": data["root"], "layout": data.get("layout")}),
                 profile=json.dumps({"num_rows": count}),
@@ -85,14 +87,14 @@ def datasets(record: Mapping[str, Any]) -> list[Any]:
 
 
 def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tuple[str, Path]]:
-    """Key and file of everything to upload that is there; submissions with all that lies beside them."""
+    """Key and file of all to upload that is as the run left it; submissions with what lies beside them."""
     found = [(key, root / path) for key, path in record["artifacts"].items()]
     for upload in record["submissions"]:
         folder = (root.parent / upload).parent
         found += [(f"submissions/{folder.name}/{path.name}", path) for path in sorted(folder.glob("*"))]
     if record["status"] != "RUNNING":
         found.append(("run.json", directory / "run.json"))
-    return [(key, path) for key, path in found if path.is_file()]
+    return [(key, path) for key, path in found if path.is_file() and not damage_of(path)]
 
 
 def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,22 @@
 """One run brought up to date on one tracking server, whatever was there before."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
-import re
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.store import fingerprint, write_json
+from harness import records
+from harness.masking import masked
+from harness.store import fingerprint, read_checked, write_checked
 from harness.tracking.contents import (
     artifacts,
     cut,
@@ -27,9 +29,10 @@ from harness.tracking.contents import (
     study_tags,
     tags_of,
 )
+from harness.tracking.stores import database_of, opened, set_environment, tracking_uri
 
 STATE, STUDY = "mlflow.json", "study.json"
-DEFAULT_URI = "sqlite:///mlflow.db"
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
 _CLOCKS = 60  # seconds by which a clock may have been set since a process began
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
@@ -45,19 +48,57 @@ class State:
     everything: dict[str, Any]
     parent: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    found_again: bool = False
 
     @classmethod
     def load(cls, experiment_directory: Path) -> "State":
+        """What is known; where the file is damaged, that the server's runs are to be found again."""
         file = experiment_directory / STATE
-        everything = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        uri, database = tracking_uri(), database_of(tracking_uri())
+        everything = _bookkeeping(file)
+        uri, database = masked(tracking_uri()), database_of(tracking_uri())
+        if everything is None:
+            everything = {uri: {"found_again": True}}
         if database and not database.exists():
-            everything.pop(without_password(uri), None)  # what was mirrored went with the database
-        ours = everything.setdefault(without_password(uri), {})
-        return cls(file, everything, ours.setdefault("parent", {}), ours.setdefault("runs", {}))
+            everything.pop(uri, None)  # what was mirrored went with the database
+        ours = everything.setdefault(uri, {})
+        found_again = bool(ours.get("found_again"))
+        parent, runs = ours.setdefault("parent", {}), ours.setdefault("runs", {})
+        return cls(file, everything, parent, runs, found_again)
 
     def save(self) -> None:
-        write_json(self.file, self.everything)
+        write_checked(self.file, self.everything)
+
+
+def _bookkeeping(file: Path) -> dict[str, Any] | None:
+    """What of an experiment is on which server; None where the file is damaged."""
+    if not file.exists():
+        return {}
+    found = read_checked(file)
+    if found is None:  # an earlier version wrote no checksum
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            found = json.loads(file.read_bytes())
+    servers = list(found.values()) if isinstance(found, dict) and "checksum" not in found else [None]
+    whole = all(isinstance(server, dict) and _is_server(server) for server in servers)
+    return found if whole else None
+
+
+def _is_server(server: dict[str, Any]) -> bool:
+    entries = server.get("runs", {})
+    if not isinstance(entries, dict):
+        return False
+    kinds = {"run_id": str, "token": str, "last_steps": dict, "artifacts": dict, "scores": dict}
+    return all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key, kind()), kind) for key, kind in kinds.items())
+        for entry in (server.get("parent", {}), *entries.values())
+    )
+
+
+def mirrored_as(run_directory: Path) -> dict[str, str]:
+    """The id of a run on each server that it was mirrored to."""
+    servers = _bookkeeping(run_directory.parent / STATE) or {}
+    entries = {name: server.get("runs", {}).get(run_directory.name, {}) for name, server in servers.items()}
+    return {name: entry["run_id"] for name, entry in entries.items() if "run_id" in entry}
 
 
 class Mirror:
@@ -65,12 +106,9 @@ class Mirror:
 
     def __init__(self, directory: Path, record: dict[str, Any], owner: int | None, state: State) -> None:
         set_environment({})
-        import mlflow
-
-        mlflow.set_tracking_uri(tracking_uri())  # some artifact stores ask for the global one
-        self.client = mlflow.MlflowClient(tracking_uri())
+        self.client = opened(tracking_uri())
         self.directory, self.record, self.owner, self.state = directory, record, owner, state
-        self.root = directory.parents[len(Path(record["name"]).parts)]
+        self.root = records.root(directory, record)
         self.entry = state.runs.setdefault(directory.name, {})
         parameters = fingerprint(record["parameters"])
         if self.entry.get("parameters", parameters) != parameters:
@@ -129,34 +167,54 @@ class Mirror:
 
     def _run(self, experiment: str, entry: dict[str, Any], name: str, tags: Mapping[str, Any]) -> str:
         """The run's id on the server, made there unless it is there already."""
-        if "run_id" in entry and not self._exists(entry["run_id"]):
+        if "run_id" in entry and not self._exists(entry):
             parameters = entry.get("parameters")
             entry.clear()
             entry.update({"parameters": parameters} if parameters else {})
         if "run_id" not in entry:
-            # Its token is on disk first: should this be killed after `_create`, the next call finds the run.
-            found = self._search(experiment, entry.get("token"))
-            entry.setdefault("token", uuid.uuid4().hex)
+            # Its token is known before `_create`: should this be killed after it, the next call finds the
+            # run, as it does where the bookkeeping is lost.
+            entry.setdefault("token", self._token(name, entry))
             self.state.save()
+            found = self._search(experiment, entry["token"])
+            if found is None and self.state.found_again:
+                found = self._alike(experiment, entry, name)
             entry["run_id"] = found or self._create(experiment, entry["token"], name, tags)
             self.state.save()
         return entry["run_id"]
 
-    def _exists(self, run_id: str) -> bool:
+    def _token(self, name: str, entry: Mapping[str, Any]) -> str:
+        """What names a run of this folder and configuration, and no other."""
+        place = [self.record.get("host"), str(self.directory.parent), name, entry.get("parameters")]
+        return hashlib.sha256(json.dumps(place).encode()).hexdigest()[:32]
+
+    def _exists(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the run is on the server, and the one that the bookkeeping means."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+            run = self.client.get_run(entry["run_id"])
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code in _GONE:
                 return False
             raise
+        token = run.data.tags.get("harness.token")
+        return run.info.lifecycle_stage == "active" and token == entry.get("token", token)
 
-    def _search(self, experiment: str, token: str | None) -> str | None:
-        if token is None:
-            return None
+    def _search(self, experiment: str, token: str) -> str | None:
         found = self.client.search_runs([experiment], f"tags.`harness.token` = '{token}'", max_results=1)
         return found[0].info.run_id if found else None
+
+    def _alike(self, experiment: str, entry: dict[str, Any], name: str) -> str | None:
+        """The newest run of this name with these parameters; earlier versions gave it a random token."""
+        wanted = {key: cut(value, _LONGEST_PARAMETER) for key, value in self.record["parameters"].items()}
+        ours = wanted if entry is not self.state.parent else {}
+        for run in self.client.search_runs([experiment], f"attributes.run_name = '{name}'", max_results=100):
+            token = run.data.tags.get("harness.token")
+            if token and run.data.params.items() <= ours.items():
+                entry["token"] = token
+                return run.info.run_id
+        return None
 
     def _create(self, experiment: str, token: str, name: str, tags: Mapping[str, Any]) -> str:
         created = self.client.create_run(
@@ -276,18 +334,22 @@ def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str,
 
 def read_study(experiment_directory: Path) -> dict[str, Any] | None:
     """What is recorded of a study; None for an experiment that is none."""
-    file = experiment_directory / STUDY
-    return json.loads(file.read_text("utf-8")) if file.exists() else None
+    try:
+        study = json.loads((experiment_directory / STUDY).read_bytes())
+    except (OSError, ValueError, RecursionError):  # none, or damaged: the next trial writes it anew
+        return None
+    whole = isinstance(study, dict) and all(isinstance(study.get(key), str) for key in ("study", "storage"))
+    return study if whole else None
 
 
 def _of_all(experiment_directory: Path, owner: int | None) -> str:
     """The status of an experiment: that of its least finished run; a study may end with failed trials."""
-    records = [json.loads(file.read_text("utf-8")) for file in experiment_directory.glob("*/run.json")]
-    found = {status_of(record, owner) for record in records}
+    found_records, _ = records.read_all(experiment_directory.glob(f"*/{records.FILE}"))
+    found = {status_of(record, owner) for _, record in found_records}
     study = read_study(experiment_directory)
     if study is not None and "RUNNING" not in found:
         return "FINISHED" if study.get("ended") else "KILLED"
-    return next(status for status in ("RUNNING", "KILLED", "FAILED", "FINISHED") if status in found)
+    return next(status for status in ("RUNNING", "KILLED", "FAILED", "FINISHED", "PRUNED") if status in found)
 
 
 def alive(pid: int, began: str | None = None) -> bool:
@@ -300,28 +362,3 @@ def alive(pid: int, began: str | None = None) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= known + _CLOCKS
     except psutil.NoSuchProcess:
         return False
-
-
-def tracking_uri() -> str:
-    """The tracking server, as it is known from any folder."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-    database = database_of(uri)
-    return f"sqlite:///{database}" if database else uri
-
-
-def database_of(uri: str) -> Path | None:
-    """The file of an SQLite store; None for every other server."""
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
-
-
-def without_password(text: str) -> str:
-    """An address, or a line that holds some, without user and password, whatever signs these have."""
-    text = re.sub(r"//([^\s/@:]*:\S*|[^\s/]*)@", "//", text)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
-
-
-def set_environment(limits: Mapping[str, str]) -> None:
-    quiet = {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
-    for key, value in {**quiet, **limits}.items():
-        os.environ.setdefault(key, value)

@@ -1,0 +1,303 @@
+"""A run's record: its folder, `run.json`, the files of its steps. The one place that reads them.
+
+Whatever lies on disk may be cut short, altered or of another kind. What can't be read is a `UserError` that
+names the file and says how to make it anew; readers of many runs leave such a record out and name it.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from harness.captions import read_captions
+from harness.editions import EDITIONS
+from harness.errors import Problem, UserError
+from harness.store import damage_of, parsed
+
+FILE = "run.json"
+Record = Mapping[str, Any]
+
+
+def _inside(path: str) -> str:
+    """A path that does not lead out of the folder that it starts from."""
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\0" in path or not parts.parts:
+        raise ValueError("a path inside runs/ is wanted")
+    return path
+
+
+def _moment(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+def _edition(year: int) -> int:
+    if year not in EDITIONS:
+        raise ValueError(f"allowed are {', '.join(map(str, EDITIONS))}")
+    return year
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Inside = Annotated[str, AfterValidator(_inside)]
+Moment = Annotated[str, AfterValidator(_moment)]
+
+
+class _Part(BaseModel):
+    """What a record may hold. Keys that earlier versions lacked may be absent, none is of another type."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Score(_Part):
+    value: Number | None
+    official: bool
+    signature: str
+    n: int = 0
+    low: Number | None = None
+    high: Number | None = None
+    reason: str | None = None
+
+
+class _Gap(_Part):
+    gap: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+
+
+class _Git(_Part):
+    commit: str | None
+    dirty: bool | None
+
+
+class _Made(_Part):
+    command: str
+    git: _Git
+    seconds: Number
+
+
+class _Data(_Part):
+    root: str
+    layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
+    splits: dict[str, int] = {}
+    fingerprints: dict[str, str] = {}
+    left_out: int = 0
+    notes: list[str] = []
+
+
+class _Fallback(_Part):
+    caption: str
+    ids: list[str]
+
+
+class _Base(_Part):
+    file: str
+    parameters: dict[str, Any]
+
+
+class _ModelConfig(_Part):
+    checkpoint: str = ""
+
+
+class _Failure(_Part):
+    reason: str
+    step: str | None = None
+    error: str | None = None
+    hint: str | None = None
+
+
+class _Sections(_Part):
+    model: _ModelConfig = _ModelConfig()
+    data: dict[str, Any] = {}
+    score: dict[str, Any] = {}
+
+
+class _Run(_Part):
+    name: Inside
+    status: Literal["RUNNING", "FINISHED", "FAILED", "PRUNED", "KILLED"]
+    edition: Annotated[int, AfterValidator(_edition)]
+    command: str
+    config: _Sections
+    variant: Inside = "base"
+    seed: int = 0
+    pid: int | None = None
+    host: str | None = None
+    started: Moment = "2000-01-01"
+    ended: Moment | None = None
+    at: str | None = None
+    failure: _Failure | None = None
+    parameters: dict[str, Any] = {}
+    standin_model: bool = False
+    git: _Git = _Git(commit=None, dirty=None)
+    environment: dict[str, str] = {}
+    data: _Data = _Data(root="")
+    fallback: dict[str, _Fallback] = {}
+    steps: dict[str, Inside] = {}
+    made: dict[str, _Made | None] = {}
+    seconds: dict[str, Number] = {}
+    scores: dict[str, dict[str, dict[str, _Score]]] = {}
+    image_gap: dict[str, _Gap | Number | str | None] | None = None
+    baseline: dict[str, Number | str | list[str] | None] | None = None
+    warnings: list[str] = []
+    artifacts: dict[str, Inside] = {}
+    submissions: list[Inside] = []
+    base: _Base | None = None
+    trial: dict[str, Any] | None = None
+
+
+_SCORES = TypeAdapter(dict[str, _Score])
+
+
+def read(folder: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """The record of the run in a folder.
+
+    Raises `UserError` where there is none, where it can't be read, or where one of the keys is absent that
+    its reader `needs` beside name, status, edition, command and config.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise UserError([Problem("not a run: it has no run.json", folder, hint=_runs_near(folder))])
+    problem = _problem(file, needs)
+    if isinstance(problem, Problem):
+        raise UserError([problem])
+    return problem
+
+
+def read_all(
+    files: Iterable[Path], needs: Iterable[str] = ()
+) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
+    """Folder and record of each `run.json`, and what is wrong with those that are left out."""
+    found, left_out = [], []
+    for file in files:
+        record = _problem(file, needs)
+        if isinstance(record, Problem):
+            left_out.append(record)
+        else:
+            found.append((file.parent, record))
+    return found, left_out
+
+
+def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
+    """A record, or what is wrong with it."""
+    hint = "The run's command writes it anew; or delete this folder: steps that are done stay done."
+    try:
+        if not file.is_file():
+            raise ValueError("not a file")
+        record = parsed(file.read_bytes())
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written anywhere
+        _Run.model_validate(record)
+        if missing := [key for key in needs if key not in record]:
+            raise ValueError(f"{', '.join(missing)} is missing")
+        if len(PurePosixPath(record["name"]).parts) + 1 >= len(file.resolve().parts):
+            raise ValueError("name has more parts than the path of this folder")
+    except (OSError, ValueError, RecursionError) as error:
+        return Problem(f"is not what a run writes: {_said(error)}", file, hint=hint)
+    return record
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def _runs_near(folder: Path) -> str:
+    """The runs below the folder, or else below runs/, for someone who gave another folder."""
+    for place in (folder, Path("runs")):
+        if found := sorted(str(file.parent) for file in place.rglob(FILE)):
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            return f"Runs: {', '.join(found[:8])}{more}"
+    return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+
+
+def root(folder: Path, record: Record) -> Path:
+    """The folder that a run's paths start from: `runs`, wherever it was moved to."""
+    return folder.resolve().parents[len(PurePosixPath(record["name"]).parts)]
+
+
+def artifact(folder: Path, record: Record, name: str) -> Path:
+    """A file of a run by its name in the record, as the step left it.
+
+    Raises `UserError` where the run has not come that far, or where the file is gone or altered.
+    """
+    if name not in record.get("artifacts", {}):
+        kind = name.partition("/")[0]
+        has = [other for other in record.get("artifacts", {}) if other.startswith(f"{kind}/")]
+        what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
+        raise UserError([Problem(what, folder, hint=_next(record, name))])
+    return checked(root(folder, record) / record["artifacts"][name], record)
+
+
+def _next(record: Record, name: str) -> str:
+    """The command after which a run has a file; a finished run did not caption this split."""
+    command = record["command"]
+    if record.get("trial"):
+        return "A trial captions valid alone: write the best one with harness study best, and run that."
+    if record["status"] == "FINISHED" and name.startswith("predictions/"):
+        return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
+    return f"Finish it: {command}"
+
+
+def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None:
+    """A file that a step of the run has left; None where there is no step or no file yet.
+
+    Raises `UserError` where the file is not what the step left.
+    """
+    place = record.get("steps", {}).get(step)
+    file = root(folder, record) / place / name if place else None
+    if file is None or not (file.exists() or damage_of(file)):
+        return None
+    return checked(file, record)
+
+
+def checked(file: Path, record: Record) -> Path:
+    """The file of a step. Raises `UserError` where it is gone or altered since the step left it."""
+    wrong = damage_of(file) or (None if file.is_file() else "it is gone")
+    if wrong:
+        raise damaged(file, record, f"not what the step left: {wrong}")
+    return file
+
+
+def damaged(file: Path, record: Record, what: str) -> UserError:
+    """The error for a file of a step that can't be used."""
+    hint = f"The run makes it again: {record['command']}"
+    if damage_of(file) is None:  # a step of an earlier version, which is taken as it lies there
+        hint = f"Delete {file.parent}, and the run makes it again: {record['command']}"
+    return UserError([Problem(what, file, hint=hint)])
+
+
+def captions(file: Path, record: Record) -> dict[str, str]:
+    """The captions by id that a step has left. Raises `UserError` where they can't be read."""
+    try:
+        return read_captions(file)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read as captions: {error}") from None
+
+
+def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
+    """The rows of a `per_image.csv` by id. Raises `UserError` where they can't be read."""
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            rows = {row["ID"]: row for row in csv.DictReader(text)}
+        if any(None in row or None in row.values() or "reference" not in row for row in rows.values()):
+            raise ValueError("a row has more or fewer columns than the header")
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read: {error}") from None
+    return rows
+
+
+def scores(file: Path, record: Record) -> dict[str, Any]:
+    """What a score step says in its `scores.json`. Raises `UserError` where it can't be read."""
+    try:
+        content = parsed(file.read_bytes())
+        _SCORES.validate_python(content["scores"])
+        if not isinstance(content["references"], str):
+            raise ValueError("references is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(file, record, f"is not what a score step writes: {_said(error)}") from None
+    return content

@@ -1,0 +1,184 @@
+"""The tracking server: its address, how it is opened, and what keeps it from answering."""
+
+import contextlib
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Problem, UserError
+from harness.masking import masked
+from harness.store import fingerprint
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+HURRIED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+"""Limits by which one request fails within seconds where no server answers."""
+_CONNECT = 4  # seconds for a database to take a connection
+_CREATION = 120  # seconds that a process waits while another one makes the tables
+_ELSEWHERE = 20.0  # seconds for tables that `mlflow ui` makes, which knows no lock of ours
+_opened: set[str] = set()
+
+
+def tracking_uri() -> str:
+    """The tracking server, as it is known from any folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    database = database_of(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite store; None for every other server."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+def set_environment(limits: Mapping[str, str]) -> None:
+    """MLflow's own settings; what the user has set stays."""
+    quiet = {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
+    for key, value in {**quiet, **limits}.items():
+        os.environ.setdefault(key, value)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a server, a database or a disk that can't be reached raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in a line without passwords."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return masked(line)[:500]
+
+
+def opened(uri: str) -> Any:
+    """A client of the server, whose tables are made where it is an empty database.
+
+    Of several processes that find an empty database one makes the tables. Raises `UserError` (exit code 1)
+    where the driver of a database is not installed or an SQLite store is half made; else one of `failures()`.
+    """
+    import mlflow
+
+    driven = _with_driver(uri)
+    mlflow.set_tracking_uri(driven)  # some artifact stores ask for the global one
+    client = mlflow.MlflowClient(driven)
+    database = database_of(uri)
+    if uri in _opened and (database is None or database.exists()):
+        return client
+    with _alone(driven):
+        if database is None:
+            client.search_experiments(max_results=1)
+        else:
+            _first_look(client, database)
+    _opened.add(uri)
+    return client
+
+
+def _first_look(client: Any, database: Path) -> None:
+    """Open an SQLite store; `mlflow ui`, started at the same time, may be making its tables meanwhile."""
+    until = time.monotonic() + _ELSEWHERE
+    while True:
+        try:
+            client.search_experiments(max_results=1)
+            return
+        except failures() as error:
+            if not _has_tables(database):
+                raise
+            if time.monotonic() > until or not _changes(database):
+                raise _broken(database, error) from None
+
+
+def _has_tables(database: Path) -> bool:
+    """Whether somebody began to make MLflow's tables, or the file is no database at all."""
+    if not database.is_file() or not database.stat().st_size:
+        return False
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)
+        ) as connection:
+            return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        return "not a database" in str(error) or "malformed" in str(error)
+
+
+def _changes(database: Path) -> bool:
+    """Whether another process writes to the file within the next seconds."""
+    for _ in range(4):
+        before = database.stat().st_mtime_ns
+        time.sleep(0.5)
+        if database.stat().st_mtime_ns != before:
+            return True
+    return False
+
+
+def _broken(database: Path, error: Exception) -> UserError:
+    what = f"MLflow can't use this store; its tables are half made or another version's: {first_line(error)}"
+    hint = f"Nothing is lost, runs/ has it all: mv {database} {database}.old && python -m harness sync"
+    return UserError([Problem(what, database, hint=hint)], exit_code=1)
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep other processes from making the tables of the same database; a server sees to it itself."""
+    from filelock import FileLock
+
+    if uri.startswith(("http:", "https:", "file:")) or "://" not in uri:
+        yield
+        return
+    database = database_of(uri)
+    file = (
+        Path(f"{database}.lock")
+        if database
+        else Path(tempfile.gettempdir(), f"harness-{fingerprint(uri)}.lock")
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file, timeout=_CREATION), _locked(uri):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(uri: str) -> Iterator[None]:
+    """Hold a lock in the database itself, which processes on other machines see; fails where none answers."""
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": _CONNECT})
+    try:
+        with engine.connect() as connection:
+            number = {"number": int(fingerprint("harness makes the tables of MLflow"), 16)}
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), number)
+            yield
+    finally:
+        engine.dispose()
+
+
+_DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc", "oracle": "cx_Oracle"}
+"""What SQLAlchemy takes for an address that names no driver."""
+_PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
+
+
+def _with_driver(uri: str) -> str:
+    """The address with a driver that is installed. Raises `UserError` (exit code 1) with the one it needs."""
+    scheme, mark, rest = uri.partition("://")
+    dialect, _, driver = scheme.partition("+")
+    if not mark or dialect not in _DRIVERS:
+        return uri
+    if dialect == "postgresql" and not driver and not find_spec("psycopg2"):
+        driver = "psycopg"  # which the extra `team` brings; SQLAlchemy takes the other unless it is named
+        uri = f"postgresql+psycopg://{rest}"
+    needed = driver or _DRIVERS[dialect]
+    if find_spec({"mysqldb": "MySQLdb"}.get(needed, needed)):
+        return uri
+    hint = f"Install it: python -m pip install '{_PACKAGES.get(needed, needed)}'"
+    if needed == "psycopg":
+        hint = "Install it: pip install -e '.[team]'   (the package psycopg)"
+    what = f"the driver {needed} for {dialect} is not installed"
+    raise UserError([Problem(what, key="MLFLOW_TRACKING_URI", hint=hint)], exit_code=1)
