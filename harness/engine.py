@@ -7,9 +7,10 @@ import argparse
 import contextlib
 import logging
 import os
+import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 from harness import device as devices
 from harness import ranks
 from harness.config import TrainConfig
+from harness.errors import Problem, UserError
 from harness.models.blip2 import Captioner
 from harness.store import write_json
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
@@ -135,8 +139,37 @@ def to_universal(source: Path, target: Path) -> None:
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
+        weights_only(),
     ):
         ds_to_universal.main(options)
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Torch takes no class from a checkpoint but DeepSpeed's, which itself would run whatever is in there.
+
+    Raises `UserError` where a checkpoint holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(
+            [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        ):
+            yield
+    except pickle.UnpicklingError as error:
+        what = f"a checkpoint of this training holds more than weights: {str(error).splitlines()[0]}"
+        hint = "Delete the folder train-... of this run in runs/steps, and the training begins anew."
+        raise UserError([Problem(what, hint=hint)], exit_code=1) from None
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
 
 
 def resume(trainer: Any, path: Path, universal: bool) -> None:
@@ -147,7 +180,8 @@ def resume(trainer: Any, path: Path, universal: bool) -> None:
     """
     optimizer = trainer.optimizer
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
+    with weights_only():
+        trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
     if universal:
         for group, decay in zip(optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay

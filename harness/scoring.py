@@ -248,6 +248,19 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
     return values
 
 
+def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
+    """What a run's `run.json` names and scoring does not execute, and how to say that it may."""
+    named = run[1]["config"].get("score", {}) if run else {}
+    for section in EXECUTED:
+        section_named = named.get(section)
+        values = section_named if isinstance(section_named, dict) else {}
+        given = {key: value for key, value in values.items() if value is not None}
+        if given and getattr(config, section) == getattr(ScoreConfig(), section):
+            sets = " ".join(f"--set score.{section}.{key}={value}" for key, value in given.items())
+            what = f"score.{section} of {run[0] / 'run.json'} would be executed and is left out"
+            yield f"{what}. To use it: {sets}"
+
+
 class _Only(Section):
     score: ScoreConfig = ScoreConfig()
 

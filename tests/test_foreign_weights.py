@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from harness import checkpoints, metrics
 from harness.config import Config, ScoreConfig
+from harness.errors import UserError
 from harness.metrics import alignscore, bertscore
 from harness.outline import Flawed, check_weights, read_pickle
 from harness.plan import problems
@@ -131,6 +132,22 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     read_pickle(tmp_path / "pytorch_model.bin")
     check_weights(tmp_path / "pytorch_model.bin")
     assert not mark.exists()
+
+
+def test_code_in_a_checkpoint_of_deepspeed_is_not_run(tmp_path):
+    """DeepSpeed loads its own with `weights_only=False`."""
+    from harness import engine
+
+    file, mark = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "executed"
+    file.write_bytes(saved({"module": {"a": TENSOR}, "b": Evil(mark)}))
+    with pytest.raises(UserError, match="more than weights") as raised, engine.weights_only():
+        torch.load(file, weights_only=False)
+    assert raised.value.exit_code == 1
+    assert not mark.exists()
+    assert engine._FORCE not in os.environ
+    file.write_bytes(saved({"module": {"a": TENSOR}}))
+    with engine.weights_only():
+        assert torch.load(file, weights_only=False)["module"]["a"].equal(TENSOR)
 
 
 def test_whole_weights_have_no_flaw(tmp_path):

@@ -297,5 +297,9 @@ def test_what_a_runs_folder_names_is_not_executed(spy, tmp_path):
     assert taken.alignscore.checkpoint == tmp_path / "AlignScore-base.ckpt"
     assert taken.medcat == ScoreConfig().medcat
     assert taken.similarity == ScoreConfig().similarity
+    said = list(scoring.passed_over(run, taken))
+    assert len(said) == 2
+    assert f"--set score.medcat.python={spy}" in said[1]
     named = scoring.settings(2025, run=run, sets=[f"score.medcat.python={spy}"])
+    assert len(list(scoring.passed_over(run, named))) == 1
     assert named.medcat.python == spy, "the user's own word counts"

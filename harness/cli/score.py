@@ -77,7 +77,7 @@ def score(
     config = scoring.settings(year, metric_names(names), standins, sets or (), run)
     rows = scoring.rows(predictions, references, images, task.value)
     say = Terminal().say
-    for line in rows.inputs if rank() == 0 else ():
+    for line in (*rows.inputs, *scoring.passed_over(run, config)) if rank() == 0 else ():
         say(line)
     if task is Task.concept:
         validated = scoring.rows(predictions, manual, task=task.value) if manual else None
