@@ -134,6 +134,7 @@ def test_kill_9_at_any_time_leaves_a_whole_submission(tmp_path):
         rounds.add(manifest["round"])
     assert len(rounds) > 1
     make(dict.fromkeys(ids, "last"), ids, 2026, tmp_path, {})
+    assert os.listdir(tmp_path) == ["caption-test"], "what was killed leaves nothing for good"
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+import psutil
 
 from harness import store
 
@@ -22,7 +25,7 @@ def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.rmtree(stage, ignore_errors=True)
+        _clear(folder)
         stage.mkdir()
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name not in earlier:
@@ -32,6 +35,14 @@ def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[
         _swap(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what killed processes have left."""
+    for stray in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        process = stray.name.split(".")[-2]
+        if not process.isdecimal() or int(process) == os.getpid() or not psutil.pid_exists(int(process)):
+            shutil.rmtree(stray, ignore_errors=True)
 
 
 def _copy(path: Path, to: Path) -> None:

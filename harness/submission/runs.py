@@ -1,5 +1,6 @@
 """The captions of a run, all of them: a run knows how many images its splits have, and which."""
 
+import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,6 @@ def _against_the_run(
 
 def _ids_in(table: Path) -> Collection[str]:
     """The ids of a CSV file that a step of the run left; none where it can't be read."""
-    import csv
-
     try:
         with table.open(encoding="utf-8", newline="") as file:
             return dict.fromkeys(row["ID"] for row in csv.DictReader(file))
