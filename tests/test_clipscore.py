@@ -22,7 +22,7 @@ from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore
-from harness.metrics.base import Inputs
+from harness.metrics.base import Absent, Inputs
 
 REFERENCES = ["axial ct of the chest", "mri of the left knee", "chest radiograph", "ct of the liver", ""]
 PREDICTIONS = ["ct of the chest", "a torn meniscus", "chest radiograph", "", "lung " * 300]
@@ -250,7 +250,7 @@ from pathlib import Path
 from harness import checkpoints
 from harness.config import ScoreConfig
 from harness.metrics import clipscore
-from harness.metrics.base import Inputs
+from harness.metrics.base import Absent, Inputs
 folder, cache, opened, *images = sys.argv[1:]
 seen = []
 pixels = clipscore.pixels
@@ -307,6 +307,8 @@ def test_missing_and_damaged_images_are_named(folder, pictures, tmp_path):
     with pytest.raises(UserError) as raised:
         clipscore.measure(inputs(folder, nowhere))
     assert [problem.file for problem in raised.value.problems] == [nowhere[0], nowhere[4]]
+    with pytest.raises(Absent, match="needs every image, and 1 of 5 can't be read"):
+        clipscore.measure(inputs(folder, [*pictures[:4], None]))
     pictures[1].write_bytes(pictures[1].read_bytes()[:300])
     with pytest.raises(UserError, match=r"1\.png: not a whole image"):
         clipscore.measure(inputs(folder, pictures))

@@ -154,10 +154,10 @@ def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tu
         if unknown:
             cause = "not in the file of concept names"
             yield f"unknown CUI {', '.join(unknown)}: {cause}", cause
-    file = listing.files.get((split, example.id))
-    if file is None:
-        yield listing.lacking[split, example.id], "no image"
-    elif file.size == 0:
+    row = (split, example.id)
+    if row in listing.lacking:
+        yield listing.lacking[row], "no image"
+    elif row in listing.files and listing.files[row].size == 0:
         yield f"{example.image} is empty (0 bytes)", "empty image"
 
 

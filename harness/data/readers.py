@@ -168,7 +168,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     listing.sources[split] = source
     listing.files |= {(split, id): images.files[id] for id in rows if id in images.files}
     for id in rows:
-        if id not in images.files:
+        if id not in images.files and id not in images.rivals:
             instead = f"; {found}" if (found := images.instead(id)) else ""
             listing.lacking[split, id] = f"no image {images.folder / id}.jpg{instead}"
     listing.splits[split] = [

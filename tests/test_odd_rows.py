@@ -1,0 +1,447 @@
+"""Rows that are odd: each is used for what it is fit for, and no id of a split to submit is ever lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import small_sets
+from PIL import Image
+from small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_2023, write_comma
+from test_report import data_of
+from test_run import EXPERIMENT, harness
+
+from harness import data, scoring
+from harness.captions import read_captions
+from harness.data.images import DAMAGE, damage, decode
+from harness.errors import UserError
+from harness.submission import check
+from harness.submission.inputs import read_ids, read_predictions
+
+whole, root = small_sets.whole, small_sets.root  # fixtures
+ROWS = [("A CT image.", ["C0000001"]), ("\u202f", []), ("An MR image.", []), ("...", ["C0000001"])]
+
+
+def real_images(root: Path) -> None:
+    for number, path in enumerate(sorted(root.rglob("*.jpg"))):
+        Image.new("L", (8, 8), 10 * number).save(path)
+
+
+# --- captions without a word -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["imageclef2023", "rocov2"])
+def test_published_sets_with_a_blank_caption_pass_and_lose_no_row(tmp_path, layout):
+    """As the validation labels of 2023 (CRLF, one caption is U+202F) and ROCOv2."""
+    root = tmp_path / "set"
+    root.mkdir()
+    if layout == "rocov2":
+        write_comma(root, ROWS, ("train", "valid", "test"))
+    else:
+        write_2023(root, ROWS, "\r\n")
+    real_images(root)
+    assert problems(root, tmp_path, layout=layout) == []
+    found = data.load(config(root, layout=layout), tmp_path / "runs")
+    assert [e.id for e in found.splits["train"]] == ["train_0", "train_2"]
+    assert [e.id for e in found.splits["valid"]] == ["valid_0", "valid_1", "valid_2", "valid_3"]
+    assert [e.trains for e in found.splits["valid"]] == [True, False, True, False]
+    assert found.left_out == ()
+    told = [str(note.problem) for note in found.notes]
+    assert "set/" in told[0]
+    assert "no word in the caption of train_1: training leaves the row out" in told[0]
+    splits = ("train", "valid", "test") if layout == "rocov2" else ("train", "valid")
+    assert [note.row for note in found.notes] == [(split, f"{split}_{n}") for split in splits for n in (1, 3)]
+
+
+def test_data_check_has_notes_and_passes(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_2023(tmp_path / "set", ROWS, "\r\n")
+    real_images(tmp_path / "set")
+    done = harness(tmp_path, "data", "check", "set")
+    assert done.stdout.count("note: ") == 4
+    assert (
+        f"set/{CAPTIONS.format('valid')}:3: no word in the caption of valid_1: the row is captioned, scored"
+        in (done.stdout)
+    )
+    assert done.stdout.endswith("ok: no problems\n")
+    rows = json.loads(harness(tmp_path, "data", "check", "set", "--format", "json").stdout)
+    assert [row["kind"] for row in rows] == ["note"] * 4
+
+
+# --- rows that can't be read, and skip_bad ---------------------------------------------------------------
+
+
+def test_a_caption_row_that_cannot_be_read_is_captioned_and_not_scored(root, tmp_path):
+    edit(root / CAPTIONS.format("valid"), lambda lines: lines.__setitem__(2, lines[2] + "\tmore"))
+    found = data.load(config(root, skip_bad=True), tmp_path / "runs")
+    rows = {example.id: example for example in found.splits["valid"]}
+    assert list(rows) == [f"phantom_valid_00000{n}" for n in range(1, 7)]
+    assert rows["phantom_valid_000002"].caption is None
+    assert not rows["phantom_valid_000002"].damage
+    assert "not scored" in found.notes[0].problem.what
+
+
+def test_concepts_that_cannot_be_read_cost_no_row_of_validation(root, tmp_path):
+    edit(root / CONCEPTS.format("valid"), lambda lines: lines.pop(3))
+    edit(root / CONCEPTS.format("train"), lambda lines: lines.pop(3))
+    found = data.load(config(root, skip_bad=True), tmp_path / "runs")
+    assert [len(found.splits[split]) for split in ("train", "valid", "test")] == [11, 6, 4]
+
+
+def test_what_only_looks_like_an_id_is_no_row(tmp_path):
+    """The second line of a caption whose quotes are broken begins with no id."""
+    write_comma(tmp_path, [("a word", [])] * 3, ("train", "valid", "test"))
+    real_images(tmp_path)
+    text = 'ID,Caption\ntest_0,a\ntest_1,"b "c"\nsecond\ntest_2,c\n'
+    (tmp_path / "test_captions.csv").write_text(text)
+    found = data.load(config(tmp_path, layout="rocov2", skip_bad=True), tmp_path / "runs")
+    assert [e.id for e in found.splits["test"]] == ["test_0", "test_1", "test_2"]
+    assert [e.caption for e in found.splits["test"]] == ["a", None, "c"]
+
+
+def test_a_cause_is_told_once_however_many_rows_have_it(root, tmp_path):
+    edit(
+        root / CAPTIONS.format("train"),
+        lambda lines: lines.__setitem__(slice(2, 10), [x + "\ty" for x in lines[2:10]]),
+    )
+    with pytest.raises(UserError) as caught:
+        data.load(config(root), tmp_path / "runs")
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.what) == (
+        3,
+        "got 3 fields; 2 are allowed; and 7 more like it (lines 4, 5, 6, 7, 8, ...)",
+    )
+    assert len(problems(root, tmp_path)) == 8  # each for a program
+
+
+def test_an_ids_file_without_ids_is_no_empty_split(root, tmp_path):
+    path = root / "test_ids.csv"
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r"))
+    with pytest.raises(UserError, match="holds no id that can be read"):
+        data.load(config(root, skip_bad=True), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_without_any_image_that_can_be_read_stops(root, tmp_path, split):
+    for path in (root / split).glob("*.jpg"):
+        path.write_bytes(b"\xff\xd8")
+    with pytest.raises(UserError, match=f"no (good row is left in|image of) {split}"):
+        data.load(config(root, skip_bad=True), tmp_path / "runs")
+
+
+# --- which file is the image of an id --------------------------------------------------------------------
+
+
+def second_image(root: Path, name: str, split: str = "test") -> Path:
+    first = root / split / f"phantom_{split}_000002.jpg"
+    path = root / name.format(first.stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(first.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("name", ["{}.png", "{}.JPG", "{}.jpeg"])
+def test_two_images_of_one_id_are_never_guessed_between(root, tmp_path, split, name):
+    second_image(root, f"{split}/{name}", split)
+    for skip in (False, True):
+        with pytest.raises(UserError, match="more than one image of an id: ") as caught:
+            data.load(config(root, skip_bad=skip), tmp_path / "runs")
+        (problem,) = caught.value.problems
+        assert f"{split}/phantom_{split}_000002.jpg" in problem.what
+        assert name.format(f"{split}/phantom_{split}_000002") in problem.what
+
+
+@pytest.mark.parametrize(
+    "folder", ["test_images", "x_test_images", "images/test", "test/test", "test/images"]
+)
+def test_nor_between_folders(root, tmp_path, folder):
+    second_image(root, f"{folder}/{{}}.jpg")
+    with pytest.raises(UserError, match="more than one image of an id: phantom_test_000002: "):
+        data.load(config(root), tmp_path / "runs")
+
+
+def test_nor_in_a_split_that_has_no_list_of_ids(root, tmp_path):
+    (root / "test_ids.csv").unlink()
+    second_image(root, "test/{}.png")
+    with pytest.raises(UserError, match="more than one image of an id"):
+        data.load(config(root), tmp_path / "runs")
+
+
+def test_two_names_of_one_file_are_one_image(root, tmp_path):
+    image = root / "test" / "phantom_test_000002.jpg"
+    image.with_suffix(".png").symlink_to(image.name)
+    os.link(image, image.with_suffix(".jpeg"))
+    (root / "images").mkdir()
+    (root / "images" / "test").symlink_to(root / "test")
+    assert problems(root, tmp_path) == []
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_not_guessed_between(tmp_path):
+    write_comma(tmp_path, [("a word", [])])
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test_ids.csv").write_text("ID\n" + unicodedata.normalize("NFC", "é1") + "\n")
+    decomposed = tmp_path / "test" / (unicodedata.normalize("NFD", "é1") + ".jpg")
+    decomposed.touch()
+    (tmp_path / "test" / "other.jpg").touch()
+    real_images(tmp_path)
+    found = one(tmp_path, tmp_path, layout="imageclef2024")
+    assert found[:2] == ("test_ids.csv", 2)
+    assert found[2].endswith(r"found 'e\u03011.jpg': rename it")
+    decomposed.with_name(unicodedata.normalize("NFC", "é1") + ".jpg").write_bytes(decomposed.read_bytes())
+    assert "more than one image of an id" in one(tmp_path, tmp_path, layout="imageclef2024")[2]
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".bmp", ".webp", ".dcm", ".nii.gz"])
+@pytest.mark.parametrize("ids", [True, False])
+def test_an_image_that_is_not_read_is_named(root, tmp_path, suffix, ids):
+    image = root / "test" / "phantom_test_000002.jpg"
+    image.rename(image.with_name(image.stem + suffix))
+    if not ids:
+        (root / "test_ids.csv").unlink()
+    what = one(root, tmp_path)[2]
+    assert (
+        what == f"no image {image}; found {image.stem}{suffix}, which is not read: convert it to PNG or JPEG"
+    )
+
+
+def test_a_blank_or_another_case_in_a_name_is_named(root, tmp_path):
+    for number, name in ((1, "phantom_test_000001 .jpg"), (2, "PHANTOM_test_000002.jpg")):
+        (root / "test" / f"phantom_test_00000{number}.jpg").rename(root / "test" / name)
+    assert [what.partition("; ")[2] for *_, what in problems(root, tmp_path)] == [
+        "found 'phantom_test_000001 .jpg': rename it",
+        "found 'PHANTOM_test_000002.jpg': rename it",
+    ]
+
+
+def test_what_macos_adds_to_an_archive_is_no_image(root, tmp_path):
+    (root / "test_ids.csv").unlink()
+    (root / "test" / "._phantom_test_000001.jpg").write_bytes(b"\0\5\x16\7")
+    assert problems(root, tmp_path) == []
+    assert len(data.load(config(root), tmp_path / "runs").splits["test"]) == 4
+
+
+def test_images_to_score_are_not_guessed_between(tmp_path):
+    (tmp_path / "p.csv").write_text("a|x\nb|y\n")
+    (tmp_path / "r.csv").write_text("ID\tcaption\na\tx\nb\ty\n")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.jpg", "a.PNG", "b.tif"):
+        (images / name).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv", images)
+    text = str(caught.value)
+    assert "more than one image of an id: a: a.PNG, a.jpg" in text
+    assert "no image: b (found b.tif, which is not read: convert it to PNG or JPEG)" in text
+
+
+# --- images that are too large ---------------------------------------------------------------------------
+
+
+def test_too_large_is_told_as_such(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
+    with pytest.raises(DAMAGE) as caught:
+        decode(tmp_path / "large.png")
+    assert damage(caught.value) == "too large: 200 megapixels; 179 are allowed. Make it smaller"
+
+
+def test_pil_warns_nobody_of_a_large_image(tmp_path):
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png")
+    program = "from pathlib import Path; from harness.data.images import loaded; loaded(Path('large.png'))"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stderr == b""
+
+
+# --- what is no file -------------------------------------------------------------------------------------
+
+
+def fifo(path: Path) -> str:
+    os.mkfifo(path)
+    return "a FIFO"
+
+
+def device(path: Path) -> str:
+    path.symlink_to("/dev/zero")
+    return "a device"
+
+
+def loop(path: Path) -> str:
+    path.symlink_to(path.name)
+    return "a link that leads back to itself"
+
+
+def nowhere(path: Path) -> str:
+    path.symlink_to("nowhere")
+    return "a link to nothing"
+
+
+def directory(path: Path) -> str:
+    path.mkdir()
+    return "a folder"
+
+
+def listener(path: Path) -> str:
+    before = Path.cwd()
+    os.chdir(path.parent)  # the address of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    finally:
+        os.chdir(before)
+    return "a socket"
+
+
+KINDS = [fifo, device, loop, nowhere, directory, listener]
+
+
+@pytest.fixture
+def alarm():
+    def late(*_):
+        raise AssertionError("waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_an_image_that_is_no_file_is_told_and_nothing_waits(root, tmp_path, alarm, make):
+    image = root / "test" / "phantom_test_000002.jpg"
+    image.unlink()
+    what = make(image)
+    assert what in one(root, tmp_path)[2]
+    found = data.load(config(root, skip_bad=True), tmp_path / "runs")
+    assert [e.id for e in found.unreadable("test")] == [image.stem]
+    with pytest.raises(DAMAGE) as caught:
+        decode(image)
+    assert what in damage(caught.value)
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("name", [CAPTIONS.format("valid"), CONCEPTS.format("train"), "test_ids.csv"])
+def test_a_label_file_that_is_no_file_is_told_and_nothing_waits(root, tmp_path, alarm, make, name):
+    (root / name).unlink()
+    what = make(root / name)
+    assert (name, None, f"can't be read: it is {what}") in [
+        (file, line, text.removesuffix(", not a file")) for file, line, text in problems(root, tmp_path)
+    ]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_nor_does_scoring_or_a_submission_wait(tmp_path, alarm, make):
+    what = make(tmp_path / "odd.csv")
+    (tmp_path / "r.csv").write_text("ID\tcaption\na\tx\n")
+    if make is not directory:  # which is taken for a run's
+        with pytest.raises(UserError, match=what):
+            scoring.rows(tmp_path / "odd.csv", tmp_path / "r.csv")
+        with pytest.raises(UserError, match=what):
+            read_predictions(tmp_path / "odd.csv")
+    with pytest.raises(UserError, match=what):
+        scoring.rows(tmp_path / "r.csv", tmp_path / "odd.csv")
+    with pytest.raises(UserError, match=what):
+        read_ids(tmp_path / "odd.csv")
+    (problem,) = check(tmp_path / "odd.csv", ["a"], 2023)
+    assert what in problem.what
+    (tmp_path / "images").mkdir()
+    make(tmp_path / "images" / "a.jpg")
+    with pytest.raises(UserError, match=what):
+        scoring.rows(tmp_path / "r.csv", tmp_path / "r.csv", tmp_path / "images")
+
+
+def test_a_pipe_that_something_writes_to_is_read(tmp_path):
+    (tmp_path / "p.csv").write_text("".join(f"b{n}|{'z' * 50}\n" for n in range(5_000)))
+    inputs = "<(sleep 0.2; cat p.csv) --references <(cat p.csv)"
+    command = f"{sys.executable} -m harness score {inputs} --metrics rouge1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "n=5000" in done.stdout, done.stderr
+
+
+# --- a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A run of a set with a blank caption; then of each split to caption one image can't be read."""
+    folder = tmp_path_factory.mktemp("project")
+    sizes = ["--train", "48", "--valid", "12", "--test", "6", "--seed", "3"]
+    experiment = EXPERIMENT.partition("variants:")[0].replace("bleu1, cider", "bleu1")
+    (folder / "small.yaml").write_text(experiment)
+    harness(folder, "data", "phantom", "data/phantom", *sizes)
+    edit(
+        folder / "data" / "phantom" / CAPTIONS.format("valid"),
+        lambda lines: lines.__setitem__(4, "phantom_valid_000004\t\u202f"),
+    )
+    harness(folder, "run", "small.yaml", "--set", "name=before")
+    for split in ("valid", "test"):
+        image = folder / "data" / "phantom" / split / f"phantom_{split}_000003.jpg"
+        image.write_bytes(image.read_bytes()[:500])
+    return folder
+
+
+def test_without_skip_bad_nothing_is_trained(project):
+    steps = sorted(project.glob("runs/steps/*"))
+    done = harness(project, "run", "small.yaml", check=False)
+    assert done.returncode == 2
+    assert "2 problems; nothing was run." in done.stderr
+    assert sorted(project.glob("runs/steps/*")) == steps
+
+
+def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
+    done = harness(project, "run", "small.yaml", "--set", "data.skip_bad=true")
+    record = json.loads((project / "runs/small/base-s42/run.json").read_text())
+    constant = record["baseline"]["caption"]
+    for split, n in (("valid", 12), ("test", 6)):
+        image = f"phantom_{split}_000003"
+        assert record["fallback"][split] == {"caption": constant, "ids": [image]}
+        folder = project / "submissions/small/base-s42" / f"caption-{split}"
+        assert json.loads((folder / "manifest.json").read_text())["fallback"] == record["fallback"][split]
+        ids = [f"phantom_{split}_{number:06d}" for number in range(1, n + 1)]
+        file = folder / f"caption_prediction_{split}.csv"
+        assert check(file, ids, 2023) == []
+        assert f"{image}|{constant}" in file.read_text().splitlines()
+        assert any(
+            f"{split}: no image that can be read for 1 id ({image})" in x for x in record["data"]["notes"]
+        )
+        assert f"{split}: no image that can be read" in done.stdout
+        assert any(image in text for text in data_of(project / "runs/small/base-s42/report.html")["warnings"])
+    assert {score["n"] for score in record["scores"]["valid"]["after"].values()} == {12}
+    before = json.loads((project / "runs/before/base-s42/run.json").read_text())
+    assert {score["n"] for score in before["scores"]["valid"]["after"].values()} == {12}
+    assert before["fallback"] == {}
+
+
+def test_mlflow_and_a_later_submission_say_so_too(project):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
+    tags = [run.data.tags.get("data.notes", "") for run in client.search_runs([experiment.experiment_id])]
+    assert any("test: no image that can be read for 1 id (phantom_test_000003)" in tag for tag in tags)
+    harness(project, "submission", "make", "runs/small/base-s42", "--out", "made")
+    made = json.loads((project / "made/caption-test/manifest.json").read_text())
+    assert made["fallback"]["ids"] == ["phantom_test_000003"]
+
+
+def test_the_others_keep_their_own_captions(project):
+    """One damaged test image moves no caption to another image."""
+    image = project / "data/phantom/test/phantom_test_000003.jpg"
+    (project / "data/phantom/valid/phantom_valid_000003.jpg").write_bytes(
+        (project / "data/phantom/valid/phantom_valid_000002.jpg").read_bytes()
+    )
+    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true", "--set", "name=third")
+    image.write_bytes((project / "data/phantom/test/phantom_test_000002.jpg").read_bytes())
+    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true", "--set", "name=fourth")
+    third, fourth = (
+        read_captions(project / "runs" / record["artifacts"]["predictions/test_after.csv"])
+        for name in ("third", "fourth")
+        for record in [json.loads((project / f"runs/{name}/base-s42/run.json").read_text())]
+    )
+    assert third.pop(image.stem) != fourth.pop(image.stem)
+    assert third == fourth
