@@ -149,8 +149,13 @@ def problems(config: Config) -> list[Problem]:
     wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     for key, name in _model_checkpoints(config).items():
-        if checkpoints.find(name) is None:
+        checkpoint = checkpoints.find(name)
+        if checkpoint is None:
             found.append(checkpoints.missing(name, f"model.{key}"))
+        elif key == "checkpoint" and (
+            problem := checkpoints.other_kind(checkpoint, "blip-2", "model.checkpoint")
+        ):
+            found.append(problem)
     return found
 
 
