@@ -24,6 +24,20 @@ _UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a change of a file shows in its dates."""
 _hashed: dict[str, str] = {}
+LAYOUT = (
+    "a folder in the layout of transformers: config.json, *.safetensors or pytorch_model.bin, a tokenizer"
+)
+_FILES = {
+    ".pth": "a file of weights for LAVIS or plain PyTorch",
+    ".pt": "a file of weights for plain PyTorch",
+    ".ckpt": "a file of weights for Lightning",
+    ".bin": "a file of weights without their config",
+    ".safetensors": "a file of weights without their config",
+    ".zip": "an archive",
+    ".gz": "an archive",
+    ".tar": "an archive",
+}
+"""What files are that people name in place of a folder."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,13 @@ def find(name: str | Path) -> Checkpoint | None:
 
     A folder that holds `standin.json` (see `mark_standin`) is a stand-in wherever it is moved to.
     """
+    folder = Path(name)
     try:
-        folder = Path(name)
         local = folder.is_dir()
-    except OSError:  # a name that is too long for a file
+        if not local:
+            folder = _cached(str(name))
+    except OSError:  # a name that is too long for any folder
         return None
-    if not local:
-        folder = _cached(str(name))
     if folder is None or not _is_whole(folder):
         return None
     standin = standin_name(folder)
@@ -269,10 +283,16 @@ def mark_standin(folder: Path, name: str) -> None:
 
 def missing(name: str, key: str) -> Problem:
     """The problem to report when `find(name)` gave None for the config key `key`."""
-    if Path(name).is_dir():
-        hint = "It needs model.safetensors or pytorch_model.bin, with every part that an index names."
-        return Problem(f"no whole weights in this folder: {name}", key=key, hint=hint)
+    path = Path(name)
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
+        if path.is_dir():
+            return _not_whole(path, key)
+        if path.exists():
+            return _no_folder(path, key)
+        if name.startswith("~") and path.expanduser().exists():
+            return Problem(f"~ is not read as a home folder here; write {path.expanduser()}", key=key)
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    looks_like_path = looks_like_path or path.suffix in _FILES
     hint = (
         None
         if looks_like_path
@@ -280,3 +300,49 @@ def missing(name: str, key: str) -> Problem:
     )
     what = f"no such folder: {name}" if looks_like_path else f"weights are not on this machine: {name}"
     return Problem(what, key=key, hint=hint)
+
+
+def _no_folder(path: Path, key: str) -> Problem:
+    """What a file is, and how to come from it to a folder."""
+    kind = _FILES.get(path.suffix, "a file") if path.is_file() else "neither a file nor a folder"
+    hint = f"Wanted is {LAYOUT}, or a hub name."
+    if path.suffix in (".safetensors", ".bin") and (path.parent / "config.json").is_file():
+        hint = f"Name the folder: {path.parent}"
+    elif path.suffix in (".pth", ".pt", ".ckpt"):
+        hint += (
+            " transformers has a script that converts LAVIS's files, convert_blip_2_original_to_pytorch.py; "
+            "Salesforce/blip2-opt-2.7b-coco is LAVIS's blip2_opt2.7b caption_coco, converted."
+        )
+    elif path.suffix in (".zip", ".gz", ".tar"):
+        hint = "Unpack it, and name the folder. " + hint
+    return Problem(f"{path} is {kind}, not a folder", key=key, hint=hint)
+
+
+def _not_whole(folder: Path, key: str) -> Problem:
+    """What a folder lacks."""
+    others = [file.name for file in sorted(folder.iterdir()) if file.suffix in (".pth", ".pt", ".ckpt")]
+    if others:
+        found = _no_folder(folder / others[0], key)
+        return Problem(
+            f"{folder} has no weights that transformers reads, but {others[0]}", key=key, hint=found.hint
+        )
+    for index in sorted(folder.glob("*.index.json")):
+        what = f"{folder} lacks parts that {index.name} names"
+        return Problem(what, key=key, hint="The download was cut short; the same `hf download` goes on.")
+    return Problem(f"{folder} has no weights", key=key, hint=f"Wanted is {LAYOUT}.")
+
+
+def other_kind(found: Checkpoint, wanted: str, key: str) -> Problem | None:
+    """What is wrong with the `config.json` of a checkpoint that should be of the model type `wanted`."""
+    file = found.folder / "config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except OSError:
+        what = f"{found.folder} has weights, but no config.json"
+        return Problem(what, key=key, hint=f"Wanted is {LAYOUT}.")
+    except (ValueError, TypeError, KeyError):
+        return Problem(f"{file} is not the config of a model", key=key, hint=f"Wanted is {LAYOUT}.")
+    if kind == wanted:
+        return None
+    hint = "Name a BLIP-2, for example Salesforce/blip2-opt-2.7b-coco."
+    return Problem(f"{found.folder} holds a model of type {kind}; {wanted} is allowed", key=key, hint=hint)

@@ -215,9 +215,12 @@ def problems(config: Config) -> list[Problem]:
         at_hand, main = checkpoints.find(name), key == "checkpoint"
         if at_hand is None:
             found.append(checkpoints.missing(name, f"model.{key}"))
-        else:
-            speaks = main and config.model.language_model
-            found += checkpoints.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
+            continue
+        speaks = main and config.model.language_model
+        flaws = checkpoints.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
+        if main and not flaws and (other := checkpoints.other_kind(at_hand, "blip-2", "model.checkpoint")):
+            flaws = [other]
+        found += flaws
     return found
 
 

@@ -38,6 +38,7 @@ MOST_EMBEDDED = 1_000
 """Images that a page holds, 6 to 10 kB each; those of a larger set are shown from their files."""
 _POINTS = 400  # of a curve's stage: more than a screen can tell apart
 _TRAIN = ("loss", "caption_loss", "concept_loss", "learning_rate")
+_WHY = {"failed in": "step", "why": "reason", "what helps": "hint"}
 _NO_SETTING = ("variant", "seed")
 _NEEDS = (
     *("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "environment", "data"),
@@ -188,12 +189,9 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     changed = " (with changes that were not committed)" if git["dirty"] else ""
     status = status_of(record, None)
     gone = " (its process is gone)" if status != record["status"] else ""
-    failure = failure_of(record) or {}
     return {
         "status": status + gone,
-        "failed in": failure.get("step"),
-        "why": failure.get("reason"),
-        "what helps": failure.get("hint"),
+        **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"].get("model", {}).get("checkpoint"),
         "edition": record["edition"],
@@ -290,7 +288,8 @@ def _link(path: Path, page: Path) -> str:
 
 def _curves(run: Run) -> dict[str, Any]:
     """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
-    found = list(run.read("train", LOSSES, lambda file, _: rows_of(file)))
+    rows = run.read("train", LOSSES, lambda file, _: rows_of(file))
+    found = [{key: value for key, value in row.items() if value is not None} for row in rows]
     steps = [row for row in found if "valid_loss" not in row and "stage" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
@@ -302,11 +301,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "steps_per_point": size,
         "stages": [[stage, part[0]["step"]] for stage, part in sorted(stages.items())],
         "valid": [
-            {
-                key: value
-                for key, value in row.items()
-                if value is not None and (key.startswith("valid_") or key in ("stage", "epoch", "step"))
-            }
+            {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
             for row in found
             if "valid_loss" in row
         ],
@@ -315,7 +310,7 @@ def _curves(run: Run) -> dict[str, Any]:
 
 def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterator[list[float]]:
     """Means of `size` steps each of one stage."""
-    points = [(row["step"], row[name]) for row in part if row.get(name) is not None]
+    points = [(row["step"], row[name]) for row in part if name in row]
     for at in range(0, len(points), size):
         group = points[at : at + size]
         yield [sum(column) / len(group) for column in zip(*group, strict=True)]

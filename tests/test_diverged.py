@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from models import build_tiny, load_tiny
+from models import SIZES, batch, build_tiny, load_tiny
 from safetensors.torch import load_file, save_file
 from test_training import config, run, splits
 
 from harness import device, plots, store, train
-from harness.config import AugmentConfig
+from harness.config import AugmentConfig, ModelConfig
 from harness.errors import UserError
+from harness.models import loading
 from harness.models.loading import load_trained, save_trained
 from harness.pages import filled
 
@@ -119,3 +120,16 @@ def test_what_older_versions_wrote_is_read_as_absent_and_drawn(tmp_path):
     (tmp_path / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plots.curves(tmp_path / "losses.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("share", "same"), [(None, False), (0.0, True), (0.5, False)])
+def test_the_language_models_dropout_has_its_own_key(folder, share, same):
+    """Nothing else is left out at random: the Q-Former's dropout is 0."""
+    model = ModelConfig(checkpoint=str(folder), image_size=64, tiny=SIZES)
+    loaded = loading.load(model, folder, 32, 0.0, language_dropout=share)
+    images, captions, _ = batch(loaded)
+    loaded.model.train()
+    torch.manual_seed(0)
+    losses = {loaded.model(images, captions).caption.item() for _ in range(3)}
+    assert (len(losses) == 1) == same
+    assert loaded.model.config.text_config.dropout == (0.1 if share is None else share)

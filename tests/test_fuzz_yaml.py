@@ -24,9 +24,11 @@ LIMIT = 10
 VALUES = re.split(
     r"\s+",
     r""".nan .inf -.inf 1e-5 1e999 1.0e+999 18446744073709551616 100000000000000000000 -1 0 0x_
-    0b_ 012 1:30 1_0 0.5 true no ~ null 2024-01-01 2024-99-99 "" "\0" "\ud800" "\e[2J" tiny '[]' [] {} [1,2] {a:1} [[]]
-    {[a]:b} &a *a *b !!int !!float !!bool !!binary !!set !!python/object:os.system !include << = ? : - | >
-    % @ ` &a[*a] {<<:*a} {seed:1,seed:2} /dev/null ../.. . base.yaml yes
+    0b_ 012 1:30 1_0 0.5 true no ~ null 2024-01-01 2024-99-99 "" "\0" "\ud800" "\e[2J"
+    tiny '[]' [] {}
+    [1,2] {a:1} [[]] {[a]:b} &a *a *b !!int !!float !!bool !!binary !!set
+    !!python/object:os.system !include << = ? : -
+    | > % @ ` &a[*a] {<<:*a} {seed:1,seed:2} /dev/null ../.. . base.yaml yes
     9999999999999999999999999999999999999999""",
 )
 

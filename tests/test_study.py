@@ -364,5 +364,7 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(folde
     shown = harness(folder, "study", "show", "diverged.yaml").stdout
     assert "caption_loss" in shown or "valid_loss" in shown
     board = harness(folder, "leaderboard", "--all", "--format", "json").stdout
-    apart = {entry["run"]: entry["apart"] for entry in json.loads(board)[0]["runs"]}
-    assert apart["trial-0001-s42"].startswith(f"the run is FAILED in train: {bad['reason']}; it is a trial")
+    apart = {(entry["experiment"], entry["run"]): entry["apart"] for entry in json.loads(board)[0]["runs"]}
+    assert apart["diverged", "trial-0001-s42"].startswith(
+        f"the run is FAILED in train: {bad['reason']}; it is a trial"
+    )

@@ -115,7 +115,8 @@ def of_model(model: ModelConfig) -> Shape | None:
     if model.checkpoint == "tiny":
         return of_tiny(model.tiny, model.image_size, model.language_model)
     found = checkpoints.find(model.checkpoint)
-    folder = found.folder if found else None
+    damaged = found and checkpoints.other_kind(found, "blip-2", "model.checkpoint")
+    folder = found.folder if found and not damaged else None
     return of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
 
 

@@ -221,6 +221,7 @@ class Trials:
                 self._attribute(number, "official", is_official(record, values))
             if record["status"] == "RUNNING":
                 record["status"] = "KILLED"
+                record["failure"] = {"step": record.get("at"), "error": None, "reason": reason, "hint": None}
             record["trial"] |= {"state": state, "values": values and dict(values), "reason": reason}
             write_json(self.run_file(number), record)
         told = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None

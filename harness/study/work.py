@@ -14,6 +14,7 @@ from harness.study import results
 from harness.study.spec import Study
 from harness.study.storage import failures, open_study, owned, reachable
 from harness.study.trials import ALIKE, Trial, Trials, absent, scores_of
+from harness.tracking.server import without_password
 
 WAIT = "wait"
 _POLL = 1.0  # seconds between looks at whether another worker's trial came back
@@ -130,8 +131,9 @@ class _Worker:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
-        return "; ".join(map(str, error.problems))
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return without_password("; ".join(map(str, error.problems)))
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return without_password(f"{type(error).__name__}: {first}")
 
 
 def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | None]) -> Watch | None:
