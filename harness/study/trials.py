@@ -5,7 +5,6 @@ lock of its trial, and the system takes it from a process that dies. All that ch
 one more lock, so that two workers never take or retry the same trial.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from harness import records
 from harness.store import write_json
 from harness.study.space import Parameter, encode
 from harness.study.spec import Study
@@ -198,7 +198,11 @@ class Trials:
                 self._attribute(number, "official", is_official(record, values))
             if record["status"] == "RUNNING":
                 record["status"] = "KILLED"
-            record["trial"] |= {"state": state, "values": values and dict(values), "reason": reason}
+            record["trial"] = (record["trial"] or {}) | {
+                "state": state,
+                "values": values and dict(values),
+                "reason": reason,
+            }
             write_json(self.run_file(number), record)
         told = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
         self.study.tell(number, told, None if told else TrialState[state])
@@ -220,9 +224,10 @@ class Trials:
         return next(self.folder.glob(f"trial-{number:04}-s*/run.json"), None)
 
     def read_run(self, number: int) -> dict[str, Any] | None:
-        """What is recorded of a trial's run."""
+        """What is recorded of a trial's run; None where it had not begun, or the record can't be read."""
         file = self.run_file(number)
-        return json.loads(file.read_text(encoding="utf-8")) if file else None
+        found, _ = records.read_all([file] if file else [], ("trial", "scores"))
+        return found[0][1] if found else None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -247,8 +252,10 @@ def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
 
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
     """Why scores of the objective are absent from a finished run."""
-    scores = record["scores"]["valid"]["after"]
-    return [f"{n} is absent: {scores[n]['reason']}" for n in objective if scores[n]["value"] is None]
+    scores = record["scores"].get("valid", {}).get("after", {})
+    none = {"value": None, "reason": "not computed"}
+    found = {name: scores.get(name, none) for name in objective}
+    return [f"{n} is absent: {score.get('reason')}" for n, score in found.items() if score["value"] is None]
 
 
 def scores_of(record: Mapping[str, Any], objective: Sequence[str]) -> dict[str, float]:
