@@ -108,7 +108,7 @@ def _has_tables(database: Path) -> bool:
         ) as connection:
             return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     except sqlite3.DatabaseError as error:
-        return "not a database" in str(error) or "malformed" in str(error)
+        return any(word in str(error) for word in ("not a database", "malformed", "locked"))
 
 
 def _changes(database: Path) -> bool:
