@@ -16,18 +16,19 @@ from typing import Any
 
 import yaml
 
-from harness import checkpoints, device, ranks, submission
-from harness.build import Builder, Watch
+from harness import checkpoints, device, ranks, records, submission
+from harness.build import SCORED, Builder, Watch
 from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config import Config, flat
 from harness.editions import EDITIONS
 from harness.errors import Pruned, UserError
 from harness.masking import masked
 from harness.plan import Plan, Reporter
-from harness.store import MADE, damage, is_unsealed, parsed, seal, step, write, write_json
+from harness.resume import BEST, LOSSES
+from harness.store import DONE, MADE, damage, is_unsealed, parsed, seal, step, write, write_json
 from harness.submission.form import other_editions
 
-RECORD, TRACEBACK = "run.json", "traceback.txt"
+TRACEBACK = "traceback.txt"
 SUBMISSIONS = Path("submissions")
 PACKAGES = (
     "imageclef-harness",
@@ -78,12 +79,16 @@ def run(
             steps.ensure(name)
             record["made"][name] = _made_by(plan.directory(name))
             _keep(record, plan, name)
-            write_json(folder / RECORD, record)
+            write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
         record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
     return record
+
+
+_LEFT = {"train": (BEST, LOSSES), "predict": (PREDICTIONS,), "postprocess": (PREDICTIONS,), "score": SCORED}
+"""The files without which a step of that kind is not done."""
 
 
 class _Steps:
@@ -95,9 +100,11 @@ class _Steps:
     def ensure(self, name: str, thorough: bool = False) -> None:
         """Build a step unless it is done, and first what it reads; `thorough` checks large weights too."""
         directory, made_from = self.plan.directory(name), self.plan.made_from(name)
-        damaged = damage(directory, thorough)
+        damaged = damage(directory, thorough) or self._unreadable(name, directory)
         if not damaged and self.plan.done(name):
-            self._seal(directory, made_from)
+            if is_unsealed(directory):  # damage is noticed from here on
+                with contextlib.suppress(OSError):  # a read-only folder stays as it is
+                    seal(directory, made_from)
             return
         for file, what in damaged.items():
             self._say(
@@ -105,7 +112,7 @@ class _Steps:
             )
         for source in self.plan.sources(name):
             self.ensure(source, thorough=True)
-        write_json(self.folder / RECORD, self.record)  # MLflow follows the losses from the first step on
+        write_json(self.folder / records.FILE, self.record)  # MLflow follows the losses from now on
         begun = time.perf_counter()
         inputs, made_from = self.plan.inputs[name], self.plan.made_from(name)
         step(self.plan.root, name.split("-")[0], inputs, lambda where: self._build(name, where), made_from)
@@ -121,11 +128,26 @@ class _Steps:
         write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
         return complete
 
-    def _seal(self, directory: Path, made_from: Mapping[str, str]) -> None:
-        """Write down what an earlier version left, as it is found now: damage is noticed from here on."""
-        if is_unsealed(directory):
-            with contextlib.suppress(OSError):  # a read-only folder stays as it is
-                seal(directory, made_from)
+    def _unreadable(self, name: str, directory: Path) -> dict[str, str]:
+        """What can't be read of a step that an earlier version left without a seal; it is deleted."""
+        if not is_unsealed(directory):
+            return {}
+        kind, _, part = name.partition("-")
+        found = {}
+        for file in (directory / file for file in _LEFT.get(kind, ())):
+            try:
+                records.checked(file, self.record)
+                if file.name == PREDICTIONS:
+                    wanted = [example.id for example in self.plan.data.splits[part]]
+                    if list(records.captions(file, self.record)) != wanted:
+                        found[file.name] = f"it has not the captions of all {len(wanted):,} images"
+                if file.name == "scores.json":
+                    records.scores(file, self.record)
+            except UserError as error:
+                found[file.name] = error.problems[0].what
+        for file in (*found, *([DONE] if found else ())):
+            (directory / file).unlink(missing_ok=True)
+        return found
 
     def _say(self, text: str) -> None:
         self.builder.reporter.say(f"{self.plan.config.run_name}: {text}")
@@ -191,7 +213,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
     """Keep `run.json` true: RUNNING from the start; FINISHED, FAILED, PRUNED or KILLED at the end; why."""
     write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
-    write_json(folder / RECORD, record)
+    write_json(folder / records.FILE, record)
     (folder / TRACEBACK).unlink(missing_ok=True)
     try:
         yield
@@ -205,7 +227,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
         raise
     finally:
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(folder / RECORD, record)
+        write_json(folder / records.FILE, record)
 
 
 def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:

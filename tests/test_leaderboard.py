@@ -280,7 +280,9 @@ def test_mistakes_and_empty_projects(tmp_path):
     write_run(tmp_path, record())
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{")
-    assert "broken/run.json" in harness(tmp_path, code=2)
+    told = harness(tmp_path)
+    assert "left out: runs/broken/run.json: is not what a run writes" in told
+    assert "opt_364-s42" in told
 
 
 def evil_project(project: Path) -> Path:

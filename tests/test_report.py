@@ -299,7 +299,7 @@ def test_no_run_is_a_mistake_with_the_runs_that_there_are(tmp_path):
     assert "Runs: runs/small/base-s42" in text
     broken = tmp_path / "runs" / "small" / "base-s42"
     (broken / "run.json").write_text("{")
-    with pytest.raises(UserError, match="not the record of a run"):
+    with pytest.raises(UserError, match="is not what a run writes"):
         report.write(broken)
 
 

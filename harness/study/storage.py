@@ -6,7 +6,7 @@ import re
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,20 @@ class FileLocked:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `study.json` says of the study in a folder; empty where none has begun."""
+    """What `study.json` says of the study in a folder; empty where none has begun.
+
+    Where the file is damaged, `damaged`, and the storage that lies beside it.
+    """
     file = folder / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    with suppress(OSError, ValueError, RecursionError):
+        record = json.loads(file.read_bytes())
+        known = ("id", "storage", "study")
+        if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in known):
+            return record
+    beside = [storage for storage, name in FILES.items() if (folder / name).exists()]
+    return {"damaged": True} | ({"storage": beside[0]} if beside else {})
 
 
 def choose(spec: Study, folder: Path, workers: int) -> str:
@@ -170,6 +181,9 @@ def open_study(
             write_json(folder / RECORD, record)
             study.set_user_attr("question", json.dumps(spec.question | {"data": seen}))
             study.set_user_attr("runs", record["id"])
+        elif record.get("damaged"):  # what else it said is written anew with the next trial
+            record = {"id": known["runs"], "storage": masked(chosen), "study": spec.name}
+            write_json(folder / RECORD, record)
         elif known["runs"] != record.get("id"):
             what = f"the study {spec.name} in {masked(chosen)} has its runs in another folder"
             hint = "All workers of a study share one runs/. For a new study give another name."

@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.store import parsed, write_json
+from harness import records
+from harness.store import write_json
 from harness.study.space import Parameter, encode, name_of
 from harness.study.spec import Study
 from harness.study.storage import sampler
@@ -222,7 +223,11 @@ class Trials:
             if record["status"] == "RUNNING":
                 record["status"] = "KILLED"
                 record["failure"] = {"step": record.get("at"), "error": None, "reason": reason, "hint": None}
-            record["trial"] |= {"state": state, "values": values and dict(values), "reason": reason}
+            record["trial"] = (record["trial"] or {}) | {
+                "state": state,
+                "values": values and dict(values),
+                "reason": reason,
+            }
             write_json(self.run_file(number), record)
         told = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
         self.study.tell(number, told, None if told else TrialState[state])
@@ -244,9 +249,10 @@ class Trials:
         return next(self.folder.glob(f"trial-{number:04}-s*/run.json"), None)
 
     def read_run(self, number: int) -> dict[str, Any] | None:
-        """What is recorded of a trial's run."""
+        """What is recorded of a trial's run; None where it had not begun, or the record can't be read."""
         file = self.run_file(number)
-        return parsed(file.read_text(encoding="utf-8")) if file else None
+        found, _ = records.read_all([file] if file else [], ("trial", "scores"))
+        return found[0][1] if found else None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -271,11 +277,13 @@ def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
 
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
     """Why scores of the objective are absent from a finished run."""
-    scores = record["scores"]["valid"]["after"]
+    scores = record["scores"].get("valid", {}).get("after", {})
+    none = {"value": None, "reason": "not computed"}
+    found = {name: scores.get(name, none) for name in objective}
     return [
-        f"{n} is absent: {scores[n].get('reason', 'it is not a finite number')}"
-        for n in objective
-        if scores[n]["value"] is None
+        f"{name} is absent: {score.get('reason', 'it is not a finite number')}"
+        for name, score in found.items()
+        if score["value"] is None
     ]
 
 

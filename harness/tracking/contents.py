@@ -39,7 +39,7 @@ def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
     step = record["steps"].get("train")
     file = root / step / LOSSES if step else None
     if file and file.is_file():
-        yield from rows_of(file)
+        yield from (row for row in rows_of(file) if isinstance(row.get("time"), int | float))
 
 
 def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,26 +67,30 @@ def opened(uri: str) -> Any:
 
     driven = _with_driver(uri)
     mlflow.set_tracking_uri(driven)  # some artifact stores ask for the global one
-    client = mlflow.MlflowClient(driven)
     database = database_of(uri)
     if uri in _opened and (database is None or database.exists()):
-        return client
+        return mlflow.MlflowClient(driven)
     with _alone(driven):
-        if database is None:
-            client.search_experiments(max_results=1)
-        else:
-            _first_look(client, database)
+        client = _client(driven) if database is None else _of_sqlite(driven, database)
     _opened.add(uri)
     return client
 
 
-def _first_look(client: Any, database: Path) -> None:
-    """Open an SQLite store; `mlflow ui`, started at the same time, may be making its tables meanwhile."""
+def _client(uri: str) -> Any:
+    """A client that has had one answer."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _of_sqlite(uri: str, database: Path) -> Any:
+    """A client of an SQLite store, whose tables `mlflow ui` may be making at the same time."""
     until = time.monotonic() + _ELSEWHERE
     while True:
         try:
-            client.search_experiments(max_results=1)
-            return
+            return _client(uri)
         except failures() as error:
             if not _has_tables(database):
                 raise
@@ -104,7 +108,7 @@ def _has_tables(database: Path) -> bool:
         ) as connection:
             return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     except sqlite3.DatabaseError as error:
-        return "not a database" in str(error) or "malformed" in str(error)
+        return any(word in str(error) for word in ("not a database", "malformed", "locked"))
 
 
 def _changes(database: Path) -> bool:
@@ -145,16 +149,17 @@ def _alone(uri: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(uri: str) -> Iterator[None]:
     """Hold a lock in the database itself, which processes on other machines see; fails where none answers."""
-    if not uri.startswith("postgresql"):
+    if not uri.startswith(("postgresql", "mysql")):
         yield
         return
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": _CONNECT})
     try:
-        with engine.connect() as connection:
-            number = {"number": int(fingerprint("harness makes the tables of MLflow"), 16)}
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), number)
+        with engine.connect() as connection:  # fails at once, where MLflow would try for minutes
+            if uri.startswith("postgresql"):
+                number = {"number": int(fingerprint("harness makes the tables of MLflow"), 16)}
+                connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), number)
             yield
     finally:
         engine.dispose()
