@@ -18,7 +18,7 @@ from harness.errors import Problem, UserError
 if TYPE_CHECKING:
     from harness.metrics import Score
 
-_KEYS = ("value", "low", "high", "signature", "official", "seconds")
+_KEYS = ("value", "low", "high", "n", "signature", "official", "seconds")
 
 
 def score(
