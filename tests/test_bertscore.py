@@ -32,7 +32,7 @@ def oracle():
     return BERTScorer(model_type=str(checkpoint.folder), num_layers=layer)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+@pytest.mark.parametrize("batch_tokens", [1, 300, 1000])
 def test_bertscore_at_any_batch_size_and_order(golden, batch_tokens):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     fresh = bertscore.Embeddings(checkpoint.folder, layer, "cpu", batch_tokens=batch_tokens)

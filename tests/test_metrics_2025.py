@@ -211,6 +211,13 @@ def test_alignscore_equals_the_published_inference_one_pair_at_a_time(align, tmp
     assert found.warnings == [Flagged(list(cut), "longer than alignscore takes, cut at 96 tokens")]
 
 
+def test_alignscore_of_a_pair_does_not_depend_on_other_pairs(align):
+    scorer = alignscore.load(align, "cpu")
+    rows = list(zip(REFERENCES, PREDICTIONS, strict=True))
+    whole = scorer.scores(rows)
+    assert [scorer.scores([row])[0, 0] for row in rows] == whole[:, 0].tolist()
+
+
 def test_empty_captions_of_alignscore(align):
     found = alignscore.measure(inputs({"alignscore": {"checkpoint": align}})).per_image
     assert found[4] == 1.0

@@ -24,9 +24,12 @@ def constant_baseline(
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
-    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out. With more than 2,000
+    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out, and all is without any
+    training caption. With more than 2,000
     training captions, a seeded sample of them is candidate and is scored against.
     """
+    if not training:
+        return {}
     captions = [text.official(caption) for caption in training]
     if len(captions) > MOST_CANDIDATES:
         chosen = np.random.default_rng(0).permutation(len(captions))[:MOST_CANDIDATES]
