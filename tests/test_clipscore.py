@@ -232,6 +232,16 @@ def test_both_metrics_and_two_texts_encode_each_image_and_text_once(folder, pict
     assert len(seen) == len(set(seen)) == 5 + len({*PREDICTIONS, *REFERENCES})
 
 
+def test_features_do_not_depend_on_what_shares_their_batch(folder, pictures):
+    texts = [clipscore.clean(clipscore.PREFIX + caption) for caption in PREDICTIONS]
+    whole = clipscore.Clip(folder, "cpu")
+    features, images = whole.texts(texts), whole.images(pictures)
+    for row, (caption, path) in enumerate(zip(texts, pictures, strict=True)):
+        alone = clipscore.Clip(folder, "cpu")
+        assert alone.texts([caption])[0].tobytes() == features[row].tobytes()
+        assert alone.images([path])[0].tobytes() == images[row].tobytes()
+
+
 def test_bf16_is_close_and_named(folder, pictures):
     fine, rough = (
         clipscore.refclipscore(inputs(folder, pictures, precision=precision))

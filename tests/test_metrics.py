@@ -246,3 +246,7 @@ def test_constant_baseline_is_the_best_of_all(golden):
     scores = score([found["caption"]] * 32, golden["reference"], "rouge1", "bertscore")
     assert found["rouge1"] == pytest.approx(scores["rouge1"].value)
     assert found["bertscore"] == pytest.approx(scores["bertscore"].value)
+
+
+def test_there_is_no_constant_caption_without_training_captions(golden):
+    assert metrics.constant_baseline([], golden["reference"], STANDIN, 2023) == {}

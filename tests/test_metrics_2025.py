@@ -243,6 +243,13 @@ def test_what_determines_alignscores_numbers_is_in_its_identity(align, tmp_path)
     assert alignscore.identity(config, tmp_path) == first
 
 
+def test_alignscore_of_a_pair_does_not_depend_on_other_pairs(align):
+    scorer = alignscore.load(align, "cpu")
+    rows = list(zip(REFERENCES, PREDICTIONS, strict=True))
+    whole = scorer.scores(rows)
+    assert [scorer.scores([row])[0, 0] for row in rows] == whole[:, 0].tolist()
+
+
 def test_empty_captions_of_alignscore(align):
     found = alignscore.measure(inputs({"alignscore": {"checkpoint": align}})).per_image
     assert found[4] == 1.0

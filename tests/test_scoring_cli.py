@@ -106,14 +106,14 @@ def test_values_through_the_command_are_the_golden_ones(first):
     for name, value in OVER_ALL.items():
         assert scores[name]["value"] == pytest.approx(value, abs=1e-6)
         assert scores[name]["low"] <= value <= scores[name]["high"]
-        assert list(scores[name]) == ["value", "low", "high", "signature", "official", "seconds"]
+        assert list(scores[name]) == ["value", "low", "high", "n", "signature", "official", "seconds"]
         assert scores[name]["signature"].startswith(f"{name}|clef2023|")
     assert not scores["bertscore"]["official"]
     assert scores["rouge1"]["official"]
     for name, reason in (("clipscore", "images"), ("bleurt", "")):
         assert scores[name]["value"] is None
         assert reason in scores[name]["reason"]
-    assert any("empty after pre-processing" in warning for warning in first["warnings"])
+    assert any("blank after pre-processing" in warning for warning in first["warnings"])
 
 
 def test_table_csv_and_per_image_say_the_same(golden, first):

@@ -81,6 +81,14 @@ def test_bleurt_equals_bleurt_pytorch_one_pair_at_a_time(data, folders):
     assert any("longer than bleurt takes, cut at 512 tokens" in warning for warning in warnings)
 
 
+def test_bleurt_of_a_pair_does_not_depend_on_other_pairs(data, scorer):
+    pairs = [
+        (one, other) for one in ["", "ct", *data[1][1][:12]] for other in ("a mass", "ct of the chest " * 9)
+    ]
+    whole = scorer.scores(pairs)[:, 0].tolist()
+    assert [scorer.scores([pair])[0, 0] for pair in pairs] == whole
+
+
 def test_words_are_known_to_the_saved_tokenizers(data, folders):
     """Under transformers 5 bleurt-pytorch's tokenizer knows no word at all, and says nothing."""
     from bleurt_pytorch import BleurtTokenizer

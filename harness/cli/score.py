@@ -21,7 +21,7 @@ from harness.visible import is_terminal, json_text, print_csv
 if TYPE_CHECKING:
     from harness.metrics import Score
 
-_KEYS = ("value", "low", "high", "signature", "official", "seconds")
+_KEYS = ("value", "low", "high", "n", "signature", "official", "seconds")
 
 
 def score(

@@ -24,8 +24,11 @@ def constant_baseline(
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
-    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out.
+    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out, and all are where there
+    is no training caption.
     """
+    if not training:
+        return {}
     constant = constant_caption(training)
     inputs = Inputs([constant] * len(references), references, None, config, edition, device, cache)
     result: dict[str, Any] = {"caption": constant}
