@@ -131,7 +131,7 @@ def test_ours_refuses_what_the_organisers_refuse_and_little_else(edition, task, 
         with within(20, (number, edition, task, data[:500])):
             fates[fate(path, data, edition, task)] += 1
             _mended(path, out, edition, task)
-    assert fates["both take it"] > 0.1 * fates.total(), fates
+    assert fates["both take it"] > 0.03 * fates.total(), fates
     assert fates["both refuse it"] > 0.2 * fates.total(), fates
 
 
@@ -142,6 +142,7 @@ def fate(path, data: bytes, edition: int, task: str) -> str:
     assert len(said) == len(set(said)) <= 12, "one message for one cause"
     assert sum(map(len, said)) < 5000
     for what in said:
+        assert not re.search(r"line (\d+), line \1\b", what), what
         assert true(what, data, edition, task), (what, data[:1000])
     theirs = scored_by_them(data, edition, task)
     if theirs is None:
@@ -182,7 +183,7 @@ def true(what: str, data: bytes, edition: int, task: str) -> bool:
         "first line is not": _first_row(text) != ["ID", "Caption" if task == "caption" else "CUIs"],
         "more than one pipe": any(line.count("|") > 1 for line in lines),
         "more columns": any(line.count(",") > 1 for line in lines),
-        "131,072": max(map(len, re.split("[,|]", text))) > 131_072,
+        "131,072": len(text) > 131_072,
         "closing quote|never closed": '"' in text,
         "line break inside": '"' in text or re.search("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", text),
         "carriage return": "\r" in text and '"' in text,

@@ -191,6 +191,17 @@ def test_each_problem_of_2026_has_its_line(case, tmp_path):
             assert set(caption.replace(",", " ").split()) <= set(words_before), key
 
 
+def test_a_first_row_in_place_of_a_header_is_said_once(tmp_path):
+    path = tmp_path / "submission.csv"
+    for data, found in (
+        (b'a,"x" y\nb,z\n', ["the first line is not ID,Caption", "has text after a closing quote"]),
+        (b'"I"D,Caption\na,x\nb,z\n', ["has text after a closing quote"]),
+    ):
+        path.write_bytes(data)
+        whats = [problem.what.partition(":")[0] for problem in check(path, ["a", "b"], 2026)]
+        assert whats == found
+
+
 def test_what_the_2026_checker_accepts_is_accepted(tmp_path):
     path = tmp_path / "submission.csv"
     for data in (

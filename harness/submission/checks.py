@@ -57,11 +57,12 @@ def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Pro
     text, flaws = decoded(data)
     rows = body = list(rows_of(text, form, set(ids)))
     if form.header:
-        if rows and rows[0].broken:
+        begins = bool(rows) and bare(_first_field(rows[0], form)) in ids  # with a row, not with a header
+        body = rows if begins else rows[1:]
+        if rows and rows[0].broken and not begins:
             flaws.append(Flaw(1, *rows[0].broken))
         elif not rows or rows[0].fields != tuple(form.header.split(",")):
             flaws.append(Flaw(1, f"the first line is not {form.header}", "Put that line first."))
-        body = rows if rows and bare(_first_field(rows[0], form)) in ids else rows[1:]
     for row in body:
         flaws += [Flaw(row.line, *fault) for fault in _row_faults(row, form)]
     flaws += _set_faults(body, ids, form)
