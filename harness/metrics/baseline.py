@@ -24,7 +24,7 @@ def constant_baseline(
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
-    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out, and all are where there
+    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out, and all are if there
     is no training caption.
     """
     if not training:
