@@ -280,7 +280,7 @@ def _link(path: Path, page: Path) -> str:
 def _curves(run: Run) -> dict[str, Any]:
     """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
     found = [{k: v for k, v in row.items() if v is not None} for row in rows(run.record, run.root)]
-    steps = [row for row in found if "valid_loss" not in row]
+    steps = [row for row in found if "loss" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
     train = {
@@ -293,7 +293,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "valid": [
             {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
             for row in found
-            if "valid_loss" in row
+            if "loss" not in row
         ],
     }
 
