@@ -290,7 +290,7 @@ def _curves(run: Run) -> dict[str, Any]:
     """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
     rows = run.read("train", LOSSES, lambda file, _: rows_of(file))
     found = [{key: value for key, value in row.items() if value is not None} for row in rows]
-    steps = [row for row in found if "valid_loss" not in row and "stage" in row]
+    steps = [row for row in found if "loss" in row and "stage" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
     train = {
@@ -303,7 +303,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "valid": [
             {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
             for row in found
-            if "valid_loss" in row
+            if "loss" not in row
         ],
     }
 
