@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,8 @@ HURRIED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _CONNECT = 4  # seconds for a database to take a connection
 _CREATION = 120  # seconds that a process waits while another one makes the tables
 _ELSEWHERE = 20.0  # seconds for tables that `mlflow ui` makes, which knows no lock of ours
+_PASSING = ("is locked", "disk is full", "readonly", "unable to open")
+"""What SQLite says of a store that may be sound."""
 _opened: set[str] = set()
 
 
@@ -92,23 +93,15 @@ def _of_sqlite(uri: str, database: Path) -> Any:
         try:
             return _client(uri)
         except failures() as error:
-            if not _has_tables(database):
+            if not _is_begun(database) or any(word in str(error) for word in _PASSING):
                 raise
             if time.monotonic() > until or not _changes(database):
                 raise _broken(database, error) from None
 
 
-def _has_tables(database: Path) -> bool:
-    """Whether somebody began to make MLflow's tables, or the file is no database at all."""
-    if not database.is_file() or not database.stat().st_size:
-        return False
-    try:
-        with contextlib.closing(
-            sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)
-        ) as connection:
-            return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-    except sqlite3.DatabaseError as error:
-        return any(word in str(error) for word in ("not a database", "malformed", "locked"))
+def _is_begun(database: Path) -> bool:
+    """Whether somebody began to make MLflow's tables there, or the file is none of SQLite's."""
+    return database.is_file() and database.stat().st_size > 0
 
 
 def _changes(database: Path) -> bool:
