@@ -51,7 +51,8 @@ def test_the_machine_alone_is_examined_without_an_experiment():
     assert done.returncode == int(not all(check["ok"] for check in checks)), done.stderr
     names = [check["name"] for check in checks]
     assert names == list(dict.fromkeys(names))
-    assert {"python", "packages", "device", "bf16", "java"} <= set(names)
+    assert {"python", "packages", "device", "bf16", "java", "scores"} <= set(names)
+    assert "--verify" in next(check["found"] for check in checks if check["name"] == "scores")
     assert not {"disk", "memory", "data"} & set(names)
 
 
