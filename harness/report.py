@@ -95,12 +95,7 @@ class Captions:
     @property
     def ids(self) -> list[str]:
         """In the order of the data set."""
-        return list(self.scored or self.last)
-
-    @property
-    def last(self) -> Mapping[str, str]:
-        """The captions of the last stage."""
-        return self.after or self.before
+        return list(self.scored or self.after or self.before)
 
     @property
     def metrics(self) -> list[str]:
@@ -157,6 +152,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     record = run.record
     images = _images(run)
     captions = _captions(run, images)
+    same = same_in("valid", captions.after or captions.before)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],
