@@ -102,12 +102,7 @@ class Captions:
     @property
     def ids(self) -> list[str]:
         """In the order of the data set."""
-        return list(self.scored or self.last)
-
-    @property
-    def last(self) -> Mapping[str, str]:
-        """The captions of the last stage."""
-        return self.after or self.before
+        return list(self.scored or self.after or self.before)
 
     @property
     def metrics(self) -> list[str]:
@@ -154,6 +149,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     images = _images(run)
     captions, curves, siblings = _captions(run, images), _curves(run), _siblings(run, page)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
+    same = same_in("valid", captions.after or captions.before)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],

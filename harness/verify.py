@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import checkpoints, metrics
+from harness.editions import EDITIONS
 from harness.metrics import Score, bertscore, concepts, java, text
 from harness.metrics.base import Inputs
 from harness.metrics.expected import quieten
@@ -110,11 +111,11 @@ def _bertscore(inputs: Inputs, pairs: Pairs) -> list[float]:
     from bert_score import BERTScorer
 
     checkpoint, layer = bertscore.locate(inputs.config.bertscore)
-    idf = inputs.edition >= bertscore.IDF_SINCE
+    idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
     with _apart(), _without_t5(checkpoint.folder) as folder:
         scorer = BERTScorer(model_type=folder, num_layers=layer, idf=idf, device=inputs.device)
-    if inputs.edition < 2025:  # as the tokenizer of that time, which knew a limit
-        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, 512)
+    if cut:  # as the tokenizer of that time, which knew a limit
+        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
     if idf:
         scorer.compute_idf(inputs.clean_references)
     return [scorer.score([prediction], [reference])[2].item() for prediction, reference in pairs]
