@@ -149,7 +149,6 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     images = _images(run)
     captions, curves, siblings = _captions(run, images), _curves(run), _siblings(run, page)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
-    same = same_in("valid", captions.after or captions.before)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],
