@@ -164,9 +164,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
         "baseline": record["baseline"],
-        "warnings": [
-            *dict.fromkeys(record["warnings"] + same_in("valid", captions.after or captions.before))
-        ],
+        "warnings": list(dict.fromkeys([*record["warnings"], *same])),
         "differences": differences(record),
         "from_base": from_base(record),
         "siblings": _siblings(run, page),
