@@ -149,7 +149,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     images = _images(run)
     captions, curves, siblings = _captions(run, images), _curves(run), _siblings(run, page)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
-    same = same_in("valid", captions.after or captions.before)
+    same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "experiment": record["name"],
@@ -161,7 +161,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
         "baseline": record["baseline"],
-        "warnings": [*dict.fromkeys([*record["warnings"], *same, *record["data"].get("notes", ()), *left_out])],
+        "warnings": list(dict.fromkeys([*record["warnings"], *same, *left_out])),
         "differences": differences(record),
         "from_base": from_base(record),
         "siblings": siblings,
