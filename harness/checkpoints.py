@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import Problem
-from harness.store import fingerprint, read_checked, write_checked
+from harness.store import bytes_of, fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
 
@@ -86,7 +86,7 @@ def _known(kept: Path | None) -> dict[str, str]:
     known = read_checked(kept) if kept else None
     if kept and known is None:
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            known = json.loads(kept.read_bytes())  # an earlier version wrote no checksum
+            known = json.loads(bytes_of(kept))  # an earlier version wrote no checksum
     whole = isinstance(known, dict) and all(isinstance(one, str) and len(one) == 64 for one in known.values())
     return known if whole else {}
 

@@ -53,6 +53,13 @@ def write_json(path: Path, value: Any) -> Path:
     return write(path, json.dumps(value, indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
 
 
+def bytes_of(path: Path) -> bytes:
+    """The bytes of a regular file; `OSError` for any other, where a pipe would never end."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
 def write_checked(path: Path, value: Any) -> Path:
     """Write a JSON-like value with its checksum, for `read_checked`."""
     return write_json(path, {"checksum": fingerprint(value), "value": value})
