@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.store import parsed, write, write_json
+from harness.store import bytes_of, parsed, write, write_json
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
@@ -81,7 +81,7 @@ class Checkpoints:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON mapping; an empty one where the file is not there or damaged."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(bytes_of(file))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -25,7 +25,7 @@ from harness.errors import Pruned, UserError
 from harness.masking import masked
 from harness.plan import Plan, Reporter
 from harness.resume import BEST, LOSSES
-from harness.store import DONE, MADE, damage, is_unsealed, parsed, seal, step, write, write_json
+from harness.store import DONE, MADE, bytes_of, damage, is_unsealed, parsed, seal, step, write, write_json
 from harness.submission.form import other_editions
 
 TRACEBACK = "traceback.txt"
@@ -156,7 +156,7 @@ class _Steps:
 def _made_by(directory: Path) -> dict[str, Any] | None:
     """What a step wrote down of its making; None where an earlier version's note can't be read."""
     try:
-        made = json.loads((directory / MADE).read_bytes())
+        made = json.loads(bytes_of(directory / MADE))
     except (OSError, ValueError, RecursionError):
         return None
     return made if isinstance(made, dict) else None

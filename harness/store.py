@@ -69,6 +69,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def bytes_of(path: Path) -> bytes:
+    """The bytes of a regular file; `OSError` for any other, where a pipe would never end."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
 def write_checked(path: Path, value: Any) -> Path:
     """Write a JSON-like value with its checksum, for `read_checked`."""
     return write_json(path, {"checksum": fingerprint(value), "value": value})

@@ -294,3 +294,12 @@ def test_only_an_interruption_is_one(error, code):
     assert done.returncode == code, done.stderr
     assert ("interrupted" in done.stderr) == (code == 130)
     assert error.partition("(")[0] in done.stderr or code == 130
+
+
+@pytest.mark.parametrize("name", ["mlflow.json", "study.json"])
+def test_a_pipe_in_place_of_bookkeeping_is_not_waited_for(tmp_path, name):
+    from harness.tracking.server import mirrored_as, read_study
+
+    os.mkfifo(tmp_path / name)
+    assert mirrored_as(tmp_path / "x-s1") == {}
+    assert read_study(tmp_path) is None

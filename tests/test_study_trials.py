@@ -220,8 +220,10 @@ def test_what_had_been_scored_before_the_kill_is_not_done_again(tmp_path):
     number, _ = kill_one_that_holds_a_trial(spec, tmp_path)
     run = tmp_path / spec.name / f"trial-{number:04}-s42" / "run.json"
     run.parent.mkdir()
-    scores = {"valid": {"after": {"bertscore": {"value": 0.5, "official": False}}}}
-    run.write_text(json.dumps({"status": "FINISHED", "scores": scores, "trial": {"state": "RUNNING"}}))
+    score = {"value": 0.5, "official": False, "signature": "bertscore|STAND-IN"}
+    record = {"name": spec.name, "status": "FINISHED", "edition": 2023, "command": "x", "config": {}}
+    record |= {"scores": {"valid": {"after": {"bertscore": score}}}, "trial": {"state": "RUNNING"}}
+    run.write_text(json.dumps(record))
     trials = opened(spec, tmp_path)
     assert trials.take().slot == 1
     assert (trials.study.trials[0].state, trials.study.trials[0].value) == (TrialState.COMPLETE, 0.5)

@@ -170,7 +170,7 @@ def complete(folder: Path) -> dict[int, dict]:
 def mirrored(folder: Path, server: MlflowServer) -> list[str]:
     """The runs that are on MLflow's server to their end, says what is kept on disk."""
     file = folder / "runs" / "team" / "mlflow.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = json.loads(file.read_text())["value"] if file.exists() else {}
     runs = known.get(server.address, {}).get("runs", {})
     return [name for name, entry in runs.items() if entry.get("status") == "FINISHED"]
 

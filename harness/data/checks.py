@@ -28,7 +28,7 @@ from harness.data.readers import (
     together,
 )
 from harness.errors import Problem, UserError
-from harness.store import fingerprint, read_checked, write_checked
+from harness.store import bytes_of, fingerprint, read_checked, write_checked
 
 CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
@@ -321,7 +321,7 @@ def _known(root: Path, work: Path) -> dict[_Key, Scan]:
     rows = read_checked(file)
     if rows is None:
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            rows = json.loads(file.read_bytes())  # an earlier version wrote no checksum
+            rows = json.loads(bytes_of(file))  # an earlier version wrote no checksum
     if not isinstance(rows, list) or not all(map(_is_scan, rows)):
         return {}
     return {(path, size, mtime): Scan(*scan) for path, size, mtime, *scan in rows}

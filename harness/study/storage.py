@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from harness.errors import Problem, UserError
 from harness.masking import masked
-from harness.store import write_json
+from harness.store import bytes_of, write_json
 from harness.study.spec import Study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,7 +57,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     with suppress(OSError, ValueError, RecursionError):
-        record = json.loads(file.read_bytes())
+        record = json.loads(bytes_of(file))
         known = ("id", "storage", "study")
         if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in known):
             return record

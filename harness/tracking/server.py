@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import records
 from harness.masking import masked
-from harness.store import fingerprint, read_checked, write_checked
+from harness.store import bytes_of, fingerprint, read_checked, write_checked
 from harness.tracking.contents import (
     artifacts,
     cut,
@@ -76,7 +76,7 @@ def _bookkeeping(file: Path) -> dict[str, Any] | None:
     found = read_checked(file)
     if found is None:  # an earlier version wrote no checksum
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            found = json.loads(file.read_bytes())
+            found = json.loads(bytes_of(file))
     servers = list(found.values()) if isinstance(found, dict) and "checksum" not in found else [None]
     whole = all(isinstance(server, dict) and _is_server(server) for server in servers)
     return found if whole else None
@@ -335,7 +335,7 @@ def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str,
 def read_study(experiment_directory: Path) -> dict[str, Any] | None:
     """What is recorded of a study; None for an experiment that is none."""
     try:
-        study = json.loads((experiment_directory / STUDY).read_bytes())
+        study = json.loads(bytes_of(experiment_directory / STUDY))
     except (OSError, ValueError, RecursionError):  # none, or damaged: the next trial writes it anew
         return None
     whole = isinstance(study, dict) and all(isinstance(study.get(key), str) for key in ("study", "storage"))
