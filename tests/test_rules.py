@@ -84,7 +84,10 @@ def organisers_bertscore(
     references = [cleaned(reference) for _, reference in pairs]
     idf = {"idf": True, "idf_sents": references, "nthreads": 0} if year >= 2025 else {}
     scorer = BERTScorer(
-        model_type=str(folder), num_layers=layer, **{k: v for k, v in idf.items() if k == "idf"}
+        nthreads=0,  # it would fork beside threads of torch, and may hang
+        model_type=str(folder),
+        num_layers=layer,
+        **{k: v for k, v in idf.items() if k == "idf"},
     )
     if declared is not None:
         scorer._tokenizer.model_max_length = declared
