@@ -82,16 +82,11 @@ def organisers_bertscore(
     from bert_score import BERTScorer
 
     references = [cleaned(reference) for _, reference in pairs]
-    idf = {"idf": True, "idf_sents": references, "nthreads": 0} if year >= 2025 else {}
-    scorer = BERTScorer(
-        nthreads=0,  # it would fork beside threads of torch, and may hang
-        model_type=str(folder),
-        num_layers=layer,
-        **{k: v for k, v in idf.items() if k == "idf"},
-    )
+    # without threads: its pool would fork beside threads of torch, and may hang
+    scorer = BERTScorer(model_type=str(folder), num_layers=layer, idf=year >= 2025, nthreads=0)
     if declared is not None:
         scorer._tokenizer.model_max_length = declared
-    if idf:
+    if year >= 2025:
         scorer.compute_idf(references)
     found = []
     for prediction, reference in pairs:
