@@ -27,9 +27,15 @@ def write_table(path: Path, rows: Iterable[Sequence[str]]) -> Path:
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Read what `write_captions` wrote."""
+    """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` where it is anything else."""
     with path.open(encoding="utf-8", newline="") as file:
-        return {row["ID"]: row["caption"] for row in csv.DictReader(file)}
+        rows = list(csv.reader(file, strict=True))
+    if rows[:1] != [["ID", "caption"]] or any(len(row) != 2 for row in rows):
+        raise ValueError("the rows are not those of an ID and a caption")
+    found = dict(rows[1:])
+    if len(found) < len(rows) - 1:
+        raise ValueError("an id stands there twice")
+    return found
 
 
 def sameness(values: Iterable[str], name: str = "captions") -> str | None:
