@@ -41,16 +41,16 @@ def read_captions(path: Path) -> dict[str, str]:
 def sameness(values: Iterable[str], name: str = "captions") -> str | None:
     """What to warn of where more than 90 % of the captions (or concept lists) are empty or the same."""
     texts = [" ".join(text.split()) for text in values]
-    if len(texts) < 2:
+    if not texts or (len(texts) == 1 and texts[0]):
         return None
     (text, count), *_ = Counter(texts).most_common(1)
     if count <= _MOSTLY * len(texts):
         return None
-    share = f"all {count:,} {name}"
+    share = f"all {count:,} {name}" if count > 1 else f"the only one of the {name}"
     if count < len(texts):
         share = f"{count:,} of {len(texts):,} {name} ({100 * count / len(texts):.1f} %)"
     if not text:
-        return f"{share} are empty"
+        return f"{share} {'are' if count > 1 else 'is'} empty"
     return f"{share} are the same: {text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
 
 

@@ -120,8 +120,7 @@ def test_a_cause_is_told_once_however_many_rows_have_it(root, tmp_path):
 
 
 def test_an_ids_file_without_ids_is_no_empty_split(root, tmp_path):
-    path = root / "test_ids.csv"
-    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r"))
+    (root / "test_ids.csv").write_text("ID\n")
     with pytest.raises(UserError, match="holds no id that can be read"):
         data.load(config(root, skip_bad=True), tmp_path / "runs")
 
@@ -252,7 +251,9 @@ def test_too_large_is_told_as_such(tmp_path):
 
 def test_pil_warns_nobody_of_a_large_image(tmp_path):
     Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png")
-    program = "from pathlib import Path; from harness.data.images import open_image; open_image(Path('large.png'))"
+    program = (
+        "from pathlib import Path; from harness.data.images import open_image; open_image(Path('large.png'))"
+    )
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stderr == b""
 

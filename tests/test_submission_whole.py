@@ -238,10 +238,10 @@ def test_a_record_without_sizes_and_layout_is_compared_with_what_there_is(run, m
         assert captions(run, record, "test") == CAPTIONS
     file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
-    with pytest.raises(UserError, match="3 ids .*missing"):
+    with pytest.raises(UserError, match=r"3 ids .*missing"):
         captions(run, record, "test")
     del record["data"]
-    with pytest.raises(UserError, match="3 ids .*missing"):
+    with pytest.raises(UserError, match=r"3 ids .*missing"):
         captions(run, record, "test")
 
 

@@ -140,7 +140,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
-    if captions_file and concepts_file:
+    if captions and concepts:  # a file of which nothing can be read is a problem of its own
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
     source = captions_file
     if not required and captions_file is None:
@@ -206,6 +206,9 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
     rows: Table = {}
     text = _text(path, listing) if path else None
     if text is None:
+        return rows
+    if not text.strip():
+        listing.fatal.append(Problem("is empty", path))
         return rows
     lines = unquoted_rows(text, "\t") if separator == "tab" else comma_rows(text)
     raw = _Lines(text)
@@ -282,7 +285,8 @@ def _text(path: Path, listing: Listing) -> str | None:
         listing.fatal.append(Problem(f"can't be read: {error.strerror}", path))
         return None
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        return text if "\n" in text else text.replace("\r", "\n")  # CR ends lines where nothing else does
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         listing.fatal.append(Problem(f"not UTF-8 at byte {error.start}", path, line))
