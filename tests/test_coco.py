@@ -174,7 +174,7 @@ def test_two_images_of_one_id_are_not_guessed_between(tmp_path):
     entries = [{"image_id": 1, "caption": "a"}]
     images = [{"id": 1, "file_name": "x_1.jpg"}, {"id": 1, "file_name": "x_2.jpg"}]
     (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": entries}))
-    with pytest.raises(UserError, match="two images of the id 1: x_1.jpg and x_2.jpg"):
+    with pytest.raises(UserError, match=r"two images of the id 1: x_1\.jpg and x_2\.jpg"):
         read_predictions(tmp_path / "a.json")
 
 

@@ -1,5 +1,6 @@
 """Rows that are odd: each is used for what it is fit for, and no id of a split to submit is ever lost."""
 
+import csv
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ from small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_20
 from test_report import data_of
 from test_run import EXPERIMENT, harness
 
-from harness import data, scoring
+from harness import data, leaderboard, scoring
 from harness.captions import read_captions
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
+from harness.leaderboard import entries
 from harness.submission import check
 from harness.submission.inputs import read_ids, read_predictions
 
@@ -91,6 +93,41 @@ def test_concepts_that_cannot_be_read_cost_no_row_of_validation(root, tmp_path):
     edit(root / CONCEPTS.format("train"), lambda lines: lines.pop(3))
     found = data.load(config(root, skip_bad=True), tmp_path / "runs")
     assert [len(found.splits[split]) for split in ("train", "valid", "test")] == [11, 6, 4]
+
+
+@pytest.mark.parametrize("id", [" valid_1", "valid_1 ", "\tvalid_1", "valid_1\u00a0"])
+@pytest.mark.parametrize("text", ["a word", '"a" word'])
+def test_white_space_beside_an_id_costs_no_row_of_validation(tmp_path, id, text):
+    write_comma(tmp_path, [("a word", [])] * 3)
+    real_images(tmp_path)
+    path = tmp_path / "valid_captions.csv"
+    path.write_text(path.read_text().replace("valid_1,a word", f"{id},{text}"))
+    assert "valid_captions.csv" in problems(tmp_path, tmp_path, layout="rocov2")[0]
+    found = data.load(config(tmp_path, layout="rocov2", skip_bad=True), tmp_path / "runs")
+    captions = {example.id: example.caption for example in found.splits["valid"]}
+    assert captions == {
+        "valid_0": "a word",
+        "valid_1": "a word" if text == "a word" else None,
+        "valid_2": "a word",
+    }
+
+
+def test_a_label_file_that_cannot_be_read_is_one_problem(root, tmp_path):
+    for content in ("", "ID\tcaption\n", "image;text\n"):
+        (root / CAPTIONS.format("valid")).write_text(content)
+        assert one(root, tmp_path)[0] == CAPTIONS.format("valid")
+
+
+def test_cr_ends_lines_where_nothing_else_does(root, tmp_path):
+    for path in root.glob("*.csv"):
+        path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r"))
+    assert problems(root, tmp_path) == []
+
+
+def test_an_id_with_the_ending_of_an_image_is_told_as_such(root, tmp_path):
+    path = root / "test_ids.csv"
+    path.write_bytes(path.read_bytes().replace(b"000002", b"000002.jpg"))
+    assert one(root, tmp_path)[2].endswith("found phantom_test_000002.jpg: leave the ending out of the id")
 
 
 def test_what_only_looks_like_an_id_is_no_row(tmp_path):
@@ -418,6 +455,16 @@ def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
     assert before["fallback"] == {}
 
 
+@pytest.mark.parametrize("name", ["before", "small"])
+@pytest.mark.parametrize(("images", "is_apart"), [(12, False), (11, True), (13, True)])
+def test_a_blank_caption_sets_no_run_apart(project, monkeypatch, name, images, is_apart):
+    """A run of a whole split with such a row, as the real one of 2023, counts all its images."""
+    monkeypatch.setitem(entries.IMAGES[2023], "valid", images)
+    found = leaderboard.board(2023, project / "runs").entries
+    (entry,) = [entry for entry in found if entry.record["name"] == name]
+    assert (f"it has 12 images, the validation split of 2023 {images}" in entry.apart) == is_apart
+
+
 def test_mlflow_and_a_later_submission_say_so_too(project):
     import mlflow
 
@@ -428,6 +475,24 @@ def test_mlflow_and_a_later_submission_say_so_too(project):
     harness(project, "submission", "make", "runs/small/base-s42", "--out", "made")
     made = json.loads((project / "made/caption-test/manifest.json").read_text())
     assert made["fallback"]["ids"] == ["phantom_test_000003"]
+    (project / "ids.txt").write_text("".join(f"phantom_test_{n:06d}\n" for n in range(6, 0, -1)))
+    make = ["submission", "make", "runs/small/base-s42", "--edition", "2026", "--ids", "ids.txt"]
+    harness(project, *make, "--out", "made")
+    other = json.loads((project / "made/caption-test/manifest.json").read_text())
+    assert other["fallback"] == made["fallback"]
+    with (project / "made/caption-test/submission.csv").open(encoding="utf-8", newline="") as file:
+        rows = dict(csv.reader(file))
+    assert list(rows)[1:] == read_ids(project / "ids.txt")
+    assert rows["phantom_test_000003"] == made["fallback"]["caption"]
+    record = json.loads((project / "runs/small/base-s42/run.json").read_text())
+    for key in ("splits", "layout"):
+        del record["data"][key]
+    old = project / "runs/old/base-s42/run.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps(record | {"name": "old"}))
+    harness(project, "submission", "make", "runs/old/base-s42", "--out", "made/old")
+    old.unlink()
+    assert check(project / "made/old/caption-test/caption_prediction_test.csv", list(rows)[:0:-1], 2023) == []
 
 
 def test_the_others_keep_their_own_captions(project):

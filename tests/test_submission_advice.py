@@ -65,7 +65,7 @@ def test_another_separator_is_one_message_and_its_command_makes_a_valid_file(cas
 def test_advice_is_given_only_where_it_leads_to_a_file(folder):
     """Semicolons and JSON of other kinds are not read, so that no command is named for them."""
     table(folder / "mine.csv", ";", "", "CT, axial")
-    (folder / "other.json").write_text(json.dumps({key: "CT" for key in IDS}))
+    (folder / "other.json").write_text(json.dumps(dict.fromkeys(IDS, "CT")))
     for name, words in (("mine.csv", "separated by semicolons"), ("other.json", "not of COCO results")):
         said = harness(folder, "submission", "check", name, "--edition=2023", "--ids=IDS", code=3).stderr
         assert words in said

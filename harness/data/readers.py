@@ -23,6 +23,7 @@ Row = tuple[str, str]
 Table = dict[str, tuple[int | None, str | None]]
 """Line and value by id; the value is None where the row can't be read, or holds nothing but the id."""
 _TWICE = "duplicate id"
+_BLANK_IN_ID = "white space in an id"
 _APART = 3  # as many problems of one cause are told one by one
 
 
@@ -231,12 +232,12 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
             rows[id] = (line, fields[1])
             continue
         what, cause = _row_fault(fields, rows)
-        if isinstance(fields, str):
-            id = raw.first_field(line)
-        if id in rows and cause == _TWICE:
-            id = ""  # so that the first row stays
-        elif id.split() == [id] and id not in rows:
-            rows[id] = (line, None)
+        id = (raw.first_field(line) if isinstance(fields, str) else id).strip()
+        whole = isinstance(fields, list) and len(fields) == 2
+        if id in rows:  # so that the first row stays
+            id = "" if cause in (_TWICE, _BLANK_IN_ID) else id
+        elif id.split() == [id]:
+            rows[id] = (line, fields[1] if whole else None)
             listing.doubtful[split].add(id)
         listing.findings.append(Finding(Problem(what, path, line), (split, id) if id else None, cause))
     if not rows:
@@ -260,7 +261,7 @@ def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
     if fields[0] in rows:
         first = rows[fields[0]][0]
         return f"{_TWICE} {fields[0]}, first on line {first}; this later row is the bad one", _TWICE
-    return f"the id {fields[0]!r} holds white space", "white space in an id"
+    return f"the id {fields[0]!r} holds white space", _BLANK_IN_ID
 
 
 class _Lines:
