@@ -209,7 +209,8 @@ def _said(error: Exception) -> str:
 def _runs_near(folder: Path) -> str:
     """The runs below the folder, or else below runs/, for someone who gave another folder."""
     for place in (folder, Path("runs")):
-        if found := sorted(str(file.parent) for file in place.rglob(FILE)):
+        files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
+        if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
     return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"

@@ -205,3 +205,18 @@ def test_make_says_what_it_read_and_how_ids_were_matched(folder):
     assert "warning: results.json: 5 image_ids matched by number: 0 is scan_000000" in done.stderr
     rows = list(csv.reader((folder / "submissions/results/caption-test/submission.csv").open()))
     assert rows[1:] == [[key, f"CT {number}"] for number, key in enumerate(IDS)]
+
+
+def test_blanks_beside_cuis_are_mended_as_advised(folder):
+    (folder / "bad.csv").write_text("ID,CUIs\n" + "".join(f"{key},C1 ; C2\n" for key in IDS))
+    command = ["submission", "check", "bad.csv", "--edition=2025", "--ids=IDS", "--task=concept"]
+    assert "add to this command: --fix OUT" in harness(folder, *command, code=3).stderr
+    harness(folder, *command, "--fix", "OUT")
+
+
+def test_copies_that_mlflow_keeps_are_no_runs_to_choose_from(folder):
+    for place in ("runs/exp/base-s1", "mlartifacts/1/2/artifacts"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "run.json").write_text("{}")
+    said = harness(folder, "submission", "make", ".", code=2).stderr
+    assert "Runs: runs/exp/base-s1\n" in said

@@ -143,7 +143,9 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
             yield "has white space before or after its concepts", MEND, repr(value[:80])
     if wrong := [cui for cui in cuis if not re.fullmatch(r"C\d+", cui)]:
         named = ", ".join(repr(cui[:40]) for cui in wrong[:5])
-        yield "holds what is no CUI (C and digits)", "Write C0040405;C0817096.", named
+        blanks = all(re.fullmatch(r"C\d+", cui.strip()) for cui in wrong)
+        hint = MEND if blanks else "Write C0040405;C0817096."
+        yield "holds what is no CUI (C and digits)", hint, named
     if twice := len(cuis) - len(set(cuis)):
         yield "holds a CUI twice", MEND, f"{twice} of {len(cuis)}"
     if form.max_cuis and len(cuis) > form.max_cuis:
