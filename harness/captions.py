@@ -27,24 +27,30 @@ def write_table(path: Path, rows: Iterable[Sequence[str]]) -> Path:
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Read what `write_captions` wrote."""
+    """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` where it is anything else."""
     with path.open(encoding="utf-8", newline="") as file:
-        return {row["ID"]: row["caption"] for row in csv.DictReader(file)}
+        rows = list(csv.reader(file, strict=True))
+    if rows[:1] != [["ID", "caption"]] or any(len(row) != 2 for row in rows):
+        raise ValueError("the rows are not those of an ID and a caption")
+    found = dict(rows[1:])
+    if len(found) < len(rows) - 1:
+        raise ValueError("an id stands there twice")
+    return found
 
 
 def sameness(values: Iterable[str], name: str = "captions") -> str | None:
     """What to warn of where more than 90 % of the captions (or concept lists) are empty or the same."""
     texts = [" ".join(text.split()) for text in values]
-    if len(texts) < 2:
+    if not texts or (len(texts) == 1 and texts[0]):
         return None
     (text, count), *_ = Counter(texts).most_common(1)
     if count <= _MOSTLY * len(texts):
         return None
-    share = f"all {count:,} {name}"
+    share = f"all {count:,} {name}" if count > 1 else f"the only one of the {name}"
     if count < len(texts):
         share = f"{count:,} of {len(texts):,} {name} ({100 * count / len(texts):.1f} %)"
     if not text:
-        return f"{share} are empty"
+        return f"{share} {'are' if count > 1 else 'is'} empty"
     return f"{share} are the same: {text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
 
 

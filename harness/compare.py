@@ -303,7 +303,9 @@ def read_run(folder: Path, label: str) -> System:
             name: _with_rows(Score(**e), arrays.get(name), len(ids)) for name, e in result["scores"].items()
         }
     except UNREADABLE as error:
-        raise records.damaged(file, record, f"can't be read: {error}") from None
+        # a seal says no more than what an earlier version has left here
+        hint = f"Delete {file.parent}, and the run makes it again: {record['command']}"
+        raise UserError([Problem(f"can't be read: {error}", file, hint=hint)]) from None
     return System(label, ids, result["references"], scores)
 
 

@@ -209,7 +209,8 @@ def _said(error: Exception) -> str:
 def _runs_near(folder: Path) -> str:
     """The runs below the folder, or else below runs/, for someone who gave another folder."""
     for place in (folder, Path("runs")):
-        if found := sorted(str(file.parent) for file in place.rglob(FILE)):
+        files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
+        if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
     return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
@@ -225,12 +226,17 @@ def artifact(folder: Path, record: Record, name: str) -> Path:
 
     Raises `UserError` where the run has not come that far, or where the file is gone or altered.
     """
+    return checked(place_of(folder, record, name), record)
+
+
+def place_of(folder: Path, record: Record, name: str) -> Path:
+    """Where a file of a run lies. Raises `UserError` where the run has not come that far."""
     if name not in record.get("artifacts", {}):
         kind = name.partition("/")[0]
         has = [other for other in record.get("artifacts", {}) if other.startswith(f"{kind}/")]
         what = f"the run (status {record['status']}) has no {name}; it has {', '.join(has) or 'no ' + kind}"
         raise UserError([Problem(what, folder, hint=_next(record, name))])
-    return checked(root(folder, record) / record["artifacts"][name], record)
+    return root(folder, record) / record["artifacts"][name]
 
 
 def _next(record: Record, name: str) -> str:
@@ -265,10 +271,12 @@ def checked(file: Path, record: Record) -> Path:
 
 def damaged(file: Path, record: Record, what: str) -> UserError:
     """The error for a file of a step that can't be used."""
-    hint = f"The run makes it again: {record['command']}"
-    if damage_of(file) is None:  # a step of an earlier version, which is taken as it lies there
-        hint = f"Delete {file.parent}, and the run makes it again: {record['command']}"
-    return UserError([Problem(what, file, hint=hint)])
+    return UserError([Problem(what, file, hint=again(record))])
+
+
+def again(record: Record) -> str:
+    """What to do about a file of a step that can't be used: the run notices, and builds the step anew."""
+    return f"The run makes it again: {record['command']}"
 
 
 def captions(file: Path, record: Record) -> dict[str, str]:

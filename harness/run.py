@@ -143,6 +143,8 @@ class _Steps:
                         found[file.name] = f"it has not the captions of all {len(wanted):,} images"
                 if file.name == "scores.json":
                     records.scores(file, self.record)
+                if file.name == "per_image.csv":
+                    records.per_image(file, self.record)
             except UserError as error:
                 found[file.name] = error.problems[0].what
         for file in (*found, *([DONE] if found else ())):

@@ -153,7 +153,7 @@ def test_check_names_the_command_and_the_command_makes_a_valid_file(edition, tmp
         lambda: _refused(path, tmp_path / "out", edition),
     ):
         (problem,) = do()
-        assert "JSON, of COCO results" in problem.what
+        assert "is COCO results (JSON)" in problem.what
         command = f"submission make '{path}' --edition {edition} --ids IDS"
         assert command in problem.hint
     upload = submission.make(read_predictions(path, "caption", IDS), IDS, edition, tmp_path, {})
@@ -168,3 +168,17 @@ def _refused(path: Path, out: Path, edition: int):
     assert error.value.exit_code == 3
     assert not out.exists()
     return error.value.problems
+
+
+def test_two_images_of_one_id_are_not_guessed_between(tmp_path):
+    entries = [{"image_id": 1, "caption": "a"}]
+    images = [{"id": 1, "file_name": "x_1.jpg"}, {"id": 1, "file_name": "x_2.jpg"}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": entries}))
+    with pytest.raises(UserError, match=r"two images of the id 1: x_1\.jpg and x_2\.jpg"):
+        read_predictions(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".jpeg", ".tif", ".dcm"])
+def test_endings_of_images_do_not_matter(ending, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"image_id": f"val/scan_16{ending}", "caption": "a"}]))
+    assert read_predictions(tmp_path / "a.json", ids=["scan_16"]) == {"scan_16": "a"}

@@ -1,9 +1,8 @@
 """Rows that are odd: each is used for what it is fit for, and no id of a split to submit is ever lost."""
 
+import csv
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import unicodedata
@@ -16,12 +15,13 @@ from small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_20
 from test_report import data_of
 from test_run import EXPERIMENT, harness
 
-from harness import data, scoring
+from harness import data, leaderboard, scoring
 from harness.captions import read_captions
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
+from harness.leaderboard import entries
 from harness.submission import check
-from harness.submission.inputs import read_ids, read_predictions
+from harness.submission.inputs import read_ids
 
 whole, root = small_sets.whole, small_sets.root  # fixtures
 ROWS = [("A CT image.", ["C0000001"]), ("\u202f", []), ("An MR image.", []), ("...", ["C0000001"])]
@@ -93,6 +93,41 @@ def test_concepts_that_cannot_be_read_cost_no_row_of_validation(root, tmp_path):
     assert [len(found.splits[split]) for split in ("train", "valid", "test")] == [11, 6, 4]
 
 
+@pytest.mark.parametrize("id", [" valid_1", "valid_1 ", "\tvalid_1", "valid_1\u00a0"])
+@pytest.mark.parametrize("text", ["a word", '"a" word'])
+def test_white_space_beside_an_id_costs_no_row_of_validation(tmp_path, id, text):
+    write_comma(tmp_path, [("a word", [])] * 3)
+    real_images(tmp_path)
+    path = tmp_path / "valid_captions.csv"
+    path.write_text(path.read_text().replace("valid_1,a word", f"{id},{text}"))
+    assert "valid_captions.csv" in problems(tmp_path, tmp_path, layout="rocov2")[0]
+    found = data.load(config(tmp_path, layout="rocov2", skip_bad=True), tmp_path / "runs")
+    captions = {example.id: example.caption for example in found.splits["valid"]}
+    assert captions == {
+        "valid_0": "a word",
+        "valid_1": "a word" if text == "a word" else None,
+        "valid_2": "a word",
+    }
+
+
+def test_a_label_file_that_cannot_be_read_is_one_problem(root, tmp_path):
+    for content in ("", "ID\tcaption\n", "image;text\n"):
+        (root / CAPTIONS.format("valid")).write_text(content)
+        assert one(root, tmp_path)[0] == CAPTIONS.format("valid")
+
+
+def test_cr_ends_lines_where_nothing_else_does(root, tmp_path):
+    for path in root.glob("*.csv"):
+        path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r"))
+    assert problems(root, tmp_path) == []
+
+
+def test_an_id_with_the_ending_of_an_image_is_told_as_such(root, tmp_path):
+    path = root / "test_ids.csv"
+    path.write_bytes(path.read_bytes().replace(b"000002", b"000002.jpg"))
+    assert one(root, tmp_path)[2].endswith("found phantom_test_000002.jpg: leave the ending out of the id")
+
+
 def test_what_only_looks_like_an_id_is_no_row(tmp_path):
     """The second line of a caption whose quotes are broken begins with no id."""
     write_comma(tmp_path, [("a word", [])] * 3, ("train", "valid", "test"))
@@ -120,8 +155,7 @@ def test_a_cause_is_told_once_however_many_rows_have_it(root, tmp_path):
 
 
 def test_an_ids_file_without_ids_is_no_empty_split(root, tmp_path):
-    path = root / "test_ids.csv"
-    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r"))
+    (root / "test_ids.csv").write_text("ID\n")
     with pytest.raises(UserError, match="holds no id that can be read"):
         data.load(config(root, skip_bad=True), tmp_path / "runs")
 
@@ -252,115 +286,11 @@ def test_too_large_is_told_as_such(tmp_path):
 
 def test_pil_warns_nobody_of_a_large_image(tmp_path):
     Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png")
-    program = "from pathlib import Path; from harness.data.images import loaded; loaded(Path('large.png'))"
+    program = (
+        "from pathlib import Path; from harness.data.images import open_image; open_image(Path('large.png'))"
+    )
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stderr == b""
-
-
-# --- what is no file -------------------------------------------------------------------------------------
-
-
-def fifo(path: Path) -> str:
-    os.mkfifo(path)
-    return "a FIFO"
-
-
-def device(path: Path) -> str:
-    path.symlink_to("/dev/zero")
-    return "a device"
-
-
-def loop(path: Path) -> str:
-    path.symlink_to(path.name)
-    return "a link that leads back to itself"
-
-
-def nowhere(path: Path) -> str:
-    path.symlink_to("nowhere")
-    return "a link to nothing"
-
-
-def directory(path: Path) -> str:
-    path.mkdir()
-    return "a folder"
-
-
-def listener(path: Path) -> str:
-    before = Path.cwd()
-    os.chdir(path.parent)  # the address of a socket is short
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(path.name)
-    finally:
-        os.chdir(before)
-    return "a socket"
-
-
-KINDS = [fifo, device, loop, nowhere, directory, listener]
-
-
-@pytest.fixture
-def alarm():
-    def late(*_):
-        raise AssertionError("waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_an_image_that_is_no_file_is_told_and_nothing_waits(root, tmp_path, alarm, make):
-    image = root / "test" / "phantom_test_000002.jpg"
-    image.unlink()
-    what = make(image)
-    assert what in one(root, tmp_path)[2]
-    found = data.load(config(root, skip_bad=True), tmp_path / "runs")
-    assert [e.id for e in found.unreadable("test")] == [image.stem]
-    with pytest.raises(DAMAGE) as caught:
-        decode(image)
-    assert what in damage(caught.value)
-
-
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("name", [CAPTIONS.format("valid"), CONCEPTS.format("train"), "test_ids.csv"])
-def test_a_label_file_that_is_no_file_is_told_and_nothing_waits(root, tmp_path, alarm, make, name):
-    (root / name).unlink()
-    what = make(root / name)
-    assert (name, None, f"can't be read: it is {what}") in [
-        (file, line, text.removesuffix(", not a file")) for file, line, text in problems(root, tmp_path)
-    ]
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_nor_does_scoring_or_a_submission_wait(tmp_path, alarm, make):
-    what = make(tmp_path / "odd.csv")
-    (tmp_path / "r.csv").write_text("ID\tcaption\na\tx\n")
-    if make is not directory:  # which is taken for a run's
-        with pytest.raises(UserError, match=what):
-            scoring.rows(tmp_path / "odd.csv", tmp_path / "r.csv")
-        with pytest.raises(UserError, match=what):
-            read_predictions(tmp_path / "odd.csv")
-    with pytest.raises(UserError, match=what):
-        scoring.rows(tmp_path / "r.csv", tmp_path / "odd.csv")
-    with pytest.raises(UserError, match=what):
-        read_ids(tmp_path / "odd.csv")
-    (problem,) = check(tmp_path / "odd.csv", ["a"], 2023)
-    assert what in problem.what
-    (tmp_path / "images").mkdir()
-    make(tmp_path / "images" / "a.jpg")
-    with pytest.raises(UserError, match=what):
-        scoring.rows(tmp_path / "r.csv", tmp_path / "r.csv", tmp_path / "images")
-
-
-def test_a_pipe_that_something_writes_to_is_read(tmp_path):
-    (tmp_path / "p.csv").write_text("".join(f"b{n}|{'z' * 50}\n" for n in range(5_000)))
-    inputs = "<(sleep 0.2; cat p.csv) --references <(cat p.csv)"
-    command = f"{sys.executable} -m harness score {inputs} --metrics rouge1"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert "n=5000" in done.stdout, done.stderr
 
 
 # --- a run -----------------------------------------------------------------------------------------------
@@ -417,6 +347,16 @@ def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
     assert before["fallback"] == {}
 
 
+@pytest.mark.parametrize("name", ["before", "small"])
+@pytest.mark.parametrize(("images", "is_apart"), [(12, False), (11, True), (13, True)])
+def test_a_blank_caption_sets_no_run_apart(project, monkeypatch, name, images, is_apart):
+    """A run of a whole split with such a row, as the real one of 2023, counts all its images."""
+    monkeypatch.setitem(entries.IMAGES[2023], "valid", images)
+    found = leaderboard.board(2023, project / "runs").entries
+    (entry,) = [entry for entry in found if entry.record["name"] == name]
+    assert (f"it has 12 images, the validation split of 2023 {images}" in entry.apart) == is_apart
+
+
 def test_mlflow_and_a_later_submission_say_so_too(project):
     import mlflow
 
@@ -427,21 +367,36 @@ def test_mlflow_and_a_later_submission_say_so_too(project):
     harness(project, "submission", "make", "runs/small/base-s42", "--out", "made")
     made = json.loads((project / "made/caption-test/manifest.json").read_text())
     assert made["fallback"]["ids"] == ["phantom_test_000003"]
+    (project / "ids.txt").write_text("".join(f"phantom_test_{n:06d}\n" for n in range(6, 0, -1)))
+    make = ["submission", "make", "runs/small/base-s42", "--edition", "2026", "--ids", "ids.txt"]
+    harness(project, *make, "--out", "made")
+    other = json.loads((project / "made/caption-test/manifest.json").read_text())
+    assert other["fallback"] == made["fallback"]
+    with (project / "made/caption-test/submission.csv").open(encoding="utf-8", newline="") as file:
+        rows = dict(csv.reader(file))
+    assert list(rows)[1:] == read_ids(project / "ids.txt")
+    assert rows["phantom_test_000003"] == made["fallback"]["caption"]
+    record = json.loads((project / "runs/small/base-s42/run.json").read_text())
+    for key in ("splits", "layout"):
+        del record["data"][key]
+    old = project / "runs/old/base-s42/run.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps(record | {"name": "old"}))
+    harness(project, "submission", "make", "runs/old/base-s42", "--out", "made/old")
+    old.unlink()
+    assert check(project / "made/old/caption-test/caption_prediction_test.csv", list(rows)[:0:-1], 2023) == []
 
 
 def test_the_others_keep_their_own_captions(project):
     """One damaged test image moves no caption to another image."""
+    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true")
     image = project / "data/phantom/test/phantom_test_000003.jpg"
-    (project / "data/phantom/valid/phantom_valid_000003.jpg").write_bytes(
-        (project / "data/phantom/valid/phantom_valid_000002.jpg").read_bytes()
-    )
-    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true", "--set", "name=third")
     image.write_bytes((project / "data/phantom/test/phantom_test_000002.jpg").read_bytes())
-    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true", "--set", "name=fourth")
-    third, fourth = (
+    harness(project, "run", "small.yaml", "--set", "data.skip_bad=true", "--set", "name=whole")
+    damaged, whole = (
         read_captions(project / "runs" / record["artifacts"]["predictions/test_after.csv"])
-        for name in ("third", "fourth")
+        for name in ("small", "whole")
         for record in [json.loads((project / f"runs/{name}/base-s42/run.json").read_text())]
     )
-    assert third.pop(image.stem) != fourth.pop(image.stem)
-    assert third == fourth
+    assert damaged.pop(image.stem) != whole.pop(image.stem)
+    assert damaged == whole

@@ -62,6 +62,18 @@ def test_another_separator_is_one_message_and_its_command_makes_a_valid_file(cas
     harness(folder, "submission", "check", made, f"--edition={edition}", "--ids=IDS")
 
 
+def test_advice_is_given_only_where_it_leads_to_a_file(folder):
+    """Semicolons and JSON of other kinds are not read, so that no command is named for them."""
+    table(folder / "mine.csv", ";", "", "CT, axial")
+    (folder / "other.json").write_text(json.dumps(dict.fromkeys(IDS, "CT")))
+    for name, words in (("mine.csv", "separated by semicolons"), ("other.json", "not of COCO results")):
+        said = harness(folder, "submission", "check", name, "--edition=2023", "--ids=IDS", code=3).stderr
+        assert words in said
+        assert "submission make" not in said
+        made = harness(folder, "submission", "make", name, "--edition=2023", "--ids=IDS", code=2).stderr
+        assert words in made.replace("but not", "not")
+
+
 def test_17237_rows_with_the_same_fault_are_one_message(tmp_path):
     ids = [f"scan_{number:06d}" for number in range(ROWS)]
     path = tmp_path / "run.csv"
@@ -72,7 +84,8 @@ def test_17237_rows_with_the_same_fault_are_one_message(tmp_path):
         "|D1": "holds what is no CUI",
         "|C1|C2": "has more than one pipe",
         "": "has no '|'",
-        ".jpg|C1": "an id that is not among the ids",
+        ".jpg|C1": "an id with the ending of an image",
+        " |C1": "the id is empty or holds white space",
         "|C1\n": "a blank line",
     }
     for tail, words in faults.items():
@@ -125,7 +138,12 @@ def test_fix_is_advised_where_it_helps_and_nowhere_else(folder):
     [
         ("a.gz", gzip.compress(b"ID,Caption\n"), "gzip", "Unpack it"),
         ("a.csv", b"\x89PNG\r\n\x1a\n\0\0", "a PNG image", "text file or its zip"),
-        ("a.csv", "ID,Caption\n".encode("utf-16-le"), "UTF-16 without", "Export it as CSV (UTF-8)"),
+        (
+            "a.csv",
+            "ID,Caption\n".encode("utf-16-le"),
+            "UTF-16 without",
+            "Export it as CSV (UTF-8, with commas)",
+        ),
         ("a.zip", b"PK", "not a zip that can be read", "submission make RUN"),
     ],
 )
@@ -148,7 +166,7 @@ def test_files_of_other_kinds_are_one_message(name, data, words, advice, tmp_pat
         ([""] * 10_001 + ["y"] * 99, "10,001 of 10,100 captions (99.0 %) are empty"),
         (["x"] * 18 + ["y"] * 2, None),
         (["x"], None),
-        ([""], None),
+        ([""], "the only one of the captions is empty"),
         ([], None),
         (["x", "y"], None),
     ],
@@ -187,3 +205,18 @@ def test_make_says_what_it_read_and_how_ids_were_matched(folder):
     assert "warning: results.json: 5 image_ids matched by number: 0 is scan_000000" in done.stderr
     rows = list(csv.reader((folder / "submissions/results/caption-test/submission.csv").open()))
     assert rows[1:] == [[key, f"CT {number}"] for number, key in enumerate(IDS)]
+
+
+def test_blanks_beside_cuis_are_mended_as_advised(folder):
+    (folder / "bad.csv").write_text("ID,CUIs\n" + "".join(f"{key},C1 ; C2\n" for key in IDS))
+    command = ["submission", "check", "bad.csv", "--edition=2025", "--ids=IDS", "--task=concept"]
+    assert "add to this command: --fix OUT" in harness(folder, *command, code=3).stderr
+    harness(folder, *command, "--fix", "OUT")
+
+
+def test_copies_that_mlflow_keeps_are_no_runs_to_choose_from(folder):
+    for place in ("runs/exp/base-s1", "mlartifacts/1/2/artifacts"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "run.json").write_text("{}")
+    said = harness(folder, "submission", "make", ".", code=2).stderr
+    assert "Runs: runs/exp/base-s1\n" in said

@@ -16,8 +16,9 @@ import pytest
 
 from harness.captions import write_captions
 from harness.errors import UserError
+from harness.records import read as run_record
+from harness.store import seal
 from harness.submission import check, folder, make
-from harness.submission.inputs import run_record
 from harness.submission.runs import captions
 
 IDS = [f"scan_{number}" for number in range(6)]
@@ -169,7 +170,7 @@ def run(tmp_path) -> Path:
         "status": "FINISHED",
         "edition": 2026,
         "command": COMMAND,
-        "git": None,
+        "git": {"commit": None, "dirty": None},
         "standin_model": True,
         "config": {},
         "artifacts": artifacts,
@@ -213,7 +214,35 @@ def test_a_run_knows_its_size_and_its_ids(case, split, run):
     assert error.value.exit_code == 3
     for word in words:
         assert word in str(error.value)
-    assert f"Delete {file.parent}, and the run makes it again: {COMMAND}" in str(error.value)
+    assert f"The run makes it again: {COMMAND}" in str(error.value)
+    assert "Delete" not in str(error.value)
+
+
+def test_captions_altered_since_the_step_left_them_are_not_submitted(run):
+    file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
+    seal(file.parent, {})
+    assert captions(run, run_record(run), "test") == CAPTIONS
+    file.write_bytes(file.read_bytes().replace(b"caption scan_0", b"caption scan_1"))
+    with pytest.raises(UserError) as error:
+        captions(run, run_record(run), "test")
+    assert error.value.exit_code == 3
+    assert "not what the step left: its SHA-256 differs" in str(error.value)
+    assert f"The run makes it again: {COMMAND}" in str(error.value)
+
+
+def test_a_record_without_sizes_and_layout_is_compared_with_what_there_is(run, monkeypatch):
+    monkeypatch.chdir(run.parents[2])
+    record = run_record(run)
+    for key in ("splits", "layout"):
+        del record["data"][key]
+        assert captions(run, record, "test") == CAPTIONS
+    file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
+    with pytest.raises(UserError, match=r"3 ids .*missing"):
+        captions(run, record, "test")
+    del record["data"]
+    with pytest.raises(UserError, match=r"3 ids .*missing"):
+        captions(run, record, "test")
 
 
 def test_ids_of_the_data_folder_count_where_none_are_given(run, monkeypatch):

@@ -49,6 +49,7 @@ MENDABLE = {
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 """What a person can do something about: a full or read-only disk, a name that can't be written to."""
 

@@ -152,7 +152,7 @@ def _scored(
     say(f"{system.label}: scoring {len(system.ids):,} captions")
     scores, warnings = score(files[system.label], config, edition, device.value if device else "auto")
     for warning in warnings:
-        say(f"warning: {system.label}: {warning}")
+        say(f"warning: {system.label}: {warning.removeprefix(f'{system.label}: ')}")
     return replace(system, scores=scores)
 
 

@@ -50,7 +50,7 @@ def make(
     """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
     from harness import submission
     from harness.captions import sameness
-    from harness.records import artifact as run_artifact
+    from harness.records import place_of
     from harness.records import read as run_record
     from harness.submission.inputs import read_ids
     from harness.submission.runs import captions
@@ -66,8 +66,8 @@ def make(
     if record is None:
         file, values = source, _of_file(source, task, wanted)
     else:
-        file = run_artifact(source, record, f"predictions/{split.value}_after.csv")
         values = captions(source, record, split.value, wanted)
+        file = place_of(source, record, f"predictions/{split.value}_after.csv")
     manifest = _manifest(file, record, split.value)
     folder = out or _folder(source, record, year)
     upload = submission.make(values, wanted or list(values), year, folder, manifest, split.value, task.value)

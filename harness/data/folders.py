@@ -57,6 +57,8 @@ class Images:
         """What there is for an id that has no image, in words."""
         if id in self.odd:
             return self.odd[id]
+        if _is_image(id) and (stem := os.path.splitext(id)[0]) in self.files:
+            return f"found {self.files[stem].path.name}: leave the ending out of the id"
         near = self._near.get(id) or self._near.get(_folded(id))
         if near is None:
             return None

@@ -23,6 +23,7 @@ Row = tuple[str, str]
 Table = dict[str, tuple[int | None, str | None]]
 """Line and value by id; the value is None where the row can't be read, or holds nothing but the id."""
 _TWICE = "duplicate id"
+_BLANK_IN_ID = "white space in an id"
 _APART = 3  # as many problems of one cause are told one by one
 
 
@@ -140,7 +141,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
-    if captions_file and concepts_file:
+    if captions and concepts:  # a file of which nothing can be read is a problem of its own
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
     source = captions_file
     if not required and captions_file is None:
@@ -207,6 +208,9 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
     text = _text(path, listing) if path else None
     if text is None:
         return rows
+    if not text.strip():
+        listing.fatal.append(Problem("is empty", path))
+        return rows
     lines = unquoted_rows(text, "\t") if separator == "tab" else comma_rows(text)
     raw = _Lines(text)
     mark = "<tab>" if separator == "tab" else ","
@@ -228,12 +232,12 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
             rows[id] = (line, fields[1])
             continue
         what, cause = _row_fault(fields, rows)
-        if isinstance(fields, str):
-            id = raw.first_field(line)
-        if id in rows and cause == _TWICE:
-            id = ""  # so that the first row stays
-        elif id.split() == [id] and id not in rows:
-            rows[id] = (line, None)
+        id = (raw.first_field(line) if isinstance(fields, str) else id).strip()
+        whole = isinstance(fields, list) and len(fields) == 2
+        if id in rows:  # so that the first row stays
+            id = "" if cause in (_TWICE, _BLANK_IN_ID) else id
+        elif id.split() == [id]:
+            rows[id] = (line, fields[1] if whole else None)
             listing.doubtful[split].add(id)
         listing.findings.append(Finding(Problem(what, path, line), (split, id) if id else None, cause))
     if not rows:
@@ -257,7 +261,7 @@ def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
     if fields[0] in rows:
         first = rows[fields[0]][0]
         return f"{_TWICE} {fields[0]}, first on line {first}; this later row is the bad one", _TWICE
-    return f"the id {fields[0]!r} holds white space", "white space in an id"
+    return f"the id {fields[0]!r} holds white space", _BLANK_IN_ID
 
 
 class _Lines:
@@ -282,7 +286,8 @@ def _text(path: Path, listing: Listing) -> str | None:
         listing.fatal.append(Problem(f"can't be read: {error.strerror}", path))
         return None
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        return text if "\n" in text else text.replace("\r", "\n")  # CR ends lines where nothing else does
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         listing.fatal.append(Problem(f"not UTF-8 at byte {error.start}", path, line))

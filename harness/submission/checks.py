@@ -74,9 +74,10 @@ def whole(data: bytes, form: Rules, path: Path) -> Problem | None:
     """What is wrong with a file as a whole, so that no single row of it need be named."""
     if found := kinds.not_text(data):
         return Problem(found[0], path, hint=found[1] or "Give the submission: a text file or its zip.")
-    if other := kinds.other_format(decoded(data)[0], form):
+    text, _ = decoded(data)
+    if other := kinds.other_format(text, form):
         what = f"{other}; the edition of {form.edition} has {kinds.described(form)}"
-        return Problem(what, path, hint=kinds.conversion(path, form))
+        return Problem(what, path, hint=kinds.remedy(text, path, form))
     return None
 
 
@@ -95,7 +96,9 @@ def _row_faults(row: Row, form: Rules) -> Iterator[Fault]:
         yield columns(row, form)
     if len(row.fields) > 1:
         for what in id_faults(row.fields[0], form):
-            hint = "Write the id as it is in the ids file."
+            hint = (
+                MEND if row.fields[0] != row.fields[0].strip() else "Write the id as it is in the ids file."
+            )
             yield f"the id {what}", hint, repr(row.fields[0][:80])
     if len(row.fields) == 2 and form.task == "concept":
         yield from concept_faults(row.fields[1], form)
@@ -140,7 +143,9 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
             yield "has white space before or after its concepts", MEND, repr(value[:80])
     if wrong := [cui for cui in cuis if not re.fullmatch(r"C\d+", cui)]:
         named = ", ".join(repr(cui[:40]) for cui in wrong[:5])
-        yield "holds what is no CUI (C and digits)", "Write C0040405;C0817096.", named
+        blanks = all(re.fullmatch(r"C\d+", cui.strip()) for cui in wrong)
+        hint = MEND if blanks else "Write C0040405;C0817096."
+        yield "holds what is no CUI (C and digits)", hint, named
     if twice := len(cuis) - len(set(cuis)):
         yield "holds a CUI twice", MEND, f"{twice} of {len(cuis)}"
     if form.max_cuis and len(cuis) > form.max_cuis:
@@ -152,20 +157,22 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
 def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Flaw]:
     """What is wrong with the ids as a whole: unknown, twice, missing, out of order."""
     flaws: list[Flaw] = []
-    known, first = set(ids), {}
+    known, first, misspelt = set(ids), {}, set()
     for row in rows:
         key = _first_field(row, form)
-        if key in first:
+        if (name := bare(key)) in known and key not in known:
+            misspelt.add(name)
+            if name != key.strip():  # else it is the white space, which the row's own faults tell
+                flaws.append(Flaw(row.line, "an id with the ending of an image", MEND, repr(key[:80])))
+        elif key in first:
             where = f"{key}, as on line {first[key]}"
             flaws.append(Flaw(row.line, "an id that was there before", "Keep one of the two.", where))
         elif key in known:
             first[key] = row.line
         elif row.raw.strip() and not (form.header is None and is_header(row)):
-            hint = (
-                "Leave out the ending." if bare(key) in known else "Leave it out, or give the right ids file."
-            )
+            hint = "Leave it out, or give the right ids file."
             flaws.append(Flaw(row.line, "an id that is not among the ids", hint, repr(key[:80])))
-    missing = [key for key in ids if key not in first]
+    missing = [key for key in ids if key not in first and key not in misspelt]
     if missing:
         flaws.append(Flaw(None, f"{some(missing)}: missing", "Predict them; nothing is made up."))
     wanted = [key for key in ids if key in first]
@@ -181,5 +188,5 @@ def _first_field(row: Row, form: Rules) -> str:
 
 
 def some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"{len(keys)} id{'s' * (len(keys) > 1)} ({', '.join(key[:80] for key in keys[:5])}{more})"
+    more = f" and {len(keys) - 5:,} more" if len(keys) > 5 else ""
+    return f"{len(keys):,} id{'s' * (len(keys) > 1)} ({', '.join(key[:80] for key in keys[:5])}{more})"

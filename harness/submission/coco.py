@@ -10,12 +10,20 @@ from harness.errors import Flaw, Problem, UserError, grouped
 from harness.submission.form import bare
 
 KIND = "COCO results (JSON)"
-_WANTED = 'COCO results are a list: [{"image_id": 16, "caption": "..."}, ...]'
+WANTED = 'COCO results are a list: [{"image_id": 16, "caption": "..."}, ...]'
 
 
 def is_json(text: str) -> bool:
     """Whether a text is JSON and no table: no id begins with such brackets."""
     return re.match(r"\s*(\[\s*[\]{\[\"]|\{\s*[}\"])", text) is not None
+
+
+def is_results(text: str) -> bool:
+    """Whether JSON holds captions that can be read."""
+    try:
+        return bool(captions(text, Path()))
+    except UserError:
+        return False
 
 
 def captions(text: str, path: Path) -> dict[str, str]:
@@ -34,9 +42,9 @@ def captions(text: str, path: Path) -> dict[str, str]:
         caption = entry.get("caption") if isinstance(entry, dict) else None
         if key is None:
             what = "has no image_id that is a whole number or a text without white space"
-            flaws.append(Flaw(None, what, _WANTED, place))
+            flaws.append(Flaw(None, what, WANTED, place))
         elif not isinstance(caption, str):
-            flaws.append(Flaw(None, "has no caption that is a text", _WANTED, f"{place}, {key[:80]}"))
+            flaws.append(Flaw(None, "has no caption that is a text", WANTED, f"{place}, {key[:80]}"))
         elif key in found:
             subject = f"{key[:80]}, entries {places[key]} and {number}"
             flaws.append(Flaw(None, "an image_id that was there before", "Give each image once.", subject))
@@ -45,7 +53,7 @@ def captions(text: str, path: Path) -> dict[str, str]:
     if flaws:
         raise UserError(grouped(path, flaws))
     if not found:
-        raise UserError([Problem("is JSON without an entry", path, hint=_WANTED)])
+        raise UserError([Problem("is JSON without an entry", path, hint=WANTED)])
     return found
 
 
@@ -55,18 +63,21 @@ def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
         found = json.loads(text)
     except ValueError as error:
         line = getattr(error, "lineno", None)
-        raise UserError([Problem(f"is damaged JSON: {error}", path, line, hint=_WANTED)]) from None
+        raise UserError([Problem(f"is damaged JSON: {error}", path, line, hint=WANTED)]) from None
     except RecursionError:
-        raise UserError([Problem("is JSON nested too deep", path, hint=_WANTED)]) from None
+        raise UserError([Problem("is JSON nested too deep", path, hint=WANTED)]) from None
     names: dict[str, str] = {}
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         images = found.get("images") if isinstance(found.get("images"), list) else []
         listed = [one for one in images if isinstance(one, dict) and isinstance(one.get("file_name"), str)]
-        names = {str(one.get("id")): one["file_name"] for one in listed}
+        for key, name in ((str(one.get("id")), one["file_name"]) for one in listed):
+            if names.setdefault(key, name) != name:
+                what = f"has two images of the id {key[:80]}: {names[key][:80]} and {name[:80]}"
+                raise UserError([Problem(what, path, hint="Give each image once.")])
         found = found["annotations"]
     if not isinstance(found, list):
         keys = ", ".join(map(repr, list(found)[:3])) if isinstance(found, dict) else repr(found)[:40]
-        raise UserError([Problem(f"is JSON, but not of COCO results: got {keys[:200]}", path, hint=_WANTED)])
+        raise UserError([Problem(f"is JSON, but not of COCO results: got {keys[:200]}", path, hint=WANTED)])
     return found, names
 
 

@@ -221,7 +221,8 @@ def is_header(row: Row) -> bool:
 
 
 def bare(key: str) -> str:
-    return re.sub(r"\.(jpg|jpeg|png)$", "", key.strip())
+    """The id in a name of an image."""
+    return re.sub(r"\.(jpe?g|png|tiff?|bmp|gif|webp|dcm)$", "", key.strip(), flags=re.IGNORECASE)
 
 
 def lines_of(values: Mapping[str, str], form: Rules) -> Iterator[str]:

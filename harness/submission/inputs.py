@@ -237,9 +237,9 @@ def _member(path: Path, name: str) -> bytes | None:
 
 
 def _separator(text: str, path: Path) -> str:
-    found = re.search(r"[|\t,]", text)
-    if re.match(r'"?id"?;', text, re.IGNORECASE):
-        raise UserError([Problem("is separated by semicolons", path, 1, hint="Save it with commas.")])
+    found = re.search(r"[|\t,;]", text)
+    if found and found[0] == ";":
+        raise UserError([Problem("is separated by semicolons", path, 1, hint=kinds.EXPORT_HINT)])
     if found is None:
         what = "holds neither pipes, tabs nor commas" if text.strip() else "is empty"
         raise UserError([Problem(what, path, hint=_FILE_HINT)])

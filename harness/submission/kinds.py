@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.submission import coco
 from harness.submission.form import Rules
 
-EXPORT_HINT = "Export it as CSV (UTF-8), and give that file."
+EXPORT_HINT = "Export it as CSV (UTF-8, with commas), and give that file."
 _BINARY = {
     b"\xff\xd8\xff": ("is a JPEG image", None),
     b"\x89PNG": ("is a PNG image", None),
@@ -38,14 +38,24 @@ def not_text(data: bytes) -> tuple[str, str | None] | None:
 def other_format(text: str, form: Rules) -> str | None:
     """What a text is that as a whole has another format than `form`; None where its rows may be checked."""
     if coco.is_json(text):
-        return "is JSON, of COCO results or another kind"
-    firsts = Counter(found[0] for line in text.splitlines() if (found := re.search(r"[|\t,;]", line)))
-    if not firsts:
-        return None
-    separator, count = firsts.most_common(1)[0]
-    if separator == form.separator or 2 * count <= firsts.total():
-        return None
-    return f"is separated by {_SEPARATORS[separator]}"
+        return f"is {coco.KIND}" if coco.is_results(text) else "is JSON, and not of COCO results"
+    found = separator(text)
+    return None if found in (None, form.separator) else f"is separated by {_SEPARATORS[found]}"
+
+
+def remedy(text: str, path: Path, form: Rules) -> str:
+    """What to do about a text of another format."""
+    if coco.is_json(text):
+        return conversion(path, form) if coco.is_results(text) else coco.WANTED
+    return EXPORT_HINT if separator(text) == ";" else conversion(path, form)
+
+
+def separator(text: str) -> str | None:
+    """What stands between the columns of most lines; None where nothing does."""
+    firsts = Counter(found[0] for line in re.split("[\r\n]", text) if (found := re.search(r"[|\t,;]", line)))
+    return (
+        firsts.most_common(1)[0][0] if firsts and 2 * firsts.most_common(1)[0][1] > firsts.total() else None
+    )
 
 
 def conversion(path: Path, form: Rules) -> str:

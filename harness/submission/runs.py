@@ -5,9 +5,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import records
 from harness.errors import Problem, UserError
-from harness.records import artifact as run_artifact
-from harness.records import root as run_root
 from harness.submission.checks import some
 from harness.submission.form import INVALID
 from harness.submission.inputs import as_predictions, read
@@ -19,13 +18,13 @@ def captions(
     """The post-processed captions of a split of the run in `folder`, by id, in the order of the split.
 
     Compared with the size of the split in the run's record, with the ids of the run's other files, and with
-    those of its data folder, unless `ids` say what is to be submitted. Raises `UserError` (exit code 3) where
-    captions are missing, cut short, or of other images.
+    those of its data folder, unless `ids` say what is to be submitted. Raises `UserError`: with exit code 3
+    where captions are missing, altered, cut short, or of other images, with 2 where the run has none yet.
     """
-    file = run_artifact(folder, record, f"predictions/{split}_after.csv")
-    again = f"Delete {file.parent}, and the run makes it again: {record['command']}"
+    file = records.place_of(folder, record, f"predictions/{split}_after.csv")
+    again = records.again(record)
     try:
-        found = as_predictions(read(file))
+        found = as_predictions(read(records.checked(file, record)))
     except UserError as error:
         problems = [Problem(p.what, p.file, p.line, hint=again) for p in error.problems]
         raise UserError(problems, exit_code=INVALID) from None
@@ -48,7 +47,7 @@ def _against_the_run(
     for name in (f"predictions/{split}_before.csv", f"scores/{split}_after_per_image.csv"):
         if name not in record["artifacts"]:
             continue
-        other = run_root(folder, record) / record["artifacts"][name]
+        other = records.root(folder, record) / record["artifacts"][name]
         known = _ids_in(other)
         whole = known and (size is None or len(known) == size)  # else it is that file which is damaged
         if whole and (wrong := list(_differences(found, known))):
@@ -71,9 +70,9 @@ def _against_the_data(
     from harness.data.readers import read as listed
 
     data = record.get("data", {})
-    roots = [Path(data["root"]), run_root(folder, record).parent / data["root"]] if "root" in data else []
+    roots = [Path(data["root"]), records.root(folder, record).parent / data["root"]] if "root" in data else []
     root = next((root for root in roots if root.is_dir()), None)
-    examples = listed(root, data["layout"]).splits.get(split) if root else None
+    examples = listed(root, data.get("layout", "imageclef2023")).splits.get(split) if root else None
     hint = "Caption them all, or give the ids to submit: --ids FILE"
     for what in _differences(found, [example.id for example in examples or ()]) if examples else ():
         yield Problem(f"{what}, compared with the {split} split in {root}", file, hint=hint)
