@@ -286,10 +286,6 @@ def reads_or_writes_text(call: ast.Call) -> bool:
         return False
     holder = getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
     if holder in ("os", "Image", "archive"):
-        "os",
-        "Image",
-        "archive",
-    ):
         return False
     modes = [node.value for node in [*call.args[:2], given.get("mode")] if isinstance(node, ast.Constant)]
     modes = [mode for mode in modes if isinstance(mode, str) and re.fullmatch("[rwaxbt+]+", mode)]
