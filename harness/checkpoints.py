@@ -278,7 +278,7 @@ def _cached(name: str) -> Path | None:
 
 def mark_standin(folder: Path, name: str) -> None:
     """Mark a checkpoint folder as a stand-in; every score made with it says so, under `name`."""
-    (folder / STANDIN_FILE).write_text(json.dumps({"name": name}) + "\n")
+    (folder / STANDIN_FILE).write_text(json.dumps({"name": name}) + "\n", "utf-8")
 
 
 def missing(name: str, key: str) -> Problem:

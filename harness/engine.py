@@ -136,7 +136,7 @@ def to_universal(source: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     with (
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
         weights_only(),

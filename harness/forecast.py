@@ -108,7 +108,7 @@ def accumulation(config: TrainConfig) -> dict[int, int]:
 def _half(config: TrainConfig, kind: str) -> bool:
     if config.precision == "auto" and kind == "cpu":
         try:
-            with open("/proc/cpuinfo") as file:
+            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
                 return any(flag in line for line in file if line.startswith("flags") for flag in _CPU_BF16)
         except OSError:
             return False

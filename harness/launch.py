@@ -96,7 +96,7 @@ def report(text: str) -> bool:
     """Leave an error to the launcher, if it takes them; returns whether it does."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+        Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
     return bool(file)
 
 
@@ -123,7 +123,7 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
     slots = ["--num_gpus", str(processes)] if processes else []
     options = ["--hostfile", str(hostfile), *slots, "--no_local_rank", "--log_level", "error"]
     command = [program, *options, "--module", "harness", *arguments]
-    with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".env") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="harness-", suffix=".env") as file:
         file.writelines(_carried(os.environ))
         file.flush()
         running = subprocess.Popen(command, env=os.environ | {"DS_ENV_FILE": file.name})
@@ -144,7 +144,7 @@ def _carried(environment: Mapping[str, str]) -> Iterator[str]:
     # where DeepSpeed itself looks
     told = environment.get("DS_ENV_FILE")
     for file in [Path(told)] if told else [folder / ".deepspeed_env" for folder in (Path.home(), Path())]:
-        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
         yield from (f"{line}\n" for line in lines if "=" in line)
 
 

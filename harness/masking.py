@@ -18,7 +18,7 @@ def _spelled(word: str) -> str:
 
 
 _NAMES = ("password", "passwd", "passphrase", "passcode", "pwd", "secret", "token", "credential")
-_NAMES += ("credentials", "api_key", "access_key", "private_key", "account_key", "sslkey")
+_NAMES += ("credentials", "api_key", "access_key", "private_key", "account_key", "secret_key", "sslkey")
 _KEY = rf"(?:{'|'.join(map(_spelled, _NAMES))}|(?<![a-z]){_spelled('pass')})"
 _BLANK = r"(?:\s|%20|\+)*"
 _QUOTED = r"""'(?:[^'\\]|\\.|'')*'?|"(?:[^"\\]|\\.|"")*"?|\{(?:[^}]|\}\})*\}?"""
@@ -30,7 +30,11 @@ _BRACES = r"%(?:25)*7B.*?%(?:25)*7D"
 _UNTIL = r"""(?:(?!%(?:25)*(?:3B|26))[^\s&'"])+"""
 _ENCODED = re.compile(rf"({_KEY}{_BLANK}%(?:25)*3D{_BLANK})(?:{_BRACES}|{_UNTIL})", re.I)
 _IN_JSON = re.compile(rf"""(([\"'])[\w.-]{{0,40}}{_KEY}\2\s*:\s*)(?:{_QUOTED}|[^\s,}}]+)""", re.I)
-_BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{4,}")
+_BEARER = re.compile(r"(\bBearer\s+|(?i:\bauthorization[:=]\s*(?:basic|bearer)\s+))[\w.~+/=-]{4,}")
+_OPTION = re.compile(rf"((?<!\S)--?{_KEY}\s+)(?:{_QUOTED}|[^\s'\"]+)", re.I)
+_HEADER = re.compile(r"(\bx-api-key:\s*|\bauthorization[:=]\s*(?!Bearer|Basic))[^\s'\"]+", re.I)
+_QUERY = re.compile(r"([?&](?:sig|sas|auth|key)=)[^\s&'\"]+", re.I)
+_HUGGING_FACE = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _USER = re.compile(r"//([^\s/@:]*:\S*|[^\s/]*)@")
 
 
@@ -45,7 +49,9 @@ def masked(text: str) -> str:
     text = _ENCODED.sub(_hide, text)
     text = _ASSIGNED.sub(_hide, text)
     text = _IN_JSON.sub(_hide, text)
-    return _BEARER.sub(_hide, text)
+    for pattern in (_BEARER, _OPTION, _HEADER, _QUERY):
+        text = pattern.sub(_hide, text)
+    return _HUGGING_FACE.sub(HIDDEN, text)
 
 
 def _hide(found: re.Match[str]) -> str:

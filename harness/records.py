@@ -107,6 +107,7 @@ class _Failure(_Part):
     step: str | None = None
     error: str | None = None
     hint: str | None = None
+    exit_code: int | None = None
 
 
 class _Sections(_Part):

@@ -233,14 +233,16 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
 
 
 def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:
-    """The status of a run that an error ended, and what its record keeps: step, reason and hint."""
+    """The status of a run that an error ended, and what its record keeps: step, reason, hint, exit code."""
     hints: list[str | None] = []
+    code: int | None = 1
     if isinstance(error, KeyboardInterrupt):
         status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command goes on"
+        code = 130
     elif isinstance(error, Pruned):
-        status, reason = "PRUNED", str(error)
+        status, reason, code = "PRUNED", str(error), None  # the study goes on
     elif isinstance(error, UserError):
-        status, reason = "FAILED", "; ".join(map(str, error.problems))
+        status, reason, code = "FAILED", "; ".join(map(str, error.problems)), error.exit_code
         hints = [*(problem.hint for problem in error.problems), error.hint]
     elif ranks.cut_off(error):
         status, reason = "FAILED", "another rank of this launch is gone; the same command goes on"
@@ -253,6 +255,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
         "error": type(error).__name__,
         "reason": masked(reason),
         "hint": hint,
+        "exit_code": code,
     }
 
 
@@ -267,7 +270,7 @@ def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
         stage = "before" if kind == "predict" else "after"
         record["artifacts"][f"predictions/{part}_{stage}.csv"] = f"{where}/predictions.csv"
     elif kind == "score":
-        result = parsed((plan.directory(name) / "scores.json").read_text())
+        result = parsed((plan.directory(name) / "scores.json").read_bytes())
         record["scores"].setdefault("valid", {})[part] = result["scores"]
         record["artifacts"][f"scores/valid_{part}.json"] = f"{where}/scores.json"
         record["artifacts"][f"scores/valid_{part}_per_image.csv"] = f"{where}/per_image.csv"
@@ -320,7 +323,7 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError):
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, encoding="utf-8")
             return done.stdout.strip() if done.returncode == 0 else None
         return None
 

@@ -396,7 +396,7 @@ class Training:
     def _log(self, row: Row) -> None:
         row["time"] = time.time()
         if ranks.rank() == 0:
-            with (self.directory / LOSSES).open("a") as file:
+            with (self.directory / LOSSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         self.log(row)
 

@@ -225,7 +225,7 @@ def _java_on_path() -> Iterator[None]:
 def _apart() -> Iterator[None]:
     """What a package and its Java say of their progress, kept off the terminal; errors are raised."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

@@ -50,6 +50,7 @@ def test_a_diverged_run_fails_with_its_reason_and_leaves_nothing_that_looks_done
         "error": "UserError",
         "reason": WHY,
         "hint": made["failure"]["hint"],
+        "exit_code": 1,
     }
     assert "train.max_grad_norm" in made["failure"]["hint"]
     assert not (folder / "submissions").exists()
@@ -75,6 +76,7 @@ def test_mlflow_the_leaderboard_and_compare_say_why(folder, diverged):
     assert mirrored.info.status == "FAILED"
     assert mirrored.data.tags["failure/reason"] == WHY
     assert mirrored.data.tags["failure/step"] == "train"
+    assert mirrored.data.tags["failure/exit_code"] == "1"
     board = json.loads(harness(folder, "leaderboard", "--all", "--format", "json").stdout)
     (entry,) = board[0]["runs"]
     assert entry["failure"]["reason"] == WHY
@@ -121,6 +123,8 @@ def test_each_end_has_its_status_and_reason(tmp_path, error, status, reason):
     assert made["status"] == status
     assert made["failure"]["reason"] == reason
     assert (made["failure"]["step"], made["failure"]["error"]) == ("train", type(error).__name__)
+    codes = {"KILLED": 130, "PRUNED": None, "FAILED": getattr(error, "exit_code", 1)}
+    assert made["failure"]["exit_code"] == codes[status]
     assert "hunter2" not in "".join(file.read_text() for file in tmp_path.rglob("*.*"))
 
 

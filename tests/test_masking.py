@@ -37,6 +37,14 @@ HIDDEN = (
     '{"api_key": "s3cr3t"}',
     "Authorization: Bearer s3cr3t",
     "Authorization: Basic s3cr3tczNj",
+    "authorization: s3cr3t",
+    "X-API-Key: s3cr3t",
+    "secret_key=s3cr3t",
+    "--password s3cr3t",
+    "--token 's3cr3t'",
+    "wasbs://x.blob/?sv=2020&sig=s3cr3t",
+    "https://host/?auth=s3cr3t&key=s3cr3t",
+    f"got hf_{'Ab3' * 10}s3cr3t",
 )
 """Each holds one secret in some way, `s3cr3t`, or a part of it."""
 SHOWN = (
@@ -44,6 +52,10 @@ SHOWN = (
     'password authentication failed for user "harness"',
     "python -m harness run experiments/a.yaml --set data.root=/x/y@z",
     "https://host:5000/#/runs/1",
+    "Basic metabolic panel",
+    "Basic interpretation of the image, bearer of the gene",
+    "token: 5, pass: 3 cm, key: 4",
+    "tok.en@example.org and 016@2.jpg",
     "sqlite:////tmp/x/mlflow.db",
 )
 

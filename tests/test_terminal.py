@@ -272,3 +272,33 @@ def test_any_encoding_of_the_terminal(place, locale, name):
     if name == "compare":
         plain = harness(place, *COMMANDS[name], "--format", "json", env=os.environ | locale)
         assert json.loads(plain.stdout)
+
+
+def reads_or_writes_text(call: ast.Call) -> bool:
+    """Whether a call turns bytes into text or back by an encoding that it may leave to the locale."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    given = {word.arg: word.value for word in call.keywords}
+    if name in ("read_text", "write_text"):
+        return isinstance(call.func, ast.Attribute) and len(call.args) < (1 if name == "read_text" else 2)
+    if name in ("run", "Popen", "check_output"):
+        return "text" in given
+    if name not in ("open", "NamedTemporaryFile"):
+        return False
+    holder = getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
+    if holder in ("os", "Image", "archive"):
+        return False
+    modes = [node.value for node in [*call.args[:2], given.get("mode")] if isinstance(node, ast.Constant)]
+    modes = [mode for mode in modes if isinstance(mode, str) and re.fullmatch("[rwaxbt+]+", mode)]
+    return bool(modes or name == "open") and not any("b" in mode for mode in modes)
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale():
+    found = [
+        f"{file.name}:{node.lineno}"
+        for file in sorted((ROOT / "harness").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and reads_or_writes_text(node)
+        and "encoding" not in {word.arg for word in node.keywords}
+    ]
+    assert found == []

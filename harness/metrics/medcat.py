@@ -108,7 +108,7 @@ def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]
         here = Path(folder, pack.name)
         here.symlink_to(pack.resolve())
         command = [python, "-I", WORKER, here, texts, found]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise Absent(f"MedCAT failed on {pack} (exit code {done.returncode}): {last}")
@@ -134,7 +134,7 @@ def _python(config: MedCatConfig) -> Path:
 def _packages(python: Path) -> list[str]:
     """The packages that a Python says it has, `name-version` each; none where it is no Python."""
     try:
-        done = subprocess.run([python, "-I", "-c", _PACKAGES], capture_output=True, text=True)
+        done = subprocess.run([python, "-I", "-c", _PACKAGES], capture_output=True, encoding="utf-8")
         found = json.loads(done.stdout)
     except (OSError, ValueError):
         return []

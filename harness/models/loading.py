@@ -192,7 +192,7 @@ def _unfilled(lacking: set[str], folder: Path) -> Problem:
 
 def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text()) if file.exists() else {}
+    values = json.loads(file.read_bytes()) if file.exists() else {}
     return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))
 
 
