@@ -203,7 +203,8 @@ def _primary(config: Config, root: Path) -> list[Any]:
     only = config.score.model_copy(update={"metrics": (name,)})
     settings = {key: value for key, value in only.model_dump().items() if key in (name, "precision")}
     edition = EDITIONS[config.edition]
-    rules = [edition.bertscore_idf, edition.bertscore_tokens, edition.blanks]
+    rules = [edition.bertscore_idf, edition.bertscore_tokens]
+    rules += [edition.blanks.length_of, edition.blanks.similarity_embeds_empty]
     return [name, rules, settings, metrics.identities_of(only, root / "cache")]
 
 

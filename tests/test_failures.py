@@ -205,6 +205,8 @@ def test_old_records_with_numbers_that_are_not_finite_are_shown(tmp_path, store)
         "config": {"data": {"phantom": None}},
         "image_gap": {"rouge1": {"gap": float("inf")}},
         "parameters": shape,
+        "made": {},
+        "seconds": {},
     }
     old = json.loads((where / "run.json").read_text()) | changed
     (where / "run.json").write_text(json.dumps(old))

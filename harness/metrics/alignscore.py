@@ -17,7 +17,17 @@ from harness import checkpoints
 from harness.checkpoints import Checkpoint, standin_name
 from harness.config import AlignScoreConfig
 from harness.errors import Problem
-from harness.metrics.base import Absent, Inputs, Measured, by_length, cut_rows, dtype, loading, sign
+from harness.metrics.base import (
+    Absent,
+    Inputs,
+    Measured,
+    by_length,
+    cut_rows,
+    dtype,
+    loading,
+    row_by_row,
+    sign,
+)
 from harness.metrics.cache import Row
 from harness.outline import Flawed, Stored, read_pickle
 from harness.store import fingerprint
@@ -189,7 +199,7 @@ class Scorer:
         mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in encoded])
         with torch.inference_mode():
             pooled = self.encoder(ids.to(self.device), mask.to(self.device)).pooler_output
-            return self.head(pooled).float().softmax(-1)[:, 0].tolist()
+            return row_by_row(self.head, pooled).float().softmax(-1)[:, 0].tolist()
 
 
 def _splitter() -> Callable[[str], list[str]] | None:

@@ -8,7 +8,18 @@ import numpy as np
 
 from harness import checkpoints
 from harness.editions import EDITIONS
-from harness.metrics.base import Inputs, Measured, at_hand, by_length, cut_rows, dtype, loaded, loading, sign
+from harness.metrics.base import (
+    Inputs,
+    Measured,
+    at_hand,
+    by_length,
+    cut_rows,
+    dtype,
+    loaded,
+    loading,
+    row_by_row,
+    sign,
+)
 from harness.metrics.cache import Row
 from harness.store import fingerprint
 
@@ -91,4 +102,5 @@ class Scorer:
         how = {"padding": "max_length", "max_length": width, "return_tensors": "pt", "verbose": False}
         batch = self.tokenizer.pad(encoded, **how).to(self.device)
         with torch.inference_mode():
-            return self.model(**batch).logits.flatten().float().tolist()
+            pooled = self.model.bleurt(**batch).pooler_output
+            return row_by_row(self.model.classifier, pooled).flatten().float().tolist()
