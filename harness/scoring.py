@@ -243,8 +243,9 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
         values.pop(section, None)
     if run[1]["edition"] != edition:
         values.pop("metrics", None)
-        if values.get("bleurt", {}).get("checkpoint") != STANDIN:
-            values.pop("bleurt", None)
+        bleurt = values.get("bleurt")
+        if isinstance(bleurt, dict) and bleurt.get("checkpoint") != STANDIN:
+            del values["bleurt"]
     return values
 
 

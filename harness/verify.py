@@ -113,7 +113,9 @@ def _bertscore(inputs: Inputs, pairs: Pairs) -> list[float]:
     checkpoint, layer = bertscore.locate(inputs.config.bertscore)
     idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
     with _apart(), _without_t5(checkpoint.folder) as folder:
-        scorer = BERTScorer(model_type=folder, num_layers=layer, idf=idf, device=inputs.device)
+        # without processes of its own, which would say on the terminal how they end
+        options = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
+        scorer = BERTScorer(model_type=folder, **options)
     if cut:  # as the tokenizer of that time, which knew a limit
         scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
     if idf:
