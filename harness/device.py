@@ -3,10 +3,12 @@
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -198,6 +200,18 @@ def overflows(kind: Kind) -> bool:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch says by this that a device has no memory left."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def ram() -> float:
+    """Bytes of memory that this process may still take: of the machine, or of its control group."""
+    import psutil
+
+    limits = [math.inf]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup") / name
+        if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
+            limits.append(float(text))
+    return min(psutil.virtual_memory().available, *limits)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,5 @@
 """What this machine has and lacks for an experiment: each check is ok or says how to mend it."""
 
-import math
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -235,13 +234,13 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
     for kind, configs in by_kind.items():
         model = forecast.largest([_model(config, kind) for config in configs])
         if kind == "cpu":
-            yield _fits("memory", "RAM", model, _ram(), 1)
+            yield _fits("memory", "RAM", model, device.ram(), 1)
             yield Check("memory of typical cards", True, _on_cards(configs))
             continue
         count, free = device.probe(configs[0].device).count, device.module(kind).mem_get_info(0)[0]
         yield _fits(f"memory of the {kind}", kind, model, free, count)
         host = memory.usage(model, memory.configured(model.config, count)).host
-        yield _loads(_ram(), model.weights + host, count)
+        yield _loads(device.ram(), model.weights + host, count)
 
 
 def _model(config: Config, kind: str) -> Model:
@@ -304,15 +303,3 @@ def _in_bf16(config: Config, kind: str) -> bool:
     if config.train.precision == "auto":
         return kind != "cpu" or device.has_bf16("cpu")
     return config.train.precision != "fp32"
-
-
-def _ram() -> float:
-    """Bytes of memory that this process may still take: of the machine, or of its control group."""
-    import psutil
-
-    limits = [math.inf]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        file = Path("/sys/fs/cgroup") / name
-        if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
-            limits.append(float(text))
-    return min(psutil.virtual_memory().available, *limits)

@@ -239,17 +239,18 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
     Without what scoring would execute: a run's folder may come from elsewhere.
     """
     values = copy.deepcopy(run[1]["config"].get("score", {}))
-    for section in EXECUTED:
-        values.pop(section, None)
+    for key in (*EXECUTED, "trusted"):
+        values.pop(key, None)
     if run[1]["edition"] != edition:
         values.pop("metrics", None)
-        if values.get("bleurt", {}).get("checkpoint") != STANDIN:
-            values.pop("bleurt", None)
+        bleurt = values.get("bleurt")
+        if isinstance(bleurt, dict) and bleurt.get("checkpoint") != STANDIN:
+            del values["bleurt"]
     return values
 
 
 def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
-    """What a run's `run.json` names and scoring does not execute, and how to say that it may."""
+    """What scoring does not take from a run's `run.json`: programs, sums of weights; and how to name them."""
     named = run[1]["config"].get("score", {}) if run else {}
     for section in EXECUTED:
         section_named = named.get(section)
@@ -259,6 +260,11 @@ def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
             sets = " ".join(f"--set score.{section}.{key}={value}" for key, value in given.items())
             what = f"score.{section} of {run[0] / 'run.json'} would be executed and is left out"
             yield f"{what}. To use it: {sets}"
+    trusted = named.get("trusted")
+    if isinstance(trusted, list) and trusted and not config.trusted:
+        sums = ",".join(map(str, trusted))
+        what = f"score.trusted of {run[0] / 'run.json'} is left out: the folder may come from elsewhere"
+        yield f"{what}. If you know these sums: --set 'score.trusted=[{sums}]'"
 
 
 class _Only(Section):

@@ -113,10 +113,9 @@ def _bertscore(inputs: Inputs, pairs: Pairs) -> list[float]:
     checkpoint, layer = bertscore.locate(inputs.config.bertscore)
     idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
     with _apart(), _without_t5(checkpoint.folder) as folder:
-        how = {"num_layers": layer, "idf": idf, "device": inputs.device}
-        scorer = BERTScorer(
-            model_type=folder, nthreads=0, **how
-        )  # it would fork beside our threads, and hang
+        # without a pool of processes: forked beside our threads it hung, or said on the terminal how it ends
+        how = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
+        scorer = BERTScorer(model_type=folder, **how)
     if cut:  # as the tokenizer of that time, which knew a limit
         scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
     if idf:

@@ -1,5 +1,6 @@
 """What lies under runs/ and is not what was left there: noticed, named, made again; and what is kept."""
 
+import hashlib
 import json
 import os
 import subprocess

@@ -195,7 +195,7 @@ def test_what_does_not_fit_as_configured_comes_with_options_that_do(tmp_path, mo
     plain = examine([config(tmp_path, model=large, train=train)], "cpu")
     assert "gradients" in named(plain, "memory").found
     assert re.search(r"24 GB: 1 device, .*80 GB: ", named(plain, "memory of typical cards").found)
-    monkeypatch.setattr(doctor, "_ram", lambda: 6e9)
+    monkeypatch.setattr(doctor.device, "ram", lambda: 6e9)
     short = named(examine([config(tmp_path, model=large, train=train)], "cpu"), "memory")
     assert not short.ok
     options = dict(re.findall(r"--set train\.(\w+)=(\w+)", short.fix))

@@ -129,11 +129,14 @@ def _settings(
 ) -> tuple[int, "ScoreConfig"]:
     """Edition and settings by which files are scored: those of the first run, where there is one."""
     from harness.cli.score import edition_of
-    from harness.scoring import find_run, settings
+    from harness.scoring import find_run, passed_over, settings
 
     run = next((found for source in sources if (found := find_run(source))), None)
     year = edition_of(edition, run)
-    return year, settings(year, metrics, standins, sets, run)
+    config = settings(year, metrics, standins, sets, run)
+    for line in passed_over(run, config):
+        Terminal().say(line)
+    return year, config
 
 
 def _scored(

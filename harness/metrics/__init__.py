@@ -1,5 +1,6 @@
 """Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -191,6 +192,8 @@ def _finite(measured: Measured) -> Measured:
     rows = sorted({int(row) for array in arrays for row in np.argwhere(~np.isfinite(array))[:, 0]})
     if rows:
         raise Absent(f"gave no finite number for {len(rows)} captions, the first in row {rows[0] + 1}")
+    if measured.value is not None and not math.isfinite(measured.value):
+        raise Absent("gave no finite number for all captions together")
     return measured
 
 

@@ -23,6 +23,8 @@ from harness.metrics.expected import quieten
 WIDTH_STEP = 8
 CPU_BUDGET, DEVICE_BUDGET = 512, 8192
 """Tokens in a batch."""
+WIDE = 1024
+"""Tokens of a text whose attention takes memory by the gigabyte."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
@@ -220,14 +222,16 @@ def by_length(
 
     `compute` gets rows and the width to pad them to, and gives a result for each; see `batches`. On CPUs
     batches are computed side by side by one thread each: threads within one batch would wait for each other
-    after every matrix product.
+    after every matrix product. Those wider than `WIDE` are computed one at a time, for the sake of memory.
     """
     todo = list(batches(lengths, limit, budget or (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET)))
     if device == "cpu":
         with one_thread() as threads:
+            wide = sum(width > WIDE for _, width in todo)  # the first ones
             pool = ThreadPoolExecutor(threads)
             try:
-                done = list(pool.map(lambda batch: compute(*batch), todo))
+                done = [compute(*batch) for batch in todo[:wide]]
+                done += pool.map(lambda batch: compute(*batch), todo[wide:])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
     else:  # and in this thread: in another, torch-npu takes device 0

