@@ -218,10 +218,9 @@ def problems(config: Config) -> list[Problem]:
             found.append(checkpoints.missing(name, f"model.{key}"))
             continue
         speaks = main and config.model.language_model
+        other = checkpoints.other_kind(at_hand, "blip-2", "model.checkpoint") if main else None
         flaws = checkpoints.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
-        if main and not flaws and (other := checkpoints.other_kind(at_hand, "blip-2", "model.checkpoint")):
-            flaws = [other]
-        found += flaws
+        found += [other] if other else flaws
     return found
 
 

@@ -291,15 +291,18 @@ def test_commands_that_only_look_execute_nothing(command, spy, tmp_path):
 
 
 def test_what_a_runs_folder_names_is_not_executed(spy, tmp_path):
-    record = {"config": {"score": traps(spy, tmp_path)}, "edition": 2025, "steps": {}}
+    sums = ["a" * 64]
+    record = {"config": {"score": {**traps(spy, tmp_path), "trusted": sums}}, "edition": 2025, "steps": {}}
     run = (tmp_path / "run", record)
     taken = scoring.settings(2025, run=run)
+    assert taken.trusted == (), "or a folder from elsewhere makes its own weights official"
     assert taken.alignscore.checkpoint == tmp_path / "AlignScore-base.ckpt"
     assert taken.medcat == ScoreConfig().medcat
     assert taken.similarity == ScoreConfig().similarity
     said = list(scoring.passed_over(run, taken))
-    assert len(said) == 2
+    assert len(said) == 3
     assert f"--set score.medcat.python={spy}" in said[1]
+    assert f"--set 'score.trusted=[{sums[0]}]'" in said[2]
     named = scoring.settings(2025, run=run, sets=[f"score.medcat.python={spy}"])
-    assert len(list(scoring.passed_over(run, named))) == 1
+    assert len(list(scoring.passed_over(run, named))) == 2
     assert named.medcat.python == spy, "the user's own word counts"
