@@ -237,13 +237,14 @@ def _member(path: Path, name: str) -> bytes | None:
 
 
 def _separator(text: str, path: Path) -> str:
-    found = re.search(r"[|\t,;]", text)
-    if found and found[0] == ";":
+    lines = (line[0] for line in re.finditer(r"[^\r\n]+", text))
+    found = next(filter(None, map(kinds.separator_of, lines)), None)
+    if found == ";":
         raise UserError([Problem("is separated by semicolons", path, 1, hint=kinds.EXPORT_HINT)])
     if found is None:
         what = "holds neither pipes, tabs nor commas" if text.strip() else "is empty"
         raise UserError([Problem(what, path, hint=_FILE_HINT)])
-    return found[0]
+    return found
 
 
 def as_predictions(found: CaptionFile, task: Task = "caption") -> dict[str, str] | dict[str, list[str]]:

@@ -50,9 +50,17 @@ def remedy(text: str, path: Path, form: Rules) -> str:
     return EXPORT_HINT if separator(text) == ";" else conversion(path, form)
 
 
+def separator_of(line: str) -> str | None:
+    """The first pipe, tab, comma or semicolon of a line; an id before a pipe or tab may hold semicolons."""
+    first = re.search(r"[|\t,;]", line)
+    if first and first[0] == ";":
+        first = re.search(r"[|\t]", line) or first
+    return first and first[0]
+
+
 def separator(text: str) -> str | None:
     """What stands between the columns of most lines; None where nothing does."""
-    firsts = Counter(found[0] for line in re.split("[\r\n]", text) if (found := re.search(r"[|\t,;]", line)))
+    firsts = Counter(filter(None, map(separator_of, re.split("[\r\n]", text))))
     return (
         firsts.most_common(1)[0][0] if firsts and 2 * firsts.most_common(1)[0][1] > firsts.total() else None
     )
