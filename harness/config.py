@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from harness import deepspeed_keys
 from harness.editions import EDITIONS
@@ -254,11 +262,12 @@ class TrainConfig(Section):
             raise AcrossKeys(what, "offload", "zero_stage")
         return self
 
-    @model_validator(mode="after")
-    def _leaves_what_train_decides(self) -> "TrainConfig":
-        if found := deepspeed_keys.mistakes(self.deepspeed):
-            raise AcrossKeys("; ".join(found.values()), *(f"deepspeed.{key}" for key in found))
-        return self
+    @field_validator("deepspeed")
+    @classmethod
+    def _leaves_what_train_decides(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if found := deepspeed_keys.mistakes(given):
+            raise AcrossKeys("; ".join(found.values()), *found)
+        return given
 
     @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":
