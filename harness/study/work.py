@@ -9,12 +9,12 @@ from harness import run as runs
 from harness.build import Watch
 from harness.data import Dataset
 from harness.errors import Problem, Pruned, UserError
+from harness.masking import masked
 from harness.plan import RUNS, Plan, Reporter, prepare
 from harness.study import results
 from harness.study.spec import Study
 from harness.study.storage import failures, open_study, owned, reachable
 from harness.study.trials import ALIKE, Trial, Trials, absent, scores_of
-from harness.tracking.server import without_password
 
 WAIT = "wait"
 _POLL = 1.0  # seconds between looks at whether another worker's trial came back
@@ -131,9 +131,9 @@ class _Worker:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
-        return without_password("; ".join(map(str, error.problems)))
+        return masked("; ".join(map(str, error.problems)))
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return without_password(f"{type(error).__name__}: {first}")
+    return masked(f"{type(error).__name__}: {first}")
 
 
 def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | None]) -> Watch | None:
