@@ -223,7 +223,9 @@ def test_both_metrics_and_two_texts_encode_each_image_and_text_once(folder, pict
     images, texts = clipscore.Clip._image_features, clipscore.Clip._text_features
     monkeypatch.setattr(clipscore.Clip, "_image_features", lambda c, p: seen.extend({*p}) or images(c, p))
     monkeypatch.setattr(
-        clipscore.Clip, "_text_features", lambda c, t, width: seen.extend({*t}) or texts(c, t, width)
+        clipscore.Clip,
+        "_text_features",
+        lambda c, ids, width: seen.extend({*map(tuple, ids)}) or texts(c, ids, width),
     )
     clipscore._load.cache_clear()
     rows = [*pictures, *pictures]
@@ -242,6 +244,20 @@ def test_features_do_not_depend_on_what_shares_their_batch(folder, pictures):
         alone = clipscore.Clip(folder, "cpu")
         assert alone.texts([caption])[0].tobytes() == features[row].tobytes()
         assert alone.images([path])[0].tobytes() == images[row].tobytes()
+
+
+def test_texts_of_many_lengths_are_encoded_by_several_threads(folder):
+    import torch
+
+    texts = ["a photo depicts " + "ct " * n for n in range(70)]
+    one = clipscore.Clip(folder, "cpu").texts(texts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(5):
+            assert clipscore.Clip(folder, "cpu").texts(texts).tobytes() == one.tobytes()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bf16_is_close_and_named(folder, pictures):

@@ -86,6 +86,7 @@ def test_mlflow_the_leaderboard_and_compare_say_why(folder, diverged):
     assert "Traceback" not in told.stderr
 
 
+@pytest.mark.slow
 def test_the_same_command_says_the_same_again(folder, diverged):
     again = harness(folder, "run", "small.yaml", *DIVERGES, check=False)
     assert again.returncode == 1

@@ -387,6 +387,7 @@ def test_mlflow_and_a_later_submission_say_so_too(project):
     assert check(project / "made/old/caption-test/caption_prediction_test.csv", list(rows)[:0:-1], 2023) == []
 
 
+@pytest.mark.slow
 def test_the_others_keep_their_own_captions(project):
     """One damaged test image moves no caption to another image."""
     harness(project, "run", "small.yaml", "--set", "data.skip_bad=true")

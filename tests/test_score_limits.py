@@ -124,6 +124,7 @@ def test_signatures_name_the_packages_that_are_installed():
     assert said == {(name, metadata.version(name)) for name, _ in said}
 
 
+@pytest.mark.slow
 def test_idf_of_the_original_package_starts_no_processes(tmp_path):
     """They would print a traceback each, since this program takes SIGTERM for an interruption."""
     for name in ("p.csv", "r.csv"):

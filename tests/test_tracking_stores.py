@@ -32,7 +32,7 @@ def sync(folder: Path, run: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.4])
+@pytest.mark.parametrize("apart", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
 def test_three_first_runs_make_one_store(root, tmp_path, apart):
     """Migrations of several processes at once leave a store that no MLflow can open."""
     (tmp_path / "mlflow.db").unlink()

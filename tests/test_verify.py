@@ -114,6 +114,7 @@ def test_rows_with_a_blank_side_are_left_out_and_none_left_is_no_success():
         judge(found)
 
 
+@pytest.mark.slow
 def test_meteors_own_client_gets_one_line_a_caption():
     captions = (["a nodule\nin the lung", "left\r\nlung  mass", "x ||| y"], ["lung nodule", "mass", "x y"])
     given = inputs(captions, ("meteor",))

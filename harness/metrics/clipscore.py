@@ -185,9 +185,11 @@ class Clip:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         lengths = {caption: len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in new}
         self.cut |= {caption for caption, length in lengths.items() if length > self.limit}
+        # all at once: a fast tokenizer is not for several threads
+        encoded = self.tokenizer(new, truncation=True, max_length=self.limit)["input_ids"] if new else []
         features = by_length(
-            lambda rows, width: self._text_features([new[row] for row in rows], width),
-            [min(lengths[caption], self.limit) for caption in new],
+            lambda rows, width: self._text_features([encoded[row] for row in rows], width),
+            [len(ids) for ids in encoded],
             self.limit,
             self.device,
         )
@@ -202,11 +204,11 @@ class Clip:
         with torch.inference_mode():
             return _unit(self.model.get_image_features(values.to(self.device, self.dtype)))
 
-    def _text_features(self, captions: list[str], width: int) -> np.ndarray:
+    def _text_features(self, encoded: list[list[int]], width: int) -> np.ndarray:
         import torch
 
-        how = {"padding": "max_length", "truncation": True, "max_length": width, "return_tensors": "pt"}
-        batch = self.tokenizer(captions, **how).to(self.device)
+        how = {"padding": "max_length", "max_length": width, "return_tensors": "pt", "verbose": False}
+        batch = self.tokenizer.pad({"input_ids": encoded}, **how).to(self.device)
         with torch.inference_mode():
             return _unit(self.model.get_text_features(batch["input_ids"], batch["attention_mask"]))
 
