@@ -260,18 +260,16 @@ def test_a_folder_that_is_gone_is_one_line(place, command):
 )
 @pytest.mark.parametrize("name", ["score", "compare", "data"])
 def test_any_encoding_of_the_terminal(place, locale, name):
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *COMMANDS[name]],
-        cwd=place,
-        env=os.environ | locale,
-        capture_output=True,
-    )
-    text = (done.stdout + done.stderr).decode("latin-1" if "latin" in str(locale) else "ascii")
+    command = [sys.executable, "-m", "harness", *COMMANDS[name]]
+    how = {"cwd": place, "env": os.environ | locale, "capture_output": True}
+    encoding = "latin-1" if "latin" in str(locale) else "ascii"
+    done = subprocess.run(command, **how)
+    text = (done.stdout + done.stderr).decode(encoding)
     assert "Traceback" not in text
     assert done.returncode == (2 if name == "data" else 0)
     if name == "compare":
-        plain = harness(place, *COMMANDS[name], "--format", "json", env=os.environ | locale)
-        assert json.loads(plain.stdout)
+        plain = subprocess.run([*command, "--format", "json"], **how)
+        assert json.loads(plain.stdout.decode(encoding))
 
 
 def reads_or_writes_text(call: ast.Call) -> bool:
