@@ -1,15 +1,13 @@
 """Experiment and study files that somebody broke: read or refused with file and line, within seconds."""
 
-import contextlib
 import random
 import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import cases
+from fuzzing import cases, within
 
 from harness.config import keys
 from harness.errors import UserError
@@ -31,22 +29,6 @@ VALUES = re.split(
     | > % @ ` &a[*a] {<<:*a} {seed:1,seed:2} /dev/null ../.. . base.yaml yes
     9999999999999999999999999999999999999999""",
 )
-
-
-@contextlib.contextmanager
-def in_time(seconds: int) -> Iterator[None]:
-    """Fail rather than hang."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def a_value(draw: random.Random, text: str) -> str:
@@ -146,7 +128,7 @@ def test_a_broken_file_is_read_or_refused_with_its_place(tmp_path, case):
     key = ".".join(draw.choice(list(keys())))
     sets = draw.choice(([], [], [f"{key}={draw.choice(VALUES)}"]))
     for reader in (lambda: read(file, sets), lambda: load_study(file, sets)):
-        with in_time(LIMIT):
+        with within(LIMIT, case):
             refusal = refused(reader)
         if refusal is not None:
             assert refusal.exit_code == 2
