@@ -129,7 +129,7 @@ def test_fix_is_advised_where_it_helps_and_nowhere_else(folder):
     )
     said = harness(folder, *command, "--fix", "OUT", code=3).stderr
     assert "U+2028" in said
-    assert "Mend it by hand." in said
+    assert "Repair it by hand." in said
     assert "--fix" not in said
 
 

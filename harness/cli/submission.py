@@ -193,7 +193,7 @@ def _by_hand(problems: Sequence[Problem]) -> list[Problem]:
     """What --fix has left is not for --fix again."""
     from harness.submission.form import MEND
 
-    return [replace(p, hint="Mend it by hand.") if p.hint == MEND else p for p in problems]
+    return [replace(p, hint="Repair it by hand.") if p.hint == MEND else p for p in problems]
 
 
 def _plain(problems: list[Problem]) -> list[dict[str, Any]]:
