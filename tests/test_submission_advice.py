@@ -136,7 +136,7 @@ def test_fix_is_advised_where_it_helps_and_nowhere_else(folder):
 @pytest.mark.parametrize(
     ("name", "data", "words", "advice"),
     [
-        ("a.gz", gzip.compress(b"ID,Caption\n"), "gzip", "Unpack it"),
+        ("a.gz", gzip.compress(b"ID,Caption\n", mtime=0), "gzip", "Unpack it"),
         ("a.csv", b"\x89PNG\r\n\x1a\n\0\0", "a PNG image", "text file or its zip"),
         (
             "a.csv",
