@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import commands
 
 from harness import compare, metrics
 from harness.compare import Difference, System
@@ -331,9 +330,7 @@ def write_run(root: Path, variant: str, ids, captions, references, config=None, 
 
 
 def harness(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "harness", "compare", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+    return commands.harness(folder, "compare", *arguments, code=None)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from support.commands import harness
 from test_report import data_of
-from test_run import EXPERIMENT, harness
+from test_run import EXPERIMENT
 from test_tracking import NAME, record
 
 from harness import leaderboard, report, run, tracking
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def diverged(folder) -> subprocess.CompletedProcess:
-    return harness(folder, "run", "small.yaml", *DIVERGES, check=False)
+    return harness(folder, "run", "small.yaml", *DIVERGES, code=None)
 
 
 def test_a_diverged_run_fails_with_its_reason_and_leaves_nothing_that_looks_done(folder, diverged):
@@ -81,14 +82,14 @@ def test_mlflow_the_leaderboard_and_compare_say_why(folder, diverged):
     (entry,) = board[0]["runs"]
     assert entry["failure"]["reason"] == WHY
     assert entry["apart"].startswith(f"the run is FAILED in train: {WHY}; ")
-    told = harness(folder, "compare", "runs/small/base-s42", "small.yaml", check=False)
+    told = harness(folder, "compare", "runs/small/base-s42", "small.yaml", code=None)
     assert told.returncode == 2
     assert "Traceback" not in told.stderr
 
 
 @pytest.mark.slow
 def test_the_same_command_says_the_same_again(folder, diverged):
-    again = harness(folder, "run", "small.yaml", *DIVERGES, check=False)
+    again = harness(folder, "run", "small.yaml", *DIVERGES, code=None)
     assert again.returncode == 1
     assert f"error: {WHY}" in again.stderr
 

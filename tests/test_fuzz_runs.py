@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from fuzzing import cases
-from test_run import EXPERIMENT, harness
+from support.commands import harness
+from test_run import EXPERIMENT
 
 from harness import cli
 

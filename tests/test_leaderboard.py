@@ -4,13 +4,12 @@ import csv
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from support import commands
 
 from harness import leaderboard
 from harness.errors import UserError
@@ -89,9 +88,7 @@ def board(project: Path, edition: int = 2023) -> leaderboard.Board:
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "harness", "leaderboard", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    done = commands.harness(folder, "leaderboard", *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 

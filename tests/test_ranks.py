@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import build_tiny
 from safetensors.torch import load_file
+from support.commands import harness
 from test_run import EXPERIMENT
 from test_training import by_hand
 from test_training import config as settings
@@ -154,27 +155,20 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The run command on three ranks; its test split has 7 images."""
+    """The run command on two ranks; its test split has 7 images."""
     folder = tmp_path_factory.mktemp("ranks")
     text = EXPERIMENT.replace("test: 6", "test: 7").replace("micro_batch_size: 8", "micro_batch_size: 2")
     text = text.replace("batch_size: 16", "batch_size: 12").replace("variants:\n  opt: {}\n  opt_dedup", "#")
     (folder / "small.yaml").write_text(text.replace("predict: {", "predict: {batch_size: 2, "))
-    return folder, harness(folder, "run", "small.yaml", "--nproc", "3", "--set", "train.zero_stage=3")
+    return folder, harness(folder, "run", "small.yaml", "--nproc", "2", "--set", "train.zero_stage=3")
 
 
-def harness(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "harness", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_the_run_command_on_three_ranks(shared_run):
+def test_the_run_command_on_two_ranks(shared_run):
     folder, done = shared_run
-    assert done.returncode == 0, done.stderr[-4000:]
     (file,) = (folder / "runs" / "small").glob("*/run.json")
     record = json.loads(file.read_text())
     assert record["status"] == "FINISHED"
-    assert record["made"]["train"]["ranks"] == 3
+    assert record["made"]["train"]["ranks"] == 2
     assert done.stderr.count(": train\n") == 1  # rank 0 alone speaks
     captions = (folder / "runs" / record["artifacts"]["predictions/test_before.csv"]).read_text()
     ids = [line.partition(",")[0] for line in captions.splitlines()[1:]]
@@ -183,7 +177,7 @@ def test_the_run_command_on_three_ranks(shared_run):
     assert (file.parent / "report.html").exists()
 
 
-def test_one_rank_captions_as_three_did(shared_run):
+def test_one_rank_captions_as_two_did(shared_run):
     folder, _ = shared_run
     (file,) = (folder / "runs" / "small").glob("*/run.json")
     record = json.loads(file.read_text())
@@ -195,15 +189,13 @@ def test_one_rank_captions_as_three_did(shared_run):
     rows = before.decode().splitlines()[1:3]
     kept = "".join(json.dumps(row.split(",", 1)) + "\n" for row in rows if '"' not in row)
     (step / "partial-1.jsonl").write_bytes(f'{kept}["phantom_te'.encode() + "é".encode()[:1])
-    done = harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")
-    assert done.returncode == 0, done.stderr[-4000:]
+    harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")
     assert (step / "predictions.csv").read_bytes() == before
 
 
 def test_ranks_that_can_not_share_the_batch_are_not_started(tmp_path):
     (tmp_path / "small.yaml").write_text(EXPERIMENT)
-    done = harness(tmp_path, "run", "small.yaml", "--nproc", "3")
-    assert done.returncode == 2
+    done = harness(tmp_path, "run", "small.yaml", "--nproc", "3", code=2)
     assert "train.batch_size: got 16, which 3 devices with micro batches of 8 cannot share" in done.stderr
     assert done.stderr.rstrip().endswith("1 problem; nothing was run.")
     assert not (tmp_path / "runs").exists()
@@ -250,7 +242,6 @@ def test_hosts_of_a_file_train_together(tmp_path, hosts):
     (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
     (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
     done = harness(tmp_path, "run", "small.yaml", "--hostfile", "hosts", "--set", "train.zero_stage=2")
-    assert done.returncode == 0, done.stderr[-4000:]
     (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
     record = json.loads(file.read_text())
     assert (record["status"], record["made"]["train"]["ranks"]) == ("FINISHED", 2)
@@ -266,8 +257,7 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
-    done = harness(tmp_path, "run", "small.yaml", "--nproc", "2", "--set", "train.zero_stage=1")
-    assert done.returncode == 1, done.stderr[-4000:]
+    done = harness(tmp_path, "run", "small.yaml", "--nproc", "2", "--set", "train.zero_stage=1", code=1)
     assert "error: " in done.stderr
     assert "the checkpoint after step 3 could not be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from small_sets import CAPTIONS, write_2023
+from support import commands
 
 from harness import report
 from harness.config import Config, flat
@@ -135,11 +134,7 @@ def data_of(page: Path) -> dict[str, Any]:
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "harness", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    done = commands.harness(folder, *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 

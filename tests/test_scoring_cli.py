@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
+from support import commands
 
 from harness import captions, cli, scoring
 from harness.config import STANDIN
@@ -33,9 +34,7 @@ ALL = (*FILES, "--standins", "--metrics", "bertscore,rouge1,bleu1,cider,bleurt,c
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "harness", "score", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == code, done.stdout + done.stderr
+    done = commands.harness(folder, "score", *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from test_run import EXPERIMENT, harness
+from support.commands import harness
+from test_run import EXPERIMENT
 
 from harness.cli.terminal import Terminal
 from harness.study.spec import load
@@ -166,7 +167,7 @@ def test_the_best_is_an_experiment_whose_captions_are_there(folder, finished):
 
 
 def test_sqlite_is_refused_for_two_workers_and_a_study_keeps_its_storage(folder, finished):
-    done = harness(folder, "study", "decoding.yaml", "--workers", "2", check=False)
+    done = harness(folder, "study", "decoding.yaml", "--workers", "2", code=None)
     assert done.returncode == 2
     assert "SQLite has one writer" in done.stderr
     assert "go on with one worker" in done.stderr

@@ -6,10 +6,10 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import commands
 
 from harness.captions import sameness
 from harness.errors import UserError
@@ -21,9 +21,7 @@ IDS = [f"scan_{number:06d}" for number in range(5)]
 
 
 def harness(folder: Path, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "harness", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert code is None or done.returncode == code, done.stdout + done.stderr
+    done = commands.harness(folder, *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import commands
 
 from harness.captions import write_captions
 from harness.errors import UserError
@@ -21,9 +22,7 @@ WRITTEN_2023 = 'img_2|The "sail" sign.\nimg_1|A CT, axial / left\nimg_3|Plain fi
 
 
 def submission(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "harness", "submission", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = commands.harness(folder, "submission", *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done
 

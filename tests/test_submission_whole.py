@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.commands import harness
 
 from harness.captions import write_captions
 from harness.errors import UserError
@@ -259,15 +260,13 @@ def test_ids_of_the_data_folder_count_where_none_are_given(run, monkeypatch):
 
 def test_make_of_half_a_split_exits_with_3_and_writes_nothing(run):
     file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
-    command = [sys.executable, "-m", "harness", "submission", "make", "runs/exp/base-s1"]
+    make = ("submission", "make", "runs/exp/base-s1")
     top = run.parents[2]
-    done = subprocess.run(command, cwd=top, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert harness(top, *make).stderr == ""
     before = everything(top / "submissions")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
     for more in ([], ["--out", "new"]):
-        done = subprocess.run([*command, *more], cwd=top, capture_output=True, text=True)
-        assert done.returncode == 3
+        done = harness(top, *make, *more, code=3)
         assert "holds 3 captions; the test split of the run has 6" in done.stderr
     assert everything(top / "submissions") == before
     assert not (top / "new").exists()

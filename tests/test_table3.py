@@ -1,8 +1,6 @@
 """Table 3 of the paper beside our runs: differences, their significance, and the page that says them."""
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import test_leaderboard
 from browser import CHROMIUM, Browser
+from support import commands
 from test_leaderboard import board, harness, record, write_run
 
 from harness import leaderboard
@@ -88,8 +87,7 @@ def test_what_each_row_of_table_3_changes_is_what_compare_says_corrected_over_th
     assert [round(row["paper"]["bertscore"], 3) for row in steps] == [0.052, 0.015, 0.020]
     for metric in ("bertscore", "rouge1"):
         for (one, two), row in zip(pairwise(folders), steps, strict=True):
-            command = [sys.executable, "-m", "harness", "compare", one, two, "--format", "json"]
-            done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+            done = commands.harness(project, "compare", one, two, "--format", "json")
             (alone,) = (
                 found for found in json.loads(done.stdout)["differences"] if found["metric"] == metric
             )

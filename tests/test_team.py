@@ -18,8 +18,9 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
+from support.commands import harness
 from team_servers import PASSWORD, MlflowServer, Postgresql, bound, end, free_port, postgresql, programs, wait
-from test_run import EXPERIMENT, harness
+from test_run import EXPERIMENT
 from test_study_trials import opened
 from test_study_trials import study as small_study
 
@@ -370,7 +371,7 @@ def test_a_database_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
 def test_the_command_says_it_too(folder, cluster, outcome):
     address = cluster.address("optuna").replace("@", f":not-{PASSWORD}@")
     (folder / "wrong.yaml").write_text(STUDY.replace("name: team", "name: wrong") + f"storage: {address}\n")
-    done = harness(folder, "study", "wrong.yaml", check=False)
+    done = harness(folder, "study", "wrong.yaml", code=None)
     assert done.returncode == 1
     assert "password authentication failed" in done.stderr
     assert "Traceback" not in done.stderr
