@@ -1,4 +1,4 @@
-"""What this machine has and lacks for an experiment: each check is ok or says how to mend it."""
+"""What this machine has and lacks for an experiment: each check is ok or says how to repair it."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ _WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was found and, where it is not ok, how to mend it."""
+    """One thing that was looked at: what was found and, where it is not ok, how to repair it."""
 
     name: str
     ok: bool

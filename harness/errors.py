@@ -13,7 +13,7 @@ _LONGEST = 200  # characters of what is shown of a row
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and the place to mend it."""
+    """One thing that is wrong, and the place to repair it."""
 
     what: str
     file: str | Path | None = None
@@ -67,7 +67,7 @@ def _cut(text: str) -> str:
 
 @dataclass
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it without a traceback.
+    """A mistake that the user can repair; the command line prints it without a traceback.
 
     `exit_code` is 1 for a failed run, 2 for usage, config and data, 3 for an invalid submission.
     """

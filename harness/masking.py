@@ -35,7 +35,8 @@ _OPTION = re.compile(rf"((?<!\S)--?{_KEY}\s+)(?:{_QUOTED}|[^\s'\"]+)", re.I)
 _HEADER = re.compile(r"(\bx-api-key:\s*|\bauthorization[:=]\s*(?!Bearer|Basic))[^\s'\"]+", re.I)
 _QUERY = re.compile(r"([?&](?:sig|sas|auth|key)=)[^\s&'\"]+", re.I)
 _HUGGING_FACE = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
-_USER = re.compile(r"//([^\s/@:]*:\S*|[^\s/]*)@")
+_WITH_BLANKS = r"[^\s/@:]+:(?!\d{1,5}\b)[^\n/@]{1,80}(?=@[\w\[])"
+_USER = re.compile(rf"//([^\s/@:]*:\S*|{_WITH_BLANKS}|[^\s/]*)@")
 
 
 def masked(text: str) -> str:

@@ -26,10 +26,12 @@ __all__ = [
     "rank",
     "say_failed",
     "say_when_interrupted",
+    "say_why",
     "share",
     "start",
     "stop",
     "total",
+    "why_another_failed",
     "world_size",
 ]
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
-_HERE, _INTERRUPTED, _FAILED = "here-", "interrupted-", "failed"
+_HERE, _INTERRUPTED, _FAILED, _WHY = "here-", "interrupted-", "failed", "why"
 _SEARCH = timedelta(minutes=10)
 _PATIENCE = 5  # seconds
 _RECORDING = 30  # seconds in which rank 0 has written down a failure, and MLflow has it
@@ -114,6 +116,22 @@ def say_failed() -> None:
     if joined():
         with contextlib.suppress(RuntimeError):  # they are gone already
             _store().set(_FAILED, "")
+
+
+def say_why(reason: str) -> None:
+    """On another rank that fails: give rank 0 the reason, for the run's record."""
+    if joined():
+        with contextlib.suppress(RuntimeError):
+            _store().set(_WHY, reason)
+
+
+def why_another_failed() -> str | None:
+    """On rank 0: the reason of another rank that failed; None where none has said one."""
+    if joined():
+        with contextlib.suppress(RuntimeError):
+            if _store().check([_WHY]):
+                return _store().get(_WHY).decode()
+    return None
 
 
 def first_fails_too() -> bool:

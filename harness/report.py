@@ -1,8 +1,8 @@
 """One run as a page: how it was made, how it trained, what it scores, and every caption beside its image.
 
 The page is one file that needs neither network nor server. Captions, ids and names of concepts are untrusted
-text: they travel as JSON, and the page only ever sets them as text. A run that is not finished, or whose data
-is gone, has a page of what is there, which says what is not.
+text: they travel as JSON, and the page only sets them as text. The page of an unfinished run says what is
+missing.
 """
 
 import base64
@@ -39,7 +39,7 @@ MOST_EMBEDDED = 1_000
 _POINTS = 400  # of a curve's stage: more than a screen can tell apart
 _TRAIN = ("loss", "caption_loss", "concept_loss", "learning_rate")
 _WHY = {"failed in": "step", "why": "reason", "what helps": "hint"}
-_NO_SETTING = ("variant", "seed")
+_NO_SETTING = ("variant", "seed", "name")
 _NEEDS = (
     *("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "environment", "data"),
     *("steps", "made", "seconds", "scores", "image_gap", "baseline", "warnings", "artifacts", "submissions"),
@@ -230,7 +230,7 @@ def differences(record: Mapping[str, Any]) -> list[list[Any]]:
     return [
         [key, value, defaults.get(key)]
         for key, value in record["parameters"].items()
-        if key not in ("name", *_NO_SETTING) and value != defaults.get(key)
+        if key not in _NO_SETTING and value != defaults.get(key)
     ]
 
 
@@ -243,7 +243,7 @@ def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
     changed = [
         [key, ours.get(key), theirs.get(key)]
         for key in dict.fromkeys([*ours, *theirs])
-        if key not in ("name", *_NO_SETTING) and ours.get(key) != theirs.get(key)
+        if key not in _NO_SETTING and ours.get(key) != theirs.get(key)
     ]
     return {"file": base["file"], "changed": changed}
 

@@ -236,7 +236,11 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     """The status of a run that an error ended, and what its record keeps: step, reason, hint, exit code."""
     hints: list[str | None] = []
     code: int | None = 1
-    if isinstance(error, KeyboardInterrupt):
+    # A launcher interrupts rank 0 when another rank fails.
+    cut_off = isinstance(error, KeyboardInterrupt) or ranks.cut_off(error)
+    if cut_off and (why := ranks.why_another_failed()):
+        status, reason = "FAILED", f"another rank failed: {why}"
+    elif isinstance(error, KeyboardInterrupt):
         status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command goes on"
         code = 130
     elif isinstance(error, Pruned):
@@ -244,7 +248,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     elif isinstance(error, UserError):
         status, reason, code = "FAILED", "; ".join(map(str, error.problems)), error.exit_code
         hints = [*(problem.hint for problem in error.problems), error.hint]
-    elif ranks.cut_off(error):
+    elif cut_off:
         status, reason = "FAILED", "another rank of this launch is gone; the same command goes on"
     else:
         first = (str(error).strip().splitlines() or [""])[0]

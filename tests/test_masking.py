@@ -8,6 +8,7 @@ SECRET = "s3cr3t"
 HIDDEN = (
     "http://me:s3cr3t@host:5000",
     "http://me:p@s3cr3t@host:5000/x",
+    "postgresql://me:two s3cr3t@host/db",
     "http://me:p:s3cr3t@host",
     "http://me:p/s3cr3t@host/x",
     "https://s3cr3t@host/x",
@@ -53,6 +54,7 @@ SHOWN = (
     "python -m harness run experiments/a.yaml --set data.root=/x/y@z",
     "https://host:5000/#/runs/1",
     "Basic metabolic panel",
+    "see http://localhost:5000 and mail me@example.org",
     "Basic interpretation of the image, bearer of the gene",
     "token: 5, pass: 3 cm, key: 4",
     "tok.en@example.org and 016@2.jpg",

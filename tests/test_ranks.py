@@ -241,7 +241,7 @@ def test_hosts_of_a_file_train_together(tmp_path, hosts):
         pytest.skip("needs pdsh")
     (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
     (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
-    done = harness(tmp_path, "run", "small.yaml", "--hostfile", "hosts", "--set", "train.zero_stage=2")
+    harness(tmp_path, "run", "small.yaml", "--hostfile", "hosts", "--set", "train.zero_stage=2")
     (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
     record = json.loads(file.read_text())
     assert (record["status"], record["made"]["train"]["ranks"]) == ("FINISHED", 2)
@@ -261,6 +261,11 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path, monkeypatch):
     assert "error: " in done.stderr
     assert "the checkpoint after step 3 could not be written" in done.stderr
     assert "Traceback" not in done.stderr
+    (file,) = (tmp_path / "runs" / "small").glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert (record["status"], record["failure"]["step"]) == ("FAILED", "train")
+    assert "another rank failed" in record["failure"]["reason"]
+    assert "the checkpoint after step 3 could not be written" in record["failure"]["reason"]
 
 
 def test_srun_is_understood():

@@ -388,7 +388,7 @@ def test_first_trials_that_fail_alike_are_known_to_every_process(tmp_path):
         assert trials.failed_alike() is None
         trials.finish(trials.take(), "FAIL", reason="short of memory")
     assert opened(spec, tmp_path).failed_alike() == "short of memory"
-    trials.finish(trials.take(), "FAIL", reason="another")  # what was wrong first is mended
+    trials.finish(trials.take(), "FAIL", reason="another")  # what was wrong first is repaired
     assert opened(spec, tmp_path).failed_alike() is None
 
 

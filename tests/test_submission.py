@@ -1,4 +1,4 @@
-"""Submission files: whatever the captions, what is made is accepted; what is damaged, is said or mended."""
+"""Submission files: whatever the captions, what is made is accepted; what is damaged, is said or repaired."""
 
 import contextlib
 import csv
@@ -298,7 +298,7 @@ def test_300_malformed_files_are_mended_or_refused_and_no_word_is_new_or_lost(ed
     rng = random.Random(f"{edition} {task}")
     upload = make(CAPTIONS if task == "caption" else CONCEPTS, IDS, edition, tmp_path, {}, task=task)
     sources = {path.suffix: path.read_bytes() for path in upload.parent.iterdir() if path.suffix != ".json"}
-    fates = dict.fromkeys(("accepted", "mended", "left", "unreadable"), 0)
+    fates = dict.fromkeys(("accepted", "repaired", "left", "unreadable"), 0)
     while sum(fates.values()) < 300:
         suffix = rng.choice(sorted(sources))
         data = sources[suffix]
@@ -306,12 +306,12 @@ def test_300_malformed_files_are_mended_or_refused_and_no_word_is_new_or_lost(ed
             data = _mutated(data, rng)
         if data != sources[suffix]:
             fates[_fate(data, tmp_path / f"m{suffix}", tmp_path / "out.csv", edition, task)] += 1
-    assert fates["mended"] > 40, fates
+    assert fates["repaired"] > 40, fates
     assert fates["left"] > 60, fates
 
 
 def _fate(data: bytes, path: Path, out: Path, edition: int, task: str) -> str:
-    """What became of a damaged file: never does it crash, and its mended copy says the same words."""
+    """What became of a damaged file: never does it crash, and its repaired copy says the same words."""
     path.write_bytes(data)
     problems = check(path, IDS, edition, task)
     assert all(problem.what and problem.hint and problem.file == path for problem in problems)
@@ -326,9 +326,9 @@ def _fate(data: bytes, path: Path, out: Path, edition: int, task: str) -> str:
     if check(out, IDS, edition, task):
         assert problems
         return "left"
-    assert fix(out, out, IDS, edition, task) == [], "there is nothing more to mend"
+    assert fix(out, out, IDS, edition, task) == [], "there is nothing more to repair"
     if problems:
-        return "mended"
+        return "repaired"
     sign = r"\s*;\s*" if task == "concept" else ";"
     assert read(out) == {key: re.sub(sign, ";", " ".join(v.split())) for key, v in read(path).items()}
     return "accepted"

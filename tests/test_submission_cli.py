@@ -190,7 +190,7 @@ MISTAKES = {
         2,
         "is a file",
     ),
-    "mended is a folder": (
+    "repaired is a folder": (
         ["check", "mine.csv", "--edition", "2023", "--ids", "ids.csv", "--fix", "runs"],
         2,
         "is a directory",

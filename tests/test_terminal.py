@@ -233,7 +233,7 @@ def test_a_full_device_is_one_line(place, command):
     done = shell(place, f"harness {command} > /dev/full")
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if "error" in line] == [
-        "error: standard output: No space left on device; mend it, and the same command goes on"
+        "error: standard output: No space left on device; fix it and run the same command again"
         if "--help" not in command
         else done.stderr.splitlines()[-1]
     ]

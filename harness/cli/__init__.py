@@ -40,7 +40,7 @@ _INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 _heard = threading.Event()
 _PATIENCE = 2.0
 """Seconds for threads to end by themselves after an interruption."""
-MENDABLE = {
+REPAIRABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -87,6 +87,8 @@ def main() -> None:
             print(_INTERRUPTED, file=sys.stderr)
             code = INTERRUPTED
         else:
+            if ranks.rank():
+                ranks.say_why(traceback.format_exc().splitlines()[-1])
             print(masked(traceback.format_exc()), file=sys.stderr, end="")
             code = 1
     code = _all_written(code)
@@ -132,10 +134,10 @@ def _run_command() -> None:
     except OSError as error:
         if gone := _without_folder():
             _fail(gone, 1)
-        if error.errno not in MENDABLE and error.filename != STANDARD_OUTPUT:
+        if error.errno not in REPAIRABLE and error.filename != STANDARD_OUTPUT:
             raise
         _fail(
-            f"error: {error.filename or 'writing'}: {error.strerror}; mend it, and the same command goes on",
+            f"error: {error.filename or 'writing'}: {error.strerror}; fix it and run the same command again",
             1,
         )
 
@@ -196,6 +198,8 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
+        if code != INTERRUPTED:
+            ranks.say_why(text.removeprefix("error: "))
         if code != INTERRUPTED and not launch.report(text):
             signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
             if not ranks.first_fails_too():

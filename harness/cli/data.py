@@ -55,7 +55,7 @@ def data_check(
 
     What is odd and no mistake, such as a blank caption, is a note: training alone leaves the row out.
     """
-    from harness.data import MEND, examine
+    from harness.data import REPAIR, examine
     from harness.data.readers import together
     from harness.plan import RUNS
 
@@ -71,7 +71,7 @@ def data_check(
     for note in together(found.notes):
         print(f"note: {note}")
     if found.problems:
-        raise UserError(found.causes, MEND if found.findings and not found.fatal else None)
+        raise UserError(found.causes, REPAIR if found.findings and not found.fatal else None)
     print("ok: no problems")
 
 

@@ -89,7 +89,7 @@ def _end_without_scores(spec: "Study") -> None:
     record = storage.read_record(_folder(spec))
     if record.get("ended") and not record["trials"].get("COMPLETE"):
         what = f"the study {spec.name} ended without one trial that has scores"
-        hint = "The table says why each failed; mend it, and more trials: --trials NUMBER"
+        hint = "The table says why each failed. Fix the cause and run more trials: --trials NUMBER"
         raise UserError([Problem(what, spec.file, hint=hint)], exit_code=1)
 
 

@@ -144,9 +144,7 @@ def check(
     task: Task = Task.caption,
     fix: Annotated[
         Path | None,
-        typer.Option(
-            metavar="OUT", dir_okay=False, help="Write the file with all mended that needs no new word."
-        ),
+        typer.Option(metavar="OUT", dir_okay=False, help="Write a repaired file; no word is added."),
     ] = None,
     output: ReportFormat = Report.table,
 ) -> None:
@@ -159,19 +157,19 @@ def check(
 
     wanted = read_ids(ids)
     problems = submission.check(file, wanted, edition, task.value)
-    mended = submission.fix(file, fix, wanted, edition, task.value) if fix else []
+    repaired = submission.fix(file, fix, wanted, edition, task.value) if fix else []
     left = _by_hand(submission.check(fix, wanted, edition, task.value)) if fix else problems
     same = None if left else _sameness(fix or file, task)
     if output is Report.json:
         result: dict[str, Any] = {"file": str(file), "valid": not problems, "problems": _plain(problems)}
         if fix:
-            result |= {"out": str(fix), "mended": mended, "out_valid": not left, "left": _plain(left)}
+            result |= {"out": str(fix), "repaired": repaired, "out_valid": not left, "left": _plain(left)}
         print(json_text(result | {"warnings": [same] if same else []}))
         if left:
             sys.exit(3)
         return
-    for line in mended:
-        print(f"mended: {one_line(line)}")
+    for line in repaired:
+        print(f"repaired: {one_line(line)}")
     if fix:
         print(f"wrote {one_line(str(fix))}")
     if left:
@@ -191,9 +189,9 @@ def _sameness(file: Path, task: Task) -> str | None:
 
 def _by_hand(problems: Sequence[Problem]) -> list[Problem]:
     """What --fix has left is not for --fix again."""
-    from harness.submission.form import MEND
+    from harness.submission.form import REPAIR
 
-    return [replace(p, hint="Repair it by hand.") if p.hint == MEND else p for p in problems]
+    return [replace(p, hint="Repair it by hand.") if p.hint == REPAIR else p for p in problems]
 
 
 def _plain(problems: list[Problem]) -> list[dict[str, Any]]:

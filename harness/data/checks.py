@@ -33,7 +33,7 @@ from harness.store import bytes_of, fingerprint, read_checked, write_checked
 CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
 """As many are decoded within about a second; with more, the labels' problems are reported without waiting."""
-MEND = (
+REPAIR = (
     "Correct them, or go on with --set data.skip_bad=true: training then leaves these rows out; validation "
     "and test rows are all captioned and submitted, with the constant caption where the image can't be read."
 )
@@ -122,7 +122,7 @@ def _ensure(config: DataConfig) -> None:
 def _error(listing: Listing, findings: list[Finding], unknown: list[File], config: DataConfig) -> UserError:
     hints = []
     if findings and not listing.fatal and not config.skip_bad:
-        hints.append(MEND)
+        hints.append(REPAIR)
     if unknown:
         hints.append(
             f"{len(unknown)} images were not decoded yet; to check them too: python -m harness data check"

@@ -97,7 +97,7 @@ class Listing:
     doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
     """Per split, what stands where rows that can't be read have their id."""
     fatal: list[Problem] = field(default_factory=list)
-    """Problems that no left-out row mends."""
+    """Problems that no left-out row repairs."""
 
 
 @dataclass(frozen=True)

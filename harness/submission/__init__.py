@@ -1,4 +1,4 @@
-"""Official submission files, for captions and for concepts: written, checked, mended and read."""
+"""Official submission files, for captions and for concepts: written, checked, repaired and read."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from harness.submission.form import (
     store_text,
     zipped,
 )
-from harness.submission.mend import fix
+from harness.submission.repair import fix
 
 __all__ = ["Task", "as_written", "check", "fix", "make", "read", "rules", "write_captions", "write_concepts"]
 

@@ -9,7 +9,7 @@ from harness.submission import kinds
 from harness.submission.form import (
     IS_ZIP,
     MEMBER,
-    MEND,
+    REPAIR,
     Row,
     Rules,
     Task,
@@ -23,14 +23,14 @@ from harness.submission.form import (
 
 _BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 Fault = tuple[str, str, str]
-"""What is wrong with a row, how to mend it, and what there is in this row."""
+"""What is wrong with a row, how to repair it, and what there is in this row."""
 
 
 def check(path: Path | str, ids: Sequence[str], edition: int, task: Task = "caption") -> list[Problem]:
     """Every reason for which the organisers would refuse the file or misread it; empty when there is none.
 
     One problem for each cause, with the line of the first row that has it, the number of these rows, and how
-    to mend them. Where the organisers' checker lets pass what their evaluator refuses or misreads, this one
+    to repair them. Where the organisers' checker lets pass what their evaluator refuses or misreads, this one
     does not. A zip, or the `submission.csv` for it, may be given. Raises `UserError` where the edition's
     format is not established.
     """
@@ -84,10 +84,10 @@ def whole(data: bytes, form: Rules, path: Path) -> Problem | None:
 def _row_faults(row: Row, form: Rules) -> Iterator[Fault]:
     """What is wrong with one row by itself."""
     if not row.raw.strip():
-        yield "a blank line", MEND, ""
+        yield "a blank line", REPAIR, ""
         return
     if form.header is None and is_header(row):
-        yield "a header, which files of this edition do not have", MEND, ""
+        yield "a header, which files of this edition do not have", REPAIR, ""
         return
     yield from _line_breaks(row, form)
     if row.broken:
@@ -97,7 +97,7 @@ def _row_faults(row: Row, form: Rules) -> Iterator[Fault]:
     if len(row.fields) > 1:
         for what in id_faults(row.fields[0], form):
             hint = (
-                MEND if row.fields[0] != row.fields[0].strip() else "Write the id as it is in the ids file."
+                REPAIR if row.fields[0] != row.fields[0].strip() else "Write the id as it is in the ids file."
             )
             yield f"the id {what}", hint, repr(row.fields[0][:80])
     if len(row.fields) == 2 and form.task == "concept":
@@ -108,9 +108,9 @@ def _line_breaks(row: Row, form: Rules) -> Iterator[Fault]:
     found = ", ".join(sorted({f"U+{ord(c):04X}" for c in _BREAKS.findall(row.raw)}))
     if found and form.strict:
         # It compares its raw lines with the wrong rows then, and refuses a correct neighbour.
-        yield "a line break inside a row: the organisers' checker counts lines, not rows", MEND, found
+        yield "a line break inside a row: the organisers' checker counts lines, not rows", REPAIR, found
     elif "\r" in row.raw:
-        yield "a carriage return inside a caption, which the organisers read as a line feed", MEND, "U+000D"
+        yield "a carriage return inside a caption, which the organisers read as a line feed", REPAIR, "U+000D"
 
 
 def columns(row: Row, form: Rules) -> Fault:
@@ -119,7 +119,7 @@ def columns(row: Row, form: Rules) -> Fault:
         return f"has no {form.separator!r}", f"Write ID{form.separator}{form.task}.", ""
     if form.separator == "|":
         cut = f"has more than one pipe; the loader cuts the {form.task} at the second"
-        return cut, MEND, f"{n - 1} pipes"
+        return cut, REPAIR, f"{n - 1} pipes"
     return "has more columns than 2", "Quote captions that hold a comma.", f"{n} columns"
 
 
@@ -140,14 +140,14 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
     if form.strict:  # its checker takes white space beside semicolons, not around the list
         cuis = [cui.strip() for cui in cuis]
         if value != value.strip():
-            yield "has white space before or after its concepts", MEND, repr(value[:80])
+            yield "has white space before or after its concepts", REPAIR, repr(value[:80])
     if wrong := [cui for cui in cuis if not re.fullmatch(r"C\d+", cui)]:
         named = ", ".join(repr(cui[:40]) for cui in wrong[:5])
         blanks = all(re.fullmatch(r"C\d+", cui.strip()) for cui in wrong)
-        hint = MEND if blanks else "Write C0040405;C0817096."
+        hint = REPAIR if blanks else "Write C0040405;C0817096."
         yield "holds what is no CUI (C and digits)", hint, named
     if twice := len(cuis) - len(set(cuis)):
-        yield "holds a CUI twice", MEND, f"{twice} of {len(cuis)}"
+        yield "holds a CUI twice", REPAIR, f"{twice} of {len(cuis)}"
     if form.max_cuis and len(cuis) > form.max_cuis:
         # The 2026 checker lets this pass; the evaluator then refuses the whole file.
         what = f"holds more than {form.max_cuis} CUIs, which the evaluator refuses"
@@ -163,7 +163,7 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
         if (name := bare(key)) in known and key not in known:
             misspelt.add(name)
             if name != key.strip():  # else it is the white space, which the row's own faults tell
-                flaws.append(Flaw(row.line, "an id with the ending of an image", MEND, repr(key[:80])))
+                flaws.append(Flaw(row.line, "an id with the ending of an image", REPAIR, repr(key[:80])))
         elif key in first:
             where = f"{key}, as on line {first[key]}"
             flaws.append(Flaw(row.line, "an id that was there before", "Keep one of the two.", where))
@@ -179,7 +179,7 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
     if form.strict and (at := [i for i, (a, b) in enumerate(zip(first, wanted, strict=True)) if a != b]):
         got = list(first)[at[0]]
         order = f"not in the order of the ids file: got {got} where it has {wanted[at[0]]}"
-        flaws.append(Flaw(first[got], order, MEND))
+        flaws.append(Flaw(first[got], order, REPAIR))
     return flaws
 
 

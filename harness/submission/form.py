@@ -20,7 +20,7 @@ Task = Literal["caption", "concept"]
 MEMBER = "submission.csv"
 INVALID = 3  # exit code
 HEADERS = {"caption": "ID,Caption", "concept": "ID,CUIs"}
-MEND = "To mend it, add to this command: --fix OUT"
+REPAIR = "To repair it, add to this command: --fix OUT"
 LONGEST = 131_072  # characters of a field; Python's csv module, with which the organisers read, takes no more
 TOO_LONG = f"has a field of more than {LONGEST:,} characters, where the organisers' reader stops"
 _SHORTEN = "Shorten the caption."
@@ -47,7 +47,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it stands in the file; `broken` is why its fields can't be told apart, and how to mend it."""
+    """A row as it stands in the file; `broken` says why it can't be split into fields, and the remedy."""
 
     line: int
     raw: str
@@ -131,7 +131,7 @@ def decoded(data: bytes) -> tuple[str, list[Flaw]]:
     flaws: list[Flaw] = []
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     if start:
-        flaws.append(Flaw(1, "starts with a byte order mark, which becomes part of the first field", MEND))
+        flaws.append(Flaw(1, "starts with a byte order mark, which becomes part of the first field", REPAIR))
     try:
         return data[start:].decode(), flaws
     except UnicodeDecodeError:
@@ -204,7 +204,7 @@ def _row(line: int, raw: str, form: Rules) -> Row:
 
 
 def _unreadable(error: str) -> tuple[str, str]:
-    """What an error of the strict csv module means, and how to mend the row."""
+    """What an error of the strict csv module means, and how to repair the row."""
     if "field limit" in error:
         return TOO_LONG, _SHORTEN
     quote = 'Quote the whole caption: ID,"caption", with "" for a quote inside.'

@@ -50,6 +50,8 @@ class CaptionFile:
 
     def described(self, values: str = "captions") -> str:
         """What the file was taken for, in a line."""
+        if len(self.values) == 1:
+            values = values.replace("captions", "caption").replace("lists", "list")
         return f"{self.path.name}: {len(self.values):,} {values}, {self.kind}"
 
 

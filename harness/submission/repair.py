@@ -1,4 +1,4 @@
-"""What of a damaged submission file can be mended without a new word."""
+"""What of a damaged submission file can be repaired without a new word."""
 
 import io
 import re
@@ -25,12 +25,13 @@ from harness.submission.form import (
 
 
 def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Task = "caption") -> list[str]:
-    """Write to `out` the file with all mended that needs no new word; returns what was done, in sentences.
+    """Write a repaired copy of a submission file to `out`; returns what was done, in sentences.
 
-    Mended are encoding marks, header, order, quoting, white space, blank lines, pipes in captions, CUIs given
-    twice, rows given twice alike, image endings of ids, and line ends. A row that can't be mended is kept as
-    it is at the end, and a missing one stays missing, so `check(out, ...)` says what is left to do. Nothing
-    is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the file can't be read.
+    It repairs encoding marks, header, order, quoting, white space, blank lines, pipes in captions, repeated
+    CUIs, rows that stand twice, image endings of ids, and line ends. It adds no word: a row that can't be
+    repaired moves to the end unchanged, and a missing row stays missing, so `check(out, ...)` lists what is
+    left to do. Nothing is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the
+    file can't be read.
     """
     form, path = rules(edition, task), Path(path)
     if form.separator == "|" and Path(out).suffix == ".zip":
@@ -43,25 +44,28 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     done = [Flaw(mark.line, f"{mark.what}: rewritten as UTF-8") for mark in marks if mark.what != NOT_UTF_8]
     known = set(ids)
     rows = [row for row in rows_of(text, form, known) if row.raw.strip()]
-    mended: dict[str, str] = {}
+    repaired: dict[str, str] = {}
     left: list[Row] = []
     last = 0
     for row in rows:
         key, value, did = _mended(row, form, known)
         if is_header(row) and key not in known:
             done += [Flaw(row.line, "left out, a header")] if row.line > 1 or not form.header else []
-        elif key in mended and mended[key] == value:
+        elif key in repaired and repaired[key] == value:
             done.append(Flaw(row.line, "left out, the same row as before"))
-        elif key not in known or key in mended:
+        elif key not in known or key in repaired:
             left.append(row)
         else:
-            mended[key], last = value, row.line
+            repaired[key], last = value, row.line
             if row.raw != _written(key, value, form):
                 done += [Flaw(row.line, what) for what in did or ["quoted as this format wants it"]]
-    done += [Flaw(row.line, "can't be mended, moved to the end") for row in left if row.line < last]
-    lines = [*lines_of({key: mended[key] for key in ids if key in mended}, form), *(row.raw for row in left)]
+    done += [Flaw(row.line, "can't be repaired, moved to the end") for row in left if row.line < last]
+    lines = [
+        *lines_of({key: repaired[key] for key in ids if key in repaired}, form),
+        *(row.raw for row in left),
+    ]
     store_text(Path(out), "".join(f"{line}\n" for line in lines), form)
-    return [*map(_sentence, grouped("", done)), *_done_to_file(text, mended, ids, form)]
+    return [*map(_sentence, grouped("", done)), *_done_to_file(text, repaired, ids, form)]
 
 
 def _sentence(done: Problem) -> str:
@@ -73,7 +77,7 @@ def _written(key: str, value: str, form: Rules) -> str:
 
 
 def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
-    """The id ("" for a row that can't be mended), the value, and what was done to them, if anything."""
+    """The id ("" for a row that can't be repaired), the value, and what was done to them, if anything."""
     key, _, value = row.raw.partition(form.separator)
     if not row.broken and len(row.fields) == 2:
         key, value = row.fields
@@ -104,13 +108,13 @@ def _without_quoting(value: str) -> str:
     return value.removeprefix('"') if value.count('"') % 2 else value
 
 
-def _done_to_file(text: str, mended: Mapping[str, str], ids: Sequence[str], form: Rules) -> Iterator[str]:
+def _done_to_file(text: str, repaired: Mapping[str, str], ids: Sequence[str], form: Rules) -> Iterator[str]:
     lines = list(io.StringIO(text, newline=""))
     if form.header and (not lines or lines[0].rstrip("\r\n") != form.header):
         yield f"wrote the header {form.header}"
     if blank := sum(not line.strip() for line in lines):
         yield f"deleted {blank} blank lines"
-    if list(mended) != [key for key in ids if key in mended]:
+    if list(repaired) != [key for key in ids if key in repaired]:
         yield "put the rows into the order of the ids file"
     if "\r" in text:
         yield "ended the lines with a line feed alone"
