@@ -129,6 +129,7 @@ def _start_with_what_was_drawn(folder: Path, place: Path) -> None:
     (place / "small.yaml").write_text(EXPERIMENT)
 
 
+@pytest.mark.slow
 def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(folder, finished, tmp_path):
     """At full size they are 10 GB for each rank, and were 30 GB when loaded twice, in fp32."""
     _start_with_what_was_drawn(folder, tmp_path)

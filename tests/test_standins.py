@@ -29,15 +29,25 @@ def data(tmp_path_factory) -> tuple[Split, Split]:
     return read(root, "train"), read(root, "valid")
 
 
-@pytest.fixture(scope="module")
-def folders(data, tmp_path_factory) -> dict[str, Path]:
+def build(data, root: Path, bleurt_steps: int, clip_steps: int) -> dict[str, Path]:
     (images, captions), _ = data
-    root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(standins, "CLIP_STEPS", 45)
+        patch.setattr(standins, "BLEURT_STEPS", bleurt_steps)
+        patch.setattr(standins, "CLIP_STEPS", clip_steps)
         standins.build_bleurt(captions, root / "bleurt")
         standins.build_clip(images, captions, root / "clip")
     return {"bleurt": root / "bleurt", "clipscore": root / "clip"}
+
+
+@pytest.fixture(scope="module")
+def folders(data, tmp_path_factory) -> dict[str, Path]:
+    """Stand-ins that have learnt next to nothing: enough for what holds of any weights."""
+    return build(data, tmp_path_factory.mktemp("begun"), 10, 4)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> dict[str, Path]:
+    return build(data, tmp_path_factory.mktemp("trained"), standins.BLEURT_STEPS, 45)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,9 @@ def scorer(folders) -> bleurt.Scorer:
     return bleurt.load(folders["bleurt"], "cpu")
 
 
-def test_bleurt_ranks_same_above_damaged_above_other(data, scorer):
+@pytest.mark.slow
+def test_bleurt_ranks_same_above_damaged_above_other(data, trained):
+    scorer = bleurt.load(trained["bleurt"], "cpu")
     captions = data[1][1]
     draw = random.Random(0)
     damaged = [" ".join(word for word in c.split() if draw.random() > 0.3) for c in captions]
@@ -103,10 +115,11 @@ def test_words_are_known_to_the_saved_tokenizers(data, folders):
         assert ids.count(tokenizer.unk_token_id) < 0.01 * len(ids)
 
 
-def test_clip_puts_matched_pairs_above_shuffled_ones(data, folders):
+@pytest.mark.slow
+def test_clip_puts_matched_pairs_above_shuffled_ones(data, trained):
     images, captions = data[1]
     config = ScoreConfig.model_validate(
-        {"metrics": ["clipscore"], "clipscore": {"checkpoint": str(folders["clipscore"])}}
+        {"metrics": ["clipscore"], "clipscore": {"checkpoint": str(trained["clipscore"])}}
     )
     matched = metrics.score(captions, captions, images, config, 2023)[0]["clipscore"]
     shuffled = metrics.score(captions[1:] + captions[:1], captions, images, config, 2023)[0]["clipscore"]

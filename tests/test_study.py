@@ -185,6 +185,7 @@ def values(folder: Path, name: str) -> dict[int, tuple[dict, dict]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_found_though_interrupted_and_the_command_goes_on(folder, finished):
     command = [sys.executable, "-m", "harness", "study", "two.yaml", "--workers", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
