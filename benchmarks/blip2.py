@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config import AugmentConfig, ModelConfig, TinyConfig
+from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
 from harness.models import loading, tiny
 from harness.models.loading import Loaded
 from harness.models.text import concept_sentence
-from harness.train import Split
+from harness.training.train import Split
 
 IMAGE_SIZE, IMAGES, MAX_TOKENS = 224, 256, 128
 SIZES = TinyConfig(

@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import memory
-from harness.config import ModelConfig, TinyConfig, TrainConfig
-from harness.memory import GB, Model
+from harness.config.schema import ModelConfig, TinyConfig, TrainConfig
 from harness.models import sizes
+from harness.training import memory
+from harness.training.memory import GB, Model
 
 MODEL = ModelConfig(
     checkpoint="tiny",
@@ -53,14 +53,14 @@ def settings(changes: dict) -> TrainConfig:
 
 def train(config: TrainConfig) -> float:
     """Train two steps; the peak resident memory of this process in bytes."""
-    from harness import device
+    from harness.machine import device
 
     device.probe("cpu")
     import torch
 
-    from harness.engine import engine, place
     from harness.models.blip2 import Captioner, freeze
     from harness.models.tiny import _blip2_config
+    from harness.training.engine import engine, place
 
     class Vocabulary(list):
         bos_token_id = eos_token_id = pad_token_id = 1

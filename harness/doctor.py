@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness import checkpoints, device, forecast, memory, metrics
-from harness.config import STANDIN, Config
+from harness import forecast, metrics
+from harness.config.schema import STANDIN, Config
 from harness.errors import UserError
-from harness.memory import Model, Setup
+from harness.machine import device
 from harness.metrics import java
 from harness.metrics.base import Absent
-from harness.models import sizes
+from harness.models import checkpoints, sizes
 from harness.models.sizes import Sizes
 from harness.plan import RUNS, problems, unscalable
 from harness.store import free, gb
+from harness.training import memory
+from harness.training.memory import Model, Setup
 
 DISTRIBUTION = "imageclef-harness"
 VERIFY = "verify them by the original packages: python -m harness score FILE --references FILE --verify 20"

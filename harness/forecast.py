@@ -5,15 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness import data, memory
-from harness.config import Config, DataConfig, TrainConfig
+from harness import data
+from harness.config.schema import Config, DataConfig, TrainConfig
 from harness.data import readers
 from harness.data.images import unbuilt
-from harness.memory import GB, Model, Setup
 from harness.models import sizes
 from harness.plan import RUNS
-from harness.schedule import stages
 from harness.store import free, gb
+from harness.training import memory
+from harness.training.memory import GB, Model, Setup
+from harness.training.schedule import stages
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
 _TINY_GRID = 8  # patches on a side as models.tiny builds its ViT

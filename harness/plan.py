@@ -13,18 +13,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import checkpoints, device, metrics, postprocess
+from harness import metrics
 from harness.captions import PREDICTIONS
-from harness.config import STANDIN, Config
+from harness.config.editions import EDITIONS
+from harness.config.schema import STANDIN, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
 from harness.data.readers import together
-from harness.editions import EDITIONS
+from harness.decoding import postprocess
 from harness.errors import Problem, UserError
-from harness.resume import BEST
+from harness.machine import device
+from harness.models import checkpoints
 from harness.store import free, gb, is_done, products, step_directory
 from harness.submission.checks import some
+from harness.training.resume import BEST
 
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.

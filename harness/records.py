@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from harness.captions import read_captions
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.store import damage_of, parsed
 

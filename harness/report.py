@@ -22,14 +22,14 @@ import yaml
 
 from harness import records, store
 from harness.captions import PREDICTIONS, same_in
-from harness.config import Config, flat
+from harness.config.editions import EDITIONS
+from harness.config.schema import Config, flat
 from harness.data.images import DAMAGE, decode, each
 from harness.data.readers import Example, read
-from harness.editions import EDITIONS
 from harness.errors import UserError
 from harness.pages import filled
-from harness.resume import LOSSES, rows_of
 from harness.tracking.server import failure_of, status_of
+from harness.training.resume import LOSSES, rows_of
 
 REPORT = "report.html"
 SIDE = 192

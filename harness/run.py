@@ -16,17 +16,19 @@ from typing import Any
 
 import yaml
 
-from harness import checkpoints, device, ranks, records, submission
+from harness import records, submission
 from harness.build import SCORED, Builder, Watch
 from harness.captions import PREDICTIONS, read_captions, same_in
-from harness.config import Config, flat
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import Config, flat
 from harness.errors import Pruned, UserError
+from harness.machine import device, ranks
 from harness.masking import masked
+from harness.models import checkpoints
 from harness.plan import Plan, Reporter
-from harness.resume import BEST, LOSSES
 from harness.store import DONE, MADE, bytes_of, damage, is_unsealed, parsed, seal, step, write, write_json
 from harness.submission.form import other_editions
+from harness.training.resume import BEST, LOSSES
 
 TRACEBACK = "traceback.txt"
 SUBMISSIONS = Path("submissions")

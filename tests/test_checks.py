@@ -300,8 +300,9 @@ def test_fingerprints_name_contents_not_places_or_dates(root, tmp_path):
     moved = Path(shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile))
     os.utime(moved / "train" / "phantom_train_000001.jpg", (1, 1))
     program = (
-        "import sys, json; from pathlib import Path; from harness import data; from harness.config import "
-        "DataConfig; found = data.load(DataConfig(root=sys.argv[1]), Path(sys.argv[2])); "
+        "import sys, json; from pathlib import Path; from harness import data; "
+        "from harness.config.schema import DataConfig; "
+        "found = data.load(DataConfig(root=sys.argv[1]), Path(sys.argv[2])); "
         "print(json.dumps(found.fingerprints))"
     )
     command = [sys.executable, "-c", program, str(moved), str(tmp_path / "other")]
@@ -335,7 +336,7 @@ def test_seventy_thousand_rows_in_two_seconds(tmp_path):
 import sys, time
 from pathlib import Path
 from harness import data
-from harness.config import DataConfig
+from harness.config.schema import DataConfig
 from harness.errors import UserError
 begun = time.process_time()
 try:

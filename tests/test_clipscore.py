@@ -18,11 +18,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from harness import checkpoints
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore
 from harness.metrics.base import Absent, Inputs
+from harness.models import checkpoints
 
 REFERENCES = ["axial ct of the chest", "mri of the left knee", "chest radiograph", "ct of the liver", ""]
 PREDICTIONS = ["ct of the chest", "a torn meniscus", "chest radiograph", "", "lung " * 300]
@@ -275,8 +275,8 @@ def test_bf16_is_close_and_named(folder, pictures):
 OTHER_PROCESS = """
 import json, sys
 from pathlib import Path
-from harness import checkpoints
-from harness.config import ScoreConfig
+from harness.models import checkpoints
+from harness.config.schema import ScoreConfig
 from harness.metrics import clipscore
 from harness.metrics.base import Absent, Inputs
 folder, cache, opened, *images = sys.argv[1:]

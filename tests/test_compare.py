@@ -13,7 +13,7 @@ from support import commands
 
 from harness import compare, metrics
 from harness.compare import Difference, System
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import METRICS, Score, bootstrap
 from harness.store import write_json

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness import checkpoints, records
+from harness import records
 from harness.data.images import open_pixels, resize, unbuilt
 from harness.data.readers import Example
 from harness.errors import UserError
-from harness.resume import BEST, FINISHED, LOSSES, Checkpoints, State, rows_of
+from harness.models import checkpoints
 from harness.store import (
     DONE,
     damage,
@@ -28,6 +28,7 @@ from harness.store import (
     step,
     write_checked,
 )
+from harness.training.resume import BEST, FINISHED, LOSSES, Checkpoints, State, rows_of
 
 
 def flip(file: Path) -> None:

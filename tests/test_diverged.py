@@ -9,12 +9,14 @@ from models import SIZES, batch, build_tiny, load_tiny
 from safetensors.torch import load_file, save_file
 from test_training import config, run, splits
 
-from harness import device, plots, store, train
-from harness.config import AugmentConfig, ModelConfig
+from harness import store
+from harness.config.schema import AugmentConfig, ModelConfig
 from harness.errors import UserError
+from harness.machine import device
 from harness.models import loading
 from harness.models.loading import load_trained, save_trained
 from harness.pages import filled
+from harness.training import plots, train
 
 device.probe("cpu")
 LAST_STEP = {

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from harness.config import Config, _sections, keys
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import Config, _sections, keys
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"

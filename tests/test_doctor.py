@@ -15,7 +15,7 @@ import pytest
 import small_sets
 
 from harness import forecast
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data import load
 from harness.data.images import open_pixels
 from harness.doctor import Check, examine
@@ -242,7 +242,7 @@ def test_the_published_sizes_are_the_measured_ones():
 
 
 def test_sizes_of_a_tiny_model_with_full_vocabularies():
-    from harness.config import TinyConfig
+    from harness.config.schema import TinyConfig
     from harness.models import tiny
 
     class Vocabulary(list):

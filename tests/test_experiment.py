@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import Config, flat, keys
+from harness.config.experiment import base_of, load
+from harness.config.schema import Config, flat, keys
 from harness.errors import UserError
-from harness.experiment import base_of, load
 from harness.study.spec import load as load_study
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -18,14 +18,15 @@ from tokenizers import models as token_models
 from tokenizers import trainers as token_trainers
 from transformers import Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
-from harness import device, schedule
-from harness.config import AugmentConfig, TrainConfig
+from harness.config.experiment import load
+from harness.config.schema import AugmentConfig, TrainConfig
 from harness.data.augment import augment, crops
 from harness.data.images import decode, resize
-from harness.experiment import load
+from harness.machine import device
 from harness.models import loading
 from harness.models.blip2 import IGNORE, _summed_loss
 from harness.models.text import clean_caption, concept_sentence, language_codec
+from harness.training import schedule
 
 device.probe("cpu")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoints, metrics
-from harness.config import Config, ScoreConfig
+from harness import metrics
+from harness.config.schema import Config, ScoreConfig
 from harness.errors import UserError
 from harness.metrics import alignscore, bertscore
-from harness.outline import Flawed, check_weights, read_pickle
+from harness.models import checkpoints
+from harness.models.outline import Flawed, check_weights, read_pickle
 from harness.plan import problems
 
 TENSOR = torch.arange(6.0)
@@ -136,7 +137,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
 def test_code_in_a_checkpoint_of_deepspeed_is_not_run(tmp_path):
     """DeepSpeed loads its own with `weights_only=False`."""
-    from harness import engine
+    from harness.training import engine
 
     file, mark = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "executed"
     file.write_bytes(saved({"module": {"a": TENSOR}, "b": Evil(mark)}))

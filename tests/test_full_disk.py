@@ -15,12 +15,12 @@ from models import build_tiny, load_tiny
 from test_run import EXPERIMENT
 
 from harness.cli.terminal import Terminal
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models.loading import save_trained
 from harness.plan import prepare
-from harness.resume import Checkpoints, State
 from harness.store import write
+from harness.training.resume import Checkpoints, State
 
 TRAIN = {"stage1": {"epochs": 8}, "stage2": {"epochs": 2}, "evaluate_every": 0, "keep_checkpoints": 2}
 

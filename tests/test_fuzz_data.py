@@ -21,7 +21,7 @@ from PIL import Image
 from small_sets import write_2023, write_comma
 
 from harness import data
-from harness.config import DataConfig
+from harness.config.schema import DataConfig
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
 

@@ -14,8 +14,8 @@ from fuzzing import cases
 from test_rules import rouge1, settled
 
 from harness import metrics
-from harness.config import ScoreConfig
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore, java
 

@@ -11,7 +11,7 @@ from collections import Counter
 from fuzzing import cases, within
 
 from harness import scoring
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 
 IDS = [f"scan_{number:06d}" for number in (1, 2, 16, 300)]

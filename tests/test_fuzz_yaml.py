@@ -9,9 +9,9 @@ import pytest
 import yaml
 from fuzzing import cases, within
 
-from harness.config import keys
+from harness.config.experiment import base_of, load, variant_of
+from harness.config.schema import keys
 from harness.errors import UserError
-from harness.experiment import base_of, load, variant_of
 from harness.store import fingerprint
 from harness.study.spec import load as load_study
 

@@ -10,9 +10,9 @@ import time
 import pytest
 from test_experiment import messages, write
 
-from harness.config import Config, keys
+from harness.config.experiment import load
+from harness.config.schema import Config, keys
 from harness.errors import UserError
-from harness.experiment import load
 from harness.study.spec import load as load_study
 
 HEAD = "name: a\ndata: {root: x}\n"
@@ -276,7 +276,7 @@ for name, model in {
     found[name] = fields(model)
 print("FOUND", json.dumps(found))
 """
-    from harness import deepspeed_keys
+    from harness.config import deepspeed_keys
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from golden_pairs import PREDICTIONS, REFERENCES, written
 
-from harness.interrupts import PATIENCE, Interrupts
+from harness.machine.interrupts import PATIENCE, Interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

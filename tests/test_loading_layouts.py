@@ -17,10 +17,9 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
-from harness import checkpoints
-from harness.config import ModelConfig
+from harness.config.schema import ModelConfig
 from harness.errors import UserError
-from harness.models import loading
+from harness.models import checkpoints, loading
 from harness.models.blip2 import Captioner
 from harness.models.sizes import OPT_2_7B
 

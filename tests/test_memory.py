@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from transformers import Blip2Config
 
-from harness import device, forecast, memory
-from harness.config import Config, TinyConfig, TrainConfig
-from harness.memory import GB, Model, Setup
+from harness import forecast
+from harness.config.schema import Config, TinyConfig, TrainConfig
+from harness.machine import device
 from harness.models import activations, sizes
 from harness.models.activations import Work
+from harness.training import memory
+from harness.training.memory import GB, Model, Setup
 
 device.probe("cpu")
 from traces import captioner, kept, without_contents  # noqa: E402
@@ -83,12 +85,12 @@ def test_activations_on_real_tensors():
 ALLOCATES = """
 import json, sys
 from pathlib import Path
-from harness import device
+from harness.machine import device
 device.probe("cpu")
 import torch
 from test_memory import captioner, settings, small
-from harness.config import TrainConfig
-from harness.engine import engine
+from harness.config.schema import TrainConfig
+from harness.training.engine import engine
 from harness.models.blip2 import freeze
 
 def size(tensors):
@@ -178,7 +180,7 @@ def test_options_of_a_set_up_turn_the_config_into_it():
 
 
 def test_steps_are_those_of_the_schedule(tmp_path):
-    from harness.schedule import epoch_batches, total_steps
+    from harness.training.schedule import epoch_batches, total_steps
 
     config = TrainConfig(batch_size=32, micro_batch_size=8, stage1={"epochs": 3}, stage2={"epochs": 2})
     rows = forecast.steps(config, 101)
@@ -197,7 +199,7 @@ def test_steps_are_those_of_the_schedule(tmp_path):
 def test_the_forecast_needs_no_torch():
     code = (
         "import sys; from pathlib import Path; from harness import forecast; "
-        "from harness.experiment import load;"
+        "from harness.config.experiment import load;"
         "[forecast.lines(forecast.forecast(c)) for c in load(Path('experiments/table3.yaml'), [])];"
         "assert 'torch' not in sys.modules"
     )

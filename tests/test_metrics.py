@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import bertscore, bootstrap, control, lexical, text
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import metrics, ranks
-from harness.config import ScoreConfig
+from harness import metrics
+from harness.config.schema import ScoreConfig
+from harness.machine import ranks
 from harness.metrics import bertscore
 from harness.metrics.base import Measured, Metric
 from harness.metrics.cache import Blobs, Table
@@ -25,8 +26,9 @@ STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "b
 PROGRAM = """
 import json, sys
 sys.modules.update({name: None for name in sys.argv[2].split(",") if name})
-from harness import metrics, ranks
-from harness.config import ScoreConfig
+from harness import metrics
+from harness.machine import ranks
+from harness.config.schema import ScoreConfig
 from pathlib import Path
 ranks.start() if ranks.world_size() > 1 else None
 given = json.loads(Path(sys.argv[1]).read_text())
@@ -311,8 +313,8 @@ def test_one_caption_has_no_interval():
 
 FAILING = """
 import sys
-from harness import ranks
-from harness.config import ScoreConfig
+from harness.machine import ranks
+from harness.config.schema import ScoreConfig
 from harness.metrics.base import Absent, Inputs
 ranks.start()
 captions = ["a", "b", "c"][: int(sys.argv[1])]

@@ -127,13 +127,13 @@ def test_the_poison_works():
         "import poisoned_cuda, torch; poisoned_cuda.poison()\n"
         "torch.cuda.is_available()\n"
         "for call in ('torch.cuda.is_available()', 'torch.ones(1).cuda()', 'torch.nn.Linear(1, 1).cuda()'):\n"
-        "    try: exec(call, {'__name__': 'harness.train', 'torch': torch})\n"
+        "    try: exec(call, {'__name__': 'harness.training.train', 'torch': torch})\n"
         "    except poisoned_cuda.Touched as error: print(error)\n"
     )
     done = run(HERE, plain(), code, program=("-c",))
     assert done.stdout.splitlines() == [
-        "harness.train uses torch.cuda.is_available",
-        *["harness.train uses .cuda()"] * 2,
+        "harness.training.train uses torch.cuda.is_available",
+        *["harness.training.train uses .cuda()"] * 2,
     ], done.stderr
 
 
@@ -230,7 +230,7 @@ def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
     refused = run(tmp_path, first, "run", *half)
     assert refused.returncode == 2
     assert "train.precision: got fp16, but this npu cuts off what is too large" in refused.stderr
-    code = "from harness import device; device.probe(); print(device.scoring_device('npu'))"
+    code = "from harness.machine import device; device.probe(); print(device.scoring_device('npu'))"
     assert [run(tmp_path, each, code, program=("-c",)).stdout for each in (first, npu)] == [
         "cpu\n",
         "npu:0\n",
@@ -242,7 +242,7 @@ def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, t
     told = npu | {"MAKE_BELIEVE_NPUS": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "here"}
     told |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     code = (
-        "import os\nfrom harness import device, launch\nlaunch.adopt_slurm(os.environ)\n"
+        "import os\nfrom harness.machine import device, launch\nlaunch.adopt_slurm(os.environ)\n"
         "print(device.torch_device(device.probe().kind))\nimport torch\nprint(torch.npu.conv.allow_hf32)"
     )
     done = run(tmp_path, told, code, program=("-c",))

@@ -10,7 +10,7 @@ from browser import CHROMIUM, Browser
 from test_report import captions, record, score, write_data, write_run
 
 from harness import leaderboard, report
-from harness.postprocess import deduplicate
+from harness.decoding.postprocess import deduplicate
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
 HOSTILE = (

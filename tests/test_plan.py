@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness import build, checkpoints
-from harness.checkpoints import Checkpoint
+from harness import build
 from harness.cli.terminal import Terminal
-from harness.config import Config, DataConfig, PhantomConfig
+from harness.config.experiment import load as load_experiment
+from harness.config.schema import Config, DataConfig, PhantomConfig
 from harness.data import load
 from harness.errors import UserError
-from harness.experiment import load as load_experiment
 from harness.metrics import bertscore
+from harness.models import checkpoints
+from harness.models.checkpoints import Checkpoint
 from harness.plan import Plan, problems
 from harness.store import is_done, step
 

@@ -21,8 +21,8 @@ from test_run import EXPERIMENT
 from test_training import by_hand
 from test_training import config as settings
 
-from harness import device, launch
-from harness.resume import Checkpoints, State
+from harness.machine import device, launch
+from harness.training.resume import Checkpoints, State
 
 device.probe("cpu")
 TRAINING = Path(__file__).parent / "ranked_training.py"
@@ -341,7 +341,8 @@ def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     code = (
-        "from datetime import timedelta\nfrom harness import ranks\nfrom harness.errors import UserError\n"
+        "from datetime import timedelta\nfrom harness.machine import ranks\n"
+        "from harness.errors import UserError\n"
         "ranks._SEARCH = timedelta(seconds=2)\n"
         "try: ranks.start()\nexcept UserError as error: print(error)\n"
     )

@@ -16,7 +16,7 @@ from small_sets import CAPTIONS, write_2023
 from support import commands
 
 from harness import report
-from harness.config import Config, flat
+from harness.config.schema import Config, flat
 from harness.errors import UserError
 
 METRICS = ("bertscore", "rouge1")
@@ -300,7 +300,7 @@ def test_no_run_is_a_mistake_with_the_runs_that_there_are(tmp_path):
 
 def palettes() -> Iterator[dict[str, str]]:
     """The colours of the page, in light and in dark."""
-    templates = Path(report.__file__).parent / "templates"
+    templates = Path(report.__file__).parent / "pages"
     text = "".join((templates / name).read_text(encoding="utf-8") for name in ("common.html", "report.html"))
     dark = re.findall(r"prefers-color-scheme: dark\) \{ :root \{(.*?)\} \}", text, re.DOTALL)
     light = [one for one in re.findall(r":root \{(.*?)\}", text, re.DOTALL) if one not in dark]

@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from harness import metrics
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.metrics import alignscore, base, bertscore
 
 YEARS = (2022, 2023, 2024, 2025, 2026)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness import metrics, scoring
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import base, bertscore, meteor
 from harness.metrics.base import Absent, Measured

@@ -17,7 +17,7 @@ from golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 from support import commands
 
 from harness import captions, cli, scoring
-from harness.config import STANDIN
+from harness.config.schema import STANDIN
 from harness.errors import UserError
 
 OVER_ALL = {

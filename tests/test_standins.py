@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import checkpoints, metrics
-from harness.config import PhantomConfig, ScoreConfig
+from harness import metrics
+from harness.config.schema import PhantomConfig, ScoreConfig
 from harness.data import phantom
 from harness.metrics import bleurt, clipscore
-from harness.models import standins
+from harness.models import checkpoints, standins
 
 Split = tuple[list[Path], list[str]]
 

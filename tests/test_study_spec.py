@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import Config
+from harness.config.experiment import load as load_experiment
+from harness.config.schema import Config
 from harness.errors import UserError
-from harness.experiment import load as load_experiment
 from harness.study.spec import Study, load
 
 BASE = """

@@ -14,10 +14,10 @@ import pytest
 from optuna.trial import TrialState
 
 from harness.cli.terminal import Terminal
-from harness.config import Config
-from harness.device import Device
+from harness.config.experiment import load as load_experiment
+from harness.config.schema import Config
 from harness.errors import UserError
-from harness.experiment import load as load_experiment
+from harness.machine.device import Device
 from harness.study import workers
 from harness.study.results import as_experiment, winner
 from harness.study.spec import Study, load

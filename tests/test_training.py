@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from models import TEXTS, build_tiny, load_tiny, pixels
 from safetensors.torch import load_file
 
-from harness import device, schedule, train
-from harness.config import AugmentConfig, TrainConfig
+from harness.config.schema import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import UserError
+from harness.machine import device
 from harness.models.blip2 import IGNORE, Captioner, freeze
+from harness.training import schedule, train
 
 device.probe("cpu")
 
@@ -301,7 +302,7 @@ def test_fp16_trains_as_fp32_does(folder, tmp_path, zero_stage):
 
 
 def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, tmp_path):
-    from harness.engine import engine, place, release
+    from harness.training.engine import engine, place, release
 
     settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
     loaded = load_tiny(folder)

@@ -13,10 +13,11 @@ from pathlib import Path
 import published
 import pytest
 
-from harness import checkpoints, metrics, scoring
-from harness.config import Config, ScoreConfig
+from harness import metrics, scoring
+from harness.config.schema import Config, ScoreConfig
 from harness.metrics import bertscore, medcat, similarity
 from harness.metrics.base import Inputs, Measured, Metric
+from harness.models import checkpoints
 from harness.plan import problems
 
 CAPTIONS = (["lung nodule", "mass"], ["lung", "mass nodule"])

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from golden_pairs import PREDICTIONS, REFERENCES
 
-from harness import metrics, verify
+from harness import metrics
 from harness.cli.verified import judge, lines, plain
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics.base import Inputs
+from harness.scoring import verify
 
 OURS = re.compile(r"(p|r)\.csv: \d|verifying \d|warning: |per image: |error: --verify: |$")
 COUNTED = ("rouge1", "bleu1", "cider")

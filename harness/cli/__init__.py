@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException as ClickException
 
-from harness import launch, ranks
 from harness.cli import compare, data, leaderboard, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
@@ -32,6 +31,7 @@ from harness.cli.terminal import (
     Terminal,
 )
 from harness.errors import UserError
+from harness.machine import launch, ranks
 from harness.masking import masked
 from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_csv
 
@@ -215,7 +215,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
 
 
 def _configs(experiment: Path, sets: list[str] | None, device: DeviceName | None) -> list[Any]:
-    from harness.experiment import load
+    from harness.config.experiment import load
 
     extra = [f"device={device}"] if device else []
     return load(experiment, [*(sets or ()), *extra])
@@ -256,8 +256,8 @@ def run(
 
 
 def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> int:
-    from harness import device
-    from harness.schedule import indivisible
+    from harness.machine import device
+    from harness.training.schedule import indivisible
 
     if hostfile:
         return launch.on_hosts(sys.argv[1:], hostfile, nproc)
@@ -271,7 +271,7 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
 
 def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     """The runs of an experiment, in this process or as one of several ranks; rank 0 writes and prints."""
-    from harness import device as devices
+    from harness.machine import device as devices
 
     kinds = {devices.probe(config.device).kind for config in configs}
     ranks.start(kinds.pop())
@@ -281,7 +281,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     from harness import report as reports
     from harness import run as runs
     from harness import tracking
-    from harness.experiment import base_of
+    from harness.config.experiment import base_of
     from harness.plan import RUNS, prepare
 
     terminal = Terminal()
@@ -362,7 +362,7 @@ def _print_plan(row: dict[str, Any]) -> None:
 
 
 def _print_records(records: list[dict[str, Any]], output: Format) -> None:
-    from harness import tables
+    from harness.cli import tables
 
     if output is Format.json:
         print(json_text(records))
@@ -406,7 +406,7 @@ def doctor(
     if output is Report.json:
         print(json_text([vars(check) for check in checks]))
     else:
-        from harness import tables
+        from harness.cli import tables
 
         tables.show_checks(checks)
     if not all(check.ok for check in checks):

@@ -16,7 +16,7 @@ from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.compare import Difference, System
-    from harness.config import ScoreConfig
+    from harness.config.schema import ScoreConfig
     from harness.scoring import Rows
 
 
@@ -55,7 +55,7 @@ def compare(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison
     from harness.cli.score import metric_names
-    from harness.device import world_size
+    from harness.machine.device import world_size
 
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
@@ -229,7 +229,7 @@ def _section(
 
 
 def _value(score: Any) -> str:
-    from harness.tables import cell
+    from harness.cli.tables import cell
 
     shown = cell(score and score.as_dict())
     return shown if score is None or score.low is None else f"{shown} [{score.low:.4f}, {score.high:.4f}]"
@@ -247,7 +247,7 @@ def _p(p: float | None) -> str:
 
 
 def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> list[str]:
-    from harness.tables import NOT_COMPARABLE
+    from harness.cli.tables import NOT_COMPARABLE
 
     metrics = {one.metric for one in found}
     shown = [score for s in systems for name, score in s.scores.items() if name in metrics]

@@ -21,7 +21,7 @@ LayoutOption = Annotated[
 def _data_config(root: Path, layout: str, **more: Any) -> Any:
     from pydantic import ValidationError
 
-    from harness.config import DataConfig
+    from harness.config.schema import DataConfig
 
     try:
         return DataConfig(root=root, layout=layout, **more)
@@ -40,7 +40,7 @@ def data_phantom(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes."""
-    from harness.config import PhantomConfig
+    from harness.config.schema import PhantomConfig
     from harness.data import phantom
 
     phantom.ensure(folder, PhantomConfig(train=train, valid=valid, test=test, seed=seed))
@@ -90,7 +90,7 @@ def data_stats(
     output: Output = Format.table,
 ) -> None:
     """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG)."""
-    from harness import tables
+    from harness.cli import tables
     from harness.data import load, statistics
     from harness.plan import RUNS
 

@@ -54,8 +54,8 @@ def leaderboard(
 
 
 def _print(boards: Sequence["Board"]) -> None:
+    from harness.cli.tables import NOT_COMPARABLE
     from harness.leaderboard import SPLITS
-    from harness.tables import NOT_COMPARABLE
 
     screen = console()
     for board in boards:
@@ -161,14 +161,14 @@ def _table(board: "Board", title: str) -> Any:
 
 
 def _cells(board: "Board", entry: "Entry") -> list[str]:
-    from harness.tables import cell
+    from harness.cli.tables import cell
 
     return [cell(entry.scores.get(name)) for name in board.metrics]
 
 
 def _origin(board: "Board", entry: "Entry") -> list[str]:
     """The primary score with its interval, and the origin of a run; the page has those of every score."""
-    from harness.tables import cell
+    from harness.cli.tables import cell
 
     record, score = entry.record, entry.scores.get(board.primary or "")
     line = _name(entry)

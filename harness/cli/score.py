@@ -66,7 +66,7 @@ def score(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import scoring
-    from harness.device import rank
+    from harness.machine.device import rank
 
     of_captions = {"--metrics": names is not None, "--images": images is not None, "--standins": standins}
     _check_task(task, [option for option, given in of_captions.items() if given], manual)
@@ -115,7 +115,7 @@ def score(
 
 def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
     """The edition of the option, else the run's, else 2023; raises `UserError` for one that is not known."""
-    from harness.editions import EDITIONS
+    from harness.config.editions import EDITIONS
 
     if edition is None:
         return run[1]["edition"] if run else 2023
@@ -209,7 +209,7 @@ def _print_table(scores: Mapping[str, "Score"]) -> None:
         else:
             print("\n".join([head, *_folded(tail, columns, " " * (width + 2))]))
     if any(score.value is not None and not score.official for score in scores.values()):
-        from harness.tables import NOT_COMPARABLE
+        from harness.cli.tables import NOT_COMPARABLE
 
         print(NOT_COMPARABLE)
 

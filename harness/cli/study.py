@@ -62,7 +62,7 @@ def run(
 
     The same command after an interruption goes on where it stopped, with the trials that it left.
     """
-    from harness import launch
+    from harness.machine import launch
     from harness.study import storage
     from harness.study import workers as processes
 
@@ -119,7 +119,8 @@ def _command() -> str:
 
 def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
     """Take trials in this process, or as one rank of several; mirror them unless another process does."""
-    from harness import ranks, tracking
+    from harness import tracking
+    from harness.machine import ranks
     from harness.study import work, workers
 
     terminal, silent = Terminal(), Terminal(silent=True)
@@ -136,7 +137,8 @@ def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
 
 def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     """Start workers and mirror what they do; raises `UserError` where trials are left."""
-    from harness import device, tracking
+    from harness import tracking
+    from harness.machine import device
     from harness.plan import prepare
     from harness.study import storage, workers
 
@@ -159,10 +161,10 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
 
 def _run_ranks(spec: "Study", ranks: int) -> int:
     """Start the ranks of one worker -> their exit code; anew after a trial that failed or lost a rank."""
-    from harness import device, launch
+    from harness.machine import device, launch
     from harness.plan import prepare
-    from harness.schedule import indivisible
     from harness.study.storage import read_record
+    from harness.training.schedule import indivisible
 
     found = [device.shortage(spec.base.device, ranks), indivisible(spec.base.train, ranks)]
     if problems := list(filter(None, found)):
@@ -257,7 +259,7 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from rich.table import Table
 
-    from harness import tables
+    from harness.cli import tables
 
     screen = console()
     keys = [parameter.key for parameter in spec.space]

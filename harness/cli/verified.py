@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from harness.verify import Verified
+    from harness.scoring.verify import Verified
 
 
 def lines(verified: Mapping[str, "Verified"], wanted: int, count: int) -> Iterator[str]:
     """A table with the largest difference of each metric, and how its rows were chosen."""
-    from harness.verify import SEED, TOLERANCE
+    from harness.scoring.verify import SEED, TOLERANCE
 
     yield ""
     rows = f"{min(wanted, count):,} of {count:,} rows, chosen by seed {SEED}"
@@ -44,7 +44,7 @@ def plain(verified: Mapping[str, "Verified"]) -> dict[str, dict[str, Any]]:
 
 def judge(verified: Mapping[str, "Verified"]) -> None:
     """Raise `UserError`, of exit code 1, where scores differ too far or nothing was compared."""
-    from harness.verify import TOLERANCE
+    from harness.scoring.verify import TOLERANCE
 
     wrong = [name for name, one in verified.items() if one.fails]
     if wrong:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.config import AugmentConfig
+from harness.config.schema import AugmentConfig
 
 _TRIES = 10
 

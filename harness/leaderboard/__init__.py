@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
 from harness.leaderboard.entries import (
     SPLITS,
     STANDINGS,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.tracking.server import failure_of, status_of
 

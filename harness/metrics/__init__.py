@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoints, ranks
-from harness.config import STANDIN, ScoreConfig
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import STANDIN, ScoreConfig
 from harness.errors import Problem, UserError
+from harness.machine import ranks
 from harness.metrics import (
     alignscore,
     bertscore,
@@ -33,6 +33,7 @@ from harness.metrics.baseline import constant_baseline, constant_caption
 from harness.metrics.cache import versions
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
+from harness.models import checkpoints
 from harness.store import fingerprint
 
 __all__ = [

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoints
-from harness.checkpoints import Checkpoint, standin_name
-from harness.config import AlignScoreConfig
+from harness.config.schema import AlignScoreConfig
 from harness.errors import Problem
 from harness.metrics.base import (
     Absent,
@@ -29,7 +27,9 @@ from harness.metrics.base import (
     sign,
 )
 from harness.metrics.cache import Row
-from harness.outline import Flawed, Stored, read_pickle
+from harness.models import checkpoints
+from harness.models.checkpoints import Checkpoint, standin_name
+from harness.models.outline import Flawed, Stored, read_pickle
 from harness.store import fingerprint
 
 OFFICIAL = "AlignScore-base.ckpt"

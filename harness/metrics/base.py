@@ -11,14 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from harness import checkpoints, ranks
-from harness.checkpoints import Checkpoint
-from harness.config import ScoreConfig
-from harness.device import out_of_memory
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import ScoreConfig
+from harness.machine import ranks
+from harness.machine.device import out_of_memory
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
 from harness.metrics.expected import quieten
+from harness.models import checkpoints
+from harness.models.checkpoints import Checkpoint
 
 WIDTH_STEP = 8
 CPU_BUDGET, DEVICE_BUDGET = 512, 8192

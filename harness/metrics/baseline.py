@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.config import ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.metrics import control, lexical, text
 from harness.metrics.base import Absent, Inputs
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoints
-from harness.checkpoints import Checkpoint
-from harness.config import STANDIN, BertScoreConfig
-from harness.device import module, ram
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import STANDIN, BertScoreConfig
 from harness.errors import Problem
+from harness.machine.device import module, ram
 from harness.metrics import cache, text
 from harness.metrics.base import (
     WIDE,
@@ -39,6 +37,8 @@ from harness.metrics.base import (
     sign,
 )
 from harness.metrics.cache import Embedded, Row, TextCache
+from harness.models import checkpoints
+from harness.models.checkpoints import Checkpoint
 from harness.store import fingerprint
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)

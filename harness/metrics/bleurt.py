@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import checkpoints
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
 from harness.metrics.base import (
     Inputs,
     Measured,
@@ -21,6 +20,7 @@ from harness.metrics.base import (
     sign,
 )
 from harness.metrics.cache import Row
+from harness.models import checkpoints
 from harness.store import fingerprint
 
 KEY = "score.bleurt.checkpoint"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.checkpoints import contents
+from harness.models.checkpoints import contents
 from harness.store import fingerprint
 
 EMBEDDING_BYTES = 4_000_000_000

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness import checkpoints
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
@@ -28,6 +27,7 @@ from harness.metrics.base import (
 )
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
+from harness.models import checkpoints
 from harness.store import fingerprint
 
 KEY = "score.clipscore.checkpoint"

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from harness.checkpoints import sha256, sums, untrusted
-from harness.config import MedCatConfig
-from harness.editions import EDITIONS
+from harness.config.editions import EDITIONS
+from harness.config.schema import MedCatConfig
 from harness.errors import Problem
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, empty, sign
 from harness.metrics.cache import Row
+from harness.models.checkpoints import sha256, sums, untrusted
 
 OFFICIAL = "umls_self_train_model_pt2ch_3760d588371755d0"
 """The UMLS full model of the organisers' README; its licence is a personal one of UTS."""

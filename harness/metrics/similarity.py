@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from harness.checkpoints import sha256, standin_name, sums, untrusted
-from harness.config import SimilarityConfig
+from harness.config.editions import EDITIONS
+from harness.config.schema import SimilarityConfig
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
-from harness.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, cut_rows, empty, filled, loading, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
+from harness.models.checkpoints import sha256, standin_name, sums, untrusted
 
 KEY = "score.similarity.folder"
 WEIGHT = 2.5

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from harness import checkpoints, device
-from harness.config import ModelConfig
+from harness.config.schema import ModelConfig
 from harness.errors import Problem, UserError
+from harness.machine import device
+from harness.models import checkpoints
 from harness.models.blip2 import Captioner
 from harness.models.text import DEC, Codec, language_codec, qformer_codec
 

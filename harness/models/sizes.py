@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoints
-from harness.config import ModelConfig, TinyConfig
+from harness.config.schema import ModelConfig, TinyConfig
+from harness.models import checkpoints
 
 # transformers' Blip2Config writes only what differs from these, which are those of Salesforce/blip2-opt-2.7b
 _VISION = {

@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness import checkpoints, device
-from harness.config import AugmentConfig, TinyConfig
+from harness.config.schema import AugmentConfig, TinyConfig
 from harness.data.augment import augment
+from harness.machine import device
+from harness.models import checkpoints
 from harness.models.blip2 import IGNORE, Captioner
 from harness.models.loading import QFORMER_TOKENIZER
 from harness.models.text import DEC, Codec, Text, language_codec

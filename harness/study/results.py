@@ -14,8 +14,8 @@ import yaml
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
+from harness.config.experiment import merge, parse_sets, set_value, variant_of
 from harness.errors import Problem, UserError
-from harness.experiment import merge, parse_sets, set_value, variant_of
 from harness.store import write, write_json
 from harness.study.spec import Study
 from harness.study.storage import RECORD, read_record

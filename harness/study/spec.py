@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from harness import experiment
-from harness.config import Config, Epochs, Section, Seed, flat, keys, whole
-from harness.editions import EDITIONS
+from harness.config import experiment
+from harness.config.editions import EDITIONS
+from harness.config.schema import Config, Epochs, Section, Seed, flat, keys, whole
+from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
 from harness.plan import HOW
 from harness.study.space import (
@@ -28,7 +29,6 @@ from harness.study.space import (
     points,
     several,
 )
-from harness.yamlfile import Path_, Place, no_file, parse, places_of
 
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
 """Keys of the base that may change while a study goes on."""

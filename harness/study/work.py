@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness import device, ranks
 from harness import run as runs
 from harness.build import Watch
 from harness.data import Dataset
 from harness.errors import Problem, Pruned, UserError
+from harness.machine import device, ranks
 from harness.masking import masked
 from harness.plan import RUNS, Plan, Reporter, prepare
 from harness.study import results

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from harness import launch
-from harness.device import Device
+from harness.machine import launch
+from harness.machine.device import Device
 
 WORKER = "HARNESS_STUDY_WORKER"
 """Set in the environment of a worker: its number."""

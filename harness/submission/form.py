@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from harness import store
+from harness.config.editions import EDITIONS
 from harness.data import files
-from harness.editions import EDITIONS
 from harness.errors import Flaw, Problem, UserError
 
 Task = Literal["caption", "concept"]

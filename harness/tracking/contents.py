@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.masking import masked
-from harness.resume import LOSSES, rows_of
 from harness.store import damage_of, fingerprint
+from harness.training.resume import LOSSES, rows_of
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-HEAVY = ("harness.train", "harness.predict", "harness.scoring", "bert_score")
+HEAVY = ("harness.training.train", "harness.decoding.predict", "harness.scoring", "bert_score")
 SAFE = ("COLUMNS", "MLFLOW_", "HARNESS_", "PYTEST_")
 """Variables that no import reads, by how their names begin."""
 

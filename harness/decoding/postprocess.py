@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from operator import eq
 
-from harness.config import PostprocessConfig
+from harness.config.schema import PostprocessConfig
 
 VERSION = 2
 """Raised whenever the same caption would come out differently; part of every step's fingerprint."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import Problem
-from harness.outline import Flawed, check_weights
+from harness.models.outline import Flawed, check_weights
 from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.config import TrainConfig
+from harness.config.schema import TrainConfig
 from harness.errors import Problem
 
 

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from harness import deepspeed_keys
-from harness.editions import EDITIONS
+from harness.config import deepspeed_keys
+from harness.config.editions import EDITIONS
 from harness.errors import AcrossKeys
 
 

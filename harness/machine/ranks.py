@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from harness.device import STEP, Kind, rank, world_size
 from harness.errors import Problem, UserError
+from harness.machine.device import STEP, Kind, rank, world_size
 
 __all__ = [
     "agree",

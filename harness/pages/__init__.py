@@ -9,7 +9,7 @@ from harness.visible import visible
 
 
 def filled(template: str, data: Any) -> str:
-    """A template of `harness/templates` with the common style and scripts, and the data as JSON.
+    """A template of this folder with the common style and scripts, and the data as JSON.
 
     Nothing in the data can become markup: "</script>" in a JSON string would end the element, "<!--" hide its
     end. Characters that turn text around or can't be seen are written out, as on a terminal. NaN and infinity
@@ -17,7 +17,7 @@ def filled(template: str, data: Any) -> str:
     """
     text = json.dumps(_shown(finite(data)), allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    templates = files("harness").joinpath("templates")
+    templates = files("harness.pages")
     common, page = (
         templates.joinpath(name).read_text(encoding="utf-8") for name in ("common.html", template)
     )

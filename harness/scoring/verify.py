@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import checkpoints, metrics
-from harness.editions import EDITIONS
+from harness import metrics
+from harness.config.editions import EDITIONS
 from harness.metrics import Score, bertscore, concepts, java, text
 from harness.metrics.base import Inputs
 from harness.metrics.expected import quieten
+from harness.models import checkpoints
 
 TOLERANCE = 1e-5
 SEED = 0

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import ranks
 from harness.captions import PREDICTIONS, write_captions
-from harness.config import PredictConfig
+from harness.config.schema import PredictConfig
+from harness.machine import ranks
 from harness.models.loading import Loaded
 
 PARTIALS = "partial-*.jsonl"

@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import device as devices
-from harness import ranks
-from harness.config import AugmentConfig, TrainConfig
+from harness.config.schema import AugmentConfig, TrainConfig
 from harness.data.augment import augment
-from harness.engine import accumulation, engine, place, release, resume, to_universal, whole
 from harness.errors import Problem, UserError
-from harness.interrupts import Interrupts
+from harness.machine import device as devices
+from harness.machine import ranks
+from harness.machine.interrupts import Interrupts
 from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
-from harness.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
-from harness.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.store import free, gb
+from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
+from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
+from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 
 PRIMARY = "valid_primary"
 TERMS = ("caption_loss", "concept_loss")

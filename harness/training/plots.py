@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.resume import rows_of
 from harness.store import write
+from harness.training.resume import rows_of
 
 
 def _axes(count: int) -> tuple[Any, Any]:

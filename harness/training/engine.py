@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from harness import device as devices
-from harness import ranks
-from harness.config import TrainConfig
+from harness.config.schema import TrainConfig
 from harness.errors import Problem, UserError
+from harness.machine import device as devices
+from harness.machine import ranks
 from harness.models.blip2 import Captioner
 from harness.store import write_json
 

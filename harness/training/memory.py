@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.config import TrainConfig
+from harness.config.schema import TrainConfig
 from harness.models import activations
 from harness.models.activations import Activations, Work
 from harness.models.sizes import Shape
-from harness.schedule import Stage, stages
+from harness.training.schedule import Stage, stages
 
 GB = 1e9
 CARDS = (24, 32, 40, 64, 80)

@@ -10,18 +10,21 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from harness import checkpoints, device, metrics, ranks, records, verify
+from harness import metrics, records
 from harness.captions import sameness
-from harness.config import STANDIN, Config, MetricName, ScoreConfig, Section
+from harness.config.editions import EDITIONS
+from harness.config.experiment import Place, explain, parse_sets, set_value
+from harness.config.schema import STANDIN, Config, MetricName, ScoreConfig, Section
 from harness.data import folders
-from harness.editions import EDITIONS
 from harness.errors import Flaw, Problem, UserError, grouped
-from harness.experiment import Place, explain, parse_sets, set_value
+from harness.machine import device, ranks
 from harness.metrics import Score
+from harness.models import checkpoints
 from harness.plan import RUNS
 from harness.records import artifact as run_artifact
 from harness.records import read as run_record
 from harness.records import root as run_root
+from harness.scoring import verify
 from harness.store import bytes_of, damage, is_done
 from harness.submission.form import Task, bare, plural
 from harness.submission.inputs import (

@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from harness.config import Config, keys
+from harness.config.schema import Config, keys
+from harness.config.yamlfile import Path_, Place, no_file, parse, parse_text, places_of
 from harness.errors import AcrossKeys, Problem, UserError
-from harness.yamlfile import Path_, Place, no_file, parse, parse_text, places_of
 
 _BASES, _RUNS = 20, 1_000
 """Files that may stand in one chain of bases, and runs of one file."""

@@ -16,8 +16,8 @@ import uuid
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from harness.device import STEP
 from harness.errors import Problem, UserError
+from harness.machine.device import STEP
 
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"

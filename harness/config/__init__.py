@@ -1,0 +1,1 @@
+"""What a user writes: the schema, experiment files, editions."""

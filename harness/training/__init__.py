@@ -1,0 +1,1 @@
+"""From loaded weights to the best checkpoint."""
