@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException as ClickException
 
-from harness.cli import compare, data, leaderboard, report, score, study, submission
+from harness.cli import compare, data, leaderboard, reference, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
     DeviceOption,
@@ -53,20 +54,34 @@ REPAIRABLE = {
 }
 """What a person can do something about: a full or read-only disk, a name that can't be written to."""
 
+_PANELS = ("Run and study", "Score and compare", "Submit", "Data", "Keep house")
+_RUN, _SCORE, _SUBMIT, _DATA, _HOUSE = _PANELS
+
+
+class _InPanels(TyperGroup):
+    """Lists the commands panel by panel."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
+
+
 app = typer.Typer(
     name="harness",
-    help="ImageCLEFmedical Caption: one YAML in; scores, official file and MLflow run out.",
+    cls=_InPanels,
+    help="From one YAML file to a trained captioner, its scores and an official submission file.\n\n"
+    "Example: python -m harness run experiments/quickstart.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(data.app, name="data")
-app.add_typer(submission.app, name="submission")
-app.add_typer(study.app, name="study")
-app.command("compare")(compare.compare)
-app.command("leaderboard")(leaderboard.leaderboard)
-app.command("report")(report.report)
-app.command("score")(score.score)
+app.add_typer(study.app, name="study", rich_help_panel=_RUN)
+app.command("score", rich_help_panel=_SCORE)(score.score)
+app.command("compare", rich_help_panel=_SCORE)(compare.compare)
+app.command("report", rich_help_panel=_SCORE)(report.report)
+app.command("leaderboard", rich_help_panel=_SCORE)(leaderboard.leaderboard)
+app.add_typer(submission.app, name="submission", rich_help_panel=_SUBMIT)
+app.add_typer(data.app, name="data", rich_help_panel=_DATA)
+app.command("reference", rich_help_panel=_HOUSE)(reference.reference)
 
 
 def main() -> None:
@@ -225,7 +240,7 @@ def _command() -> str:
     return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def run(
     experiment: Experiment,
     sets: Sets = None,
@@ -241,9 +256,11 @@ def run(
     ] = False,
     output: Output = Format.table,
 ) -> None:
-    """Train, predict, post-process, score, write the submission, and mirror it all to MLflow.
+    """Train, caption, post-process, score, write the submission, and mirror it all to MLflow.
 
-    The same command after an interruption goes on where it stopped; steps that are done are not repeated.
+    After an interruption the same command continues where it stopped. Finished steps are not repeated.
+
+    Example: python -m harness run experiments/quickstart.yaml --dry-run
     """
     configs = _configs(experiment, sets, device)
     if dry_run:
@@ -372,13 +389,16 @@ def _print_records(records: list[dict[str, Any]], output: Format) -> None:
         tables.show(records)
 
 
-@app.command()
+@app.command(rich_help_panel=_HOUSE)
 def sync(
     run: Annotated[Path | None, typer.Argument(help="A run's folder; all runs when left out.")] = None,
     follow: Annotated[Path | None, typer.Option(hidden=True)] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Mirror runs to MLflow (MLFLOW_TRACKING_URI, by default mlflow.db here)."""
+    """Mirror runs to MLflow at MLFLOW_TRACKING_URI, by default mlflow.db in this folder.
+
+    Example: python -m harness sync runs/quickstart
+    """
     from harness import tracking
     from harness.plan import RUNS
 
@@ -389,7 +409,7 @@ def sync(
             print(one_line(line))
 
 
-@app.command()
+@app.command(rich_help_panel=_HOUSE)
 def doctor(
     experiments: Annotated[
         list[Path] | None, typer.Argument(help="Experiments to check this machine for.")
@@ -398,7 +418,10 @@ def doctor(
     device: DeviceOption = None,
     output: ReportFormat = Report.table,
 ) -> None:
-    """Say what this machine has and lacks: device, versions, weights, Java, disk and memory."""
+    """Show what this machine has and lacks: device, versions, weights, Java, disk and memory.
+
+    Example: python -m harness doctor experiments/ablation_364.yaml
+    """
     from harness import doctor as diagnosis
 
     configs = [config for file in experiments or () for config in _configs(file, sets, device)]

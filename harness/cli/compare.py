@@ -26,21 +26,22 @@ def compare(
         typer.Argument(metavar="RUN_OR_FILE...", help="Folders of runs, files of captions; two or more."),
     ],
     references: Annotated[
-        Path | None, typer.Option(help="A label file or submission; needed where a file is compared.")
+        Path | None, typer.Option(help="A label file or submission; needed if a file is compared.")
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder of {ID}.jpg or .png; CLIPScore of files needs it."),
     ] = None,
     edition: Annotated[
-        int | None, typer.Option(help="Whose metrics score files; by default the first run's, else 2023.")
+        int | None,
+        typer.Option(help="Edition of the metrics for files; by default the first run's, else 2023."),
     ] = None,
     names: Annotated[
-        str | None, typer.Option("--metrics", metavar="A,B", help="By default all that there are.")
+        str | None, typer.Option("--metrics", metavar="A,B", help="By default all available.")
     ] = None,
     standins: Annotated[
         bool,
-        typer.Option("--standins", help="Let stand-ins score files where official weights are not at hand."),
+        typer.Option("--standins", help="Score files with stand-ins if official weights are missing."),
     ] = False,
     sets: Sets = None,
     device: DeviceOption = None,
@@ -49,8 +50,13 @@ def compare(
 ) -> None:
     """Say which differences between runs or files of captions are real at 95 %, metric by metric.
 
-    A difference is real if paired approximate randomisation gives p < 0.05 (Holm's over the pairs of more
-    than two) and its paired bootstrap interval is without 0. Exit code 1 if nothing can be compared.
+    A difference is real if p < 0.05 (Holm-corrected for more than two) and its interval does not contain 0.
+
+    p comes from paired approximate randomisation, the interval from a paired bootstrap.
+
+    The exit code is 1 if nothing can be compared.
+
+    Example: python -m harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison

@@ -10,7 +10,11 @@ from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
 from harness.errors import Problem, UserError
 from harness.visible import json_text
 
-app = typer.Typer(help="Look at a data set, check it, or draw a made-up one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check a data set, describe it, or draw a made-up one.\n\n"
+    "Example: python -m harness data check data/imageclef2023",
+    no_args_is_help=True,
+)
 
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
 LayoutOption = Annotated[
@@ -39,7 +43,10 @@ def data_phantom(
     test: Annotated[int, typer.Option(min=1)] = 150,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes."""
+    """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes.
+
+    Example: python -m harness data phantom data/phantom --train 700 --valid 100 --test 100
+    """
     from harness.config.schema import PhantomConfig
     from harness.data import phantom
 
@@ -53,7 +60,9 @@ def data_check(
 ) -> None:
     """Verify labels and images, and print every problem with file and line; exit code 2 if there are any.
 
-    What is odd and no mistake, such as a blank caption, is a note: training alone leaves the row out.
+    A row that is odd but no mistake, such as a blank caption, gives a note. Only training leaves it out.
+
+    Example: python -m harness data check data/imageclef2023
     """
     from harness.data import REPAIR, examine
     from harness.data.readers import together
@@ -89,7 +98,10 @@ def data_stats(
     ),
     output: Output = Format.table,
 ) -> None:
-    """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG)."""
+    """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG).
+
+    Example: python -m harness data stats data/imageclef2023 --plot lengths.png
+    """
     from harness.cli import tables
     from harness.data import load, statistics
     from harness.plan import RUNS

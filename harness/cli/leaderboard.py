@@ -26,14 +26,17 @@ class BoardFormat(StrEnum):
 
 def leaderboard(
     edition: Annotated[
-        int | None, typer.Option(help="Year of the edition; by default all that have standings or runs.")
+        int | None, typer.Option(help="Year of the edition; by default all with standings or runs.")
     ] = None,
     output: Annotated[
         BoardFormat, typer.Option("--format", help="html writes leaderboard/index.html.")
     ] = BoardFormat.table,
-    everything: Annotated[bool, typer.Option("--all", help="With the trials of studies.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Include the trials of studies.")] = False,
 ) -> None:
-    """Official standings (test) and our runs (validation), each with a rank or the reason for none."""
+    """Show official standings (test) and our runs (validation), each with a rank or the reason for none.
+
+    Example: python -m harness leaderboard --edition 2023 --format html
+    """
     from harness import leaderboard as boards
     from harness.plan import RUNS
 

@@ -10,10 +10,13 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
     out: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Where the page goes; by default report.html in the run's folder."),
+        typer.Option(dir_okay=False, help="File to write; by default report.html in the run's folder."),
     ] = None,
 ) -> None:
-    """Write one self-contained page of a run: config, curves, scores, and captions with their images."""
+    """Write one self-contained page of a run: config, curves, scores, and captions with their images.
+
+    Example: python -m harness report runs/quickstart/opt_364-s42
+    """
     from harness import report as pages
     from harness.cli.terminal import Terminal
 

@@ -36,13 +36,14 @@ def score(
         Path | None, typer.Option(metavar="DIR", help="Folder of {ID}.jpg or .png; CLIPScore needs it.")
     ] = None,
     edition: Annotated[
-        int | None, typer.Option(help="Whose metrics, 2022 to 2026; by default the run's, else 2023.")
+        int | None,
+        typer.Option(help="Edition of the metrics, 2022 to 2026; by default the run's, else 2023."),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--metrics", metavar="A,B", help="By default those of the edition.")
     ] = None,
     standins: Annotated[
-        bool, typer.Option("--standins", help="Let stand-ins serve where official weights are not at hand.")
+        bool, typer.Option("--standins", help="Use stand-ins if official weights are missing.")
     ] = False,
     task: Task = Task.caption,
     manual: Annotated[
@@ -62,7 +63,9 @@ def score(
 ) -> None:
     """Score captions, or concepts, as the organisers do, each score with its interval and signature.
 
-    Files are told apart by looking. A score that can't be computed here is absent with its reason.
+    The format of each file is detected. A score that can't be computed here is absent, with its reason.
+
+    Example: python -m harness score run.csv --references valid_labels.csv
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import scoring

@@ -31,25 +31,24 @@ class _FileFirst(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_FileFirst, no_args_is_help=True, help="Search an experiment's keys for the best validation score."
+    cls=_FileFirst,
+    no_args_is_help=True,
+    help="Search an experiment's keys for the best validation score.\n\n"
+    "Example: python -m harness study experiments/study_lr.yaml",
 )
 
 StudyFile = Annotated[Path, typer.Argument(help="The study's YAML file.")]
-Base = Annotated[
-    Path | None, typer.Option(help="An experiment file to search instead of the one that the study names.")
-]
-Variant = Annotated[str | None, typer.Option(help="Which variant of the base.")]
+Base = Annotated[Path | None, typer.Option(help="An experiment file that replaces the study's base.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the base.")]
 
 
 @app.command()
 def run(
     file: StudyFile,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="How many there are to be, over all calls.")
-    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials over all calls.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trials at the same time on this machine.")] = 1,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no trial after this time.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no trial after this time.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Devices (or processes, on CPUs) for each trial.")] = 1,
     base: Base = None,
@@ -58,9 +57,11 @@ def run(
     device: DeviceOption = None,
     output: Output = Format.table,
 ) -> None:
-    """Run trials until there are as many as wanted; `study FILE` does the same.
+    """Run trials up to the number wanted; `study FILE` does the same.
 
-    The same command after an interruption goes on where it stopped, with the trials that it left.
+    After an interruption the same command continues with the trials that were not finished.
+
+    Example: python -m harness study run experiments/study_lr.yaml --workers 4
     """
     from harness.machine import launch
     from harness.study import storage
@@ -196,7 +197,10 @@ def show(
     sets: Sets = None,
     output: Output = Format.table,
 ) -> None:
-    """List the trials of a study."""
+    """List the trials of a study.
+
+    Example: python -m harness study show experiments/study_lr.yaml
+    """
     spec = _load(file, sets, None, base, variant)
     _print(spec, _begun(spec), output)
 
@@ -205,14 +209,17 @@ def show(
 def best(
     file: StudyFile,
     out: Annotated[
-        Path | None, typer.Option("--output", help="Where to; by default beside the study's file.")
+        Path | None, typer.Option("--output", help="File to write; by default beside the study's file.")
     ] = None,
-    trial: Annotated[int | None, typer.Option(min=0, help="Another than the best.")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Number of a trial other than the best.")] = None,
     base: Base = None,
     variant: Variant = None,
     sets: Sets = None,
 ) -> None:
-    """Write the config of the best trial as an experiment that `harness run` takes."""
+    """Write the config of the best trial as an experiment that `harness run` takes.
+
+    Example: python -m harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
+    """
     from harness.store import write
     from harness.study import results, storage
 

@@ -16,7 +16,11 @@ from harness.errors import Problem, UserError
 from harness.masking import masked
 from harness.visible import json_text, one_line
 
-app = typer.Typer(help="Make official submission files, and check them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make official submission files, and check them.\n\n"
+    "Example: python -m harness submission make runs/quickstart/opt_364-s42",
+    no_args_is_help=True,
+)
 
 Edition = Annotated[int, typer.Option("--edition", help="Year of the edition, 2022 to 2026.")]
 IDS_HELP = "The ids to submit, in order: one a line, or the first column of a label file."
@@ -44,10 +48,14 @@ def make(
         Split.test
     ),
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Which folder; by default one under submissions/.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder to write to; by default one under submissions/."),
     ] = None,
 ) -> None:
-    """Write an official file with its manifest; exit code 3 where none can be made that would be accepted."""
+    """Write an official file with its manifest; exit code 3 if the organisers would refuse it.
+
+    Example: python -m harness submission make runs/quickstart/opt_364-s42 --edition 2026
+    """
     from harness import submission
     from harness.captions import sameness
     from harness.records import place_of
@@ -151,6 +159,8 @@ def check(
     """Print every reason for which a file would be refused or misread; exit code 3 if there are any.
 
     With --fix the exit code says whether OUT is valid.
+
+    Example: python -m harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
     from harness.submission.inputs import read_ids

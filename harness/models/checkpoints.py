@@ -180,7 +180,7 @@ def sums(path: Path, cache: Path | None) -> list[list[str]]:
 
 
 def sha256(path: Path, cache: Path | None) -> str:
-    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files (docs/guide.md)."""
+    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files (docs/scoring.md)."""
     if not path.is_dir():
         return _sha256(path, cache)
     lines = b"".join(_line(name, of_file) for name, of_file in sums(path, cache))

@@ -1,0 +1,35 @@
+"""`harness reference`: what docs/reference.md holds."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def reference(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+) -> None:
+    """Print every key of an experiment file with its type, default and meaning, as Markdown.
+
+    Example: python -m harness reference --output docs/reference.md
+    """
+    from harness.config.reference import page
+
+    text = page(dict(_commands(context.find_root().command)))
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+def _commands(group: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Each command of a group and of the groups in it, with the first paragraph of its help."""
+    for name in group.list_commands(None):
+        command = group.commands[name]
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", inspect.cleandoc(command.help or "").split("\n\n")[0]

@@ -1,0 +1,152 @@
+"""The reference: every key, metric, edition, exit code and command as a Markdown page."""
+
+import json
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from harness.config.editions import EDITIONS, Edition
+from harness.config.schema import Config, Section
+
+COMMAND = "python -m harness reference --output docs/reference.md"
+HEAD = f"""# Reference
+
+`{COMMAND}` writes this page from the code. Do not edit it by hand.
+
+A key of a section is written with dots: `train.batch_size` is `batch_size` under `train:` in the file. On the
+command line it is `--set train.batch_size=32`. [Experiments](experiments.md) says how files are put together.
+"""
+EXIT_CODES = {
+    0: "done",
+    1: "a failed run; nothing to compare; other scores by `score --verify`; a problem found by `doctor`",
+    2: "a mistake in the command, the config or the data",
+    3: "an invalid submission",
+    130: "interrupted by Ctrl-C, SIGTERM or SIGHUP; the same command continues",
+}
+_WORDS = {str: "text", bool: "true or false", Path: "path", int: "whole number", float: "number", Any: "any"}
+
+
+def page(commands: Mapping[str, str]) -> str:
+    """The whole page; `commands` are the names of all commands with what each does."""
+    parts = [HEAD, "## Keys", *_sections(Config, ""), "## Metrics", _metrics(), "## Editions", _editions()]
+    parts += ["## Exit codes", _table(["code", "meaning"], [[str(c), m] for c, m in EXIT_CODES.items()])]
+    parts += ["## Commands", "`--help` after a command shows its options."]
+    parts += [_table(["command", "what it does"], [[f"`{name}`", what] for name, what in commands.items()])]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _sections(section: type[Section], path: str) -> Iterator[str]:
+    """Heading, docstring and table of a section, then those of the sections in it."""
+    hints = get_type_hints(section, include_extras=True)
+    yield f"### `{path.rstrip('.')}`" if path else "### The run"
+    yield _line(section.__doc__)
+    rows = [
+        [f"`{path}{name}`", _type(hints[name]), _default(field), _line(field.description)]
+        for name, field in section.model_fields.items()
+    ]
+    yield _table(["key", "type", "default", "meaning"], rows)
+    for name in section.model_fields:
+        many = "[]" if get_origin(hints[name]) in (list, tuple) else ""
+        for inner in _inner(hints[name]):
+            yield from _sections(inner, f"{path}{name}{many}.")
+
+
+def _inner(hint: Any) -> list[type[Section]]:
+    """The sections that a type holds."""
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return [hint]
+    return [section for part in get_args(hint) for section in _inner(part)]
+
+
+def _type(hint: Any) -> str:
+    """A type with its allowed values, in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return next((word for extra in parts[1:] if (word := _range(parts[0], extra))), _type(parts[0]))
+    if origin is Literal:
+        return " or ".join(", ".join(f"`{value}`" for value in parts).rsplit(", ", 1))
+    if origin in (Union, types.UnionType):
+        return " or ".join("`null`" if part is type(None) else _type(part) for part in parts)
+    if origin in (tuple, list):
+        count = "" if origin is list or parts[-1] is ... else f"{len(parts)} times "
+        return f"list of {count}{_type(parts[0])}"
+    if origin is dict:
+        return f"mapping of {_type(parts[0])} to {_type(parts[1])}"
+    return _WORDS.get(hint, "section")
+
+
+def _range(base: Any, extra: Any) -> str | None:
+    """What an annotation says of a type: words, or the pattern and length of a text."""
+    if isinstance(extra, str):
+        return extra
+    if not isinstance(extra, FieldInfo):
+        return None
+    longest, pattern = (_rule(extra, name) for name in ("max_length", "pattern"))
+    length = f" of at most {longest} characters" if longest else ""
+    return f"{_type(base)}{length}" + (f" that matches `{pattern}`" if pattern else "")
+
+
+def _rule(field: FieldInfo, name: str) -> Any:
+    return next((value for rule in field.metadata if (value := getattr(rule, name, None))), None)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, Section):
+        return ""
+    return f"`{json.dumps(field.default, default=_plain)}`"
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_defaults=True, mode="json") if isinstance(value, Section) else str(value)
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *escaped])
+
+
+def _metrics() -> str:
+    """Each metric with the editions that compute it by default."""
+    names = dict.fromkeys(name for edition in EDITIONS.values() for name in edition.metrics)
+    rows = [
+        [f"`{name}`", ", ".join(str(year) for year, edition in EDITIONS.items() if name in edition.metrics)]
+        for name in names
+    ]
+    return _table(["metric", "computed by default in"], rows)
+
+
+def _editions() -> str:
+    """What differs between years."""
+    rows = [[label, *map(show, EDITIONS.values())] for label, show in _ROWS.items()]
+    return _table(["", *map(str, EDITIONS)], rows)
+
+
+def _means(edition: Edition) -> str:
+    return "; ".join(f"{name} = mean of {', '.join(parts)}" for name, parts in edition.aggregates.items())
+
+
+_FORMS = {
+    "pipe": "`ID|caption`",
+    "csv-zip": "`submission.csv` (`ID,Caption`) in a zip",
+    None: "not established",
+}
+_ROWS = {
+    "ranks": lambda edition: edition.ranking,
+    "means": _means,
+    "caption file": lambda edition: _FORMS[edition.caption_format],
+    "most concepts of an image": lambda edition: str(edition.max_cuis or "not established"),
+    "BLEURT": lambda edition: f"`{edition.bleurt}`",
+    "BERTScore weighs by idf": lambda edition: "yes" if edition.bertscore_idf else "no",
+    "tokens of a caption for BERTScore": lambda edition: str(edition.bertscore_tokens or "all"),
+    "blank captions": lambda edition: edition.blanks.rule,
+}
