@@ -1,75 +1,92 @@
-"""The guide says of every key what the schema says, and every link and command in it leads somewhere."""
+"""The reference is what the code says, every key has its own docstring, and every link leads somewhere."""
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from typer.testing import CliRunner
 
+from harness.cli import app
+from harness.config import reference
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, _sections, keys
+from harness.config.schema import Config, Section
 
+UNTIL_STAGES_ARE_A_LIST = {"Stage1Config", "Stage2Config", "stage1", "stage2"}
 ROOT = Path(__file__).parents[1]
-GUIDE = ROOT / "docs" / "guide.md"
-PAGES = [*sorted(ROOT.glob("*.md")), GUIDE, ROOT / "docs" / "security.md", ROOT / "submissions" / "README.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "submissions" / "README.md",
+]
 
 
-def key_rows() -> dict[str, tuple[str, str]]:
-    """Default and meaning by key, from the tables of the guide."""
-    pattern = re.compile(r"^\| `([a-z0-9_.]+)` \| (.+?) \| (.*) \|$", re.MULTILINE)
-    section = GUIDE.read_text(encoding="utf-8").partition("\n## Every key\n")[2].partition("\n## ")[0]
-    found = pattern.findall(section)
-    assert len(found) == len({key for key, *_ in found})
-    return {key: (default, meaning) for key, default, meaning in found}
+def printed() -> str:
+    return CliRunner().invoke(app, ["reference"], catch_exceptions=False).stdout
 
 
-def field(path: tuple[str, ...]) -> FieldInfo:
-    section: type[BaseModel] = Config
-    for name in path[:-1]:
-        section = _sections(section.model_fields[name].annotation)[0]
-    return section.model_fields[path[-1]]
+def sections(section: type[Section] = Config) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        for inner in reference._inner(field.annotation):
+            yield from sections(inner)
 
 
-def shown(default: object) -> str:
-    if default is PydanticUndefined:
-        return "required"
-    return "a section" if isinstance(default, BaseModel) else f"`{json.dumps(default)}`"
+def test_the_reference_is_not_stale():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert text == printed(), f"docs/reference.md is stale; run: {reference.COMMAND}"
 
 
-def test_the_guide_has_every_key_and_no_other():
-    assert list(key_rows()) == [".".join(path) for path in keys()]
+@pytest.mark.parametrize(
+    "section",
+    [section for section in sections() if section.__name__ not in UNTIL_STAGES_ARE_A_LIST],
+    ids=lambda section: section.__name__,
+)
+def test_every_key_has_a_docstring_of_its_own(section):
+    assert vars(section)["__doc__"]
+    fields = {key: field for key, field in section.model_fields.items() if key not in UNTIL_STAGES_ARE_A_LIST}
+    texts = [field.description for field in fields.values()]
+    assert all(texts)
+    assert len(texts) == len(set(texts))
 
 
-@pytest.mark.parametrize("path", keys(), ids=".".join)
-def test_the_guide_tells_a_key_as_the_schema_does(path):
-    default, meaning = key_rows()[".".join(path)]
-    assert default == shown(field(path).default)
-    assert meaning.startswith(field(path).description or "")
-    assert meaning
+@pytest.mark.parametrize(
+    ("key", "kind", "default"),
+    [
+        ("train.batch_size", "a whole number from 1 to 100,000", "`128`"),
+        ("train.betas", "list of 2 times a number from 0 to below 1", "`[0.9, 0.999]`"),
+        ("train.dropout", "a number from 0 to 1 or `null`", "`null`"),
+        ("data.root", "path", "required"),
+        ("predict.splits", "list of `valid` or `test`", '`["valid", "test"]`'),
+        ("variant", r"text of at most 100 characters that matches `^[A-Za-z0-9][\w.-]*$`", '`"base"`'),
+    ],
+)
+def test_the_reference_has_type_range_and_default(key, kind, default):
+    assert f"| `{key}` | {kind} | {default} | " in printed()
 
 
-def test_the_ranking_rules_are_those_of_the_editions():
-    text = GUIDE.read_text(encoding="utf-8")
-    for year, edition in EDITIONS.items():
-        row = next(line for line in text.splitlines() if re.match(rf"\| [\d, ]*{year}[\d, ]* \|", line))
-        name = {"bertscore": "BERTScore", "overall": "overall", None: "not established"}[edition.primary]
-        assert name in row.split("|")[2]
-        established = {"pipe": "caption`", "csv-zip": "zip", None: "not established"}[edition.caption_format]
-        assert established in row.split("|", 3)[3]
+def test_the_reference_has_the_ranking_rules_of_the_editions():
+    (row,) = re.findall(r"^\| ranks \| (.+) \|$", printed(), re.MULTILINE)
+    assert row.split(" | ") == [edition.ranking for edition in EDITIONS.values()]
+
+
+def test_every_command_has_a_panel_and_an_example():
+    for command in re.findall(r"^\| `([a-z ]+)` \|", printed().partition("\n## Commands\n")[2], re.MULTILINE):
+        text = CliRunner().invoke(app, [*command.split(), "--help"], catch_exceptions=False).stdout
+        assert f"Example: python -m harness {command}".removesuffix(" run") in text
+    assert "─ Commands ─" not in CliRunner().invoke(app, ["--help"], catch_exceptions=False).stdout
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (page.parent / target.partition("#")[0]).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target

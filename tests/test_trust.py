@@ -68,7 +68,7 @@ def test_the_sum_of_a_folder_is_what_the_guide_says(tmp_path):
         (folder / name).write_text(name)
     (folder / "a" / "again").symlink_to(folder, target_is_directory=True)
     (folder / "linked").symlink_to(folder / "a" / "x")
-    guide = Path(__file__).parents[1] / "docs" / "guide.md"
+    guide = Path(__file__).parents[1] / "docs" / "scoring.md"
     (line,) = re.findall(r"^(cd FOLDER && find .*)$", guide.read_text(encoding="utf-8"), re.MULTILINE)
     command = line.replace("FOLDER", str(folder))
     (folder / "a" / "again").unlink()  # which find would call a loop
