@@ -1,5 +1,6 @@
 """What the tests share: small phantom data, the folder shared/ where there is one."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -16,7 +17,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("DO_NOT_TRACK", "true")
 # where pytest is started in the background it is ignored, and by what the tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.set_threshold(100_000, 50, 100)
 SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_collections() -> None:
+    """Garbage collections pass over what imports have made: that took a second, hundreds of times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
