@@ -4,16 +4,34 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from models import batch, build_tiny, load_tiny
+from models import TEXTS, batch, build_tiny, load_tiny, pixels
+from safetensors.torch import load_file
+from support import toy_family
+from support.toy_family import Toy
 from transformers import Blip2Model
 
-from harness.config.schema import ModelConfig
+from harness.config.schema import AugmentConfig, ModelConfig, PredictConfig, TrainConfig
+from harness.decoding import predict
+from harness.machine import device
 from harness.models import FAMILIES, base, blip2, family
+from harness.training import memory, train
+
+device.probe("cpu")
+SETTINGS = TrainConfig(
+    batch_size=4,
+    micro_batch_size=2,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    precision="fp32",
+    stage1={"epochs": 2},
+    stage2={"epochs": 1},
+)
 
 HARNESS = Path(__file__).parents[1] / "harness"
 PARTS = re.compile(r"qformer|language_model|\bopt\b|query_tokens|vision_model|language_projection")
@@ -62,8 +80,10 @@ def test_a_family_has_the_functions_of_the_protocol(name):
 
 
 def test_a_captioner_and_a_shape_have_the_methods_of_the_protocol(folder):
-    shape = blip2.shape(ModelConfig())
-    for protocol, found in ((base.Captioner, load_tiny(folder).model), (base.Shape, shape)):
+    models = (load_tiny(folder).model, Toy(300))
+    shapes = (blip2.shape(ModelConfig()), toy_family.Shape(300))
+    every = [(base.Captioner, model) for model in models] + [(base.Shape, shape) for shape in shapes]
+    for protocol, found in every:
         for method, wanted in methods(protocol).items():
             assert parameters(inspect.signature(getattr(found, method))) == parameters(wanted), method
 
@@ -117,3 +137,44 @@ def test_image_features_are_the_query_outputs(folder):
         expected = theirs.get_qformer_features(images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not found.requires_grad
+
+
+@pytest.fixture
+def toy(folder, monkeypatch) -> ModelConfig:
+    monkeypatch.setitem(FAMILIES, "toy", "support.toy_family")
+    return ModelConfig(checkpoint=str(folder), image_size=64).model_copy(update={"family": "toy"})
+
+
+def test_a_family_of_another_build_trains_is_kept_and_captions(toy, folder, tmp_path):
+    """Training and decoding ask the protocol alone: this model has none of BLIP-2's parts."""
+    found = family(toy)
+    load = partial(found.load, toy, SETTINGS, folder, torch.float32)
+    caption, concept = found.codecs(toy, folder, SETTINGS.max_caption_tokens)
+    concepts, captions = zip(*TEXTS, strict=True)
+    texts = ([caption.encode(text) for text in captions], [concept.encode(text) for text in concepts])
+    split = train.Split([str(i) for i in range(len(TEXTS))], pixels(len(TEXTS)), *texts)
+    rows = []
+    how = {"kind": "cpu", "seed": 1, "directory": tmp_path, "log": rows.append}
+    data = {"train": split, "valid": split}
+    evaluate = {"evaluate": lambda loaded: {"valid_primary": float(len(rows))}}
+    loaded = train.Training(SETTINGS, AugmentConfig(), load, data, **how, **evaluate).run()
+    losses = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    assert losses[-1] < losses[0]
+    kept = load_file(tmp_path / train.BEST)
+    assert {name.partition(".")[0] for name in kept} == {"encoder", "projection"}
+    fresh = load().model.state_dict()
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, fresh[name]) == name.startswith("speaker."), name
+    options = PredictConfig(num_beams=1, max_new_tokens=5, batch_size=3)
+    said = predict.captions(loaded, split.pixels, range(4), options)
+    assert len(said) == 4
+
+
+def test_the_memory_forecast_asks_the_family(toy):
+    found = memory.Model(family(toy).shape(toy), SETTINGS, "cuda", True)
+    assert found.trained == sum(
+        weight.numel() for name, weight in Toy(300).named_parameters() if not name.startswith("speaker.")
+    )
+    used = memory.usage(found, memory.configured(SETTINGS, 1))
+    assert used.weights == 4 * found.trained + 2 * sum(p.numel() for p in Toy(300).speaker.parameters())
+    assert used.activations > 1000 * SETTINGS.micro_batch_size

@@ -38,6 +38,8 @@ class Losses(NamedTuple):
 class Captioner(Protocol):
     """A model of a family, which is also a `torch.nn.Module`."""
 
+    device: "torch.device"
+
     def __call__(
         self,
         pixels: "Tensor",
@@ -85,6 +87,9 @@ class Captioner(Protocol):
 
     def use_plain_attention(self) -> None:
         """Attend by plain products, which are faster on a CPU than torch's fused attention."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        """Keep the inputs of layers only, and compute the rest anew in the backward pass."""
 
 
 @dataclass(frozen=True)
