@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
-from harness.models import loading, tiny
+from harness.models import tiny
+from harness.models.blip2 import loading
 from harness.models.loading import Loaded
 from harness.models.text import concept_sentence
 from harness.training.train import Split

@@ -22,7 +22,8 @@ from PIL import Image
 
 from harness.data.images import open_pixels
 from harness.data.readers import Example
-from harness.models.loading import CLIP_MEAN, CLIP_STD, Loaded
+from harness.models.blip2.loading import CLIP_MEAN, CLIP_STD
+from harness.models.loading import Loaded
 
 COUNT, BATCH, EPOCHS = 300, 16, 5
 

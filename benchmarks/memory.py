@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from harness.config.schema import ModelConfig, TinyConfig, TrainConfig
-from harness.models import sizes
+from harness.models.blip2 import sizes
 from harness.training import memory
 from harness.training.memory import GB, Model
 
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> float:
     device.probe("cpu")
     import torch
 
-    from harness.models.blip2 import Captioner, freeze
+    from harness.models.blip2.model import Captioner
     from harness.models.tiny import _blip2_config
     from harness.training.engine import engine, place
 
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> float:
     blip2.vision_config.image_size = MODEL.image_size
     model = Captioner(blip2)
     place(model, config, "cpu")
-    freeze(model, train_vision=True, text_path=True)
+    model.freeze(["caption", "concept"], True)
     model.train()
     ids = torch.ones(config.micro_batch_size, TEXT, dtype=torch.long)
     texts = {"ids": ids, "mask": ids, "labels": ids}

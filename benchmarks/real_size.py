@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness.config.schema import ModelConfig, TrainConfig
 from harness.machine import device
-from harness.models import sizes
+from harness.models.blip2 import sizes
 from harness.training import memory
 from harness.training.memory import GB, Model
 
@@ -30,20 +30,20 @@ def captioner(config: TrainConfig, image_size: int, kind: device.Kind):
     import torch
     from transformers import Blip2Config
 
-    from harness.models.blip2 import Captioner, freeze
-    from harness.training.engine import language_dtype, place
+    from harness.models.blip2.model import Captioner
+    from harness.training.engine import frozen_dtype, place
 
     blip2 = Blip2Config(
         text_config={"model_type": "opt", **sizes.OPT_2_7B},
         qformer_config={"vocab_size": 30523},
         vision_config={"image_size": image_size},
     )
-    blip2.text_config.dtype = language_dtype(config, kind)
+    blip2.text_config.dtype = frozen_dtype(config, kind)
     with device.torch_device(kind):
         model = Captioner(blip2)
     torch.nn.init.normal_(model.query_tokens, std=0.02)
     place(model, config, kind)
-    freeze(model, config.train_vision, text_path=True)
+    model.freeze(["caption", "concept"], config.train_vision)
     return model
 
 
@@ -84,9 +84,9 @@ def rate(config: TrainConfig, kind: device.Kind) -> float:
     """FLOPs a second of the device's matrix products, in the precision of training."""
     import torch
 
-    from harness.training.engine import language_dtype
+    from harness.training.engine import frozen_dtype
 
-    square = torch.rand(4096, 4096, device=device.torch_device(kind), dtype=language_dtype(config, kind))
+    square = torch.rand(4096, 4096, device=device.torch_device(kind), dtype=frozen_dtype(config, kind))
     return 2 * 4096**3 / seconds(lambda: square @ square, kind, 10)
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from harness.config.schema import AugmentConfig, TrainConfig
 from harness.machine import device, ranks
-from harness.models.blip2 import freeze
 from harness.models.loading import Loaded
 from harness.training import train
 from harness.training.engine import engine, place, release
@@ -35,6 +34,7 @@ from harness.training.schedule import Stage
 
 device.probe("cpu")
 BATCH, MICRO, STEPS, BLOCKS = 8, 4, 10, 3
+LOSSES = ("caption", "concept")
 STAGE = Stage(1, 1, 1e-4, 1.0, 1.0)
 CONFIG = TrainConfig(batch_size=BATCH, micro_batch_size=MICRO, learning_rate=1e-4, precision="fp32")
 
@@ -45,7 +45,7 @@ class Ours(train.Training):
     def begin(self) -> None:
         """What comes before the first step of a stage."""
         self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
-        freeze(self.loaded.model, True, text_path=True)
+        self.loaded.model.freeze(LOSSES, True)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
 
     def step(self, number: int) -> None:
@@ -102,7 +102,7 @@ def bare(folder: Path, batches: list[list[dict[str, Any]]]) -> Iterator[float]:
     """The loss of one optimiser step after the other, in plain PyTorch."""
     model = blip2.load(folder).model
     place(model, CONFIG, "cpu")
-    freeze(model, True, text_path=True)
+    model.freeze(LOSSES, True)
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-4, weight_decay=CONFIG.weight_decay)
@@ -137,7 +137,7 @@ def trainer_steps(folder: Path, training: Ours, directory: Path) -> list[float]:
 
     loaded = blip2.load(folder)
     place(loaded.model, CONFIG, "cpu")
-    freeze(loaded.model, True, text_path=True)
+    loaded.model.freeze(LOSSES, True)
     data, times = training.splits["train"], []
 
     class Clock(TrainerCallback):

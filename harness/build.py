@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from harness import metrics
 from harness.captions import PREDICTIONS, read_captions, write_captions
-from harness.config.schema import PredictConfig
+from harness.config.schema import TINY, PredictConfig
 from harness.decoding import postprocess
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
-from harness.models import checkpoints
+from harness.models import checkpoints, family
 from harness.plan import Plan, Reporter, primary_metric
 from harness.store import damage_of, fingerprint, finite, write, write_json
 
@@ -125,18 +125,16 @@ class Builder:
     @property
     def _checkpoint(self) -> Path:
         name = self.config.model.checkpoint
-        return self.plan.directory("tiny") if name == "tiny" else checkpoints.find(name).folder
+        return self.plan.directory("tiny") if name == TINY else checkpoints.find(name).folder
 
     def _load(self) -> "Loaded":
-        from harness.models import loading
         from harness.training import engine
 
         self._unload_metrics()
         gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
-        config = self.config.train
-        how = (self.config.model, self._checkpoint, config.max_caption_tokens, config.dropout)
-        language = (engine.language_dtype(config, self.kind), config.language_dropout)
-        return loading.load(*how, *language)
+        model, config = self.config.model, self.config.train
+        dtype = engine.frozen_dtype(config, self.kind)
+        return family(model).load(model, config, self._checkpoint, dtype)
 
     def _unload_metrics(self) -> None:
         """Take the metrics' models from a device that the captioner needs for itself."""
@@ -145,12 +143,12 @@ class Builder:
             gc.collect()
 
     def _train(self, directory: Path) -> None:
-        from harness.models import loading
         from harness.models.text import Text
         from harness.training import plots, schedule, train
 
         most = self.config.train.max_caption_tokens
-        caption, concept = loading.codecs(self.config.model, self._checkpoint, most)
+        model = self.config.model
+        caption, concept = family(model).codecs(model, self._checkpoint, most)
 
         def split(name: str) -> train.Split:
             pairs = self._texts(name)

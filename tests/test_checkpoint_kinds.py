@@ -10,7 +10,7 @@ from test_run import EXPERIMENT
 
 from harness import plan
 from harness.config.schema import Config
-from harness.models import sizes
+from harness.models.blip2 import sizes
 
 
 def configured(checkpoint: str) -> Config:

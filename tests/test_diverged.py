@@ -13,7 +13,7 @@ from harness import store
 from harness.config.schema import AugmentConfig, ModelConfig
 from harness.errors import UserError
 from harness.machine import device
-from harness.models import loading
+from harness.models.blip2 import loading
 from harness.models.loading import load_trained, save_trained
 from harness.pages import filled
 from harness.training import plots, train

@@ -19,7 +19,8 @@ from harness.config.schema import Config
 from harness.data import load
 from harness.data.images import open_pixels
 from harness.doctor import Check, examine
-from harness.models import sizes, tiny
+from harness.models import tiny
+from harness.models.blip2 import sizes
 
 ROOT = Path(__file__).parents[1]
 whole, root = small_sets.whole, small_sets.root  # fixtures
@@ -208,7 +209,7 @@ def captioner_sizes(blip2, image_size: int, language_model: bool) -> sizes.Sizes
     """The oracle: the model itself, without weights."""
     import torch
 
-    from harness.models.blip2 import Captioner
+    from harness.models.blip2.model import Captioner
 
     blip2.vision_config.image_size = image_size
     with torch.device("meta"):

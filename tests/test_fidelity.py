@@ -23,9 +23,10 @@ from harness.config.schema import AugmentConfig, TrainConfig
 from harness.data.augment import augment, crops
 from harness.data.images import decode, resize
 from harness.machine import device
-from harness.models import loading
-from harness.models.blip2 import IGNORE, _summed_loss
-from harness.models.text import clean_caption, concept_sentence, language_codec
+from harness.models.blip2 import loading
+from harness.models.blip2.model import IGNORE, _summed_loss
+from harness.models.blip2.text import language_codec
+from harness.models.text import clean_caption, concept_sentence
 from harness.training import schedule
 
 device.probe("cpu")

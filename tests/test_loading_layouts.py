@@ -19,11 +19,10 @@ from transformers import (
 
 from harness.config.schema import ModelConfig
 from harness.errors import UserError
-from harness.models import checkpoints, loading
-from harness.models.blip2 import Captioner
-from harness.models.sizes import OPT_2_7B
-
-TIED = loading._TIED
+from harness.models import checkpoints
+from harness.models.blip2 import loading
+from harness.models.blip2.model import TIED, Captioner
+from harness.models.blip2.sizes import OPT_2_7B
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from transformers import Blip2Config
 from harness import forecast
 from harness.config.schema import Config, TinyConfig, TrainConfig
 from harness.machine import device
-from harness.models import activations, sizes
-from harness.models.activations import Work
+from harness.models.base import Work
+from harness.models.blip2 import activations, sizes
 from harness.training import memory
 from harness.training.memory import GB, Model, Setup
 
@@ -91,7 +91,6 @@ import torch
 from test_memory import captioner, settings, small
 from harness.config.schema import TrainConfig
 from harness.training.engine import engine
-from harness.models.blip2 import freeze
 
 def size(tensors):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -100,7 +99,7 @@ def size(tensors):
 def allocated(stage):
     config, _ = small()
     model = captioner(config, True, False, False)
-    freeze(model, True, True)
+    model.freeze(["caption", "concept"], True)
     deep = engine(model, TrainConfig(**settings(stage)), "cpu", Path(sys.argv[1]))
     side = config.vision_config.image_size
     ids = torch.ones(2, 9, dtype=torch.long)

@@ -135,7 +135,7 @@ def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(folder
     _start_with_what_was_drawn(folder, tmp_path)
     code = """if True:
         from harness import cli
-        from harness.models import loading
+        from harness.models.blip2 import loading
         load = loading.load
         def told(*arguments, **options):
             loaded = load(*arguments, **options)

@@ -15,7 +15,7 @@ from harness.config.schema import AugmentConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
-from harness.models.blip2 import IGNORE, Captioner, freeze
+from harness.models.blip2.model import IGNORE, Captioner
 from harness.training import schedule, train
 
 device.probe("cpu")
@@ -74,7 +74,7 @@ def by_hand(folder, settings, language_model, place="cpu"):
     lengths = np.array([len(text.ids) for text in split.captions])
     losses = []
     for stage in schedule.stages(settings):
-        freeze(model, True, text_path=stage.number == 1 or not language_model)
+        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"], True)
         own = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in own if p.ndim > 1]
         optimizer = torch.optim.AdamW(
@@ -307,7 +307,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
     loaded = load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    freeze(loaded.model, True, text_path=True)
+    loaded.model.freeze(["caption", "concept"], True)
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     trainer.optimizer.loss_scaler.cur_scale = 2.0**40
     split = splits(loaded)["train"]

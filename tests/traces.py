@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Blip2Config
 from transformers.modeling_utils import no_init_weights
 from transformers.models.opt import modeling_opt
 
-from harness.models.blip2 import Captioner, freeze
+from harness.models.blip2.model import Captioner
 
 
 class _Like(TorchFunctionMode):
@@ -66,7 +66,7 @@ def kept(
     model: Captioner, batch: int, tokens: int, concepts: bool, train_vision: bool = True
 ) -> tuple[int, int]:
     """Bytes saved by one training forward pass: of activations, and of weights cast to half precision."""
-    freeze(model, train_vision, concepts or model.language_model is None)
+    model.freeze(["caption", "concept"] if concepts else ["caption"], train_vision)
     model.train()
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1}

@@ -75,6 +75,9 @@ MetricName = Literal[
     "alignscore",
 ]
 STANDIN = "standin"
+"""The name of a metric's checkpoint that is made here."""
+TINY = "tiny"
+"""The name of a captioning model that is built here."""
 
 
 class Section(BaseModel):
@@ -158,8 +161,10 @@ class TinyConfig(Section):
 
 
 class ModelConfig(Section):
-    """The BLIP-2 to fine-tune."""
+    """The captioning model to fine-tune."""
 
+    family: Literal["blip2"] = "blip2"
+    """The kind of model that `checkpoint` is: how it is built, trained and decoded."""
     checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
     """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
     image_size: Side = 364
@@ -450,7 +455,7 @@ class Config(Section):
         if self.name.split("/")[0] in ("steps", "cache", "data"):
             what = f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
             raise AcrossKeys(what, "name")
-        if self.model.checkpoint == "tiny" and self.model.image_size % self.model.tiny.patch_size:
+        if self.model.checkpoint == TINY and self.model.image_size % self.model.tiny.patch_size:
             what = (
                 f"model.image_size {self.model.image_size} is not a multiple of "
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"

@@ -1,8 +1,5 @@
-"""From a checkpoint folder to a model ready to train: every weight from a file, none left random."""
+"""A loaded model with its inputs' units and codecs; and the weights that training changes, in a file."""
 
-import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,22 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from harness.config.schema import ModelConfig
 from harness.errors import Problem, UserError
-from harness.machine import device
-from harness.models import checkpoints
-from harness.models.blip2 import Captioner
-from harness.models.text import DEC, Codec, language_codec, qformer_codec
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-QFORMER_TOKENIZER = "qformer_tokenizer"
-_TEXT_PATH = re.compile(r"embeddings\.|cls\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
-_VOCABULARY = {"embeddings.word_embeddings.weight", "cls.predictions.bias"}
-_TIED = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight"}
+from harness.models.base import Captioner
+from harness.models.text import Codec
 
 
 @dataclass(frozen=True)
@@ -46,164 +31,9 @@ class Loaded:
         return planes.sub_(mean).div_(std)
 
 
-def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, Codec]:
-    """The codecs of captions and of concept sentences, without any weights.
-
-    Raises `UserError` where no configured checkpoint has a tokenizer for the Q-Former's text path.
-    """
-    text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
-    concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
-    if not config.language_model:
-        return concept, concept
-    language, blip2 = (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        Blip2Config.from_pretrained(folder),
-    )
-    return language_codec(language, blip2.text_config, config.prompt, max_tokens), concept
-
-
-def load(
-    config: ModelConfig,
-    folder: Path,
-    max_tokens: int,
-    dropout: float | None = None,
-    language_dtype: torch.dtype = torch.float32,
-    language_dropout: float | None = None,
-) -> Loaded:
-    """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
-
-    Weights are fp32; those of the frozen language model, two thirds of all, are read as `language_dtype`.
-    Raises `UserError` naming the weights that no configured checkpoint holds.
-    """
-    caption, concept = codecs(config, folder, max_tokens)
-    blip2 = Blip2Config.from_pretrained(folder)
-    blip2.qformer_config.vocab_size = len(concept.tokenizer)
-    if dropout is not None:
-        blip2.qformer_config.hidden_dropout_prob = dropout
-        blip2.qformer_config.attention_probs_dropout_prob = dropout
-    if language_dropout is not None:
-        _set_dropout(blip2.text_config, language_dropout)
-    # what is missing is reported below, as an error; what is not needed is no news
-    logging.set_verbosity_error()
-    if device.rank():
-        logging.disable_progress_bar()
-    parts = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
-    model, info = Captioner.from_pretrained(
-        folder,
-        config=blip2,
-        language_model=config.language_model,
-        dtype=parts | {"text_config": language_dtype},
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
-    texts = [_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint)]
-    lacking = _fill(model, lacking - _TIED, filter(None, texts))
-    if lacking:
-        raise UserError([_unfilled(lacking, folder)])
-    model.tie_weights()
-    model.resize_images(config.image_size)
-    return Loaded(model, caption, concept, *_pixel_units(folder))
-
-
-def _set_dropout(config: PretrainedConfig, share: float) -> None:
-    """The dropout of a language model's layers; without it, nothing else is left out at random either."""
-    for name in ("dropout", "dropout_rate", "resid_pdrop", "hidden_dropout"):  # OPT, T5, GPT-2, NeoX
-        if hasattr(config, name):
-            setattr(config, name, share)
-    for name in ("attention_dropout", "activation_dropout", "layerdrop", "attn_pdrop", "embd_pdrop"):
-        if share == 0 and hasattr(config, name):
-            setattr(config, name, 0.0)
-
-
-def _folder(name: str | None) -> Path | None:
-    found = checkpoints.find(name) if name else None
-    return found.folder if found else None
-
-
-def _qformer_tokenizer(folders: Iterable[Path | None]) -> PreTrainedTokenizerBase:
-    for folder in folders:
-        if folder is not None and any((folder / name).exists() for name in ("vocab.txt", "tokenizer.json")):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if DEC not in tokenizer.get_vocab():
-                tokenizer.add_special_tokens({"bos_token": DEC})
-            return tokenizer
-    raise UserError(
-        [
-            Problem(
-                "the checkpoint has no tokenizer for the Q-Former's text path",
-                key="model.text_head_checkpoint",
-                hint="Set it to bert-base-uncased, and model.text_checkpoint to Salesforce/blip2-itm-vit-g.",
-            )
-        ]
-    )
-
-
-def _fill(model: Captioner, lacking: set[str], folders: Iterable[Path]) -> set[str]:
-    """Copy lacking weights of text path and head from the first folder that has them; returns what is left.
-
-    Those of ViT and query path must be `model.checkpoint`'s own, which were trained together.
-    """
-    parameters = dict(model.named_parameters())
-    wanted = {name for name in lacking if _TEXT_PATH.match(name)}
-    for folder in folders:
-        for name, weight in _weights(folder, wanted):
-            target, rows = parameters[name], len(weight)
-            without_dec = name in _VOCABULARY and rows == len(target) - 1
-            if weight.shape[1:] != target.shape[1:] or not (rows == len(target) or without_dec):
-                continue
-            with torch.no_grad():
-                target[:rows] = weight.to(target.dtype)
-                if without_dec:  # BERT lacks it: start where the known words lie
-                    target[rows:] = weight.float().mean(0)
-            wanted.discard(name)
-            lacking = lacking - {name}
-    return lacking
-
-
-def _weights(folder: Path, wanted: set[str]) -> Iterable[tuple[str, Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if _own_name(key) in wanted:
-                    yield _own_name(key), weights.get_tensor(key)
-    if not any(folder.glob("*.safetensors")):
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            for key, weight in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
-                if _own_name(key) in wanted:
-                    yield _own_name(key), weight
-
-
-def _own_name(key: str) -> str:
-    """Old BERT checkpoints write LayerNorm's weight and bias as gamma and beta."""
-    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _unfilled(lacking: set[str], folder: Path) -> Problem:
-    names = sorted(lacking)
-    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-    return Problem(
-        f"no configured checkpoint holds these weights, and random ones would go unnoticed: {shown}",
-        folder,
-        key="model.checkpoint",
-        hint="The Q-Former's text path: model.text_checkpoint: Salesforce/blip2-itm-vit-g; its head: "
-        "model.text_head_checkpoint: bert-base-uncased.",
-    )
-
-
-def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_bytes()) if file.exists() else {}
-    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))
-
-
 def trained_weights(model: Captioner) -> dict[str, Tensor]:
-    """Everything but the frozen language model: what fine-tuning may change."""
-    return {
-        name: weight
-        for name, weight in model.state_dict().items()
-        if not name.startswith("language_model.") and name not in _TIED
-    }
+    """What fine-tuning may change."""
+    return {name: weight for name, weight in model.state_dict().items() if model.is_saved(name)}
 
 
 def save_trained(model: Captioner, path: Path) -> None:

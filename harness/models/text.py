@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from harness.models.blip2 import IGNORE
-
+IGNORE = -100
+"""The label of a token that counts in no loss."""
 _LAVIS_STRIPPED = re.compile(r"[.!\"()*#:;~]")
 
 
@@ -76,25 +76,6 @@ class Codec:
             labels[row, text.prompt : length] = ids[row, text.prompt : length]
             mask[row, :length] = 1
         return {"ids": ids, "mask": mask, "labels": labels}
-
-
-def language_codec(
-    tokenizer: "PreTrainedTokenizerBase", text_config: Any, prompt: str, max_tokens: int
-) -> Codec:
-    """Captions for the language model: start, prompt, caption, end (a line break, for OPT in BLIP-2)."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
-    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, " " if prompt else "")
-
-
-def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:
-    """Text for the Q-Former's own language model: [DEC] in the place of [CLS], text, [SEP]."""
-    start = tokenizer.convert_tokens_to_ids(DEC)
-    return Codec(tokenizer, (start,), tokenizer.sep_token_id, tokenizer.pad_token_id, max_tokens)
-
-
-DEC = "[DEC]"
 
 
 def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

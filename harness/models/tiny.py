@@ -25,14 +25,15 @@ from harness.config.schema import AugmentConfig, TinyConfig
 from harness.data.augment import augment
 from harness.machine import device
 from harness.models import checkpoints
-from harness.models.blip2 import IGNORE, Captioner
-from harness.models.loading import QFORMER_TOKENIZER
-from harness.models.text import DEC, Codec, Text, language_codec
+from harness.models.blip2.loading import QFORMER_TOKENIZER
+from harness.models.blip2.model import Captioner
+from harness.models.blip2.sizes import image_side
+from harness.models.blip2.text import DEC, language_codec
+from harness.models.text import IGNORE, Codec, Text
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 VISION_LEARNING_RATE = 2e-3
-GRID = 8  # patches on a side of the position table as built; loading resizes it to the image size
 _START, _PAD, _END, _IMAGE = "</s>", "<pad>", "<end>", "<image>"
 
 
@@ -46,7 +47,7 @@ def build(
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Build and save a small BLIP-2 that `loading.load` reads like a published one.
+    """Build and save a small BLIP-2 that `blip2.load` reads like a published one.
 
     texts: (concept sentence, caption) of the training split, as the model will see them. The language model
     learns to continue a concept sentence with the caption, so that what the Q-Former puts before it can steer
@@ -69,11 +70,6 @@ def build(
         model.save_pretrained(folder)
     BlipImageProcessor(image_mean=[mean / 255] * 3, image_std=[std / 255] * 3).save_pretrained(folder)
     checkpoints.mark_standin(folder, folder.name)
-
-
-def image_side(config: TinyConfig) -> int:
-    """The image size in pixels at which the ViT is built; loading resizes its position table to another."""
-    return GRID * config.patch_size
 
 
 def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folder: Path) -> None:

@@ -20,22 +20,17 @@ from harness.config.schema import TrainConfig
 from harness.errors import Problem, UserError
 from harness.machine import device as devices
 from harness.machine import ranks
-from harness.models.blip2 import Captioner
+from harness.models.base import Captioner
 from harness.store import write_json
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
-    """Put a model on its device, the frozen language model in the precision that it computes in."""
-    model.autocast_dtype = precision(config, kind)
-    model.vision_in_fp32 = config.vision_precision == "fp32"
-    if model.language_model is not None:
-        model.language_model.to(language_dtype(config, kind))
+    """Put a model on its device, weights that are never trained in the precision that it computes in."""
+    model.compute_in(precision(config, kind), config.vision_precision == "fp32")
     if kind == "cpu":  # torch's fused attention is slower there than plain products, backwards above all
-        for part in (model.vision_model, model.language_model):
-            if part is not None:
-                part.set_attn_implementation("eager")
+        model.use_plain_attention()
     model.to(devices.torch_device(kind))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -48,8 +43,8 @@ def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
 
 
-def language_dtype(config: TrainConfig, kind: devices.Kind) -> torch.dtype:
-    """What the frozen language model is kept in: the precision that it computes in."""
+def frozen_dtype(config: TrainConfig, kind: devices.Kind) -> torch.dtype:
+    """What weights that are never trained are kept in: the precision that they compute in."""
     return precision(config, kind) or torch.float32
 
 
@@ -61,10 +56,8 @@ def engine(
     `universal` is for loading a checkpoint in DeepSpeed's universal format.
     """
     deepspeed = _import_deepspeed(kind)
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        model.parameter_groups(config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
     )
@@ -223,7 +216,7 @@ def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
     """All weights that fine-tuning may change on every rank, where ZeRO-3 has taken them apart."""
     import deepspeed
 
-    own = [p for name, p in model.named_parameters() if not name.startswith("language_model.")]
+    own = [p for name, p in model.named_parameters() if model.is_saved(name)]
     return deepspeed.zero.GatheredParameters(own)
 
 

@@ -1,7 +1,8 @@
 """The memory that training takes on each device, and the smallest set-up that fits; no torch.
 
 Weights, gradients and optimiser are counted as DeepSpeed 0.19.8 lays them out for our config (fp32 weights
-that autocast reads, torch's AdamW, no master copy in half precision); activations by `models.activations`.
+that autocast reads, torch's AdamW, no master copy in half precision); parameters and activations
+by the family of the model (`models.base.Shape`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,16 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config.schema import TrainConfig
-from harness.models import activations
-from harness.models.activations import Activations, Work
-from harness.models.sizes import Shape
+from harness.models.base import FLOAT, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
 
 GB = 1e9
 CARDS = (24, 32, 40, 64, 80)
 """GB of the cards that are asked about where there is none."""
 DEVICES = (1, 2, 4, 8, 16)
-_FLOAT, _MOMENTS = 4, 8  # bytes per trained parameter: fp32, and AdamW's two moments in fp32
+MOMENTS = 2 * FLOAT
+"""Bytes of AdamW's two moments of a trained parameter."""
 _CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries, and the device's and collective's buffers
 # An allowance for what the allocator keeps; glibc holds on to freed blocks (benchmarks/memory.py).
 _FRAGMENTED = {"cpu": 0.3, "cuda": 0.05, "npu": 0.05}
@@ -78,27 +78,22 @@ class Model:
     @property
     def trained(self) -> int:
         """Parameters that stage 1 trains; no stage trains more."""
-        sizes = self.shape.sizes
-        return (
-            sizes.qformer + sizes.text + sizes.projection + (sizes.vision if self.config.train_vision else 0)
-        )
+        return self.shape.trained(self.config.train_vision)
 
     @property
     def frozen(self) -> int:
-        """Bytes of the weights that are never trained; the language model computes in half precision."""
-        sizes = self.shape.sizes
-        vision = 0 if self.config.train_vision else sizes.vision
-        return _FLOAT * vision + (2 if self.half else _FLOAT) * sizes.language_model
+        """Bytes of the weights that are never trained."""
+        return self.shape.frozen(self.config.train_vision, self.half)
 
     @property
     def weights(self) -> int:
         """Bytes of all weights, which every rank loads whole."""
-        return _FLOAT * self.trained + self.frozen
+        return FLOAT * self.trained + self.frozen
 
     def activations(self, micro_batch: int) -> Activations:
         """Those of the stage that takes more, with every text as long as the config allows."""
         return max(
-            (activations.of(self.shape, self._work(stage, micro_batch)) for stage in stages(self.config)),
+            (self.shape.activations(self._work(stage, micro_batch)) for stage in stages(self.config)),
             key=lambda found: found.kept,
         )
 
@@ -140,11 +135,11 @@ def usage(model: Model, setup: Setup) -> Usage:
     once; an optimiser step, whose AdamW needs the trained weights once more, comes when activations are gone.
     """
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
-    whole, shard = _FLOAT * numbers, _FLOAT * numbers // shards
+    whole, shard = FLOAT * numbers, FLOAT * numbers // shards
     weights = model.weights if stage < 3 else model.weights // shards
-    bucket = _FLOAT * _bucket(model.config)
+    bucket = FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 step a flat copy of their part of the weights
-    moments = (_MOMENTS * numbers) // (shards if stage else 1)
+    moments = (MOMENTS * numbers) // (shards if stage else 1)
     gradients = whole if stage < 2 else shard
     buffers = bucket if stage else 0
     if (
@@ -180,7 +175,7 @@ def _gathered(model: Model) -> int:
     """Bytes of the weights that ZeRO-3 holds whole at a time: the trained ones first, which are larger."""
     zero: Any = model.config.deepspeed.get("zero_optimization", {})
     live = int(zero.get("stage3_max_live_parameters", _LIVE))
-    return _FLOAT * min(live, model.trained) + 2 * max(live - model.trained, 0)
+    return FLOAT * min(live, model.trained) + 2 * max(live - model.trained, 0)
 
 
 def _accumulates(config: TrainConfig, setup: Setup) -> bool:
@@ -203,7 +198,7 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
         own = 2 * shard if setup.zero_stage else 0
     if setup.zero_stage in (1, 2):
         return own + shard
-    joined = min(_FLOAT * _BUCKET, whole) if setup.devices > 1 else 0
+    joined = min(FLOAT * _BUCKET, whole) if setup.devices > 1 else 0
     return max(own, joined) if not setup.zero_stage else own
 
 

@@ -25,7 +25,6 @@ from harness.errors import Problem, UserError
 from harness.machine import device as devices
 from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
-from harness.models.blip2 import freeze
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.store import free, gb
@@ -115,7 +114,7 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        freeze(self.loaded.model, self.config.train_vision, self._reads(stage))
+        self.loaded.model.freeze(self._trains(stage), self.config.train_vision)
         ranks.every(None)  # all have loaded: devices wait for each other for minutes only
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
@@ -199,8 +198,8 @@ class Training:
         load_trained(loaded.model, file)
         return loaded
 
-    def _reads(self, stage: Stage) -> bool:
-        return stage.concept_weight > 0 or self.loaded.model.language_model is None
+    def _trains(self, stage: Stage) -> list[str]:
+        return [name.removesuffix("_loss") for name in TERMS if self._has(stage, name)]
 
     def _step(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> None:
         """Optimiser step `step` of a stage, from 0, on these images."""

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.schema import ModelConfig, TinyConfig
+from harness.config.schema import TINY, ModelConfig, TinyConfig
 from harness.models import checkpoints
+from harness.models.base import FLOAT, HALF, Activations, Work
+from harness.models.blip2 import activations
+
+MODEL_TYPE = "blip-2"
+"""What the `config.json` of a BLIP-2 calls it."""
+GRID = 8
+"""Patches on a side of a tiny model's position table as built; loading resizes it to the image size."""
 
 # transformers' Blip2Config writes only what differs from these, which are those of Salesforce/blip2-opt-2.7b
 _VISION = {
@@ -95,6 +102,21 @@ class Shape:
             language_model=_opt(language) if language else 0,
         )
 
+    def trained(self, train_vision: bool) -> int:
+        """Parameters that training may change: all but the language model, and the ViT where it is frozen."""
+        parts = self.sizes
+        return parts.qformer + parts.text + parts.projection + (parts.vision if train_vision else 0)
+
+    def frozen(self, train_vision: bool, half: bool) -> int:
+        """Bytes of the weights that are never trained; the language model is kept as it computes."""
+        parts = self.sizes
+        vision = 0 if train_vision else parts.vision
+        return FLOAT * vision + (HALF if half else FLOAT) * parts.language_model
+
+    def activations(self, work: Work) -> Activations:
+        """The bytes that autograd keeps of one micro batch."""
+        return activations.of(self, work)
+
 
 def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shape | None:
     """The shape for the contents of a `config.json`; None where its language model is no OPT."""
@@ -112,10 +134,10 @@ def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shap
 
 def of_model(model: ModelConfig) -> Shape | None:
     """The shape of the configured model; None where its checkpoint is neither at hand nor known."""
-    if model.checkpoint == "tiny":
+    if model.checkpoint == TINY:
         return of_tiny(model.tiny, model.image_size, model.language_model)
     found = checkpoints.find(model.checkpoint)
-    damaged = found and checkpoints.other_kind(found, "blip-2", "model.checkpoint")
+    damaged = found and checkpoints.other_kind(found, MODEL_TYPE, "model.checkpoint")
     folder = found.folder if found and not damaged else None
     return of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
 
@@ -126,6 +148,11 @@ def of_checkpoint(folder: Path | None, name: str, image_size: int, language_mode
     if file and file.exists():
         return of(json.loads(file.read_text(encoding="utf-8")), image_size, language_model)
     return of({"text_config": OPT_2_7B}, image_size, language_model) if name in PUBLISHED else None
+
+
+def image_side(tiny: TinyConfig) -> int:
+    """The image size in pixels at which the ViT is built; loading resizes its position table to another."""
+    return GRID * tiny.patch_size
 
 
 def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:

@@ -1,66 +1,25 @@
-"""The bytes that autograd keeps of one micro batch, from the shape of a captioner alone: no torch.
+"""The bytes that autograd keeps of one micro batch, from the shape of a BLIP-2 alone: no torch.
 
 Each term counts the tensors that one module of transformers' BLIP-2 saves for its backward pass; a test
 compares the sum with what torch's saved-tensor hooks see on the real 3.8B model without weights.
 """
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from harness.models.sizes import Shape
+from harness.models.base import FLOAT, HALF, INDEX, Activations, Work
 
-_FLOAT, _INDEX = 4, 8
-
-
-@dataclass(frozen=True)
-class Work:
-    """One micro batch: `batch` images, each with a caption and a concept sentence of `tokens` tokens.
-
-    `half`: 2-byte autocast, else fp32; `vision_half`: the same for the ViT. `accelerator`: attention is fused
-    and autocast computes norms and softmax in fp32, else as on a CPU. `captions` and `concepts` say which of
-    the two losses there are.
-    """
-
-    batch: int
-    tokens: int
-    half: bool
-    vision_half: bool
-    accelerator: bool
-    train_vision: bool = True
-    captions: bool = True
-    concepts: bool = True
-    dropout: float | None = None
-    """Of the Q-Former; None: as the checkpoint says."""
-
-    @property
-    def bytes(self) -> int:
-        """Per number that is computed in autocast."""
-        return 2 if self.half else _FLOAT
+if TYPE_CHECKING:
+    from harness.models.blip2.sizes import Shape
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro batch.
-
-    `kept`: saved for the backward pass without gradient checkpointing, `kept_checkpointed` with it. `casts`:
-    the trained weights that autocast holds in half precision during the forward pass. `loss`: what computing
-    the larger loss takes for a moment; `layer`: what checkpointing computes anew for the largest layer.
-    """
-
-    kept: int
-    kept_checkpointed: int
-    casts: int
-    loss: int
-    layer: int
-
-
-def of(shape: Shape, work: Work) -> Activations:
+def of(shape: "Shape", work: Work) -> Activations:
     """The activations of one micro batch of a model of this shape."""
     reads = int(work.concepts) + int(work.captions and shape.language is None)
     speaks = work.captions and shape.language is not None
     image, image_layer, image_inputs = _image(shape, work)
     layers = [_query_layer(shape, work, number) for number in range(shape.qformer["num_hidden_layers"])]
     states = len(layers) * _states(shape, work)
-    inputs = len(layers) * _FLOAT * work.batch * shape.queries * shape.qformer["hidden_size"]
+    inputs = len(layers) * FLOAT * work.batch * shape.queries * shape.qformer["hidden_size"]
     text = reads * _text(shape, work)
     speech, speech_layer, speech_inputs = _speech(shape, work) if speaks else (0, 0, [])
     vocabularies = [shape.qformer["vocab_size"]] * bool(reads)
@@ -71,32 +30,32 @@ def of(shape: Shape, work: Work) -> Activations:
         kept=outside + deep * image_layer + _seen(shape, work) + sum(layers) + spoken * speech_layer,
         kept_checkpointed=outside + sum(image_inputs) + inputs + sum(speech_inputs),
         casts=_casts(shape, work, reads > 0),
-        loss=work.batch * (work.tokens + shape.queries) * max(vocabularies) * (2 * _FLOAT + work.bytes),
+        loss=work.batch * (work.tokens + shape.queries) * max(vocabularies) * (2 * FLOAT + work.bytes),
         layer=max(image_layer, speech_layer, max(layers)),
     )
 
 
-def _image(shape: Shape, work: Work) -> tuple[int, int, list[int]]:
+def _image(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
     """The ViT: bytes outside its layers, of one layer, of each layer's input; if frozen, of its output."""
-    c, size = shape.vision, 2 if work.vision_half else _FLOAT
+    c, size = shape.vision, HALF if work.vision_half else FLOAT
     tokens, width, mlp = work.batch * shape.patches, c["hidden_size"], c["intermediate_size"]
     if not work.train_vision:
-        output = _FLOAT * tokens * width
+        output = FLOAT * tokens * width
         return 0, 0 if work.half else output, [output]
     pixels = work.batch * 3 * shape.image_size**2 * size
-    after = _norm(tokens, width, _FLOAT) + _FLOAT * tokens * width
-    norms = 2 * _norm(tokens, width, _FLOAT)
+    after = _norm(tokens, width, FLOAT) + FLOAT * tokens * width
+    norms = 2 * _norm(tokens, width, FLOAT)
     linear = size * tokens * (6 * width + 2 * mlp)
     heads = c["num_attention_heads"]
     if work.accelerator:
-        attention = _FLOAT * work.batch * heads * shape.patches
+        attention = FLOAT * work.batch * heads * shape.patches
     else:
         attention = size * work.batch * heads * shape.patches**2
     layers = c["num_hidden_layers"]
-    return pixels + after, norms + linear + attention, [_FLOAT * tokens * width] * layers
+    return pixels + after, norms + linear + attention, [FLOAT * tokens * width] * layers
 
 
-def _seen(shape: Shape, work: Work) -> int:
+def _seen(shape: "Shape", work: Work) -> int:
     """Copies of the ViT's output in half precision, for the keys and the values of each crossing."""
     c = shape.qformer
     crossings = -(-c["num_hidden_layers"] // c["cross_attention_frequency"])
@@ -104,19 +63,19 @@ def _seen(shape: Shape, work: Work) -> int:
     return copies * work.bytes * work.batch * shape.patches * shape.vision["hidden_size"]
 
 
-def _queries_in(shape: Shape, work: Work) -> int:
+def _queries_in(shape: "Shape", work: Work) -> int:
     """The queries before the first layer and, for the language model, after the last."""
     tokens, width = work.batch * shape.queries, shape.qformer["hidden_size"]
     projected = work.bytes * tokens * width if shape.language and work.captions else 0
-    return 2 * _FLOAT * tokens + _dropped(work, shape, tokens * width, _FLOAT) + projected
+    return 2 * FLOAT * tokens + _dropped(work, shape, tokens * width, FLOAT) + projected
 
 
-def _states(shape: Shape, work: Work) -> int:
+def _states(shape: "Shape", work: Work) -> int:
     """What the keys and values that text attends to keep, in one layer."""
     return 2 * 2 * work.batch * shape.queries * shape.qformer["hidden_size"] if work.half else 0
 
 
-def _query_layer(shape: Shape, work: Work, number: int) -> int:
+def _query_layer(shape: "Shape", work: Work, number: int) -> int:
     """One Q-Former layer of the queries, of which every second attends to the image."""
     c, size = shape.qformer, work.bytes
     tokens, width, mlp = work.batch * shape.queries, c["hidden_size"], c["intermediate_size"]
@@ -129,10 +88,10 @@ def _query_layer(shape: Shape, work: Work, number: int) -> int:
     return own + crossing + _output(shape, work, tokens, width) + feed
 
 
-def _attention(shape: Shape, work: Work, keys: int) -> int:
+def _attention(shape: "Shape", work: Work, keys: int) -> int:
     """Queries attending to `keys` tokens: q, k, v, the softmax, its dropout mask, and what is left of it."""
     c, size = shape.qformer, work.bytes
-    softmax = _FLOAT if work.accelerator else size
+    softmax = FLOAT if work.accelerator else size
     cells = work.batch * c["num_attention_heads"] * shape.queries * keys
     rate = c["attention_probs_dropout_prob"] if work.dropout is None else work.dropout
     mask = (1 if work.accelerator else softmax) if rate else 0
@@ -140,14 +99,14 @@ def _attention(shape: Shape, work: Work, keys: int) -> int:
     return size * work.batch * (shape.queries + 2 * keys) * c["hidden_size"] + cells * (softmax + mask + left)
 
 
-def _output(shape: Shape, work: Work, tokens: int, inner: int) -> int:
+def _output(shape: "Shape", work: Work, tokens: int, inner: int) -> int:
     """BERT's dense (from `inner`), dropout and norm over the residual stream in fp32."""
     width = shape.qformer["hidden_size"]
     dropped = _dropped(work, shape, tokens * width, work.bytes)
-    return work.bytes * tokens * inner + dropped + _norm(tokens, width, _FLOAT)
+    return work.bytes * tokens * inner + dropped + _norm(tokens, width, FLOAT)
 
 
-def _dropped(work: Work, shape: Shape, numbers: int, size: int) -> int:
+def _dropped(work: Work, shape: "Shape", numbers: int, size: int) -> int:
     """The mask of a Q-Former dropout: a byte per number on an accelerator, as large as they on a CPU."""
     rate = shape.qformer["hidden_dropout_prob"] if work.dropout is None else work.dropout
     return numbers * (1 if work.accelerator else size) if rate else 0
@@ -158,7 +117,7 @@ def _norm(tokens: int, width: int, size: int) -> int:
     return size * tokens * (width + 2)
 
 
-def _text(shape: Shape, work: Work) -> int:
+def _text(shape: "Shape", work: Work) -> int:
     """One reading of a text by the Q-Former, and the loss over its vocabulary."""
     c, size = shape.qformer, work.bytes
     tokens, width, mlp = work.batch * work.tokens, c["hidden_size"], c["intermediate_size"]
@@ -166,26 +125,26 @@ def _text(shape: Shape, work: Work) -> int:
     cells = c["num_attention_heads"] * work.tokens * keys
     rate = c["attention_probs_dropout_prob"] if work.dropout is None else work.dropout
     if work.accelerator or not rate:
-        attention = size * width * (2 * keys + 2 * tokens) + _FLOAT * tokens * c["num_attention_heads"]
+        attention = size * width * (2 * keys + 2 * tokens) + FLOAT * tokens * c["num_attention_heads"]
         attention += size * work.tokens * (shape.queries + work.tokens)
     else:  # torch's plain products, in fp32 whatever the autocast
-        attention = _FLOAT * (width * (2 * keys + tokens) + 3 * cells) + size * tokens * width
+        attention = FLOAT * (width * (2 * keys + tokens) + 3 * cells) + size * tokens * width
     inputs = (3 if work.half else 1) * size * tokens * width
     feed = size * tokens * (width + mlp) + _output(shape, work, tokens, mlp)
-    after = _dropped(work, shape, tokens * width, size) + _norm(tokens, width, _FLOAT)
+    after = _dropped(work, shape, tokens * width, size) + _norm(tokens, width, FLOAT)
     layer = inputs + attention + after + feed
-    embedded = _norm(tokens, width, _FLOAT) + _dropped(work, shape, tokens * width, _FLOAT)
-    head = 3 * size * tokens * width + _norm(tokens, width, _FLOAT if work.accelerator else size)
+    embedded = _norm(tokens, width, FLOAT) + _dropped(work, shape, tokens * width, FLOAT)
+    head = 3 * size * tokens * width + _norm(tokens, width, FLOAT if work.accelerator else size)
     loss = _cross_entropy(work, c["vocab_size"])
     return embedded + c["num_hidden_layers"] * layer + head + loss
 
 
 def _cross_entropy(work: Work, vocabulary: int) -> int:
     """The log softmax in fp32 over the next tokens, and their labels."""
-    return work.batch * (work.tokens - 1) * (_FLOAT * vocabulary + _INDEX)
+    return work.batch * (work.tokens - 1) * (FLOAT * vocabulary + INDEX)
 
 
-def _speech(shape: Shape, work: Work) -> tuple[int, int, list[int]]:
+def _speech(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
     """The frozen OPT: bytes outside its layers with the loss, of one layer, and of each layer's input.
 
     Its weights have no gradient, so that the inputs of its linear layers are not kept.
@@ -193,20 +152,20 @@ def _speech(shape: Shape, work: Work) -> tuple[int, int, list[int]]:
     c, size = shape.language or {}, work.bytes
     length = shape.queries + work.tokens
     tokens, width = work.batch * length, c["hidden_size"]
-    norm = _norm(tokens, width, _FLOAT if work.accelerator else size)
+    norm = _norm(tokens, width, FLOAT if work.accelerator else size)
     masks = 2 * tokens * width * (1 if work.accelerator else size) if c["dropout"] else 0
     kept = size * tokens * (3 * width + c["ffn_dim"])
     if work.accelerator:
-        attention = size * tokens * width + _FLOAT * tokens * c["num_attention_heads"]
+        attention = size * tokens * width + FLOAT * tokens * c["num_attention_heads"]
     else:
         cells = work.batch * c["num_attention_heads"] * length**2
-        attention = cells * (_FLOAT + (size if work.half else 0))
+        attention = cells * (FLOAT + (size if work.half else 0))
     outside = norm + _cross_entropy(work, c["vocab_size"])
     outside += size * work.batch * length**2 if work.accelerator else 0
     return outside, 2 * norm + masks + kept + attention, [size * tokens * width] * c["num_hidden_layers"]
 
 
-def _casts(shape: Shape, work: Work, reads: bool) -> int:
+def _casts(shape: "Shape", work: Work, reads: bool) -> int:
     """Bytes of the weights of convolution and linear layers that autocast holds in half precision."""
     vision, c, language = shape.vision, shape.qformer, shape.language
     wide, width, mlp = vision["hidden_size"], c["hidden_size"], c["intermediate_size"]
@@ -220,4 +179,4 @@ def _casts(shape: Shape, work: Work, reads: bool) -> int:
         weights += layers * (4 * width**2 + 2 * width * mlp) + crossings * 2 * width * (width + wide)
         weights += layers * 2 * width * mlp + width * (width + c["vocab_size"]) if reads else 0
         weights += width * language["hidden_size"] if language and work.captions else 0
-    return 2 * weights
+    return HALF * weights

@@ -6,8 +6,8 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,14 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2VisionModel,
 )
 
-IGNORE = -100
+from harness.models.base import Losses
+from harness.models.text import IGNORE
+
 QueryStates = list[tuple[Tensor, Tensor]]
-
-
-class Losses(NamedTuple):
-    """Sums over tokens, so that any split of a batch adds up to the same loss.
-
-    A sum divided by the number of predicted tokens is the mean loss in nats; None where none was asked for.
-    A tuple, since ZeRO-3 looks into tuples and no further for what the backward pass starts from.
-    """
-
-    caption: Tensor | None
-    concept: Tensor | None
+TIED = frozenset(
+    ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight")
+)
+"""Weights that are tied to others and not saved."""
 
 
 class Captioner(Blip2PreTrainedModel):
@@ -198,6 +193,12 @@ class Captioner(Blip2PreTrainedModel):
             ones = torch.ones(everything.shape[:2], dtype=torch.long, device=pixels.device)
             return self.language_model.generate(inputs_embeds=everything, attention_mask=ones, **options)
 
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The query outputs for pixels (B, 3, S, S) -> (B, Q, D)."""
+        with self.autocast():
+            return self.see(pixels)[0]
+
     def resize_images(self, size: int) -> None:
         """Resize the position table once for square images of `size` pixels (bicubic, as LAVIS does)."""
         embeddings = self.vision_model.embeddings
@@ -208,6 +209,51 @@ class Captioner(Blip2PreTrainedModel):
         embeddings.position_embedding = nn.Parameter(table.clone())
         embeddings.num_patches, embeddings.num_positions = patches, patches + 1
         embeddings.image_size = self.config.vision_config.image_size = size
+
+    def compute_in(self, dtype: torch.dtype | None, vision_in_fp32: bool) -> None:
+        """Set the precision of every forward pass; the frozen language model's weights are kept in it."""
+        self.autocast_dtype, self.vision_in_fp32 = dtype, vision_in_fp32
+        if self.language_model is not None:
+            self.language_model.to(dtype or torch.float32)
+
+    def use_plain_attention(self) -> None:
+        """Attend by plain products in ViT and language model; the Q-Former's queries always do."""
+        for part in (self.vision_model, self.language_model):
+            if part is not None:
+                part.set_attn_implementation("eager")
+
+    def is_saved(self, name: str) -> bool:
+        """Whether fine-tuning may change a weight: all but the frozen language model, tied weights once."""
+        return not name.startswith("language_model.") and name not in TIED
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The trained parameters: matrices, which decay, and biases and norms, which do not."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def freeze(self, losses: Collection[str], train_vision: bool) -> None:
+        """Freeze the language model, and the Q-Former's text path where none of these losses needs it."""
+        text_path = "concept" in losses or self.language_model is None
+        self.requires_grad_(False)
+        self.vision_model.requires_grad_(train_vision)
+        self.query_tokens.requires_grad_(True)
+        self.qformer.requires_grad_(True)
+        self.embeddings.requires_grad_(text_path)
+        self.cls.requires_grad_(text_path)
+        layers = self.qformer.encoder.layer
+        for layer in layers:
+            layer.intermediate.requires_grad_(text_path)
+            layer.output.requires_grad_(text_path)
+        if self.language_projection is not None:
+            self.language_projection.requires_grad_(True)
+        else:
+            # text attends to the queries as they enter a layer: nothing reads what the last one makes of them
+            for name in ("crossattention", "intermediate_query", "output_query"):
+                if hasattr(layers[-1], name):
+                    getattr(layers[-1], name).requires_grad_(False)
 
 
 class _QFormerDecoder(PreTrainedModel, GenerationMixin):
@@ -246,28 +292,3 @@ def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tens
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-
-
-def freeze(model: Captioner, train_vision: bool, text_path: bool) -> None:
-    """Choose what a stage trains: never the language model, the Q-Former's text path where it has a loss.
-
-    A parameter without gradient must be frozen and not merely unused: ZeRO hands the optimiser a zero
-    gradient for it, and weight decay would erode it.
-    """
-    model.requires_grad_(False)
-    model.vision_model.requires_grad_(train_vision)
-    model.query_tokens.requires_grad_(True)
-    model.qformer.requires_grad_(True)
-    model.embeddings.requires_grad_(text_path)
-    model.cls.requires_grad_(text_path)
-    layers = model.qformer.encoder.layer
-    for layer in layers:
-        layer.intermediate.requires_grad_(text_path)
-        layer.output.requires_grad_(text_path)
-    if model.language_projection is not None:
-        model.language_projection.requires_grad_(True)
-    else:
-        # text attends to the queries as they enter a layer: nothing reads what the last one makes of them
-        for name in ("crossattention", "intermediate_query", "output_query"):
-            if hasattr(layers[-1], name):
-                getattr(layers[-1], name).requires_grad_(False)

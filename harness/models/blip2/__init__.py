@@ -1,0 +1,70 @@
+"""The family of BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.config.schema import TINY, ModelConfig, TrainConfig
+from harness.errors import Problem
+from harness.models import checkpoints as files
+from harness.models.blip2 import sizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.models.loading import Loaded
+    from harness.models.text import Codec
+
+shape = sizes.of_model
+_KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
+
+
+def checkpoints(model: ModelConfig) -> dict[str, str]:
+    """The checkpoints that are loaded, by their key in `model:`; a tiny model has all parts in one."""
+    if model.checkpoint == TINY:
+        return {}
+    return {key: name for key in _KEYS if (name := getattr(model, key))}
+
+
+def problems(model: ModelConfig) -> list[Problem]:
+    """What keeps these checkpoints from being loaded: files that are missing, damaged or of another model."""
+    found = []
+    for key, name in checkpoints(model).items():
+        at_hand, main = files.find(name), key == "checkpoint"
+        if at_hand is None:
+            found.append(files.missing(name, f"model.{key}"))
+            continue
+        speaks = main and model.language_model
+        other = files.other_kind(at_hand, sizes.MODEL_TYPE, "model.checkpoint") if main else None
+        flaws = files.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
+        found += [other] if other else flaws
+    return found
+
+
+def settings(model: ModelConfig) -> dict[str, Any]:
+    """What of `model:` training depends on.
+
+    The family's name is left out: trainings from before there were families keep their fingerprints.
+    """
+    unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
+    return model.model_dump(exclude={"family", "tiny"} | unused)
+
+
+def built_from(model: ModelConfig) -> int | None:
+    """Side in pixels of the training images that a tiny model is built from; None where it is loaded."""
+    return sizes.image_side(model.tiny) if model.checkpoint == TINY else None
+
+
+def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, Codec]":
+    """The codecs of captions and of concept sentences; see `loading.codecs`."""
+    from harness.models.blip2 import loading
+
+    return loading.codecs(model, folder, max_tokens)
+
+
+def load(model: ModelConfig, train: TrainConfig, folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":
+    """The model with its codecs, ready to train; see `loading.load`."""
+    from harness.models.blip2 import loading
+
+    return loading.load(
+        model, folder, train.max_caption_tokens, train.dropout, frozen_dtype, train.language_dropout
+    )

@@ -1,0 +1,27 @@
+"""The two codecs of BLIP-2: for its language model, and for the Q-Former's own text path."""
+
+from typing import TYPE_CHECKING, Any
+
+from harness.models.text import Codec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEC = "[DEC]"
+"""The start token of the Q-Former's text path, which BERT lacks."""
+
+
+def language_codec(
+    tokenizer: "PreTrainedTokenizerBase", text_config: Any, prompt: str, max_tokens: int
+) -> Codec:
+    """Captions for the language model: start, prompt, caption, end (a line break, for OPT in BLIP-2)."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
+    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, " " if prompt else "")
+
+
+def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:
+    """Text for the Q-Former's own language model: [DEC] in the place of [CLS], text, [SEP]."""
+    start = tokenizer.convert_tokens_to_ids(DEC)
+    return Codec(tokenizer, (start,), tokenizer.sep_token_id, tokenizer.pad_token_id, max_tokens)

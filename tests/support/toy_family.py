@@ -1,0 +1,121 @@
+"""A model family as small as one can be: image encoder, projection, and a frozen recurrent language model."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoTokenizer
+
+from harness.models.base import FLOAT, HALF, Activations, Losses
+from harness.models.loading import Loaded
+from harness.models.text import IGNORE, Codec
+
+WIDTH = 24
+
+
+class Toy(nn.Module):
+    """`base.Captioner` in its shortest form."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, WIDTH, 16, 16)
+        self.projection = nn.Linear(WIDTH, WIDTH)
+        self.speaker = nn.ModuleDict(
+            {"words": nn.Embedding(words, WIDTH), "memory": nn.GRU(WIDTH, WIDTH, batch_first=True)}
+        )
+
+    @property
+    def device(self):
+        return self.projection.weight.device
+
+    def image_features(self, pixels):
+        return self.encoder(pixels).flatten(2).transpose(1, 2)
+
+    def _logits(self, pixels, ids):
+        first = self.projection(self.image_features(pixels).mean(1))
+        hidden, _ = self.speaker.memory(self.speaker.words(ids), first[None])
+        return hidden @ self.speaker.words.weight.T
+
+    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0):
+        def loss(text):
+            logits = self._logits(pixels, text["ids"])[:, :-1].flatten(0, 1)
+            counts = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}
+            return F.cross_entropy(logits, text["labels"][:, 1:].flatten(), **counts)
+
+        return Losses(*(text and loss(text) for text in (caption, concept)))
+
+    def caption(self, pixels, prompt, end, pad, **options):
+        ids = prompt.expand(len(pixels), -1)
+        for _ in range(options["max_new_tokens"]):
+            ids = torch.cat([ids, self._logits(pixels, ids)[:, -1:].argmax(-1)], dim=1)
+        return ids[:, len(prompt) :]
+
+    def freeze(self, losses, train_vision):
+        self.requires_grad_(False)
+        self.projection.requires_grad_(True)
+        self.encoder.requires_grad_(train_vision)
+
+    def is_saved(self, name):
+        return not name.startswith("speaker.")
+
+    def parameter_groups(self, weight_decay):
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    def compute_in(self, dtype, vision_in_fp32):
+        assert dtype is None
+
+    def use_plain_attention(self):
+        pass
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        pass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`base.Shape`; the numbers of activations are made up."""
+
+    words: int
+
+    def trained(self, train_vision):
+        return WIDTH * WIDTH + WIDTH + (WIDTH * (3 * 16**2 + 1) if train_vision else 0)
+
+    def frozen(self, train_vision, half):
+        speaker = self.words * WIDTH + 6 * (WIDTH * WIDTH + WIDTH)
+        vision = self.trained(True) - self.trained(train_vision)
+        return FLOAT * vision + (HALF if half else FLOAT) * speaker
+
+    def activations(self, work):
+        return Activations(1000 * work.batch, 100 * work.batch, 0, 0, 0)
+
+
+def checkpoints(model):
+    return {"checkpoint": model.checkpoint}
+
+
+def problems(model):
+    return []
+
+
+def settings(model):
+    return {"family": "toy", "checkpoint": model.checkpoint}
+
+
+def shape(model):
+    return Shape(300)
+
+
+def built_from(model):
+    return None
+
+
+def codecs(model, folder, max_tokens):
+    words = AutoTokenizer.from_pretrained(folder)
+    return (Codec(words, (words.bos_token_id,), words.eos_token_id, words.pad_token_id, max_tokens),) * 2
+
+
+def load(model, train, folder, frozen_dtype):
+    caption, concept = codecs(model, folder, train.max_caption_tokens)
+    torch.manual_seed(0)
+    return Loaded(Toy(len(caption.tokenizer)), caption, concept, (0.5,) * 3, (0.5,) * 3)
