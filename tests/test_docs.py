@@ -29,6 +29,8 @@ def key_rows() -> dict[str, tuple[str, str]]:
 def field(path: tuple[str, ...]) -> FieldInfo:
     section: type[BaseModel] = Config
     for name in path[:-1]:
+        if name == "0":  # an entry of a list
+            continue
         section = _sections(section.model_fields[name].annotation)[0]
     return section.model_fields[path[-1]]
 
@@ -36,6 +38,8 @@ def field(path: tuple[str, ...]) -> FieldInfo:
 def shown(default: object) -> str:
     if default is PydanticUndefined:
         return "required"
+    if isinstance(default, tuple) and any(isinstance(entry, BaseModel) for entry in default):
+        default = [entry.model_dump(exclude_defaults=True) for entry in default]
     return "a section" if isinstance(default, BaseModel) else f"`{json.dumps(default)}`"
 
 
