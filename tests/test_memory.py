@@ -206,3 +206,8 @@ def test_the_forecast_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_any_number_of_stages_is_forecast_each_by_its_own_number():
+    rows = forecast.steps(TrainConfig(stages=stages(3, 0, 2)), 1000)
+    assert [(row["stage"], row["epochs"], row["optimiser_steps"]) for row in rows] == [(1, 3, 24), (3, 2, 16)]

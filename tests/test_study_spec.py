@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import create_trial
 
 from harness.config.experiment import load as load_experiment
 from harness.config.schema import Config
 from harness.errors import UserError
+from harness.study.results import as_experiment
 from harness.study.spec import Study, load
 
 BASE = """
@@ -287,6 +290,22 @@ def test_an_entry_of_a_list_is_searched_by_its_number(folder):
     trial = spec.trial(1, {"train.stages.0.losses.concept": 0.5, "train.stages.1.epochs": 3})
     found = [(s.epochs, s.losses.caption, s.losses.concept) for s in trial.train.stages]
     assert found == [(2, 1, 0.5), (3, 1, 0)]
+
+
+@pytest.mark.parametrize(("overrides", "first"), [(True, 2), (False, 50)])
+def test_the_winning_experiment_has_the_whole_list(folder, overrides, first):
+    text = STAGES.replace("high: 3", "high: 30")
+    if not overrides:
+        text = text[: text.index("overrides")] + text[text.index("space") :]
+    spec = study(folder, text)
+    key, other = "train.stages.0.losses.concept", "train.stages.1.epochs"
+    ranges = {key: FloatDistribution(0, 2), other: IntDistribution(1, 30)}
+    trial = create_trial(value=0.5, params={key: 0.5, other: 3}, distributions=ranges)
+    trial.number = 7
+    (folder / "best.yaml").write_text(as_experiment(trial, spec, folder / "best.yaml", "a test"))
+    (run,) = load_experiment(folder / "best.yaml")
+    found = [(s.epochs, s.losses.caption, s.losses.concept) for s in run.train.stages]
+    assert found == [(first, 1, 0.5), (3, 1, 0)]
 
 
 @pytest.mark.parametrize(
