@@ -35,7 +35,7 @@ from harness.training.schedule import Stage
 device.probe("cpu")
 BATCH, MICRO, STEPS, BLOCKS = 8, 4, 10, 3
 LOSSES = ("caption", "concept")
-STAGE = Stage(1, 1, 1e-4, 1.0, 1.0)
+STAGE = Stage(1, 1, 1e-4, dict.fromkeys(LOSSES, 1.0))
 CONFIG = TrainConfig(batch_size=BATCH, micro_batch_size=MICRO, learning_rate=1e-4, precision="fp32")
 
 

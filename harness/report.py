@@ -29,7 +29,7 @@ from harness.data.readers import Example, read
 from harness.errors import UserError
 from harness.pages import filled
 from harness.tracking.server import failure_of, status_of
-from harness.training.resume import LOSSES, rows_of
+from harness.training.resume import LOSSES, losses_of, rows_of
 
 REPORT = "report.html"
 SIDE = 192
@@ -37,7 +37,6 @@ SIDE = 192
 MOST_EMBEDDED = 1_000
 """Images that a page holds, 6 to 10 kB each; those of a larger set are shown from their files."""
 _POINTS = 400  # of a curve's stage: more than a screen can tell apart
-_TRAIN = ("loss", "caption_loss", "concept_loss", "learning_rate")
 _WHY = {"failed in": "step", "why": "reason", "what helps": "hint"}
 _NO_SETTING = ("variant", "seed", "name")
 _NEEDS = (
@@ -227,9 +226,13 @@ def differences(record: Mapping[str, Any]) -> list[list[Any]]:
     """
     required = {"name": "any", "edition": record["edition"], "data": {"root": ""}}
     defaults = flat(Config.model_validate(required)) | {"data.root": None}
+    parameters = dict(record["parameters"])
+    for key in defaults:
+        if key.startswith("train.stages."):
+            parameters.setdefault(key, None)  # the run may have fewer
     return [
         [key, value, defaults.get(key)]
-        for key, value in record["parameters"].items()
+        for key, value in parameters.items()
         if key not in _NO_SETTING and value != defaults.get(key)
     ]
 
@@ -285,8 +288,9 @@ def _curves(run: Run) -> dict[str, Any]:
     steps = [row for row in found if "loss" in row and "stage" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
+    names = [*losses_of(steps), "learning_rate"]
     train = {
-        name: [point for part in stages.values() for point in _thinned(part, name, size)] for name in _TRAIN
+        name: [point for part in stages.values() for point in _thinned(part, name, size)] for name in names
     }
     return {
         "train": {name: points for name, points in train.items() if points},

@@ -59,6 +59,12 @@ def load_tiny(folder: Path, image_size: int = 64, language_model: bool = True, *
     return loaded
 
 
+def stages(*epochs: int) -> list[dict]:
+    """`train.stages` of so many epochs each: captions and concepts in the first, captions in the others."""
+    losses = [{"caption": 1, "concept": 1}, *[{"caption": 1}] * (len(epochs) - 1)]
+    return [{"epochs": count, "losses": one} for count, one in zip(epochs, losses, strict=True)]
+
+
 def batch(loaded: loading.Loaded, count: int = 3) -> tuple:
     """Images (count, 3, S, S), normalised, with the first captions and concept sentences, collated."""
     images = loaded.normalise(torch.from_numpy(pixels(count)))

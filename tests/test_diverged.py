@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import SIZES, batch, build_tiny, load_tiny
+from models import SIZES, batch, build_tiny, load_tiny, stages
 from safetensors.torch import load_file, save_file
 from test_training import config, run, splits
 
@@ -24,8 +24,7 @@ LAST_STEP = {
     "max_grad_norm": 0,
     "warmup_steps": 1,
     "batch_size": 12,
-    "stage1": {"epochs": 1},
-    "stage2": {"epochs": 0},
+    "stages": stages(1, 0),
 }
 
 
@@ -67,7 +66,7 @@ def test_a_weight_that_is_not_finite_is_in_no_checkpoint(folder, tmp_path, value
             with torch.no_grad():
                 model.query_tokens[0, 0, 0] = value
 
-    training = _training(folder, tmp_path, config(stage1={"epochs": 2}, stage2={"epochs": 0}), log, seen)
+    training = _training(folder, tmp_path, config(stages=stages(2, 0)), log, seen)
     with pytest.raises(UserError, match=r"after step 6 \(stage 1, epoch 2\) are not finite") as caught:
         training.run()
     assert caught.value.exit_code == 1
@@ -90,7 +89,7 @@ def _training(folder, directory, settings, log, seen):
 
 
 def test_a_validation_score_that_is_no_number_chooses_nothing(folder, tmp_path):
-    settings = config(stage1={"epochs": 1}, stage2={"epochs": 0})
+    settings = config(stages=stages(1, 0))
     scores = {"valid_rouge1": 0.5, "valid_primary": math.nan}
     error = failure(folder, tmp_path / "run", settings, evaluate=lambda: scores)
     assert "valid_primary became nan in the validation after step 3 (stage 1, epoch 1)" in str(error)

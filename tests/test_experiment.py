@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from harness.config.experiment import base_of, load
 from harness.config.schema import Config, flat, keys
@@ -53,7 +54,7 @@ def test_table3_has_the_four_rows_of_the_paper():
 def test_the_base_is_the_papers_recipe():
     """Section 3.1 of the working notes, and LAVIS's caption_coco_ft where it says nothing."""
     (run,) = load(EXPERIMENTS / "ablation_364.yaml")
-    assert (run.train.stage1.epochs, run.train.stage2.epochs) == (50, 20)
+    assert [stage.epochs for stage in run.train.stages] == [50, 20]
     assert (run.train.micro_batch_size, run.train.batch_size) == (16, 8 * 16)
     assert (run.train.learning_rate, run.train.warmup_learning_rate, run.train.warmup_steps) == (
         1e-5,
@@ -104,7 +105,12 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
         ("name: !include x\n", "e.yaml:1: not YAML: could not determine a constructor"),
         ("name: a\x07\n", "not YAML: unacceptable character"),
         ("{[a]: b}\n", "e.yaml:1: not YAML: found unhashable key"),
-        ("name: a\ndata: {root: x}\ntrain: {stage1: {epochs: 0}, stage2: {epochs: 0}}\n", "are both 0"),
+        ("name: a\ndata: {root: x}\ntrain: {stages: [{epochs: 0, losses: {}}]}\n", "no stage has epochs"),
+        ("name: a\ndata: {root: x}\ntrain: {stages: []}\n", "e.yaml:3: train.stages: no stage has epochs"),
+        (
+            "name: a\ndata: {root: x}\ntrain:\n  stages:\n    - epochs: 1\n      losses: {caption: 0}\n",
+            "e.yaml:6: train.stages.0.losses: no loss has a weight above 0",
+        ),
         (
             "name: a\ndata: {root: x}\ntrain: {batch_size: 10, micro_batch_size: 4}\n",
             "not a multiple of micro_batch_size",
@@ -163,3 +169,97 @@ def test_a_base_that_does_not_run_alone_is_none(tmp_path):
     (tmp_path / "whole.yaml").write_text("base: part.yaml\nname: whole\ndata: {root: x}\n")
     assert load(tmp_path / "whole.yaml")[0].train.batch_size == 64
     assert base_of(tmp_path / "whole.yaml", "base") is None
+
+
+OLD = """name: a
+data: {root: x}
+train:
+  stage1: {epochs: 7, concept_loss_weight: 0.5}
+  stage2: {learning_rate: 1e-4}
+"""
+NEW = "name: a\ndata: {root: x}\ntrain:\n  stages:\n    - {epochs: 7, losses: {caption: 1}}\n"
+"""A file of before `train.stages`, and one of today."""
+
+
+def test_the_former_stages_are_one_error_with_the_new_spelling_of_the_same_values(tmp_path):
+    (message,) = messages(write(tmp_path, OLD))
+    place, _, what = message.partition(": train.stages is a list now; write ")
+    assert place == f"{tmp_path}/e.yaml:4: train.stage1"
+    written, _, sets = what.partition(", or ")
+    assert yaml.safe_load(written) == {
+        "stages": [
+            {"epochs": 7, "losses": {"caption": 1.0, "concept": 0.5}},
+            {"epochs": 20, "losses": {"caption": 1.0}, "learning_rate": "1e-4"},
+        ]
+    }
+    head = "name: a\ndata: {root: x}\n"
+    expected = load(write(tmp_path, f"{head}train: {{{written}}}\n", "new.yaml"))
+    assert load(write(tmp_path, head, "sets.yaml"), sets.removeprefix("--set ").split(" --set ")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "place"),
+    [
+        (NEW, ["train.stage1.epochs=3"], "--set train.stage1.epochs: train.stage1"),
+        (NEW, ["train.stage2={epochs: 0}"], "--set train.stage2: train.stage2"),
+        (f"{NEW}variants:\n  v: {{train: {{stage1: {{epochs: 3}}}}}}\n", [], "e.yaml:7: train.stage1"),
+        (f"{NEW}  stage2: null\n", [], "e.yaml:6: train.stage2"),
+    ],
+)
+def test_former_stages_are_found_wherever_they_stand(tmp_path, text, sets, place):
+    (message,) = messages(write(tmp_path, text), *sets)
+    assert message.removeprefix(f"{tmp_path}/").startswith(f"{place}: train.stages is a list now")
+
+
+def test_set_addresses_an_entry_of_a_list_by_number(tmp_path):
+    file = write(tmp_path, "name: a\ndata: {root: x}\n")
+    (run,) = load(file, ["train.stages.1.epochs=3", "train.stages.0.losses.concept=0.5", "train.betas.0=0.8"])
+    assert [stage.epochs for stage in run.train.stages] == [50, 3]
+    assert [stage.losses.concept for stage in run.train.stages] == [0.5, 0]
+    assert run.train.betas == (0.8, 0.999)
+    (run,) = load(write(tmp_path, NEW), ["train.stages.0.epochs=3"])
+    assert [stage.epochs for stage in run.train.stages] == [3]
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("train.stages.1.epochs", "train.stages has 1 entry, numbered from 0; got 1"),
+        ("train.stages.-1.epochs", "train.stages has 1 entry, numbered from 0; got -1"),
+        ("train.stages.first", "train.stages has 1 entry, numbered from 0; got first"),
+        ("train.betas.2", "train.betas has 2 entries, numbered from 0; got 2"),
+    ],
+)
+def test_an_entry_that_there_is_not_is_an_error_that_says_how_many_there_are(tmp_path, key, what):
+    assert messages(write(tmp_path, NEW), f"{key}=1") == [f"--set {key}: {key}: {what}"]
+
+
+def test_a_list_replaces_that_of_the_base_and_its_mistakes_have_their_own_lines(tmp_path):
+    write(tmp_path, NEW, "base.yaml")
+    text = "base: base.yaml\nname: b\ntrain:\n  stages:\n    - epochs: 1\n      losses: {caption: 2}\n"
+    (run,) = load(write(tmp_path, f"{text}    - {{epochs: 2, losses: {{concept: 1}}}}\n"))
+    assert [(stage.epochs, dict(stage.losses)) for stage in run.train.stages] == [
+        (1, {"caption": 2, "concept": 0}),
+        (2, {"caption": 0, "concept": 1}),
+    ]
+    (run,) = load(
+        write(
+            tmp_path,
+            f"{text}variants:\n  v: {{train: {{stages: [{{epochs: 5, losses: {{caption: 1}}}}]}}}}\n",
+        )
+    )
+    assert [stage.epochs for stage in run.train.stages] == [5]
+    file = write(tmp_path, f"{text}    - epoch: 2\n")
+    assert messages(file) == [
+        f"{file}:7: train.stages.1.epochs: is missing",
+        f"{file}:7: train.stages.1.losses: is missing",
+        f"{file}:7: train.stages.1.epoch: unknown key. Did you mean train.stages.1.epochs?",
+    ]
+
+
+def test_an_alias_for_a_stage_is_not_changed_with_the_other(tmp_path):
+    file = write(
+        tmp_path, "name: a\ndata: {root: x}\ntrain: {stages: [&s {epochs: 7, losses: {caption: 1}}, *s]}\n"
+    )
+    (run,) = load(file, ["train.stages.0.epochs=3", "train.stages.0.losses.caption=2"])
+    assert [(stage.epochs, stage.losses.caption) for stage in run.train.stages] == [(3, 2), (7, 1)]

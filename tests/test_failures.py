@@ -22,7 +22,7 @@ from harness.tracking import server
 ONE = EXPERIMENT.partition("variants:")[0]
 DIVERGES = [
     *("--set", "train.learning_rate=1e18", "--set", "train.max_grad_norm=0", "--set", "train.warmup_steps=1"),
-    *("--set", "train.stage1.epochs=1", "--set", "train.stage2.epochs=0", "--set", "train.batch_size=24"),
+    *("--set", "train.stages.0.epochs=1", "--set", "train.stages.1.epochs=0", "--set", "train.batch_size=24"),
 ]
 WHY = "valid_loss became nan in the validation after step 2 (stage 1, epoch 1)"
 

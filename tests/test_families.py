@@ -29,8 +29,10 @@ SETTINGS = TrainConfig(
     learning_rate=1e-2,
     warmup_steps=0,
     precision="fp32",
-    stage1={"epochs": 2},
-    stage2={"epochs": 1},
+    stages=[
+        {"epochs": 2, "losses": {"caption": 1, "concept": 1}},
+        {"epochs": 1, "losses": {"caption": 1}},
+    ],
 )
 
 HARNESS = Path(__file__).parents[1] / "harness"

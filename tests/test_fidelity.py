@@ -40,7 +40,7 @@ def test_the_recipe_is_the_papers_and_otherwise_that_of_caption_coco_ft():
     (config,) = load(EXPERIMENTS / "ablation_364.yaml", [])
     train, crop = config.train, config.data.augment
     assert (config.model.image_size, config.model.prompt, config.predict.num_beams) == (364, "a photo of", 5)
-    assert (train.stage1.epochs, train.stage2.epochs) == (50, 20)
+    assert [stage.epochs for stage in train.stages] == [50, 20]
     assert (train.batch_size, train.micro_batch_size) == (8 * 16, 16)
     assert (train.learning_rate, train.min_learning_rate) == (1e-5, 0)
     assert (train.warmup_steps, train.warmup_learning_rate) == (1000, 1e-8)

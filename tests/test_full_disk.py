@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from disks import fill, small_disk
-from models import build_tiny, load_tiny
+from models import build_tiny, load_tiny, stages
 from test_run import EXPERIMENT
 
 from harness.cli.terminal import Terminal
@@ -22,7 +22,7 @@ from harness.plan import prepare
 from harness.store import write
 from harness.training.resume import Checkpoints, State
 
-TRAIN = {"stage1": {"epochs": 8}, "stage2": {"epochs": 2}, "evaluate_every": 0, "keep_checkpoints": 2}
+TRAIN = {"stages": stages(8, 2), "evaluate_every": 0, "keep_checkpoints": 2}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from harness.training import memory
 from harness.training.memory import GB, Model, Setup
 
 device.probe("cpu")
+from models import stages  # noqa: E402
 from traces import captioner, kept, without_contents  # noqa: E402
 
 PUBLISHED = "Salesforce/blip2-opt-2.7b"
@@ -181,7 +182,7 @@ def test_options_of_a_set_up_turn_the_config_into_it():
 def test_steps_are_those_of_the_schedule(tmp_path):
     from harness.training.schedule import epoch_batches, total_steps
 
-    config = TrainConfig(batch_size=32, micro_batch_size=8, stage1={"epochs": 3}, stage2={"epochs": 2})
+    config = TrainConfig(batch_size=32, micro_batch_size=8, stages=stages(3, 2))
     rows = forecast.steps(config, 101)
     assert [row["optimiser_steps"] for row in rows] == [3 * len(epoch_batches(np.zeros(101), 32, 0, 1, 0)), 8]
     assert sum(row["optimiser_steps"] for row in rows) == total_steps(config, 101)
@@ -204,3 +205,8 @@ def test_the_forecast_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_any_number_of_stages_is_forecast_each_by_its_own_number():
+    rows = forecast.steps(TrainConfig(stages=stages(3, 0, 2)), 1000)
+    assert [(row["stage"], row["epochs"], row["optimiser_steps"]) for row in rows] == [(1, 3, 24), (3, 2, 16)]

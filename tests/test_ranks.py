@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from models import build_tiny
+from models import build_tiny, stages
 from safetensors.torch import load_file
 from support.commands import harness
 from test_run import EXPERIMENT
@@ -32,8 +32,7 @@ TRAIN = {
     "learning_rate": 1e-3,
     "warmup_steps": 3,
     "precision": "fp32",
-    "stage1": {"epochs": 4},
-    "stage2": {"epochs": 3},
+    "stages": stages(4, 3),
     "evaluate_every": 0,
 }
 KEPT = ("step", "stage", "epoch", "loss", "caption_loss", "concept_loss", "valid_loss", "learning_rate")
@@ -111,7 +110,7 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stages", "processes", "at"),
+    ("zero_stages", "processes", "at"),
     [
         ((0, 0), (2, 1), 6),
         ((1, 1), (2, 1), 5),
@@ -120,9 +119,9 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
         ((1, 2), (2, 4), 7),
     ],
 )
-def test_another_number_of_ranks_goes_on(folder, plain, tmp_path, stages, processes, at):
+def test_another_number_of_ranks_goes_on(folder, plain, tmp_path, zero_stages, processes, at):
     """Killed in either stage and begun again on other ranks, or at another ZeRO stage of the same layout."""
-    before, after = (TRAIN | {"zero_stage": stage, "checkpoint_every_steps": 2} for stage in stages)
+    before, after = (TRAIN | {"zero_stage": stage, "checkpoint_every_steps": 2} for stage in zero_stages)
     assert train(folder, tmp_path / "run", processes[0], check=False, train=before, kill_at=at) != 0
     train(folder, tmp_path / "run", processes[1], train=after)
     found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
@@ -209,7 +208,7 @@ def test_ranks_that_can_not_share_the_batch_are_not_started(tmp_path):
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.ci), signal.SIGKILL])
 def test_a_launcher_that_ends_has_all_ranks_save_and_end(tmp_path, how):
     """SIGKILL is what the system sends when memory is short: the ranks hear of it all the same."""
-    text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
+    text = EXPERIMENT.replace("- {epochs: 2,", "- {epochs: 2000,").replace("opt_dedup", "#")
     (tmp_path / "long.yaml").write_text(text)
     command = [sys.executable, "-m", "harness", "run", "long.yaml", "--nproc", "2"]
     command += ["--set", "train.evaluate_every=0", "--set", "train.batch_size=4"]
@@ -408,7 +407,7 @@ def test_what_stops_all_ranks_is_said_once(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_a_signal_ended_is_told(tmp_path):
     """As when memory is short: rank 0, which speaks for all, can't say it."""
-    text = EXPERIMENT.replace("stage1: {epochs: 2}", "stage1: {epochs: 2000}").replace("opt_dedup", "#")
+    text = EXPERIMENT.replace("- {epochs: 2,", "- {epochs: 2000,").replace("opt_dedup", "#")
     (tmp_path / "long.yaml").write_text(text)
     command = [sys.executable, "-m", "harness", "run", "long.yaml", "--nproc", "2"]
     command += ["--set", "train.evaluate_every=0"]

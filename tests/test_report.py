@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import stages
 from PIL import Image
 from small_sets import CAPTIONS, write_2023
 from support import commands
@@ -140,7 +141,7 @@ def harness(folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 def test_what_differs_from_the_defaults_and_from_the_runs_beside_it(tmp_path):
-    changes = {"train": {"batch_size": 256, "stage1": {"epochs": 7}}, "postprocess": {"deduplicate": True}}
+    changes = {"train": {"batch_size": 256, "stages": stages(7, 20)}, "postprocess": {"deduplicate": True}}
     ours = write_run(tmp_path, record("ours", changes), captions(3))
     write_run(
         tmp_path,
@@ -151,7 +152,7 @@ def test_what_differs_from_the_defaults_and_from_the_runs_beside_it(tmp_path):
     page = data_of(report.write(ours))
     assert page["differences"] == [
         ["data.root", "data/small", None],
-        ["train.stage1.epochs", 7, 50],
+        ["train.stages.0.epochs", 7, 50],
         ["train.batch_size", 256, 128],
         ["postprocess.deduplicate", True, False],
     ]

@@ -36,8 +36,9 @@ model:
   tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, qformer_layers: 2, num_query_tokens: 4,
          text_hidden_size: 48, text_layers: 1, vocab_size: 400, text_epochs: 2}
 train:
-  stage1: {epochs: 2}
-  stage2: {epochs: 1}
+  stages:
+    - {epochs: 2, losses: {caption: 1, concept: 1}}
+    - {epochs: 1, losses: {caption: 1}}
   batch_size: 16
   micro_batch_size: 8
   learning_rate: 1e-3

@@ -41,8 +41,7 @@ overrides:
   model: {language_model: false}
   train:
     learning_rate: 1e-2
-    stage1: {epochs: 3, concept_loss_weight: 0}
-    stage2: {epochs: 1}
+    stages: [{epochs: 3, losses: {caption: 1}}, {epochs: 1, losses: {caption: 1}}]
     batch_size: 8
     micro_batch_size: 4
     dropout: 0
@@ -224,7 +223,7 @@ def test_two_ranks_give_a_trial_back_and_lose_it_only_where_one_failed(folder, f
     """Interrupted, it goes on; with a rank killed, `retries` counts it."""
     name = f"back-{victim}"
     text = PRUNED.replace("name: pruned", f"name: {name}").replace("[1e-2, 1e-7, 2e-7]", "[1e-2]")
-    text = text.replace("stage1: {epochs: 3,", "stage1: {epochs: 60,").replace("  train:\n", EVERY)
+    text = text.replace("[{epochs: 3,", "[{epochs: 60,").replace("  train:\n", EVERY)
     (folder / f"{name}.yaml").write_text(text + "retries: 0\n")
     command = [sys.executable, "-m", "harness", "study", f"{name}.yaml", "--nproc", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import create_trial
 
 from harness.config.experiment import load as load_experiment
 from harness.config.schema import Config
 from harness.errors import UserError
+from harness.study.results import as_experiment
 from harness.study.spec import Study, load
 
 BASE = """
@@ -265,3 +268,69 @@ def test_a_space_without_end_and_one_that_is_too_large_keep_their_trials(folder)
     assert study(folder, head + "  predict.num_beams: {choices: [2, 1, 2, 1]}\n").trials == 2
     (message,) = messages(folder, large + "sampler: {name: grid}\n")
     assert message.endswith(":4: space: a grid of 1,000,001 points; at most 100,000 are allowed")
+
+
+STAGES = """
+base: small.yaml
+variant: one
+overrides:
+  train:
+    stages: [{epochs: 2, losses: {caption: 1, concept: 1}}, {epochs: 1, losses: {caption: 1}}]
+space:
+  train.stages.0.losses.concept: {low: 0, high: 2}
+  train.stages.1.epochs: {low: 1, high: 3}
+"""
+
+
+def test_an_entry_of_a_list_is_searched_by_its_number(folder):
+    spec = study(folder, STAGES)
+    assert spec.start == {"train.stages.0.losses.concept": 1.0, "train.stages.1.epochs": 1}
+    assert [parameter.whole for parameter in spec.space] == [False, True]
+    assert spec.epochs == 3
+    trial = spec.trial(1, {"train.stages.0.losses.concept": 0.5, "train.stages.1.epochs": 3})
+    found = [(s.epochs, s.losses.caption, s.losses.concept) for s in trial.train.stages]
+    assert found == [(2, 1, 0.5), (3, 1, 0)]
+
+
+@pytest.mark.parametrize(("overrides", "first"), [(True, 2), (False, 50)])
+def test_the_winning_experiment_has_the_whole_list(folder, overrides, first):
+    text = STAGES.replace("high: 3", "high: 30")
+    if not overrides:
+        text = text[: text.index("overrides")] + text[text.index("space") :]
+    spec = study(folder, text)
+    key, other = "train.stages.0.losses.concept", "train.stages.1.epochs"
+    ranges = {key: FloatDistribution(0, 2), other: IntDistribution(1, 30)}
+    trial = create_trial(value=0.5, params={key: 0.5, other: 3}, distributions=ranges)
+    trial.number = 7
+    (folder / "best.yaml").write_text(as_experiment(trial, spec, folder / "best.yaml", "a test"))
+    (run,) = load_experiment(folder / "best.yaml")
+    found = [(s.epochs, s.losses.caption, s.losses.concept) for s in run.train.stages]
+    assert found == [(first, 1, 0.5), (3, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.stages.2.epochs", "train.stages has 2 entries, numbered from 0; got 2"),
+        ("train.stages.1.epoch", "no key of an experiment. Did you mean train.stages.1.epochs?"),
+        ("train.stages.epochs", "no key of an experiment. Did you mean train.stages.0.epochs?"),
+        (
+            "train.stage2.epochs",
+            "train.stages is a list now; write train.stages.1.epochs: {low: 1.0, high: 3.0}",
+        ),
+        (
+            "train.stage1.caption_loss_weight",
+            "train.stages is a list now; write train.stages.0.losses.caption: {low: 1.0, high: 3.0}",
+        ),
+    ],
+)
+def test_a_key_of_the_space_that_names_no_stage(folder, key, expected):
+    (message,) = messages(folder, STAGES.replace("train.stages.1.epochs: {low: 1", f"{key}: {{low: 1"))
+    assert message == f"{folder / 'find.yaml'}:9: space.{key}: {expected}"
+
+
+def test_former_stages_in_the_overrides_are_shown_anew_with_the_bases_values(folder):
+    (message,) = messages(folder, STAGES.replace("    stages:", "    stage2: {epochs: 5}\n    stages:"))
+    start = f"{folder / 'find.yaml'}:6: train.stage2: train.stages is a list now; write stages: "
+    assert message.startswith(start)
+    assert message.endswith("{epochs: 5, losses: {caption: 1}}], or --set train.stages.1.epochs=5")

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TEXTS, build_tiny, load_tiny, pixels
+from models import TEXTS, build_tiny, load_tiny, pixels, stages
 from safetensors.torch import load_file
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.schema import AugmentConfig, LossesConfig, TrainConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
-from harness.models.blip2.model import IGNORE, Captioner
-from harness.training import schedule, train
+from harness.models.blip2.model import Captioner
+from harness.models.text import IGNORE
+from harness.training import losses, schedule, train
 
 device.probe("cpu")
 
@@ -33,8 +34,7 @@ def config(**changes):
         "learning_rate": 1e-3,
         "warmup_steps": 3,
         "precision": "fp32",
-        "stage1": {"epochs": 2},
-        "stage2": {"epochs": 1},
+        "stages": stages(2, 1),
     }
     return TrainConfig(**(values | changes))
 
@@ -133,7 +133,7 @@ def test_training_equals_plain_pytorch(folder, tmp_path, language_model):
 
 def test_frozen_parts_do_not_change_by_a_bit(folder, tmp_path):
     before = load_tiny(folder).model.state_dict()
-    first, _ = run(folder, tmp_path / "one", config(stage2={"epochs": 0}, evaluate_every=0))
+    first, _ = run(folder, tmp_path / "one", config(stages=stages(2, 0), evaluate_every=0))
     after_one = first.model.state_dict()
     both, _ = run(folder, tmp_path / "both", config(evaluate_every=0))
     after_two = both.model.state_dict()
@@ -153,7 +153,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize(("at", "first"), [(2, 1), (4, 4), (8, 7), (11, 10)])
 def test_an_interrupted_training_goes_on_to_the_same_weights(folder, tmp_path, at, first):
     """Dropout included; stopped in either stage, within and after its first epoch (3 steps each)."""
-    settings = config(stage1={"epochs": 2}, stage2={"epochs": 2})
+    settings = config(stages=stages(2, 2))
 
     def rising():
         scores = iter(range(100))
@@ -184,6 +184,52 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(folder, tmp_path, a
     assert [{k: v for k, v in row.items() if k not in other} for row in again] == [
         {k: v for k, v in row.items() if k not in other} for row in rows
     ]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_path, zero_stage):
+    """The third trains the text path again, which the second freezes. Each has an epoch of 3 steps."""
+    both = {"caption": 1, "concept": 0.5}
+    three = [
+        {"epochs": 1, "losses": both},
+        {"epochs": 1, "losses": {"caption": 1}},
+        {"epochs": 2, "losses": both, "learning_rate": 2e-3},
+    ]
+    settings = config(stages=three, checkpoint_every_steps=2, zero_stage=zero_stage)
+    whole, rows = run(folder, tmp_path / "whole", settings, dropout=0.1)
+    assert [row["stage"] for row in rows if "loss" in row] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert ["concept_loss" in row for row in rows if "loss" in row] == [True] * 3 + [False] * 3 + [True] * 6
+    seen = []
+    for at in (2, 5, 7, 9, 11):
+
+        def stop(row, at=at):
+            seen.append(row["step"])
+            if row["step"] == at and "loss" in row:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run(folder, tmp_path / "parts", settings, dropout=0.1, log=stop)
+    resumed, again = run(folder, tmp_path / "parts", settings, dropout=0.1)
+    assert seen == [1, 2, *(1, 2, 3, 3, 4, 5), *(4, 5, 6, 6, 7), *(7, 8, 9), *(9, 9, 10, 11)]
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    other = ("time", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in other} for row in again] == [
+        {k: v for k, v in row.items() if k not in other} for row in rows
+    ]
+    _, ended = run(folder, tmp_path / "parts", settings, dropout=0.1)
+    assert ended == again
+
+
+def test_one_stage_is_the_first_of_two(folder, tmp_path):
+    _, one = run(folder, tmp_path / "one", config(stages=stages(2), evaluate_every=0))
+    _, two = run(folder, tmp_path / "two", config(stages=stages(2, 1), evaluate_every=0))
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
+    assert losses[0] == losses[1][:6]
+
+
+def test_the_schema_names_every_loss():
+    assert list(LossesConfig.model_fields) == list(losses.LOSSES)
 
 
 def test_an_epoch_survives_a_validation_that_fails(folder, tmp_path):
@@ -233,7 +279,7 @@ def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):
     run(
         folder,
         tmp_path / "two",
-        config(stage2={"epochs": 0}),
+        config(stages=stages(2, 0)),
         evaluate=lambda: {"valid_primary": 1.0 * len(weights)},
     )
     assert weights[:3] == [3, 6, 9]

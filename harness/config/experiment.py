@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -49,12 +50,15 @@ def load(
             if seed is not None:
                 merged["seed"] = seed
             merge(merged, amended[0])
-            where |= amended[1]
-            for path, value in overrides:
-                set_value(merged, path, value)
-                where = _placed(where, path, Place(f"--set {'.'.join(path)}"))
+            where = _overridden(where, amended[1])
             try:
+                for path, value in overrides:
+                    set_value(merged, path, value)
+                    where = _placed(where, path, Place(f"--set {'.'.join(path)}"))
                 run = Config.model_validate(merged)
+            except UserError as error:
+                problems += [p for p in error.problems if p not in problems]
+                continue
             except ValidationError as error:
                 problems += [p for p in explain(error, where, file) if p not in problems]
                 continue
@@ -110,9 +114,21 @@ def _of_variant(
         merge(merged, changes)
         merged["variant"] = variant
         prefix = ("variants", variant)
-        where |= {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
+        own = {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
+        where = _overridden(where, own)
         where[("variant",)] = places.get(prefix, Place(str(file)))
     return merged, where
+
+
+def _overridden(places: Mapping[Path_, Place], own: Mapping[Path_, Place]) -> dict[Path_, Place]:
+    """The places of keys after others were merged over them; a list is replaced with all its entries."""
+    replaced = {path[:n] for path in own for n in range(1, len(path)) if path[n].isdigit()}
+    kept = {
+        path: place
+        for path, place in places.items()
+        if not any(path[:n] in replaced and path[n].isdigit() for n in range(1, len(path)))
+    }
+    return kept | dict(own)
 
 
 def _placed(places: Mapping[Path_, Place], path: Path_, place: Place) -> dict[Path_, Place]:
@@ -174,7 +190,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Pat
     for own, other in (("seed", "seeds"), ("seeds", "seed")):
         if values.get(own) is not None:
             base_values.pop(other, None)
-    return merge(base_values, values), base_places | places, base_problems + problems
+    return merge(base_values, values), _overridden(base_places, places), base_problems + problems
 
 
 def merge(into: dict, changes: Mapping) -> dict:
@@ -187,13 +203,47 @@ def merge(into: dict, changes: Mapping) -> dict:
     return into
 
 
-def set_value(values: dict, path: Path_, value: Any) -> None:
-    """Set a key of nested mappings, making those that are not there."""
-    for key in path[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[path[-1]] = value
+def set_value(values: dict, path: Path_, value: Any, defaults: Mapping | None = None) -> None:
+    """Set a key of nested mappings, making those that are not there; a number is an entry of a list, from 0.
+
+    A list that is not there is that of `defaults`, by default the schema's. Raises `UserError` for an entry
+    that there is not.
+    """
+    inner: Any = values
+    for n, key in enumerate(path[:-1]):
+        at = _entry(inner, path, n)
+        found = inner[at] if isinstance(inner, list) else inner.get(key)
+        if not isinstance(found, dict | list):
+            default = value_at(_defaults() if defaults is None else defaults, path[: n + 1])
+            found = copy.deepcopy(default) if isinstance(default, list) else {}
+        inner[at] = copy.copy(found)  # by an alias it may stand elsewhere too
+        inner = inner[at]
+    inner[_entry(inner, path, len(path) - 1)] = value
+
+
+def _entry(inner: dict | list, path: Path_, n: int) -> str | int:
+    """Name `n` of a path as a key of the mapping, or the number of an entry of the list, that it is in."""
+    if isinstance(inner, dict):
+        return path[n]
+    if path[n] in map(str, range(len(inner))):
+        return int(path[n])
+    key, noun = ".".join(path), "entry" if len(inner) == 1 else "entries"
+    what = f"{'.'.join(path[:n])} has {len(inner)} {noun}, numbered from 0; got {path[n]}"
+    raise UserError([Problem(what, f"--set {key}", key=key)])
+
+
+def value_at(values: Any, path: Path_) -> Any:
+    """The value of a key of nested mappings and lists; None below what is not there."""
+    for name in path:
+        if isinstance(values, list):
+            values = {str(number): value for number, value in enumerate(values)}
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return Config.model_validate({"name": "any", "data": {"root": "."}}).model_dump(mode="json")
 
 
 def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
@@ -269,11 +319,12 @@ def _culprit(keys: Sequence[Path_], places: Mapping[Path_, Place]) -> Path_:
 def did_you_mean(path: Path_, known: Sequence[Path_] | None = None) -> str:
     """The key that was meant, or those that are allowed there; empty where there is no telling."""
     known = known or list(keys())
-    here = [".".join(key) for key in known if key[:-1] == path[:-1]]
+    above = tuple("0" if name.isdecimal() else name for name in path[:-1])
+    here = [".".join((*path[:-1], key[-1])) for key in known if key[:-1] == above]
     near = difflib.get_close_matches(".".join(path), here, 1, 0.7) or [
         ".".join(key) for key in known if key[-1] == path[-1]
     ]
     if near:
         return f" Did you mean {near[0]}?"
-    allowed = [key[-1] for key in known if key[:-1] == path[:-1]]
+    allowed = [key[-1] for key in known if key[:-1] == above]
     return f" Allowed here: {', '.join(allowed)}" if allowed else ""

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from harness.config import deepspeed_keys
+from harness.config import deepspeed_keys, former_stages
 from harness.config.editions import EDITIONS
 from harness.errors import AcrossKeys
 
@@ -181,29 +181,43 @@ class ModelConfig(Section):
     """Sizes of the `tiny` checkpoint."""
 
 
-class Stage1Config(Section):
-    """Concept loss and caption loss in one joint pass."""
+class LossesConfig(Section):
+    """The weight of each loss of a stage; 0 leaves a loss out."""
 
-    epochs: Epochs = 50
-    concept_loss_weight: NonNegative = 1.0
-    caption_loss_weight: NonNegative = 1.0
+    caption: NonNegative = 0.0
+    """Next token of the caption, by the language model or, without one, by the Q-Former."""
+    concept: NonNegative = 0.0
+    """Next token of the sentence of concepts, by the Q-Former; without it, its text path is frozen."""
+
+
+class StageConfig(Section):
+    """One stage: it starts from the weights of the stage before."""
+
+    epochs: Epochs
+    """0 leaves the stage out."""
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
+    losses: LossesConfig
+    """What it learns from: the weight of each loss by name; at least one is above 0."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "StageConfig":
+        if self.epochs and not any(weight for _, weight in self.losses):
+            raise AcrossKeys("no loss has a weight above 0; nothing would be trained", "losses")
+        return self
 
 
-class Stage2Config(Section):
-    """Caption loss only; the Q-Former's text path is frozen."""
-
-    epochs: Epochs = 20
-    learning_rate: Positive | None = None
-    """Overrides `train.learning_rate` in this stage."""
+PAPERS_STAGES = (
+    StageConfig(epochs=50, losses=LossesConfig(caption=1, concept=1)),
+    StageConfig(epochs=20, losses=LossesConfig(caption=1)),
+)
 
 
 class TrainConfig(Section):
-    """Fine-tuning in two stages, each with an optimiser and a schedule of its own."""
+    """Fine-tuning in stages."""
 
-    stage1: Stage1Config = Stage1Config()
-    stage2: Stage2Config = Stage2Config()
+    stages: tuple[StageConfig, ...] = PAPERS_STAGES
+    """Trained in this order, each with an optimiser and a schedule of its own."""
     batch_size: Batch = 128
     """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
     micro_batch_size: Batch = 16
@@ -267,14 +281,19 @@ class TrainConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed config. Takes the keys of DeepSpeed 0.19.8."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_its_stages(cls, given: Any) -> Any:
+        if old := former_stages.written(given):
+            default = [stage.model_dump(exclude_defaults=True) for stage in PAPERS_STAGES]
+            raise AcrossKeys(former_stages.explained(given, default), *old)
+        return given
+
     @model_validator(mode="after")
-    def _has_a_loss(self) -> "TrainConfig":
-        if not self.stage1.epochs and not self.stage2.epochs:
-            what = "stage1.epochs and stage2.epochs are both 0; nothing would be trained"
-            raise AcrossKeys(what, "stage1.epochs", "stage2.epochs")
-        if self.stage1.epochs and not (self.stage1.concept_loss_weight or self.stage1.caption_loss_weight):
-            what = "stage1: both loss weights are 0; nothing would be trained"
-            raise AcrossKeys(what, "stage1.concept_loss_weight", "stage1.caption_loss_weight")
+    def _has_epochs(self) -> "TrainConfig":
+        if not any(stage.epochs for stage in self.stages):
+            keys = [f"stages.{number}.epochs" for number in range(len(self.stages))]
+            raise AcrossKeys("no stage has epochs; nothing would be trained", *(keys or ["stages"]))
         return self
 
     @model_validator(mode="after")
@@ -470,15 +489,16 @@ class Config(Section):
 
 
 def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key that an experiment file may hold, as paths."""
+    """Every key that an experiment file may hold, as paths; entry 0 of a list stands for all of them."""
     for name, field in section.model_fields.items():
         yield (*path, name)
+        entry = ("0",) if get_origin(field.annotation) is tuple else ()
         for inner in _sections(field.annotation):
-            yield from keys(inner, (*path, name))
+            yield from keys(inner, (*path, name, *entry))
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
         return [s for part in get_args(annotation) for s in _sections(part)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
@@ -487,6 +507,8 @@ def flat(config: Section) -> dict[str, Any]:
     """The config as dotted keys and plain values, as tables and MLflow show it."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            value = {str(number): entry for number, entry in enumerate(value)}
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 yield from walk(inner, f"{path}.{key}" if path else key)

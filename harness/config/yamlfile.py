@@ -202,11 +202,17 @@ def _unprintable(sign: str) -> bool:
     return unicodedata.category(sign) in ("Cc", "Cs")
 
 
-def places_of(node: yaml.MappingNode, path: Path_, file: Path) -> Iterator[tuple[Path_, Place]]:
-    """Where each key below `path` was written, of a node whose values were made: `<<` is resolved by then."""
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            here = (*path, key.value)
-            yield here, Place(str(file), _line(key))
-            if isinstance(value, yaml.MappingNode):
-                yield from places_of(value, here, file)
+def places_of(node: yaml.Node, path: Path_, file: Path) -> Iterator[tuple[Path_, Place]]:
+    """Where each key below `path` was written, and each entry of a list by its number.
+
+    It is for a node whose values were made: `<<` is resolved by then.
+    """
+    if isinstance(node, yaml.MappingNode):
+        inner = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(number), value, value) for number, value in enumerate(node.value)]
+    else:
+        return
+    for name, written, value in inner:
+        yield (*path, name), Place(str(file), _line(written))
+        yield from places_of(value, (*path, name), file)

@@ -295,7 +295,10 @@ def _overridden(
         if path[0] != "score" and path[0] in Config.model_fields:
             problems.append(Problem("only keys of score are set here", key=f"--set {'.'.join(path)}"))
             continue
-        set_value(merged, path, value)
+        try:
+            set_value(merged, path, value)
+        except UserError as error:
+            problems += error.problems
         places |= {path[: n + 1]: Place(f"--set {'.'.join(path)}") for n in range(len(path))}
     try:
         config = _Only.model_validate(merged).score

@@ -171,7 +171,8 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
     merge(changed, _overrides(spec))
     for parameter in spec.space:
         if parameter.key in trial.params:
-            set_value(changed, parameter.path, parameter.decode(trial.params[parameter.key]))
+            value = parameter.decode(trial.params[parameter.key])
+            set_value(changed, parameter.path, value, spec.base.model_dump(mode="json"))
     changed.pop("seed", None)  # the file's `seeds` go before
     seed = trial.params.get("seed", spec.base.seed)
     told = zip(spec.objective, trial.values, strict=True)
@@ -197,7 +198,7 @@ def _overrides(spec: Study) -> dict[str, Any]:
     """What the study's file and `--set` change in the base, but for scores, splits and the device."""
     changed: dict[str, Any] = json.loads(json.dumps(spec.config.overrides, default=str))
     for path, value in parse_sets(spec.sets)[0]:
-        set_value(changed, path, value)
+        set_value(changed, path, value, spec.base.model_dump(mode="json"))
     changed.pop("device", None)
     score = changed.pop("score", {})
     if kept := {key: score[key] for key in ("bertscore", "precision") if key in score}:

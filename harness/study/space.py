@@ -152,6 +152,9 @@ def is_whole(key: str) -> bool | None:
     schema = Config.model_json_schema()
     node: Mapping[str, Any] = schema
     for name in key.split("."):
+        if "items" in node:  # an entry of a list
+            node = node["items"]
+            continue
         sections = [one["$ref"].rpartition("/")[2] for one in _options(node) if "$ref" in one]
         node = (schema["$defs"][sections[0]] if sections else node)["properties"][name]
     types = {one.get("type") for one in _options(node)}

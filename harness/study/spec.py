@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from harness.config import experiment
+from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, Epochs, Section, Seed, flat, keys, whole
 from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
@@ -52,7 +52,7 @@ class SamplerConfig(Section):
 
 
 class PrunerConfig(Section):
-    """When a trial is ended early, judged by its validation scores after each epoch of both stages."""
+    """When a trial is ended early, judged by its validation scores after each epoch of all stages."""
 
     name: Literal["none", "median", "hyperband"] = "none"
     """median: worse than the median of the trials before at that epoch; hyperband: successive halving."""
@@ -140,7 +140,7 @@ class Study:
         values: dict[str, Any] = {}
         for parameter in self.space:
             if parameter.active(values):
-                values[parameter.key] = value_at(self._base_values, parameter.path)
+                values[parameter.key] = experiment.value_at(self._base_values, parameter.path)
         return values
 
     def fixed(self, slot: int) -> dict[str, Any] | None:
@@ -157,8 +157,8 @@ class Study:
 
     @property
     def epochs(self) -> int:
-        """Of both stages of the base."""
-        return self.base.train.stage1.epochs + self.base.train.stage2.epochs
+        """Of all stages of the base."""
+        return sum(stage.epochs for stage in self.base.train.stages)
 
     @cached_property
     def _base_values(self) -> dict[str, Any]:
@@ -278,8 +278,13 @@ def _space(
     space: list[Parameter] = []
     for key, how in config.space.items():
         path = tuple(key.split("."))
-        if path not in known:
+        if now := former_stages.renamed(path):
+            shown = former_stages.in_one_line(how.model_dump(exclude_unset=True))
+            what = f"train.stages is a list now; write {'.'.join(now)}: {shown}"
+        elif tuple("0" if name.isdecimal() else name for name in path) not in known:
             what = "no key of an experiment." + experiment.did_you_mean(path)
+        elif wrong := _no_entry(base, path):
+            what = wrong
         elif any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             what = "can't be searched: trials are called or compared by it"
         elif wider := next((one for one in config.space if key.startswith(f"{one}.")), None):
@@ -305,15 +310,24 @@ def _space(
         return (), [experiment.problem_at(what, ("space",), places, file)]
 
 
+def _no_entry(base: Config, path: Path_) -> str | None:
+    """What is wrong with a path through an entry of a list that the base has not; None where it has."""
+    try:
+        experiment.set_value(base.model_dump(mode="json"), path, None)
+    except UserError as error:
+        return error.problems[0].what
+    return None
+
+
 def _as_parsed(key: str, how: ParameterConfig, base: Config) -> ParameterConfig:
     """With choices and conditions as the config has them, such as the number that YAML's 1e-2 is not."""
 
     def parsed(name: str, value: Any) -> Any:
         values, path = base.model_dump(mode="json"), tuple(name.split("."))
-        experiment.set_value(values, path, value)
         try:
-            return value_at(Config.model_validate(values).model_dump(mode="json"), path)
-        except ValidationError:  # which is told later, with its place
+            experiment.set_value(values, path, value)
+            return experiment.value_at(Config.model_validate(values).model_dump(mode="json"), path)
+        except (ValidationError, UserError):  # which is told later, with its place
             return value
 
     choices = None if how.choices is None else [parsed(key, choice) for choice in how.choices]
@@ -400,11 +414,3 @@ def _start_problems(study: Study, places: Mapping[Path_, Place]) -> list[Problem
             place = experiment.problem_at(what, ("space", parameter.key), places, study.file)
             problems.append(Problem(place.what, place.file, place.line, place.key, hint))
     return problems
-
-
-def value_at(values: Mapping[str, Any], path: Path_) -> Any:
-    """The value of a key of nested mappings; None below a section that is not there."""
-    found: Any = values
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found

@@ -230,7 +230,7 @@ def sampler(spec: Study, slot: int) -> optuna.samplers.BaseSampler:
 
 
 def pruner(spec: Study) -> optuna.pruners.BasePruner:
-    """The pruner of a study; it counts epochs over both stages."""
+    """The pruner of a study; it counts epochs over all stages."""
     config = spec.config.pruner
     if config.name == "median":
         return optuna.pruners.MedianPruner(config.startup_trials, config.warmup_epochs)

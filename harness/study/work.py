@@ -113,7 +113,8 @@ class _Worker:
         """Tell a validation; the reason for ending the trial there, if there is one."""
         (metric,) = self.spec.objective
         name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
-        epoch = int(row["epoch"]) + (plan.config.train.stage1.epochs if row["stage"] == 2 else 0)
+        before = plan.config.train.stages[: row["stage"] - 1]
+        epoch = int(row["epoch"]) + sum(stage.epochs for stage in before)
         trial.report(row[name], epoch)
         if not trial.asked.should_prune():
             return None

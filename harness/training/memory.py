@@ -77,7 +77,7 @@ class Model:
 
     @property
     def trained(self) -> int:
-        """Parameters that stage 1 trains; no stage trains more."""
+        """Parameters that a stage with every loss trains; no stage trains more."""
         return self.shape.trained(self.config.train_vision)
 
     @property
@@ -109,8 +109,8 @@ class Model:
             vision_half=self.half and self.config.vision_precision != "fp32",
             accelerator=self.kind != "cpu",
             train_vision=self.config.train_vision,
-            captions=stage.caption_weight > 0,
-            concepts=stage.concept_weight > 0,
+            captions="caption" in stage.losses,
+            concepts="concept" in stage.losses,
             dropout=self.config.dropout,
         )
 

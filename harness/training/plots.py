@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.store import write
-from harness.training.resume import rows_of
+from harness.training.resume import losses_of, rows_of
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def curves(losses: Path, path: Path) -> None:
     """Losses, learning rate and validation scores by optimiser step, from a `losses.jsonl`."""
     rows = list(rows_of(losses))
     panels = {
-        "loss (nats per token)": ["loss", "caption_loss", "concept_loss", "valid_loss"],
+        "loss (nats per token)": [*losses_of(rows), "valid_loss"],
         "learning rate": ["learning_rate"],
         "validation": sorted(
             {k for r in rows for k in r if k.startswith("valid_")} - {"valid_loss", "valid_primary"}

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from harness.store import bytes_of, parsed, write, write_json
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
-AFTER = 3
-"""The stage after the last."""
 
 
 @dataclass
@@ -22,7 +20,8 @@ class State:
     """Where training stands.
 
     `done` optimiser steps of `stage` and `step` of all stages are behind; `validated` is false where the
-    validation that is due after them is not; `ranks` trained so far, at a ZeRO stage.
+    validation that is due after them is not; `ranks` trained so far, at a ZeRO stage; `ended` is true where
+    nothing is left to train.
     """
 
     stage: int = 1
@@ -33,6 +32,7 @@ class State:
     best_step: int | None = None
     ranks: int = 1
     zero_stage: int = 0
+    ended: bool = False
 
 
 class Checkpoints:
@@ -73,7 +73,7 @@ class Checkpoints:
 
     def finish(self, state: State) -> None:
         """Say that nothing is left to train, and delete them all."""
-        state.stage = AFTER
+        state.ended = True
         write_json(self.directory / FINISHED, asdict(state))
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -113,6 +113,12 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
             numbers = isinstance(row, dict) and all(isinstance(n, int | float | None) for n in row.values())
             if numbers and isinstance(row.get("step"), int):
                 yield row
+
+
+def losses_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of the training losses in rows of a `losses.jsonl`: `loss`, their sum, is the first."""
+    names = dict.fromkeys(name for row in rows if "loss" in row for name in row if name.endswith("_loss"))
+    return ["loss", *names]
 
 
 def forget_rows_after(file: Path, state: State) -> None:

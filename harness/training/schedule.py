@@ -1,6 +1,7 @@
 """The order of training: stages, the images of each optimiser step, the learning rate at each step."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,29 +12,26 @@ from harness.errors import Problem
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages, its numbers resolved."""
+    """A stage, its numbers resolved: `losses` are the weights above 0 by name, `number` counts from 1."""
 
     number: int
     epochs: int
     learning_rate: float
-    caption_weight: float
-    concept_weight: float
+    losses: Mapping[str, float]
 
 
 def stages(config: TrainConfig) -> list[Stage]:
-    """The stages that have epochs; the first trains both losses, the second the caption loss only."""
-    one, two = config.stage1, config.stage2
-    both = [
+    """The stages that have epochs, in order; each keeps the number that it has in the config."""
+    return [
         Stage(
-            1,
-            one.epochs,
-            one.learning_rate or config.learning_rate,
-            one.caption_loss_weight,
-            one.concept_loss_weight,
-        ),
-        Stage(2, two.epochs, two.learning_rate or config.learning_rate, 1.0, 0.0),
+            number,
+            stage.epochs,
+            stage.learning_rate or config.learning_rate,
+            {name: weight for name, weight in stage.losses if weight},
+        )
+        for number, stage in enumerate(config.stages, 1)
+        if stage.epochs
     ]
-    return [stage for stage in both if stage.epochs]
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -103,5 +101,5 @@ def indivisible(config: TrainConfig, devices: int) -> Problem | None:
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
-    """Optimiser steps of both stages together."""
+    """Optimiser steps of all stages together."""
     return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)

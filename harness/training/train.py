@@ -1,4 +1,4 @@
-"""Fine-tuning in two stages: loop, losses, validation, and going on after an interruption.
+"""Fine-tuning in stages: loop, losses, validation, and going on after an interruption.
 
 It knows neither metrics nor MLflow: `log` gets what happened, and `evaluate` turns the model into validation
 scores. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
@@ -28,12 +28,13 @@ from harness.machine.interrupts import Interrupts
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.store import free, gb
+from harness.training import losses
 from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
 from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 
 PRIMARY = "valid_primary"
-TERMS = ("caption_loss", "concept_loss")
+TERMS = tuple(f"{name}_loss" for name in losses.LOSSES)
 DIVERGED = (
     "Training diverged. Lower train.learning_rate, raise train.warmup_steps, set train.max_grad_norm to 1, "
     "or set train.precision: fp32."
@@ -91,7 +92,7 @@ class Training:
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
         for stage in self.plan:
-            if stage.number >= self.state.stage:
+            if stage.number >= self.state.stage and not self.state.ended:
                 self._stage(stage)
         if ranks.rank() == 0:
             self.checkpoints.finish(self.state)
@@ -114,7 +115,7 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(self._trains(stage), self.config.train_vision)
+        self.loaded.model.freeze(list(stage.losses), self.config.train_vision)
         ranks.every(None)  # all have loaded: devices wait for each other for minutes only
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
@@ -198,9 +199,6 @@ class Training:
         load_trained(loaded.model, file)
         return loaded
 
-    def _trains(self, stage: Stage) -> list[str]:
-        return [name.removesuffix("_loss") for name in TERMS if self._has(stage, name)]
-
     def _step(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> None:
         """Optimiser step `step` of a stage, from 0, on these images."""
         begun = time.perf_counter()
@@ -231,28 +229,34 @@ class Training:
     def _losses(self, trainer: Any, stage: Stage, indices: np.ndarray) -> Row:
         """Learn from a global batch; each loss is the mean over all its tokens in that batch."""
         split = self.splits["train"]
-        caption_tokens = sum(split.captions[i].predicted for i in indices)
-        concept_tokens = sum(split.concepts[i].predicted for i in indices if split.concepts[i])
+        tokens = {
+            "caption": sum(split.captions[i].predicted for i in indices),
+            "concept": sum(split.concepts[i].predicted for i in indices if split.concepts[i]),
+        }
         micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
         own = micro_batches[ranks.rank() :: ranks.world_size()]
         found = []
         for batch in self._batches(split, own, stage):
             pixels = batch.pop("pixels").to(self.device, non_blocking=True)
-            losses = trainer(
+            computed = trainer(
                 self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
                 to_device(batch["caption"], self.device),
                 to_device(batch["concept"], self.device),
                 self.config.label_smoothing,
             )
-            caption = _share(losses.caption, stage.caption_weight, caption_tokens, self.device)
-            concept = _share(losses.concept, stage.concept_weight, concept_tokens, self.device)
-            found.append(torch.stack([caption, concept]).detach())
+            none = torch.zeros((), device=self.device)
+            shares = [
+                loss(computed, tokens, stage.losses[name]) if name in stage.losses else none
+                for name, loss in losses.LOSSES.items()
+            ]
+            found.append(torch.stack(shares).detach())
             # the engine averages over micro-batches and ranks, and these terms are shares of a sum
-            trainer.backward((caption + concept) * accumulation(self.config) * ranks.world_size())
+            trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
             trainer.step()
         terms = self._summed(torch.stack(found), own).tolist()
         row: Row = {"loss": sum(terms)}
-        row |= {name: value for name, value in zip(TERMS, terms, strict=True) if self._has(stage, name)}
+        shown = zip(losses.LOSSES, TERMS, terms, strict=True)
+        row |= {term: value for name, term, value in shown if name in stage.losses}
         return row | self._gradients(trainer)
 
     def _gradients(self, trainer: Any) -> Row:
@@ -270,7 +274,7 @@ class Training:
         return row | ({} if scale is None else {"loss_scale": scale})
 
     def _summed(self, found: Tensor, own: Sequence[np.ndarray]) -> Tensor:
-        """The loss terms (2,) over all ranks' micro-batches (M, 2); stops all where one is not finite.
+        """The loss terms (L,) over all ranks' micro-batches (M, L); stops all where one is not finite.
 
         On the way the ranks tell each other whether one was interrupted.
         """
@@ -289,9 +293,6 @@ class Training:
             raise UserError([Problem(what, hint=DIVERGED)], None, 1)
         return total
 
-    def _has(self, stage: Stage, term: str) -> bool:
-        return (stage.caption_weight if term == "caption_loss" else stage.concept_weight) > 0
-
     def _batches(self, split: Split, parts: Sequence[np.ndarray], stage: Stage) -> Iterator[dict[str, Any]]:
         """Collated micro-batches, the next one prepared while the device works on this one."""
 
@@ -299,8 +300,8 @@ class Training:
             batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
             concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
             captions = [split.captions[i] for i in indices]
-            batch["caption"] = self.loaded.caption.collate(captions) if stage.caption_weight else None
-            batch["concept"] = self.loaded.concept.collate(concepts) if stage.concept_weight else None
+            batch["caption"] = self.loaded.caption.collate(captions) if "caption" in stage.losses else None
+            batch["concept"] = self.loaded.concept.collate(concepts) if "concept" in stage.losses else None
             return batch
 
         if not parts:
@@ -368,7 +369,7 @@ class Training:
         count = math.ceil(len(split.ids) / self.config.micro_batch_size)
         own = np.array_split(np.arange(len(split.ids)), count)[ranks.rank() :: ranks.world_size()]
         total = torch.zeros((), device=self.device)
-        for batch in self._batches(split, own, Stage(0, 0, 0, 1.0, 0.0)):
+        for batch in self._batches(split, own, Stage(0, 0, 0, {"caption": 1.0})):
             pixels = loaded.normalise(batch["pixels"].to(self.device))
             total += loaded.model(pixels, to_device(batch["caption"], self.device)).caption
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
@@ -398,8 +399,3 @@ class Training:
             with (self.directory / LOSSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         self.log(row)
-
-
-def _share(loss: Tensor | None, weight: float, tokens: int, device: torch.device) -> Tensor:
-    """A micro-batch's part of a mean over `tokens` tokens, weighted; 0 where there is no such loss."""
-    return torch.zeros((), device=device) if loss is None else weight * loss / max(tokens, 1)
