@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness import metrics
 from harness.captions import PREDICTIONS, read_captions, write_captions
-from harness.config.schema import TINY, PredictConfig
+from harness.config.editions import EDITIONS
+from harness.config.schema import TINY, PredictConfig, ScoreConfig
 from harness.decoding import postprocess
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
@@ -113,14 +114,10 @@ class Builder:
             )
 
     def _standin(self, metric: str, directory: Path) -> None:
-        from harness.models import standins
-
         examples = self.data.splits["train"]
-        captions = [example.caption for example in examples]
-        if metric == "bleurt":
-            standins.build_bleurt(captions, directory)
-        else:
-            standins.build_clip([example.image for example in examples], captions, directory)
+        images = [example.image for example in examples]
+        standin = metrics.all_weights()[metric].standin
+        standin.build(images, [example.caption for example in examples], directory)
 
     @property
     def _checkpoint(self) -> Path:
@@ -205,7 +202,8 @@ class Builder:
         greedy = PredictConfig(num_beams=1, max_new_tokens=self.config.train.max_caption_tokens)
         captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
         primary = primary_metric(self.config)
-        settings = self.config.score.model_copy(update={"metrics": (primary, "rouge1"), "bootstrap": 0})
+        parts = EDITIONS[self.config.edition].parts(primary)
+        settings = self._with_standins().model_copy(update={"metrics": (*parts, "rouge1"), "bootstrap": 0})
         references = [examples[i].caption for i in chosen]
         images = [examples[i].image for i in chosen]
         scores, _ = metrics.score(
@@ -329,14 +327,12 @@ class Builder:
         write_json(directory / "scores.json", finite(result))
         return all(score.value is not None for score in scores.values())
 
-    def _with_standins(self) -> Any:
-        update = {
-            metric: getattr(self.config.score, metric).model_copy(
-                update={"checkpoint": str(self.plan.directory(f"standin-{metric}"))}
-            )
-            for metric in self.plan.standins
-        }
-        return self.config.score.model_copy(update=update)
+    def _with_standins(self) -> ScoreConfig:
+        config = self.config.score
+        for metric in self.plan.standins:
+            folder = str(self.plan.directory(f"standin-{metric}"))
+            config = metrics.all_weights()[metric].renamed(config, folder)
+        return config
 
 
 def _note(row: Mapping[str, Any]) -> str:

@@ -128,7 +128,7 @@ def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]
     found = list(dict.fromkeys(name for system in systems for name in system.scores))
     if wanted is None:
         return found
-    readings = [name for name in found if name in READINGS and name.split("_")[0] in wanted]
+    readings = [name for name in found if READINGS.get(name) in wanted]
     return list(dict.fromkeys([*wanted, *readings]))
 
 

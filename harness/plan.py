@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from harness import metrics
 from harness.captions import PREDICTIONS
 from harness.config.editions import EDITIONS
-from harness.config.schema import STANDIN, TINY, Config
+from harness.config.schema import TINY, Config, ScoreConfig
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
@@ -32,7 +32,6 @@ from harness.training.resume import BEST
 RUNS = Path("runs")
 # Raise one when its code makes something else of the same inputs: what was made before is then made anew.
 TINY_VERSION = 3
-STANDIN_VERSION = 1
 TRAIN_VERSION = 3
 PREDICT_VERSION = 1
 SCORE_VERSION = 3
@@ -78,7 +77,7 @@ class Plan:
             }
         for metric in self.standins:
             steps[f"standin-{metric}"] = {
-                "version": STANDIN_VERSION,
+                "version": checkpoints.STANDIN_VERSION,
                 "metric": metric,
                 "data": data.fingerprints["train"],
             }
@@ -93,6 +92,8 @@ class Plan:
             "seed": config.seed,
             "primary": _primary(config, self.root),
         }
+        if self.choosing:
+            steps["train"]["standins"] = [steps[f"standin-{metric}"] for metric in self.choosing]
         for split in self.splits:
             steps[f"predict-{split}"] = {
                 "version": PREDICT_VERSION,
@@ -127,8 +128,12 @@ class Plan:
     @property
     def standins(self) -> list[str]:
         """The models of metrics, by the name of their section, whose stand-ins are trained here."""
-        models = metrics.checkpoints_of(self.config.score)
-        return [name for name in ("bleurt", "clipscore") if models.get(name) == STANDIN]
+        return _trained_here(self.config.score)
+
+    @property
+    def choosing(self) -> list[str]:
+        """Those of the stand-ins that choose the best weights."""
+        return _trained_here(_choosing(self.config))
 
     @cached_property
     def fallback(self) -> dict[str, dict[str, Any]]:
@@ -169,7 +174,7 @@ class Plan:
         kind, _, part = name.partition("-")
         tiny = {step: None for step in ("tiny",) if step in self.inputs}
         if kind == "train":
-            return tiny
+            return tiny | {f"standin-{metric}": None for metric in self.choosing}
         if kind == "predict":
             return tiny | {"train": (BEST,)}
         if kind == "postprocess":
@@ -196,19 +201,28 @@ def _identities(named: Mapping[str, str], root: Path) -> list[Any]:
 
 
 def _primary(config: Config, root: Path) -> list[Any]:
-    """What determines the numbers of the metric that chooses the best weights."""
-    name = primary_metric(config)
-    only = config.score.model_copy(update={"metrics": (name,)})
-    settings = {key: value for key, value in only.model_dump().items() if key in (name, "precision")}
-    edition = EDITIONS[config.edition]
-    rules = [edition.bertscore_idf, edition.bertscore_tokens]
-    rules += [edition.blanks.length_of, edition.blanks.similarity_embeds_empty]
-    return [name, rules, settings, metrics.identities_of(only, root / "cache")]
+    """What determines the numbers of the metrics that choose the best weights."""
+    name, edition, only = primary_metric(config), EDITIONS[config.edition], _choosing(config)
+    sections = {"precision", *metrics.weights_of(only)}
+    settings = {key: value for key, value in only.model_dump().items() if key in sections}
+    found = [name, edition.rules, settings, metrics.identities_of(only, root / "cache")]
+    return [*found, edition.aggregates] if name in edition.aggregates else found
+
+
+def _choosing(config: Config) -> ScoreConfig:
+    """How validation scores, by the metrics alone that choose the best weights."""
+    parts = EDITIONS[config.edition].parts(primary_metric(config))
+    return config.score.model_copy(update={"metrics": parts})
+
+
+def _trained_here(config: ScoreConfig) -> list[str]:
+    """The sections of wanted metrics whose stand-ins are trained on the training split."""
+    return [name for name, weights in metrics.weights_of(config).items() if weights.is_trained_here(config)]
 
 
 def problems(config: Config) -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
-    wanted = dict.fromkeys([*config.score.metrics, primary_metric(config)])
+    wanted = dict.fromkeys([*config.score.metrics, *_choosing(config).metrics])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     return found + family(config.model).problems(config.model)
 
@@ -291,6 +305,12 @@ def dry(config: Config, root: Path = RUNS) -> dict[str, str]:
 
 
 def primary_metric(config: Config) -> str:
-    """The metric that chooses the best checkpoint: the edition's primary one where one model computes it."""
-    primary = EDITIONS[config.edition].primary
-    return primary if primary in config.score.metrics else "bertscore"
+    """The score that chooses the best checkpoint: the edition's primary one where it can be computed.
+
+    That is where all its parts are among the metrics and have weights; else it is BERTScore.
+    """
+    edition = EDITIONS[config.edition]
+    if edition.primary is None:
+        return "bertscore"
+    lacking = any(metrics.is_absent(part, config.score) for part in edition.parts(edition.primary))
+    return "bertscore" if lacking else edition.primary

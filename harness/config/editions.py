@@ -5,9 +5,8 @@ What is not established by a file, a loader or an evaluator of the organisers is
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-Layout = Literal["imageclef2023", "imageclef2024", "rocov2"]
 SubmissionFormat = Literal["pipe", "csv-zip"]
 """pipe: `ID|caption` or `ID|C1;C2`, no header, no quoting.
 csv-zip: comma, header `ID,Caption` or `ID,CUIs`, as `submission.csv` at the root of a zip."""
@@ -34,8 +33,6 @@ class Edition:
     """One year's files, metrics and ranking."""
 
     year: int
-    layout: Layout
-    """The layout of its label files, as in `data.layout`."""
     caption_format: SubmissionFormat | None
     """None: not established."""
     concept_format: SubmissionFormat | None
@@ -62,8 +59,17 @@ class Edition:
     blanks: Blanks = Blanks("clean", "the rule of 2023")
     aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Scores that are the plain mean of other scores, in the order in which they can be computed."""
-    unavailable: tuple[str, ...] = ()
-    """Official metrics whose weights are not public."""
+
+    def parts(self, score: str) -> tuple[str, ...]:
+        """The metrics that a score is a mean of, down to the last; a metric is its own part."""
+        means = self.aggregates.get(score)
+        return (score,) if means is None else tuple(part for mean in means for part in self.parts(mean))
+
+    @property
+    def rules(self) -> list[Any]:
+        """What the edition decides of the values of its metrics beside the config."""
+        cut = [self.bertscore_idf, self.bertscore_tokens]
+        return [*cut, self.blanks.length_of, self.blanks.similarity_embeds_empty]
 
 
 _SEVEN = ("bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore")
@@ -74,7 +80,6 @@ EDITIONS: Mapping[int, Edition] = {
     for edition in (
         Edition(
             year=2022,
-            layout="imageclef2023",
             caption_format="pipe",
             concept_format="pipe",
             max_cuis=100,
@@ -88,7 +93,6 @@ EDITIONS: Mapping[int, Edition] = {
         ),
         Edition(
             year=2023,
-            layout="imageclef2023",
             caption_format="pipe",
             concept_format="pipe",
             max_cuis=100,
@@ -101,7 +105,6 @@ EDITIONS: Mapping[int, Edition] = {
         ),
         Edition(
             year=2024,
-            layout="imageclef2024",
             caption_format=None,
             concept_format=None,
             max_cuis=None,
@@ -110,13 +113,11 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=(*_SEVEN, "refclipscore"),
             primary="bertscore",
             ranking="by bertscore, highest first",
-            unavailable=("ClinicalBLEURT", "MedBERTScore"),
             bertscore_tokens=512,
             blanks=Blanks("clean", "the rule of 2023; that of 2024 is not established"),
         ),
         Edition(
             year=2025,
-            layout="imageclef2024",
             caption_format="csv-zip",
             concept_format="csv-zip",
             max_cuis=100,
@@ -136,7 +137,6 @@ EDITIONS: Mapping[int, Edition] = {
         ),
         Edition(
             year=2026,
-            layout="imageclef2024",
             caption_format="csv-zip",
             concept_format="csv-zip",
             max_cuis=100,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import STANDIN, ScoreConfig
+from harness.config.schema import ScoreConfig
 from harness.errors import Problem, UserError
 from harness.machine import ranks
 from harness.metrics import (
@@ -28,12 +28,11 @@ from harness.metrics import (
     similarity,
     text,
 )
-from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, sign
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, Weights, sign
 from harness.metrics.baseline import constant_baseline, constant_caption
 from harness.metrics.cache import versions
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
-from harness.models import checkpoints
 from harness.store import fingerprint
 
 __all__ = [
@@ -42,40 +41,43 @@ __all__ = [
     "Inputs",
     "Metric",
     "Score",
+    "Weights",
     "aggregate",
-    "checkpoints_of",
+    "all_weights",
     "constant_baseline",
     "constant_caption",
     "identities_of",
     "image_gap",
+    "is_absent",
     "problems",
     "read_arrays",
     "references_fingerprint",
     "score",
     "score_concepts",
     "unload",
+    "uses_java",
     "versions",
+    "weights_of",
     "write_arrays",
     "write_per_image",
 ]
 
 METRICS: dict[str, Metric] = {
-    "bertscore": Metric(bertscore.measure, neural=True),
-    "rouge1": Metric(lexical.rouge1),
-    "bleurt": Metric(bleurt.measure, neural=True),
-    "bleu1": Metric(lexical.bleu1, lexical.bleu1_aggregate),
-    "meteor": Metric(meteor.measure, meteor.aggregate),
-    "cider": Metric(lexical.cider),
-    "clipscore": Metric(clipscore.measure, neural=True),
-    "refclipscore": Metric(clipscore.refclipscore, neural=True),
-    "similarity": Metric(similarity.measure, neural=True),
-    "medcat": Metric(medcat.measure),
-    "alignscore": Metric(alignscore.measure, neural=True),
+    "bertscore": bertscore.METRIC,
+    "rouge1": lexical.ROUGE1,
+    "bleurt": bleurt.METRIC,
+    "bleu1": lexical.BLEU1,
+    "meteor": meteor.METRIC,
+    "cider": lexical.CIDER,
+    "clipscore": clipscore.METRIC,
+    "refclipscore": clipscore.REFCLIPSCORE,
+    "similarity": similarity.METRIC,
+    "medcat": medcat.METRIC,
+    "alignscore": alignscore.METRIC,
 }
-READINGS: dict[str, Metric] = {"cider_ptb": Metric(lexical.cider_ptb)}
-"""Reported beside the metric before the `_`, where it is not established which of the two is official."""
+READINGS = {reading: name for name, metric in METRICS.items() for reading in metric.readings}
+"""The metric that a reading is reported beside; it is not established which of the two is official."""
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
-UNDECIDED = {reading.partition("_")[0] for reading in READINGS}
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,19 @@ class _Found:
 def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]:
     """Each metric by name; those without a neural model in a thread beside the others, on rank 0 only."""
     _same_weights(inputs.config, inputs.edition)
-    # METEOR's JVM takes seconds to start, so it goes first
-    first = sorted((name for name, metric in metrics.items() if not metric.neural), key="meteor".__ne__)
+    # a JVM takes seconds to start, so what waits for one goes first
+    counted = (name for name, metric in metrics.items() if not metric.neural)
+    first = sorted(counted, key=lambda name: not metrics[name].java)
     beside = ThreadPoolExecutor(1)
     try:
-        others = {name: beside.submit(_timed, metrics[name], inputs) for name in first if not ranks.rank()}
-        neural = {name: _timed(metric, inputs) for name, metric in metrics.items() if metric.neural}
+        others = {
+            name: beside.submit(_timed, name, metrics[name], inputs) for name in first if not ranks.rank()
+        }
+        neural = {name: _timed(name, metric, inputs) for name, metric in metrics.items() if metric.neural}
         done = neural | {name: result.result() for name, result in others.items()}
     except BaseException:  # an interrupted command does not wait for what others still have to answer
-        meteor.stop()
+        for metric in metrics.values():
+            metric.stop()
         beside.shutdown(wait=False, cancel_futures=True)
         raise
     beside.shutdown()
@@ -179,12 +185,14 @@ def _same_weights(config: ScoreConfig, edition: int) -> None:
         raise UserError([Problem(f"not all ranks have the same weights: {what}")], None, 1)
 
 
-def _timed(metric: Metric, inputs: Inputs) -> _Found:
+def _timed(name: str, metric: Metric, inputs: Inputs) -> _Found:
     started = time.perf_counter()
     try:
         measured = _finite(metric.measure(inputs))
     except Absent as absence:
         return _Found(None, time.perf_counter() - started, str(absence))
+    if measured.signature.partition("|")[0] != name:
+        raise ValueError(f"the metric {name} signs as {measured.signature}")
     return _Found(measured, time.perf_counter() - started)
 
 
@@ -224,9 +232,8 @@ def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
 
 def unload() -> None:
     """Forget the models of the neural metrics, and with them what they have embedded."""
-    kept = (bertscore._embeddings, bleurt._load, clipscore._load, similarity._load, alignscore._load)
-    for load in kept:
-        load.cache_clear()
+    for weights in all_weights().values():
+        weights.unload()
 
 
 def score_concepts(
@@ -298,7 +305,7 @@ def _is_official(name: str, edition: int | None) -> bool:
     if edition is None:
         return True
     year = EDITIONS[edition]
-    return year.primary is not None and name in {*year.metrics, *year.aggregates} - UNDECIDED
+    return year.primary is not None and name in {*year.metrics, *year.aggregates} - {*READINGS.values()}
 
 
 def _score(
@@ -330,33 +337,32 @@ def aggregate(name: str) -> bootstrap.Aggregate | None:
     return metric.aggregate if metric else None
 
 
+def all_weights() -> dict[str, Weights]:
+    """The weights of all metrics by the section of the config that names them."""
+    return {metric.weights.section: metric.weights for metric in METRICS.values() if metric.weights}
+
+
+def weights_of(config: ScoreConfig) -> dict[str, Weights]:
+    """The weights of the wanted metrics by the section of the config that names them."""
+    wanted = (metric.weights for name, metric in METRICS.items() if name in config.metrics)
+    return {weights.section: weights for weights in wanted if weights}
+
+
+def is_absent(name: str, config: ScoreConfig) -> bool:
+    """Whether a metric is not wanted, or the config names no weights for it."""
+    weights = METRICS[name].weights
+    return name not in config.metrics or (weights is not None and weights.named(config) is None)
+
+
 def problems(config: ScoreConfig, edition: int) -> list[Problem]:
-    """Checkpoints of the wanted metrics that are not at hand, found without importing torch."""
+    """Weights of the wanted metrics that are not at hand, found without importing torch."""
     config = config.for_edition(edition)
-    wanted = checkpoints_of(config)
-    found = bertscore.problems(config.bertscore) if "bertscore" in wanted else []
-    for name in ("bleurt", "clipscore"):
-        if wanted.get(name) not in (None, STANDIN):
-            key, at_hand = f"score.{name}.checkpoint", checkpoints.find(wanted[name])
-            found += checkpoints.flaws(at_hand, key) if at_hand else [checkpoints.missing(wanted[name], key)]
-    for name, local in (("similarity", similarity), ("medcat", medcat), ("alignscore", alignscore)):
-        if name in config.metrics:
-            found += local.problems(getattr(config, name))
-    return found
+    return [problem for weights in weights_of(config).values() for problem in weights.missing(config)]
 
 
-def checkpoints_of(config: ScoreConfig) -> dict[str, str]:
-    """The checkpoints that the wanted metrics need, by the name of their section in the config."""
-    users = {
-        "bertscore": {"bertscore"},
-        "bleurt": {"bleurt"},
-        "clipscore": {"clipscore", "refclipscore"},
-    }
-    return {
-        section: getattr(config, section).checkpoint
-        for section, metrics in users.items()
-        if metrics & set(config.metrics)
-    }
+def uses_java(config: ScoreConfig) -> bool:
+    """Whether a wanted metric, or another reading of one, runs on Java."""
+    return any(metric.java for metric in _wanted(config).values())
 
 
 def identities_of(config: ScoreConfig, cache: Path | None) -> dict[str, Any]:
@@ -365,26 +371,20 @@ def identities_of(config: ScoreConfig, cache: Path | None) -> dict[str, Any]:
     The contents of their weights, found without running or loading anything; known hashes stay in `cache`.
     Stand-ins that are trained here have none: they are what their steps make of the data.
     """
-    found: dict[str, Any] = {}
-    for section, name in checkpoints_of(config).items():
-        if section == "bertscore" and name == STANDIN:
-            found[section] = checkpoints.contents(bertscore.locate(config.bertscore)[0].folder, cache)
-        elif name != STANDIN and (at_hand := checkpoints.find(name)):
-            found[section] = checkpoints.contents(at_hand.folder, cache)
-    for section, local in (("similarity", similarity), ("medcat", medcat), ("alignscore", alignscore)):
-        settings = getattr(config, section)
-        named = settings != type(settings)()
-        if section in config.metrics and named and not local.problems(settings):
-            found[section] = local.identity(settings, cache)
-    return found
+    return {
+        section: weights.identity(weights.settings(config), cache)
+        for section, weights in weights_of(config).items()
+        if weights.named(config) is not None
+        and not weights.is_trained_here(config)
+        and not weights.missing(config)
+    }
 
 
 def _wanted(config: ScoreConfig) -> dict[str, Metric]:
     wanted = {}
     for name, metric in METRICS.items():
         if name in config.metrics:
-            wanted[name] = metric
-            wanted |= {other: m for other, m in READINGS.items() if other.startswith(f"{name}_")}
+            wanted |= {name: metric, **metric.readings}
     return wanted
 
 

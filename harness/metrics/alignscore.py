@@ -19,6 +19,8 @@ from harness.metrics.base import (
     Absent,
     Inputs,
     Measured,
+    Metric,
+    Weights,
     by_length,
     cut_rows,
     dtype,
@@ -274,3 +276,10 @@ def _build(folder: Path, file: Path) -> tuple[Any, Any]:
             what = " ".join(str(error).split())[:300]
             raise Absent(f"{file} does not fit {folder}: {what}") from None
     return encoder, head
+
+
+METRIC = Metric(
+    measure,
+    neural=True,
+    weights=Weights("alignscore", "checkpoint", problems, identity, unload=_load.cache_clear),
+)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import ScoreConfig
+from harness.config.schema import STANDIN, ScoreConfig
+from harness.errors import Problem
 from harness.machine import ranks
 from harness.machine.device import out_of_memory
 from harness.metrics import text
@@ -169,16 +170,83 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A metric of METRICS: how it is measured and, for corpus metrics, how statistics become a score.
+class Standin:
+    """What `standin` means as the name of weights: a small model that is no official one.
 
-    `aggregate` maps summed statistics (..., k) to scores (...). `neural` metrics use the device, the others
-    run beside them in a thread.
+    `build` gets images, captions and a folder, and trains the stand-in there on the training split. None: the
+    stand-in comes with an installed package.
+    """
+
+    build: Callable[[Sequence[Path], Sequence[str], Path], None] | None = None
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a metric: the `section` of `score:` and the `key` in it that name them.
+
+    The name is one of the hub or a local path; None leaves the metric absent. `problems` and `identity` get
+    the section: what is missing, found without loading anything, and what determines the numbers, which
+    tells two weights of one name apart. The folder given to `identity` keeps known hashes. `unload` forgets
+    the loaded model. `executes`: the section names a program, or files with programs in them.
+    """
+
+    section: str
+    key: str
+    problems: Callable[[Any], list[Problem]]
+    identity: Callable[[Any, Path | None], Any]
+    standin: Standin | None = None
+    unload: Callable[[], None] = _nothing
+    executes: bool = False
+
+    @property
+    def path(self) -> str:
+        """The key in an experiment file."""
+        return f"score.{self.section}.{self.key}"
+
+    def settings(self, config: ScoreConfig) -> Any:
+        """The section of the config."""
+        return getattr(config, self.section)
+
+    def named(self, config: ScoreConfig) -> str | Path | None:
+        """The name of the weights in the config; None: the metric is absent."""
+        return getattr(self.settings(config), self.key)
+
+    def renamed(self, config: ScoreConfig, name: str | Path | None) -> ScoreConfig:
+        """The config with other weights for this section."""
+        settings = self.settings(config).model_copy(update={self.key: name})
+        return config.model_copy(update={self.section: settings})
+
+    def is_trained_here(self, config: ScoreConfig) -> bool:
+        """Whether the config names a stand-in that is trained on the training split."""
+        trained = self.standin is not None and self.standin.build is not None
+        return trained and self.named(config) == STANDIN
+
+    def missing(self, config: ScoreConfig) -> list[Problem]:
+        """What keeps the named weights from being used; nothing where none or a stand-in is named."""
+        return [] if self.named(config) in (None, STANDIN) else self.problems(self.settings(config))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of METRICS: how it is measured, and all that other rooms have to know of it.
+
+    `aggregate` maps summed statistics (..., k) to the scores (...) of a corpus metric. `neural` metrics use
+    the device, the others run beside them in a thread. `weights` may be shared with another metric. `java`:
+    it runs on Java, and `stop` ends that in the middle of an answer. `readings` are reported beside it, by
+    name, where it is not established which of them is official.
     """
 
     measure: Callable[[Inputs], Measured]
     aggregate: Callable[[np.ndarray], np.ndarray] | None = None
     neural: bool = False
+    weights: Weights | None = None
+    java: bool = False
+    stop: Callable[[], None] = _nothing
+    readings: Mapping[str, "Metric"] = field(default_factory=dict)
 
 
 def empty(pairs: Sequence[Row]) -> np.ndarray:
@@ -289,10 +357,21 @@ def one_thread() -> Iterator[int]:
 def at_hand(name: str, key: str) -> Checkpoint:
     """The checkpoint that the config names by `key`; raises `Absent` where it can't be loaded."""
     found = checkpoints.find(name)
-    wrong = checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
-    if found is None or wrong:
+    if wrong := lacking(name, key):
         raise Absent("; ".join(problem.what for problem in wrong))
     return found
+
+
+def lacking(name: str, key: str) -> list[Problem]:
+    """What keeps the checkpoint that the config names by `key` from being loaded."""
+    found = checkpoints.find(name)
+    return checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
+
+
+def contents(name: str, cache: Path | None) -> list[list[str]] | None:
+    """Names and hashes of the files of a checkpoint; None where it is not at hand."""
+    found = checkpoints.find(name)
+    return checkpoints.contents(found.folder, cache) if found else None
 
 
 @contextlib.contextmanager

@@ -27,10 +27,14 @@ from harness.metrics.base import (
     Absent,
     Inputs,
     Measured,
+    Metric,
+    Standin,
+    Weights,
     at_hand,
     by_length,
     cut_rows,
     dtype,
+    lacking,
     loaded,
     loading,
     one_thread,
@@ -68,19 +72,20 @@ def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
 
 def problems(config: BertScoreConfig) -> list[Problem]:
     """What would keep BERTScore from being computed, without loading anything."""
-    if config.checkpoint == STANDIN:
-        return []
-    found = checkpoints.find(config.checkpoint)
-    if found is None:
-        return [checkpoints.missing(config.checkpoint, KEY)]
-    if flaws := checkpoints.flaws(found, KEY):
-        return flaws
-    settings = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    if wrong := lacking(config.checkpoint, KEY):
+        return wrong
+    folder = checkpoints.find(config.checkpoint).folder
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = settings.get("num_hidden_layers")
     if isinstance(layers, int) and config.layer > layers:
         what = f"got {config.layer}, the checkpoint has {layers} layers"
         return [Problem(what, key="score.bertscore.layer")]
     return []
+
+
+def identity(config: BertScoreConfig, cache: Path | None) -> list[list[str]]:
+    """What tells two encoders of one name apart: the names and hashes of their files."""
+    return checkpoints.contents(locate(config)[0].folder, cache)
 
 
 def measure(inputs: Inputs) -> Measured:
@@ -358,3 +363,12 @@ def _encoder(folder: Path, layer: int, precision: str) -> Any:
         raise Absent(f"{folder}: layer {layer} of an encoder with {len(stack.layer)}")
     stack.layer = stack.layer[:layer]
     return model
+
+
+METRIC = Metric(
+    measure,
+    neural=True,
+    weights=Weights(
+        "bertscore", "checkpoint", problems, identity, standin=Standin(), unload=_embeddings.cache_clear
+    ),
+)

@@ -10,10 +10,15 @@ from harness.config.editions import EDITIONS
 from harness.metrics.base import (
     Inputs,
     Measured,
+    Metric,
+    Standin,
+    Weights,
     at_hand,
     by_length,
+    contents,
     cut_rows,
     dtype,
+    lacking,
     loaded,
     loading,
     row_by_row,
@@ -104,3 +109,23 @@ class Scorer:
         with torch.inference_mode():
             pooled = self.model.bleurt(**batch).pooler_output
             return row_by_row(self.model.classifier, pooled).flatten().float().tolist()
+
+
+def _build_standin(_: Sequence[Path], captions: Sequence[str], folder: Path) -> None:
+    from harness.models import standins
+
+    standins.build_bleurt(captions, folder)
+
+
+METRIC = Metric(
+    measure,
+    neural=True,
+    weights=Weights(
+        "bleurt",
+        "checkpoint",
+        problems=lambda section: lacking(section.checkpoint, KEY),
+        identity=lambda section, cache: contents(section.checkpoint, cache),
+        standin=Standin(_build_standin),
+        unload=_load.cache_clear,
+    ),
+)

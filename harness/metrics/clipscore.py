@@ -4,6 +4,7 @@ import functools
 import html
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from harness.metrics.base import (
     Absent,
     Inputs,
     Measured,
+    Metric,
+    Standin,
+    Weights,
     at_hand,
     by_length,
+    contents,
     cut_rows,
     dtype,
+    lacking,
     loaded,
     loading,
     sign,
@@ -216,3 +222,24 @@ class Clip:
 def _unit(features: Any) -> np.ndarray:
     features = features.float()
     return (features / features.norm(dim=-1, keepdim=True)).cpu().numpy()
+
+
+def _build_standin(images: Sequence[Path], captions: Sequence[str], folder: Path) -> None:
+    from harness.models import standins
+
+    standins.build_clip(images, captions, folder)
+
+
+METRIC = Metric(
+    measure,
+    neural=True,
+    weights=Weights(
+        "clipscore",
+        "checkpoint",
+        problems=lambda section: lacking(section.checkpoint, KEY),
+        identity=lambda section, cache: contents(section.checkpoint, cache),
+        standin=Standin(_build_standin),
+        unload=_load.cache_clear,
+    ),
+)
+REFCLIPSCORE = replace(METRIC, measure=refclipscore)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from harness.metrics import java
-from harness.metrics.base import Inputs, Measured, sign
+from harness.metrics.base import Inputs, Measured, Metric, sign
 from harness.metrics.cache import Row
 from harness.store import fingerprint
 
@@ -151,3 +151,8 @@ def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: flo
     shared = np.bincount(document[~ours][theirs], clipped, count)
     both = norms[:count] * norms[count:]
     return np.divide(shared, both, out=np.zeros(count), where=both > 0)
+
+
+ROUGE1 = Metric(rouge1)
+BLEU1 = Metric(bleu1, bleu1_aggregate)
+CIDER = Metric(cider, readings={"cider_ptb": Metric(cider_ptb, java=True)})

@@ -18,7 +18,7 @@ import numpy as np
 from harness.config.editions import EDITIONS
 from harness.config.schema import MedCatConfig
 from harness.errors import Problem
-from harness.metrics.base import Absent, Flagged, Inputs, Measured, empty, sign
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, Weights, empty, sign
 from harness.metrics.cache import Row
 from harness.models.checkpoints import sha256, sums, untrusted
 
@@ -169,3 +169,6 @@ def _flaw(python: Path, packages: Sequence[str]) -> str | None:
 def _version(packages: Sequence[str]) -> str | None:
     versions = (one.rpartition("-")[2] for one in packages if one.lower().startswith("medcat-"))
     return next(versions, None)
+
+
+METRIC = Metric(measure, weights=Weights("medcat", "model_pack", problems, identity, executes=True))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from harness.metrics import java, text
-from harness.metrics.base import Absent, Inputs, Measured, sign
+from harness.metrics.base import Absent, Inputs, Measured, Metric, sign
 from harness.metrics.cache import Row
 
 START_SECONDS = 120
@@ -195,3 +195,6 @@ def _score_line(prediction: str, reference: str) -> str:
     # the jar's protocol is one line of fields between |||; white space is one blank to its tokenizer anyway
     fields = [text.collapse(caption.replace("|||", " ")) for caption in (reference, prediction)]
     return " ||| ".join(["SCORE", *fields])
+
+
+METRIC = Metric(measure, aggregate, java=True, stop=stop)

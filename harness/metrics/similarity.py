@@ -22,7 +22,19 @@ from harness.config.schema import SimilarityConfig
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, Flagged, Inputs, Measured, cut_rows, empty, filled, loading, sign
+from harness.metrics.base import (
+    Absent,
+    Flagged,
+    Inputs,
+    Measured,
+    Metric,
+    Weights,
+    cut_rows,
+    empty,
+    filled,
+    loading,
+    sign,
+)
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 from harness.models.checkpoints import sha256, standin_name, sums, untrusted
@@ -225,3 +237,10 @@ def _module(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+METRIC = Metric(
+    measure,
+    neural=True,
+    weights=Weights("similarity", "folder", problems, identity, unload=_load.cache_clear, executes=True),
+)

