@@ -56,8 +56,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`<variant>-s<seed>`."""
-        return f"{self.record['variant']}-s{self.record['seed']}"
+        """`<variant>-s<seed>`, or what the user has renamed the folder to."""
+        return self.folder.resolve().name
 
     @cached_property
     def root(self) -> Path:

@@ -17,6 +17,7 @@ from harness.errors import UserError
 ROOT = Path(__file__).parents[1]
 SIGNATURE = "bertscore|clef2023|microsoft/deberta-xlarge-mnli|layer:40|idf:no|rescale:no|fp32"
 EVIL = "</script><script>window.evil=1</script><img src=x onerror=window.evil=2><!--"
+EVIL_FOLDER = EVIL.replace("/", "")
 
 
 def score(value: float | None, official: bool = True, n: int = 10_437, **more) -> dict:
@@ -291,6 +292,7 @@ def evil_project(project: Path) -> Path:
     folder = write_run(project, record(name="evil", variant="x", bertscore=0.605))
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"name": EVIL, "variant": EVIL}))
+    folder.rename(folder.with_name(EVIL_FOLDER))
     harness(project, "--format", "html")
     return project / "leaderboard" / "index.html"
 
@@ -318,7 +320,7 @@ def test_the_page_in_a_browser(project, tmp_path_factory):
         assert browser.evaluate(names) == [
             "third-s42",
             "again-s42",
-            f"{EVIL}-s42",
+            EVIL_FOLDER,
             "opt_364-s42",
             "made-s42",
         ]
@@ -350,3 +352,10 @@ def test_the_page_in_a_browser(project, tmp_path_factory):
         assert browser.evaluate("window.evil") is None
         assert browser.problems == []
         assert browser.requests == [page.resolve().as_uri()]
+
+
+def test_a_run_is_called_by_its_folder_and_may_have_lost_its_parameters(project):
+    folder = write_run(project, record() | {"parameters": {}})
+    folder.rename(folder.with_name("best-of-monday"))
+    (entry,) = json.loads(harness(project, "--edition", "2023", "--format", "json"))[0]["runs"]
+    assert entry["run"] == "best-of-monday"

@@ -52,8 +52,8 @@ class Entry:
 
     @property
     def run(self) -> str:
-        """`<variant>-s<seed>`."""
-        return f"{self.record['variant']}-s{self.record['seed']}"
+        """`<variant>-s<seed>`, or what the user has renamed the folder to."""
+        return self.folder.resolve().name
 
     def score(self, metric: str) -> dict[str, Any] | None:
         """What pages and files show of a score; None where it was not wanted."""

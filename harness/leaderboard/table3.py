@@ -39,8 +39,8 @@ def table_3(board: Board) -> list[dict[str, Any]]:
     return rows
 
 
-def _kind(entry: Entry) -> tuple[bool, int, bool]:
-    return tuple(entry.record["parameters"][key] for key in _KIND)
+def _kind(entry: Entry) -> tuple[bool | int | None, ...]:
+    return tuple(entry.record["parameters"].get(key) for key in _KIND)
 
 
 def _beside(paper: float, entry: Entry | None, metric: str) -> dict[str, Any]:
