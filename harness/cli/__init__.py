@@ -151,10 +151,11 @@ def _run_command() -> None:
             _fail(gone, 1)
         if error.errno not in REPAIRABLE and error.filename != STANDARD_OUTPUT:
             raise
-        _fail(
-            f"error: {error.filename or 'writing'}: {error.strerror}; fix it and run the same command again",
-            1,
-        )
+        _fail(_not_written(error.filename or "writing", error), 1)
+
+
+def _not_written(what: str | bytes | int, error: OSError) -> str:
+    return f"error: {what}: {error.strerror}; fix it and run the same command again"
 
 
 def _without_folder() -> str | None:
@@ -171,7 +172,7 @@ def _all_written(code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        print(f"error: {STANDARD_OUTPUT}: {error.strerror}", file=sys.stderr)
+        print(_not_written(STANDARD_OUTPUT, error), file=sys.stderr)
         return code or 1
     return code
 
