@@ -6,6 +6,7 @@ names the file and says how to make it anew; readers of many runs leave such a r
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from harness.config.editions import EDITIONS
 from harness.errors import Problem, UserError
 from harness.store import damage_of, parsed
 
-FILE = "run.json"
+FILE, CONFIG = "run.json", "config.yaml"
 Record = Mapping[str, Any]
 
 
@@ -167,6 +168,11 @@ def read(folder: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
     return problem
 
 
+def below(root: Path) -> list[Path]:
+    """The `run.json` of every run in a folder, also where it is gone and the run's config is still there."""
+    return sorted({file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)})
+
+
 def read_all(
     files: Iterable[Path], needs: Iterable[str] = ()
 ) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
@@ -186,7 +192,7 @@ def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
     hint = "The run's command writes it anew; or delete this folder: steps that are done stay done."
     try:
         if not file.is_file():
-            raise ValueError("not a file")
+            raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
         record = parsed(file.read_bytes())
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written anywhere
         _Run.model_validate(record)

@@ -215,7 +215,7 @@ def _is_standin(name: str) -> bool:
 @contextlib.contextmanager
 def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
     """Keep `run.json` true: RUNNING from the start; FINISHED, FAILED, PRUNED or KILLED at the end; why."""
-    write(folder / "config.yaml", yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
+    write(folder / records.CONFIG, yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
     write_json(folder / records.FILE, record)
     (folder / TRACEBACK).unlink(missing_ok=True)

@@ -359,3 +359,9 @@ def test_a_run_is_called_by_its_folder_and_may_have_lost_its_parameters(project)
     folder.rename(folder.with_name("best-of-monday"))
     (entry,) = json.loads(harness(project, "--edition", "2023", "--format", "json"))[0]["runs"]
     assert entry["run"] == "best-of-monday"
+
+
+def test_a_run_whose_record_is_gone_is_named(project):
+    (write_run(project, record()) / "run.json").unlink()
+    said = harness(project, "--edition", "2023")
+    assert "left out: runs/imageclef2023/table3/opt_364-s42/run.json: is not what a run writes: it is gone" in said

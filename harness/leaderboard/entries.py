@@ -173,7 +173,7 @@ def _records(runs: Path, trials: bool) -> tuple[list[tuple[Path, dict[str, Any]]
 
     Also what is wrong with the records that are left out.
     """
-    found, left_out = records.read_all(sorted(runs.rglob(records.FILE)), _NEEDS)
+    found, left_out = records.read_all(records.below(runs), _NEEDS)
     return [one for one in found if trials or one[1].get("trial") is None], left_out
 
 
