@@ -364,4 +364,7 @@ def test_a_run_is_called_by_its_folder_and_may_have_lost_its_parameters(project)
 def test_a_run_whose_record_is_gone_is_named(project):
     (write_run(project, record()) / "run.json").unlink()
     said = harness(project, "--edition", "2023")
-    assert "left out: runs/imageclef2023/table3/opt_364-s42/run.json: is not what a run writes: it is gone" in said
+    assert (
+        "left out: runs/imageclef2023/table3/opt_364-s42/run.json: is not what a run writes: it is gone"
+        in said
+    )

@@ -85,7 +85,6 @@ print(json.dumps(scores["bertscore"].per_image.tolist()))
 """
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_after_a_killed_process_and_with_other_threads(pairs, fresh, tmp_path):
     given = {"captions": list(zip(*pairs, strict=True)), "cache": str(tmp_path / "cache")}
