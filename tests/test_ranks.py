@@ -165,6 +165,7 @@ def shared_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return folder, harness(folder, "run", "small.yaml", "--nproc", "2", "--set", "train.zero_stage=3")
 
 
+@pytest.mark.slow
 def test_the_run_command_on_two_ranks(shared_run):
     folder, done = shared_run
     (file,) = (folder / "runs" / "small").glob("*/run.json")
@@ -179,6 +180,7 @@ def test_the_run_command_on_two_ranks(shared_run):
     assert (file.parent / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_one_rank_captions_as_two_did(shared_run):
     folder, _ = shared_run
     (file,) = (folder / "runs" / "small").glob("*/run.json")

@@ -210,6 +210,7 @@ def _wait(until, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_bad_trial_ends_early_and_keeps_its_losses_and_reason(folder, monkeypatch):
     monkeypatch.chdir(folder)
     silent = Terminal(silent=True)

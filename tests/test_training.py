@@ -373,7 +373,9 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     assert scales[-1] == 2.0 ** (40 - moved.count(False))  # halved as often as a step was left out
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "zero_stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_stage_leaves_neither_its_optimiser_nor_another_model(folder, tmp_path, zero_stage):
     """At full size, the moments of stage 1 beside those of stage 2 are 9 GB that doctor doesn't count."""
     before = set(map(id, alive()))

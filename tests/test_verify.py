@@ -160,6 +160,7 @@ def bleurt(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_remarks_of_libraries_do_not_reach_the_terminal(bleurt, tmp_path):
     """Captions that are longer than every encoder, and letters that only slow tokenizers take apart."""
     table(tmp_path / "p.csv", ["naïve " + "lung mass " * 400, "a nodule", "α β γ"])
