@@ -270,3 +270,10 @@ def test_make_of_half_a_split_exits_with_3_and_writes_nothing(run):
         assert "holds 3 captions; the test split of the run has 6" in done.stderr
     assert everything(top / "submissions") == before
     assert not (top / "new").exists()
+
+
+def test_a_pipe_in_place_of_another_file_of_the_run_is_not_waited_for(run):
+    other = run.parents[1] / "steps" / "predict-1" / "predictions.csv"
+    other.unlink()
+    os.mkfifo(other)
+    harness(run.parents[2], "submission", "make", "runs/exp/base-s1", timeout=60)

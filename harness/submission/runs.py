@@ -1,12 +1,14 @@
 """The captions of a run, all of them: a run knows how many images its splits have, and which."""
 
 import csv
+import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import records
 from harness.errors import Problem, UserError
+from harness.store import bytes_of
 from harness.submission.checks import some
 from harness.submission.form import INVALID
 from harness.submission.inputs import as_predictions, read
@@ -58,8 +60,8 @@ def _against_the_run(
 def _ids_in(table: Path) -> Collection[str]:
     """The ids of a CSV file that a step of the run left; none where it can't be read."""
     try:
-        with table.open(encoding="utf-8", newline="") as file:
-            return dict.fromkeys(row["ID"] for row in csv.DictReader(file))
+        text = bytes_of(table).decode()
+        return dict.fromkeys(row["ID"] for row in csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, UnicodeDecodeError, KeyError, csv.Error):
         return ()
 
