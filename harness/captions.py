@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from harness.store import write
+from harness.store import bytes_of, write
 
 PREDICTIONS = "predictions.csv"
 _MOSTLY = 0.9  # of all captions; people write the same one for 1 % of the images
@@ -28,8 +28,7 @@ def write_table(path: Path, rows: Iterable[Sequence[str]]) -> Path:
 
 def read_captions(path: Path) -> dict[str, str]:
     """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` where it is anything else."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, strict=True))
+    rows = list(csv.reader(io.StringIO(bytes_of(path).decode(), newline=""), strict=True))
     if rows[:1] != [["ID", "caption"]] or any(len(row) != 2 for row in rows):
         raise ValueError("the rows are not those of an ID and a caption")
     found = dict(rows[1:])

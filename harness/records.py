@@ -5,6 +5,7 @@ names the file and says how to make it anew; readers of many runs leave such a r
 """
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from harness.captions import read_captions
 from harness.config.editions import EDITIONS
 from harness.errors import Problem, UserError
-from harness.store import damage_of, parsed
+from harness.store import bytes_of, damage_of, parsed
 
 FILE, CONFIG = "run.json", "config.yaml"
 Record = Mapping[str, Any]
@@ -297,8 +298,8 @@ def captions(file: Path, record: Record) -> dict[str, str]:
 def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
     """The rows of a `per_image.csv` by id. Raises `UserError` where they can't be read."""
     try:
-        with file.open(encoding="utf-8", newline="") as text:
-            rows = {row["ID"]: row for row in csv.DictReader(text)}
+        text = io.StringIO(bytes_of(file).decode(), newline="")
+        rows = {row["ID"]: row for row in csv.DictReader(text)}
         if any(None in row or None in row.values() or "reference" not in row for row in rows.values()):
             raise ValueError("a row has more or fewer columns than the header")
     except (OSError, ValueError, KeyError, csv.Error) as error:
@@ -309,7 +310,7 @@ def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
 def scores(file: Path, record: Record) -> dict[str, Any]:
     """What a score step says in its `scores.json`. Raises `UserError` where it can't be read."""
     try:
-        content = parsed(file.read_bytes())
+        content = parsed(bytes_of(file))
         _SCORES.validate_python(content["scores"])
         if not isinstance(content["references"], str):
             raise ValueError("references is no text")
