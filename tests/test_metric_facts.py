@@ -207,7 +207,7 @@ def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
     assert row["valid_primary"] == row["valid_overall"] == pytest.approx((0.35 + 0.6) / 2)
 
 
-# --- What other rooms are told ---------------------------------------------------------------------------
+# --- What other rooms ask for ---------------------------------------------------------------------------
 
 
 def test_unload_empties_every_cache_of_models():

@@ -216,10 +216,10 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
     if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
         if code != INTERRUPTED:
             ranks.say_why(text.removeprefix("error: "))
-        if code != INTERRUPTED and not launch.report(text):
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-            if not ranks.first_fails_too():
-                print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
+            if not launch.report(text):
+                signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+                if not ranks.first_fails_too():
+                    print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
     print(masked(text), file=sys.stderr)
     if problems and code == 2:

@@ -386,7 +386,7 @@ class SimilarityConfig(Section):
     """The model of Similarity, MedImageInsight, of the editions since 2025."""
 
     folder: Path | None = None
-    """A local folder of MedImageInsight. Without it Similarity is absent, and so is the overall score."""
+    """A local folder of MedImageInsight. Without it, Similarity and the overall score are absent."""
 
 
 class MedCatConfig(Section):

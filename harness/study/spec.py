@@ -327,7 +327,7 @@ def _as_parsed(key: str, how: ParameterConfig, base: Config) -> ParameterConfig:
         try:
             experiment.set_value(values, path, value)
             return experiment.value_at(Config.model_validate(values).model_dump(mode="json"), path)
-        except (ValidationError, UserError):  # which is told later, with its place
+        except (ValidationError, UserError):  # reported later, with its place
             return value
 
     choices = None if how.choices is None else [parsed(key, choice) for choice in how.choices]
