@@ -8,10 +8,11 @@ from pathlib import Path
 
 from models import TEXTS, load_tiny, pixels
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.machine import device, ranks
 from harness.models.loading import save_trained
 from harness.training import train
+from harness.training.settings import TrainConfig
 
 
 def split(loaded, name, chosen, seed):

@@ -10,12 +10,14 @@ import pytest
 from transformers import Blip2Config
 
 from harness import forecast
-from harness.config.schema import Config, TinyConfig, TrainConfig
+from harness.config.schema import Config
 from harness.machine import device
 from harness.models.base import Work
 from harness.models.blip2 import activations, sizes
+from harness.models.settings import TinyConfig
 from harness.training import memory
 from harness.training.memory import GB, Model, Setup
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 from models import stages  # noqa: E402

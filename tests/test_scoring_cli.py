@@ -17,8 +17,8 @@ from golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 from support import commands
 
 from harness import captions, cli, scoring
-from harness.config.schema import STANDIN
 from harness.errors import UserError
+from harness.metrics.base import STANDIN
 
 OVER_ALL = {
     "bertscore": 0.649737943,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from harness import metrics
-from harness.config.schema import PhantomConfig, ScoreConfig
+from harness.config.schema import ScoreConfig
+from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.metrics import bleurt, clipscore
 from harness.models import checkpoints, standins

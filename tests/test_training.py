@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from models import TEXTS, build_tiny, load_tiny, pixels, stages
 from safetensors.torch import load_file
 
-from harness.config.schema import AugmentConfig, LossesConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.blip2.model import Captioner
 from harness.models.text import IGNORE
 from harness.training import losses, schedule, train
+from harness.training.settings import LossesConfig, TrainConfig
 
 device.probe("cpu")
 

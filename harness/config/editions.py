@@ -49,8 +49,8 @@ class Edition:
     """The score that ranks, and that chooses the best checkpoint."""
     ranking: str
     """The ranking rule in words, for tables and pages."""
-    bleurt: str = "lucadiliello/BLEURT-20"
-    """The checkpoint of that year's BLEURT."""
+    weights: Mapping[str, str] = field(default_factory=lambda: {"bleurt": "lucadiliello/BLEURT-20"})
+    """The weights of a metric that are others in other years, by the metric's section of `score:`."""
     bertscore_idf: bool = False
     """Whether BERTScore weighs tokens by their rarity in the references."""
     bertscore_tokens: int | None = None
@@ -126,7 +126,7 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
-            bleurt="lucadiliello/BLEURT-20-D12",
+            weights={"bleurt": "lucadiliello/BLEURT-20-D12"},
             bertscore_idf=True,
             blanks=Blanks("raw", "the rule of 2025", similarity_embeds_empty=True),
             aggregates={
@@ -145,7 +145,7 @@ EDITIONS: Mapping[int, Edition] = {
             metrics=_SIX_OF_2025,
             primary="overall",
             ranking="by overall (mean of relevance and factuality), highest first",
-            bleurt="lucadiliello/BLEURT-20-D12",
+            weights={"bleurt": "lucadiliello/BLEURT-20-D12"},
             bertscore_idf=True,
             blanks=Blanks("raw", "the rule of 2026"),
             aggregates={
