@@ -18,7 +18,7 @@ app = typer.Typer(
 
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
 LayoutOption = Annotated[
-    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (2024-2026) or rocov2.")
+    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (since 2024) or rocov2.")
 ]
 
 

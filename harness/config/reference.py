@@ -136,6 +136,10 @@ def _means(edition: Edition) -> str:
     return "; ".join(f"{name} = mean of {', '.join(parts)}" for name, parts in edition.aggregates.items())
 
 
+def _counts(images: Mapping[str, int]) -> str:
+    return " / ".join(f"{count:,}" for count in images.values())
+
+
 _FORMS = {
     "pipe": "`ID|caption`",
     "csv-zip": "`submission.csv` (`ID,Caption`) in a zip",
@@ -146,6 +150,10 @@ _ROWS = {
     "means": _means,
     "caption file": lambda edition: _FORMS[edition.caption_format],
     "most concepts of an image": lambda edition: str(edition.max_cuis or "not established"),
+    "images (train, valid, test)": lambda edition: _counts(edition.images) or "not established",
+    "subtasks with other images": lambda edition: "; ".join(
+        f"{name} ({_counts(images)})" for name, images in edition.subtasks.items()
+    ),
     "BLEURT": lambda edition: f"`{edition.weights['bleurt']}`",
     "BERTScore weighs by idf": lambda edition: "yes" if edition.bertscore_idf else "no",
     "tokens of a caption for BERTScore": lambda edition: str(edition.bertscore_tokens or "all"),

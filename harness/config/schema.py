@@ -16,6 +16,7 @@ from harness.models.settings import TINY, ModelConfig
 from harness.training.settings import TrainConfig
 
 
+# In three classes, since keys are listed class by class: those of METRICS stand between the others.
 class _Chosen(Section):
     metrics: tuple[Literal[*METRICS], ...] | None = None
     """The metrics that are computed; by default those of the edition."""

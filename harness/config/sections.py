@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from harness.config.editions import LayoutName
+
 
 def no_bool(value: Any) -> Any:
     """Refuses true and false, which pydantic would take for 1 and 0."""
@@ -97,8 +99,8 @@ class DataConfig(Section):
 
     root: Path
     """Folder of the data set."""
-    layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
-    """Names and form of the files. imageclef2023 also reads 2022; imageclef2024 also 2025 and 2026."""
+    layout: LayoutName = "imageclef2023"
+    """Names and form of the files. imageclef2023 also reads 2022; imageclef2024 also later years."""
     skip_bad: bool = False
     """Continue despite problems, and list them. Training skips such rows; validation and test keep theirs."""
     cache: bool = True
