@@ -312,6 +312,40 @@ def test_a_stage_leaves_neither_its_optimiser_nor_another_model(folder, tmp_path
     assert [kept for kept in alive() if id(kept) not in before] == []
 
 
+def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monkeypatch):
+    """Its own `destroy` leaves all that `release` takes away; a DeepSpeed that differs fails here."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    from harness.training.engine import engine, place, release
+
+    def cached():
+        coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+        (cell,) = coordinator._PartitionedParameterCoordinator__params_to_release.__closure__
+        return cell.cell_contents.cache_info().currsize
+
+    linear, settings, loaded = F.linear, config(zero_stage=3, micro_batch_size=8), load_tiny(folder)
+    place(loaded.model, settings, "cpu")
+    loaded.model.freeze(["caption"], True)
+    hooks = len(loaded.model._forward_pre_hooks), len(loaded.model._forward_hooks)
+    trainer = engine(loaded.model, settings, "cpu", tmp_path)
+    split = splits(loaded)["train"]
+    captions = loaded.caption.collate(split.captions[:8])
+    images = loaded.normalise(torch.from_numpy(split.pixels[:8]))
+    for _ in range(3):
+        trainer.backward(trainer(images, captions).caption / 50)
+        trainer.step()
+
+    def left():
+        own = len(loaded.model._forward_pre_hooks), len(loaded.model._forward_hooks)
+        return [own != hooks, F.linear is not linear, bool(parameter_offload.FWD_MODULE_STACK), cached() > 0]
+
+    trainer.destroy()
+    assert left() == [True] * 4
+    monkeypatch.setattr(trainer, "destroy", lambda: None)  # it was called
+    release(trainer)
+    assert left() == [False] * 4
+
+
 def alive():
     return [kept for kept in gc.get_objects() if isinstance(kept, torch.optim.AdamW | Captioner)]
 

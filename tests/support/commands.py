@@ -18,8 +18,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 TESTS = Path(__file__).parents[1]
 IMPORTS = {
@@ -49,9 +50,27 @@ def harness(
     if _acts_on_imports(environment):
         done = _alone(folder, arguments, environment, timeout)
     else:
-        done = _server("commands").run(folder, arguments, environment, timeout)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            ended = on_streams(folder, arguments, environment, (out.fileno(), err.fileno()), timeout)
+            done = subprocess.CompletedProcess(["harness", *arguments], ended, _read(out), _read(err))
     assert code is None or done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def on_streams(
+    folder: Path,
+    arguments: Sequence[str | Path],
+    environment: Mapping[str, str],
+    streams: tuple[int, int],
+    timeout: float = 500,
+) -> int:
+    """Run the command line on file descriptors for what it prints and for its errors -> its exit code."""
+    return _server("commands").run(folder, arguments, environment, timeout, streams)
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding="utf-8").read()
 
 
 def mirror_by_server(monkeypatch) -> None:
@@ -92,24 +111,16 @@ class _Server:
             number = listener.fileno()
             self.process = subprocess.Popen([*command, str(number), *imports], pass_fds=[number], **pipes)
 
-    def run(self, folder, arguments, environment, timeout) -> subprocess.CompletedProcess[str]:
+    def run(self, folder, arguments, environment, timeout, streams: tuple[int, int]) -> int:
+        """Run a command that writes to `streams` -> its exit code."""
         asked = {
             "folder": str(folder),
             "arguments": list(map(str, arguments)),
             "environment": dict(environment),
             "mirrors": _server("mirrors").path if arguments[0] in ("run", "study") else None,
         }
-        with (
-            open(os.devnull, "rb") as nothing,
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-        ):
-            code = _ask(self.path, asked, (nothing.fileno(), out.fileno(), err.fileno()), timeout)
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(io.TextIOWrapper(file, encoding="utf-8").read())
-        return subprocess.CompletedProcess(["harness", *arguments], code, *texts)
+        with open(os.devnull, "rb") as nothing:
+            return _ask(self.path, asked, (nothing.fileno(), *streams), timeout)
 
 
 def _ask(path: str, asked: dict, streams: tuple[int, int, int], timeout: float | None) -> int:
