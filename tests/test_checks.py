@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_sets
 from PIL import Image
-from small_sets import CAPTIONS, CONCEPTS, PREFIX, config, edit, one, problems, write_comma
+from support import small_sets
+from support.small_sets import CAPTIONS, CONCEPTS, PREFIX, config, edit, one, problems, write_comma
 
 from harness import data
 from harness.data import checks
@@ -301,7 +301,7 @@ def test_fingerprints_name_contents_not_places_or_dates(root, tmp_path):
     os.utime(moved / "train" / "phantom_train_000001.jpg", (1, 1))
     program = (
         "import sys, json; from pathlib import Path; from harness import data; "
-        "from harness.config.schema import DataConfig; "
+        "from harness.config.sections import DataConfig; "
         "found = data.load(DataConfig(root=sys.argv[1]), Path(sys.argv[2])); "
         "print(json.dumps(found.fingerprints))"
     )
@@ -336,7 +336,7 @@ def test_seventy_thousand_rows_in_two_seconds(tmp_path):
 import sys, time
 from pathlib import Path
 from harness import data
-from harness.config.schema import DataConfig
+from harness.config.sections import DataConfig
 from harness.errors import UserError
 begun = time.process_time()
 try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.experiments import messages, write
 
 from harness.config.experiment import base_of, load
 from harness.config.schema import Config, flat, keys
@@ -11,19 +12,6 @@ from harness.errors import UserError
 from harness.study.spec import load as load_study
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def write(folder: Path, text: str, name: str = "e.yaml") -> Path:
-    file = folder / name
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-def messages(file: Path, *sets: str) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        load(file, sets)
-    assert caught.value.exit_code == 2
-    return [str(problem) for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda file: file.name)
@@ -106,7 +94,6 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
         ("name: a\x07\n", "not YAML: unacceptable character"),
         ("{[a]: b}\n", "e.yaml:1: not YAML: found unhashable key"),
         ("name: a\ndata: {root: x}\ntrain: {stages: [{epochs: 0, losses: {}}]}\n", "no stage has epochs"),
-        ("name: a\ndata: {root: x}\ntrain: {stages: []}\n", "e.yaml:3: train.stages: no stage has epochs"),
         (
             "name: a\ndata: {root: x}\ntrain:\n  stages:\n    - epochs: 1\n      losses: {caption: 0}\n",
             "e.yaml:6: train.stages.0.losses: no loss has a weight above 0",

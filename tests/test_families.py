@@ -10,9 +10,9 @@ from typing import get_args
 
 import pytest
 import torch
-from models import TEXTS, batch, build_tiny, load_tiny, pixels
 from safetensors.torch import load_file
 from support import toy_family
+from support.models import TEXTS, batch, load_tiny, pixels
 from support.toy_family import Toy
 from transformers import Blip2Model
 
@@ -54,8 +54,8 @@ ALLOWED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder) -> Path:
+    return tiny_folder
 
 
 def methods(protocol: type) -> dict[str, inspect.Signature]:
@@ -95,7 +95,7 @@ def test_a_captioner_and_a_shape_have_the_methods_of_the_protocol(folder):
 def test_what_is_asked_before_a_run_imports_no_torch(name):
     code = f"""if True:
         import sys
-        from harness.config.schema import ModelConfig
+        from harness.models.settings import ModelConfig
         from harness.models import family
         for checkpoint in ("tiny", ModelConfig().checkpoint):
             model = ModelConfig(family="{name}", checkpoint=checkpoint)

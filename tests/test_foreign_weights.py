@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import metrics
-from harness.config.schema import Config, ScoreConfig
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.metrics import alignscore, bertscore
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 from harness.models.outline import Flawed, check_weights, read_pickle
-from harness.plan import problems
+from harness.steps.plan import problems
 
 TENSOR = torch.arange(6.0)
 

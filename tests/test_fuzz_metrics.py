@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fuzzing import cases
-from test_rules import rouge1, settled
+from support.fuzzing import cases
+from support.rules import rouge1, settled
 
 from harness import metrics
 from harness.config.editions import EDITIONS
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore, java
+from harness.metrics.settings import ScoreConfig
 
 SECONDS = 120
 CONFIG = ScoreConfig.model_validate(

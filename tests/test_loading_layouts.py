@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build_tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -17,17 +16,17 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
-from harness.config.schema import ModelConfig
 from harness.errors import UserError
 from harness.models import checkpoints
 from harness.models.blip2 import loading
 from harness.models.blip2.model import TIED, Captioner
 from harness.models.blip2.sizes import OPT_2_7B
+from harness.models.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder) -> Path:
+    return tiny_folder
 
 
 def published_layouts(folder: Path, root: Path) -> tuple[Path, Path, Path]:

@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from transformers import Blip2Config
 
-from harness import forecast
 from harness.config.schema import Config
 from harness.machine import device
 from harness.models.base import Work
 from harness.models.blip2 import activations, sizes
-from harness.models.settings import TinyConfig
-from harness.training import memory
+from harness.training import forecast, memory
 from harness.training.memory import GB, Model, Setup
 from harness.training.settings import TrainConfig
 
 device.probe("cpu")
-from models import stages  # noqa: E402
-from traces import captioner, kept, without_contents  # noqa: E402
+from support.allocations import allocated, settings, small  # noqa: E402
+from support.models import stages  # noqa: E402
+from support.traces import captioner, kept, without_contents  # noqa: E402
 
 PUBLISHED = "Salesforce/blip2-opt-2.7b"
 
@@ -30,6 +29,15 @@ def published(image_size: int, language_model: bool) -> tuple[Blip2Config, sizes
     config = Blip2Config(text_config={"model_type": "opt", **sizes.OPT_2_7B})
     config.vision_config.image_size = image_size
     return config, sizes.of_checkpoint(None, PUBLISHED, image_size, language_model)
+
+
+def shallow() -> tuple[Blip2Config, sizes.Shape]:
+    """The published model at 224 px with few of its layers, which are all alike."""
+    text = {**sizes.OPT_2_7B, "num_hidden_layers": 3}
+    parts = {"vision_config": {"num_hidden_layers": 3}, "qformer_config": {"num_hidden_layers": 4}}
+    config = Blip2Config(**parts, text_config={"model_type": "opt", **text})
+    config.vision_config.image_size = 224
+    return config, sizes.of({**parts, "text_config": text}, 224, True)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,7 @@ def test_activations_of_the_real_model_are_those_that_autograd_keeps(
 @pytest.mark.parametrize("train_vision", [True, False])
 @pytest.mark.parametrize("dropout", [None, 0.0])
 def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_vision, dropout):
-    config, shape = published(224, True)
+    config, shape = shallow()
     if dropout is not None:
         config.qformer_config.hidden_dropout_prob = dropout
         config.qformer_config.attention_probs_dropout_prob = dropout
@@ -64,20 +72,6 @@ def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_visi
     assert activations.of(shape, work).kept == pytest.approx(plain, rel=2e-3)
 
 
-def small() -> tuple[Blip2Config, sizes.Shape]:
-    from harness.models import tiny
-
-    class Vocabulary(list):
-        bos_token_id = eos_token_id = pad_token_id = 1
-
-        def convert_tokens_to_ids(self, _):
-            return 1
-
-    settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
-    config = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
-    return config, sizes.of_tiny(settings, config.vision_config.image_size, True)
-
-
 def test_activations_on_real_tensors():
     config, shape = small()
     plain, _ = kept(captioner(config, True, False, False), 3, 11, True)
@@ -85,62 +79,15 @@ def test_activations_on_real_tensors():
     assert found.kept == pytest.approx(plain, rel=2e-3)
 
 
-ALLOCATES = """
-import json, sys
-from pathlib import Path
-from harness.machine import device
-device.probe("cpu")
-import torch
-from test_memory import captioner, settings, small
-from harness.config.schema import TrainConfig
-from harness.training.engine import engine
-
-def size(tensors):
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-def allocated(stage):
-    config, _ = small()
-    model = captioner(config, True, False, False)
-    model.freeze(["caption", "concept"], True)
-    deep = engine(model, TrainConfig(**settings(stage)), "cpu", Path(sys.argv[1]))
-    side = config.vision_config.image_size
-    ids = torch.ones(2, 9, dtype=torch.long)
-    texts = {"ids": ids, "mask": ids, "labels": ids}
-    losses = deep(torch.rand(2, 3, side, side), texts, texts)
-    deep.backward(losses.caption + losses.concept)
-    gradients = size(p.grad for p in model.parameters() if p.grad is not None)
-    deep.step()
-    inner = getattr(deep.optimizer, "optimizer", deep.optimizer)
-    states = [t for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    copies = [p for g in inner.param_groups for p in g["params"] if p.untyped_storage().data_ptr() not in own]
-    return size(model.parameters()), gradients, size([*states, *copies])
-
-print(json.dumps([allocated(stage) for stage in range(3)]))
-"""
-
-
-def settings(stage: int) -> dict:
-    values = {"batch_size": 2, "micro_batch_size": 2, "zero_stage": stage, "precision": "fp32"}
-    return values | {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}
-
-
-def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", ALLOCATES, tmp_path],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for stage, (weights, gradients, optimiser) in enumerate(json.loads(done.stdout.splitlines()[-1])):
-        model = Model(small()[1], TrainConfig(**settings(stage)), "cpu", False)
-        found = memory.usage(model, memory.configured(model.config, 1))
-        assert found.weights == pytest.approx(weights, rel=0.01)
-        assert found.optimiser == pytest.approx(optimiser, rel=0.01)
-        if stage == 0:  # with ZeRO they are in its own buffers by now
-            assert found.gradients == pytest.approx(gradients, rel=0.01)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path, stage):
+    weights, gradients, optimiser = allocated(stage, tmp_path)
+    model = Model(small()[1], TrainConfig(**settings(stage)), "cpu", False)
+    found = memory.usage(model, memory.configured(model.config, 1))
+    assert found.weights == pytest.approx(weights, rel=0.01)
+    assert found.optimiser == pytest.approx(optimiser, rel=0.01)
+    if stage == 0:  # with ZeRO they are in its own buffers by now
+        assert found.gradients == pytest.approx(gradients, rel=0.01)
 
 
 def real(kind: str = "cuda", **train) -> Model:
@@ -200,7 +147,7 @@ def test_steps_are_those_of_the_schedule(tmp_path):
 
 def test_the_forecast_needs_no_torch():
     code = (
-        "import sys; from pathlib import Path; from harness import forecast; "
+        "import sys; from pathlib import Path; from harness.training import forecast; "
         "from harness.config.experiment import load;"
         "[forecast.lines(forecast.forecast(c)) for c in load(Path('experiments/table3.yaml'), [])];"
         "assert 'torch' not in sys.modules"

@@ -13,17 +13,18 @@ import pytest
 
 from harness.config import reference
 from harness.config.editions import EDITIONS, LayoutName
-from harness.config.schema import Config, ScoreConfig, keys
+from harness.config.schema import Config, keys
 from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import load
 from harness.data.readers import LAYOUTS
 from harness.decoding.postprocess import PostprocessConfig
 from harness.metrics import METRICS, all_weights
 from harness.metrics.base import STANDIN, Weights
+from harness.metrics.settings import ScoreConfig
 from harness.models import FAMILIES
 from harness.models.settings import ModelConfig
-from harness.plan import Plan
-from harness.store import fingerprint
+from harness.steps import STEPS
+from harness.steps.plan import Plan
 from harness.training import train
 from harness.training.losses import LOSSES
 from harness.training.settings import LossesConfig
@@ -43,7 +44,7 @@ def made(tmp_path_factory):
     def prints(**values: Any) -> dict[str, str]:
         score = {"bertscore": {"checkpoint": STANDIN}} | values.pop("score", {})
         config = Config.model_validate(known | values | {"score": score})
-        return {name: fingerprint(inputs) for name, inputs in Plan(config, data, root).inputs.items()}
+        return {name: step.directory.name for name, step in Plan(config, data, root).steps.items()}
 
     return prints
 
@@ -155,7 +156,20 @@ def test_a_rule_of_post_processing_is_in_its_fingerprint(key, made):
     assert one != other
 
 
-# --- STEPS: a step is known to the plan, the record and the mirror ----------------------------------------
+# --- STEPS ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
+def test_a_steps_section_is_in_the_schema_and_the_reference(step):
+    if step.section:
+        key, _, default = step.section
+        assert Config.model_fields[key].default == default
+        assert row(f"`{key}`")[-1]
+
+
+def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
+    found = made(model={"checkpoint": "tiny"}, score={"bleurt": {"checkpoint": STANDIN}})
+    assert {name.partition("-")[0] for name in found.values()} == {step.kind for step in STEPS}
 
 
 # --- The layers ------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,54 +16,24 @@ import pytest
 from PIL import Image
 from rouge_score import rouge_scorer
 from support.commands import harness
-from test_report import data_of
+from support.experiments import EXPERIMENT, begin
+from support.reports import data_of
 
 from harness import report
 from harness.captions import read_captions
 from harness.metrics.text import official
 from harness.submission import check, read
 
-EXPERIMENT = """
-name: small
-device: cpu
-data:
-  root: data/phantom
-  phantom: {train: 48, valid: 12, test: 6, seed: 3}
-model:
-  checkpoint: tiny
-  image_size: 56
-  tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, qformer_layers: 2, num_query_tokens: 4,
-         text_hidden_size: 48, text_layers: 1, vocab_size: 400, text_epochs: 2}
-train:
-  stages:
-    - {epochs: 2, losses: {caption: 1, concept: 1}}
-    - {epochs: 1, losses: {caption: 1}}
-  batch_size: 16
-  micro_batch_size: 8
-  learning_rate: 1e-3
-  warmup_steps: 2
-  evaluate_images: 6
-predict: {num_beams: 2, max_new_tokens: 24}
-score:
-  metrics: [bertscore, rouge1, bleu1, cider]
-  bertscore: {checkpoint: standin}
-  bootstrap: 200
-variants:
-  opt: {}
-  opt_dedup: {postprocess: {deduplicate: true}}
-"""
+
+@pytest.fixture(scope="module")
+def folder(small_run) -> Path:
+    return small_run / "run"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    result = tmp_path_factory.mktemp("project")
-    (result / "small.yaml").write_text(EXPERIMENT)
-    return result
-
-
-@pytest.fixture(scope="module")
-def finished(folder) -> subprocess.CompletedProcess:
-    return harness(folder, "run", "small.yaml")
+def finished(small_run) -> subprocess.CompletedProcess:
+    out, err = ((small_run / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(["harness", "run", "small.yaml"], 0, out, err)
 
 
 def record(folder: Path, run: str) -> dict:
@@ -123,17 +92,10 @@ def test_rows_that_differ_in_deduplication_share_training_and_captions(folder, f
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
 
 
-def _start_with_what_was_drawn(folder: Path, place: Path) -> None:
-    """A second project, which need not draw the same images and read the same texts again."""
-    for name in ("data", *(step.relative_to(folder) for step in (folder / "runs" / "steps").glob("tiny-*/"))):
-        shutil.copytree(folder / name, place / name)
-    (place / "small.yaml").write_text(EXPERIMENT)
-
-
 @pytest.mark.slow
-def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(folder, finished, tmp_path):
+def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(small_run, tmp_path):
     """At full size they are 10 GB for each rank, and were 30 GB when loaded twice, in fp32."""
-    _start_with_what_was_drawn(folder, tmp_path)
+    begin(small_run, tmp_path)
     code = """if True:
         from harness import cli
         from harness.models.blip2 import loading
@@ -228,6 +190,20 @@ def test_submissions_pass_the_check_and_hold_the_captions(folder, finished):
         captions = read_captions(folder / "runs" / run["steps"][f"postprocess-{split}"] / "predictions.csv")
         assert check(folder / path, list(captions), 2023) == []
         assert read(folder / path) == {i: " ".join(c.split()).replace("|", "/") for i, c in captions.items()}
+
+
+def test_a_run_without_training_is_captioned_by_the_checkpoint(folder, finished):
+    command = ("run", "small.yaml", "--set=name=untrained", "--set=train.stages=[]")
+    assert "nothing is trained" in harness(folder, *command, "--dry-run").stdout
+    done = harness(folder, *command)
+    run = json.loads((folder / "runs/untrained/opt-s42/run.json").read_text())
+    assert "train" not in run["steps"]
+    assert "losses.jsonl" not in run["artifacts"]
+    assert set(run["scores"]["valid"]) == {"before", "after"}
+    assert run["steps"]["tiny"] == record(folder, "opt-s42")["steps"]["tiny"]
+    assert len(run["submissions"]) == 2
+    assert "constant caption" in done.stdout
+    assert "opt-s42" in (folder / "runs/untrained/opt-s42/report.html").read_text()
 
 
 def test_captions_that_are_all_the_same_are_warned_of(folder, finished):
@@ -328,8 +304,8 @@ def rows_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_captions(folder, finished, tmp_path, how):
-    _start_with_what_was_drawn(folder, tmp_path)
+def test_a_killed_run_resumes_to_the_same_captions(small_run, folder, tmp_path, how):
+    begin(small_run, tmp_path)
     process = start(tmp_path, "run", "small.yaml")
     wait_for(lambda: rows_of(tmp_path) >= 6, process)
     process.send_signal(how)

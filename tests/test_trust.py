@@ -10,15 +10,16 @@ import sys
 import zipfile
 from pathlib import Path
 
-import published
 import pytest
+from support import published
 
 from harness import metrics, scoring
-from harness.config.schema import Config, ScoreConfig
+from harness.config.schema import Config
 from harness.metrics import bertscore, medcat, similarity
 from harness.metrics.base import Inputs, Measured, Metric
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
-from harness.plan import problems
+from harness.steps.plan import problems
 
 CAPTIONS = (["lung nodule", "mass"], ["lung", "mass nodule"])
 SETTLED = (10**18, 10**18)

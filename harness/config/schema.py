@@ -8,54 +8,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from harness.config.editions import EDITIONS
-from harness.config.sections import DataConfig, PredictConfig, Section, Seed, Sha256, summary, whole
-from harness.decoding.postprocess import PostprocessConfig
+from harness.config.sections import DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
-from harness.metrics import METRICS, all_weights
 from harness.models.settings import TINY, ModelConfig
-from harness.training.settings import TrainConfig
+from harness.steps import STEPS
 
 
-# In three classes, since keys are listed class by class: those of METRICS stand between the others.
-class _Chosen(Section):
-    metrics: tuple[Literal[*METRICS], ...] | None = None
-    """The metrics that are computed; by default those of the edition."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster. Its scores differ in the third digit, are unofficial, and their signatures name it."""
-
-
-_Weighted = create_model(
-    "_Weighted",
-    __base__=_Chosen,
-    **{
-        name: (weights.schema, Field(weights.schema(), description=summary(weights.schema)))
-        for name, weights in all_weights().items()
-    },
-)
-
-
-class ScoreConfig(_Weighted):
-    """Which metrics are computed, and by which checkpoints."""
-
-    trusted: tuple[Sha256, ...] = ()
-    """SHA-256 sums of local weights, copied from where they are published. Their scores are official."""
-    bootstrap: whole(0, 10**6) = 1000
-    """Resamples of the rows for each 95 % interval; 0: no intervals."""
-
-    def for_edition(self, year: int) -> "ScoreConfig":
-        """With what the edition decides where this leaves it open: the metrics, and names of weights."""
-        edition = EDITIONS[year]
-        metrics = edition.metrics if self.metrics is None else self.metrics
-        config = self.model_copy(update={"metrics": metrics})
-        for section, weights in all_weights().items():
-            if section in edition.weights and weights.named(config) is None:
-                config = weights.renamed(config, edition.weights[section])
-        return config
-
-
-class Config(Section):
-    """One run: an experiment file after base, variant, seed and --set."""
-
+# In three classes, since keys are listed class by class.
+class _Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)]
     """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
@@ -70,14 +30,20 @@ class Config(Section):
     """Where the images, captions and concepts are."""
     model: ModelConfig = ModelConfig()
     """The BLIP-2 to fine-tune."""
-    train: TrainConfig = TrainConfig()
-    """How the model is fine-tuned."""
-    predict: PredictConfig = PredictConfig()
-    """How captions are decoded."""
-    postprocess: PostprocessConfig = PostprocessConfig()
-    """What happens to a caption between the model and the submission."""
-    score: ScoreConfig = ScoreConfig()
-    """Which metrics are computed, and by which checkpoints."""
+
+
+_Steps = create_model(
+    "_Steps",
+    __base__=_Run,
+    **{
+        name: (kind, Field(default, description=summary(kind)))
+        for name, kind, default in (step.section for step in STEPS if step.section)
+    },
+)
+
+
+class Config(_Steps):
+    """One run: an experiment file after base, variant, seed and --set."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -35,7 +35,7 @@ from harness.metrics.files import read_arrays, references_fingerprint, write_arr
 from harness.store import fingerprint
 
 if TYPE_CHECKING:
-    from harness.config.schema import ScoreConfig
+    from harness.metrics.settings import ScoreConfig
 
 __all__ = [
     "METRICS",

@@ -23,7 +23,7 @@ from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from harness.config.schema import ScoreConfig
+    from harness.metrics.settings import ScoreConfig
 
 STANDIN = "standin"
 """The name of a metric's checkpoint that is made here."""

@@ -11,7 +11,7 @@ from harness.metrics import control, lexical, text
 from harness.metrics.base import Absent, Inputs
 
 if TYPE_CHECKING:
-    from harness.config.schema import ScoreConfig
+    from harness.metrics.settings import ScoreConfig
 
 MOST_CANDIDATES = 2000
 

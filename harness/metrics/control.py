@@ -11,7 +11,7 @@ from harness.metrics import bertscore, bootstrap, lexical
 from harness.metrics.base import Absent, Inputs, Measured
 
 if TYPE_CHECKING:
-    from harness.config.schema import ScoreConfig
+    from harness.metrics.settings import ScoreConfig
 
 PERMUTATIONS = 5
 MEASURES: Mapping[str, Callable[[Inputs], Measured]] = {

@@ -18,7 +18,7 @@ from harness.config.schema import Config, flat, keys
 from harness.config.sections import Epochs, Section, Seed, whole
 from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
-from harness.plan import HOW
+from harness.steps import train
 from harness.study.space import (
     FIXED,
     MOST_POINTS,
@@ -31,7 +31,8 @@ from harness.study.space import (
     several,
 )
 
-INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
+_TRAINED = (f"train.{key}" for key in train.INDIFFERENT)
+INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *_TRAINED)
 """Keys of the base that may change while a study goes on."""
 ADDRESS = re.compile(
     r"postgresql(\+psycopg)?://"
