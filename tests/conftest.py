@@ -54,7 +54,7 @@ def cuda() -> dict[str, str]:
 def golden() -> dict[str, list]:
     """Columns of the golden pairs: texts `prediction` and `reference`, and arrays of the official values."""
     import numpy as np
-    from golden_pairs import GOLDEN
+    from support.golden_pairs import GOLDEN
 
     texts = {key: [row[key] for row in GOLDEN] for key in ("prediction", "reference")}
     columns = [key for key in GOLDEN[0] if key not in ("ID", *texts)]
@@ -73,8 +73,8 @@ def store():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """A tiny checkpoint that has read `models.TEXTS`."""
-    from models import build_tiny
+    """A tiny checkpoint that has read `support.models.TEXTS`."""
+    from support.models import build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("tiny"))
 
@@ -82,7 +82,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def loaded(tiny_folder):
     """That checkpoint, to be looked at and not trained."""
-    from models import load_tiny
+    from support.models import load_tiny
 
     result = load_tiny(tiny_folder)
     result.model.eval()

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from support.commands import harness
-from test_run import EXPERIMENT
+from support.experiments import EXPERIMENT
 
 from harness import plan
 from harness.config.schema import Config

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_sets
 from PIL import Image
-from small_sets import CAPTIONS, CONCEPTS, PREFIX, config, edit, one, problems, write_comma
+from support import small_sets
+from support.small_sets import CAPTIONS, CONCEPTS, PREFIX, config, edit, one, problems, write_comma
 
 from harness import data
 from harness.data import checks

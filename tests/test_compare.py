@@ -3,13 +3,11 @@
 import csv
 import json
 import random
-import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import commands
+from support.comparisons import given, harness, system, write_file
 
 from harness import compare, metrics
 from harness.compare import Difference, System
@@ -20,22 +18,6 @@ from harness.store import write_json
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
-
-
-def system(label: str, ids=None, references="same", **arrays: np.ndarray) -> System:
-    """A system with these scores (n,) or statistics (n, k) by metric."""
-    scores = {name: given(name, np.asarray(array, dtype=float)) for name, array in arrays.items()}
-    n = len(next(iter(arrays.values())))
-    return System(label, [f"i{row:06}" for row in range(n)] if ids is None else ids, references, scores)
-
-
-def given(name: str, array: np.ndarray, **more) -> Score:
-    """A score made of its array alone."""
-    corpus = METRICS[name].aggregate
-    value = float(corpus(array.sum(0)) if corpus else array.mean())
-    kind = "statistics" if corpus else "per_image"
-    score = Score(name, value, None, None, len(array), f"{name}|clef2023", True, 0.0, **{kind: array})
-    return replace(score, **more)
 
 
 def counts(rows: int, seed: int) -> np.ndarray:
@@ -299,14 +281,6 @@ def test_other_images_and_other_references_are_refused():
     assert "d: other references than a, for the same ids" in text
 
 
-def write_file(path: Path, ids, captions) -> Path:
-    """Captions in the format of 2025."""
-    rows = [("ID", "Caption"), *zip(ids, captions, strict=True)]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
-    return path
-
-
 def write_run(root: Path, variant: str, ids, captions, references, config=None, **record) -> Path:
     """A run's folder and its score step, with what `build` and `run` leave there for a comparison."""
     config = config or ScoreConfig(metrics=("rouge1", "bleu1"), bootstrap=100)
@@ -327,10 +301,6 @@ def write_run(root: Path, variant: str, ids, captions, references, config=None, 
     folder = root / "imageclef2023" / "ablation" / f"{variant}-s42"
     write_json(folder / "run.json", found | record)
     return folder
-
-
-def harness(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    return commands.harness(folder, "compare", *arguments, code=None)
 
 
 @pytest.fixture(scope="module")

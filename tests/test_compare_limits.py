@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_compare import given, harness, system, write_file
+from support.comparisons import given, harness, system, write_file
 
 from harness import compare
 from harness.compare import Difference

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_pairs import PREDICTIONS, REFERENCES, written
-from models import build_tiny
 from safetensors.torch import load_file
-from test_ranks import TRAIN, TRAINING, rows
+from support import ranks
+from support.golden_pairs import PREDICTIONS, REFERENCES, written
+from support.models import build_tiny
+from support.ranks import TESTS, TRAIN, rows
 
 pytestmark = pytest.mark.cuda
-ON_DEVICE = Path(__file__).parent / "on_device.py"
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +25,16 @@ def folder(cuda, tmp_path_factory) -> Path:
 
 
 def on_device(environment: dict[str, str], task: str, kind: str, folder: Path) -> list:
-    command = [sys.executable, str(ON_DEVICE), task, kind, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "support.on_device", task, kind, str(folder)]
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=TESTS, env=environment, **pipes)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def train(environment: dict[str, str], folder: Path, directory: Path, check: bool = True, **given) -> int:
     """Train on one rank with one GPU -> the launcher's exit code."""
-    directory.mkdir(exist_ok=True)
-    given = {"folder": str(folder), "directory": str(directory), "device": "cuda", "train": TRAIN} | given
-    (directory / "given.json").write_text(json.dumps(given))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command = [sys.executable, *launcher, str(TRAINING), str(directory / "given.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 or not check, done.stderr[-4000:]
-    return done.returncode
+    return ranks.train(folder, directory, 1, check, environment, device="cuda", **given)
 
 
 def test_training_equals_plain_pytorch(cuda, folder, tmp_path):

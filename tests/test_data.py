@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-import small_sets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_sets import CONCEPTS, SMALL, config, write_2023, write_comma
+from support import small_sets
+from support.small_sets import CONCEPTS, SMALL, config, write_2023, write_comma
 
 from harness import data
 from harness.data import statistics

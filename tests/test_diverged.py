@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from models import SIZES, batch, build_tiny, load_tiny, stages
 from safetensors.torch import load_file, save_file
-from test_training import config, run, splits
+from support.models import SIZES, batch, build_tiny, load_tiny, stages
+from support.training import config, run, splits
 
 from harness import store
 from harness.config.schema import AugmentConfig, ModelConfig

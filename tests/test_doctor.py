@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import small_sets
+from support import small_sets
 
 from harness import forecast
 from harness.config.schema import Config

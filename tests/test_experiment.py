@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.experiments import messages, write
 
 from harness.config.experiment import base_of, load
 from harness.config.schema import Config, flat, keys
@@ -11,19 +12,6 @@ from harness.errors import UserError
 from harness.study.spec import load as load_study
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def write(folder: Path, text: str, name: str = "e.yaml") -> Path:
-    file = folder / name
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-def messages(file: Path, *sets: str) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        load(file, sets)
-    assert caught.value.exit_code == 2
-    return [str(problem) for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda file: file.name)

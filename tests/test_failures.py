@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.commands import harness
-from test_report import data_of
-from test_run import EXPERIMENT
-from test_tracking import NAME, record
+from support.experiments import EXPERIMENT
+from support.mirrors import NAME, record
+from support.reports import data_of
 
 from harness import leaderboard, report, run, tracking
 from harness.errors import Problem, Pruned, UserError

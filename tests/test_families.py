@@ -10,9 +10,9 @@ from typing import get_args
 
 import pytest
 import torch
-from models import TEXTS, batch, build_tiny, load_tiny, pixels
 from safetensors.torch import load_file
 from support import toy_family
+from support.models import TEXTS, batch, build_tiny, load_tiny, pixels
 from support.toy_family import Toy
 from transformers import Blip2Model
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TEXTS, batch, load_tiny, pixels
 from PIL import Image
+from support.models import TEXTS, batch, load_tiny, pixels
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from tokenizers import trainers as token_trainers

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from disks import fill, small_disk
-from models import build_tiny, load_tiny, stages
-from test_run import EXPERIMENT
+from support.disks import fill, small_disk
+from support.experiments import EXPERIMENT
+from support.models import build_tiny, load_tiny, stages
 
 from harness.cli.terminal import Terminal
 from harness.config.schema import Config

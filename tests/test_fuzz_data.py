@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzzing import cases
 from PIL import Image
-from small_sets import write_2023, write_comma
+from support.fuzzing import cases
+from support.small_sets import write_2023, write_comma
 
 from harness import data
 from harness.config.schema import DataConfig

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fuzzing import cases
-from test_rules import rouge1, settled
+from support.fuzzing import cases
+from support.rules import rouge1, settled
 
 from harness import metrics
 from harness.config.editions import EDITIONS

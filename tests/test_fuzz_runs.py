@@ -16,9 +16,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from fuzzing import cases
 from support.commands import harness
-from test_run import EXPERIMENT
+from support.experiments import EXPERIMENT
+from support.fuzzing import cases
 
 from harness import cli
 

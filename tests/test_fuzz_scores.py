@@ -8,7 +8,7 @@ import random
 import zipfile
 from collections import Counter
 
-from fuzzing import cases, within
+from support.fuzzing import cases, within
 
 from harness import scoring
 from harness.config.schema import ScoreConfig

@@ -12,8 +12,8 @@ import re
 from collections import Counter
 
 import pytest
-from fuzzing import cases, within
-from organisers import Refused, evaluate
+from support.fuzzing import cases, within
+from support.organisers import Refused, evaluate
 
 from harness.errors import UserError
 from harness.submission import as_written, check, fix, make, read

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import cases, within
+from support.fuzzing import cases, within
 
 from harness.config.experiment import base_of, load, variant_of
 from harness.config.schema import keys

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_experiment import messages, write
+from support.experiments import messages, write
 
 from harness.config.experiment import load, set_value, value_at
 from harness.config.schema import Config, keys

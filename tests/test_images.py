@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import small_disk
 from PIL import Image
+from support.disks import small_disk
 
 from harness.data.images import DAMAGE, decode, each, open_pixels, resize, unbuilt
 from harness.data.readers import Example

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from golden_pairs import PREDICTIONS, REFERENCES, written
+from support.golden_pairs import PREDICTIONS, REFERENCES, written
 
 from harness.machine.interrupts import PATIENCE, Interrupts
 

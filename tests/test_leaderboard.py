@@ -8,90 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser
-from support import commands
+from support import leaderboards
+from support.browser import CHROMIUM, Browser
+from support.leaderboards import ROOT, SIGNATURE, board, harness, record, score, write_run
 
 from harness import leaderboard
 from harness.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-SIGNATURE = "bertscore|clef2023|microsoft/deberta-xlarge-mnli|layer:40|idf:no|rescale:no|fp32"
 EVIL = "</script><script>window.evil=1</script><img src=x onerror=window.evil=2><!--"
 EVIL_FOLDER = EVIL.replace("/", "")
-
-
-def score(value: float | None, official: bool = True, n: int = 10_437, **more) -> dict:
-    low, high = (None, None) if value is None else (value - 0.003, value + 0.003)
-    signature = SIGNATURE if official else "bertscore|clef2023|STAND-IN x"
-    base = {"value": value, "low": low, "high": high, "n": n, "signature": signature, "official": official}
-    return base | more
-
-
-def record(
-    name="imageclef2023/table3",
-    variant="opt_364",
-    bertscore=0.61,
-    rouge1=0.25,
-    split="valid",
-    seed=42,
-    parameters_changed=None,
-    **more,
-) -> dict:
-    scores = {"bertscore": score(bertscore), "rouge1": score(rouge1), "bleurt": score(0.9, official=False)}
-    if split == "test":
-        scores = {metric: one | {"n": 10_473} for metric, one in scores.items()}
-    parameters = {
-        "variant": variant,
-        "seed": seed,
-        "model.language_model": True,
-        "model.image_size": 364,
-        "postprocess.deduplicate": False,
-    }
-    found = {
-        "name": name,
-        "variant": variant,
-        "seed": seed,
-        "status": "FINISHED",
-        "started": "2026-01-01T00:00:00+00:00",
-        "ended": "2026-01-02T03:04:05+00:00",
-        "command": "python -m harness run experiments/table3.yaml",
-        "edition": 2023,
-        "config": {"data": {"phantom": None}},
-        "parameters": parameters | (parameters_changed or {}),
-        "standin_model": False,
-        "git": {"commit": "c0ffee" * 6, "dirty": False},
-        "scores": {split: {"before": scores, "after": scores}},
-        "image_gap": {"rouge1": {"gap": 0.02, "low": 0.01, "high": 0.03}},
-    }
-    return found | more
-
-
-def write_run(root: Path, run: dict) -> Path:
-    folder = root / "runs" / run["name"] / f"{run['variant']}-s{run['seed']}"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(run))
-    (folder / "config.yaml").write_text("name: x\n")
-    return folder
-
-
-@pytest.fixture
-def project(tmp_path) -> Path:
-    """A folder with the official standings and no runs."""
-    (tmp_path / "leaderboard").mkdir()
-    for year in (2023, 2026):
-        text = (ROOT / "leaderboard" / f"{year}.csv").read_bytes()
-        (tmp_path / "leaderboard" / f"{year}.csv").write_bytes(text)
-    return tmp_path
-
-
-def board(project: Path, edition: int = 2023) -> leaderboard.Board:
-    return leaderboard.board(edition, project / "runs", project / "leaderboard")
-
-
-def harness(folder: Path, *arguments: str, code: int = 0) -> str:
-    done = commands.harness(folder, "leaderboard", *arguments, code=code)
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+project = leaderboards.project  # the fixture
 
 
 @pytest.mark.parametrize("year", [2023, 2026])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build_tiny
 from safetensors.torch import load_file, save_file
+from support.models import build_tiny
 from transformers import (
     BertConfig,
     BertForPreTraining,

@@ -10,7 +10,7 @@ import pytest
 from transformers import Blip2Config
 
 from harness import forecast
-from harness.config.schema import Config, TinyConfig, TrainConfig
+from harness.config.schema import Config, TrainConfig
 from harness.machine import device
 from harness.models.base import Work
 from harness.models.blip2 import activations, sizes
@@ -18,8 +18,9 @@ from harness.training import memory
 from harness.training.memory import GB, Model, Setup
 
 device.probe("cpu")
-from models import stages  # noqa: E402
-from traces import captioner, kept, without_contents  # noqa: E402
+from support.allocations import settings, small  # noqa: E402
+from support.models import stages  # noqa: E402
+from support.traces import captioner, kept, without_contents  # noqa: E402
 
 PUBLISHED = "Salesforce/blip2-opt-2.7b"
 
@@ -62,20 +63,6 @@ def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_visi
     assert activations.of(shape, work).kept == pytest.approx(plain, rel=2e-3)
 
 
-def small() -> tuple[Blip2Config, sizes.Shape]:
-    from harness.models import tiny
-
-    class Vocabulary(list):
-        bos_token_id = eos_token_id = pad_token_id = 1
-
-        def convert_tokens_to_ids(self, _):
-            return 1
-
-    settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
-    config = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
-    return config, sizes.of_tiny(settings, config.vision_config.image_size, True)
-
-
 def test_activations_on_real_tensors():
     config, shape = small()
     plain, _ = kept(captioner(config, True, False, False), 3, 11, True)
@@ -83,50 +70,9 @@ def test_activations_on_real_tensors():
     assert found.kept == pytest.approx(plain, rel=2e-3)
 
 
-ALLOCATES = """
-import json, sys
-from pathlib import Path
-from harness.machine import device
-device.probe("cpu")
-import torch
-from test_memory import captioner, settings, small
-from harness.config.schema import TrainConfig
-from harness.training.engine import engine
-
-def size(tensors):
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-def allocated(stage):
-    config, _ = small()
-    model = captioner(config, True, False, False)
-    model.freeze(["caption", "concept"], True)
-    deep = engine(model, TrainConfig(**settings(stage)), "cpu", Path(sys.argv[1]))
-    side = config.vision_config.image_size
-    ids = torch.ones(2, 9, dtype=torch.long)
-    texts = {"ids": ids, "mask": ids, "labels": ids}
-    losses = deep(torch.rand(2, 3, side, side), texts, texts)
-    deep.backward(losses.caption + losses.concept)
-    gradients = size(p.grad for p in model.parameters() if p.grad is not None)
-    deep.step()
-    inner = getattr(deep.optimizer, "optimizer", deep.optimizer)
-    states = [t for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    copies = [p for g in inner.param_groups for p in g["params"] if p.untyped_storage().data_ptr() not in own]
-    return size(model.parameters()), gradients, size([*states, *copies])
-
-print(json.dumps([allocated(stage) for stage in range(3)]))
-"""
-
-
-def settings(stage: int) -> dict:
-    values = {"batch_size": 2, "micro_batch_size": 2, "zero_stage": stage, "precision": "fp32"}
-    return values | {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}}}
-
-
 def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", ALLOCATES, tmp_path],
+        [sys.executable, "-m", "support.allocations", tmp_path],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import published
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import published
 
 from harness import doctor, metrics, scoring
 from harness.build import Builder

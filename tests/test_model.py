@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TEXTS, batch, load_tiny, pixels
 from safetensors.torch import load_file, save_file
+from support.models import TEXTS, batch, load_tiny, pixels
 from transformers import Blip2ForConditionalGeneration
 
 from harness.models import loading
@@ -180,7 +180,7 @@ def test_weights_of_another_model_are_refused(loaded, tmp_path, change):
 
 def test_another_process_builds_the_same_tiny_model_to_the_bit(tiny_folder, tmp_path):
     """tokenizers' WordPiece trainer alone does not: in every process its ties break another way."""
-    code = "import sys, pathlib, models; models.build_tiny(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib; from support import models; models.build_tiny(pathlib.Path(sys.argv[1]))"
     again = tmp_path / tiny_folder.name
     subprocess.run([sys.executable, "-c", code, str(again)], cwd=Path(__file__).parent, check=True)
     files = [file.relative_to(tiny_folder) for file in sorted(tiny_folder.rglob("*")) if file.is_file()]

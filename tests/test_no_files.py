@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_sets
-from small_sets import CAPTIONS, CONCEPTS, config, one, problems
+from support import small_sets
+from support.small_sets import CAPTIONS, CONCEPTS, config, one, problems
 
 from harness import data, scoring
 from harness.data.images import DAMAGE, damage, decode

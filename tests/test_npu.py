@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_run import EXPERIMENT
+from support.experiments import EXPERIMENT
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "harness"
-FAKE = HERE / "make_believe_npu"
+SUPPORT = HERE / "support"
+FAKE = SUPPORT / "make_believe_npu"
 HARNESS = ("-m", "harness")
 POISONED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "poisoned_cuda.py")
 Environment = dict[str, str]
@@ -84,7 +85,7 @@ def values(record: dict) -> dict[str, float]:
 
 
 def experiment() -> str:
-    """test_run's, in fp32, without what devices draw differently, with a language model that has words."""
+    """The small experiment in fp32, without random draws, with a language model that has words."""
     given = yaml.safe_load(EXPERIMENT) | {"device": "auto"}
     given["variants"] = {"opt": {}}
     given["model"]["tiny"]["text_epochs"] = 12
@@ -99,7 +100,7 @@ def on_cpu(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The run on two ranks of the CPU, its torch.cuda poisoned."""
     folder = tmp_path_factory.mktemp("cpu")
     (folder / "small.yaml").write_text(experiment())
-    shutil.copy(HERE / "poisoned_cuda.py", folder)
+    shutil.copy(SUPPORT / "poisoned_cuda.py", folder)
     return folder, run(folder, plain(), "run", "small.yaml", "--device", "cpu", program=POISONED)
 
 
@@ -124,7 +125,7 @@ def test_nothing_in_harness_touches_cuda_in_a_whole_run(on_cpu):
 def test_the_poison_works():
     """In a process of its own: torch.cuda refuses harness and nobody else."""
     code = (
-        "import poisoned_cuda, torch; poisoned_cuda.poison()\n"
+        "import torch; from support import poisoned_cuda; poisoned_cuda.poison()\n"
         "torch.cuda.is_available()\n"
         "for call in ('torch.cuda.is_available()', 'torch.ones(1).cuda()', 'torch.nn.Linear(1, 1).cuda()'):\n"
         "    try: exec(call, {'__name__': 'harness.training.train', 'torch': torch})\n"

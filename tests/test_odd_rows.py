@@ -9,12 +9,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import small_sets
 from PIL import Image
-from small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_2023, write_comma
+from support import small_sets
 from support.commands import harness
-from test_report import data_of
-from test_run import EXPERIMENT
+from support.experiments import EXPERIMENT
+from support.reports import data_of
+from support.small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_2023, write_comma
 
 from harness import data, leaderboard, scoring
 from harness.captions import read_captions

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
-from test_report import captions, record, score, write_data, write_run
+from support.browser import CHROMIUM, Browser
+from support.reports import captions, record, score, write_data, write_run
 
 from harness import leaderboard, report
 from harness.decoding.postprocess import deduplicate

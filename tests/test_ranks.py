@@ -14,28 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from models import build_tiny, stages
 from safetensors.torch import load_file
 from support.commands import harness
-from test_run import EXPERIMENT
-from test_training import by_hand
-from test_training import config as settings
+from support.experiments import EXPERIMENT
+from support.models import build_tiny
+from support.ranks import TESTS, TRAIN, TRAINING, rows, train
+from support.training import by_hand
+from support.training import config as settings
 
 from harness.machine import device, launch
 from harness.training.resume import Checkpoints, State
 
 device.probe("cpu")
-TRAINING = Path(__file__).parent / "ranked_training.py"
-TRAIN = {
-    "batch_size": 8,
-    "micro_batch_size": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 3,
-    "precision": "fp32",
-    "stages": stages(4, 3),
-    "evaluate_every": 0,
-}
-KEPT = ("step", "stage", "epoch", "loss", "caption_loss", "concept_loss", "valid_loss", "learning_rate")
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +38,6 @@ def plain(folder) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and losses of 21 steps of plain PyTorch AdamW in one process."""
     model, losses = by_hand(folder, settings(**TRAIN), True)
     return {name: p.detach() for name, p in model.named_parameters()}, losses
-
-
-def train(folder: Path, directory: Path, processes: int = 2, check: bool = True, **given) -> int:
-    """Train on so many ranks; returns the launcher's exit code."""
-    given = {"folder": str(folder), "directory": str(directory), "train": TRAIN} | given
-    directory.mkdir(exist_ok=True)
-    (directory / "given.json").write_text(json.dumps(given))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, str(TRAINING), str(directory / "given.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 or not check, done.stderr[-4000:]
-    return done.returncode
-
-
-def rows(directory: Path) -> list[dict]:
-    found = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in KEPT if key in row} for row in found]
 
 
 def assert_same(file: Path, plain: dict[str, torch.Tensor]) -> None:
@@ -134,8 +106,8 @@ def test_another_layout_of_the_optimiser_is_refused(folder, tmp_path):
     given = json.loads((tmp_path / "run" / "given.json").read_text())
     given |= {"kill_at": None, "train": TRAIN | {"zero_stage": 1}}
     (tmp_path / "run" / "given.json").write_text(json.dumps(given))
-    command = [sys.executable, str(TRAINING), str(tmp_path / "run" / "given.json")]
-    alone = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", TRAINING, str(tmp_path / "run" / "given.json")]
+    alone = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120)
     assert alone.returncode != 0
     assert "it was interrupted at ZeRO stage 0, whose checkpoints can't be read at stage 1" in alone.stderr
 

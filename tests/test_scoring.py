@@ -6,9 +6,9 @@ import re
 import zipfile
 
 import pytest
-from golden_pairs import PREDICTIONS, REFERENCES, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden_pairs import PREDICTIONS, REFERENCES, written
 
 from harness import captions, scoring, submission
 from harness.errors import UserError

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 from support import commands
+from support.golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 
 from harness import captions, cli, scoring
 from harness.config.schema import STANDIN

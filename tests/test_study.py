@@ -15,7 +15,7 @@ import optuna
 import psutil
 import pytest
 from support.commands import harness
-from test_run import EXPERIMENT
+from support.experiments import EXPERIMENT
 
 from harness.cli.terminal import Terminal
 from harness.study.spec import load

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
-from test_study_trials import BASE, fork, opened
+from support.studies import BASE, fork, opened
 
 from harness.study.spec import Study, load
 from harness.study.trials import Trials

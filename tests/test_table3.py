@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_leaderboard
-from browser import CHROMIUM, Browser
-from support import commands
-from test_leaderboard import board, harness, record, write_run
+from support import commands, leaderboards
+from support.browser import CHROMIUM, Browser
+from support.leaderboards import board, harness, record, write_run
 
 from harness import leaderboard
 from harness.metrics import Score, write_arrays
 from harness.store import write_json
 
-project = test_leaderboard.project  # the fixture
+project = leaderboards.project  # the fixture
 
 
 def test_table_3_has_a_difference_where_it_is_one_and_its_significance(project):

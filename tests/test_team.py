@@ -19,10 +19,20 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 from support.commands import harness
-from team_servers import PASSWORD, MlflowServer, Postgresql, bound, end, free_port, postgresql, programs, wait
-from test_run import EXPERIMENT
-from test_study_trials import opened
-from test_study_trials import study as small_study
+from support.experiments import EXPERIMENT
+from support.studies import opened
+from support.studies import study as small_study
+from support.team_servers import (
+    PASSWORD,
+    MlflowServer,
+    Postgresql,
+    bound,
+    end,
+    free_port,
+    postgresql,
+    programs,
+    wait,
+)
 
 from harness.errors import UserError
 from harness.study import storage

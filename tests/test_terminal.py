@@ -15,7 +15,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from test_leaderboard import record, write_run
+from support.leaderboards import record, write_run
 
 from harness import pages
 from harness.errors import Problem, UserError

@@ -14,7 +14,7 @@ from socket import create_server
 from threading import Thread
 
 import pytest
-from test_tracking import NAME, ROWS, client, empty_store, history, losses, mlflow_runs, record, root
+from support.mirrors import NAME, ROWS, client, empty_store, history, losses, mlflow_runs, record, root
 
 from harness import tracking
 from harness.errors import UserError

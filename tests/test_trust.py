@@ -10,8 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-import published
 import pytest
+from support import published
 
 from harness import metrics, scoring
 from harness.config.schema import Config, ScoreConfig

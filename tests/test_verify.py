@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_pairs import PREDICTIONS, REFERENCES
+from support.golden_pairs import PREDICTIONS, REFERENCES
 
 from harness import metrics
 from harness.cli.verified import judge, lines, plain

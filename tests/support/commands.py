@@ -70,9 +70,10 @@ class _Server:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
+        command = [sys.executable, "-m", "support.commands", str(theirs.fileno())]
+        tests = Path(__file__).parents[1]
         # Ends with this process: the socket is closed then.
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen(command, cwd=tests, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         self.socket = ours
 

@@ -1,4 +1,4 @@
-"""Plain training or captions on a device as JSON: `on_device.py TASK DEVICE FOLDER`; used by tests."""
+"""Plain training or captions on a device as JSON: `python -m support.on_device TASK DEVICE FOLDER`."""
 
 import json
 import sys
@@ -9,17 +9,17 @@ from harness.machine import device
 device.probe(sys.argv[2])
 
 import torch  # noqa: E402
-from models import load_tiny, pixels  # noqa: E402
 
 from harness.config.schema import PredictConfig  # noqa: E402
 from harness.decoding import predict  # noqa: E402
+from support.models import load_tiny, pixels  # noqa: E402
 
 
 def plain(place: str, folder: Path) -> list[float]:
     """The losses of every step of both stages by PyTorch's own AdamW; the weights go to plain.pt."""
-    from test_ranks import TRAIN
-    from test_training import by_hand
-    from test_training import config as settings
+    from support.ranks import TRAIN
+    from support.training import by_hand
+    from support.training import config as settings
 
     model, losses = by_hand(folder, settings(**TRAIN), True, place)
     torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, folder / "plain.pt")

@@ -1,4 +1,4 @@
-"""Trains a tiny checkpoint as one rank of a launch: `ranked_training.py CONFIG.json`; used by tests."""
+"""Trains a tiny checkpoint as one rank of a launch: `python -m support.ranked_training CONFIG.json`."""
 
 import json
 import os
@@ -6,23 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
-from models import TEXTS, load_tiny, pixels
-
 from harness.config.schema import AugmentConfig, TrainConfig
 from harness.machine import device, ranks
 from harness.models.loading import save_trained
 from harness.training import train
-
-
-def split(loaded, name, chosen, seed):
-    """The split of that name over some of the texts."""
-    texts = [TEXTS[i] for i in chosen]
-    return train.Split(
-        [f"{name}_{i}" for i in chosen],
-        pixels(len(texts), seed=seed),
-        [loaded.caption.encode(caption) for _, caption in texts],
-        [loaded.concept.encode(concepts) for concepts, _ in texts],
-    )
+from support.models import load_tiny
+from support.training import splits
 
 
 def main(given):
@@ -38,17 +27,13 @@ def main(given):
         if row["step"] == given.get("kill_at") and "valid_loss" not in row:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    data = {
-        "train": split(load(), "train", range(20), 1),
-        "valid": split(load(), "valid", range(0, 20, 5), 2),
-    }
     directory = Path(given["directory"])
     directory.mkdir(exist_ok=True)
     loaded = train.Training(
         TrainConfig.model_validate(given["train"]),
         AugmentConfig(),
         load,
-        data,
+        splits(load()),
         str(device.torch_device(found.kind)),
         42,
         directory,

@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-with (Path(__file__).parent / "golden" / "pairs.csv").open(encoding="utf-8", newline="") as table:
+with (Path(__file__).parents[1] / "golden" / "pairs.csv").open(encoding="utf-8", newline="") as table:
     GOLDEN = list(csv.DictReader(table))
 PREDICTIONS = {row["ID"]: row["prediction"] for row in GOLDEN}
 REFERENCES = {row["ID"]: row["reference"] for row in GOLDEN}

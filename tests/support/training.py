@@ -1,0 +1,104 @@
+"""Training of a tiny checkpoint in this process, and the same steps in plain PyTorch."""
+
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from harness.config.schema import AugmentConfig, TrainConfig
+from harness.models.text import IGNORE
+from harness.training import schedule, train
+from support.models import TEXTS, load_tiny, pixels, stages
+
+
+def config(**changes):
+    values = {
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 3,
+        "precision": "fp32",
+        "stages": stages(2, 1),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def splits(loaded):
+    def split(name, chosen, seed):
+        texts = [TEXTS[i] for i in chosen]
+        return train.Split(
+            [f"{name}_{i}" for i in chosen],
+            pixels(len(texts), seed=seed),
+            [loaded.caption.encode(caption) for _, caption in texts],
+            [loaded.concept.encode(concepts) for concepts, _ in texts],
+        )
+
+    return {"train": split("train", range(20), 1), "valid": split("valid", range(0, 20, 5), 2)}
+
+
+def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
+    directory.mkdir(exist_ok=True)
+
+    def load():
+        return load_tiny(folder, dropout=dropout, **model)
+
+    scores = evaluate or (lambda: {"valid_primary": 0.0})
+    data = splits(load())
+    training = train.Training(
+        settings, AugmentConfig(), load, data, "cpu", 42, directory, log, lambda loaded: scores()
+    )
+    loaded = training.run()
+    return loaded, [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
+
+
+def by_hand(folder, settings, language_model, place="cpu"):
+    """Both stages in plain PyTorch: AdamW, mean losses over the tokens of the global batch, clipping."""
+    loaded = load_tiny(folder, language_model=language_model)
+    model, split = loaded.model.to(place), splits(loaded)["train"]
+    lengths = np.array([len(text.ids) for text in split.captions])
+    losses = []
+    for stage in schedule.stages(settings):
+        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"], True)
+        own = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in own if p.ndim > 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0}],
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+        )
+        model.train()
+        total = stage.epochs * 3
+        for step in range(total):
+            epoch, number = divmod(step, 3)
+            indices = schedule.epoch_batches(lengths, 8, 42, stage.number, epoch)[number]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(settings, stage.learning_rate, step, total, 3)
+            captions = moved(loaded.caption.collate([split.captions[i] for i in indices]), place)
+            concepts = moved(loaded.concept.collate([split.concepts[i] for i in indices]), place)
+            images = torch.from_numpy(split.pixels[indices]).to(place)
+            queries, states = model.see(loaded.normalise(images))
+            if language_model:
+                loss = mean_loss(model._speak(queries, captions["ids"], captions["mask"]), captions, 0.0)
+            else:
+                loss = mean_loss(model.read(captions["ids"], states), captions, settings.label_smoothing)
+            if stage.number == 1:
+                loss = loss + mean_loss(
+                    model.read(concepts["ids"], states), concepts, settings.label_smoothing
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(own, settings.max_grad_norm)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return model, losses
+
+
+def moved(batch, place):
+    return {name: values.to(place) for name, values in batch.items()}
+
+
+def mean_loss(logits, batch, smoothing):
+    return F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORE, label_smoothing=smoothing
+    )
