@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from harness import forecast, metrics
+from harness import metrics
 from harness.config.schema import STANDIN, TINY, Config
 from harness.errors import UserError
 from harness.machine import device
@@ -15,9 +15,9 @@ from harness.metrics import java
 from harness.metrics.base import Absent
 from harness.models import checkpoints, family
 from harness.models.base import FLOAT, Shape
-from harness.plan import RUNS, problems, unscalable
-from harness.store import free, gb
-from harness.training import memory
+from harness.steps.plan import problems, unscalable
+from harness.store import RUNS, free, gb
+from harness.training import forecast, memory
 from harness.training.memory import Model, Setup
 
 DISTRIBUTION = "imageclef-harness"
@@ -51,7 +51,8 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
         checks += _weights(configs)
         checks += _data(configs)
         checks.append(_disk(configs))
-        checks += _memory([(config, kinds[config.device]) for config in configs if config.device in kinds])
+        trained = [config for config in configs if config.train.stages and config.device in kinds]
+        checks += _memory([(config, kinds[config.device]) for config in trained])
     return list(dict.fromkeys(checks))
 
 
@@ -188,7 +189,8 @@ def _disk(configs: Sequence[Config]) -> Check:
         counts, to_build = forecast.pixels(config)
         counted = counted and bool(counts)
         caches.setdefault(config.data.root, {}).update(to_build)
-        trainings[_training(config)] = _trained(config)
+        if config.train.stages:
+            trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
     cache = sum(sum(sizes.values()) for sizes in caches.values())
     # the checkpoints to go on from, and what each stage starts from, are deleted when a training ends

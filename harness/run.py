@@ -4,54 +4,39 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness import records, submission
-from harness.build import SCORED, Builder, Watch
 from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config.editions import EDITIONS
 from harness.config.schema import TINY, Config, flat
 from harness.errors import Pruned, UserError
-from harness.machine import device, ranks
+from harness.machine import ranks
+from harness.machine.environment import environment, git_state
 from harness.masking import masked
 from harness.models import checkpoints
-from harness.plan import Plan, Reporter
-from harness.store import DONE, MADE, bytes_of, damage, is_unsealed, parsed, seal, step, write, write_json
+from harness.steps.base import Step
+from harness.steps.plan import Plan
+from harness.steps.work import Reporter, Watch, Work
+from harness.store import MADE, bytes_of, damage, once, write, write_json
 from harness.submission.form import other_editions
-from harness.training.resume import BEST, LOSSES
 
 TRACEBACK = "traceback.txt"
 SUBMISSIONS = Path("submissions")
-PACKAGES = (
-    "imageclef-harness",
-    "torch",
-    "torch-npu",
-    "transformers",
-    "deepspeed",
-    "mlflow",
-    "bert-score",
-    "rouge-score",
-    "pycocoevalcap",
-    "bleurt-pytorch",
-    "numpy",
-)
 
 
 def assist(plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
     """What a rank other than 0 does of a run: its share of the steps that rank 0 finds to be built."""
-    builder = Builder(plan, reporter, watch)
+    work = Work(plan.config, reporter, watch)
     while (name := ranks.agree(None)) is not None:
-        builder.build(name, plan.directory(name))
+        work.build(plan.steps[name], plan.steps[name].directory)
 
 
 def run(
@@ -72,15 +57,16 @@ def run(
     record["base"] = base and {"file": base[0], "parameters": flat(base[1])}
     if trial is not None:
         record["trial"] = dict(trial)
-    folder = plan.root / plan.config.name / plan.config.run_name
+    folder = plan.folder
     with _status(record, folder):
-        steps = _Steps(plan, Builder(plan, reporter, watch), record, folder)
-        for name in plan.inputs:
-            record["steps"][name] = str(plan.directory(name).relative_to(plan.root))
+        steps = _Steps(Work(plan.config, reporter, watch), record, folder)
+        for name, step in plan.steps.items():
+            record["steps"][name] = place = str(step.directory.relative_to(plan.root))
             record["at"] = name
-            steps.ensure(name)
-            record["made"][name] = _made_by(plan.directory(name))
-            _keep(record, plan, name)
+            steps.ensure(step)
+            record["made"][name] = _made_by(step.directory)
+            record["artifacts"] |= {shown: f"{place}/{file}" for shown, file in step.artifacts.items()}
+            record |= step.found(record)
             write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
@@ -89,72 +75,36 @@ def run(
     return record
 
 
-_LEFT = {"train": (BEST, LOSSES), "predict": (PREDICTIONS,), "postprocess": (PREDICTIONS,), "score": SCORED}
-"""The files without which a step of that kind is not done."""
-
-
 class _Steps:
     """The steps of a run, built with all ranks where they are not done or not what they were."""
 
-    def __init__(self, plan: Plan, builder: Builder, record: dict[str, Any], folder: Path) -> None:
-        self.plan, self.builder, self.record, self.folder = plan, builder, record, folder
+    def __init__(self, work: Work, record: dict[str, Any], folder: Path) -> None:
+        self.work, self.record, self.folder = work, record, folder
 
-    def ensure(self, name: str, thorough: bool = False) -> None:
+    def ensure(self, step: Step, thorough: bool = False) -> None:
         """Build a step unless it is done, and first what it reads; `thorough` checks large weights too."""
-        directory, made_from = self.plan.directory(name), self.plan.made_from(name)
-        damaged = damage(directory, thorough) or self._unreadable(name, directory)
-        if not damaged and self.plan.done(name):
-            if is_unsealed(directory):  # damage is noticed from here on
-                with contextlib.suppress(OSError):  # a read-only folder stays as it is
-                    seal(directory, made_from)
+        damaged = damage(step.directory, thorough)
+        if not damaged and step.is_done():
             return
         for file, what in damaged.items():
-            self._say(
-                f"{name}: {directory / file} is not what the step left ({what}); the step is built again"
-            )
-        for source in self.plan.sources(name):
+            place = step.directory / file
+            self.work.say(f"{step.name}: {place} is not what the step left ({what}); the step is built again")
+        for source in step.inputs.steps:
             self.ensure(source, thorough=True)
         write_json(self.folder / records.FILE, self.record)  # MLflow follows the losses from now on
         begun = time.perf_counter()
-        inputs, made_from = self.plan.inputs[name], self.plan.made_from(name)
-        step(self.plan.root, name.split("-")[0], inputs, lambda where: self._build(name, where), made_from)
-        self.record["seconds"][name] = round(time.perf_counter() - begun, 1)
+        once(step.directory, step.canonical, lambda where: self._build(step, where), step.made_from())
+        self.record["seconds"][step.name] = round(time.perf_counter() - begun, 1)
 
-    def _build(self, name: str, directory: Path) -> bool:
+    def _build(self, step: Step, directory: Path) -> bool:
         """Build with all ranks and write down by what: a run that shares the step has another environment."""
-        ranks.agree(name)
+        ranks.agree(step.name)
         begun = time.perf_counter()
-        complete = self.builder.build(name, directory)
+        complete = self.work.build(step, directory)
         made = {key: self.record[key] for key in ("git", "environment", "command")}
         made["ranks"] = ranks.world_size()
         write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
         return complete
-
-    def _unreadable(self, name: str, directory: Path) -> dict[str, str]:
-        """What can't be read of a step that an earlier version left without a seal; it is deleted."""
-        if not is_unsealed(directory):
-            return {}
-        kind, _, part = name.partition("-")
-        found = {}
-        for file in (directory / file for file in _LEFT.get(kind, ())):
-            try:
-                records.checked(file, self.record)
-                if file.name == PREDICTIONS:
-                    wanted = [example.id for example in self.plan.data.splits[part]]
-                    if list(records.captions(file, self.record)) != wanted:
-                        found[file.name] = f"it has not the captions of all {len(wanted):,} images"
-                if file.name == "scores.json":
-                    records.scores(file, self.record)
-                if file.name == "per_image.csv":
-                    records.per_image(file, self.record)
-            except UserError as error:
-                found[file.name] = error.problems[0].what
-        for file in (*found, *([DONE] if found else ())):
-            (directory / file).unlink(missing_ok=True)
-        return found
-
-    def _say(self, text: str) -> None:
-        self.builder.reporter.say(f"{self.plan.config.run_name}: {text}")
 
 
 def _made_by(directory: Path) -> dict[str, Any] | None:
@@ -185,7 +135,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "parameters": flat(config),
         "standin_model": config.model.checkpoint == TINY or _is_standin(config.model.checkpoint),
         "git": git_state(),
-        "environment": environment(config),
+        "environment": environment(config.device),
         "data": {
             "root": str(plan.data.root),
             "layout": plan.data.layout,
@@ -265,33 +215,11 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     }
 
 
-def _keep(record: dict[str, Any], plan: Plan, name: str) -> None:
-    """What a finished step adds to the record."""
-    kind, _, part = name.partition("-")
-    where = record["steps"][name]
-    if kind == "train":
-        record["artifacts"]["losses.jsonl"] = f"{where}/losses.jsonl"
-        record["artifacts"]["plots/curves.png"] = f"{where}/curves.png"
-    elif kind in ("predict", "postprocess"):
-        stage = "before" if kind == "predict" else "after"
-        record["artifacts"][f"predictions/{part}_{stage}.csv"] = f"{where}/predictions.csv"
-    elif kind == "score":
-        result = parsed((plan.directory(name) / "scores.json").read_bytes())
-        record["scores"].setdefault("valid", {})[part] = result["scores"]
-        record["artifacts"][f"scores/valid_{part}.json"] = f"{where}/scores.json"
-        record["artifacts"][f"scores/valid_{part}_per_image.csv"] = f"{where}/per_image.csv"
-        if part == "after":
-            record["image_gap"], record["baseline"] = result["image_gap"], result["baseline"]
-            record["warnings"] = result["warnings"]
-            record["artifacts"]["plots/caption_lengths.png"] = f"{where}/caption_lengths.png"
-
-
 def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
     """A warning for each split whose captions are all but the same, said at once."""
     found = []
-    for kind, _, split in (name.partition("-") for name in plan.inputs):
-        if kind == "postprocess":
-            found += same_in(split, read_captions(plan.directory(f"{kind}-{split}") / PREDICTIONS))
+    for split, step in plan.submitted.items():
+        found += same_in(split, read_captions(step.directory / PREDICTIONS))
     for warning in found:
         reporter.say(f"warning: {plan.config.run_name}: {warning}")
     return found
@@ -305,8 +233,8 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
         )
         return []
     made = []
-    for split in plan.splits:
-        captions = read_captions(plan.directory(f"postprocess-{split}") / PREDICTIONS)
+    for split, step in plan.submitted.items():
+        captions = read_captions(step.directory / PREDICTIONS)
         directory = SUBMISSIONS / plan.config.name / plan.config.run_name
         manifest = {
             "run": f"{plan.config.name}/{plan.config.run_name}",
@@ -321,27 +249,3 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
         ids = [example.id for example in plan.data.splits[split]]
         made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))
     return made
-
-
-def git_state() -> dict[str, Any]:
-    """Commit and dirtiness of the harness's own checkout; both None outside one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        with contextlib.suppress(OSError):
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, encoding="utf-8")
-            return done.stdout.strip() if done.returncode == 0 else None
-        return None
-
-    status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-def environment(config: Config) -> dict[str, str]:
-    """Versions of what the numbers depend on, and the device."""
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    found = device.probe(config.device)
-    return versions | {"device": f"{found.kind} ({found.name})"}

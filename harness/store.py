@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 DONE, INPUTS, MADE = "DONE", "inputs.json", "made.json"
+RUNS = Path("runs")
+"""The folder of records, steps and caches, in the folder where a command is called."""
 LARGE = 64_000_000
 """Bytes. The SHA-256 of a larger file of a step is checked only when it is read, of others by every run."""
 
@@ -102,8 +104,6 @@ def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool
     `made_from` are the files that the step would read now, by `products`: a step that has read others is not
     done. Cheap: no file but the seal is opened.
     """
-    if is_unsealed(directory):
-        return True
     seal = _seal(directory)
     if seal is None or any(_misfit(directory / name, size) for name, (size, _) in seal["files"].items()):
         return False
@@ -111,18 +111,12 @@ def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool
     return all(read.get(name, digest) == digest for name, digest in (made_from or {}).items())
 
 
-def is_unsealed(directory: Path) -> bool:
-    """Whether the step was done by an earlier version, which did not write down what it left."""
-    done = directory / DONE
-    return done.is_file() and not done.stat().st_size
-
-
 def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
     """What is wrong with each file of a done step that is not what the step left; files besides don't matter.
 
     All files are compared by size, and by SHA-256 those of at most `LARGE` bytes, or all if `thorough`.
     """
-    if is_unsealed(directory) or not (directory / DONE).exists():
+    if not (directory / DONE).exists():
         return {}
     seal = _seal(directory)
     if seal is None:
@@ -184,14 +178,13 @@ def seal(directory: Path, made_from: Mapping[str, str]) -> None:
     write_checked(directory / DONE, {"files": known, "from": dict(made_from)})
 
 
-def step(
-    root: Path,
-    kind: str,
+def once(
+    directory: Path,
     inputs: Mapping[str, Any],
     build: Callable[[Path], bool],
     made_from: Mapping[str, str] | None = None,
-) -> Path:
-    """Return the directory of a step, calling `build(directory)` unless it is done and nothing of it changed.
+) -> None:
+    """Call `build(directory)` for a step, unless it is done and nothing of it changed.
 
     `build` tells whether all came out; a step that lacks something is built again the next time. An
     interrupted step finds its directory as it left it, one that is damaged finds what is whole, and one that
@@ -199,13 +192,13 @@ def step(
     """
     from filelock import FileLock
 
-    directory, made_from = step_directory(root, kind, inputs), made_from or {}
+    made_from = made_from or {}
 
     def whole() -> bool:
         return is_done(directory, made_from) and not damage(directory)
 
     if whole():
-        return directory
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_suffix(".lock")):
         if not whole():
@@ -214,7 +207,6 @@ def step(
             if build(directory):
                 _sync(directory)
                 seal(directory, made_from)
-    return directory
 
 
 def _clear(directory: Path) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from support import small_sets
 
-from harness import forecast
 from harness.config.schema import Config
 from harness.data import load
 from harness.data.images import open_pixels
 from harness.doctor import Check, examine
 from harness.models import tiny
 from harness.models.blip2 import sizes
+from harness.training import forecast
 
 ROOT = Path(__file__).parents[1]
 whole, root = small_sets.whole, small_sets.root  # fixtures

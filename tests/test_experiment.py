@@ -94,7 +94,6 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
         ("name: a\x07\n", "not YAML: unacceptable character"),
         ("{[a]: b}\n", "e.yaml:1: not YAML: found unhashable key"),
         ("name: a\ndata: {root: x}\ntrain: {stages: [{epochs: 0, losses: {}}]}\n", "no stage has epochs"),
-        ("name: a\ndata: {root: x}\ntrain: {stages: []}\n", "e.yaml:3: train.stages: no stage has epochs"),
         (
             "name: a\ndata: {root: x}\ntrain:\n  stages:\n    - epochs: 1\n      losses: {caption: 0}\n",
             "e.yaml:6: train.stages.0.losses: no loss has a weight above 0",

@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.metrics import alignscore, bertscore
 from harness.models import checkpoints
 from harness.models.outline import Flawed, check_weights, read_pickle
-from harness.plan import problems
+from harness.steps.plan import problems
 
 TENSOR = torch.arange(6.0)
 

@@ -18,7 +18,7 @@ from harness.cli.terminal import Terminal
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models.loading import save_trained
-from harness.plan import prepare
+from harness.steps.plan import prepare
 from harness.store import write
 from harness.training.resume import Checkpoints, State
 

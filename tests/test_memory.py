@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from transformers import Blip2Config
 
-from harness import forecast
 from harness.config.schema import Config, TrainConfig
 from harness.machine import device
 from harness.models.base import Work
 from harness.models.blip2 import activations, sizes
-from harness.training import memory
+from harness.training import forecast, memory
 from harness.training.memory import GB, Model, Setup
 
 device.probe("cpu")
@@ -144,7 +143,7 @@ def test_steps_are_those_of_the_schedule(tmp_path):
 
 def test_the_forecast_needs_no_torch():
     code = (
-        "import sys; from pathlib import Path; from harness import forecast; "
+        "import sys; from pathlib import Path; from harness.training import forecast; "
         "from harness.config.experiment import load;"
         "[forecast.lines(forecast.forecast(c)) for c in load(Path('experiments/table3.yaml'), [])];"
         "assert 'torch' not in sys.modules"

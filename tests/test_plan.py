@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness import build
 from harness.cli.terminal import Terminal
 from harness.config.experiment import load as load_experiment
 from harness.config.schema import Config, DataConfig, PhantomConfig
@@ -15,8 +14,12 @@ from harness.errors import UserError
 from harness.metrics import bertscore
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
-from harness.plan import Plan, problems
-from harness.store import is_done, step
+from harness.steps import STEPS
+from harness.steps.inputs import Undeclared
+from harness.steps.plan import Plan, problems
+from harness.steps.predict import Predict
+from harness.steps.work import Work
+from harness.store import is_done, once
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -43,7 +46,7 @@ def weights(folder: Path, seed: int) -> Path:
 
 
 def test_what_does_not_change_the_weights_repeats_no_training(data, tmp_path):
-    base = plan(data, tmp_path).directory("train")
+    base = plan(data, tmp_path).steps["train"].directory
     for same in (
         {"predict": {"num_beams": 1}},
         {"postprocess": {"deduplicate": True}},
@@ -51,11 +54,11 @@ def test_what_does_not_change_the_weights_repeats_no_training(data, tmp_path):
         {"edition": 2024},
         {"device": "cpu"},
     ):
-        assert plan(data, tmp_path, **same).directory("train") == base, same
+        assert plan(data, tmp_path, **same).steps["train"].directory == base, same
 
 
 def test_what_changes_the_weights_is_another_training(data, tmp_path):
-    base = plan(data, tmp_path).directory("train")
+    base = plan(data, tmp_path).steps["train"].directory
     for other in (
         {"seed": 1},
         {"edition": 2025},  # the best checkpoint is chosen by BERTScore with idf
@@ -64,22 +67,22 @@ def test_what_changes_the_weights_is_another_training(data, tmp_path):
         {"model": {"checkpoint": "tiny", "tiny": {"seed": 1}}},
         {"data": {"root": data.root, "augment": {"brightness": 0.1}}},
     ):
-        assert plan(data, tmp_path, **other).directory("train") != base, other
+        assert plan(data, tmp_path, **other).steps["train"].directory != base, other
 
 
 def test_the_tiny_checkpoint_serves_every_image_size(data, tmp_path):
     sizes = [plan(data, tmp_path, model={"checkpoint": "tiny", "image_size": size}) for size in (224, 364)]
-    assert sizes[0].directory("tiny") == sizes[1].directory("tiny")
+    assert sizes[0].steps["tiny"].directory == sizes[1].steps["tiny"].directory
 
 
 def test_a_checkpoint_is_known_by_its_contents(data, tmp_path):
     """Weights that were trained further have the same name and size."""
     folder = weights(tmp_path / "model", 0)
     model = {"checkpoint": str(folder)}
-    before = plan(data, tmp_path, model=model).directory("train")
-    assert plan(data, tmp_path, model=model).directory("train") == before
+    before = plan(data, tmp_path, model=model).steps["train"].directory
+    assert plan(data, tmp_path, model=model).steps["train"].directory == before
     weights(folder, 1)
-    assert plan(data, tmp_path, model=model).directory("train") != before
+    assert plan(data, tmp_path, model=model).steps["train"].directory != before
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_the_primary_metrics_files_are_in_training_and_scores(name, encoder, dat
     steps = ("train", "score-before", "score-after")
 
     def places() -> list[Path]:
-        return [plan(data, tmp_path, score=score).directory(step) for step in steps]
+        return [plan(data, tmp_path, score=score).steps[step].directory for step in steps]
 
     before = places()
     (encoder / "README.md").write_text("for people")
@@ -110,18 +113,18 @@ def test_the_primary_metrics_files_are_in_training_and_scores(name, encoder, dat
 
 
 def test_other_packages_score_anew_and_train_nothing(data, tmp_path, monkeypatch):
-    before = [plan(data, tmp_path).directory(step) for step in ("train", "score-after")]
+    before = [plan(data, tmp_path).steps[step].directory for step in ("train", "score-after")]
     monkeypatch.setattr("harness.metrics.versions", lambda: ["torch:9"])
-    after = [plan(data, tmp_path).directory(step) for step in ("train", "score-after")]
+    after = [plan(data, tmp_path).steps[step].directory for step in ("train", "score-after")]
     assert before[0] == after[0]
     assert before[1] != after[1]
 
 
 def test_a_standin_in_a_wheel_is_known_by_its_contents(data, tmp_path, monkeypatch):
-    before = plan(data, tmp_path).directory("train")
+    before = plan(data, tmp_path).steps["train"].directory
     other = Checkpoint("other", weights(tmp_path / "other", 3), True)
     monkeypatch.setattr(bertscore, "locate", lambda _: (other, 6))
-    assert plan(data, tmp_path).directory("train") != before
+    assert plan(data, tmp_path).steps["train"].directory != before
 
 
 def test_a_broken_download_is_no_checkpoint(tmp_path):
@@ -155,23 +158,67 @@ def test_a_tiny_model_in_a_paper_experiment_needs_no_weights():
 def test_a_step_that_lacks_something_is_built_again(tmp_path):
     answers = iter([False, True])
     for expected in (False, True, True):
-        directory = step(tmp_path, "score", {"a": 1}, lambda _: next(answers))
-        assert is_done(directory) == expected
+        once(tmp_path / "score-1", {"a": 1}, lambda _: next(answers))
+        assert is_done(tmp_path / "score-1") == expected
 
 
-def test_a_device_without_memory_is_told_in_words(capsys):
+def test_a_device_without_memory_is_told_in_words(data, tmp_path, capsys):
     """The error is torch's own; a study finds the same reason in every trial, whatever the numbers in it."""
 
-    class Asking(build.Builder):
-        def __init__(self):
-            self.config = Config.model_validate({"name": "small", "data": {"root": "x"}})
-            self.kind, self.reporter = "cpu", Terminal()
-
-        def _predict(self, split, directory):
+    class Asking(Predict):
+        def build(self, work, directory):
             torch.empty(1 << 60)
 
+    made = plan(data, tmp_path, device="cpu")
     with pytest.raises(UserError) as told:
-        Asking().build("predict-test", Path())
+        Work(made.config, Terminal()).build(Asking(made.steps["predict-test"].inputs, "test"), tmp_path)
     assert str(told.value).startswith("error: predict-test: the cpu has not enough memory for this step\n")
     assert told.value.exit_code == 1
     assert "you tried to allocate" in capsys.readouterr().err
+
+
+def test_a_step_reads_what_it_declares_and_nothing_else(data, tmp_path):
+    made = plan(data, tmp_path)
+    inputs = made.steps["postprocess-valid"].inputs
+    assert inputs.config.postprocess == made.config.postprocess
+    assert inputs.config.predict.num_beams == made.config.predict.num_beams, "declared by the step before"
+    for read in (
+        lambda: inputs.config.name,
+        lambda: inputs.config.data.root,
+        lambda: made.steps["tiny"].inputs.config.train.batch_size,
+        lambda: made.steps["tiny"].inputs.data.readable("valid"),
+        lambda: made.steps["train"].inputs.data.examples("test"),
+        lambda: inputs.directory("train"),
+    ):
+        with pytest.raises(Undeclared, match="is read; declared are"):
+            read()
+
+
+def test_every_kind_of_step_has_fingerprints_of_its_own(data, tmp_path):
+    """A run of everything has each kind; what a step declares, and its version, are in its fingerprint."""
+    standins = {name: {"checkpoint": "standin"} for name in ("bertscore", "bleurt")}
+    made = plan(data, tmp_path, score={"metrics": ["bleurt"], **standins})
+    assert {type(step) for step in made.steps.values()} == set(STEPS)
+    assert len({kind.kind for kind in STEPS}) == len(STEPS)
+    assert len({step.directory for step in made.steps.values()}) == len(made.steps)
+    for step in made.steps.values():
+        later = type("Later", (type(step),), {"version": step.version + 1})(step.inputs, step.part)
+        assert later.directory != step.directory, step.name
+        assert set(step.canonical["steps"]) == {source.name for source in step.inputs.steps}, step.name
+
+
+def test_without_stages_nothing_is_trained_and_the_checkpoint_captions(data, tmp_path):
+    nothing: dict = {"stages": []}
+    trained, untrained = plan(data, tmp_path), plan(data, tmp_path, train=nothing)
+    assert trained.steps.keys() - untrained.steps.keys() == {"train"}
+    predict = untrained.steps["predict-test"]
+    assert [step.name for step in predict.inputs.steps] == ["tiny"]
+    for other in (
+        {"model": {"checkpoint": "tiny", "image_size": 224}},
+        {"train": nothing | {"precision": "bf16"}},
+        {"model": {"checkpoint": str(weights(tmp_path / "model", 0))}},
+    ):
+        changed = plan(data, tmp_path, **({"train": nothing} | other))
+        assert changed.steps["predict-test"].directory != predict.directory, other
+    same = plan(data, tmp_path, train=nothing | {"learning_rate": 1})
+    assert same.steps["predict-test"].directory == predict.directory

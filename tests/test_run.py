@@ -201,6 +201,20 @@ def test_submissions_pass_the_check_and_hold_the_captions(folder, finished):
         assert read(folder / path) == {i: " ".join(c.split()).replace("|", "/") for i, c in captions.items()}
 
 
+def test_a_run_without_training_is_captioned_by_the_checkpoint(folder, finished):
+    command = ("run", "small.yaml", "--set=name=untrained", "--set=train.stages=[]")
+    assert "nothing is trained" in harness(folder, *command, "--dry-run").stdout
+    done = harness(folder, *command)
+    run = json.loads((folder / "runs/untrained/opt-s42/run.json").read_text())
+    assert "train" not in run["steps"]
+    assert "losses.jsonl" not in run["artifacts"]
+    assert set(run["scores"]["valid"]) == {"before", "after"}
+    assert run["steps"]["tiny"] == record(folder, "opt-s42")["steps"]["tiny"]
+    assert len(run["submissions"]) == 2
+    assert "constant caption" in done.stdout
+    assert "opt-s42" in (folder / "runs/untrained/opt-s42/report.html").read_text()
+
+
 def test_captions_that_are_all_the_same_are_warned_of(folder, finished):
     done = harness(
         folder,

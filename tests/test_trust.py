@@ -18,7 +18,7 @@ from harness.config.schema import Config, ScoreConfig
 from harness.metrics import bertscore, medcat, similarity
 from harness.metrics.base import Inputs, Measured, Metric
 from harness.models import checkpoints
-from harness.plan import problems
+from harness.steps.plan import problems
 
 CAPTIONS = (["lung nodule", "mass"], ["lung", "mass nodule"])
 SETTLED = (10**18, 10**18)

@@ -300,7 +300,8 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     from harness import run as runs
     from harness import tracking
     from harness.config.experiment import base_of
-    from harness.plan import RUNS, prepare
+    from harness.steps.plan import prepare
+    from harness.store import RUNS
 
     terminal = Terminal()
     plans = prepare(configs, terminal)
@@ -309,14 +310,13 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     records: list[dict[str, Any]] = []
     try:
         for plan in plans:
-            page_of = RUNS / plan.config.name / plan.config.run_name
             try:
                 records += [runs.run(plan, terminal, _command(), base_of(experiment, plan.config.variant))]
             except Exception:
                 with contextlib.suppress(Exception):  # the page says why the run failed; that goes before
-                    reports.write(page_of)
+                    reports.write(plan.folder)
                 raise
-            reports.write(page_of)
+            reports.write(plan.folder)
     except UserError:
         if records:
             _print_records(records, output)
@@ -330,7 +330,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
 
 def _assist(configs: list[Any]) -> None:
     from harness import run
-    from harness.plan import prepare
+    from harness.steps.plan import prepare
 
     silent = Terminal(silent=True)
     ranks.agree(None)
@@ -339,8 +339,8 @@ def _assist(configs: list[Any]) -> None:
 
 
 def _print_plans(configs: list[Any], output: Format) -> None:
-    from harness.forecast import forecast
-    from harness.plan import dry, problems
+    from harness.steps.plan import dry, problems
+    from harness.training.forecast import forecast
 
     rows = []
     for config in configs:
@@ -364,7 +364,7 @@ def _print_plans(configs: list[Any], output: Format) -> None:
 def _print_plan(row: dict[str, Any]) -> None:
     import yaml
 
-    from harness.forecast import lines
+    from harness.training.forecast import lines
 
     print(f"# {row['run']}")
     print(yaml.safe_dump(row["config"], sort_keys=False, allow_unicode=True).rstrip())
@@ -401,7 +401,7 @@ def sync(
     Example: python -m harness sync runs/quickstart
     """
     from harness import tracking
-    from harness.plan import RUNS
+    from harness.store import RUNS
 
     if follow is not None:
         tracking.follow(follow, parent or os.getppid())

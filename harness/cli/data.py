@@ -66,7 +66,7 @@ def data_check(
     """
     from harness.data import REPAIR, examine
     from harness.data.readers import together
-    from harness.plan import RUNS
+    from harness.store import RUNS
 
     with Terminal().progress("Checking images") as advance:
         found = examine(_data_config(root, layout), RUNS, advance)
@@ -104,7 +104,7 @@ def data_stats(
     """
     from harness.cli import tables
     from harness.data import load, statistics
-    from harness.plan import RUNS
+    from harness.store import RUNS
 
     with Terminal().progress("Checking images") as advance:
         dataset = load(_data_config(root, layout, skip_bad=True), RUNS, advance)

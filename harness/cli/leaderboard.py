@@ -38,7 +38,7 @@ def leaderboard(
     Example: python -m harness leaderboard --edition 2023 --format html
     """
     from harness import leaderboard as boards
-    from harness.plan import RUNS
+    from harness.store import RUNS
 
     years = [edition] if edition is not None else boards.editions(RUNS, trials=everything)
     found = [boards.board(year, RUNS, trials=everything) for year in years]

@@ -109,7 +109,7 @@ def _load(
 
 
 def _folder(spec: "Study") -> Path:
-    from harness.plan import RUNS
+    from harness.store import RUNS
 
     return RUNS / spec.name
 
@@ -140,7 +140,7 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     """Start workers and mirror what they do; raises `UserError` where trials are left."""
     from harness import tracking
     from harness.machine import device
-    from harness.plan import prepare
+    from harness.steps.plan import prepare
     from harness.study import storage, workers
 
     terminal = Terminal()
@@ -163,7 +163,7 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
 def _run_ranks(spec: "Study", ranks: int) -> int:
     """Start the ranks of one worker -> their exit code; anew after a trial that failed or lost a rank."""
     from harness.machine import device, launch
-    from harness.plan import prepare
+    from harness.steps.plan import prepare
     from harness.study.storage import read_record
     from harness.training.schedule import indivisible
 

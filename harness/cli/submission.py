@@ -109,7 +109,7 @@ def _require(edition: int | None, ids: Path | None, source: Path) -> None:
 def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str, Any]:
     import hashlib
 
-    from harness.run import git_state
+    from harness.machine.environment import git_state
 
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),

@@ -217,7 +217,10 @@ class TrainConfig(Section):
     """Fine-tuning in stages."""
 
     stages: tuple[StageConfig, ...] = PAPERS_STAGES
-    """Trained in this order, each with an optimiser and a schedule of its own."""
+    """Trained in this order, each with an optimiser and a schedule of its own.
+
+    With an empty list nothing is trained, and the checkpoint captions as it is.
+    """
     batch_size: Batch = 128
     """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
     micro_batch_size: Batch = 16
@@ -291,9 +294,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_epochs(self) -> "TrainConfig":
-        if not any(stage.epochs for stage in self.stages):
+        if self.stages and not any(stage.epochs for stage in self.stages):
             keys = [f"stages.{number}.epochs" for number in range(len(self.stages))]
-            raise AcrossKeys("no stage has epochs; nothing would be trained", *(keys or ["stages"]))
+            raise AcrossKeys("no stage has epochs; to train nothing, write stages: []", *keys)
         return self
 
     @model_validator(mode="after")

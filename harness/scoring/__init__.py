@@ -20,12 +20,11 @@ from harness.errors import Flaw, Problem, UserError, grouped
 from harness.machine import device, ranks
 from harness.metrics import Score
 from harness.models import checkpoints
-from harness.plan import RUNS
 from harness.records import artifact as run_artifact
 from harness.records import read as run_record
 from harness.records import root as run_root
 from harness.scoring import verify
-from harness.store import bytes_of, damage, is_done
+from harness.store import RUNS, bytes_of, damage, is_done
 from harness.submission.form import Task, bare, plural
 from harness.submission.inputs import (
     CaptionFile,
@@ -340,7 +339,7 @@ def _standin(metric: str, run: Run | None) -> Path | None:
 def _made_for(folder: Path) -> str | None:
     """The metric of a stand-in; None where that can't be read."""
     try:
-        return json.loads(bytes_of(folder / "inputs.json"))["metric"]
+        return json.loads(bytes_of(folder / "inputs.json"))["facts"]["metric"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -17,7 +17,7 @@ from harness.config.editions import EDITIONS
 from harness.config.schema import Config, Epochs, Section, Seed, flat, keys, whole
 from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
-from harness.plan import HOW
+from harness.steps import train
 from harness.study.space import (
     FIXED,
     MOST_POINTS,
@@ -30,7 +30,8 @@ from harness.study.space import (
     several,
 )
 
-INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *(f"train.{key}" for key in HOW))
+_TRAINED = (f"train.{key}" for key in train.INDIFFERENT)
+INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *_TRAINED)
 """Keys of the base that may change while a study goes on."""
 ADDRESS = re.compile(
     r"postgresql(\+psycopg)?://"

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import run as runs
-from harness.build import Watch
 from harness.data import Dataset
 from harness.errors import Problem, Pruned, UserError
 from harness.machine import device, ranks
 from harness.masking import masked
-from harness.plan import RUNS, Plan, Reporter, prepare
+from harness.steps.plan import Plan, prepare
+from harness.steps.work import Reporter, Watch
+from harness.store import RUNS
 from harness.study import results
 from harness.study.spec import Study
 from harness.study.storage import failures, open_study, owned, reachable

@@ -10,8 +10,7 @@ from harness.config.schema import Config, DataConfig, TrainConfig
 from harness.data import readers
 from harness.data.images import unbuilt
 from harness.models import family
-from harness.plan import RUNS
-from harness.store import free, gb
+from harness.store import RUNS, free, gb
 from harness.training import memory
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
@@ -27,16 +26,17 @@ def pixels(config: Config) -> tuple[dict[str, int], Caches]:
     As far as they can be counted without opening more than a few; a run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    wanted = dict.fromkeys(["train", "valid", *config.predict.splits])
+    trained = ("train", "valid") if config.train.stages else ()
+    wanted = dict.fromkeys([*trained, *config.predict.splits])
     sides = {split: [side] for split in wanted}
     if built_from := family(config.model).built_from(config.model):
-        sides["train"].append(built_from)
+        sides.setdefault("train", []).append(built_from)
     if source.root.is_dir():
         splits = _examples(source)
-        counts = {split: len(splits[split]) for split in wanted if split in splits}
+        counts = {split: len(splits[split]) for split in sides if split in splits}
         sized = {(s, n): unbuilt(splits[s], n, RUNS / "cache") for s in counts for n in sides[s]}
     elif source.phantom:
-        counts = {split: getattr(source.phantom, split) for split in wanted}
+        counts = {split: getattr(source.phantom, split) for split in sides}
         sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
         counts, sized = {}, {}
@@ -64,17 +64,18 @@ def forecast(config: Config) -> dict[str, Any]:
     unknown = []
     counts, to_build = pixels(config)
     count = counts.get("train")
-    if count is None:
+    if not counts:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
-    shape = family(config.model).shape(config.model)
-    if shape is None:
+    trains = bool(config.train.stages)
+    shape = family(config.model).shape(config.model) if trains else None
+    if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
-        "steps": None if count is None else steps(config.train, count),
+        "steps": None if trains and count is None else steps(config.train, count or 0),
         "accumulation": accumulation(config.train),
-        "pixel_cache": None if count is None or not config.data.cache else _disk(to_build),
+        "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": model and _memory(model),
         "unknown": unknown,
     }
@@ -134,8 +135,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{row['micro_batches']} micro batches over all devices"
         for row in found["steps"] or ()
     ]
-    parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
-    out.append(f"micro batches that each device accumulates for a step: {parts}")
+    if found["steps"] == []:
+        out.append("nothing is trained: the checkpoint captions as it is")
+    else:
+        parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
+        out.append(f"micro batches that each device accumulates for a step: {parts}")
     if found["pixel_cache"]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:

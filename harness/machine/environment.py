@@ -1,0 +1,48 @@
+"""What the numbers of a run depend on beside its config: versions, the device, the harness's own commit."""
+
+import contextlib
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness.machine import device
+
+PACKAGES = (
+    "imageclef-harness",
+    "torch",
+    "torch-npu",
+    "transformers",
+    "deepspeed",
+    "mlflow",
+    "bert-score",
+    "rouge-score",
+    "pycocoevalcap",
+    "bleurt-pytorch",
+    "numpy",
+)
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirtiness of the harness's own checkout; both None outside one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        with contextlib.suppress(OSError):
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, encoding="utf-8")
+            return done.stdout.strip() if done.returncode == 0 else None
+        return None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def environment(wanted: str) -> dict[str, str]:
+    """Versions of what the numbers depend on, and the device that is used where `wanted` is asked for."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    found = device.probe(wanted)
+    return versions | {"device": f"{found.kind} ({found.name})"}

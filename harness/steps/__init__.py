@@ -1,0 +1,11 @@
+"""The steps of a run, one file each, in the order in which they are planned and run."""
+
+from harness.steps.base import Step
+from harness.steps.postprocess import Postprocess
+from harness.steps.predict import Predict
+from harness.steps.score import Score
+from harness.steps.standin import Standin
+from harness.steps.tiny import Tiny
+from harness.steps.train import Train
+
+STEPS: tuple[type[Step], ...] = (Tiny, Standin, Train, Predict, Postprocess, Score)

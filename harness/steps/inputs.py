@@ -1,0 +1,109 @@
+"""What a step may read. The canonical form of this one object is the step's fingerprint."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.config.schema import Config, Section
+from harness.data import Dataset
+from harness.data.readers import Example
+
+if TYPE_CHECKING:
+    from harness.steps.base import Step
+    from harness.steps.plan import Plan
+
+
+class Undeclared(Exception):
+    """A step reads what is no part of its fingerprint: a mistake in the step's code."""
+
+
+class Settings:
+    """A part of the config of which only declared keys can be read."""
+
+    def __init__(self, section: Section, keys: frozenset[str], path: str = "") -> None:
+        self._section, self._keys, self._path = section, keys, path
+
+    def __getattr__(self, name: str) -> Any:
+        value, path = getattr(self._section, name), f"{self._path}{name}"
+        if path in self._keys:
+            return value
+        if any(key.startswith(f"{path}.") for key in self._keys):
+            return Settings(value, self._keys, f"{path}.")
+        raise Undeclared(f"{path} is read; declared are {', '.join(sorted(self._keys))}")
+
+
+class Rows:
+    """The declared splits of a data set."""
+
+    def __init__(self, data: Dataset, splits: frozenset[str]) -> None:
+        self._data, self._splits = data, splits
+
+    @property
+    def concept_names(self) -> Mapping[str, str]:
+        """The name of each concept; the fingerprint of every split covers those that it has."""
+        return self._data.concept_names
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """All rows of a split."""
+        self._check(split)
+        return self._data.splits[split]
+
+    def readable(self, split: str) -> list[Example]:
+        """The rows of a split whose images can be read."""
+        self._check(split)
+        return self._data.readable(split)
+
+    def _check(self, split: str) -> None:
+        if split not in self._splits:
+            raise Undeclared(f"the split {split} is read; declared are {', '.join(sorted(self._splits))}")
+
+
+class Inputs:
+    """What one step of a run reads, and what of it determines the step's output.
+
+    `config` says by dotted key what counts of a part of the config, which may then be read. Keys in `besides`
+    may be read too and change nothing of the output. `data` are splits. `steps` are earlier steps with those
+    of their files that are read, None for all; what they may read, this step may read too. `facts` are what
+    else counts, such as the contents of weights. `canonical` is all that counts, as JSON-like values.
+    """
+
+    def __init__(
+        self,
+        plan: "Plan",
+        config: Mapping[str, Any],
+        data: Sequence[str] = (),
+        steps: Mapping["Step", Sequence[str] | None] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        besides: Iterable[str] = (),
+    ) -> None:
+        self.root: Path = plan.root
+        self.steps, self.facts = dict(steps or {}), dict(facts or {})
+        earlier = [step.inputs for step in self.steps]
+        self.keys = frozenset({*config, *besides}.union(*(inputs.keys for inputs in earlier)))
+        self.splits = frozenset({*data}.union(*(inputs.splits for inputs in earlier)))
+        self.config: Any = Settings(plan.config, self.keys)
+        self.data = Rows(plan.data, self.splits)
+        self.canonical = {
+            "config": dict(config),
+            "data": {split: plan.data.fingerprints[split] for split in data},
+            "steps": {step.name: step.canonical for step in self.steps},
+            "facts": self.facts,
+        }
+
+    def directory(self, name: str) -> Path:
+        """Where an earlier step's output lies."""
+        for step in self.steps:
+            if step.name == name:
+                return step.directory
+        raise Undeclared(f"the step {name} is read; declared are {', '.join(s.name for s in self.steps)}")
+
+
+def values(config: Config, *keys: str) -> dict[str, Any]:
+    """Parts of the config by dotted key, as JSON-like values."""
+    found = {}
+    for key in keys:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        found[key] = value.model_dump() if isinstance(value, Section) else value
+    return found

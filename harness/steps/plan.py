@@ -1,0 +1,175 @@
+"""What a run will do: its steps, and what is missing before it may start.
+
+Two variants that differ in de-duplication only share training and generation. The same command after a crash
+goes on where it stopped. Nothing here imports torch, so that `--dry-run` answers at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harness import metrics
+from harness.config.schema import Config
+from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness.data.checks import WITHOUT_WORDS
+from harness.data.images import unbuilt
+from harness.data.readers import together
+from harness.errors import Problem, UserError
+from harness.machine import device
+from harness.models import family
+from harness.steps import STEPS
+from harness.steps.base import Step
+from harness.steps.train import choosing
+from harness.steps.work import Reporter
+from harness.store import RUNS, free, gb
+from harness.submission.checks import some
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one run and where they lie; made from config and data alone, without torch."""
+
+    config: Config
+    data: Dataset
+    root: Path = RUNS
+
+    @cached_property
+    def steps(self) -> dict[str, Step]:
+        """The steps by name, in the order of running."""
+        found: dict[str, Step] = {}
+        for kind in STEPS:
+            found |= {step.name: step for step in kind.of(self, found)}
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run's record."""
+        return self.root / self.config.name / self.config.run_name
+
+    @property
+    def splits(self) -> list[str]:
+        """The configured splits that have images."""
+        return [split for split in self.config.predict.splits if self.data.splits.get(split)]
+
+    @property
+    def submitted(self) -> dict[str, Step]:
+        """By split, the step whose captions are submitted: the last one that has captions of it."""
+        return {step.captions: step for step in self.steps.values() if step.captions}
+
+    @cached_property
+    def fallback(self) -> dict[str, dict[str, Any]]:
+        """By split, the `ids` of images that can't be read, if any, and the `caption` that they get.
+
+        It is the constant caption of `metrics.constant_baseline`, and nothing of the model's.
+        """
+        unreadable = {split: [e.id for e in self.data.unreadable(split)] for split in self.splits}
+        if not any(unreadable.values()):
+            return {}
+        caption = metrics.constant_caption([example.caption for example in self.data.splits["train"]])
+        return {split: {"caption": caption, "ids": ids} for split, ids in unreadable.items() if ids}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know of rows that are used for a part only, or not at all."""
+        found = []
+        if left := len(self.data.left_out):
+            found.append(f"data.skip_bad: rows with {left:,} problems are left out")
+        for split, examples in self.data.splits.items():
+            wordless = [f.row[1] for f in self.data.notes if f.row[0] == split and f.cause == WITHOUT_WORDS]
+            if wordless:
+                found.append(f"{split}: no word in the caption of {some(wordless)}; not trained on")
+            unscored = [e.id for e in examples if e.caption is None] if split == "valid" else []
+            if unscored:
+                found.append(f"{split}: the caption of {some(unscored)} can't be read; not scored")
+        for split, given in self.fallback.items():
+            what = f"{some(given['ids'])}; captioned by the constant caption: {given['caption']}"
+            found.append(f"{split}: no image that can be read for {what}")
+        return found
+
+
+def problems(config: Config) -> list[Problem]:
+    """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
+    chosen_by = choosing(config).metrics if config.train.stages else ()
+    wanted = dict.fromkeys([*config.score.metrics, *chosen_by])
+    found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
+    return found + family(config.model).problems(config.model)
+
+
+def unscalable(config: Config, kind: device.Kind) -> Problem | None:
+    """What is wrong with fp16 on a device that does not overflow where losses are scaled too far."""
+    if config.train.precision != "fp16" or device.overflows(kind):
+        return None
+    what = f"got fp16, but this {kind} cuts off what is too large, and the loss scale would grow for ever"
+    hint = "Use auto or fp32; this device rounds to fp16 what it multiplies, but gradients stay fp32."
+    return Problem(what, key="train.precision", hint=hint)
+
+
+def prepare(
+    configs: Sequence[Config],
+    reporter: Reporter,
+    root: Path = RUNS,
+    loaded: dict[str, Dataset] | None = None,
+) -> list[Plan]:
+    """Check all that can be checked before any training; raises `UserError` with all problems at once.
+
+    `loaded` keeps the data between calls.
+    """
+    found = [problem for config in configs for problem in problems(config)]
+    found += filter(None, (unscalable(config, device.probe(config.device).kind) for config in configs))
+    plans, hints, failed = [], [], set()
+    loaded = {} if loaded is None else loaded
+    known = set(loaded)
+    for config in configs:
+        key = config.data.model_dump_json(exclude={"augment", "cache"})
+        if key not in loaded and key not in failed:
+            try:
+                with reporter.progress("Checking images") as advance:
+                    loaded[key] = load(config.data, root, advance)
+            except UserError as error:
+                failed.add(key)
+                found += error.problems
+                hints.append(error.hint)
+        if key in loaded:
+            plans.append(Plan(config, loaded[key], root))
+    if found or (found := _lacking_space(plans)):
+        hint = next((hint for hint in hints if hint), None)
+        raise UserError(list(dict.fromkeys(found)), hint)
+    for dataset in (dataset for key, dataset in loaded.items() if key not in known):
+        for problem in together(dataset.left_out):
+            reporter.say(f"left out: {problem}")
+        for problem in together(dataset.notes):
+            reporter.say(f"note: {problem}")
+    return plans
+
+
+def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
+    """A disk that can't hold the decoded images of all that is left to build."""
+    wanted = {}
+    for plan in (plan for plan in plans if plan.config.data.cache):
+        left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
+        for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
+            key = (plan.config.data.root, split, side)
+            if key not in wanted:
+                wanted[key] = unbuilt(plan.data.readable(split), side, plan.root / "cache")
+    need = sum(wanted.values())
+    room = free(plans[0].root) if need else 0
+    if need <= room:
+        return []
+    what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(room)} are free"
+    return [Problem(what, key="data.cache", hint="Or decode anew in every epoch: --set data.cache=false")]
+
+
+def dry(config: Config, root: Path = RUNS) -> dict[str, str]:
+    """The steps of a run and whether they are done, found without drawing data or importing torch."""
+    if config.data.phantom and not config.data.root.exists():
+        return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}
+    if (images := unchecked(config.data, root)) > QUICK_IMAGES:
+        return {"data": f"to do: {images} images will be decoded and checked first"}
+    steps = Plan(config, load(config.data, root), root).steps
+    return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
+
+
+def _state(step: Step) -> str:
+    return "done" if step.is_done() else "to do"

@@ -1,0 +1,79 @@
+"""Captions of a split by the model: the fine-tuned one, or the checkpoint itself where nothing is trained."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.captions import PREDICTIONS
+from harness.steps.base import Step
+from harness.steps.inputs import Inputs
+from harness.steps.train import contents_of, model_of
+from harness.training.resume import BEST
+
+if TYPE_CHECKING:
+    from harness.models.loading import Loaded
+    from harness.steps.plan import Plan
+    from harness.steps.work import Work
+
+
+class Predict(Step):
+    """Leaves the captions of one split, as the model writes them."""
+
+    kind, version, shared = "predict", 1, True
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        config = plan.config
+        steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
+        read: dict[str, Any] = {"predict": config.predict.model_dump(exclude={"splits", "batch_size"})}
+        facts: dict[str, Any] = {}
+        if "train" in before:
+            steps[before["train"]] = (BEST,)
+        else:
+            read |= model_of(plan)
+            read["train"] = config.train.model_dump(include={"precision", "vision_precision"})
+            facts["checkpoints"] = contents_of(plan)
+        for split in plan.splits:
+            given = {"fallback": plan.fallback.get(split)}
+            yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
+
+    @property
+    def captions(self) -> str:
+        return self.part
+
+    @property
+    def artifacts(self) -> Mapping[str, str]:
+        return {f"predictions/{self.part}_before.csv": PREDICTIONS}
+
+    @property
+    def decodes(self) -> Mapping[str, int]:
+        return {self.part: self.inputs.config.model.image_size}
+
+    def build(self, work: "Work", directory: Path) -> None:
+        from harness.decoding import predict
+
+        ids = [example.id for example in self.inputs.data.examples(self.part)]
+        pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
+        given = given_captions(self.inputs)
+        with work.reporter.progress(f"Captioning {self.part}") as advance:
+            predict.predict_split(
+                self._model(work), ids, pixels, self.inputs.config.predict, directory, advance, given
+            )
+
+    def _model(self, work: "Work") -> "Loaded":
+        """The model that training has left in memory, or else from its files."""
+        if work.model is None:
+            from harness.models.loading import load_trained
+            from harness.training import engine
+
+            work.model = work.load(self.inputs)
+            if any(step.name == "train" for step in self.inputs.steps):
+                load_trained(work.model.model, self.inputs.directory("train") / BEST)
+            engine.place(work.model.model, self.inputs.config.train, work.kind)
+        return work.model
+
+
+def given_captions(inputs: Inputs) -> dict[str, str]:
+    """The captions of images that can't be read, by id."""
+    given = inputs.facts["fallback"]
+    return dict.fromkeys(given["ids"], given["caption"]) if given else {}

@@ -1,0 +1,52 @@
+"""The small model that `model.checkpoint: tiny` names, built from the training split."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.config.schema import TINY
+from harness.models import family
+from harness.steps.base import Step
+from harness.steps.inputs import Inputs, values
+from harness.steps.work import texts
+
+if TYPE_CHECKING:
+    from harness.steps.plan import Plan
+    from harness.steps.work import Work
+
+
+class Tiny(Step):
+    """Leaves a checkpoint as transformers writes one."""
+
+    kind, version = "tiny", 3
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        if plan.config.model.checkpoint == TINY:
+            read = ("model.tiny", "model.prompt", "data.augment", "train.caption_cleaning", "train.max_words")
+            facts = {"built_from": family(plan.config.model).built_from(plan.config.model)}
+            yield cls(Inputs(plan, values(plan.config, *read), ("train",), None, facts, ("data.cache",)))
+
+    @property
+    def decodes(self) -> Mapping[str, int]:
+        return {"train": self.inputs.facts["built_from"]}
+
+    def build(self, work: "Work", directory: Path) -> None:
+        import numpy as np
+
+        from harness.models import tiny
+
+        config, examples = self.inputs.config, self.inputs.data.readable("train")
+        names = sorted({cui for example in examples for cui in example.cuis})
+        concepts = np.array([[cui in example.cuis for cui in names] for example in examples])
+        with work.reporter.progress("Pre-training the tiny model") as advance:
+            tiny.build(
+                config.model.tiny,
+                [(sentence or "", caption) for sentence, caption in texts(self.inputs, "train")],
+                work.pixels(self.inputs, "train", self.decodes["train"]),
+                concepts,
+                config.data.augment,
+                config.model.prompt,
+                directory,
+                advance,
+            )

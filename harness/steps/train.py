@@ -1,0 +1,192 @@
+"""Fine-tuning: the stages of `train:`, and the validation that chooses the best weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import metrics
+from harness.config.editions import EDITIONS
+from harness.config.schema import Config, PredictConfig, ScoreConfig
+from harness.data.readers import Example
+from harness.errors import UserError
+from harness.machine import device, ranks
+from harness.models import checkpoints, family
+from harness.steps.base import Step
+from harness.steps.inputs import Inputs, values
+from harness.steps.standin import Standin, trained_here, with_standins
+from harness.steps.work import base, texts
+from harness.training.resume import LOSSES
+
+if TYPE_CHECKING:
+    from harness.models.loading import Loaded
+    from harness.steps.plan import Plan
+    from harness.steps.work import Work
+    from harness.training import train
+
+INDIFFERENT = ("zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints")
+"""Keys of `train` that change how training is done, and not what comes out."""
+CURVES = "curves.png"
+
+
+class Train(Step):
+    """Leaves the best weights and `losses.jsonl`, the losses and validation scores."""
+
+    kind, version, shared = "train", 3, True
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        if not plan.config.train.stages:
+            return
+        config, only = plan.config, choosing(plan.config)
+        read = model_of(plan) | values(config, "data.augment", "seed")
+        read["train"] = config.train.model_dump(exclude=set(INDIFFERENT))
+        read["score"], read["edition"] = _scoring(config)
+        facts = {
+            "checkpoints": contents_of(plan),
+            "primary": primary_metric(config),
+            "weights": metrics.identities_of(only, plan.root / "cache"),
+        }
+        names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
+        steps = {step: None for name, step in before.items() if name in names}
+        yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache",)))
+
+    @property
+    def artifacts(self) -> Mapping[str, str]:
+        return {LOSSES: LOSSES, f"plots/{CURVES}": CURVES}
+
+    @property
+    def decodes(self) -> Mapping[str, int]:
+        return dict.fromkeys(("train", "valid"), self.inputs.config.model.image_size)
+
+    def build(self, work: "Work", directory: Path) -> None:
+        from harness.training import plots, schedule, train
+
+        config = self.inputs.config
+        if not device.computes_fp32(work.kind):
+            work.reporter.say(f"this {work.kind} rounds to fp16 what it multiplies, whatever the precision")
+        splits = {name: self._split(work, name) for name in ("train", "valid")}
+        steps = schedule.total_steps(config.train, len(splits["train"].ids))
+        with work.reporter.progress(f"Training {work.run_name}") as advance:
+
+            def log(row: train.Row) -> None:
+                advance(row["step"], steps, _note(row))
+                if "valid_loss" in row:
+                    where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
+                    work.say(f"{where}: {_note(row)}")
+                if train.PRIMARY in row and work.watch:
+                    work.watch(row)
+
+            work.model = train.Training(
+                config.train,
+                config.data.augment,
+                lambda: work.load(self.inputs),
+                splits,
+                work.kind,
+                config.seed,
+                directory,
+                log,
+                lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
+            ).run()
+        if ranks.rank() == 0:
+            plots.curves(directory / LOSSES, directory / CURVES)
+
+    def _split(self, work: "Work", name: str) -> "train.Split":
+        """The images and encoded texts of a split."""
+        from harness.models.text import Text
+        from harness.training import train
+
+        model, most = self.inputs.config.model, self.inputs.config.train.max_caption_tokens
+        caption, concept = family(model).codecs(model, base(self.inputs), most)
+        pairs, examples = texts(self.inputs, name), self.inputs.data.readable(name)
+        captions = [caption.encode(text) for _, text in pairs]
+        for i, example in enumerate(examples):
+            if not example.trains:  # its tokens count in no loss
+                captions[i] = Text(captions[i].ids, len(captions[i].ids))
+        pixels = work.pixels(self.inputs, name, model.image_size)
+        concepts = [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
+        return train.Split([e.id for e in examples], pixels, captions, concepts)
+
+    def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
+        """Scores of the model as it is, on the images that the config sets aside for choosing the best.
+
+        Decoded greedily whatever `predict` says, so that a study of decoding trains once.
+        """
+        import numpy as np
+
+        from harness.decoding import predict
+
+        config, examples = self.inputs.config, self.inputs.data.readable("valid")
+        fit = np.flatnonzero([example.trains for example in examples])
+        count = min(config.train.evaluate_images, len(fit))
+        chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
+        greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
+        captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
+        scores = self._scores(work, captions, [examples[i] for i in chosen])
+        work.unload_metrics()
+        return {} if ranks.rank() else self._row(scores)
+
+    def _scores(
+        self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
+    ) -> dict[str, metrics.Score]:
+        config = self.inputs.config
+        parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
+        wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
+        settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
+        references = [example.caption for example in examples]
+        images = [example.image for example in examples]
+        return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+
+    def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
+        from harness.training import train
+
+        primary = self.inputs.facts["primary"]
+        row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
+        if f"valid_{primary}" not in row:
+            what = f"{primary} chooses the best checkpoint, and {scores[primary].reason}"
+            raise UserError(what, exit_code=1)
+        return row | {train.PRIMARY: row[f"valid_{primary}"]}
+
+
+def model_of(plan: "Plan") -> dict[str, Any]:
+    """What counts of `model:`, for the steps that load the model."""
+    return {"model": family(plan.config.model).settings(plan.config.model)}
+
+
+def contents_of(plan: "Plan") -> list[Any]:
+    """What tells two checkpoints of the same name apart: the contents of their files."""
+    named = family(plan.config.model).checkpoints(plan.config.model)
+    found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
+    cache = plan.root / "cache"
+    return [[key, name, place and checkpoints.contents(place.folder, cache)] for key, name, place in found]
+
+
+def primary_metric(config: Config) -> str:
+    """The score that chooses the best checkpoint: the edition's primary one where it can be computed.
+
+    That is where all its parts are among the metrics and have weights; else it is BERTScore.
+    """
+    edition = EDITIONS[config.edition]
+    if edition.primary is None:
+        return "bertscore"
+    lacking = any(metrics.is_absent(part, config.score) for part in edition.parts(edition.primary))
+    return "bertscore" if lacking else edition.primary
+
+
+def choosing(config: Config) -> ScoreConfig:
+    """How validation scores, by the metrics alone that choose the best weights."""
+    parts = EDITIONS[config.edition].parts(primary_metric(config))
+    return config.score.model_copy(update={"metrics": parts})
+
+
+def _scoring(config: Config) -> tuple[dict[str, Any], list[Any]]:
+    """What counts of `score:` and of the edition for the metrics that choose the best weights."""
+    name, edition, only = primary_metric(config), EDITIONS[config.edition], choosing(config)
+    sections = {"precision", *metrics.weights_of(only)}
+    settings = {key: value for key, value in only.model_dump().items() if key in sections}
+    means = edition.aggregates if name in edition.aggregates else None
+    return settings, [edition.rules, means]
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
+    return "  ".join(f"{name} {row[name]:.4f}" for name in shown)

@@ -1,0 +1,118 @@
+"""What the steps of one run share while they are built: the device, the model in memory, who is told."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from harness import metrics
+from harness.config.schema import TINY, Config
+from harness.errors import Problem, UserError
+from harness.machine import device, ranks
+from harness.models import checkpoints, family
+from harness.steps.base import Step
+from harness.steps.inputs import Inputs
+
+if TYPE_CHECKING:
+    from harness.models.loading import Loaded
+
+LESS_MEMORY = (
+    "Other processes may have it. `python -m harness doctor EXPERIMENT` says what training needs, and with "
+    "what it needs less; captioning does with a lower predict.batch_size. The same command goes on."
+)
+Watch = Callable[[Mapping[str, Any]], None]
+"""Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
+
+
+class Reporter(Protocol):
+    """What a run tells the person at the terminal."""
+
+    def say(self, text: str) -> None:
+        """One line of what is going on."""
+
+    def progress(self, label: str) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """A bar for long work: the context gives `advance(done, total, note="")`."""
+
+
+class Work:
+    """Builds the steps of one run; `model` is the captioner that training leaves to captioning."""
+
+    def __init__(self, config: Config, reporter: Reporter, watch: Watch | None = None) -> None:
+        self.run_name, self.reporter, self.watch = config.run_name, reporter, watch
+        self.kind = device.probe(config.device).kind
+        self.model: Loaded | None = None
+
+    @property
+    def scoring_device(self) -> str:
+        """The torch device of neural metrics."""
+        return device.scoring_device(self.kind)
+
+    def say(self, text: str) -> None:
+        """One line of what goes on in this run."""
+        self.reporter.say(f"{self.run_name}: {text}")
+
+    def build(self, step: Step, directory: Path) -> bool:
+        """Build a step into its directory; False where something is absent that another try may give.
+
+        Every rank of a launch calls this. Rank 0 alone builds the steps that are not shared.
+        """
+        if ranks.rank() and not step.shared:
+            return True
+        self.say(step.name)
+        try:
+            return step.build(self, directory) is not False
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+            self.say(str(error).strip())
+            what = f"the {self.kind} has not enough memory for this step"
+            raise UserError([Problem(what, key=step.name, hint=LESS_MEMORY)], exit_code=1) from error
+
+    def pixels(self, inputs: Inputs, split: str, side: int) -> Any:
+        """The readable images of a split as uint8 (N, side, side, 3)."""
+        from harness.data.images import open_pixels
+
+        cache = inputs.root / "cache" if inputs.config.data.cache else None
+        with self.reporter.progress(f"Decoding {split} images") as advance:
+            return open_pixels(inputs.data.readable(split), side, cache, progress=advance)
+
+    def load(self, inputs: Inputs) -> "Loaded":
+        """The model as training finds it; metrics' models leave a device that it needs for itself."""
+        from harness.training import engine
+
+        self.unload_metrics()
+        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
+        model, config = inputs.config.model, inputs.config.train
+        return family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
+
+    def unload_metrics(self) -> None:
+        """Take the metrics' models from a device that the captioner needs for itself."""
+        if self.kind != "cpu":
+            metrics.unload()
+            gc.collect()
+
+    def drop_model(self) -> None:
+        """Free the captioner's memory."""
+        self.model = None
+        gc.collect()
+
+
+def base(inputs: Inputs) -> Path:
+    """The folder of `model.checkpoint`."""
+    name = inputs.config.model.checkpoint
+    return inputs.directory("tiny") if name == TINY else checkpoints.find(name).folder
+
+
+def texts(inputs: Inputs, split: str) -> list[tuple[str | None, str]]:
+    """(concept sentence or None, caption) of each readable image, as the model sees them."""
+    from harness.models.text import clean_caption, concept_sentence
+
+    config, names = inputs.config.train, inputs.data.concept_names
+    return [
+        (
+            concept_sentence([names.get(cui, cui) for cui in example.cuis]) if example.cuis else None,
+            clean_caption(example.caption or "", config.caption_cleaning, config.max_words),
+        )
+        for example in inputs.data.readable(split)
+    ]
