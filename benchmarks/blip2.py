@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
+from harness.config.sections import AugmentConfig
 from harness.models import tiny
 from harness.models.blip2 import loading
 from harness.models.loading import Loaded
+from harness.models.settings import ModelConfig, TinyConfig
 from harness.models.text import concept_sentence
 from harness.training.train import Split
 

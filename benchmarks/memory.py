@@ -13,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.config.schema import ModelConfig, TinyConfig, TrainConfig
 from harness.models.blip2 import sizes
+from harness.models.settings import ModelConfig, TinyConfig
 from harness.training import memory
 from harness.training.memory import GB, Model
+from harness.training.settings import TrainConfig
 
 MODEL = ModelConfig(
     checkpoint="tiny",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from harness.captions import read_captions
-from harness.config.schema import PredictConfig
+from harness.config.sections import PredictConfig
 from harness.decoding import predict
 from harness.machine import device
 from harness.models.loading import Loaded

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.config.schema import ModelConfig, TrainConfig
 from harness.machine import device
 from harness.models.blip2 import sizes
+from harness.models.settings import ModelConfig
 from harness.training import memory
 from harness.training.memory import GB, Model
+from harness.training.settings import TrainConfig
 
 TEXT, NEW, STEPS = 48, 32, 2
 

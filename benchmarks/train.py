@@ -24,13 +24,14 @@ import blip2
 import torch
 from torch import Tensor, nn
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.machine import device, ranks
 from harness.models.loading import Loaded
 from harness.training import train
 from harness.training.engine import engine, place, release
 from harness.training.resume import State
 from harness.training.schedule import Stage
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 BATCH, MICRO, STEPS, BLOCKS = 8, 4, 10, 3

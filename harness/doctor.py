@@ -8,13 +8,14 @@ from importlib import metadata
 from pathlib import Path
 
 from harness import metrics
-from harness.config.schema import STANDIN, TINY, Config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.machine import device
 from harness.metrics import java
-from harness.metrics.base import Absent
+from harness.metrics.base import STANDIN, Absent
 from harness.models import checkpoints, family
 from harness.models.base import FLOAT, Shape
+from harness.models.settings import TINY
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
 from harness.training import forecast, memory

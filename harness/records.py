@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from harness.captions import read_captions
-from harness.config.editions import EDITIONS
+from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed
 
@@ -83,7 +83,7 @@ class _Made(_Part):
 
 class _Data(_Part):
     root: str
-    layout: Literal["imageclef2023", "imageclef2024", "rocov2"] = "imageclef2023"
+    layout: LayoutName = "imageclef2023"
     splits: dict[str, int] = {}
     fingerprints: dict[str, str] = {}
     left_out: int = 0

@@ -16,12 +16,13 @@ import yaml
 from harness import records, submission
 from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config.editions import EDITIONS
-from harness.config.schema import TINY, Config, flat
+from harness.config.schema import Config, flat
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
 from harness.masking import masked
 from harness.models import checkpoints
+from harness.models.settings import TINY
 from harness.steps.base import Step
 from harness.steps.plan import Plan
 from harness.steps.work import Reporter, Watch, Work

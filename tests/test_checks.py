@@ -301,7 +301,7 @@ def test_fingerprints_name_contents_not_places_or_dates(root, tmp_path):
     os.utime(moved / "train" / "phantom_train_000001.jpg", (1, 1))
     program = (
         "import sys, json; from pathlib import Path; from harness import data; "
-        "from harness.config.schema import DataConfig; "
+        "from harness.config.sections import DataConfig; "
         "found = data.load(DataConfig(root=sys.argv[1]), Path(sys.argv[2])); "
         "print(json.dumps(found.fingerprints))"
     )
@@ -336,7 +336,7 @@ def test_seventy_thousand_rows_in_two_seconds(tmp_path):
 import sys, time
 from pathlib import Path
 from harness import data
-from harness.config.schema import DataConfig
+from harness.config.sections import DataConfig
 from harness.errors import UserError
 begun = time.process_time()
 try:

@@ -18,10 +18,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore
 from harness.metrics.base import Absent, Inputs
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 
 REFERENCES = ["axial ct of the chest", "mri of the left knee", "chest radiograph", "ct of the liver", ""]
@@ -276,7 +276,7 @@ OTHER_PROCESS = """
 import json, sys
 from pathlib import Path
 from harness.models import checkpoints
-from harness.config.schema import ScoreConfig
+from harness.metrics.settings import ScoreConfig
 from harness.metrics import clipscore
 from harness.metrics.base import Absent, Inputs
 folder, cache, opened, *images = sys.argv[1:]

@@ -11,9 +11,9 @@ from support.comparisons import given, harness, system, write_file
 
 from harness import compare, metrics
 from harness.compare import Difference, System
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import METRICS, Score, bootstrap
+from harness.metrics.settings import ScoreConfig
 from harness.store import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -10,11 +10,12 @@ from support.models import SIZES, batch, build_tiny, load_tiny, stages
 from support.training import config, run, splits
 
 from harness import store
-from harness.config.schema import AugmentConfig, ModelConfig
+from harness.config.sections import AugmentConfig
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.blip2 import loading
 from harness.models.loading import load_trained, save_trained
+from harness.models.settings import ModelConfig
 from harness.pages import filled
 from harness.training import plots, train
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from harness.cli import app
 from harness.config import reference
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, Section
+from harness.config.schema import Config
+from harness.config.sections import Section
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -243,8 +243,8 @@ def test_the_published_sizes_are_the_measured_ones():
 
 
 def test_sizes_of_a_tiny_model_with_full_vocabularies():
-    from harness.config.schema import TinyConfig
     from harness.models import tiny
+    from harness.models.settings import TinyConfig
 
     class Vocabulary(list):
         bos_token_id = eos_token_id = pad_token_id = 1

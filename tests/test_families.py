@@ -16,11 +16,13 @@ from support.models import TEXTS, batch, build_tiny, load_tiny, pixels
 from support.toy_family import Toy
 from transformers import Blip2Model
 
-from harness.config.schema import AugmentConfig, ModelConfig, PredictConfig, TrainConfig
+from harness.config.sections import AugmentConfig, PredictConfig
 from harness.decoding import predict
 from harness.machine import device
 from harness.models import FAMILIES, base, blip2, family
+from harness.models.settings import ModelConfig
 from harness.training import memory, train
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 SETTINGS = TrainConfig(
@@ -38,7 +40,6 @@ SETTINGS = TrainConfig(
 HARNESS = Path(__file__).parents[1] / "harness"
 PARTS = re.compile(r"qformer|language_model|\bopt\b|query_tokens|vision_model|language_projection")
 ALLOWED = {
-    "config/schema.py": ("qformer_layers", "num_query_tokens", "language_model: bool", "blip2-opt-2.7b"),
     "leaderboard/table3.py": ("model.language_model",),
     # files and arguments of MedImageInsight, which the metric loads
     "metrics/similarity.py": (
@@ -94,7 +95,7 @@ def test_a_captioner_and_a_shape_have_the_methods_of_the_protocol(folder):
 def test_what_is_asked_before_a_run_imports_no_torch(name):
     code = f"""if True:
         import sys
-        from harness.config.schema import ModelConfig
+        from harness.models.settings import ModelConfig
         from harness.models import family
         for checkpoint in ("tiny", ModelConfig().checkpoint):
             model = ModelConfig(family="{name}", checkpoint=checkpoint)

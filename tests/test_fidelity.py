@@ -19,7 +19,7 @@ from tokenizers import trainers as token_trainers
 from transformers import Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
 from harness.config.experiment import load
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.data.augment import augment, crops
 from harness.data.images import decode, resize
 from harness.machine import device
@@ -28,6 +28,7 @@ from harness.models.blip2.model import IGNORE, _summed_loss
 from harness.models.blip2.text import language_codec
 from harness.models.text import clean_caption, concept_sentence
 from harness.training import schedule
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import metrics
-from harness.config.schema import Config, ScoreConfig
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.metrics import alignscore, bertscore
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 from harness.models.outline import Flawed, check_weights, read_pickle
 from harness.steps.plan import problems

@@ -21,7 +21,7 @@ from support.fuzzing import cases
 from support.small_sets import write_2023, write_comma
 
 from harness import data
-from harness.config.schema import DataConfig
+from harness.config.sections import DataConfig
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
 

@@ -15,9 +15,9 @@ from support.rules import rouge1, settled
 
 from harness import metrics
 from harness.config.editions import EDITIONS
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import clipscore, java
+from harness.metrics.settings import ScoreConfig
 
 SECONDS = 120
 CONFIG = ScoreConfig.model_validate(

@@ -11,8 +11,8 @@ from collections import Counter
 from support.fuzzing import cases, within
 
 from harness import scoring
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
+from harness.metrics.settings import ScoreConfig
 
 IDS = [f"scan_{number:06d}" for number in (1, 2, 16, 300)]
 WORDS = ["CT", "axial", "5 cm", "a,b", '"sail"', "x|y", "µ", "", "C1;C2", "a;b", "\u2028"]

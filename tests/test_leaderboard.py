@@ -13,6 +13,7 @@ from support.browser import CHROMIUM, Browser
 from support.leaderboards import ROOT, SIGNATURE, board, harness, record, score, write_run
 
 from harness import leaderboard
+from harness.config.editions import EDITIONS
 from harness.errors import UserError
 
 EVIL = "</script><script>window.evil=1</script><img src=x onerror=window.evil=2><!--"
@@ -52,6 +53,10 @@ APART = {
     "only before": ({"scores": {"valid": {"before": {"bertscore": score(0.9)}}}}, "not computed"),
     "edition without its metric": ({"edition": 2026}, "overall, which ranks, is absent"),
     "edition without a rule": ({"edition": 2022}, "not established"),
+    "another subtask": (
+        {"edition": 2026, "scores": {"valid": {"after": {"overall": score(0.4, n=19_239)}}}},
+        "it has 19,239 images, as many as the subtask Synthetic, the validation split of 2026 19,240",
+    ),
 }
 
 
@@ -67,6 +72,15 @@ def test_what_can_not_be_compared_stands_apart_and_says_why(case, project):
     assert all(
         "difference" not in cell for row in leaderboard.table_3(found) for cell in row["scores"].values()
     )
+
+
+@pytest.mark.parametrize("year", [year for year, edition in EDITIONS.items() if edition.images])
+def test_a_run_on_the_images_of_its_edition_has_a_rank(year, project):
+    edition = EDITIONS[year]
+    scores = {edition.primary: score(0.4, n=edition.images["valid"])}
+    write_run(project, record(edition=year, scores={"valid": {"after": scores}}))
+    found = board(project, year)
+    assert [found.rank(entry) for entry in found.entries] == [1]
 
 
 def test_all_reasons_are_given_at_once(project):

@@ -17,12 +17,12 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
-from harness.config.schema import ModelConfig
 from harness.errors import UserError
 from harness.models import checkpoints
 from harness.models.blip2 import loading
 from harness.models.blip2.model import TIED, Captioner
 from harness.models.blip2.sizes import OPT_2_7B
+from harness.models.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

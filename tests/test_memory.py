@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from transformers import Blip2Config
 
-from harness.config.schema import Config, TrainConfig
+from harness.config.schema import Config
 from harness.machine import device
 from harness.models.base import Work
 from harness.models.blip2 import activations, sizes
 from harness.training import forecast, memory
 from harness.training.memory import GB, Model, Setup
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 from support.allocations import settings, small  # noqa: E402

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import bertscore, bootstrap, control, lexical, text
+from harness.metrics.settings import ScoreConfig
 
 STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "bootstrap": 200})
 LINE_BREAKS = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.config.schema import ScoreConfig
 from harness.metrics import alignscore, medcat
 from harness.metrics.base import Absent, Flagged, Inputs
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 
 REFERENCES = [
@@ -429,7 +429,7 @@ def test_medcat_that_fails_gives_its_last_words(pack, second_python):
 def test_problems_are_found_without_torch(align, pack):
     code = (
         "import sys\n"
-        "from harness.config.schema import ScoreConfig\n"
+        "from harness.metrics.settings import ScoreConfig\n"
         "from harness.metrics import alignscore, medcat\n"
         "config = ScoreConfig.model_validate_json(sys.argv[1])\n"
         "assert alignscore.problems(config.alignscore) and medcat.problems(config.medcat)\n"

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
 from harness.machine import ranks
 from harness.metrics import bertscore
 from harness.metrics.base import Measured, Metric
 from harness.metrics.cache import Blobs, Table
+from harness.metrics.settings import ScoreConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
 STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "bootstrap": 50})
@@ -28,7 +28,7 @@ import json, sys
 sys.modules.update({name: None for name in sys.argv[2].split(",") if name})
 from harness import metrics
 from harness.machine import ranks
-from harness.config.schema import ScoreConfig
+from harness.metrics.settings import ScoreConfig
 from pathlib import Path
 ranks.start() if ranks.world_size() > 1 else None
 given = json.loads(Path(sys.argv[1]).read_text())
@@ -314,7 +314,7 @@ def test_one_caption_has_no_interval():
 FAILING = """
 import sys
 from harness.machine import ranks
-from harness.config.schema import ScoreConfig
+from harness.metrics.settings import ScoreConfig
 from harness.metrics.base import Absent, Inputs
 ranks.start()
 captions = ["a", "b", "c"][: int(sys.argv[1])]

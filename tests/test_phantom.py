@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.config.schema import PhantomConfig
+from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.data.phantom_grammar import MODALITIES, caption, concept_names, cuis, make_up
 from harness.errors import UserError
@@ -47,7 +47,7 @@ def cases(count: int):
 def test_the_same_bytes_in_another_process(tmp_path):
     phantom.draw(tmp_path / "here", SMALL)
     program = (
-        "import sys; from pathlib import Path; from harness.config.schema import PhantomConfig; "
+        "import sys; from pathlib import Path; from harness.config.sections import PhantomConfig; "
         "from harness.data import phantom; "
         "phantom.draw(Path(sys.argv[1]), PhantomConfig(train=12, valid=4, test=4, seed=3))"
     )
@@ -87,7 +87,7 @@ def test_no_two_images_are_alike(tmp_path):
 
 def test_an_interrupted_drawing_is_begun_anew(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from harness.config.schema import PhantomConfig\n"
+        "import os, sys; from pathlib import Path; from harness.config.sections import PhantomConfig\n"
         "from harness.data import phantom; phantom.write_json = lambda *_: os._exit(9)\n"
         "phantom.draw(Path(sys.argv[1]), PhantomConfig(train=12, valid=4, test=4, seed=3))"
     )

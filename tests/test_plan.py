@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from harness.cli.terminal import Terminal
 from harness.config.experiment import load as load_experiment
-from harness.config.schema import Config, DataConfig, PhantomConfig
+from harness.config.schema import Config
+from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import load
 from harness.errors import UserError
 from harness.metrics import bertscore

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.config.schema import PostprocessConfig
-from harness.decoding.postprocess import deduplicate, postprocess
+from harness.decoding.postprocess import PostprocessConfig, deduplicate, postprocess
 
 GOLDEN = Path(__file__).parent / "golden" / "dedup_table2.csv"
 REAL = Path(__file__).parents[2] / "shared" / "data" / "roco_captions" / "references.tsv"

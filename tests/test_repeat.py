@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
 from harness.metrics import base, bertscore, lexical, text
 from harness.metrics.cache import TextCache
+from harness.metrics.settings import ScoreConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
 ONLY = ScoreConfig.model_validate(
@@ -75,7 +75,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from harness import metrics
-from harness.config.schema import ScoreConfig
+from harness.metrics.settings import ScoreConfig
 from harness.metrics import bertscore
 bertscore.CHUNK = 4  # so that embeddings reach the disk a few at a time
 given = json.loads(Path(sys.argv[1]).read_text())

@@ -12,8 +12,8 @@ from sklearn.metrics import f1_score
 from support.rules import cleaned, rouge1, settled
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
 from harness.metrics import alignscore, base, bertscore
+from harness.metrics.settings import ScoreConfig
 
 YEARS = (2022, 2023, 2024, 2025, 2026)
 STANDIN = {"bertscore": {"checkpoint": "standin"}, "bootstrap": 0, "metrics": ["bertscore", "rouge1"]}

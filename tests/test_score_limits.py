@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from harness import metrics, scoring
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import base, bertscore, meteor
 from harness.metrics.base import Absent, Measured
 from harness.metrics.meteor import TooLong
+from harness.metrics.settings import ScoreConfig
 
 ODD_SECTIONS = [{"bleurt": 7}, {"bleurt": None}, {"bleurt": ["a"]}, {"medcat": 7}, {"metrics": 3}]
 

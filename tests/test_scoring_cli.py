@@ -17,8 +17,8 @@ from support import commands
 from support.golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 
 from harness import captions, cli, scoring
-from harness.config.schema import STANDIN
 from harness.errors import UserError
+from harness.metrics.base import STANDIN
 
 OVER_ALL = {
     "bertscore": 0.649737943,
@@ -98,7 +98,7 @@ def test_values_through_the_command_are_the_golden_ones(first):
     assert list(first) == ["edition", "n", "scores", "warnings", "inputs"]
     assert (first["edition"], first["n"]) == (2023, 32)
     assert first["inputs"] == [
-        "predictions.csv: 32 captions, comma-separated with header (2024 to 2026)",
+        "predictions.csv: 32 captions, comma-separated with header (since 2024)",
         "labels.csv: 32 captions, tab-separated with header (labels of 2022, 2023)",
     ]
     scores = first["scores"]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics import similarity
 from harness.metrics.base import Absent, Flagged, Inputs
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 
 PREDICTIONS = [
@@ -234,7 +234,7 @@ def test_similarity_names_the_package_that_the_published_code_lacks(insight, pic
 def test_problems_are_found_without_torch(insight):
     code = (
         "import sys\n"
-        "from harness.config.schema import ScoreConfig\n"
+        "from harness.metrics.settings import ScoreConfig\n"
         "from harness.metrics import similarity\n"
         "config = ScoreConfig.model_validate({'similarity': {'folder': sys.argv[1]}})\n"
         "assert similarity.problems(config.similarity) == []\n"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from harness import metrics
-from harness.config.schema import PhantomConfig, ScoreConfig
+from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.metrics import bleurt, clipscore
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, standins
 
 Split = tuple[list[Path], list[str]]

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from support.models import build_tiny, load_tiny, pixels, stages
 from support.training import by_hand, config, run, splits
 
-from harness.config.schema import AugmentConfig, LossesConfig
+from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.blip2.model import Captioner
 from harness.training import losses, schedule, train
+from harness.training.settings import LossesConfig
 
 device.probe("cpu")
 

@@ -14,9 +14,10 @@ import pytest
 from support import published
 
 from harness import metrics, scoring
-from harness.config.schema import Config, ScoreConfig
+from harness.config.schema import Config
 from harness.metrics import bertscore, medcat, similarity
 from harness.metrics.base import Inputs, Measured, Metric
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 from harness.steps.plan import problems
 

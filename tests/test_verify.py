@@ -15,9 +15,9 @@ from support.golden_pairs import PREDICTIONS, REFERENCES
 
 from harness import metrics
 from harness.cli.verified import judge, lines, plain
-from harness.config.schema import ScoreConfig
 from harness.errors import UserError
 from harness.metrics.base import Inputs
+from harness.metrics.settings import ScoreConfig
 from harness.scoring import verify
 
 OURS = re.compile(r"(p|r)\.csv: \d|verifying \d|warning: |per image: |error: --verify: |$")

@@ -16,7 +16,7 @@ from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.compare import Difference, System
-    from harness.config.schema import ScoreConfig
+    from harness.metrics.settings import ScoreConfig
     from harness.scoring import Rows
 
 

@@ -18,14 +18,14 @@ app = typer.Typer(
 
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
 LayoutOption = Annotated[
-    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (2024-2026) or rocov2.")
+    str, typer.Option("--layout", help="imageclef2023, imageclef2024 (since 2024) or rocov2.")
 ]
 
 
 def _data_config(root: Path, layout: str, **more: Any) -> Any:
     from pydantic import ValidationError
 
-    from harness.config.schema import DataConfig
+    from harness.config.sections import DataConfig
 
     try:
         return DataConfig(root=root, layout=layout, **more)
@@ -47,7 +47,7 @@ def data_phantom(
 
     Example: python -m harness data phantom data/phantom --train 700 --valid 100 --test 100
     """
-    from harness.config.schema import PhantomConfig
+    from harness.config.sections import PhantomConfig
     from harness.data import phantom
 
     phantom.ensure(folder, PhantomConfig(train=train, valid=valid, test=test, seed=seed))

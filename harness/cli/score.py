@@ -15,6 +15,7 @@ import typer
 
 from harness.cli import verified as verification
 from harness.cli.terminal import DeviceOption, Format, Output, Sets, Task, Terminal
+from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
 from harness.visible import is_terminal, json_text, print_csv
 
@@ -37,7 +38,7 @@ def score(
     ] = None,
     edition: Annotated[
         int | None,
-        typer.Option(help="Edition of the metrics, 2022 to 2026; by default the run's, else 2023."),
+        typer.Option(help=f"Edition of the metrics, {SPAN}; by default the run's, else 2023."),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--metrics", metavar="A,B", help="By default those of the edition.")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from harness.cli.terminal import Report, ReportFormat, Task
+from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
 from harness.masking import masked
 from harness.visible import json_text, one_line
@@ -22,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Edition = Annotated[int, typer.Option("--edition", help="Year of the edition, 2022 to 2026.")]
+Edition = Annotated[int, typer.Option("--edition", help=f"Year of the edition, {SPAN}.")]
 IDS_HELP = "The ids to submit, in order: one a line, or the first column of a label file."
 
 
@@ -40,7 +41,7 @@ def make(
         typer.Argument(metavar="RUN|PREDICTIONS", help="A run's folder, or a file of captions or concepts."),
     ],
     edition: Annotated[
-        int | None, typer.Option(help="Year of the edition, 2022 to 2026; by default the run's.")
+        int | None, typer.Option(help=f"Year of the edition, {SPAN}; by default the run's.")
     ] = None,
     ids: Annotated[Path | None, typer.Option(help=f"{IDS_HELP} By default the run's.")] = None,
     task: Task = Task.caption,

@@ -4,12 +4,15 @@ What is not established by a file, a loader or an evaluator of the organisers is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 SubmissionFormat = Literal["pipe", "csv-zip"]
 """pipe: `ID|caption` or `ID|C1;C2`, no header, no quoting.
 csv-zip: comma, header `ID,Caption` or `ID,CUIs`, as `submission.csv` at the root of a zip."""
+
+LayoutName = Literal["imageclef2023", "imageclef2024", "rocov2"]
+"""Names and form of the files of a data set."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,6 @@ class Edition:
     concept_format: SubmissionFormat | None
     max_cuis: int | None
     """More concepts than this for one image are refused by the evaluator; None: not established."""
-    strict_checker: bool
-    """Whether the organisers run a checker that wants the order of the ids file (2026)."""
-    skips_ids: bool
-    """Whether the organisers' loader ignores rows whose id holds "ID" (2023)."""
     metrics: tuple[str, ...]
     """Every caption metric of that year that can be computed with public weights, by its name in harness;
     where the year's own are not established (2022), those of 2023."""
@@ -49,16 +48,24 @@ class Edition:
     """The score that ranks, and that chooses the best checkpoint."""
     ranking: str
     """The ranking rule in words, for tables and pages."""
-    bleurt: str = "lucadiliello/BLEURT-20"
-    """The checkpoint of that year's BLEURT."""
+    weights: Mapping[str, str]
+    """The weights of a metric that are others in other years, by the metric's section of `score:`."""
+    blanks: Blanks
+    strict_checker: bool = False
+    """Whether the organisers run a checker that wants the order of the ids file (2026)."""
+    skips_ids: bool = False
+    """Whether the organisers' loader ignores rows whose id holds "ID" (2023)."""
     bertscore_idf: bool = False
     """Whether BERTScore weighs tokens by their rarity in the references."""
     bertscore_tokens: int | None = None
     """Tokens after which BERTScore cuts a caption, the two special ones included; None: it does not.
     That of 2024 is not established, and taken as in 2023."""
-    blanks: Blanks = Blanks("clean", "the rule of 2023")
     aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Scores that are the plain mean of other scores, in the order in which they can be computed."""
+    images: Mapping[str, int] = field(default_factory=dict)
+    """Images of each split as the organisers released them; empty: not established."""
+    subtasks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Further caption subtasks, which have ids of their own, by name, with the images of their splits."""
 
     def parts(self, score: str) -> tuple[str, ...]:
         """The metrics that a score is a mean of, down to the last; a metric is its own part."""
@@ -72,87 +79,70 @@ class Edition:
         return [*cut, self.blanks.length_of, self.blanks.similarity_embeds_empty]
 
 
-_SEVEN = ("bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore")
-_SIX_OF_2025 = ("bertscore", "rouge1", "similarity", "bleurt", "medcat", "alignscore")
-
-EDITIONS: Mapping[int, Edition] = {
-    edition.year: edition
-    for edition in (
-        Edition(
-            year=2022,
-            caption_format="pipe",
-            concept_format="pipe",
-            max_cuis=100,
-            strict_checker=False,
-            skips_ids=False,
-            metrics=_SEVEN,
-            primary=None,
-            ranking="not established",
-            bertscore_tokens=512,
-            blanks=Blanks("clean", "the rule of 2023; that of 2022 is not established"),
-        ),
-        Edition(
-            year=2023,
-            caption_format="pipe",
-            concept_format="pipe",
-            max_cuis=100,
-            strict_checker=False,
-            skips_ids=True,
-            metrics=_SEVEN,
-            primary="bertscore",
-            ranking="by bertscore, highest first",
-            bertscore_tokens=512,
-        ),
-        Edition(
-            year=2024,
-            caption_format=None,
-            concept_format=None,
-            max_cuis=None,
-            strict_checker=False,
-            skips_ids=False,
-            metrics=(*_SEVEN, "refclipscore"),
-            primary="bertscore",
-            ranking="by bertscore, highest first",
-            bertscore_tokens=512,
-            blanks=Blanks("clean", "the rule of 2023; that of 2024 is not established"),
-        ),
-        Edition(
-            year=2025,
-            caption_format="csv-zip",
-            concept_format="csv-zip",
-            max_cuis=100,
-            strict_checker=False,
-            skips_ids=False,
-            metrics=_SIX_OF_2025,
-            primary="overall",
-            ranking="by overall (mean of relevance and factuality), highest first",
-            bleurt="lucadiliello/BLEURT-20-D12",
-            bertscore_idf=True,
-            blanks=Blanks("raw", "the rule of 2025", similarity_embeds_empty=True),
-            aggregates={
-                "relevance": ("bertscore", "rouge1", "similarity"),
-                "factuality": ("medcat", "alignscore"),
-                "overall": ("relevance", "factuality"),
-            },
-        ),
-        Edition(
-            year=2026,
-            caption_format="csv-zip",
-            concept_format="csv-zip",
-            max_cuis=100,
-            strict_checker=True,
-            skips_ids=False,
-            metrics=_SIX_OF_2025,
-            primary="overall",
-            ranking="by overall (mean of relevance and factuality), highest first",
-            bleurt="lucadiliello/BLEURT-20-D12",
-            bertscore_idf=True,
-            blanks=Blanks("raw", "the rule of 2026"),
-            aggregates={
-                "relevance": ("bertscore", "rouge1", "similarity", "bleurt"),
-                "factuality": ("medcat", "alignscore"),
-                "overall": ("relevance", "factuality"),
-            },
-        ),
-    )
-}
+_2023 = Edition(
+    year=2023,
+    caption_format="pipe",
+    concept_format="pipe",
+    max_cuis=100,
+    skips_ids=True,
+    metrics=("bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "clipscore"),
+    primary="bertscore",
+    ranking="by bertscore, highest first",
+    weights={"bleurt": "lucadiliello/BLEURT-20"},
+    bertscore_tokens=512,
+    blanks=Blanks("clean", "the rule of 2023"),
+    images={"train": 60_918, "valid": 10_437, "test": 10_473},
+)
+_2025 = Edition(
+    year=2025,
+    caption_format="csv-zip",
+    concept_format="csv-zip",
+    max_cuis=100,
+    metrics=("bertscore", "rouge1", "similarity", "bleurt", "medcat", "alignscore"),
+    primary="overall",
+    ranking="by overall (mean of relevance and factuality), highest first",
+    weights={"bleurt": "lucadiliello/BLEURT-20-D12"},
+    bertscore_idf=True,
+    blanks=Blanks("raw", "the rule of 2025", similarity_embeds_empty=True),
+    aggregates={
+        "relevance": ("bertscore", "rouge1", "similarity"),
+        "factuality": ("medcat", "alignscore"),
+        "overall": ("relevance", "factuality"),
+    },
+)
+_YEARS = (
+    replace(
+        _2023,
+        year=2022,
+        skips_ids=False,
+        primary=None,
+        ranking="not established",
+        blanks=Blanks("clean", "the rule of 2023; that of 2022 is not established"),
+        images={},
+    ),
+    _2023,
+    replace(
+        _2023,
+        year=2024,
+        caption_format=None,
+        concept_format=None,
+        max_cuis=None,
+        skips_ids=False,
+        metrics=(*_2023.metrics, "refclipscore"),
+        blanks=Blanks("clean", "the rule of 2023; that of 2024 is not established"),
+        images={},
+    ),
+    _2025,
+    replace(
+        _2025,
+        year=2026,
+        strict_checker=True,
+        blanks=Blanks("raw", "the rule of 2026"),
+        aggregates=_2025.aggregates | {"relevance": ("bertscore", "rouge1", "similarity", "bleurt")},
+        images={"train": 97_364, "valid": 19_240, "test": 15_249},
+        subtasks={"Synthetic": {"train": 97_222, "valid": 19_239, "test": 15_262}},
+    ),
+)
+EDITIONS: Mapping[int, Edition] = {edition.year: edition for edition in _YEARS}
+SPAN = f"{min(EDITIONS)} to {max(EDITIONS)}"
+"""The years that there are, for help texts."""

@@ -10,7 +10,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from harness.config.editions import EDITIONS, Edition
-from harness.config.schema import Config, Section
+from harness.config.schema import Config
+from harness.config.sections import Section
+from harness.metrics import METRICS
 
 COMMAND = "python -m harness reference --output docs/reference.md"
 HEAD = f"""# Reference
@@ -117,10 +119,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _metrics() -> str:
     """Each metric with the editions that compute it by default."""
-    names = dict.fromkeys(name for edition in EDITIONS.values() for name in edition.metrics)
     rows = [
         [f"`{name}`", ", ".join(str(year) for year, edition in EDITIONS.items() if name in edition.metrics)]
-        for name in names
+        for name in METRICS
     ]
     return _table(["metric", "computed by default in"], rows)
 
@@ -135,6 +136,10 @@ def _means(edition: Edition) -> str:
     return "; ".join(f"{name} = mean of {', '.join(parts)}" for name, parts in edition.aggregates.items())
 
 
+def _counts(images: Mapping[str, int]) -> str:
+    return " / ".join(f"{count:,}" for count in images.values())
+
+
 _FORMS = {
     "pipe": "`ID|caption`",
     "csv-zip": "`submission.csv` (`ID,Caption`) in a zip",
@@ -145,7 +150,11 @@ _ROWS = {
     "means": _means,
     "caption file": lambda edition: _FORMS[edition.caption_format],
     "most concepts of an image": lambda edition: str(edition.max_cuis or "not established"),
-    "BLEURT": lambda edition: f"`{edition.bleurt}`",
+    "images (train, valid, test)": lambda edition: _counts(edition.images) or "not established",
+    "subtasks with other images": lambda edition: "; ".join(
+        f"{name} ({_counts(images)})" for name, images in edition.subtasks.items()
+    ),
+    "BLEURT": lambda edition: f"`{edition.weights['bleurt']}`",
     "BERTScore weighs by idf": lambda edition: "yes" if edition.bertscore_idf else "no",
     "tokens of a caption for BERTScore": lambda edition: str(edition.bertscore_tokens or "all"),
     "blank captions": lambda edition: edition.blanks.rule,

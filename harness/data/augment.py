@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.config.schema import AugmentConfig
+from harness.config.sections import AugmentConfig
 
 _TRIES = 10
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from harness.config.schema import DataConfig
+from harness.config.sections import DataConfig
 from harness.data import phantom
 from harness.data.files import read as read_file
 from harness.data.folders import File

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from harness.config.schema import PhantomConfig
+from harness.config.sections import PhantomConfig
 from harness.data.phantom_grammar import Case, Modality, caption, concept_names, cuis, make_up
 from harness.errors import Problem, UserError
 from harness.store import write, write_json

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from operator import eq
 
-from harness.config.schema import PostprocessConfig
+from harness.config.sections import Section
 
 VERSION = 2
 """Raised whenever the same caption would come out differently; part of every step's fingerprint."""
@@ -29,6 +29,17 @@ _PHRASE = 4  # words that make a repeated phrase more than chance: "end of the t
 _COPIED = 12  # words that a tail made of copied phrases must have: two labels of one figure share fewer
 _LOOPS = 4  # copies after which a phrase at the end is a language model in a loop, not emphasis
 _DROP = 4  # how far below its best the walk back from a loop may fall before it stops
+
+
+class PostprocessConfig(Section):
+    """What happens to a caption between the model and the submission."""
+
+    deduplicate: bool = False
+    """Remove repeated characters, words, phrases and sentences (the paper's section 3.3)."""
+    capitalise: bool = True
+    """Start captions with a capital letter."""
+    full_stop: bool = True
+    """End captions with a full stop."""
 
 
 def postprocess(caption: str, config: PostprocessConfig) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from harness.captions import PREDICTIONS, write_captions
-from harness.config.schema import PredictConfig
+from harness.config.sections import PredictConfig
 from harness.machine import ranks
 from harness.models.loading import Loaded
 

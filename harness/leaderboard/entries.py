@@ -17,8 +17,6 @@ from harness.errors import Problem, UserError
 from harness.tracking.server import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
-IMAGES: Mapping[int, Mapping[str, int]] = {2023: {"valid": 10_437, "test": 10_473}}
-"""Images of each edition's splits as the organisers released them, where that is known."""
 _NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "scores", "image_gap")
 NOT_METRICS = ("rank", "team", "run", "source")
 SCORE_KEYS = ("value", "low", "high", "n", "official", "signature", "reason")
@@ -198,7 +196,8 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield "its captions are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
-    primary = EDITIONS[edition].primary
+    year = EDITIONS[edition]
+    primary = year.primary
     if primary is None:
         yield f"the ranking rule of {edition} is not established"
         return
@@ -208,8 +207,10 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         return
     if not score["official"]:
         yield f"{primary}, which ranks, is not the official one: {score['signature']}"
-    wanted = IMAGES.get(edition, {}).get(split)
+    wanted = year.images.get(split)
     if wanted is None:
         yield f"the size of the {SPLITS[split]} split of {edition} is not established"
     elif score["n"] != wanted:
-        yield f"it has {score['n']:,} images, the {SPLITS[split]} split of {edition} {wanted:,}"
+        alike = [name for name, images in year.subtasks.items() if images.get(split) == score["n"]]
+        of = f", as many as the subtask {alike[0]}" if alike else ""
+        yield f"it has {score['n']:,} images{of}, the {SPLITS[split]} split of {edition} {wanted:,}"

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import ScoreConfig
 from harness.errors import Problem, UserError
 from harness.machine import ranks
 from harness.metrics import (
@@ -34,6 +33,9 @@ from harness.metrics.cache import versions
 from harness.metrics.control import image_gap
 from harness.metrics.files import read_arrays, references_fingerprint, write_arrays, write_per_image
 from harness.store import fingerprint
+
+if TYPE_CHECKING:
+    from harness.metrics.settings import ScoreConfig
 
 __all__ = [
     "METRICS",
@@ -113,7 +115,7 @@ def score(
     predictions: Sequence[str],
     references: Sequence[str],
     images: Sequence[Path | None] | None,
-    config: ScoreConfig,
+    config: "ScoreConfig",
     edition: int,
     device: str = "cpu",
     cache: Path | None = None,
@@ -173,7 +175,7 @@ def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]
     return {name: done[name] for name in metrics if name in done}
 
 
-def _same_weights(config: ScoreConfig, edition: int) -> None:
+def _same_weights(config: "ScoreConfig", edition: int) -> None:
     """Ranks that lack other weights would wait for each other without end."""
     lacking = (
         ranks.every([str(problem) for problem in problems(config, edition)]) if ranks.world_size() > 1 else []
@@ -342,30 +344,30 @@ def all_weights() -> dict[str, Weights]:
     return {metric.weights.section: metric.weights for metric in METRICS.values() if metric.weights}
 
 
-def weights_of(config: ScoreConfig) -> dict[str, Weights]:
+def weights_of(config: "ScoreConfig") -> dict[str, Weights]:
     """The weights of the wanted metrics by the section of the config that names them."""
     wanted = (metric.weights for name, metric in METRICS.items() if name in config.metrics)
     return {weights.section: weights for weights in wanted if weights}
 
 
-def is_absent(name: str, config: ScoreConfig) -> bool:
+def is_absent(name: str, config: "ScoreConfig") -> bool:
     """Whether a metric is not wanted, or the config names no weights for it."""
     weights = METRICS[name].weights
     return name not in config.metrics or (weights is not None and weights.named(config) is None)
 
 
-def problems(config: ScoreConfig, edition: int) -> list[Problem]:
+def problems(config: "ScoreConfig", edition: int) -> list[Problem]:
     """Weights of the wanted metrics that are not at hand, found without importing torch."""
     config = config.for_edition(edition)
     return [problem for weights in weights_of(config).values() for problem in weights.missing(config)]
 
 
-def uses_java(config: ScoreConfig) -> bool:
+def uses_java(config: "ScoreConfig") -> bool:
     """Whether a wanted metric, or another reading of one, runs on Java."""
     return any(metric.java for metric in _wanted(config).values())
 
 
-def identities_of(config: ScoreConfig, cache: Path | None) -> dict[str, Any]:
+def identities_of(config: "ScoreConfig", cache: Path | None) -> dict[str, Any]:
     """What determines the numbers of the wanted metrics beside settings and captions, by section.
 
     The contents of their weights, found without running or loading anything; known hashes stay in `cache`.
@@ -380,7 +382,7 @@ def identities_of(config: ScoreConfig, cache: Path | None) -> dict[str, Any]:
     }
 
 
-def _wanted(config: ScoreConfig) -> dict[str, Metric]:
+def _wanted(config: "ScoreConfig") -> dict[str, Metric]:
     wanted = {}
     for name, metric in METRICS.items():
         if name in config.metrics:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.config.schema import AlignScoreConfig
+from harness.config.sections import Section
 from harness.errors import Problem
 from harness.metrics.base import (
     Absent,
@@ -47,6 +47,13 @@ CHUNK_WORDS = 350
 
 Pair = tuple[str, str]
 """A chunk of the context, which is the reference, and a sentence of the claim, which is the prediction."""
+
+
+class AlignScoreConfig(Section):
+    """The model of AlignScore."""
+
+    checkpoint: Path | None = None
+    """The local file AlignScore-base.ckpt, which the organisers load. Without it AlignScore is absent."""
 
 
 def problems(config: AlignScoreConfig) -> list[Problem]:
@@ -281,5 +288,7 @@ def _build(folder: Path, file: Path) -> tuple[Any, Any]:
 METRIC = Metric(
     measure,
     neural=True,
-    weights=Weights("alignscore", "checkpoint", problems, identity, unload=_load.cache_clear),
+    weights=Weights(
+        "alignscore", AlignScoreConfig, "checkpoint", problems, identity, unload=_load.cache_clear
+    ),
 )

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import STANDIN, ScoreConfig
+from harness.config.sections import Section
 from harness.errors import Problem
 from harness.machine import ranks
 from harness.machine.device import out_of_memory
@@ -22,6 +22,11 @@ from harness.metrics.expected import quieten
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 
+if TYPE_CHECKING:
+    from harness.metrics.settings import ScoreConfig
+
+STANDIN = "standin"
+"""The name of a metric's checkpoint that is made here."""
 WIDTH_STEP = 8
 CPU_BUDGET, DEVICE_BUDGET = 512, 8192
 """Tokens in a batch."""
@@ -48,7 +53,7 @@ class Inputs:
     predictions: Sequence[str]
     references: Sequence[str]
     images: Sequence[Path | None] | None
-    config: ScoreConfig
+    config: "ScoreConfig"
     edition: int
     device: str = "cpu"
     cache: Path | None = None
@@ -186,7 +191,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a metric: the `section` of `score:` and the `key` in it that name them.
+    """The weights of a metric: the `section` of `score:`, its `schema`, and the `key` in it that names them.
 
     The name is one of the hub or a local path; None leaves the metric absent. `problems` and `identity` get
     the section: what is missing, found without loading anything, and what determines the numbers, which
@@ -195,6 +200,7 @@ class Weights:
     """
 
     section: str
+    schema: type[Section]
     key: str
     problems: Callable[[Any], list[Problem]]
     identity: Callable[[Any, Path | None], Any]
@@ -207,25 +213,25 @@ class Weights:
         """The key in an experiment file."""
         return f"score.{self.section}.{self.key}"
 
-    def settings(self, config: ScoreConfig) -> Any:
+    def settings(self, config: "ScoreConfig") -> Any:
         """The section of the config."""
         return getattr(config, self.section)
 
-    def named(self, config: ScoreConfig) -> str | Path | None:
+    def named(self, config: "ScoreConfig") -> str | Path | None:
         """The name of the weights in the config; None: the metric is absent."""
         return getattr(self.settings(config), self.key)
 
-    def renamed(self, config: ScoreConfig, name: str | Path | None) -> ScoreConfig:
+    def renamed(self, config: "ScoreConfig", name: str | Path | None) -> "ScoreConfig":
         """The config with other weights for this section."""
         settings = self.settings(config).model_copy(update={self.key: name})
         return config.model_copy(update={self.section: settings})
 
-    def is_trained_here(self, config: ScoreConfig) -> bool:
+    def is_trained_here(self, config: "ScoreConfig") -> bool:
         """Whether the config names a stand-in that is trained on the training split."""
         trained = self.standin is not None and self.standin.build is not None
         return trained and self.named(config) == STANDIN
 
-    def missing(self, config: ScoreConfig) -> list[Problem]:
+    def missing(self, config: "ScoreConfig") -> list[Problem]:
         """What keeps the named weights from being used; nothing where none or a stand-in is named."""
         return [] if self.named(config) in (None, STANDIN) else self.problems(self.settings(config))
 

@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.config.schema import ScoreConfig
 from harness.metrics import control, lexical, text
 from harness.metrics.base import Absent, Inputs
+
+if TYPE_CHECKING:
+    from harness.metrics.settings import ScoreConfig
 
 MOST_CANDIDATES = 2000
 
@@ -17,7 +19,7 @@ MOST_CANDIDATES = 2000
 def constant_baseline(
     training: Sequence[str],
     references: Sequence[str],
-    config: ScoreConfig,
+    config: "ScoreConfig",
     edition: int,
     device: str = "cpu",
     cache: Path | None = None,

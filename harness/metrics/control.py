@@ -3,13 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.config.schema import ScoreConfig
 from harness.metrics import bertscore, bootstrap, lexical
 from harness.metrics.base import Absent, Inputs, Measured
+
+if TYPE_CHECKING:
+    from harness.metrics.settings import ScoreConfig
 
 PERMUTATIONS = 5
 MEASURES: Mapping[str, Callable[[Inputs], Measured]] = {
@@ -22,7 +24,7 @@ MEASURES: Mapping[str, Callable[[Inputs], Measured]] = {
 def image_gap(
     predictions: Sequence[str],
     references: Sequence[str],
-    config: ScoreConfig,
+    config: "ScoreConfig",
     edition: int,
     device: str = "cpu",
     cache: Path | None = None,

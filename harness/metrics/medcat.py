@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import MedCatConfig
+from harness.config.sections import Section
 from harness.errors import Problem
 from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, Weights, empty, sign
 from harness.metrics.cache import Row
@@ -36,6 +36,15 @@ import json
 from importlib.metadata import distributions
 print(json.dumps(sorted({f"{d.metadata['Name']}-{d.version}" for d in distributions()})))
 """
+
+
+class MedCatConfig(Section):
+    """The model of MedCAT's concept F1."""
+
+    model_pack: Path | None = None
+    """A local MedCAT model pack for UMLS (zip or folder). Without it the concept F1 is absent."""
+    python: Path | None = None
+    """A Python with medcat<2 and pyarrow<20, which conflict with our packages; by default this one."""
 
 
 def problems(config: MedCatConfig) -> list[Problem]:
@@ -171,4 +180,6 @@ def _version(packages: Sequence[str]) -> str | None:
     return next(versions, None)
 
 
-METRIC = Metric(measure, weights=Weights("medcat", "model_pack", problems, identity, executes=True))
+METRIC = Metric(
+    measure, weights=Weights("medcat", MedCatConfig, "model_pack", problems, identity, executes=True)
+)

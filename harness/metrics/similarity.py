@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from harness.config.editions import EDITIONS
-from harness.config.schema import SimilarityConfig
+from harness.config.sections import Section
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
@@ -60,6 +60,13 @@ HINT = (
     f"and name its folder as {KEY}; it holds {', '.join(PARTS)}"
 )
 _POINTER = b"version https://git-lfs"
+
+
+class SimilarityConfig(Section):
+    """The model of Similarity, MedImageInsight, of the editions since 2025."""
+
+    folder: Path | None = None
+    """A local folder of MedImageInsight. Without it, Similarity and the overall score are absent."""
 
 
 def problems(config: SimilarityConfig) -> list[Problem]:
@@ -242,5 +249,13 @@ def _module(file: Path) -> Any:
 METRIC = Metric(
     measure,
     neural=True,
-    weights=Weights("similarity", "folder", problems, identity, unload=_load.cache_clear, executes=True),
+    weights=Weights(
+        "similarity",
+        SimilarityConfig,
+        "folder",
+        problems,
+        identity,
+        unload=_load.cache_clear,
+        executes=True,
+    ),
 )

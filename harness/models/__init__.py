@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.config.schema import ModelConfig
     from harness.models.base import Family
+    from harness.models.settings import ModelConfig
 
 FAMILIES = {
     "blip2": "harness.models.blip2",

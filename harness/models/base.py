@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from harness.config.schema import ModelConfig, TrainConfig
 from harness.errors import Problem
+from harness.models.settings import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from harness.models.loading import Loaded
     from harness.models.text import Codec
+    from harness.training.settings import TrainConfig
 
 FLOAT, HALF, INDEX = 4, 2, 8
 """Bytes of a number in fp32, of one in half precision, and of a token id."""
@@ -175,7 +176,7 @@ class Family(Protocol):
         """
 
     def load(
-        self, model: ModelConfig, train: TrainConfig, folder: Path, frozen_dtype: "torch.dtype"
+        self, model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype"
     ) -> "Loaded":
         """Load the model from `folder`, that of `model.checkpoint`, and from the other checkpoints.
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness.config.schema import AugmentConfig, TinyConfig
+from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.machine import device
 from harness.models import checkpoints
@@ -29,6 +29,7 @@ from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
+from harness.models.settings import TinyConfig
 from harness.models.text import IGNORE, Codec, Text
 
 BATCH_SIZE = 32

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,11 +14,14 @@ from harness import metrics, records
 from harness.captions import sameness
 from harness.config.editions import EDITIONS
 from harness.config.experiment import Place, explain, parse_sets, set_value
-from harness.config.schema import STANDIN, Config, MetricName, ScoreConfig, Section
+from harness.config.schema import Config
+from harness.config.sections import Section
 from harness.data import folders
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.machine import device, ranks
 from harness.metrics import Score
+from harness.metrics.base import STANDIN
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 from harness.records import artifact as run_artifact
 from harness.records import read as run_record
@@ -243,9 +246,10 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
         values.pop(key, None)
     if run[1]["edition"] != edition:
         values.pop("metrics", None)
-        bleurt = values.get("bleurt")
-        if isinstance(bleurt, dict) and bleurt.get("checkpoint") != STANDIN:
-            del values["bleurt"]
+        for section in EDITIONS[edition].weights:
+            named = values.get(section)
+            if isinstance(named, dict) and named.get(metrics.all_weights()[section].key) != STANDIN:
+                del values[section]
     return values
 
 
@@ -277,7 +281,7 @@ class _Only(Section):
 
 
 def _unknown_metrics(names: Sequence[str]) -> list[Problem]:
-    known = get_args(MetricName)
+    known = metrics.METRICS
     return [
         Problem(f"got {name!r}; allowed are {', '.join(known)}", key="--metrics")
         for name in names

@@ -27,6 +27,8 @@ class Step(ABC):
     """Raised when the code makes something else of the same inputs: earlier output is then built anew."""
     shared: ClassVar[bool] = False
     """Whether all ranks of a launch build it together; rank 0 alone builds the others."""
+    section: ClassVar[tuple[str, Any, Any] | None] = None
+    """Its section of an experiment file, if it has one of its own: key, type and default."""
     captions: str | None = None
     """The split whose captions it leaves in `predictions.csv`, as `captions.read_captions` reads them."""
 

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.schema import Config, Section
+from harness.config.sections import Section
 from harness.data import Dataset
 from harness.data.readers import Example
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.steps.base import Step
     from harness.steps.plan import Plan
 
@@ -98,7 +99,7 @@ class Inputs:
         raise Undeclared(f"the step {name} is read; declared are {', '.join(s.name for s in self.steps)}")
 
 
-def values(config: Config, *keys: str) -> dict[str, Any]:
+def values(config: "Config", *keys: str) -> dict[str, Any]:
     """Parts of the config by dotted key, as JSON-like values."""
     found = {}
     for key in keys:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import metrics
-from harness.config.schema import Config
 from harness.data import QUICK_IMAGES, Dataset, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
@@ -26,12 +25,15 @@ from harness.steps.work import Reporter
 from harness.store import RUNS, free, gb
 from harness.submission.checks import some
 
+if TYPE_CHECKING:
+    from harness.config.schema import Config
+
 
 @dataclass(frozen=True)
 class Plan:
     """The steps of one run and where they lie; made from config and data alone, without torch."""
 
-    config: Config
+    config: "Config"
     data: Dataset
     root: Path = RUNS
 
@@ -89,7 +91,7 @@ class Plan:
         return found
 
 
-def problems(config: Config) -> list[Problem]:
+def problems(config: "Config") -> list[Problem]:
     """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
     chosen_by = choosing(config).metrics if config.train.stages else ()
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by])
@@ -97,7 +99,7 @@ def problems(config: Config) -> list[Problem]:
     return found + family(config.model).problems(config.model)
 
 
-def unscalable(config: Config, kind: device.Kind) -> Problem | None:
+def unscalable(config: "Config", kind: device.Kind) -> Problem | None:
     """What is wrong with fp16 on a device that does not overflow where losses are scaled too far."""
     if config.train.precision != "fp16" or device.overflows(kind):
         return None
@@ -107,7 +109,7 @@ def unscalable(config: Config, kind: device.Kind) -> Problem | None:
 
 
 def prepare(
-    configs: Sequence[Config],
+    configs: "Sequence[Config]",
     reporter: Reporter,
     root: Path = RUNS,
     loaded: dict[str, Dataset] | None = None,
@@ -161,7 +163,7 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     return [Problem(what, key="data.cache", hint="Or decode anew in every epoch: --set data.cache=false")]
 
 
-def dry(config: Config, root: Path = RUNS) -> dict[str, str]:
+def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     """The steps of a run and whether they are done, found without drawing data or importing torch."""
     if config.data.phantom and not config.data.root.exists():
         return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}

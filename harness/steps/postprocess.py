@@ -19,6 +19,7 @@ class Postprocess(Step):
     """Leaves the captions of one split as they are submitted."""
 
     kind, version = "postprocess", postprocess.VERSION
+    section = ("postprocess", postprocess.PostprocessConfig, postprocess.PostprocessConfig())
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.captions import PREDICTIONS
+from harness.config.sections import PredictConfig
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 from harness.steps.train import contents_of, model_of
@@ -20,6 +21,7 @@ class Predict(Step):
     """Leaves the captions of one split, as the model writes them."""
 
     kind, version, shared = "predict", 1, True
+    section = ("predict", PredictConfig, PredictConfig())
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import metrics
 from harness.captions import PREDICTIONS, read_captions
 from harness.machine import ranks
+from harness.metrics.settings import ScoreConfig
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import with_standins
@@ -28,6 +29,7 @@ class Score(Step):
     """Leaves scores with their signatures, and the score of every image; `part` is before or after."""
 
     kind, version, shared = "score", 3, True
+    section = ("score", ScoreConfig, ScoreConfig())
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import metrics
-from harness.config.schema import ScoreConfig
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs

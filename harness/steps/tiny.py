@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.schema import TINY
 from harness.models import family
+from harness.models.settings import TINY
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.work import texts

@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from harness import metrics
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, PredictConfig, ScoreConfig
+from harness.config.sections import PredictConfig
 from harness.data.readers import Example
 from harness.errors import UserError
 from harness.machine import device, ranks
+from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
 from harness.training.resume import LOSSES
+from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
@@ -32,6 +35,7 @@ class Train(Step):
     """Leaves the best weights and `losses.jsonl`, the losses and validation scores."""
 
     kind, version, shared = "train", 3, True
+    section = ("train", TrainConfig, TrainConfig())
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -160,7 +164,7 @@ def contents_of(plan: "Plan") -> list[Any]:
     return [[key, name, place and checkpoints.contents(place.folder, cache)] for key, name, place in found]
 
 
-def primary_metric(config: Config) -> str:
+def primary_metric(config: "Config") -> str:
     """The score that chooses the best checkpoint: the edition's primary one where it can be computed.
 
     That is where all its parts are among the metrics and have weights; else it is BERTScore.
@@ -172,13 +176,13 @@ def primary_metric(config: Config) -> str:
     return "bertscore" if lacking else edition.primary
 
 
-def choosing(config: Config) -> ScoreConfig:
+def choosing(config: "Config") -> ScoreConfig:
     """How validation scores, by the metrics alone that choose the best weights."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
     return config.score.model_copy(update={"metrics": parts})
 
 
-def _scoring(config: Config) -> tuple[dict[str, Any], list[Any]]:
+def _scoring(config: "Config") -> tuple[dict[str, Any], list[Any]]:
     """What counts of `score:` and of the edition for the metrics that choose the best weights."""
     name, edition, only = primary_metric(config), EDITIONS[config.edition], choosing(config)
     sections = {"precision", *metrics.weights_of(only)}

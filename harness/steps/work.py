@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harness import metrics
-from harness.config.schema import TINY, Config
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.models import checkpoints, family
+from harness.models.settings import TINY
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.models.loading import Loaded
 
 LESS_MEMORY = (
@@ -38,7 +39,7 @@ class Reporter(Protocol):
 class Work:
     """Builds the steps of one run; `model` is the captioner that training leaves to captioning."""
 
-    def __init__(self, config: Config, reporter: Reporter, watch: Watch | None = None) -> None:
+    def __init__(self, config: "Config", reporter: Reporter, watch: Watch | None = None) -> None:
         self.run_name, self.reporter, self.watch = config.run_name, reporter, watch
         self.kind = device.probe(config.device).kind
         self.model: Loaded | None = None

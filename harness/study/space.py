@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from harness.config.schema import Config, Section
+from harness.config.schema import Config
+from harness.config.sections import Section
 
 FIXED = ("name", "variant", "edition", "score", "predict.splits")
 """Keys that no study searches: what trials are called, and what they are compared by."""

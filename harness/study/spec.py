@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 
 from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, Epochs, Section, Seed, flat, keys, whole
+from harness.config.schema import Config, flat, keys
+from harness.config.sections import Epochs, Section, Seed, whole
 from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
 from harness.steps import train

@@ -46,7 +46,7 @@ def as_written(caption: str, edition: int) -> str:
 def write_captions(path: Path, captions: Mapping[str, str], ids: Sequence[str], edition: int) -> Path:
     """Write captions in the order of `ids`; a path that ends in .zip becomes a zip of `submission.csv` alone.
 
-    2022 and 2023: `ID|caption`, no header, no quoting. 2025 and 2026: `ID,Caption`, every caption quoted.
+    With pipes there is neither header nor quoting; with commas there are both, and every caption is quoted.
     Raises `UserError` (exit code 3) for missing or superfluous captions and for ids that can't be submitted.
     """
     form = rules(edition, "caption")

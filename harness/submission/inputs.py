@@ -22,7 +22,7 @@ _FORMATS = {
     ("|", True): "pipe-separated with header",
     ("\t", True): "tab-separated with header (labels of 2022, 2023)",
     ("\t", False): "tab-separated without header",
-    (",", True): "comma-separated with header (2024 to 2026)",
+    (",", True): "comma-separated with header (since 2024)",
     (",", False): "comma-separated without header",
 }
 _NAMES = {"|": "pipe", "\t": "tab", ",": "comma"}

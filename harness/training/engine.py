@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from harness.config.schema import TrainConfig
 from harness.errors import Problem, UserError
 from harness.machine import device as devices
 from harness.machine import ranks
 from harness.models.base import Captioner
 from harness.store import write_json
+from harness.training.settings import TrainConfig
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

@@ -3,10 +3,10 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import data
-from harness.config.schema import Config, DataConfig, TrainConfig
+from harness.config.sections import DataConfig
 from harness.data import readers
 from harness.data.images import unbuilt
 from harness.models import family
@@ -14,13 +14,17 @@ from harness.store import RUNS, free, gb
 from harness.training import memory
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
+from harness.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from harness.config.schema import Config
 
 _CPU_BF16 = ("avx512_bf16", "amx_tile")
 Caches = dict[tuple[str, int], int]
 """Bytes by split and side in pixels."""
 
 
-def pixels(config: Config) -> tuple[dict[str, int], Caches]:
+def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     """Images per split that the run decodes, and the pixel caches that it has yet to build, at most.
 
     As far as they can be counted without opening more than a few; a run whose steps are done needs no cache.
@@ -56,7 +60,7 @@ def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
     }
 
 
-def forecast(config: Config) -> dict[str, Any]:
+def forecast(config: "Config") -> dict[str, Any]:
     """Steps, pixel cache and memory of a run; what can't be told is None, its reason under `unknown`.
 
     Memory is that of the configured kind of device; where that is left open, of an accelerator in bf16.

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.config.schema import TrainConfig
 from harness.models.base import FLOAT, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
+from harness.training.settings import TrainConfig
 
 GB = 1e9
 CARDS = (24, 32, 40, 64, 80)

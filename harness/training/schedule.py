@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.config.schema import TrainConfig
 from harness.errors import Problem
+from harness.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import Problem, UserError
 from harness.machine import device as devices
@@ -32,6 +32,7 @@ from harness.training import losses
 from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
 from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
+from harness.training.settings import TrainConfig
 
 PRIMARY = "valid_primary"
 TERMS = tuple(f"{name}_loss" for name in losses.LOSSES)

@@ -12,10 +12,11 @@ device.probe("cpu")
 import torch  # noqa: E402
 from transformers import Blip2Config  # noqa: E402
 
-from harness.config.schema import TinyConfig, TrainConfig  # noqa: E402
 from harness.models import tiny  # noqa: E402
 from harness.models.blip2 import sizes  # noqa: E402
+from harness.models.settings import TinyConfig  # noqa: E402
 from harness.training.engine import engine  # noqa: E402
+from harness.training.settings import TrainConfig  # noqa: E402
 from support.traces import captioner  # noqa: E402
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.config.schema import AugmentConfig, ModelConfig, TinyConfig
+from harness.config.sections import AugmentConfig
 from harness.models import tiny
 from harness.models.blip2 import loading
+from harness.models.settings import ModelConfig, TinyConfig
 from harness.models.text import concept_sentence
 
 SIZES = TinyConfig(

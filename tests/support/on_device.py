@@ -10,7 +10,7 @@ device.probe(sys.argv[2])
 
 import torch  # noqa: E402
 
-from harness.config.schema import PredictConfig  # noqa: E402
+from harness.config.sections import PredictConfig  # noqa: E402
 from harness.decoding import predict  # noqa: E402
 from support.models import load_tiny, pixels  # noqa: E402
 

@@ -6,10 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.machine import device, ranks
 from harness.models.loading import save_trained
 from harness.training import train
+from harness.training.settings import TrainConfig
 from support.models import load_tiny
 from support.training import splits
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness import data
-from harness.config.schema import DataConfig, PhantomConfig
+from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import phantom
 
 PREFIX = "ImageCLEFmedical_Caption_2023_"

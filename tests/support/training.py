@@ -6,9 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.config.schema import AugmentConfig, TrainConfig
+from harness.config.sections import AugmentConfig
 from harness.models.text import IGNORE
 from harness.training import schedule, train
+from harness.training.settings import TrainConfig
 from support.models import TEXTS, load_tiny, pixels, stages
 
 

@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.schema import TINY, ModelConfig, TrainConfig
 from harness.errors import Problem
 from harness.models import checkpoints as files
 from harness.models.blip2 import sizes
+from harness.models.settings import TINY, ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
     from harness.models.loading import Loaded
     from harness.models.text import Codec
+    from harness.training.settings import TrainConfig
 
 shape = sizes.of_model
 _KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
@@ -61,7 +62,7 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return loading.codecs(model, folder, max_tokens)
 
 
-def load(model: ModelConfig, train: TrainConfig, folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":
+def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":
     """The model with its codecs, ready to train; see `loading.load`."""
     from harness.models.blip2 import loading
 

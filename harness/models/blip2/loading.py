@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from harness.config.schema import ModelConfig
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import checkpoints
 from harness.models.blip2.model import TIED, Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.loading import Loaded
+from harness.models.settings import ModelConfig
 from harness.models.text import Codec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.schema import TINY, ModelConfig, TinyConfig
 from harness.models import checkpoints
 from harness.models.base import FLOAT, HALF, Activations, Work
 from harness.models.blip2 import activations
+from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 MODEL_TYPE = "blip-2"
 """What the `config.json` of a BLIP-2 calls it."""

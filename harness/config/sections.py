@@ -1,0 +1,132 @@
+"""What sections of an experiment are made of: base class and types of numbers; and those of no one room."""
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from harness.config.editions import LayoutName
+
+
+def no_bool(value: Any) -> Any:
+    """Refuses true and false, which pydantic would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"got {str(value).lower()}; a number is allowed")
+    return value
+
+
+def whole(low: int, high: int) -> Any:
+    """The type of a whole number from `low` to `high`; its metadata has the range in words."""
+    words = f"a whole number from {low:,} to {high:,}"
+
+    def check(value: int) -> int:
+        if not low <= value <= high:
+            raise ValueError(f"got {value}; {words} is allowed")
+        return value
+
+    return Annotated[int, BeforeValidator(no_bool), AfterValidator(check), words]
+
+
+def number(words: str, allowed: Callable[[float], bool]) -> Any:
+    """The type of a finite number that is `allowed`; an error and the metadata have it in `words`."""
+
+    def check(value: float) -> float:
+        if not (math.isfinite(value) and allowed(value)):
+            raise ValueError(f"got {value}; {words} is allowed")
+        return value
+
+    return Annotated[float, BeforeValidator(no_bool), AfterValidator(check), words]
+
+
+Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+Share = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+Positive = number("a finite number above 0", lambda value: value > 0)
+NonNegative = number("a finite number of 0 or more", lambda value: value >= 0)
+Finite = number("a finite number", lambda value: True)
+Seed = whole(0, 2**32 - 1)
+Steps, Images = whole(0, 10**9), whole(1, 10**7)
+Epochs, Batch, Tokens = whole(0, 100_000), whole(1, 100_000), whole(1, 10_000)
+Side, Width, Layers, Entries = whole(1, 4096), whole(1, 100_000), whole(1, 1000), whole(1, 10**6)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)]
+
+
+class Section(BaseModel):
+    """A part of the experiment file; unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), defer_build=True
+    )
+
+
+def summary(documented: Any) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
+
+
+class PhantomConfig(Section):
+    """The made-up data set that is drawn into `data.root` when nothing is there."""
+
+    train: Images = 700
+    """Images in the training split."""
+    valid: Images = 150
+    """Images in the validation split."""
+    test: Images = 150
+    """Images in the test split."""
+    seed: Seed = 0
+    """The same seed draws the same set, byte for byte."""
+
+
+class AugmentConfig(Section):
+    """Random changes of training images, drawn anew for every image and epoch."""
+
+    random_crop: Fraction = 1.0
+    """Smallest share of the image's area that a random crop keeps. LAVIS uses 0.5; 1 turns cropping off."""
+    horizontal_flip: bool = False
+    """Mirror half of the images. LAVIS does this; it swaps left and right in a radiograph."""
+    brightness: Fraction = 0.0
+    """Brightness and contrast are each scaled by a factor from 1 minus this to 1 plus this."""
+    shift: Fraction = 0.0
+    """Largest shift in each direction, as a share of the image's side."""
+    rotate: NonNegative = 0.0
+    """Largest rotation in degrees."""
+
+
+class DataConfig(Section):
+    """Where the images, captions and concepts are."""
+
+    root: Path
+    """Folder of the data set."""
+    layout: LayoutName = "imageclef2023"
+    """Names and form of the files. imageclef2023 also reads 2022; imageclef2024 also later years."""
+    skip_bad: bool = False
+    """Continue despite problems, and list them. Training skips such rows; validation and test keep theirs."""
+    cache: bool = True
+    """Decode and resize each image once into a memory-mapped file under runs/cache."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes of training images."""
+    phantom: PhantomConfig | None = None
+    """Draw this made-up set into `root` first, if that folder does not exist."""
+
+
+class PredictConfig(Section):
+    """How captions are decoded."""
+
+    splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
+    """Splits that are captioned. A split without images is skipped."""
+    num_beams: whole(1, 1000) = 5
+    """Beams of the search; 1 is greedy."""
+    max_new_tokens: Tokens = 128
+    """Longest caption in tokens."""
+    min_new_tokens: whole(0, 10_000) = 8
+    """Shortest caption in tokens."""
+    length_penalty: Finite = 1.0
+    """As in transformers' `generate`: above 0, beams prefer longer captions. No effect with one beam."""
+    repetition_penalty: Positive = 1.0
+    """As in transformers' `generate`; 1 is none."""
+    no_repeat_ngram_size: whole(0, 10_000) = 0
+    """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
+    batch_size: Batch = 16
+    """Images decoded together on one device."""

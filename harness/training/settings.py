@@ -1,0 +1,171 @@
+"""The section `train:`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
+
+from harness.config import deepspeed_keys, former_stages
+from harness.config.sections import (
+    Batch,
+    Epochs,
+    Fraction,
+    Images,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Steps,
+    Tokens,
+    no_bool,
+    summary,
+    whole,
+)
+from harness.errors import AcrossKeys
+from harness.training.losses import LOSSES
+
+LossesConfig = create_model(
+    "LossesConfig",
+    __base__=Section,
+    __doc__="The weight of each loss of a stage; 0 leaves a loss out.",
+    **{name: (NonNegative, Field(0.0, description=summary(loss))) for name, loss in LOSSES.items()},
+)
+
+
+class StageConfig(Section):
+    """One stage: it starts from the weights of the stage before."""
+
+    epochs: Epochs
+    """0 leaves the stage out."""
+    learning_rate: Positive | None = None
+    """Overrides `train.learning_rate` in this stage."""
+    losses: LossesConfig
+    """What it learns from: the weight of each loss by name; at least one is above 0."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "StageConfig":
+        if self.epochs and not any(weight for _, weight in self.losses):
+            raise AcrossKeys("no loss has a weight above 0; nothing would be trained", "losses")
+        return self
+
+
+PAPERS_STAGES = (
+    StageConfig(epochs=50, losses=LossesConfig(caption=1, concept=1)),
+    StageConfig(epochs=20, losses=LossesConfig(caption=1)),
+)
+
+
+class TrainConfig(Section):
+    """Fine-tuning in stages."""
+
+    stages: tuple[StageConfig, ...] = PAPERS_STAGES
+    """Trained in this order, each with an optimiser and a schedule of its own.
+
+    With an empty list nothing is trained, and the checkpoint captions as it is.
+    """
+    batch_size: Batch = 128
+    """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
+    micro_batch_size: Batch = 16
+    """Captions per forward pass on one device."""
+    group_by_length: bool = False
+    """Put captions of similar length into one optimiser step. This pads less and is less random."""
+    learning_rate: Positive = 1e-5
+    """Peak of the learning rate, after the warm-up."""
+    min_learning_rate: NonNegative = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_steps: Steps = 1000
+    """Optimiser steps of linear warm-up."""
+    warmup_learning_rate: NonNegative = 1e-8
+    """Learning rate at the start of the warm-up."""
+    warmup_first_epoch_only: bool = False
+    """true: as LAVIS, warm up within epoch 0 only and move the cosine by whole epochs."""
+    weight_decay: NonNegative = 0.05
+    """Weight decay of AdamW. It applies to matrices, not to biases and norms."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """The two betas of AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    label_smoothing: Fraction = 0.1
+    """Label smoothing of the Q-Former's language-model losses. As in LAVIS, OPT's loss has none."""
+    dropout: Fraction | None = None
+    """Dropout of the Q-Former; by default the checkpoint's."""
+    language_dropout: Fraction | None = None
+    """Every dropout of the frozen language model; by default the checkpoint's (OPT: 0.1).
+
+    Each rank draws its own: 1 and 2 ranks train alike only if this and `dropout` are 0.
+    """
+    train_vision: bool = True
+    """false freezes the ViT."""
+    gradient_checkpointing: bool = False
+    """Use less memory and more time in the ViT, Q-Former and language model."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 autocast if the device has it, else fp32. fp16 needs ZeRO. Trained weights stay fp32."""
+    vision_precision: Literal["auto", "fp32"] = "auto"
+    """fp32: the ViT computes without autocast. Its weights are fp32 in any case."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_bool)] = 0
+    """What DeepSpeed shards over the ranks. 0: nothing; 1: the optimiser; 2: gradients too; 3: weights too.
+
+    Results are the same.
+    """
+    offload: bool = False
+    """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
+    checkpoint_every_steps: Steps = 0
+    """Optimiser steps between checkpoints within an epoch; 0: none. Each epoch ends with a checkpoint."""
+    keep_checkpoints: whole(1, 1000) = 2
+    """How many of the last checkpoints are kept, in case the newest is damaged."""
+    caption_cleaning: Literal["lavis", "none"] = "lavis"
+    """lavis: lower case, without .!\"()*#:;~ ; none: only white space is collapsed."""
+    max_words: Tokens = 50
+    """Training captions are cut after this many words."""
+    max_caption_tokens: Tokens = 128
+    """Captions and concept sentences are cut to this many tokens. The end token is kept."""
+    evaluate_every: Epochs = 1
+    """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
+    evaluate_images: Images = 200
+    """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
+    deepspeed: dict[str, Any] = Field({})
+    """Merged over the generated DeepSpeed config. Takes the keys of DeepSpeed 0.19.8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_its_stages(cls, given: Any) -> Any:
+        if old := former_stages.written(given):
+            default = [stage.model_dump(exclude_defaults=True) for stage in PAPERS_STAGES]
+            raise AcrossKeys(former_stages.explained(given, default), *old)
+        return given
+
+    @model_validator(mode="after")
+    def _has_epochs(self) -> "TrainConfig":
+        if self.stages and not any(stage.epochs for stage in self.stages):
+            keys = [f"stages.{number}.epochs" for number in range(len(self.stages))]
+            raise AcrossKeys("no stage has epochs; to train nothing, write stages: []", *keys)
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> "TrainConfig":
+        if self.offload and not self.zero_stage:
+            what = "offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3"
+            raise AcrossKeys(what, "offload", "zero_stage")
+        return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _leaves_what_train_decides(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if found := deepspeed_keys.mistakes(given):
+            raise AcrossKeys("; ".join(found.values()), *found)
+        return given
+
+    @model_validator(mode="after")
+    def _scales_losses(self) -> "TrainConfig":
+        if self.precision == "fp16" and not self.zero_stage:
+            what = "precision is fp16, whose losses DeepSpeed scales at a zero_stage of 1, 2 or 3; got 0"
+            raise AcrossKeys(what, "precision", "zero_stage")
+        return self
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batch_size:
+            what = (
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+            raise AcrossKeys(what, "batch_size", "micro_batch_size")
+        return self
