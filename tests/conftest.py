@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.shared_folders import made_once
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests and what they start are about the CPU, also on a machine with GPUs; those of the fixture `cuda` see
@@ -76,7 +77,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     """A tiny checkpoint that has read `support.models.TEXTS`."""
     from support.models import build_tiny
 
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+    return made_once(tmp_path_factory, "tiny", build_tiny)
 
 
 @pytest.fixture
@@ -87,3 +88,23 @@ def loaded(tiny_folder):
     result = load_tiny(tiny_folder)
     result.model.eval()
     return result
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> bytes:
+    """MLflow's database with its tables: making them takes longer than all the rest."""
+
+    def make(folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+
+    return (made_once(tmp_path_factory, "store", make) / "mlflow.db").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """What `support.experiments.run_small` leaves: a run of the small experiment."""
+    from support.experiments import run_small
+
+    return made_once(tmp_path_factory, "small", run_small)

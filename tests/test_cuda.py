@@ -4,6 +4,7 @@ Each test starts processes that see the GPU, since the process of pytest is one 
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,14 @@ import torch
 from safetensors.torch import load_file
 from support import ranks
 from support.golden_pairs import PREDICTIONS, REFERENCES, written
-from support.models import build_tiny
 from support.ranks import TESTS, TRAIN, rows
 
 pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(scope="module")
-def folder(cuda, tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(cuda, tiny_folder, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("cuda") / "tiny"))
 
 
 def on_device(environment: dict[str, str], task: str, kind: str, folder: Path) -> list:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import SIZES, batch, build_tiny, load_tiny, stages
+from support.models import SIZES, batch, load_tiny, stages
 from support.training import config, run, splits
 
 from harness import store
@@ -30,8 +30,8 @@ LAST_STEP = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder):
+    return tiny_folder
 
 
 def failure(*arguments, **options) -> UserError:
@@ -42,7 +42,7 @@ def failure(*arguments, **options) -> UserError:
     return caught.value
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_divergence_in_the_last_step_fails_with_its_place_however_often_it_is_tried(
     folder, tmp_path, zero_stage
 ):

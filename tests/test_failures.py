@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import harness
-from support.experiments import EXPERIMENT
+from support.experiments import EXPERIMENT, begin
 from support.mirrors import NAME, record
 from support.reports import data_of
 
@@ -28,9 +28,9 @@ WHY = "valid_loss became nan in the validation after step 2 (stage 1, epoch 1)"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    result = tmp_path_factory.mktemp("project")
-    (result / "small.yaml").write_text(ONE)
+def folder(small_run, empty_store, tmp_path_factory) -> Path:
+    result = begin(small_run, tmp_path_factory.mktemp("project"), ONE)
+    (result / "mlflow.db").write_bytes(empty_store)
     return result
 
 
@@ -141,7 +141,8 @@ def test_a_mistake_of_the_program_leaves_its_traceback_until_the_next_attempt(tm
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> Path:
+def store(tmp_path, monkeypatch, empty_store) -> Path:
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return tmp_path / "mlflow.db"
 

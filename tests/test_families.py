@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import toy_family
-from support.models import TEXTS, batch, build_tiny, load_tiny, pixels
+from support.models import TEXTS, batch, load_tiny, pixels
 from support.toy_family import Toy
 from transformers import Blip2Model
 
@@ -54,8 +54,8 @@ ALLOWED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder) -> Path:
+    return tiny_folder
 
 
 def methods(protocol: type) -> dict[str, inspect.Signature]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from support.disks import fill, small_disk
 from support.experiments import EXPERIMENT
-from support.models import build_tiny, load_tiny, stages
+from support.models import load_tiny, stages
 
 from harness.cli.terminal import Terminal
 from harness.config.schema import Config
@@ -59,9 +59,9 @@ def test_a_file_that_can_not_be_replaced_stays_and_nothing_lies_beside_it(tmp_pa
         assert sorted(path.name for path in place.iterdir()) == ["file", "filler"]
 
 
-def test_weights_that_do_not_fit_are_an_error_in_words_and_leave_the_last_ones(tmp_path):
+def test_weights_that_do_not_fit_are_an_error_in_words_and_leave_the_last_ones(tiny_folder, tmp_path):
     """safetensors has an exception of its own for it, which is no OSError."""
-    model = load_tiny(build_tiny(tmp_path / "tiny")).model
+    model = load_tiny(tiny_folder).model
     with small_disk(tmp_path / "disk", 2) as place:
         best = place / "best.safetensors"
         save_trained(model, best)

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from support.commands import harness
+from support.commands import mirror_by_server
 from support.experiments import EXPERIMENT
 from support.fuzzing import cases
 
@@ -35,11 +35,12 @@ OTHER_JSON = (b"null", b"[]", b"{}", b"7", b'"text"', b"[[[]]]", b'{"a": NaN}', 
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
+def project(small_run, empty_store, tmp_path_factory) -> Path:
     """A finished run of two variants that share their training."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = tmp_path_factory.mktemp("small") / "project"
+    shutil.copytree(small_run / "kept", folder)
     (folder / "small.yaml").write_text(EXPERIMENT)
-    harness(folder, *RUN)
+    (folder / "mlflow.db").write_bytes(empty_store)
     return folder
 
 
@@ -131,7 +132,7 @@ def say(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_damage_ends_in_a_traceback_and_none_spoils_a_neighbour(project, tmp_path, monkeypatch):
     files = files_of(project)
-    for case in range(cases(40)):
+    for case in range(cases(20)):
         draw, folder = random.Random(case), tmp_path / str(case)
         shutil.copytree(project, folder, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))
         done = [damage(folder, file, draw) for file in draw.sample(files, draw.choice([1, 1, 1, 3]))]
@@ -167,7 +168,8 @@ def test_the_same_command_makes_whole_what_was_damaged(project, tmp_path, monkey
     wanted, files = outcome(project), files_of(project)
     files = [file for file in files if "steps" in file.parts or "cache" in file.parts or "data" in file.parts]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
-    for case in range(max(1, cases(40) // 10)):
+    mirror_by_server(monkeypatch)
+    for case in range(max(1, cases(20) // 10)):
         draw, folder = random.Random(f"run {case}"), tmp_path / str(case)
         shutil.copytree(project, folder, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))
         file = draw.choice(files)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import build_tiny
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -26,8 +25,8 @@ from harness.models.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder) -> Path:
+    return tiny_folder
 
 
 def published_layouts(folder: Path, root: Path) -> tuple[Path, Path, Path]:

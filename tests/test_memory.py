@@ -18,7 +18,7 @@ from harness.training.memory import GB, Model, Setup
 from harness.training.settings import TrainConfig
 
 device.probe("cpu")
-from support.allocations import settings, small  # noqa: E402
+from support.allocations import allocated, settings, small  # noqa: E402
 from support.models import stages  # noqa: E402
 from support.traces import captioner, kept, without_contents  # noqa: E402
 
@@ -29,6 +29,15 @@ def published(image_size: int, language_model: bool) -> tuple[Blip2Config, sizes
     config = Blip2Config(text_config={"model_type": "opt", **sizes.OPT_2_7B})
     config.vision_config.image_size = image_size
     return config, sizes.of_checkpoint(None, PUBLISHED, image_size, language_model)
+
+
+def shallow() -> tuple[Blip2Config, sizes.Shape]:
+    """The published model at 224 px with few of its layers, which are all alike."""
+    text = {**sizes.OPT_2_7B, "num_hidden_layers": 3}
+    parts = {"vision_config": {"num_hidden_layers": 3}, "qformer_config": {"num_hidden_layers": 4}}
+    config = Blip2Config(**parts, text_config={"model_type": "opt", **text})
+    config.vision_config.image_size = 224
+    return config, sizes.of({**parts, "text_config": text}, 224, True)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +62,7 @@ def test_activations_of_the_real_model_are_those_that_autograd_keeps(
 @pytest.mark.parametrize("train_vision", [True, False])
 @pytest.mark.parametrize("dropout", [None, 0.0])
 def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_vision, dropout):
-    config, shape = published(224, True)
+    config, shape = shallow()
     if dropout is not None:
         config.qformer_config.hidden_dropout_prob = dropout
         config.qformer_config.attention_probs_dropout_prob = dropout
@@ -70,21 +79,15 @@ def test_activations_on_real_tensors():
     assert found.kept == pytest.approx(plain, rel=2e-3)
 
 
-def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "support.allocations", tmp_path],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for stage, (weights, gradients, optimiser) in enumerate(json.loads(done.stdout.splitlines()[-1])):
-        model = Model(small()[1], TrainConfig(**settings(stage)), "cpu", False)
-        found = memory.usage(model, memory.configured(model.config, 1))
-        assert found.weights == pytest.approx(weights, rel=0.01)
-        assert found.optimiser == pytest.approx(optimiser, rel=0.01)
-        if stage == 0:  # with ZeRO they are in its own buffers by now
-            assert found.gradients == pytest.approx(gradients, rel=0.01)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path, stage):
+    weights, gradients, optimiser = allocated(stage, tmp_path)
+    model = Model(small()[1], TrainConfig(**settings(stage)), "cpu", False)
+    found = memory.usage(model, memory.configured(model.config, 1))
+    assert found.weights == pytest.approx(weights, rel=0.01)
+    assert found.optimiser == pytest.approx(optimiser, rel=0.01)
+    if stage == 0:  # with ZeRO they are in its own buffers by now
+        assert found.gradients == pytest.approx(gradients, rel=0.01)
 
 
 def real(kind: str = "cuda", **train) -> Model:

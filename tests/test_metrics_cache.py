@@ -169,12 +169,12 @@ def test_shares_come_together_in_order():
 
 def test_bf16_is_near_and_says_so(golden, alone):
     config = STANDIN.model_copy(update={"precision": "bf16", "metrics": ("bertscore", "rouge1")})
-    found = metrics.score(*golden, None, config, 2023)[0]
+    found = metrics.score(*(side[:8] for side in golden), None, config, 2023)[0]
     assert "|bf16|" in found["bertscore"].signature
     assert "|fp32|" in alone["bertscore"].signature
     assert not found["bertscore"].official
     assert found["rouge1"].official
-    differences = np.abs(found["bertscore"].per_image - alone["bertscore"].per_image)
+    differences = np.abs(found["bertscore"].per_image - alone["bertscore"].per_image[:8])
     assert 0 < differences.max() < 0.02
 
 
@@ -332,7 +332,7 @@ ranks.leave()
 """
 
 
-@pytest.mark.parametrize(("rows", "fails"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize(("rows", "fails"), [pytest.param(1, 0, marks=pytest.mark.slow), (3, 1)])
 def test_what_stops_one_rank_stops_all(tmp_path, rows, fails):
     """With one row, the other rank has nothing to do."""
     (tmp_path / "failing.py").write_text(FAILING)

@@ -14,7 +14,7 @@ import pytest
 
 from harness.metrics import java, lexical
 from harness.metrics.base import Absent
-from harness.metrics.meteor import Meteor, aggregate, parse
+from harness.metrics.meteor import Meteor, aggregate, parse, shared
 
 HOSTILE = [
     "a ||| b",
@@ -32,7 +32,8 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def meteor():
-    with Meteor() as client:
+    """The jar of this process, which other tests use as well: its start takes 5 s."""
+    with shared() as client:
         yield client
 
 
@@ -134,6 +135,7 @@ def test_java_that_hangs_is_ended(monkeypatch):
     assert not process.is_running()
 
 
+@pytest.mark.slow
 def test_ends_when_its_parent_is_killed_while_it_works():
     program = (
         "from harness.metrics.meteor import Meteor\n"

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from support.commands import harness
 from support.experiments import EXPERIMENT
-from support.models import build_tiny
 from support.ranks import TESTS, TRAIN, TRAINING, rows, train
 from support.training import by_hand
 from support.training import config as settings
@@ -29,8 +28,8 @@ device.probe("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+def folder(tiny_folder) -> Path:
+    return tiny_folder
 
 
 @pytest.fixture(scope="module")

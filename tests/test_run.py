@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 from rouge_score import rouge_scorer
 from support.commands import harness
-from support.experiments import EXPERIMENT
+from support.experiments import EXPERIMENT, begin
 from support.reports import data_of
 
 from harness import report
@@ -27,15 +26,14 @@ from harness.submission import check, read
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    result = tmp_path_factory.mktemp("project")
-    (result / "small.yaml").write_text(EXPERIMENT)
-    return result
+def folder(small_run) -> Path:
+    return small_run / "run"
 
 
 @pytest.fixture(scope="module")
-def finished(folder) -> subprocess.CompletedProcess:
-    return harness(folder, "run", "small.yaml")
+def finished(small_run) -> subprocess.CompletedProcess:
+    out, err = ((small_run / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(["harness", "run", "small.yaml"], 0, out, err)
 
 
 def record(folder: Path, run: str) -> dict:
@@ -94,17 +92,10 @@ def test_rows_that_differ_in_deduplication_share_training_and_captions(folder, f
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
 
 
-def _start_with_what_was_drawn(folder: Path, place: Path) -> None:
-    """A second project, which need not draw the same images and read the same texts again."""
-    for name in ("data", *(step.relative_to(folder) for step in (folder / "runs" / "steps").glob("tiny-*/"))):
-        shutil.copytree(folder / name, place / name)
-    (place / "small.yaml").write_text(EXPERIMENT)
-
-
 @pytest.mark.slow
-def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(folder, finished, tmp_path):
+def test_a_run_loads_its_weights_once_and_the_frozen_ones_as_they_compute(small_run, tmp_path):
     """At full size they are 10 GB for each rank, and were 30 GB when loaded twice, in fp32."""
-    _start_with_what_was_drawn(folder, tmp_path)
+    begin(small_run, tmp_path)
     code = """if True:
         from harness import cli
         from harness.models.blip2 import loading
@@ -313,8 +304,8 @@ def rows_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_captions(folder, finished, tmp_path, how):
-    _start_with_what_was_drawn(folder, tmp_path)
+def test_a_killed_run_resumes_to_the_same_captions(small_run, folder, tmp_path, how):
+    begin(small_run, tmp_path)
     process = start(tmp_path, "run", "small.yaml")
     wait_for(lambda: rows_of(tmp_path) >= 6, process)
     process.send_signal(how)

@@ -15,7 +15,7 @@ import optuna
 import psutil
 import pytest
 from support.commands import harness
-from support.experiments import EXPERIMENT
+from support.experiments import begin
 
 from harness.cli.terminal import Terminal
 from harness.study.spec import load
@@ -58,9 +58,9 @@ NAME = "small/decoding"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    result = tmp_path_factory.mktemp("project")
-    (result / "small.yaml").write_text(EXPERIMENT)
+def folder(small_run, empty_store, tmp_path_factory) -> Path:
+    result = begin(small_run, tmp_path_factory.mktemp("project"))
+    (result / "mlflow.db").write_bytes(empty_store)
     (result / "decoding.yaml").write_text(DECODING)
     (result / "two.yaml").write_text(DECODING + "name: two\n")
     (result / "pruned.yaml").write_text(PRUNED)

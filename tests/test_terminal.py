@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.leaderboards import record, write_run
 
 from harness import pages
@@ -101,24 +103,19 @@ COMMANDS = {
 }
 
 
-def harness(place: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "harness", *arguments]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, **more)
-
-
 def on_terminal(place: Path, *arguments: str) -> str:
     """What a command writes to a terminal, where it may use colours."""
     parent, child = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "harness", *arguments]
-    process = subprocess.Popen(command, cwd=place, env=environment, stdout=child, stderr=child)
-    os.close(child)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal ends
-        while part := os.read(parent, 1 << 16):
-            shown += part
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "200"}
+    with ThreadPoolExecutor(1) as beside:
+        ended = beside.submit(commands.on_streams, place, arguments, environment, (child, child))
+        ended.add_done_callback(lambda _: os.close(child))
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(parent, 1 << 16):
+                shown += part
     os.close(parent)
-    process.wait()
+    ended.result()
     return shown.decode().replace("\r\n", "\n")
 
 
@@ -134,13 +131,13 @@ def test_nothing_from_outside_acts_on_a_terminal(place, name):
 
 @pytest.mark.parametrize("name", ["score", "compare", "data", "check", "leaderboard"])
 def test_json_and_csv_are_valid_and_say_what_the_files_say(place, name):
-    done = harness(place, *COMMANDS[name], "--format", "json")
+    done = commands.harness(place, *COMMANDS[name], "--format", "json", code=None)
     assert not hidden(done.stdout + done.stderr)
     found = json.loads(done.stdout)
     if name in ("compare", "leaderboard"):
         assert HOSTILE in "\n".join(strings(found))
     if name == "compare":
-        done = harness(place, *COMMANDS[name], "--format", "csv")
+        done = commands.harness(place, *COMMANDS[name], "--format", "csv")
         assert PREDICTIONS in {row["a"] for row in csv.DictReader(io.StringIO(done.stdout, newline=""))}
         assert not hidden(on_terminal(place, *COMMANDS[name], "--format", "csv"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.mirrors import NAME, ROWS, VALID, client, empty_store, history, losses, mlflow_runs, record, root
+from support.mirrors import NAME, ROWS, VALID, client, history, losses, mlflow_runs, record, root
 
 from harness import tracking
 from harness.errors import UserError
@@ -22,7 +22,7 @@ from harness.masking import masked
 from harness.store import write, write_json
 from harness.tracking import server
 
-__all__ = ["empty_store", "root"]  # fixtures
+__all__ = ["root"]  # a fixture
 
 
 def test_everything_on_disk_is_in_mlflow(root):

@@ -14,14 +14,14 @@ from socket import create_server
 from threading import Thread
 
 import pytest
-from support.mirrors import NAME, ROWS, client, empty_store, history, losses, mlflow_runs, record, root
+from support.mirrors import NAME, ROWS, client, history, losses, mlflow_runs, record, root
 
 from harness import tracking
 from harness.errors import UserError
 from harness.store import write_json
 from harness.tracking import stores
 
-__all__ = ["empty_store", "root"]  # fixtures
+__all__ = ["root"]  # a fixture
 SECRET = "s3cr3t"
 
 

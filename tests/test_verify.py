@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import commands
 from support.golden_pairs import PREDICTIONS, REFERENCES
 
 from harness import metrics
@@ -21,6 +22,7 @@ from harness.metrics.settings import ScoreConfig
 from harness.scoring import verify
 
 OURS = re.compile(r"(p|r)\.csv: \d|verifying \d|warning: |per image: |error: --verify: |$")
+FILES = ("p.csv", "--references", "r.csv")
 COUNTED = ("rouge1", "bleu1", "cider")
 
 
@@ -47,7 +49,7 @@ def golden() -> tuple[list[str], list[str]]:
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "harness", "score", "p.csv", "--references", "r.csv", *arguments]
+    command = [sys.executable, "-m", "harness", "score", *FILES, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=500)
     assert done.returncode == code, done.stdout + done.stderr
     assert [line for line in done.stderr.splitlines() if not OURS.match(line)] == []
@@ -59,7 +61,9 @@ def test_the_command_compares_with_every_package(golden, tmp_path):
     for name, side in zip(("p.csv", "r.csv"), golden, strict=True):
         table(tmp_path / name, side)
     wanted = ("--standins", "--metrics", "bertscore,rouge1,bleu1,cider,clipscore", "--verify", "8")
-    found = json.loads(harness(tmp_path, *wanted, "--format", "json").stdout)["verified"]
+    done = commands.harness(tmp_path, "score", *FILES, *wanted, "--format", "json")
+    assert [line for line in done.stderr.splitlines() if not OURS.match(line)] == []
+    found = json.loads(done.stdout)["verified"]
     compared = {name: one for name, one in found.items() if one["ok"] is not None}
     assert set(compared) == {"bertscore", "rouge1", "bleu1", "cider", "cider_ptb"}
     assert all(one["ok"] and one["difference"] <= 1e-6 and one["rows"] >= 6 for one in compared.values())

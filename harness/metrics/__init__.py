@@ -51,6 +51,7 @@ __all__ = [
     "identities_of",
     "image_gap",
     "is_absent",
+    "named",
     "problems",
     "read_arrays",
     "references_fingerprint",
@@ -331,6 +332,12 @@ def _score(
         per_image=measured.per_image,
         statistics=measured.statistics,
     )
+
+
+def named(name: str) -> Metric | None:
+    """The metric, or the reading of one, by its name; None for a mean of metrics."""
+    beside = READINGS.get(name)
+    return METRICS[beside].readings[name] if beside else METRICS.get(name)
 
 
 def aggregate(name: str) -> bootstrap.Aggregate | None:

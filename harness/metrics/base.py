@@ -185,6 +185,24 @@ class Standin:
     build: Callable[[Sequence[Path], Sequence[str], Path], None] | None = None
 
 
+Pairs = Sequence[tuple[str, str]]
+"""(prediction, reference) of each row."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """How the original package scores: `scores` of pairs (n,), each one alone unless `corpus`.
+
+    A corpus metric's scores depend on all pairs. The package gets the captions after the official
+    pre-processing, or, where it is `raw`, as read.
+    """
+
+    package: str
+    scores: Callable[[Inputs, Pairs], Sequence[float]]
+    corpus: bool = False
+    raw: bool = False
+
+
 def _nothing() -> None:
     pass
 
@@ -242,8 +260,9 @@ class Metric:
 
     `aggregate` maps summed statistics (..., k) to the scores (...) of a corpus metric. `neural` metrics use
     the device, the others run beside them in a thread. `weights` may be shared with another metric. `java`:
-    it runs on Java, and `stop` ends that in the middle of an answer. `readings` are reported beside it, by
-    name, where it is not established which of them is official.
+    it runs on Java, and `stop` ends that in the middle of an answer. `original` is the package that it has to
+    agree with. `readings` are reported beside it, by name, where it is not established which of them is
+    official.
     """
 
     measure: Callable[[Inputs], Measured]
@@ -252,6 +271,7 @@ class Metric:
     weights: Weights | None = None
     java: bool = False
     stop: Callable[[], None] = _nothing
+    original: Original | None = None
     readings: Mapping[str, "Metric"] = field(default_factory=dict)
 
 

@@ -5,12 +5,14 @@ encoded in padded batches, but matched on their own tokens only (Zhang et al. 20
 of a text depends on that text alone, so that scores repeat to the bit whatever was embedded before.
 """
 
+import contextlib
 import functools
 import json
 import math
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from harness.metrics.base import (
     Inputs,
     Measured,
     Metric,
+    Original,
+    Pairs,
     Standin,
     Weights,
     at_hand,
@@ -42,6 +46,7 @@ from harness.metrics.base import (
     sign,
 )
 from harness.metrics.cache import Embedded, Row, TextCache
+from harness.metrics.expected import silenced
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 from harness.store import fingerprint
@@ -375,9 +380,38 @@ def _encoder(folder: Path, layer: int, precision: str) -> Any:
     return model
 
 
+def _original(inputs: Inputs, pairs: Pairs) -> list[float]:
+    from bert_score import BERTScorer
+
+    checkpoint, layer = locate(inputs.config.bertscore)
+    idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
+    with silenced(), _without_t5(checkpoint.folder) as folder:
+        # without a pool of processes: forked beside our threads it hung, or said on the terminal how it ends
+        how = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
+        scorer = BERTScorer(model_type=folder, **how)
+    if cut:  # as the tokenizer of that time, which knew a limit
+        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
+    if idf:
+        scorer.compute_idf(inputs.clean_references)
+    return [scorer.score([prediction], [reference])[2].item() for prediction, reference in pairs]
+
+
+@contextlib.contextmanager
+def _without_t5(folder: Path) -> Iterator[str]:
+    """A link to a folder: bert-score takes every path with `t5` in it for a T5."""
+    with contextlib.ExitStack() as kept:
+        place = "t5"
+        while "t5" in place:
+            place = kept.enter_context(tempfile.TemporaryDirectory())
+        link = Path(place, "encoder")
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield str(link)
+
+
 METRIC = Metric(
     measure,
     neural=True,
+    original=Original("bert-score", _original),
     weights=Weights(
         "bertscore",
         BertScoreConfig,

@@ -12,6 +12,8 @@ from harness.metrics.base import (
     Inputs,
     Measured,
     Metric,
+    Original,
+    Pairs,
     Standin,
     Weights,
     at_hand,
@@ -125,9 +127,28 @@ def _build_standin(_: Sequence[Path], captions: Sequence[str], folder: Path) -> 
     standins.build_bleurt(captions, folder)
 
 
+def _original(inputs: Inputs, pairs: Pairs) -> list[float]:
+    import torch
+    from bleurt_pytorch import BleurtForSequenceClassification, BleurtTokenizer
+
+    folder = checkpoints.find(inputs.config.bleurt.checkpoint).folder
+    tokenizer = BleurtTokenizer.from_pretrained(folder)
+    model = BleurtForSequenceClassification.from_pretrained(folder).eval().to(inputs.device)
+    longest = min(512, model.config.max_position_embeddings)
+    found = []
+    for prediction, reference in pairs:
+        encoded = tokenizer(
+            [reference], [prediction], truncation=True, max_length=longest, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            found.append(model(**encoded.to(inputs.device)).logits.item())
+    return found
+
+
 METRIC = Metric(
     measure,
     neural=True,
+    original=Original("bleurt-pytorch", _original),
     weights=Weights(
         "bleurt",
         BleurtConfig,

@@ -1,6 +1,9 @@
 """Remarks of libraries that say nothing new to a person who scores: they stay off the terminal."""
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 
 REMARKS = (
     # texts are cut, and the rows that were are named in a warning of ours
@@ -30,3 +33,16 @@ def quieten() -> None:
     theirs.get_logger()  # gives the library its handler
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_unexpected)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What a package and its Java say of their progress, kept off the terminal; errors are raised."""
+    kept = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

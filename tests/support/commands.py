@@ -1,6 +1,7 @@
 """`python -m harness` in a process of its own, without ten seconds of imports each time.
 
-A server process imports torch, transformers and DeepSpeed once and forks for every command. What a test
+A server process imports torch, transformers and DeepSpeed once and forks for every command. Another one
+imports MLflow and forks for every process that mirrors runs to MLflow while a command goes on. What a test
 gives to a command (folder, environment, streams) reaches the fork; what could act on the imports themselves
 (another locale, device or thread count) gets a Python of its own. Quickstart and tests of start-up, signals,
 memory and terminals always use one.
@@ -11,19 +12,28 @@ import io
 import json
 import os
 import runpy
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
-HEAVY = ("harness.training.train", "harness.decoding.predict", "harness.scoring", "bert_score")
+TESTS = Path(__file__).parents[1]
+IMPORTS = {
+    "commands": ("harness.training.train", "harness.decoding.predict", "harness.scoring", "bert_score"),
+    "mirrors": ("harness.cli", "harness.tracking", "mlflow.store.tracking.sqlalchemy_store"),
+}
+"""What the servers import before they fork."""
 SAFE = ("COLUMNS", "MLFLOW_", "HARNESS_", "PYTEST_")
 """Variables that no import reads, by how their names begin."""
+FOLLOW = ["-m", "harness", "sync", "--follow"]
+"""The arguments of a process that mirrors runs while they go on."""
 
-_server: "_Server | None" = None
+_servers: dict[str, "_Server"] = {}
 
 
 def harness(
@@ -40,9 +50,33 @@ def harness(
     if _acts_on_imports(environment):
         done = _alone(folder, arguments, environment, timeout)
     else:
-        done = _warm().run(folder, arguments, environment, timeout)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            ended = on_streams(folder, arguments, environment, (out.fileno(), err.fileno()), timeout)
+            done = subprocess.CompletedProcess(["harness", *arguments], ended, _read(out), _read(err))
     assert code is None or done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def on_streams(
+    folder: Path,
+    arguments: Sequence[str | Path],
+    environment: Mapping[str, str],
+    streams: tuple[int, int],
+    timeout: float = 500,
+) -> int:
+    """Run the command line on file descriptors for what it prints and for its errors -> its exit code."""
+    return _server("commands").run(folder, arguments, environment, timeout, streams)
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding="utf-8").read()
+
+
+def mirror_by_server(monkeypatch) -> None:
+    """Have commands that run in this process start what mirrors their runs by the server for it, too."""
+    monkeypatch.setattr(_Popen, "mirrors", _server("mirrors").path)
+    monkeypatch.setattr(subprocess, "Popen", _Popen)
 
 
 def _alone(folder, arguments, environment, timeout) -> subprocess.CompletedProcess[str]:
@@ -57,76 +91,99 @@ def _acts_on_imports(environment: Mapping[str, str]) -> bool:
     return any(not name.startswith(SAFE) for name in names)
 
 
-def _warm() -> "_Server":
-    global _server
-    if _server is None or _server.process.poll() is not None:
-        _server = _Server()
-    return _server
+def _server(name: str) -> "_Server":
+    if name not in _servers or _servers[name].process.poll() is not None:
+        _servers[name] = _Server(IMPORTS[name])
+    return _servers[name]
 
 
 class _Server:
-    """The side of the tests."""
+    """The side of the tests: a server process, which ends with this one, and the socket where it listens."""
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "support.commands", str(theirs.fileno())]
-        tests = Path(__file__).parents[1]
-        # Ends with this process: the socket is closed then.
-        self.process = subprocess.Popen(command, cwd=tests, env=environment, pass_fds=[theirs.fileno()])
-        theirs.close()
-        self.socket = ours
+    def __init__(self, imports: tuple[str, ...]) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = f"{self.folder.name}/socket"
+        command = [sys.executable, "-m", "support.commands", "serve"]
+        pipes = {"stdin": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": TESTS}
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.path)
+            listener.listen()
+            number = listener.fileno()
+            self.process = subprocess.Popen([*command, str(number), *imports], pass_fds=[number], **pipes)
 
-    def run(self, folder, arguments, environment, timeout) -> subprocess.CompletedProcess[str]:
+    def run(self, folder, arguments, environment, timeout, streams: tuple[int, int]) -> int:
+        """Run a command that writes to `streams` -> its exit code."""
         asked = {
             "folder": str(folder),
             "arguments": list(map(str, arguments)),
             "environment": dict(environment),
+            "mirrors": _server("mirrors").path if arguments[0] in ("run", "study") else None,
         }
-        with (
-            tempfile.TemporaryFile() as given,
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-        ):
-            given.write(json.dumps(asked).encode())
-            given.seek(0)
-            self.socket.settimeout(timeout)
-            socket.send_fds(self.socket, [b"."], [given.fileno(), out.fileno(), err.fileno()])
-            try:
-                code = int(self.socket.recv(16))
-            except TimeoutError:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                raise
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(io.TextIOWrapper(file, encoding="utf-8").read())
-        return subprocess.CompletedProcess(["harness", *arguments], code, *texts)
+        with open(os.devnull, "rb") as nothing:
+            return _ask(self.path, asked, (nothing.fileno(), *streams), timeout)
 
 
-def _serve(connection: socket.socket) -> None:
-    """Fork for every command that is asked for, one at a time, until the tests have ended."""
+def _ask(path: str, asked: dict, streams: tuple[int, int, int], timeout: float | None) -> int:
+    """Have a server run a command -> its exit code. The command is killed when this process is gone."""
+    with socket.socket(socket.AF_UNIX) as connection, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(asked).encode())
+        given.seek(0)
+        connection.settimeout(timeout)
+        connection.connect(path)
+        socket.send_fds(connection, [b"."], [given.fileno(), *streams])
+        return int(connection.recv(16))
+
+
+def _serve(listener: socket.socket) -> None:
+    """Fork for every command that is asked for, until the tests have ended."""
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ)
+    waiting.register(0, selectors.EVENT_READ)
+    running: dict[int, tuple[int, socket.socket]] = {}  # pid and connection by pidfd
     while True:
-        message, files, _, _ = socket.recv_fds(connection, 1, 3)
-        if not message:
-            return
-        child = os.fork()
-        if child == 0:
-            connection.close()
-            _become(*files)
-        for file in files:
-            os.close(file)
-        _, status = os.waitpid(child, 0)
-        connection.send(str(os.waitstatus_to_exitcode(status)).encode().ljust(16))
+        for key, _ in waiting.select():
+            if key.fd == 0:
+                return  # the tests have ended
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                _, files, _, _ = socket.recv_fds(connection, 1, 4)
+                pid = os.fork()
+                if pid == 0:
+                    for one in list(waiting.get_map()):
+                        os.close(one)
+                    connection.detach()
+                    _become(*files)
+                for file in files:
+                    os.close(file)
+                ended = os.pidfd_open(pid)
+                running[ended] = (pid, connection)
+                waiting.register(ended, selectors.EVENT_READ)
+                waiting.register(connection, selectors.EVENT_READ, ended)
+            elif key.fd in running:
+                pid, connection = running.pop(key.fd)
+                _, status = os.waitpid(pid, 0)
+                with contextlib.suppress(OSError):  # the one who asked may be gone
+                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+                waiting.unregister(key.fd)
+                if connection in {one.fileobj for one in waiting.get_map().values()}:
+                    waiting.unregister(connection)
+                os.close(key.fd)
+                connection.close()
+            else:  # the one who asked is gone
+                waiting.unregister(key.fileobj)
+                if key.data in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(running[key.data][0], signal.SIGKILL)
 
 
-def _become(given: int, out: int, err: int) -> None:
+def _become(given: int, *streams: int) -> None:
     """Be `python -m harness` in the folder and environment that were asked for; never returns."""
+    os.setsid()  # so that a command that hangs is ended with all it has started
     with open(given, "rb") as file:
         asked = json.loads(file.read())
-    for at, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), out, err)):
+    for at, descriptor in enumerate(streams):
         os.dup2(descriptor, at)
-        os.close(descriptor)
+    os.closerange(3, max(streams) + 1)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
@@ -135,6 +192,8 @@ def _become(given: int, out: int, err: int) -> None:
     os.chdir(asked["folder"])
     sys.path[0] = asked["folder"]
     sys.argv = ["harness", *asked["arguments"]]
+    _Popen.mirrors = asked["mirrors"]
+    subprocess.Popen = _Popen
     code: object = 1
     try:
         runpy.run_module("harness", run_name="__main__", alter_sys=True)
@@ -149,9 +208,22 @@ def _become(given: int, out: int, err: int) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
+class _Popen(subprocess.Popen):
+    """Starts processes that mirror runs by the server for them, through a small process in their place."""
+
+    mirrors: str | None = None
+
+    def __init__(self, args, *more, **named) -> None:
+        if self.mirrors and list(args[1:5]) == FOLLOW:
+            args = [args[0], "-IS", __file__, "ask", self.mirrors, *args[3:]]
+        super().__init__(args, *more, **named)
+
+
 if __name__ == "__main__":
-    os.setsid()  # so that a test that hangs is ended with all it has started
+    if sys.argv[1] == "ask":
+        there = {"folder": os.getcwd(), "environment": dict(os.environ), "mirrors": None}
+        sys.exit(_ask(sys.argv[2], there | {"arguments": sys.argv[3:]}, (0, 1, 2), None))
     with contextlib.suppress(ImportError):
-        for name in HEAVY:
+        for name in sys.argv[3:]:
             __import__(name)
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[2])))

@@ -1,11 +1,13 @@
 """Experiment files: a small one that runs in seconds, and what a file with mistakes gets to read."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from harness.config.experiment import load
 from harness.errors import UserError
+from support.commands import harness
 
 EXPERIMENT = """
 name: small
@@ -36,6 +38,30 @@ variants:
   opt: {}
   opt_dedup: {postprocess: {deduplicate: true}}
 """
+
+
+def run_small(folder: Path) -> None:
+    """Run the small experiment in `folder`/run, and keep what it left on disk in `folder`/kept.
+
+    MLflow knows the place of its artifacts, so that only the first is a whole project.
+    """
+    place = folder / "run"
+    place.mkdir()
+    (place / "small.yaml").write_text(EXPERIMENT)
+    done = harness(place, "run", "small.yaml")
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    for name in ("data", "runs", "submissions"):
+        shutil.copytree(place / name, folder / "kept" / name)
+
+
+def begin(finished: Path, folder: Path, experiment: str = EXPERIMENT) -> Path:
+    """A project with the images and the untrained model of what `run_small` keeps."""
+    kept = finished / "kept"
+    for name in ("data", *(step.relative_to(kept) for step in kept.glob("runs/steps/tiny-*/"))):
+        shutil.copytree(kept / name, folder / name)
+    (folder / "small.yaml").write_text(experiment)
+    return folder
 
 
 def write(folder: Path, text: str, name: str = "e.yaml") -> Path:

@@ -89,16 +89,6 @@ def losses(root: Path, rows: list[dict[str, Any]], end: str = "\n") -> None:
     write(root / "steps" / "train-1" / "losses.jsonl", text)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> bytes:
-    """MLflow's database with its tables: making them takes longer than all the rest."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file.read_bytes()
-
-
 @pytest.fixture
 def root(tmp_path, monkeypatch, empty_store) -> Path:
     """runs/ in a folder of its own, with a store that plain `mlflow ui` would show there."""

@@ -1,0 +1,189 @@
+"""What stands in a dict of the harness is known to the schema, the reference, the fingerprints and `unload`.
+
+A metric, an edition, a loss or a family is added in one place. These tests fail for one that another room
+does not know.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from harness.config import reference
+from harness.config.editions import EDITIONS, LayoutName
+from harness.config.schema import Config, keys
+from harness.config.sections import DataConfig, PhantomConfig
+from harness.data import load
+from harness.data.readers import LAYOUTS
+from harness.decoding.postprocess import PostprocessConfig
+from harness.metrics import METRICS, all_weights
+from harness.metrics.base import STANDIN, Weights
+from harness.metrics.settings import ScoreConfig
+from harness.models import FAMILIES
+from harness.models.settings import ModelConfig
+from harness.steps import STEPS
+from harness.steps.plan import Plan
+from harness.training import train
+from harness.training.losses import LOSSES
+from harness.training.settings import LossesConfig
+
+ROOT = Path(__file__).parents[1]
+PAGE = reference.page({})
+KEYS = {".".join(key) for key in keys()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function from parts of the config to the fingerprints of a run's steps, by name."""
+    root = tmp_path_factory.mktemp("rooms")
+    data = load(DataConfig(root=root / "set", phantom=PhantomConfig(train=6, valid=3, test=2)), root / "runs")
+    known: dict[str, Any] = {"name": "a", "data": {"root": data.root}}
+
+    def prints(**values: Any) -> dict[str, str]:
+        score = {"bertscore": {"checkpoint": STANDIN}} | values.pop("score", {})
+        config = Config.model_validate(known | values | {"score": score})
+        return {name: step.directory.name for name, step in Plan(config, data, root).steps.items()}
+
+    return prints
+
+
+def row(key: str) -> list[str]:
+    """The cells of a row of the reference."""
+    (found,) = re.findall(rf"^\| {re.escape(key)} \| (.*) \|$", PAGE, re.MULTILINE)
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", found)]
+
+
+def words(cell: str) -> list[str]:
+    """The values that a cell allows."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# --- METRICS ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_in_the_schema_and_the_reference(name):
+    assert ScoreConfig(metrics=[name]).metrics == (name,)
+    assert name in words(row("`score.metrics`")[0])
+    years = [str(year) for year, edition in EDITIONS.items() if name in edition.metrics]
+    assert row(f"`{name}`") == [", ".join(years)]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_in_the_fingerprint_of_scores(name, made):
+    others = [other for other in METRICS if other != name]
+    assert (
+        made(score={"metrics": others})["score-after"]
+        != made(score={"metrics": [*others, name]})["score-after"]
+    )
+
+
+@pytest.mark.parametrize("section", all_weights())
+def test_weights_have_a_section_with_a_description_and_a_way_to_forget_them(section):
+    weights = all_weights()[section]
+    assert ScoreConfig.model_fields[section].annotation is weights.schema
+    assert weights.path in KEYS
+    assert row(f"`score.{section}`")[-1]
+    assert row(f"`{weights.path}`")[-1]
+    neural = [name for name, metric in METRICS.items() if metric.neural and metric.weights is weights]
+    assert not neural or weights.unload is not Weights.unload, f"{neural} keep their models"
+
+
+# --- EDITIONS --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("year", EDITIONS)
+def test_an_edition_is_in_the_schema_and_the_reference(year):
+    assert EDITIONS[year].year == year
+    assert str(year) in words(row("`edition`")[0])
+    heads = re.findall(r"^\|  \| ([\d |]+) \|$", PAGE, re.MULTILINE)
+    assert str(year) in heads[0].split(" | ")
+
+
+@pytest.mark.parametrize("year", EDITIONS)
+def test_an_edition_asks_for_what_there_is(year):
+    edition = EDITIONS[year]
+    assert set(edition.metrics) <= set(METRICS)
+    assert set(edition.weights) <= set(all_weights())
+    for score in filter(None, (*edition.aggregates, edition.primary)):
+        assert set(edition.parts(score)) <= set(edition.metrics)
+    for images in (edition.images, *edition.subtasks.values()):
+        assert not images or set(images) == {"train", "valid", "test"}
+
+
+def test_every_edition_is_in_the_fingerprint_of_scores(made):
+    assert len({made(edition=year)["score-after"] for year in EDITIONS}) == len(EDITIONS)
+
+
+def test_every_layout_of_data_can_be_read():
+    assert get_args(LayoutName) == tuple(LAYOUTS)
+
+
+# --- LOSSES, FAMILIES, post-processing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_in_the_schema_the_reference_and_the_rows_of_training(name):
+    assert getattr(LossesConfig(**{name: 0.5}), name) == 0.5
+    assert row(f"`train.stages[].losses.{name}`")[-1]
+    assert f"{name}_loss" in train.TERMS
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_in_the_fingerprint_of_training(name, made):
+    weights = dict.fromkeys(LOSSES, 1.0)
+    stages = [[{"epochs": 1, "losses": weights | {name: value}}] for value in (1.0, 0.5)]
+    one, other = (made(train={"stages": stage})["train"] for stage in stages)
+    assert one != other
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_in_the_schema_and_the_reference(name):
+    assert ModelConfig(family=name).family == name
+    assert name in words(row("`model.family`")[0])
+
+
+def test_every_family_is_in_the_fingerprint_of_training(made):
+    assert len({made(model={"family": name})["train"] for name in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("key", PostprocessConfig.model_fields)
+def test_a_rule_of_post_processing_is_in_its_fingerprint(key, made):
+    default = PostprocessConfig().model_dump()[key]
+    one, other = (made(postprocess={key: value})["postprocess-valid"] for value in (default, not default))
+    assert one != other
+
+
+# --- STEPS ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
+def test_a_steps_section_is_in_the_schema_and_the_reference(step):
+    if step.section:
+        key, _, default = step.section
+        assert Config.model_fields[key].default == default
+        assert row(f"`{key}`")[-1]
+
+
+def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
+    found = made(model={"checkpoint": "tiny"}, score={"bleurt": {"checkpoint": STANDIN}})
+    assert {name.partition("-")[0] for name in found.values()} == {step.kind for step in STEPS}
+
+
+# --- The layers ------------------------------------------------------------------------------------------
+
+
+def test_every_room_has_a_layer():
+    """A room without one could import upwards, and nothing would say so."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    known = {name for layer in layers for name in re.split(r"\s*[|:]\s*", layer)}
+    for path in (ROOT / "harness").iterdir():
+        name = f"harness.{path.stem}"
+        if name in known or path.stem.startswith("__init") or not (path.suffix or any(path.glob("*.py"))):
+            continue
+        parts = {f"{name}.{part.stem}" for part in path.glob("*.py") if part.stem != "__init__"}
+        assert parts, name
+        assert parts <= known, parts - known
