@@ -246,7 +246,7 @@ def run(
         int | None, typer.Option(min=1, help="Devices (or processes, on CPUs) of this machine to train on.")
     ] = None,
     hostfile: Annotated[
-        Path | None, typer.Option(help="Hosts to train on, a line `name slots=8` each, as for deepspeed.")
+        Path | None, typer.Option(help="File with a line `name slots=8` for each host, as for DeepSpeed.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the runs and which steps are done; start nothing.")
@@ -389,7 +389,7 @@ def _print_records(records: list[dict[str, Any]], output: Format) -> None:
 
 @app.command(rich_help_panel=_HOUSE)
 def sync(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder; all runs when left out.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default all runs.")] = None,
     follow: Annotated[Path | None, typer.Option(hidden=True)] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:

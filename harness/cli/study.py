@@ -56,7 +56,7 @@ def run(
     device: DeviceOption = None,
     output: Output = Format.table,
 ) -> None:
-    """Run trials up to the number wanted; `study FILE` does the same.
+    """Run trials until the study has the number in its file; `study FILE` does the same.
 
     After an interruption the same command continues with the trials that were not finished.
 

@@ -153,7 +153,7 @@ def check(
     ] = None,
     output: ReportFormat = Report.table,
 ) -> None:
-    """Print every reason for which a file would be refused or misread; exit code 3 if there are any.
+    """Print every reason to refuse or misread a file; exit code 3 if there are any.
 
     With --fix the exit code says whether OUT is valid.
 

@@ -53,11 +53,13 @@ class DeviceName(StrEnum):
 Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. train.batch_size=32."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.batch_size=32."),
 ]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
 ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]
-DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Overrides the experiment's.")]
+DeviceOption = Annotated[
+    DeviceName | None, typer.Option("--device", help="Overrides the device of the experiment.")
+]
 
 
 class Terminal:
