@@ -19,6 +19,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "submissions" / "README.md",
 ]
+LINKS = re.compile(r"""(?:\]\(|src="|srcset=")([^)"]+)[)"]""")
+PICTURES = sorted(file for kind in ("png", "svg") for file in (ROOT / "docs").glob(f"*.{kind}"))
 
 
 def printed() -> str:
@@ -83,9 +85,26 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target in LINKS.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:
             name, _, anchor = target.partition("#")
             there = page.parent / name if name else page
             assert there.exists(), target
             assert not anchor or anchor in anchors(there), target
+
+
+def test_pictures_are_small_and_shown():
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert len(PICTURES) >= 4
+    for picture in PICTURES:
+        assert picture.stat().st_size < 150_000
+        assert picture.name in shown
+
+
+def test_the_two_pictures_of_the_flow_differ_in_colours_alone():
+    light, dark = (
+        (ROOT / "docs" / f"flow-{name}.svg").read_text(encoding="utf-8") for name in ("light", "dark")
+    )
+    color = re.compile(r"#[0-9a-f]{6}\b")
+    assert light != dark
+    assert color.sub("", light) == color.sub("", dark)

@@ -45,10 +45,10 @@ def compare(
     ] = False,
     sets: Sets = None,
     device: DeviceOption = None,
-    resamples: Annotated[int, typer.Option(min=99, help="Random swaps behind each p value.")] = 9_999,
+    resamples: Annotated[int, typer.Option(min=99, help="Number of random swaps for each p value.")] = 9_999,
     output: Output = Format.table,
 ) -> None:
-    """Say which differences between runs or files of captions are real at 95 %, metric by metric.
+    """Show which differences between runs or files of captions are real at 95 %, metric by metric.
 
     A difference is real if p < 0.05 (Holm-corrected for more than two) and its interval does not contain 0.
 

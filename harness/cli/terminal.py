@@ -1,6 +1,7 @@
 """What the commands share: how results are printed, progress on a terminal, options."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import visible
+from harness.masking import masked
 
 
 class Format(StrEnum):
@@ -34,6 +36,11 @@ class Task(StrEnum):
     concept = "concept"
 
 
+def command_line() -> str:
+    """The command as the user gave it, for records; passwords are masked."""
+    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
+
+
 class DeviceName(StrEnum):
     """Which device a run uses."""
 
@@ -46,11 +53,13 @@ class DeviceName(StrEnum):
 Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. train.batch_size=32."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.batch_size=32."),
 ]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
 ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]
-DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Overrides the experiment's.")]
+DeviceOption = Annotated[
+    DeviceName | None, typer.Option("--device", help="Overrides the device of the experiment.")
+]
 
 
 class Terminal:

@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from harness.models.base import Family
     from harness.models.settings import ModelConfig
 
-FAMILIES = {"blip2": "harness.models.blip2"}
+FAMILIES = {
+    "blip2": "harness.models.blip2",
+}
 """The module of each `model.family`; what it holds is stated by `base.Family`."""
 
 

@@ -8,4 +8,11 @@ from harness.steps.standin import Standin
 from harness.steps.tiny import Tiny
 from harness.steps.train import Train
 
-STEPS: tuple[type[Step], ...] = (Tiny, Standin, Train, Predict, Postprocess, Score)
+STEPS: tuple[type[Step], ...] = (
+    Tiny,
+    Standin,
+    Train,
+    Predict,
+    Postprocess,
+    Score,
+)

@@ -33,4 +33,7 @@ def concept(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Te
     return weight * computed.concept / max(tokens["concept"], 1)
 
 
-LOSSES: dict[str, Loss] = {"caption": caption, "concept": concept}
+LOSSES: dict[str, Loss] = {
+    "caption": caption,
+    "concept": concept,
+}
