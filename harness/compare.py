@@ -114,9 +114,10 @@ def compare(
         for metric in _names(systems, metrics)
         for a, b in combinations(systems, 2)
     ]
-    contrasts = [one for one in found if isinstance(one, _Contrast)]
-    tested = iter(_test(contrasts, resamples, seed) if contrasts else ())
-    found = [next(tested) if isinstance(one, _Contrast) else one for one in found]
+    contrasts = [number for number, one in enumerate(found) if isinstance(one, _Contrast)]
+    tested = _test([found[number] for number in contrasts], resamples, seed) if contrasts else []
+    for number, one in zip(contrasts, tested, strict=True):
+        found[number] = one
     if all(one.reason for one in found):
         problems = [Problem(f"{one.metric}: {one.reason}", f"{one.a} / {one.b}") for one in found]
         raise UserError(problems, "No metric can be compared.", exit_code=1)

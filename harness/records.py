@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from harness.captions import read_captions
 from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
-from harness.store import bytes_of, damage_of, parsed
+from harness.store import bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
 Record = Mapping[str, Any]
@@ -222,6 +222,16 @@ def _runs_near(folder: Path) -> str:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
     return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+
+
+def name_of(record: Record) -> str:
+    """The name of a run in its experiment."""
+    return run_name(record["variant"], record["seed"])
+
+
+def full_name(record: Record) -> str:
+    """The name of a run with that of its experiment, as under runs/ and submissions/."""
+    return f"{record['name']}/{name_of(record)}"
 
 
 def root(folder: Path, record: Record) -> Path:

@@ -236,9 +236,9 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
     made = []
     for split, step in plan.submitted.items():
         captions = read_captions(step.directory / PREDICTIONS)
-        directory = SUBMISSIONS / plan.config.name / plan.config.run_name
+        directory = SUBMISSIONS / records.full_name(record)
         manifest = {
-            "run": f"{plan.config.name}/{plan.config.run_name}",
+            "run": records.full_name(record),
             "split": split,
             "standin_model": record["standin_model"],
             "commit": record["git"],

@@ -17,6 +17,11 @@ LARGE = 64_000_000
 """Bytes. The SHA-256 of a larger file of a step is checked only when it is read, of others by every run."""
 
 
+def run_name(variant: str, seed: int) -> str:
+    """The name of a run in its experiment, and of its folder."""
+    return f"{variant}-s{seed}"
+
+
 def fingerprint(value: Any) -> str:
     """12 hex digits that name a JSON-like value, the same in every process."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -30,13 +29,14 @@ from harness.cli.terminal import (
     ReportFormat,
     Sets,
     Terminal,
+    command_line,
 )
 from harness.errors import UserError
 from harness.machine import launch, ranks
+from harness.machine.launch import INTERRUPTED
 from harness.masking import masked
 from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_csv
 
-INTERRUPTED = 130
 _INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 _heard = threading.Event()
 _PATIENCE = 2.0
@@ -237,10 +237,6 @@ def _configs(experiment: Path, sets: list[str] | None, device: DeviceName | None
     return load(experiment, [*(sets or ()), *extra])
 
 
-def _command() -> str:
-    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
-
-
 @app.command(rich_help_panel=_RUN)
 def run(
     experiment: Experiment,
@@ -311,7 +307,8 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
     try:
         for plan in plans:
             try:
-                records += [runs.run(plan, terminal, _command(), base_of(experiment, plan.config.variant))]
+                base = base_of(experiment, plan.config.variant)
+                records.append(runs.run(plan, terminal, command_line(), base))
             except Exception:
                 with contextlib.suppress(Exception):  # the page says why the run failed; that goes before
                     reports.write(plan.folder)

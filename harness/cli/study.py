@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
+from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal, command_line
 from harness.errors import Problem, UserError
-from harness.masking import masked
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -114,10 +113,6 @@ def _folder(spec: "Study") -> Path:
     return RUNS / spec.name
 
 
-def _command() -> str:
-    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
-
-
 def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
     """Take trials in this process, or as one rank of several; mirror them unless another process does."""
     from harness import tracking
@@ -126,11 +121,11 @@ def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
 
     terminal, silent = Terminal(), Terminal(silent=True)
     if workers.is_worker() or ranks.rank():
-        work.work(spec, chosen, terminal, silent, _command(), timeout)
+        work.work(spec, chosen, terminal, silent, command_line(), timeout)
         return
     follower = tracking.start(_folder(spec))
     try:
-        work.work(spec, chosen, terminal, silent, _command(), timeout)
+        work.work(spec, chosen, terminal, silent, command_line(), timeout)
     finally:
         if late := follower.finish():
             terminal.say(late)
@@ -226,7 +221,7 @@ def best(
     spec = _load(file, sets, None, base, variant)
     study, _ = storage.open_study(spec, _folder(spec), _begun(spec))
     out = out or file.with_name(f"{file.stem}_best.yaml")
-    text = results.as_experiment(results.winner(study, spec, trial), spec, out, _command())
+    text = results.as_experiment(results.winner(study, spec, trial), spec, out, command_line())
     write(out, text)
     print(f"{out}: trial {results.winner(study, spec, trial).number} of {spec.name}")
 
@@ -297,15 +292,9 @@ def _words(spec: "Study") -> str:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else json.dumps(value)
-        if not isinstance(value, str)
-        else value
-    )
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _note(row: dict[str, Any]) -> str:

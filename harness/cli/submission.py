@@ -1,7 +1,6 @@
 """`harness submission`: make an official file, or check one."""
 
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Report, ReportFormat, Task
+from harness.cli.terminal import Report, ReportFormat, Task, command_line
 from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
-from harness.masking import masked
 from harness.visible import json_text, one_line
 
 app = typer.Typer(
@@ -111,18 +109,19 @@ def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str
     import hashlib
 
     from harness.machine.environment import git_state
+    from harness.records import full_name
 
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),
         # of a FIFO nothing is left that could be hashed
         "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
-        "command": masked(f"python -m harness {shlex.join(sys.argv[1:])}"),
+        "command": command_line(),
         "commit": git_state(),
     }
     if record is None:
         return found
     return found | {
-        "run": _run_name(record),
+        "run": full_name(record),
         "standin_model": record["standin_model"],
         "run_command": record["command"],
         "commit": record["git"],
@@ -131,17 +130,14 @@ def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str
     }
 
 
-def _run_name(record: dict[str, Any]) -> str:
-    return f"{record['name']}/{record['variant']}-s{record['seed']}"
-
-
 def _folder(source: Path, record: dict[str, Any] | None, edition: int) -> Path:
     """Beside what the run itself submitted; a folder of its own for an edition that is not the run's."""
+    from harness.records import full_name
     from harness.run import SUBMISSIONS
 
     if record is None:
         return SUBMISSIONS / source.stem
-    folder = SUBMISSIONS / _run_name(record)
+    folder = SUBMISSIONS / full_name(record)
     return folder if edition == record["edition"] else folder / str(edition)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.editions import EDITIONS
+from harness.records import full_name, name_of
 from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
@@ -43,12 +44,8 @@ def csv(records: Sequence[Record]) -> str:
             for stage, scores in stages.items():
                 for name, score in scores.items():
                     values = ["" if score.get(c) is None else score[c] for c in columns]
-                    writer.writerow([record["name"], _run_name(record), split, stage, name, *values])
+                    writer.writerow([record["name"], name_of(record), split, stage, name, *values])
     return text.getvalue()
-
-
-def _run_name(record: Record) -> str:
-    return f"{record['variant']}-s{record['seed']}"
 
 
 def show(records: Sequence[Record]) -> None:
@@ -68,7 +65,7 @@ def show(records: Sequence[Record]) -> None:
     table.add_column("image gap (rouge1)", justify="right", no_wrap=True)
     for record in records:
         scores = record["scores"].get("valid", {}).get("after", {})
-        table.add_row(_run_name(record), *(cell(scores.get(name)) for name in names), _gap(record))
+        table.add_row(name_of(record), *(cell(scores.get(name)) for name in names), _gap(record))
     if baseline := next((record["baseline"] for record in records if record["baseline"]), None):
         values = [_floor(baseline, name) for name in names]
         table.add_section()
@@ -76,12 +73,10 @@ def show(records: Sequence[Record]) -> None:
     screen.print(table)
     for line in _notes(records):
         screen.print(line)
-    screen.print(
-        "\nCheckpoints, captions, scores: " + _paths(f"runs/{r['name']}/{_run_name(r)}" for r in records)
-    )
+    screen.print("\nCheckpoints, captions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
     screen.print("Reports (images, captions, curves, for a browser):")
     for record in records:
-        screen.print(f"  runs/{record['name']}/{_run_name(record)}/report.html")
+        screen.print(f"  runs/{full_name(record)}/report.html")
     screen.print("Submissions (checked):")
     for record in records:
         for path in record["submissions"]:
@@ -124,7 +119,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
         notes |= dict.fromkeys([*record["warnings"], *record["data"].get("notes", ())])
         gap = (record["image_gap"] or {}).get("rouge1", {})
         if gap.get("low") is not None and gap["low"] <= 0:
-            notes[f"{_run_name(record)}: its captions fit other images as well (image gap)"] = None
+            notes[f"{name_of(record)}: its captions fit other images as well (image gap)"] = None
     ranking = EDITIONS[records[0]["edition"]].ranking
     notes[f"Ranking in {records[0]['edition']}: {ranking}"] = None
     return list(notes)

@@ -1,6 +1,7 @@
 """What the commands share: how results are printed, progress on a terminal, options."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import visible
+from harness.masking import masked
 
 
 class Format(StrEnum):
@@ -32,6 +34,11 @@ class Task(StrEnum):
 
     caption = "caption"
     concept = "concept"
+
+
+def command_line() -> str:
+    """The command as the user gave it, for records; passwords are masked."""
+    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
 
 
 class DeviceName(StrEnum):

@@ -12,6 +12,7 @@ from harness.config.sections import DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
 from harness.steps import STEPS
+from harness.store import run_name
 
 
 # In three classes, since keys are listed class by class.
@@ -66,8 +67,8 @@ class Config(_Steps):
 
     @property
     def run_name(self) -> str:
-        """`<variant>-s<seed>`, the name of this run in its experiment."""
-        return f"{self.variant}-s{self.seed}"
+        """The name of this run in its experiment."""
+        return run_name(self.variant, self.seed)
 
 
 def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -413,6 +413,6 @@ def _start_problems(study: Study, places: Mapping[Path_, Place]) -> list[Problem
         if parameter.key in study.start and not parameter.has(value):
             what = f"the base has {json.dumps(value)}, which is not in the space, and trial 0 is the base"
             hint = f"Widen the space, or put another {parameter.key} into overrides."
-            place = experiment.problem_at(what, ("space", parameter.key), places, study.file)
-            problems.append(Problem(place.what, place.file, place.line, place.key, hint))
+            problem = experiment.problem_at(what, ("space", parameter.key), places, study.file)
+            problems.append(replace(problem, hint=hint))
     return problems

@@ -210,9 +210,8 @@ def means(config: TrainConfig, devices: int) -> Iterator[Setup]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     sizes = [size for size in sizes if config.batch_size % (size * devices) == 0]
-    yield from (
-        Setup(devices, size, first.checkpointing, first.zero_stage, first.offload) for size in sizes[:1]
-    )
+    if sizes:
+        yield replace(first, micro_batch=sizes[0])
     for offload in dict.fromkeys((first.offload, True)):
         for stage in range(max(first.zero_stage, int(offload)), 4):
             yield from (Setup(devices, size, True, stage, offload) for size in sizes)

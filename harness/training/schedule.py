@@ -9,6 +9,9 @@ import numpy as np
 from harness.errors import Problem
 from harness.training.settings import TrainConfig
 
+_GROUPED = 50
+"""Optimiser steps whose images are sorted by length together."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -80,9 +83,6 @@ def epoch_batches(
         rest = draws.permutation([step for step in range(steps) if step != longest])
         batches = [batches[step] for step in [longest, *rest]]
     return [_longest_first(batch, lengths) for batch in batches]
-
-
-_GROUPED = 50
 
 
 def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:

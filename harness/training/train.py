@@ -217,9 +217,8 @@ class Training:
 
     def _order(self, stage: int, epoch: int) -> list[np.ndarray]:
         """The images of each optimiser step of an epoch."""
-        config = self.config
-        how = (config.batch_size, self.seed, stage, epoch, config.group_by_length)
-        return epoch_batches(self.lengths, *how)
+        grouped = self.config.group_by_length
+        return epoch_batches(self.lengths, self.config.batch_size, self.seed, stage, epoch, grouped)
 
     def _randomise(self, stage: Stage, step: int) -> None:
         """Dropout and augmentation of a step, the same whether or not training was interrupted before it."""
