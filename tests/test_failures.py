@@ -15,8 +15,9 @@ from support.experiments import EXPERIMENT, begin
 from support.mirrors import NAME, record
 from support.reports import data_of
 
-from harness import leaderboard, report, run, tracking
+from harness import leaderboard, run, tracking
 from harness.errors import Problem, Pruned, UserError
+from harness.report import sources
 from harness.tracking import server
 
 ONE = EXPERIMENT.partition("variants:")[0]
@@ -217,5 +218,5 @@ def test_old_records_with_numbers_that_are_not_finite_are_shown(tmp_path, store)
     board = leaderboard.board(2023, tmp_path / "runs")
     assert board.entries[0].value("rouge1") is None
     json.dumps(leaderboard.as_dict(board), allow_nan=False)
-    assert report._read(where).record["scores"]["valid"]["after"]["rouge1"]["value"] is None
+    assert sources.of(where).record["scores"]["valid"]["after"]["rouge1"]["value"] is None
     assert where.parent.name == Path(NAME).name

@@ -79,6 +79,23 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
 
 
 @pytest.mark.slow
+def test_a_training_of_three_stages_killed_in_each_goes_on_to_the_same_bits(folder, tmp_path):
+    """SIGKILL within and after the first epoch of a stage; the third trains again what the second freezes."""
+    both, one = {"caption": 1, "concept": 0.5}, {"caption": 1}
+    three = [{"epochs": 2, "losses": both}, {"epochs": 1, "losses": one}, {"epochs": 2, "losses": both}]
+    settings = TRAIN | {"stages": three, "checkpoint_every_steps": 2, "evaluate_every": 1}
+    train(folder, tmp_path / "whole", 1, train=settings, dropout=0.1)
+    for stage, at in ((1, 5), (2, 8), (3, 11)):
+        assert train(folder, tmp_path / "parts", 1, check=False, train=settings, dropout=0.1, kill_at=at) != 0
+        last = rows(tmp_path / "parts")[-1]
+        assert (last["stage"], last["step"]) == (stage, at)
+    train(folder, tmp_path / "parts", 1, train=settings, dropout=0.1)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero_stages", "processes", "at"),
     [

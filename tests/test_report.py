@@ -12,7 +12,7 @@ from support.models import stages
 from support.reports import captions, data_of, record, write_data, write_run
 from support.small_sets import CAPTIONS
 
-from harness import report
+from harness import pages, report
 from harness.errors import UserError
 
 
@@ -183,7 +183,7 @@ def test_no_run_is_a_mistake_with_the_runs_that_there_are(tmp_path):
 
 def palettes() -> Iterator[dict[str, str]]:
     """The colours of the page, in light and in dark."""
-    templates = Path(report.__file__).parent / "pages"
+    templates = Path(pages.__file__).parent
     text = "".join((templates / name).read_text(encoding="utf-8") for name in ("common.html", "report.html"))
     dark = re.findall(r"prefers-color-scheme: dark\) \{ :root \{(.*?)\} \}", text, re.DOTALL)
     light = [one for one in re.findall(r":root \{(.*?)\}", text, re.DOTALL) if one not in dark]

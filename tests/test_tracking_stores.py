@@ -5,7 +5,6 @@ import json
 import os
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,6 +13,7 @@ from socket import create_server
 from threading import Thread
 
 import pytest
+from support import commands
 from support.mirrors import NAME, ROWS, client, history, losses, mlflow_runs, record, root
 
 from harness import tracking
@@ -27,7 +27,7 @@ SECRET = "s3cr3t"
 
 def sync(folder: Path, run: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    command = [sys.executable, "-m", "harness", "sync", run]
+    command = commands.by_server("sync", run)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 

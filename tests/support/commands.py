@@ -73,6 +73,15 @@ def _read(file: IO[bytes]) -> str:
     return io.TextIOWrapper(file, encoding="utf-8").read()
 
 
+def by_server(*arguments: str) -> list[str]:
+    """A command that is `python -m harness ARGUMENTS` without the imports of MLflow; it may be killed."""
+    return _asking(_server("mirrors").path, arguments)
+
+
+def _asking(path: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-IS", __file__, "ask", path, *arguments]
+
+
 def mirror_by_server(monkeypatch) -> None:
     """Have commands that run in this process start what mirrors their runs by the server for it, too."""
     monkeypatch.setattr(_Popen, "mirrors", _server("mirrors").path)
@@ -215,7 +224,7 @@ class _Popen(subprocess.Popen):
 
     def __init__(self, args, *more, **named) -> None:
         if self.mirrors and list(args[1:5]) == FOLLOW:
-            args = [args[0], "-IS", __file__, "ask", self.mirrors, *args[3:]]
+            args = _asking(self.mirrors, args[3:])
         super().__init__(args, *more, **named)
 
 

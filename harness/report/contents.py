@@ -1,0 +1,222 @@
+"""What the page of a run shows, as JSON-like values."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness import records
+from harness.captions import same_in
+from harness.config.schema import Config, flat
+from harness.report import gallery, sources
+from harness.report.gallery import link
+from harness.report.sources import Captions, Run, scores
+from harness.tracking.server import failure_of, status_of
+from harness.training.resume import LOSSES, losses_of, rows_of
+
+REPORT = "report.html"
+_POINTS = 400  # of a curve's stage: more than a screen can tell apart
+_WHY = {"failed in": "step", "why": "reason", "what helps": "hint"}
+_NO_SETTING = ("variant", "seed", "name")
+
+
+def as_dict(run: Run, page: Path) -> dict[str, Any]:
+    """All that the page shows, as JSON-like values; links are relative to the folder `page`."""
+    record = run.record
+    images = sources.images(run)
+    captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
+    left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
+    same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
+    return {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "experiment": record["name"],
+        "run": run.name,
+        "facts": _facts(record),
+        "scores": _scores(record),
+        "main_metric": run.main_metric(),
+        "image_gap": {
+            name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
+        },
+        "baseline": record["baseline"],
+        "warnings": list(dict.fromkeys([*record["warnings"], *same, *left_out])),
+        "differences": differences(record),
+        "from_base": from_base(record),
+        "siblings": siblings,
+        "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
+        "curves": curves,
+        "lengths": _lengths(captions),
+        "steps": list(_steps(record)),
+        "data": _data_facts(record),
+        "environment": record["environment"],
+        "captions": gallery.shown(captions, images, run, page),
+    }
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader asks first, by name."""
+    git = record["git"]
+    changed = " (with changes that were not committed)" if git["dirty"] else ""
+    status = status_of(record, None)
+    gone = " (its process is gone)" if status != record["status"] else ""
+    return {
+        "status": status + gone,
+        **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
+        "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
+        "checkpoint": record["config"].get("model", {}).get("checkpoint"),
+        "edition": record["edition"],
+        "seed": record["seed"],
+        "started": _moment(record["started"]),
+        "ended": _moment(record["ended"]),
+        "command": record["command"],
+        "commit": git["commit"] and git["commit"] + changed,
+        "submissions": ", ".join(record["submissions"]) or None,
+    }
+
+
+def _moment(text: str | None) -> str | None:
+    return text and text.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _scores(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a metric: the validation score before and after post-processing, and that of the constant."""
+    before, after = scores(record, "before"), scores(record, "after")
+    baseline = record["baseline"] or {}
+    return [
+        {
+            "metric": metric,
+            "before": before.get(metric),
+            "after": after.get(metric),
+            "baseline": baseline.get(metric),
+            "baseline_official": metric not in baseline.get("standin", ()),
+        }
+        for metric in dict.fromkeys([*before, *after])
+    ]
+
+
+def differences(record: Mapping[str, Any]) -> list[list[Any]]:
+    """[key, the run's value, the schema's default] where the two differ, in the schema's order.
+
+    A required key has the default None, as have the keys of a section that is null by default.
+    """
+    required = {"name": "any", "edition": record["edition"], "data": {"root": ""}}
+    defaults = flat(Config.model_validate(required)) | {"data.root": None}
+    parameters = dict(record["parameters"])
+    for key in defaults:
+        if key.startswith("train.stages."):
+            parameters.setdefault(key, None)  # the run may have fewer
+    return [
+        [key, value, defaults.get(key)]
+        for key, value in parameters.items()
+        if key not in _NO_SETTING and value != defaults.get(key)
+    ]
+
+
+def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The base experiment's file and [key, the run's value, the base's] where they differ, if it has one."""
+    base = record.get("base")
+    if not base:
+        return None
+    ours, theirs = record["parameters"], base["parameters"]
+    changed = [
+        [key, ours.get(key), theirs.get(key)]
+        for key in dict.fromkeys([*ours, *theirs])
+        if key not in _NO_SETTING and ours.get(key) != theirs.get(key)
+    ]
+    return {"file": base["file"], "changed": changed}
+
+
+def _siblings(run: Run, page: Path) -> dict[str, Any]:
+    """The runs of the same experiment that lie beside this one, and the keys in which they differ."""
+    files = sorted(run.folder.resolve().parent.glob(f"*/{records.FILE}"))
+    beside, left_out = records.read_all(files, sources.NEEDS)
+    run.left_out.extend(map(str, left_out))
+    found = [Run(folder, record) for folder, record in beside]
+    every = dict.fromkeys(key for one in found for key in one.record["parameters"] if key not in _NO_SETTING)
+    settings = [{key: one.record["parameters"].get(key) for key in every} for one in found]
+    keys = [key for key in every if any(values[key] != settings[0][key] for values in settings)]
+    metric = run.main_metric()
+    return {
+        "keys": keys,
+        "runs": [
+            {
+                "run": one.name,
+                "here": one.name == run.name,
+                "status": status_of(one.record, None),
+                "values": [values[key] for key in keys],
+                "score": scores(one.record, "after").get(metric),
+                "link": link(one.folder / REPORT, page) if (one.folder / REPORT).exists() else None,
+            }
+            for one, values in zip(found, settings, strict=True)
+        ],
+    }
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
+    rows = run.read("train", LOSSES, lambda file, _: rows_of(file))
+    found = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    steps = [row for row in found if "loss" in row and "stage" in row]
+    stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
+    size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
+    names = [*losses_of(steps), "learning_rate"]
+    train = {
+        name: [point for part in stages.values() for point in _thinned(part, name, size)] for name in names
+    }
+    return {
+        "train": {name: points for name, points in train.items() if points},
+        "steps_per_point": size,
+        "stages": [[stage, part[0]["step"]] for stage, part in sorted(stages.items())],
+        "valid": [
+            {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
+            for row in found
+            if "loss" not in row
+        ],
+    }
+
+
+def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterator[list[float]]:
+    """Means of `size` steps each of one stage."""
+    points = [(row["step"], row[name]) for row in part if name in row]
+    for at in range(0, len(points), size):
+        group = points[at : at + size]
+        yield [sum(column) / len(group) for column in zip(*group, strict=True)]
+
+
+def _lengths(captions: Captions) -> dict[str, Any] | None:
+    """How many captions have how many words, in bins of `width` words from 0 on; None without captions."""
+    texts = {"references": captions.references, "predictions": captions.after or captions.before}
+    words = {name: [len(text.split()) for text in found.values()] for name, found in texts.items() if found}
+    if not words:
+        return None
+    top = max(max(counts) for counts in words.values())
+    width = max(top // 30, 1)
+    bins = {name: Counter(count // width for count in counts) for name, counts in words.items()}
+    return {
+        "width": width,
+        "counts": {name: [found[place] for place in range(top // width + 1)] for name, found in bins.items()},
+        "mean": {name: sum(counts) / len(counts) for name, counts in words.items()},
+    }
+
+
+def _steps(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each step, its folder, its seconds, and by whom it was made: a run takes over what others made."""
+    for name, folder in record["steps"].items():
+        made = record["made"].get(name)
+        own = name in record["seconds"]
+        same = made is not None and made["command"] == record["command"]
+        earlier = "an earlier run by the same command" if same else made and made["command"]
+        by = made and ("this run" if own else earlier)
+        commit = made and made["git"]["commit"]
+        seconds = record["seconds"].get(name, made["seconds"] if made else None)
+        yield {"step": name, "folder": folder, "seconds": seconds, "by": by, "commit": commit}
+
+
+def _data_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    data = record["data"]
+    splits = {f"{split} images": count for split, count in data["splits"].items()}
+    prints = {f"{split} fingerprint": value for split, value in data["fingerprints"].items()}
+    return {"root": data["root"], "layout": data["layout"], **splits, "left out": data["left_out"], **prints}
