@@ -10,6 +10,7 @@ memory and terminals always use one.
 import contextlib
 import io
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -24,7 +25,13 @@ from typing import IO
 
 TESTS = Path(__file__).parents[1]
 IMPORTS = {
-    "commands": ("harness.training.train", "harness.decoding.predict", "harness.scoring", "bert_score"),
+    "commands": (
+        "harness.training.train",
+        "harness.decoding.predict",
+        "harness.scoring",
+        "bert_score",
+        "deepspeed",
+    ),
     "mirrors": ("harness.cli", "harness.tracking", "mlflow.store.tracking.sqlalchemy_store"),
 }
 """What the servers import before they fork."""
@@ -232,6 +239,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "ask":
         there = {"folder": os.getcwd(), "environment": dict(os.environ), "mirrors": None}
         sys.exit(_ask(sys.argv[2], there | {"arguments": sys.argv[3:]}, (0, 1, 2), None))
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for one when it is imported
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.suppress(ImportError):
         for name in sys.argv[3:]:
             __import__(name)
