@@ -175,7 +175,7 @@ def test_a_damaged_or_unwritable_cache_changes_nothing(golden, tmp_path):
     folder.touch()
     config = STANDIN
     for bad in (tmp_path, folder):
-        bertscore._embeddings.cache_clear()
+        bertscore.embeddings.cache_clear()
         scores, _ = metrics.score(golden["prediction"], golden["reference"], None, config, 2023, cache=bad)
         assert scores["bertscore"].value == pytest.approx(0.649737943, abs=1e-6)
 

@@ -227,7 +227,7 @@ def test_both_metrics_and_two_texts_encode_each_image_and_text_once(folder, pict
         "_text_features",
         lambda c, ids, width: seen.extend({*map(tuple, ids)}) or texts(c, ids, width),
     )
-    clipscore._load.cache_clear()
+    clipscore.load.cache_clear()
     rows = [*pictures, *pictures]
     twice = replace(inputs(folder, rows), predictions=PREDICTIONS * 2, references=REFERENCES * 2)
     clipscore.measure(twice)
@@ -306,7 +306,7 @@ def in_another_process(folder: Path, cache: Path, caption: str, images: list[Pat
 
 def test_image_features_are_shared_with_a_second_process(folder, pictures, tmp_path):
     cache = tmp_path / "cache"
-    clipscore._load.cache_clear()
+    clipscore.load.cache_clear()
     clipscore.measure(inputs(folder, pictures, cache))
     expected = clipscore.measure(replace(inputs(folder, pictures), predictions=["a nodule"] * 5)).per_image
     Image.new("RGB", (60, 60), "gray").save(pictures[2])  # another image in an old place
@@ -318,14 +318,14 @@ def test_image_features_are_shared_with_a_second_process(folder, pictures, tmp_p
 
 def test_damage_on_disk_makes_it_slower_and_not_different(folder, pictures, tmp_path):
     cache = tmp_path / "cache"
-    clipscore._load.cache_clear()
+    clipscore.load.cache_clear()
     expected = clipscore.measure(inputs(folder, pictures, cache)).per_image
     (file,) = cache.glob("images-*.sqlite")
     with sqlite3.connect(file) as database:
         assert database.execute("SELECT count(*) FROM kept").fetchone() == (5,)
     file.write_bytes(b"no database " * 100)
     (cache / "scores.sqlite").unlink()
-    clipscore._load.cache_clear()
+    clipscore.load.cache_clear()
     found = clipscore.measure(inputs(folder, pictures, cache)).per_image
     np.testing.assert_array_equal(found, expected)
 

@@ -274,3 +274,27 @@ def test_the_leaderboard_draws_the_chosen_metric_and_leads_to_the_report(tmp_pat
     browser.follow(f"[...{lines}.querySelectorAll('a')].find((one) => one.textContent === 'report')")
     assert browser.evaluate("document.title") == "small/two-s42"
     assert browser.problems == []
+
+
+def test_every_number_by_a_standin_has_a_star(tmp_path, browser):
+    stage = {"bertscore": score(0.61, official=False), "rouge1": score(0.25)}
+    gap = {"value": 0.25, "permuted": 0.2, "gap": 0.05, "low": 0.01, "high": 0.09}
+    run = record(
+        scores={"valid": {"before": stage, "after": stage}},
+        image_gap={"bertscore": gap, "rouge1": gap, "n": 3},
+    )
+    found = captions(3)
+    write_data(tmp_path, found)
+    browser.open(report.write(write_run(tmp_path, run, found)))
+    rows = "[...document.querySelectorAll('tr')].filter((row) => row.cells[0].textContent === '{}')"
+    numbers = f"{rows}.map((row) => [...row.querySelectorAll('td.number')].map((cell) => cell.textContent))"
+    starred, plain = (browser.evaluate(numbers.format(name)) for name in ("bertscore", "rouge1"))
+    assert [len(row) for row in starred] == [len(row) for row in plain] == [5, 3, 2, 2, 2]
+    assert all("*" in cell for row in starred[1:] for cell in row)
+    assert not any("*" in cell for row in plain for cell in row)
+
+
+def test_a_run_without_training_says_so(tmp_path, browser):
+    run = record(changes={"train": {"stages": []}}, steps={})
+    browser.open(report.write(write_run(tmp_path, run, [])))
+    assert "Nothing is trained in this run" in browser.evaluate("document.body.textContent")

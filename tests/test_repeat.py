@@ -36,7 +36,7 @@ def pairs() -> list[tuple[str, str]]:
 
 def bits(pairs: list, cache: Path | None, year: int = 2023) -> list[float]:
     """BERTScore of each pair as a process scores it that holds no embedding yet."""
-    bertscore._embeddings.cache_clear()
+    bertscore.embeddings.cache_clear()
     sides = map(list, zip(*pairs, strict=True))
     return metrics.score(*sides, None, ONLY, year, cache=cache)[0]["bertscore"].per_image.tolist()
 

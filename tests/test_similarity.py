@@ -166,10 +166,10 @@ def test_an_image_is_encoded_once_for_all_captions_and_loads_of_the_model(insigh
     similarity.measure(replace(first, predictions=[f"{caption} now" for caption in PREDICTIONS]))
     assert model.model.batches == [4, 4], "texts only"
     later = replace(first, predictions=[f"{caption} then" for caption in PREDICTIONS])
-    similarity._load.cache_clear()
+    similarity.load.cache_clear()
     found = similarity.measure(later).per_image
     assert similarity.load(insight, "cpu").model.batches == [4, 4], "images from the disk"
-    similarity._load.cache_clear()
+    similarity.load.cache_clear()
     np.testing.assert_allclose(similarity.measure(replace(later, cache=None)).per_image, found, atol=1e-7)
     assert "Model loaded" not in capfd.readouterr().out
 
@@ -200,7 +200,7 @@ def test_bytecode_in_the_folder_is_not_run(insight, pictures):
     py_compile.compile(str(tokens))
     tokens.write_text(source)
     os.utime(tokens, ns=(state.st_atime_ns, state.st_mtime_ns))
-    similarity._load.cache_clear()
+    similarity.load.cache_clear()
     again = similarity.measure(inputs({"similarity": {"folder": insight}}, pictures)).per_image
     np.testing.assert_allclose(again, expected)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from harness.config.schema import Config, keys
-from harness.config.yamlfile import Path_, Place, no_file, parse, parse_text, places_of
+from harness.config.yamlfile import KeyPath, Place, no_file, parse, parse_text, places_of
 from harness.errors import AcrossKeys, Problem, UserError
 
 _BASES, _RUNS = 20, 1_000
@@ -23,7 +23,7 @@ _SHOWN, _LONGEST = 50, 80
 
 
 def load(
-    file: Path | str, sets: Sequence[str] = (), amended: tuple[Mapping, Mapping[Path_, Place]] = ({}, {})
+    file: Path | str, sets: Sequence[str] = (), amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {})
 ) -> list[Config]:
     """Read an experiment file into its runs, variants x seeds in the order written.
 
@@ -72,7 +72,7 @@ def load(
 
 
 def _variants(
-    values: dict, places: Mapping[Path_, Place], file: Path | str, problems: list[Problem]
+    values: dict, places: Mapping[KeyPath, Place], file: Path | str, problems: list[Problem]
 ) -> Mapping[str | None, Mapping | None]:
     """What each variant overrides, taken out of `values`; a file without variants has one without a name."""
     variants = values.pop("variants", None) or {}
@@ -86,7 +86,7 @@ def _variants(
 def _seeds(
     values: dict,
     variants: Mapping[str | None, Mapping | None],
-    places: Mapping[Path_, Place],
+    places: Mapping[KeyPath, Place],
     file: Path | str,
     problems: list[Problem],
 ) -> list[Any]:
@@ -106,8 +106,8 @@ def _seeds(
 
 
 def _of_variant(
-    values: dict, places: Mapping[Path_, Place], variant: str | None, changes: Mapping, file: Path | str
-) -> tuple[dict, dict[Path_, Place]]:
+    values: dict, places: Mapping[KeyPath, Place], variant: str | None, changes: Mapping, file: Path | str
+) -> tuple[dict, dict[KeyPath, Place]]:
     """A copy of `values` with what a variant overrides, and where each key was written."""
     merged, where = copy.deepcopy(values), dict(places)
     if variant is not None:
@@ -120,7 +120,7 @@ def _of_variant(
     return merged, where
 
 
-def _overridden(places: Mapping[Path_, Place], own: Mapping[Path_, Place]) -> dict[Path_, Place]:
+def _overridden(places: Mapping[KeyPath, Place], own: Mapping[KeyPath, Place]) -> dict[KeyPath, Place]:
     """The places of keys after others were merged over them; a list is replaced with all its entries."""
     replaced = {path[:n] for path in own for n in range(1, len(path)) if path[n].isdigit()}
     kept = {
@@ -131,7 +131,7 @@ def _overridden(places: Mapping[Path_, Place], own: Mapping[Path_, Place]) -> di
     return kept | dict(own)
 
 
-def _placed(places: Mapping[Path_, Place], path: Path_, place: Place) -> dict[Path_, Place]:
+def _placed(places: Mapping[KeyPath, Place], path: KeyPath, place: Place) -> dict[KeyPath, Place]:
     """The places of keys after the one at `path` was set from elsewhere, with all that is below it."""
     kept = {known: where for known, where in places.items() if known[: len(path)] != path}
     return {path[:n]: place for n in range(1, len(path))} | kept | {path: place}
@@ -159,7 +159,7 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
     return copy.deepcopy((values.get("variants") or {}).get(variant) or {})
 
 
-def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Path_, Place], list[Problem]]:
+def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[KeyPath, Place], list[Problem]]:
     if what := no_file(file):
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
@@ -203,7 +203,7 @@ def merge(into: dict, changes: Mapping) -> dict:
     return into
 
 
-def set_value(values: dict, path: Path_, value: Any, defaults: Mapping | None = None) -> None:
+def set_value(values: dict, path: KeyPath, value: Any, defaults: Mapping | None = None) -> None:
     """Set a key of nested mappings, making those that are not there; a number is an entry of a list, from 0.
 
     A list that is not there is that of `defaults`, by default the schema's. Raises `UserError` for an entry
@@ -221,7 +221,7 @@ def set_value(values: dict, path: Path_, value: Any, defaults: Mapping | None = 
     inner[_entry(inner, path, len(path) - 1)] = value
 
 
-def _entry(inner: dict | list, path: Path_, n: int) -> str | int:
+def _entry(inner: dict | list, path: KeyPath, n: int) -> str | int:
     """Name `n` of a path as a key of the mapping, or the number of an entry of the list, that it is in."""
     if isinstance(inner, dict):
         return path[n]
@@ -232,7 +232,7 @@ def _entry(inner: dict | list, path: Path_, n: int) -> str | int:
     raise UserError([Problem(what, f"--set {key}", key=key)])
 
 
-def value_at(values: Any, path: Path_) -> Any:
+def value_at(values: Any, path: KeyPath) -> Any:
     """The value of a key of nested mappings and lists; None below what is not there."""
     for name in path:
         if isinstance(values, list):
@@ -246,9 +246,9 @@ def _defaults() -> dict[str, Any]:
     return Config.model_validate({"name": "any", "data": {"root": "."}}).model_dump(mode="json")
 
 
-def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Problem]]:
+def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[KeyPath, Any]], list[Problem]]:
     """The keys and values of `--set key=value`, values read as YAML, and what is wrong with them."""
-    overrides: list[tuple[Path_, Any]] = []
+    overrides: list[tuple[KeyPath, Any]] = []
     problems: list[Problem] = []
     for text in sets:
         key, equals, value = text.partition("=")
@@ -263,7 +263,7 @@ def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[Path_, Any]], list[Probl
     return overrides, problems
 
 
-def problem_at(what: str, path: Path_, places: Mapping[Path_, Place], file: Path | str) -> Problem:
+def problem_at(what: str, path: KeyPath, places: Mapping[KeyPath, Place], file: Path | str) -> Problem:
     """A problem with a key, at the line of it or of what it is part of."""
     place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), Place(str(file)))
     return Problem(what, place.file, place.line, ".".join(path) or None)
@@ -271,9 +271,9 @@ def problem_at(what: str, path: Path_, places: Mapping[Path_, Place], file: Path
 
 def explain(
     error: ValidationError,
-    places: Mapping[Path_, Place],
+    places: Mapping[KeyPath, Place],
     file: Path | str,
-    known: Sequence[Path_] | None = None,
+    known: Sequence[KeyPath] | None = None,
 ) -> list[Problem]:
     """What pydantic found, in the words of a person, at the places where the keys were written.
 
@@ -292,7 +292,7 @@ def explain(
     return problems
 
 
-def _wrong(item: ErrorDetails, known: Sequence[Path_] | None) -> str:
+def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
     path = tuple(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return "unknown key." + did_you_mean(path, known)
@@ -309,14 +309,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
-def _culprit(keys: Sequence[Path_], places: Mapping[Path_, Place]) -> Path_:
+def _culprit(keys: Sequence[KeyPath], places: Mapping[KeyPath, Place]) -> KeyPath:
     """Of keys that do not go together, the one to point at: what `--set` gave, else what was written."""
     written = [key for key in keys if key in places]
     by_set = [key for key in written if places[key].line is None]
     return (by_set or written or list(keys))[0]
 
 
-def did_you_mean(path: Path_, known: Sequence[Path_] | None = None) -> str:
+def did_you_mean(path: KeyPath, known: Sequence[KeyPath] | None = None) -> str:
     """The key that was meant, or those that are allowed there; empty where there is no telling."""
     known = known or list(keys())
     above = tuple("0" if name.isdecimal() else name for name in path[:-1])

@@ -31,7 +31,7 @@ class Place:
     line: int | None = None
 
 
-Path_ = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -153,7 +153,7 @@ def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
-def _mistakes(node: yaml.Node, path: Path_, file: Path | str, seen: set[int]) -> Iterator[Problem]:
+def _mistakes(node: yaml.Node, path: KeyPath, file: Path | str, seen: set[int]) -> Iterator[Problem]:
     """Keys that are written twice or are no text, and values that YAML takes for something else."""
     if id(node) in seen:
         return
@@ -202,7 +202,7 @@ def _unprintable(sign: str) -> bool:
     return unicodedata.category(sign) in ("Cc", "Cs")
 
 
-def places_of(node: yaml.Node, path: Path_, file: Path) -> Iterator[tuple[Path_, Place]]:
+def places_of(node: yaml.Node, path: KeyPath, file: Path) -> Iterator[tuple[KeyPath, Place]]:
     """Where each key below `path` was written, and each entry of a list by its number.
 
     It is for a node whose values were made: `<<` is resolved by then.

@@ -4,7 +4,6 @@ Inference of the published checkpoint as in `src/alignscore/inference.py` of yuh
 without its dependencies (pytorch-lightning 1, spacy) and equal to it one pair at a time.
 """
 
-import functools
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -24,7 +23,7 @@ from harness.metrics.base import (
     by_length,
     cut_rows,
     dtype,
-    loading,
+    last_kept,
     row_by_row,
     sign,
 )
@@ -136,17 +135,10 @@ def identity(config: AlignScoreConfig, cache: Path | None) -> dict[str, Any]:
     }
 
 
+@last_kept(lambda file: identity(AlignScoreConfig(checkpoint=file), None))
 def load(file: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The AlignScore of a checkpoint file; the last one used stays in memory."""
-    stamp = fingerprint(identity(AlignScoreConfig(checkpoint=file), None))
-    return _load(file, device, precision, stamp)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(file: Path, device: str, precision: str, stamp: str) -> "Scorer":
-    """`stamp` is of the contents: what was replaced is read again."""
-    with loading(file):
-        return Scorer(file, device, precision)
+    return Scorer(file, device, precision)
 
 
 class Scorer:
@@ -289,6 +281,6 @@ METRIC = Metric(
     measure,
     neural=True,
     weights=Weights(
-        "alignscore", AlignScoreConfig, "checkpoint", problems, identity, unload=_load.cache_clear
+        "alignscore", AlignScoreConfig, "checkpoint", problems, identity, unload=load.cache_clear
     ),
 )

@@ -1,6 +1,7 @@
 """What every metric gets and gives back."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from harness.metrics.cache import Row, Table, made_by
 from harness.metrics.expected import quieten
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
+from harness.store import fingerprint
 
 if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
@@ -413,6 +415,34 @@ def loading(place: Path) -> Iterator[None]:
             raise
         what = " ".join(str(error).split())[:300]
         raise Absent(f"{place} can't be loaded: {type(error).__name__}: {what}") from error
+
+
+def last_kept(identify: Callable[[Path], Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Keeps the last model that a loader made, until other weights lie at its place; see `loading`.
+
+    The loader's first argument is the place of the weights, and `identify` gives what tells their contents
+    apart. `cache_clear` of the loader forgets the model.
+    """
+
+    def keeping(load: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.lru_cache(maxsize=1)
+        def made(_: str, place: Path, *how: Any) -> Result:
+            with loading(place):
+                return load(place, *how)
+
+        @functools.wraps(load)
+        def kept(place: Path, *how: Any) -> Result:
+            return made(fingerprint(identify(place)), place, *how)
+
+        kept.cache_clear = made.cache_clear
+        return kept
+
+    return keeping
+
+
+def files_of(folder: Path) -> list[list[str]]:
+    """Names and hashes of the files of a checkpoint in a folder."""
+    return checkpoints.contents(folder, None)
 
 
 def loaded(model: Any, folder: Path, unused: str = "$^", **options: Any) -> Any:

@@ -6,7 +6,6 @@ of a text depends on that text alone, so that scores repeat to the bit whatever 
 """
 
 import contextlib
-import functools
 import json
 import math
 import re
@@ -39,9 +38,10 @@ from harness.metrics.base import (
     by_length,
     cut_rows,
     dtype,
+    files_of,
     lacking,
+    last_kept,
     loaded,
-    loading,
     one_thread,
     sign,
 )
@@ -203,21 +203,12 @@ def _settings(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+@last_kept(files_of)
 def embeddings(
     folder: Path, layer: int, device: str, precision: str = "fp32", limit: int | None = 512
 ) -> "Embeddings":
     """The embeddings of this process for one encoder; the last encoder used stays in memory."""
-    stamp = fingerprint(checkpoints.contents(folder, None))
-    return _embeddings(folder, layer, device, precision, limit, stamp)
-
-
-@functools.lru_cache(maxsize=1)
-def _embeddings(
-    folder: Path, layer: int, device: str, precision: str, limit: int | None, stamp: str
-) -> "Embeddings":
-    """`stamp` is of the folder's contents: weights that were replaced are read again."""
-    with loading(folder):
-        return Embeddings(folder, layer, device, precision, limit)
+    return Embeddings(folder, layer, device, precision, limit)
 
 
 class Embeddings:
@@ -419,6 +410,6 @@ METRIC = Metric(
         problems,
         identity,
         standin=Standin(),
-        unload=_embeddings.cache_clear,
+        unload=embeddings.cache_clear,
     ),
 )

@@ -1,6 +1,5 @@
 """BLEURT (Sellam et al. 2020) by bleurt-pytorch, equal to one pair at a time to 1e-5."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +20,15 @@ from harness.metrics.base import (
     contents,
     cut_rows,
     dtype,
+    files_of,
     lacking,
+    last_kept,
     loaded,
-    loading,
     row_by_row,
     sign,
 )
 from harness.metrics.cache import Row
 from harness.models import checkpoints
-from harness.store import fingerprint
 
 KEY = "score.bleurt.checkpoint"
 
@@ -70,16 +69,10 @@ def measure(inputs: Inputs) -> Measured:
     )
 
 
+@last_kept(files_of)
 def load(folder: Path, device: str, precision: str = "fp32") -> "Scorer":
     """The BLEURT in a folder; the last one used stays in memory."""
-    return _load(folder, device, precision, fingerprint(checkpoints.contents(folder, None)))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(folder: Path, device: str, precision: str, stamp: str) -> "Scorer":
-    """`stamp` is of the folder's contents: weights that were replaced are read again."""
-    with loading(folder):
-        return Scorer(folder, device, precision)
+    return Scorer(folder, device, precision)
 
 
 class Scorer:
@@ -156,6 +149,6 @@ METRIC = Metric(
         problems=lambda section: lacking(section.checkpoint, KEY),
         identity=lambda section, cache: contents(section.checkpoint, cache),
         standin=Standin(_build_standin),
-        unload=_load.cache_clear,
+        unload=load.cache_clear,
     ),
 )

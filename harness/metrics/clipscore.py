@@ -1,6 +1,5 @@
 """CLIPScore and RefCLIPScore (Hessel et al. 2021), computed as jmhessel/clipscore does."""
 
-import functools
 import html
 import re
 from collections.abc import Callable, Sequence
@@ -27,15 +26,15 @@ from harness.metrics.base import (
     contents,
     cut_rows,
     dtype,
+    files_of,
     lacking,
+    last_kept,
     loaded,
-    loading,
     sign,
 )
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
 from harness.models import checkpoints
-from harness.store import fingerprint
 
 KEY = "score.clipscore.checkpoint"
 OFFICIAL = "openai/clip-vit-base-patch32"
@@ -157,16 +156,10 @@ def _square(path: Path, size: int) -> Image.Image:
         return image.crop((left, top, left + size, top + size)).convert("RGB")
 
 
+@last_kept(files_of)
 def load(folder: Path, device: str, precision: str = "fp32") -> "Clip":
     """The CLIP in a folder; the last one used stays in memory, and with it the features of images."""
-    return _load(folder, device, precision, fingerprint(checkpoints.contents(folder, None)))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(folder: Path, device: str, precision: str, stamp: str) -> "Clip":
-    """`stamp` is of the folder's contents: weights that were replaced are read again."""
-    with loading(folder):
-        return Clip(folder, device, precision)
+    return Clip(folder, device, precision)
 
 
 class Clip:
@@ -248,7 +241,7 @@ METRIC = Metric(
         problems=lambda section: lacking(section.checkpoint, KEY),
         identity=lambda section, cache: contents(section.checkpoint, cache),
         standin=Standin(_build_standin),
-        unload=_load.cache_clear,
+        unload=load.cache_clear,
     ),
 )
 REFCLIPSCORE = replace(METRIC, measure=refclipscore)

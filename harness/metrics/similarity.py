@@ -6,7 +6,6 @@ loaded from the folder that the config names.
 
 import base64
 import contextlib
-import functools
 import importlib.util
 import io
 import sys
@@ -32,7 +31,7 @@ from harness.metrics.base import (
     cut_rows,
     empty,
     filled,
-    loading,
+    last_kept,
     sign,
 )
 from harness.metrics.cache import Row
@@ -141,16 +140,10 @@ def identity(config: SimilarityConfig, cache: Path | None) -> list[list[str]]:
     return sums(config.folder, cache)
 
 
+@last_kept(lambda folder: sha256(folder, None))
 def load(folder: Path, device: str) -> "Model":
     """The MedImageInsight in a folder; the last one used stays in memory, and with it features of images."""
-    return _load(folder, device, sha256(folder, None))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(folder: Path, device: str, stamp: str) -> "Model":
-    """`stamp` is of the folder's contents: what was replaced is read again."""
-    with loading(folder):
-        return Model(folder, device)
+    return Model(folder, device)
 
 
 class Model:
@@ -255,7 +248,7 @@ METRIC = Metric(
         "folder",
         problems,
         identity,
-        unload=_load.cache_clear,
+        unload=load.cache_clear,
         executes=True,
     ),
 )

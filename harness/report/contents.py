@@ -48,6 +48,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": curves,
+        "untrained": (record["config"].get("train") or {}).get("stages") == [],
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "data": _data_facts(record),

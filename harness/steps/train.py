@@ -1,6 +1,6 @@
 """Fine-tuning: the stages of `train:`, and the validation that chooses the best weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Train(Step):
 
     kind, version, shared = "train", 3, True
     section = ("train", TrainConfig, TrainConfig())
+    starred: Set[str] = frozenset()
+    """The validation scores that are not official."""
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -73,10 +75,10 @@ class Train(Step):
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
             def log(row: train.Row) -> None:
-                advance(row["step"], steps, _note(row))
+                advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
-                    work.say(f"{where}: {_note(row)}")
+                    work.say(f"{where}: {self._note(row)}")
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
 
@@ -148,7 +150,13 @@ class Train(Step):
         if f"valid_{primary}" not in row:
             what = f"{primary} chooses the best checkpoint, and {scores[primary].reason}"
             raise UserError(what, exit_code=1)
+        self.starred = {f"valid_{name}" for name, score in scores.items() if not score.official}
         return row | {train.PRIMARY: row[f"valid_{primary}"]}
+
+    def _note(self, row: Mapping[str, Any]) -> str:
+        """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
+        shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
+        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in self.starred)}" for name in shown)
 
 
 def model_of(plan: "Plan") -> dict[str, Any]:
@@ -189,8 +197,3 @@ def _scoring(config: "Config") -> tuple[dict[str, Any], list[Any]]:
     settings = {key: value for key, value in only.model_dump().items() if key in sections}
     means = edition.aggregates if name in edition.aggregates else None
     return settings, [edition.rules, means]
-
-
-def _note(row: Mapping[str, Any]) -> str:
-    shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
-    return "  ".join(f"{name} {row[name]:.4f}" for name in shown)

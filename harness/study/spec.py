@@ -16,7 +16,7 @@ from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, flat, keys
 from harness.config.sections import Epochs, Section, Seed, whole
-from harness.config.yamlfile import Path_, Place, no_file, parse, places_of
+from harness.config.yamlfile import KeyPath, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
 from harness.steps import train
 from harness.study.space import (
@@ -238,7 +238,7 @@ def _read(file: Path, problems: list[Problem]) -> tuple[Any, dict[str, Any]]:
     return node, values
 
 
-def _known(values: Mapping[str, Any]) -> list[Path_]:
+def _known(values: Mapping[str, Any]) -> list[KeyPath]:
     """The keys that this file may hold."""
     space = values.get("space")
     searched = list(space) if isinstance(space, dict) else []
@@ -249,7 +249,7 @@ def _known(values: Mapping[str, Any]) -> list[Path_]:
 
 
 def _base(
-    config: StudyConfig, base_file: Path, sets: Sequence[str], places: Mapping[Path_, Place], file: Path
+    config: StudyConfig, base_file: Path, sets: Sequence[str], places: Mapping[KeyPath, Place], file: Path
 ) -> Config:
     """The config that trials start from: one run of the base, with what the study overrides."""
     amended = json.loads(json.dumps(config.overrides, default=str))
@@ -272,7 +272,7 @@ def _base(
 
 
 def _space(
-    config: StudyConfig, base: Config, places: Mapping[Path_, Place], file: Path
+    config: StudyConfig, base: Config, places: Mapping[KeyPath, Place], file: Path
 ) -> tuple[tuple[Parameter, ...], list[Problem]]:
     """The parameters in the order of drawing, and what is wrong with them."""
     problems: list[Problem] = []
@@ -312,7 +312,7 @@ def _space(
         return (), [experiment.problem_at(what, ("space",), places, file)]
 
 
-def _no_entry(base: Config, path: Path_) -> str | None:
+def _no_entry(base: Config, path: KeyPath) -> str | None:
     """What is wrong with a path through an entry of a list that the base has not; None where it has."""
     try:
         experiment.set_value(base.model_dump(mode="json"), path, None)
@@ -342,11 +342,11 @@ def _parameter_problems(
     config: StudyConfig,
     space: Sequence[Parameter],
     base: Config,
-    places: Mapping[Path_, Place],
+    places: Mapping[KeyPath, Place],
     file: Path,
 ) -> list[Problem]:
     here = ("space", parameter.key)
-    problems: list[tuple[str, Path_]] = []
+    problems: list[tuple[str, KeyPath]] = []
     if config.sampler.name == "grid" and not parameter.listable:
         problems.append(("a grid needs choices, or a step and no log", here))
     if parameter.whole and (parameter.how.step or 1) % 1:
@@ -379,7 +379,7 @@ def _because(error: ErrorDetails) -> str:
     return f"{error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _name_problems(name: str, base: Config, places: Mapping[Path_, Place], file: Path) -> list[Problem]:
+def _name_problems(name: str, base: Config, places: Mapping[KeyPath, Place], file: Path) -> list[Problem]:
     try:
         Config.model_validate(base.model_dump(mode="json") | {"name": name})
     except ValidationError as error:
@@ -389,7 +389,7 @@ def _name_problems(name: str, base: Config, places: Mapping[Path_, Place], file:
 
 
 def _objective_problems(
-    config: StudyConfig, base: Config, places: Mapping[Path_, Place], file: Path
+    config: StudyConfig, base: Config, places: Mapping[KeyPath, Place], file: Path
 ) -> list[Problem]:
     scored = [*base.score.metrics, *EDITIONS[base.edition].aggregates]
     problems = []
@@ -405,7 +405,7 @@ def _objective_problems(
     return problems
 
 
-def _start_problems(study: Study, places: Mapping[Path_, Place]) -> list[Problem]:
+def _start_problems(study: Study, places: Mapping[KeyPath, Place]) -> list[Problem]:
     """Trial 0 is the base, so its values have to be in the space."""
     problems = []
     for parameter in study.space:
