@@ -66,7 +66,7 @@ class Captioner(Protocol):
     def freeze(self, losses: Collection[str], train_vision: bool) -> None:
         """Freeze all but what these losses train; `train_vision`: the image encoder, too.
 
-        `losses` are names of `Losses`. A parameter that gets no gradient must be frozen and not merely
+        `losses` are fields of `Losses`. A parameter that gets no gradient must be frozen and not merely
         unused: ZeRO hands the optimiser a zero gradient for it, and weight decay would erode it.
         """
 

@@ -109,8 +109,8 @@ class Model:
             vision_half=self.half and self.config.vision_precision != "fp32",
             accelerator=self.kind != "cpu",
             train_vision=self.config.train_vision,
-            captions="caption" in stage.losses,
-            concepts="concept" in stage.losses,
+            captions="caption" in stage.texts,
+            concepts="concept" in stage.texts,
             dropout=self.config.dropout,
         )
 

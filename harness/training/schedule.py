@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import Problem
+from harness.models.base import Losses
 from harness.training.settings import TrainConfig
 
 _GROUPED = 50
@@ -21,6 +22,12 @@ class Stage:
     epochs: int
     learning_rate: float
     losses: Mapping[str, float]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to compute: `caption` and `concept` need only their own, any other loss needs both."""
+        others = self.losses.keys() - set(Losses._fields)
+        return tuple(text for text in Losses._fields if others or text in self.losses)
 
 
 def stages(config: TrainConfig) -> list[Stage]:

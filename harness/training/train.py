@@ -116,7 +116,7 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(list(stage.losses), self.config.train_vision)
+        self.loaded.model.freeze(stage.texts, self.config.train_vision)
         ranks.every(None)  # all have loaded: devices wait for each other for minutes only
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
@@ -300,8 +300,8 @@ class Training:
             batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
             concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
             captions = [split.captions[i] for i in indices]
-            batch["caption"] = self.loaded.caption.collate(captions) if "caption" in stage.losses else None
-            batch["concept"] = self.loaded.concept.collate(concepts) if "concept" in stage.losses else None
+            batch["caption"] = self.loaded.caption.collate(captions) if "caption" in stage.texts else None
+            batch["concept"] = self.loaded.concept.collate(concepts) if "concept" in stage.texts else None
             return batch
 
         if not parts:
