@@ -163,3 +163,23 @@ def test_the_forecast_needs_no_torch():
 def test_any_number_of_stages_is_forecast_each_by_its_own_number():
     rows = forecast.steps(TrainConfig(stages=stages(3, 0, 2)), 1000)
     assert [(row["stage"], row["epochs"], row["optimiser_steps"]) for row in rows] == [(1, 3, 24), (3, 2, 16)]
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FAULTS = """
+import resource
+from harness.machine import device
+device.probe("cpu")
+import torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this kernel has no large pages"
+)
+def test_a_large_tensor_is_not_given_its_memory_4_kb_at_a_time():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**26 / 4096 / 4

@@ -120,6 +120,8 @@ def _has_nvidia_driver() -> bool:
 
 def _prepare(kind: Kind) -> None:
     os.environ["DS_ACCELERATOR"] = kind
+    # torch reads it once, when it is loaded: large tensors in large pages, a fault for each 2 MB and not 4 kB
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if kind == "npu":
         # HCCL gives up after 2 minutes where ranks load 15 GB of weights at their own pace
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1800")

@@ -214,7 +214,7 @@ def _jitter(pixels: Tensor) -> Tensor:
 
 
 def _learn(model: Any, loss_of_next_batch: Callable[[], Tensor], steps: int, rate: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     model.train()
     for _ in range(steps):

@@ -62,6 +62,7 @@ def build(
         language = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         blip2 = _blip2_config(config, language, len(qformer))
         model = Captioner(blip2)
+        model.use_plain_attention()
         nn.init.normal_(model.query_tokens, std=0.02)
         codec = language_codec(language, blip2.text_config, prompt, max_tokens=96)
         _pretrain_text(model.language_model, codec, texts, config, progress)
@@ -212,7 +213,6 @@ def _pretrain_vision(
     if not steps or not concepts.shape[1]:
         return
     classifier = nn.Sequential(_Mean(model), nn.Linear(config.hidden_size, concepts.shape[1]))
-    model.set_attn_implementation("eager")
     update = _optimiser(classifier, steps, VISION_LEARNING_RATE)
     draw = torch.Generator().manual_seed(config.seed)
     labels = torch.from_numpy(concepts.astype(np.float32))
@@ -224,7 +224,8 @@ def _pretrain_vision(
         start = (step % steps_per_epoch) * BATCH_SIZE
         chosen = order[start : start + BATCH_SIZE]
         images = augment(torch.from_numpy(np.ascontiguousarray(pixels[chosen.numpy()])), augmentation, draw)
-        planes = (images.permute(0, 3, 1, 2).float() - units[0]) / units[1]
+        planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        planes.sub_(units[0]).div_(units[1])
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = classifier(planes)
         update(nn.functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen]))
@@ -245,7 +246,7 @@ class _Mean(nn.Module):
 
 def _optimiser(model: nn.Module, steps: int, rate: float) -> Callable[[torch.Tensor], None]:
     """A function that takes one AdamW step for a loss, along a one-cycle schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
 
     def update(loss: torch.Tensor) -> None:

@@ -60,6 +60,7 @@ def engine(
         model.parameter_groups(config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
+        fused=kind == "cpu",
     )
     settings = _merged(_settings(config), config.deepspeed)
     if ranks.rank() == 0:

@@ -30,7 +30,7 @@ def of(shape: "Shape", work: Work) -> Activations:
         kept=outside + deep * image_layer + _seen(shape, work) + sum(layers) + spoken * speech_layer,
         kept_checkpointed=outside + sum(image_inputs) + inputs + sum(speech_inputs),
         casts=_casts(shape, work, reads > 0),
-        loss=work.batch * (work.tokens + shape.queries) * max(vocabularies) * (2 * FLOAT + work.bytes),
+        loss=work.batch * work.tokens * max(vocabularies) * (2 * FLOAT + work.bytes),
         layer=max(image_layer, speech_layer, max(layers)),
     )
 

@@ -141,10 +141,11 @@ class Captioner(Blip2PreTrainedModel):
         embeds = self.language_model.get_input_embeddings()(ids)
         everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
         ones = mask.new_ones(prefix.shape[:2])
-        output = self.language_model(
+        output = self.language_model.base_model(
             inputs_embeds=everything, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False
         )
-        return output.logits[:, prefix.shape[1] :]
+        hidden = output.last_hidden_state[:, prefix.shape[1] :]
+        return self.language_model.get_output_embeddings()(hidden)
 
     def forward(
         self,
