@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from harness import metrics
-from harness.metrics import base, bertscore, lexical, text
+from harness.metrics import bertscore, lexical, neural, text
 from harness.metrics.cache import TextCache
 from harness.metrics.settings import ScoreConfig
 
@@ -126,9 +126,9 @@ def test_batches_are_of_one_shape_for_each_length():
         limit = draw.choice([96, 96, 512, None])
         lengths = [draw.randint(1, limit or 700) for _ in range(draw.randint(1, 60))]
         seen = []
-        for rows, width in base.batches(lengths, limit, 512):
+        for rows, width in neural.batches(lengths, limit, 512):
             assert len(rows) == max(1, 512 // width)
-            assert all(width - base.WIDTH_STEP < lengths[row] <= width for row in rows)
+            assert all(width - neural.WIDTH_STEP < lengths[row] <= width for row in rows)
             assert width <= (limit or width)
             seen += dict.fromkeys(rows)
             for row in rows:

@@ -11,7 +11,7 @@ import pytest
 
 from harness import metrics, scoring
 from harness.errors import UserError
-from harness.metrics import base, bertscore, meteor
+from harness.metrics import bertscore, meteor, neural
 from harness.metrics.base import Absent, Measured
 from harness.metrics.meteor import TooLong
 from harness.metrics.settings import ScoreConfig
@@ -46,7 +46,7 @@ def test_a_caption_too_long_for_the_memory_is_a_reason(monkeypatch):
     with pytest.raises(Absent, match=r"3,001 tokens, whose attention takes \d+\.\d GB; \d+\.\d GB are free"):
         store._check_memory(3001)
     monkeypatch.setattr(bertscore, "ram", lambda: 0)
-    store._check_memory(base.WIDE)
+    store._check_memory(neural.WIDE)
 
 
 STANDIN = {"bertscore": {"checkpoint": "standin"}}
@@ -57,14 +57,14 @@ def test_wide_batches_are_computed_one_at_a_time_and_in_their_order():
 
     def compute(rows, width):
         nonlocal most
-        if width > base.WIDE:
+        if width > neural.WIDE:
             now.add(rows[0])
             most = max(most, len(now))
             now.discard(rows[0])
         return [(row, width) for row in rows]
 
     lengths = [5, 2000, 700, 1025, 1024, 3000, 9]
-    found = base.by_length(compute, lengths, None, "cpu")
+    found = neural.by_length(compute, lengths, None, "cpu")
     assert [row for row, _ in found] == list(range(len(lengths)))
     assert most == 1
 

@@ -14,20 +14,9 @@ import numpy as np
 
 from harness.config.sections import Section
 from harness.errors import Problem
-from harness.metrics.base import (
-    Absent,
-    Inputs,
-    Measured,
-    Metric,
-    Weights,
-    by_length,
-    cut_rows,
-    dtype,
-    last_kept,
-    row_by_row,
-    sign,
-)
+from harness.metrics.base import Absent, Inputs, Measured, Metric, Weights, cut_rows, sign
 from harness.metrics.cache import Row
+from harness.metrics.neural import by_length, dtype, last_kept, row_by_row
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint, standin_name
 from harness.models.outline import Flawed, Stored, read_pickle

@@ -25,7 +25,6 @@ from harness.machine.device import module, ram
 from harness.metrics import cache, text
 from harness.metrics.base import (
     STANDIN,
-    WIDE,
     Absent,
     Inputs,
     Measured,
@@ -34,19 +33,22 @@ from harness.metrics.base import (
     Pairs,
     Standin,
     Weights,
+    cut_rows,
+    sign,
+)
+from harness.metrics.cache import Embedded, Row, TextCache
+from harness.metrics.expected import silenced
+from harness.metrics.neural import (
+    WIDE,
     at_hand,
     by_length,
-    cut_rows,
     dtype,
     files_of,
     lacking,
     last_kept,
     loaded,
     one_thread,
-    sign,
 )
-from harness.metrics.cache import Embedded, Row, TextCache
-from harness.metrics.expected import silenced
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 from harness.store import fingerprint

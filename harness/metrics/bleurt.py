@@ -7,27 +7,19 @@ import numpy as np
 
 from harness.config.editions import EDITIONS
 from harness.config.sections import Section
-from harness.metrics.base import (
-    Inputs,
-    Measured,
-    Metric,
-    Original,
-    Pairs,
-    Standin,
-    Weights,
+from harness.metrics.base import Inputs, Measured, Metric, Original, Pairs, Standin, Weights, cut_rows, sign
+from harness.metrics.cache import Row
+from harness.metrics.neural import (
     at_hand,
     by_length,
     contents,
-    cut_rows,
     dtype,
     files_of,
     lacking,
     last_kept,
     loaded,
     row_by_row,
-    sign,
 )
-from harness.metrics.cache import Row
 from harness.models import checkpoints
 
 KEY = "score.bleurt.checkpoint"

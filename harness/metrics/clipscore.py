@@ -14,26 +14,10 @@ from harness.config.sections import Section
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
-from harness.metrics.base import (
-    Absent,
-    Inputs,
-    Measured,
-    Metric,
-    Standin,
-    Weights,
-    at_hand,
-    by_length,
-    contents,
-    cut_rows,
-    dtype,
-    files_of,
-    lacking,
-    last_kept,
-    loaded,
-    sign,
-)
+from harness.metrics.base import Absent, Inputs, Measured, Metric, Standin, Weights, cut_rows, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
+from harness.metrics.neural import at_hand, by_length, contents, dtype, files_of, lacking, last_kept, loaded
 from harness.models import checkpoints
 
 KEY = "score.clipscore.checkpoint"

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from harness.errors import Problem, UserError
-from harness.metrics.base import Absent, filled
+from harness.metrics.base import Absent
 from harness.metrics.cache import VERSION, Blobs, Row, key, made_by
+from harness.metrics.neural import filled
 from harness.store import fingerprint
 
 FEATURE_BYTES = 500_000_000

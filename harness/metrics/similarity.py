@@ -21,21 +21,10 @@ from harness.config.sections import Section
 from harness.data.files import read
 from harness.data.images import DAMAGE, damage, decode, open_image
 from harness.errors import Problem, UserError
-from harness.metrics.base import (
-    Absent,
-    Flagged,
-    Inputs,
-    Measured,
-    Metric,
-    Weights,
-    cut_rows,
-    empty,
-    filled,
-    last_kept,
-    sign,
-)
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, Weights, cut_rows, empty, sign
 from harness.metrics.cache import Row
 from harness.metrics.images import Features, identities
+from harness.metrics.neural import filled, last_kept
 from harness.models.checkpoints import sha256, standin_name, sums, untrusted
 
 KEY = "score.similarity.folder"
