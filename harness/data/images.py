@@ -22,6 +22,7 @@ from PIL import Image
 from harness.data.files import read
 from harness.data.readers import Example
 from harness.errors import Problem, UserError
+from harness.machine.device import cores
 from harness.store import fingerprint, free, gb
 
 Progress = Callable[[int, int], None]
@@ -317,7 +318,7 @@ def each(
 
     They run a few items ahead of whoever takes the results, which would otherwise pile up in memory.
     """
-    workers = workers or _cores()
+    workers = workers or cores()
     rest = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -330,7 +331,3 @@ def each(
                 yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

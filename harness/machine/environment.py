@@ -1,6 +1,7 @@
 """What the numbers of a run depend on beside its config: versions, the device, the harness's own commit."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -45,4 +46,6 @@ def environment(wanted: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     found = device.probe(wanted)
-    return versions | {"device": f"{found.kind} ({found.name})"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(device.cores()))
+    waiting = os.environ.get("OMP_WAIT_POLICY", "ACTIVE").lower()
+    return versions | {"device": f"{found.kind} ({found.name})", "threads": f"{threads}, {waiting} waiting"}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from harness.errors import Problem, UserError
-from harness.machine.device import STEP
+from harness.machine.device import STEP, cores
 
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"
@@ -102,8 +102,7 @@ def report(text: str) -> bool:
 
 def share_cores(processes: int) -> None:
     """Split the cores among the ranks: as many threads each as there are cores slows all of them down."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
 def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:

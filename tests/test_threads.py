@@ -1,0 +1,45 @@
+"""How OpenMP's threads wait: they sleep on a machine that others use, unless the user says otherwise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness.machine.device import cores
+
+CODE = """
+import os, sys
+from harness.machine.environment import environment
+threads = environment("cpu")["threads"]
+assert "torch" not in sys.modules
+print(os.environ.get("OMP_WAIT_POLICY"), threads, sep="|")
+"""
+
+
+@pytest.fixture
+def busy_machine():
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)
+    ]
+    yield
+    for process in others:
+        process.kill()
+        process.wait()
+
+
+def chosen(**variables: str) -> tuple[str, str]:
+    """The policy of a process that starts now, and what its record says."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=True)
+    policy, _, threads = done.stdout.strip().partition("|")
+    return policy, threads
+
+
+@pytest.mark.skipif(cores() < 2, reason="one thread waits for no other")
+def test_threads_sleep_beside_others_unless_the_user_chose(busy_machine):
+    assert chosen() == ("PASSIVE", f"{cores()}, passive waiting")
+    assert chosen(OMP_WAIT_POLICY="ACTIVE") == ("ACTIVE", f"{cores()}, active waiting")
+    assert chosen(GOMP_SPINCOUNT="10000")[0] == "None"
+    assert chosen(OMP_NUM_THREADS="1") == ("None", "1, active waiting")
