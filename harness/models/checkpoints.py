@@ -330,7 +330,7 @@ def _not_whole(folder: Path, key: str) -> Problem:
         )
     for index in sorted(folder.glob("*.index.json")):
         what = f"{folder} lacks parts that {index.name} names"
-        return Problem(what, key=key, hint="The download was cut short; the same `hf download` goes on.")
+        return Problem(what, key=key, hint="The download was cut short; the same `hf download` continues.")
     return Problem(f"{folder} has no weights", key=key, hint=f"Wanted is {LAYOUT}.")
 
 

@@ -69,7 +69,9 @@ class Train(Step):
 
         config = self.inputs.config
         if not device.computes_fp32(work.kind):
-            work.reporter.say(f"this {work.kind} rounds to fp16 what it multiplies, whatever the precision")
+            work.reporter.say(
+                f"this {work.kind} rounds the inputs of products to fp16, whatever the precision"
+            )
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
         with work.reporter.progress(f"Training {work.run_name}") as advance:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LESS_MEMORY = (
     "Other processes may have it. `python -m harness doctor EXPERIMENT` says what training needs, and with "
-    "what it needs less; captioning does with a lower predict.batch_size. The same command goes on."
+    "what it needs less; captioning does with a lower predict.batch_size. The same command continues."
 )
 Watch = Callable[[Mapping[str, Any]], None]
 """Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
