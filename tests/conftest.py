@@ -19,7 +19,14 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 # where pytest is started in the background it is ignored, and by what the tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000, 50, 100)
+LONG = ("test_run", "test_training", "test_study", "test_terminal", "test_fuzz_runs", "test_metrics_cache")
+"""Files that take longest. They come first, so that no worker of xdist is left with one at the end."""
 SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files before the others."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """Files that are no weights, or others than wanted: one reason, no traceback, no memory taken."""
 
+import functools
 import io
 import json
 import os
@@ -52,6 +53,7 @@ def packed(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def bomb(size: int) -> bytes:
     """A zip of a few hundred KB whose outline has `size` bytes."""
     buffer = io.BytesIO()

@@ -186,8 +186,8 @@ def test_metrics_are_those_of_the_edition(golden):
     seven = ["bertscore", "rouge1", "bleurt", "bleu1", "meteor", "cider", "cider_ptb", "clipscore"]
     six = ["bertscore", "rouge1", "bleurt", "similarity", "medcat", "alignscore"]
     means = ["relevance", "factuality", "overall"]
-    assert list(scores[2023]) == seven
-    assert list(scores[2024]) == [*seven, "refclipscore"]
+    assert sorted(scores[2023]) == sorted(seven)
+    assert sorted(scores[2024]) == sorted([*seven, "refclipscore"])
     assert sorted(scores[2025]) == sorted(scores[2026]) == sorted([*six, *means])
     assert "BLEURT-20-D12" in scores[2025]["bleurt"].reason
     assert scores[2025]["relevance"].reason == "needs similarity"

@@ -298,9 +298,10 @@ def test_pil_warns_nobody_of_a_large_image(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
+def project(tmp_path_factory, empty_store) -> Path:
     """A run of a set with a blank caption; then of each split to caption one image can't be read."""
     folder = tmp_path_factory.mktemp("project")
+    (folder / "mlflow.db").write_bytes(empty_store)
     sizes = ["--train", "48", "--valid", "12", "--test", "6", "--seed", "3"]
     experiment = EXPERIMENT.partition("variants:")[0].replace("bleu1, cider", "bleu1")
     (folder / "small.yaml").write_text(experiment)

@@ -326,7 +326,7 @@ def test_a_script_of_sbatch_is_one_process_that_starts_its_ranks(tmp_path):
     assert json.loads(file.read_text())["made"]["train"]["ranks"] == 2
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
     """Whether rank 0 or another is missing; what is sent while training may wait for days."""
     with socket.socket() as free:

@@ -30,7 +30,7 @@ def pairs() -> list[tuple[str, str]]:
         rows = [(row["prediction"], row["reference"]) for row in csv.DictReader(lines)]
     words = " ".join(f"{a} {b}" for a, b in rows).split()
     draw = random.Random(4)
-    more = [tuple(" ".join(draw.choices(words, k=draw.randint(1, 40))) for _ in "ab") for _ in range(30)]
+    more = [tuple(" ".join(draw.choices(words, k=draw.randint(1, 40))) for _ in "ab") for _ in range(14)]
     return rows + more
 
 

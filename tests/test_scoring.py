@@ -295,8 +295,12 @@ def test_a_zip_of_no_or_several_texts_is_refused(names, tmp_path):
 
 def test_no_damage_ends_in_a_traceback(tmp_path):
     """300 files cut short or with flipped bytes: each is read, or refused with a sentence."""
-    formats = (("|", False, "\n"), ("\t", True, "\r\n"), (",", True, "\n"))
-    seeds = [written(WITHOUT_PIPES, *how).encode() for how in formats]
+    formats = (
+        {"separator": "|", "header": False, "end": "\n"},
+        {"separator": "\t", "header": True, "end": "\r\n"},
+        {"separator": ",", "header": True, "end": "\n"},
+    )
+    seeds = [written(WITHOUT_PIPES, **one).encode() for one in formats]
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("submission.csv", seeds[2])
     seeds.append((tmp_path / "z.zip").read_bytes())

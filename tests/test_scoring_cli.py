@@ -415,5 +415,7 @@ def test_one_image_has_a_value_and_no_interval_in_the_table(tmp_path):
     (tmp_path / "p.csv").write_text("ID,Caption\na,ct of the chest\n")
     (tmp_path / "r.csv").write_text("ID,Caption\na,ct of the head\n")
     done = harness(tmp_path, "p.csv", "--references", "r.csv", "--metrics", "rouge1,bleu1")
-    for line in done.stdout.splitlines():
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["rouge1", "bleu1"]
+    for line in lines:
         assert re.match(r"(rouge1|bleu1) +0\.75\d+ +n=1 ", line), line

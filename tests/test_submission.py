@@ -52,7 +52,7 @@ def the_loader_of_2023(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(texts=st.lists(ANYTHING, min_size=3, max_size=3))
 def test_any_caption_is_accepted_and_reads_back(edition, texts, tmp_path_factory):
     directory = tmp_path_factory.getbasetemp() / f"any-{edition}"

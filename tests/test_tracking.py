@@ -232,7 +232,7 @@ def dead_server(kind: str) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("kind", ["closed", "hangs"])
+@pytest.mark.parametrize("kind", ["closed", pytest.param("hangs", marks=[pytest.mark.slow, pytest.mark.ci])])
 def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monkeypatch):
     folder = record(root, "base")
     with dead_server(kind) as address:

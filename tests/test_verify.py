@@ -131,7 +131,8 @@ def test_meteors_own_client_gets_one_line_a_caption():
 def test_what_was_not_computed_or_not_in_fp32_is_never_ok(golden):
     given = inputs(golden, ("bleurt", "clipscore"), bleurt={"checkpoint": "/no/where"})
     assert all(one.why.startswith("absent: ") for one in verify.captions(given, scored(given), 4).values())
-    rough = inputs(golden, ("bertscore",), bertscore={"checkpoint": "standin"}, precision="bf16")
+    few = (golden[0][:4], golden[1][:4])
+    rough = inputs(few, ("bertscore",), bertscore={"checkpoint": "standin"}, precision="bf16")
     (found,) = verify.captions(rough, scored(rough), 2).values()
     assert found.why == "not compared: the package computes in fp32"
 

@@ -10,6 +10,7 @@ memory and terminals always use one.
 import contextlib
 import io
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -20,11 +21,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 TESTS = Path(__file__).parents[1]
 IMPORTS = {
-    "commands": ("harness.training.train", "harness.decoding.predict", "harness.scoring", "bert_score"),
+    "commands": (
+        "harness.training.train",
+        "harness.decoding.predict",
+        "harness.scoring",
+        "bert_score",
+        "deepspeed",
+    ),
     "mirrors": ("harness.cli", "harness.tracking", "mlflow.store.tracking.sqlalchemy_store"),
 }
 """What the servers import before they fork."""
@@ -143,46 +150,60 @@ def _ask(path: str, asked: dict, streams: tuple[int, int, int], timeout: float |
         return int(connection.recv(16))
 
 
+class _Command(NamedTuple):
+    """What a server runs: the process, what becomes readable when it ends, and who asked for it."""
+
+    pid: int
+    ended: int
+    asker: socket.socket
+
+
 def _serve(listener: socket.socket) -> None:
     """Fork for every command that is asked for, until the tests have ended."""
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
     waiting.register(0, selectors.EVENT_READ)
-    running: dict[int, tuple[int, socket.socket]] = {}  # pid and connection by pidfd
     while True:
         for key, _ in waiting.select():
+            if waiting.get_map().get(key.fd) is not key:
+                continue  # it went with another one
             if key.fd == 0:
                 return  # the tests have ended
             if key.fileobj is listener:
-                connection, _ = listener.accept()
-                _, files, _, _ = socket.recv_fds(connection, 1, 4)
-                pid = os.fork()
-                if pid == 0:
-                    for one in list(waiting.get_map()):
-                        os.close(one)
-                    connection.detach()
-                    _become(*files)
-                for file in files:
-                    os.close(file)
-                ended = os.pidfd_open(pid)
-                running[ended] = (pid, connection)
-                waiting.register(ended, selectors.EVENT_READ)
-                waiting.register(connection, selectors.EVENT_READ, ended)
-            elif key.fd in running:
-                pid, connection = running.pop(key.fd)
-                _, status = os.waitpid(pid, 0)
-                with contextlib.suppress(OSError):  # the one who asked may be gone
-                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-                waiting.unregister(key.fd)
-                if connection in {one.fileobj for one in waiting.get_map().values()}:
-                    waiting.unregister(connection)
-                os.close(key.fd)
-                connection.close()
+                _begin(listener, waiting)
+            elif key.fd == key.data.ended:
+                _end(key.data, waiting)
             else:  # the one who asked is gone
                 waiting.unregister(key.fileobj)
-                if key.data in running:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(running[key.data][0], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(key.data.pid, signal.SIGKILL)
+
+
+def _begin(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
+    asker, _ = listener.accept()
+    _, files, _, _ = socket.recv_fds(asker, 1, 4)
+    pid = os.fork()
+    if pid == 0:
+        for number in list(waiting.get_map()):
+            os.close(number)
+        asker.detach()
+        _become(*files)
+    for file in files:
+        os.close(file)
+    command = _Command(pid, os.pidfd_open(pid), asker)
+    waiting.register(command.ended, selectors.EVENT_READ, command)
+    waiting.register(asker, selectors.EVENT_READ, command)
+
+
+def _end(command: _Command, waiting: selectors.BaseSelector) -> None:
+    _, status = os.waitpid(command.pid, 0)
+    with contextlib.suppress(OSError):  # the one who asked may be gone
+        command.asker.send(str(os.waitstatus_to_exitcode(status)).encode())
+    waiting.unregister(command.ended)
+    if command.asker in waiting.get_map():
+        waiting.unregister(command.asker)
+    os.close(command.ended)
+    command.asker.close()
 
 
 def _become(given: int, *streams: int) -> None:
@@ -232,6 +253,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "ask":
         there = {"folder": os.getcwd(), "environment": dict(os.environ), "mirrors": None}
         sys.exit(_ask(sys.argv[2], there | {"arguments": sys.argv[3:]}, (0, 1, 2), None))
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for one when it is imported
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.suppress(ImportError):
         for name in sys.argv[3:]:
             __import__(name)

@@ -37,4 +37,5 @@ def write_file(path: Path, ids, captions) -> Path:
 
 
 def harness(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    """`harness compare`, whatever its exit code."""
     return commands.harness(folder, "compare", *arguments, code=None)

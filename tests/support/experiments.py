@@ -65,12 +65,14 @@ def begin(finished: Path, folder: Path, experiment: str = EXPERIMENT) -> Path:
 
 
 def write(folder: Path, text: str, name: str = "e.yaml") -> Path:
+    """An experiment file of this text."""
     file = folder / name
     file.write_text(text, encoding="utf-8")
     return file
 
 
 def messages(file: Path, *sets: str) -> list[str]:
+    """The problems of a file that is refused."""
     with pytest.raises(UserError) as caught:
         load(file, sets)
     assert caught.value.exit_code == 2

@@ -13,6 +13,7 @@ SIGNATURE = "bertscore|clef2023|microsoft/deberta-xlarge-mnli|layer:40|idf:no|re
 
 
 def score(value: float | None, official: bool = True, n: int = 10_437, **more) -> dict:
+    """A score of a record; the number of images is that of the validation split of 2023."""
     low, high = (None, None) if value is None else (value - 0.003, value + 0.003)
     signature = SIGNATURE if official else "bertscore|clef2023|STAND-IN x"
     base = {"value": value, "low": low, "high": high, "n": n, "signature": signature, "official": official}
@@ -29,6 +30,7 @@ def record(
     parameters_changed=None,
     **more,
 ) -> dict:
+    """The record of a finished run that can be ranked; `more` are changes of the record."""
     scores = {"bertscore": score(bertscore), "rouge1": score(rouge1), "bleurt": score(0.9, official=False)}
     if split == "test":
         scores = {metric: one | {"n": 10_473} for metric, one in scores.items()}
@@ -59,6 +61,7 @@ def record(
 
 
 def write_run(root: Path, run: dict) -> Path:
+    """The folder of a run with this record."""
     folder = root / "runs" / run["name"] / f"{run['variant']}-s{run['seed']}"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(run))
@@ -77,10 +80,12 @@ def project(tmp_path) -> Path:
 
 
 def board(project: Path, edition: int = 2023) -> leaderboard.Board:
+    """The leaderboard of a project."""
     return leaderboard.board(edition, project / "runs", project / "leaderboard")
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> str:
+    """What `harness leaderboard` prints."""
     done = commands.harness(folder, "leaderboard", *arguments, code=code)
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

@@ -17,6 +17,7 @@ VALID = {"step": 20, "time": 1.7e9 + 21, "epoch": 1, "valid_loss": 3.5, "valid_b
 
 
 def score(value: float | None, standin: bool = False) -> dict[str, Any]:
+    """A score of a record; None: one that is absent."""
     signature = "bertscore|clef2023|STAND-IN mini" if standin else "rouge1|clef2023|rouge-score:0.1.2"
     bounds = {"low": None, "high": None} if value is None else {"low": value - 0.01, "high": value + 0.01}
     reason = {"reason": "no weights"} if value is None else {}
@@ -85,6 +86,7 @@ def record(root: Path, variant: str, status: str = "FINISHED", **changes: Any) -
 
 
 def losses(root: Path, rows: list[dict[str, Any]], end: str = "\n") -> None:
+    """The losses.jsonl of the training step."""
     text = "\n".join(json.dumps(row) for row in rows) + end
     write(root / "steps" / "train-1" / "losses.jsonl", text)
 
@@ -103,6 +105,7 @@ def root(tmp_path, monkeypatch, empty_store) -> Path:
 
 
 def client() -> Any:
+    """MLflow's client of the store in the current folder."""
     from mlflow import MlflowClient
 
     return MlflowClient(f"sqlite:///{Path('mlflow.db').resolve()}")
@@ -117,5 +120,6 @@ def mlflow_runs() -> dict[str, Any]:
 
 
 def history(run: Any, key: str) -> list[tuple[int, float]]:
+    """Step and value of each point of a metric."""
     points = client().get_metric_history(run.info.run_id, key)
     return sorted((point.step, point.value) for point in points)

@@ -45,5 +45,6 @@ def train(
 
 
 def rows(directory: Path) -> list[dict]:
+    """The rows of losses.jsonl without what differs from run to run."""
     found = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in KEPT if key in row} for row in found]

@@ -34,11 +34,13 @@ def captions(count: int) -> list[Caption]:
 
 
 def score(value: float | None, **more: Any) -> dict[str, Any]:
+    """A score of a record; None: one that is absent."""
     ends = {"low": None, "high": None} if value is None else {"low": value - 0.01, "high": value + 0.01}
     return {"value": value, "n": 3, "signature": SIGNATURE, "official": True, **ends} | more
 
 
 def record(variant: str = "base", changes: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """The record of a finished run; `changes` are of its config, `more` of the record."""
     config = Config.model_validate(
         {"name": "small", "variant": variant, "data": {"root": "data/small"}, **(changes or {})}
     )
@@ -83,6 +85,7 @@ def record(variant: str = "base", changes: dict[str, Any] | None = None, **more:
 
 
 def table(file: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    """A CSV file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as text:
         csv.writer(text, lineterminator="\n").writerows([header, *lines])
@@ -123,5 +126,6 @@ def write_data(project: Path, found: Sequence[Caption]) -> Path:
 
 
 def data_of(page: Path) -> dict[str, Any]:
+    """The data that a page of a run shows."""
     text = page.read_text(encoding="utf-8").partition('type="application/json">')[2]
     return json.loads(text.partition("</script>")[0])

@@ -23,6 +23,7 @@ def settled(year: int, prediction: str, reference: str) -> float | None:
 
 
 def rouge1(prediction: str, reference: str) -> float:
+    """ROUGE-1 F by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1"], use_stemmer=False)

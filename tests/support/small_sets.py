@@ -18,6 +18,7 @@ SMALL = PhantomConfig(train=12, valid=6, test=4)
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
+    """A drawn set of 12, 6 and 4 images, which nobody changes."""
     root = tmp_path_factory.mktemp("whole") / "set"
     phantom.draw(root, SMALL)
     return root
@@ -25,6 +26,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def root(whole, tmp_path):
+    """A copy of that set for one test."""
     return Path(shutil.copytree(whole, tmp_path / "set"))
 
 
@@ -36,27 +38,32 @@ def edit(path: Path, change) -> None:
 
 
 def config(root: Path, **changes) -> DataConfig:
+    """The section `data` for a set."""
     return DataConfig(root=root, **changes)
 
 
 def problems(root: Path, tmp_path: Path, **changes) -> list[tuple[str, int | None, str]]:
+    """File name, line and text of each problem that a check finds."""
     found = data.check(config(root, **changes), tmp_path / "runs")
     return [(Path(p.file).name if p.file else "", p.line, p.what) for p in found]
 
 
 def one(root: Path, tmp_path: Path, **changes) -> tuple[str, int | None, str]:
+    """The only problem that a check finds."""
     found = problems(root, tmp_path, **changes)
     assert len(found) == 1, found
     return found[0]
 
 
 def images(root: Path, split: str, ids) -> None:
+    """Empty image files, one for each id."""
     (root / split).mkdir(parents=True, exist_ok=True)
     for id in ids:
         (root / split / f"{id}.jpg").write_bytes(b"")
 
 
 def write_2023(root: Path, rows: list[tuple[str, list[str]]], end: str) -> None:
+    """A set in the layout of 2023: of each row the caption and its concepts; lines end with `end`."""
     for split in ("train", "valid"):
         ids = [f"{split}_{n}" for n in range(len(rows))]
         images(root, split, ids)
@@ -70,6 +77,7 @@ def write_2023(root: Path, rows: list[tuple[str, list[str]]], end: str) -> None:
 def write_comma(
     root: Path, rows: list[tuple[str, list[str]]], splits=("train", "valid"), folder="{}"
 ) -> None:
+    """A set in the layout since 2024, comma-separated; `folder` names the folder of a split's images."""
     for split in splits:
         ids = [f"{split}_{n}" for n in range(len(rows))]
         images(root, folder.format(split), ids)

@@ -29,10 +29,12 @@ fork = multiprocessing.get_context("fork")
 
 
 def study(folder: Path, **changes) -> Study:
+    """The small study, with other options."""
     (folder / "small.yaml").write_text(BASE)
     (folder / "find.yaml").write_text(STUDY)
     return load(folder / "find.yaml", options=changes)
 
 
 def opened(spec: Study, folder: Path, chosen: str = "journal") -> Trials:
+    """The trials of a study in this process."""
     return Trials(spec, *open_study(spec, folder / spec.name, chosen), folder)

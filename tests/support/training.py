@@ -14,6 +14,7 @@ from support.models import TEXTS, load_tiny, pixels, stages
 
 
 def config(**changes):
+    """The section `train` of a training of three steps an epoch: two epochs with concepts, one without."""
     values = {
         "batch_size": 8,
         "micro_batch_size": 4,
@@ -26,6 +27,8 @@ def config(**changes):
 
 
 def splits(loaded):
+    """20 images of noise to train with and 4 to validate with, and their texts."""
+
     def split(name, chosen, seed):
         texts = [TEXTS[i] for i in chosen]
         return train.Split(
@@ -39,6 +42,7 @@ def splits(loaded):
 
 
 def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
+    """Train the tiny checkpoint of `folder` -> what is loaded at the end, and the rows of losses.jsonl."""
     directory.mkdir(exist_ok=True)
 
     def load():
@@ -96,10 +100,12 @@ def by_hand(folder, settings, language_model, place="cpu"):
 
 
 def moved(batch, place):
+    """A collated batch on a device."""
     return {name: values.to(place) for name, values in batch.items()}
 
 
 def mean_loss(logits, batch, smoothing):
+    """Cross-entropy of the next token, the mean over all tokens that count."""
     return F.cross_entropy(
         logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORE, label_smoothing=smoothing
     )
