@@ -167,7 +167,7 @@ def model_of(plan: "Plan") -> dict[str, Any]:
 
 
 def contents_of(plan: "Plan") -> list[Any]:
-    """What tells two checkpoints of the same name apart: the contents of their files."""
+    """The contents of the checkpoints' files, which differ even if their names are the same."""
     named = family(plan.config.model).checkpoints(plan.config.model)
     found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
     cache = plan.root / "cache"

@@ -1,4 +1,4 @@
-"""What the steps of one run share while they are built: the device, the model in memory, who is told."""
+"""What the steps of one run share while they are built: the device, the model in memory, the reporter."""
 
 import contextlib
 import gc
@@ -27,7 +27,7 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 
 class Reporter(Protocol):
-    """What a run tells the person at the terminal."""
+    """What a run shows on the terminal."""
 
     def say(self, text: str) -> None:
         """One line of what is going on."""

@@ -1,4 +1,4 @@
-"""One worker of a study: it takes trials, runs each as any other run, and tells how it ended."""
+"""One worker of a study: it takes trials, runs each like any other run, and records how it ended."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ class _Worker:
                 return
 
     def _attempt(self, trial: Trial) -> str | None:
-        """Run one trial and tell how it ended, whatever comes -> why it failed, if it did."""
+        """Run one trial and record how it ended, also after an error -> why it failed, if it did."""
         values, reason = None, None
         try:
             state, values = "COMPLETE", self._scores(trial)

@@ -157,7 +157,7 @@ class Training:
                 self._validate(stage)
 
     def _for_these_ranks(self) -> Path | None:
-        """The checkpoint as another number of ranks reads it; None where it was written by as many.
+        """The checkpoint in a form for another number of ranks; None if the number is the same.
 
         Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each.
         """
