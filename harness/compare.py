@@ -1,4 +1,4 @@
-"""Which differences between systems would remain, had other images been drawn or captions been swapped.
+"""Which differences between systems remain if other images are drawn or captions are swapped.
 
 All systems caption the same images, so both tests are paired. The paired bootstrap draws rows again, the same
 for both systems (Koehn 2004, section 5); paired approximate randomisation swaps the two systems' captions of
@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Who is higher, in words; `not shown` says nothing about the two being equal."""
+        """Which one is higher, in words; `not shown` does not mean that the two are equal."""
         if self.reason:
             return "not compared"
         if not self.real:
@@ -134,7 +134,7 @@ def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]
 
 
 def check_rows(systems: Sequence[System]) -> None:
-    """Raise `UserError`, with every system that it holds for, where ids or references are not the first's."""
+    """Raise `UserError` naming every system whose ids or references differ from those of the first."""
     first, *others = systems
     problems = []
     for other in others:
@@ -234,7 +234,7 @@ def adjust(one: Difference, p: float) -> Difference:
 
 
 def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
-    """What the swapped rows add up to in each of the contrasts' excess (n, k), each (resamples, k)."""
+    """The sums of the swapped rows of each contrast's excess (n, k), each (resamples, k)."""
     together = np.hstack(excess)
     totals = [swaps.astype(float) @ together for swaps in _swaps(len(together), resamples, seed)]
     ends = np.cumsum([part.shape[1] for part in excess])

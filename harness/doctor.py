@@ -66,7 +66,7 @@ def _python() -> Check:
     except metadata.PackageNotFoundError:
         return Check("python", True, version)
     ok = SpecifierSet(wanted).contains(version, prereleases=True)
-    fix = None if ok else "Make the environment anew: make clean && make test PYTHON=python3.11"
+    fix = None if ok else "Make the environment again: make clean && make test PYTHON=python3.11"
     return Check("python", ok, version if ok else f"{version}; {wanted} is needed", fix)
 
 
@@ -117,7 +117,9 @@ def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> It
     else:
         yield Check("bf16", True, f"this {found.kind} has none; train.precision: auto computes in fp32")
     if not device.computes_fp32(found.kind):
-        what = f"this {found.kind} rounds to fp16 what it multiplies; neural metrics are computed on the CPU"
+        what = (
+            f"this {found.kind} rounds the inputs of products to fp16; neural metrics are computed on the CPU"
+        )
         yield Check("fp32", True, what)
     unscaled = (unscalable(config, found.kind) for config in configs if config.device == wanted)
     for problem in dict.fromkeys(filter(None, unscaled)):
@@ -279,7 +281,7 @@ def _cure(model: Model, free: float, most: int) -> str:
         return f"{forecast.fits(setup, model)}: {gb(memory.needed(model, setup))}"
     fix = "Use a machine with more memory, or a smaller model.checkpoint"
     if model.kind != "cpu" and (more := memory.smallest(model, free)):
-        fix = f"Such a device each for more ranks: {forecast.fits(more, model)}"
+        fix = f"More ranks need one such device each: {forecast.fits(more, model)}"
     if model.config.train_vision:
         frozen = model.without_vision()
         least = memory.needed(frozen, memory.configured(frozen.config, 1))

@@ -101,4 +101,4 @@ class AcrossKeys(ValueError):
 
 
 class Pruned(Exception):
-    """A study ends this run early, since others of it are better; the message says by what it was judged."""
+    """A study ends this run early because others are better; the message names the score that decided."""

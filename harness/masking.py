@@ -1,4 +1,4 @@
-"""Passwords and tokens in text that is shown or kept: the one place that takes them out."""
+"""Removes passwords and tokens from text that is shown or kept; no other module does."""
 
 import os
 import re
@@ -6,9 +6,9 @@ from urllib.parse import unquote, unquote_plus
 
 HIDDEN = "***"
 VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD", "HF_TOKEN")
-"""Environment variables whose value is hidden wherever it stands."""
+"""Environment variables whose value is hidden everywhere."""
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-"""Environment variables whose address may hold a password, which is hidden wherever it stands."""
+"""Environment variables whose address may hold a password, which is hidden everywhere."""
 _SHORTEST = 4  # signs: a shorter secret would be found in ordinary words
 
 

@@ -1,7 +1,7 @@
 """A run's record: its folder, `run.json`, the files of its steps. The one place that reads them.
 
-Whatever lies on disk may be cut short, altered or of another kind. What can't be read is a `UserError` that
-names the file and says how to make it anew; readers of many runs leave such a record out and name it.
+A file on disk may be cut short, altered or of another kind. What can't be read is a `UserError` that
+names the file and says how to make it again; readers of many runs leave such a record out and name it.
 """
 
 import csv
@@ -190,7 +190,7 @@ def read_all(
 
 def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
     """A record, or what is wrong with it."""
-    hint = "The run's command writes it anew; or delete this folder: steps that are done stay done."
+    hint = "The run's command writes it again. Or delete this folder: finished steps are kept."
     try:
         if not file.is_file():
             raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
@@ -215,7 +215,7 @@ def _said(error: Exception) -> str:
 
 
 def _runs_near(folder: Path) -> str:
-    """The runs below the folder, or else below runs/, for someone who gave another folder."""
+    """The runs below the folder, or below runs/ if it has none."""
     for place in (folder, Path("runs")):
         files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
         if found := sorted(str(file.parent) for file in files):
@@ -293,7 +293,7 @@ def damaged(file: Path, record: Record, what: str) -> UserError:
 
 
 def again(record: Record) -> str:
-    """What to do about a file of a step that can't be used: the run notices, and builds the step anew."""
+    """What to do about a file of a step that can't be used: the run notices it and builds the step again."""
     return f"The run makes it again: {record['command']}"
 
 

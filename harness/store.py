@@ -215,7 +215,7 @@ def once(
 
 
 def _clear(directory: Path) -> None:
-    """Take away what can't be built upon; the seal goes first, so that nothing stands for what is missing."""
+    """Delete what can't be built upon. The seal goes first, so that the step does not count as done."""
     damaged = damage(directory)
     stale = not damaged and (directory / DONE).exists()  # whole, but made from other files
     (directory / DONE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text from outside on a terminal: what a terminal would obey, or would not show, is written out.
+"""Text from outside on a terminal: characters that control the terminal or can't be seen are escaped.
 
 Ids, captions, file names, settings and messages of libraries come from anybody. `guard` puts one gate before
 the terminal, so that no command has to think of it.
@@ -85,7 +85,7 @@ def guard() -> None:
 
 
 def _reserve(number: int) -> None:
-    """Open a standard descriptor that is closed, or the next file opened would get what is printed."""
+    """Open a standard descriptor that is closed. Otherwise the next open file would receive output."""
     try:
         os.fstat(number)
     except OSError:
@@ -96,7 +96,7 @@ def _reserve(number: int) -> None:
 
 
 class _Door:
-    """One way to a standard stream: cleans what is written, and survives the loss of whoever reads it."""
+    """A guarded standard stream: escapes what is written, and continues if its reader is gone."""
 
     def __init__(self, stream: TextIO, clean: Callable[[str], str], required: bool):
         self._stream, self._clean, self._required = stream, clean, required
@@ -121,7 +121,7 @@ class _Door:
                 raise OSError(error.errno, error.strerror, STANDARD_OUTPUT) from None
 
     def _drop(self) -> None:
-        """Let what is still to be written go nowhere, also at the interpreter's end."""
+        """Discard all further output, also at the exit of Python."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError):

@@ -61,7 +61,7 @@ MERGED = "x0: &x0 {a: 1}\n" + "".join(
         (f"{HEAD}1: x\n", "e.yaml:3: a key is text; got 1, which YAML takes for something else. Put it in quotes"),
         (f"{HEAD}variants: {{224: {{}}}}\n", "e.yaml:3: variants: a key is text; got 224"),
         (f"{HEAD}? [a]\n: b\n", "e.yaml:3: not YAML: found unhashable key"),
-        (f"{HEAD}seed: 7\nseeds: [1, 2]\n", "e.yaml:3: seed: stands beside seeds"),
+        (f"{HEAD}seed: 7\nseeds: [1, 2]\n", "e.yaml:3: seed: is given beside seeds"),
         (f"{HEAD}seeds: [1, 2]\nvariants:\n  a: {{seed: 7}}\n", "e.yaml:5: variants.a.seed: seeds gives every variant"),
         (f"{HEAD}seeds: [1, 2, 1]\n", "e.yaml:3: seeds: two runs are called a/base-s1"),
         (f"{HEAD}seeds: [1, '1']\n", "e.yaml:3: seeds: two runs are called a/base-s1"),

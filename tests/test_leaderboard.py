@@ -166,7 +166,7 @@ def test_seeds_have_a_mean_and_a_standard_deviation_and_no_rank(project):
     seeds = {"scores": {"valid": {"after": {"bertscore": score_of_bf16()}}}}
     write_run(project, record(seed=5, **seeds))
     reason = leaderboard.over_seeds(board(project))[0]["scores"]["bertscore"]["reason"]
-    assert "not scored alike" in reason
+    assert "not scored in the same way" in reason
 
 
 def score_of_bf16() -> dict:

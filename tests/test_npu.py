@@ -220,7 +220,7 @@ def test_an_npu_that_does_not_work_is_passed_over_with_the_reason(npu, tmp_path,
 
 @pytest.mark.slow
 def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
-    """It has no bf16, rounds to fp16 what it multiplies, and cuts off what is too large for that."""
+    """It has no bf16, rounds the inputs of products to fp16, and saturates instead of overflowing."""
     first = npu | {"MAKE_BELIEVE_NPU_FIRST": "1"}
     (tmp_path / "small.yaml").write_text(experiment())
     half = ("small.yaml", "--set", "train.precision=fp16", "--set", "train.zero_stage=1")
@@ -231,7 +231,7 @@ def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
     assert not checks["fp16"]["ok"]
     refused = run(tmp_path, first, "run", *half)
     assert refused.returncode == 2
-    assert "train.precision: got fp16, but this npu cuts off what is too large" in refused.stderr
+    assert "train.precision: got fp16, but this npu saturates instead of overflowing" in refused.stderr
     code = "from harness.machine import device; device.probe(); print(device.scoring_device('npu'))"
     assert [run(tmp_path, each, code, program=("-c",)).stdout for each in (first, npu)] == [
         "cpu\n",

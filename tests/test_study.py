@@ -192,7 +192,7 @@ def test_two_workers_find_what_one_found_though_interrupted_and_the_command_goes
     journal = folder / "runs" / "two" / "study.journal"
     _wait(lambda: list(journal.parent.glob("trial-*/run.json")))
     running.send_signal(signal.SIGINT)
-    assert "interrupted; the same command goes on" in running.communicate(timeout=60)[1]
+    assert "interrupted; the same command continues" in running.communicate(timeout=60)[1]
     assert running.returncode == 130
     before = values(folder, "two")
     more = harness(folder, *command[3:], "--trials", "5")

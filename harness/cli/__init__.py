@@ -37,7 +37,7 @@ from harness.machine.launch import INTERRUPTED
 from harness.masking import masked
 from harness.visible import STANDARD_OUTPUT, guard, json_text, one_line, print_csv
 
-_INTERRUPTED = "interrupted; the same command goes on where this one stopped"
+_INTERRUPTED = "interrupted; the same command continues where this one stopped"
 _heard = threading.Event()
 _PATIENCE = 2.0
 """Seconds for threads to end by themselves after an interruption."""
@@ -145,7 +145,7 @@ def _run_command() -> None:
             raise
         if ranks.rank():  # rank 0 says it, if not the one that is gone
             sys.exit(1)
-        _fail("error: another rank of this launch is gone; the same command goes on", 1)
+        _fail("error: another rank of this launch is gone; the same command continues", 1)
     except OSError as error:
         if gone := _without_folder():
             _fail(gone, 1)

@@ -266,5 +266,7 @@ def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples
         notes.append(NOT_COMPARABLE)
     notes.append(_rule(found, resamples))
     if any(one.real is False for one in found):
-        notes.append("not shown: these images do not tell the two apart, which does not make them equal")
+        notes.append(
+            "not shown: these images do not separate the two, which does not mean that they are equal"
+        )
     return notes

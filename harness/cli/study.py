@@ -150,7 +150,7 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     if any(codes):
         ended = ", ".join(str(code) for code in codes)
         if not storage.read_record(_folder(spec)).get("ended"):
-            what = f"workers ended with {ended}, and trials are left; the same command goes on with them"
+            what = f"workers ended with {ended}, and trials are left; the same command continues with them"
             raise UserError([Problem(what, spec.file)], exit_code=1)
         terminal.say(f"workers ended with {ended}; the others finished their trials")
 

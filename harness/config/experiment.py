@@ -174,7 +174,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Key
         raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
     places = dict(places_of(node, (), file))
     if "seed" in values and "seeds" in values:
-        what = "stands beside seeds; seed is for one run and seeds is for several. Keep one of the two"
+        what = "is given beside seeds; seed is for one run and seeds is for several. Keep one of the two"
         problems.append(problem_at(what, ("seed",), places, file))
     base = values.pop("base", None)
     if base is None:

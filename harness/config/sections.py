@@ -80,7 +80,7 @@ class PhantomConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Random changes of training images, drawn anew for every image and epoch."""
+    """Random changes of training images, drawn again for every image and epoch."""
 
     random_crop: Fraction = 1.0
     """Smallest share of the image's area that a random crop keeps. LAVIS uses 0.5; 1 turns cropping off."""

@@ -34,8 +34,9 @@ CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
 """As many are decoded within about a second; with more, the labels' problems are reported without waiting."""
 REPAIR = (
-    "Correct them, or go on with --set data.skip_bad=true: training then leaves these rows out; validation "
-    "and test rows are all captioned and submitted, with the constant caption where the image can't be read."
+    "Correct them, or continue with --set data.skip_bad=true: training then leaves these rows out; "
+    "validation and test rows are all captioned and submitted, with the constant caption where the image "
+    "can't be read."
 )
 _Key = tuple[str, int, int]
 _SCAN_FORMAT = 1  # raise it when `decode` gives other pixels
@@ -43,7 +44,7 @@ _SCAN_FORMAT = 1  # raise it when `decode` gives other pixels
 
 @dataclass(frozen=True)
 class Scan:
-    """What decoding an image told: hashes of file and pixels, or what is wrong with it."""
+    """The result of decoding an image: hashes of file and pixels, or what is wrong with it."""
 
     content: str
     pixels: str
@@ -73,7 +74,7 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
 
 @dataclass(frozen=True)
 class Examined:
-    """All that is wrong with a data set, and what is merely odd: rows that are used for a part only."""
+    """All mistakes in a data set, and its odd rows, which are used only in part."""
 
     fatal: list[Problem]
     findings: list[Finding]
@@ -86,7 +87,7 @@ class Examined:
 
     @property
     def causes(self) -> list[Problem]:
-        """The problems, those of many rows told once."""
+        """The problems; those of many rows are reported once."""
         return self.fatal + together(self.findings)
 
 
@@ -170,7 +171,7 @@ _USED_FOR = {
 
 
 def _without_words(listing: Listing) -> Iterator[Finding]:
-    """Rows whose caption is blank or punctuation alone; published sets have them, so they are no mistake."""
+    """Rows whose caption is blank or only punctuation. Published sets have them, so they are not mistakes."""
     for split, examples in listing.splits.items():
         for example in examples:
             if example.caption is not None and not has_words(example.caption):
@@ -261,7 +262,7 @@ def _unusable(root: Path, splits: Mapping[str, tuple[Example, ...]]) -> Iterator
 
 
 def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Finding:
-    """What becomes of a row that is captioned and submitted whatever is wrong with it."""
+    """What happens to a row that is captioned and submitted despite its mistakes."""
     split, id = finding.row
     example = next(example for example in splits[split] if example.id == id)
     if example.damage:
@@ -316,7 +317,7 @@ def _scan_file(root: Path, work: Path) -> Path:
 
 
 def _known(root: Path, work: Path) -> dict[_Key, Scan]:
-    """What earlier scans told; nothing where the file is damaged, so that all images are decoded again."""
+    """The results of earlier scans; none if the file is damaged, so that all images are decoded again."""
     file = _scan_file(root, work)
     rows = read_checked(file)
     if rows is None:

@@ -1,4 +1,4 @@
-"""Folders of images: which file is the image of which id, and what stands in the way where there is none."""
+"""Folders of images: which file is the image of which id, and why an id has none."""
 
 import os
 import unicodedata
@@ -68,7 +68,7 @@ class Images:
 
     @cached_property
     def _near(self) -> dict[str, str]:
-        """Names of files that a missing image may be, by the ids that they may be meant for."""
+        """Files that may be meant as the image of an id that has none, by id."""
         near: dict[str, str] = {}
         for name in self.others:
             near |= {
@@ -101,7 +101,7 @@ def folders(root: Path, split: str) -> list[Path]:
 
 
 def scan(places: Sequence[Path], root: Path) -> Images | None:
-    """The images in these folders, whose names are told from `root`; None where there are none."""
+    """The images in these folders, named relative to `root`; None if there are none."""
     images, entries = None, [(place, list(_entries(place))) for place in places]
     for place, found in entries:
         if images is None and any(_is_image(entry.name) for entry in found):
@@ -172,7 +172,7 @@ def _add(
     name: str,
     candidates: dict[str, list[str]],
 ) -> None:
-    """Take down one image; a second name of the same file changes nothing."""
+    """Add one image; a second name of the same file changes nothing."""
     path = place / entry.name
     try:
         status = entry.stat()

@@ -216,7 +216,7 @@ def _file(cache: Path, paths: Iterable[Path], size: int) -> Path:
 
 
 def _sweep(cache: Path) -> None:
-    """Delete what killed builders left half-written; whoever is still building holds its lock."""
+    """Delete the unfinished files of builders that were killed. A builder that still runs holds its lock."""
     from filelock import FileLock, Timeout
 
     for stray in cache.glob("pixels-*.tmp"):
@@ -278,9 +278,9 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:
-    """Write uint8 images as an .npy file, with their checksums behind.
+    """Write uint8 images as an .npy file, followed by their checksums.
 
-    Not through a memory map, where a full disk kills the process.
+    Not through a memory map: there a full disk kills the process.
     """
     temporary, sums = file.with_suffix(".tmp"), []
     try:
@@ -304,7 +304,7 @@ def _too_full(folder: Path, need: int) -> Problem:
         f"the decoded images need {gb(need)}, {gb(free(folder))} are free",
         folder,
         key="data.cache",
-        hint="Free some, or decode anew in every epoch: --set data.cache=false",
+        hint="Free some space, or decode in every epoch: --set data.cache=false",
     )
 
 

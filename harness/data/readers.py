@@ -74,7 +74,7 @@ class Dataset:
 
 
 class Finding(NamedTuple):
-    """A problem with a row (None: with a line that is no row); those of one `cause` are told together."""
+    """A problem with a row (None: with a line that is no row); those of one `cause` are reported together."""
 
     problem: Problem
     row: Row | None
@@ -95,7 +95,7 @@ class Listing:
     concept_names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
-    """Per split, what stands where rows that can't be read have their id."""
+    """Per split, what replaces the id of rows that can't be read."""
     fatal: list[Problem] = field(default_factory=list)
     """Problems that no left-out row repairs."""
 
@@ -126,7 +126,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def read(root: Path, layout: str) -> Listing:
-    """List the data set in `root`; whatever is wrong with it is in the listing, nothing is raised."""
+    """List the data set in `root`. All mistakes are in the listing; nothing is raised."""
     listing = Listing()
     how = LAYOUTS[layout]
     listing.concept_names = _concept_names(root, listing)
@@ -246,7 +246,7 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
 
 
 def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
-    """What keeps a row from being an id and a value, and the cause that it shares with other rows."""
+    """Why a row is not an id and a value, and the cause that it shares with other rows."""
     if isinstance(fields, str):
         return fields, fields
     if len(fields) != 2:
@@ -265,7 +265,7 @@ def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
 
 
 class _Lines:
-    """The lines of a CSV file as they stand, split when the first of them is asked for."""
+    """The raw lines of a CSV file, split on first use."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -404,12 +404,12 @@ def _no_images(root: Path, split: str) -> Problem:
 
 
 def has_words(caption: str) -> bool:
-    """Whether a caption holds a letter or a digit: white space and punctuation alone teach nothing."""
+    """Whether a caption has a letter or a digit. White space and punctuation alone teach nothing."""
     return any(map(str.isalnum, caption))
 
 
 def together(findings: Iterable[Finding]) -> list[Problem]:
-    """The problems, those of one cause in one file told at the first of its rows, with how many follow."""
+    """The problems. Those of one cause in one file are reported once, at the first row, with their number."""
     causes: dict[tuple[str, str], list[Problem]] = {}
     for problem, row, cause in findings:
         place = str(problem.file) if problem.line else row[0] if row else ""

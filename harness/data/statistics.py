@@ -20,7 +20,7 @@ OTHER = "other/unknown"
 
 
 def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
-    """Images per split and modality, told by the concepts; the first listed counts where there are several.
+    """Images per split and modality, by the concepts; if there are several, the first one counts.
 
     An image whose concepts name no modality (as in a test split without labels) counts as other/unknown, a
     row that is there only when it is needed.

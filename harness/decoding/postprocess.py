@@ -179,7 +179,7 @@ def _is_little_twice(word: str, copy: str, before: str | None) -> bool:
 
 
 def _is_word(text: str) -> bool:
-    """Whether a part of it is two letters or more and no digit, accents aside: not so 5, L1, T2, 3mm, ×."""
+    """Whether a part of it has two letters or more and no digit; 5, L1, T2, 3mm and × have no such part."""
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return bool(_WORD.search(letters))
 

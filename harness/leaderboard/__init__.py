@@ -88,7 +88,10 @@ def _spread(group: Sequence[Entry], metric: str) -> dict[str, Any]:
         return {"mean": None, "reason": f"absent for seed {', '.join(map(str, lacking))}"}
     scores = [entry.scores[metric] for entry in group]
     if len({(score["signature"], score["n"]) for score in scores}) > 1:
-        return {"mean": None, "reason": "the seeds were not scored alike: other signatures or images"}
+        return {
+            "mean": None,
+            "reason": "the seeds were not scored in the same way: other signatures or images",
+        }
     values = [score["value"] for score in scores]
     found = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
     return found | {key: scores[0][key] for key in ("n", "official", "signature")}

@@ -1,4 +1,4 @@
-"""Official standings and our runs: what may be ranked, what stands apart, and why.
+"""Official standings and our runs: what may be ranked, what may not, and why.
 
 Official standings are scores on the test split, whose captions the organisers keep; a run scores itself on
 validation. The two are never ranked together. A run has a rank only where the edition's primary score is
@@ -105,7 +105,7 @@ class Board:
     def beats(self, entry: Entry) -> dict[str, list[str]]:
         """By metric, the teams whose test score the entry exceeds; only by official scores, never if apart.
 
-        For an entry on validation that is a comparison across splits, and whoever shows it has to say so.
+        For an entry on validation this compares across splits, and every table that shows it must say so.
         """
         if entry.apart or not self.standings:
             return {}

@@ -105,7 +105,7 @@ def _shown(one: Difference, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _rest(entry: Entry) -> dict[str, Any]:
-    """The config without what tells the rows of Table 3 apart."""
+    """The config without the keys that differ between the rows of Table 3."""
     return {key: value for key, value in entry.record["parameters"].items() if key not in ("variant", *_KIND)}
 
 

@@ -22,7 +22,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def wait(self) -> Iterator[None]:
-        """Let them wait in this block; in a thread they can't be caught, and go where they always went."""
+        """Hold them back in this block. A thread can't catch them, so there they act as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

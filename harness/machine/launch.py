@@ -82,7 +82,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
             raise UserError(told.removeprefix("error: "), exit_code=code) from None
         if first.exitcode < 0:
             what = f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
-            hint = "SIGKILL is what the system sends when memory is short. The same command goes on."
+            hint = "SIGKILL is what the system sends when memory is short. The same command continues."
             raise UserError([Problem(what, hint=hint)], exit_code=FAILED) from None
         return code
     except (SignalException, KeyboardInterrupt):
@@ -93,7 +93,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
 
 
 def report(text: str) -> bool:
-    """Leave an error to the launcher, if it takes them; returns whether it does."""
+    """Hand an error to the launcher if it accepts errors; returns whether it does."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
@@ -101,7 +101,7 @@ def report(text: str) -> bool:
 
 
 def share_cores(processes: int) -> None:
-    """Split the cores among the ranks: as many threads each as there are cores slows all of them down."""
+    """Split the cores among the ranks. If each rank used all cores, all would be slower."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
@@ -136,7 +136,7 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
 
 
 def _carried(environment: Mapping[str, str]) -> Iterator[str]:
-    """What the ranks of other hosts are to find in their environment, beside what DeepSpeed carries there."""
+    """The environment of ranks on other hosts, in addition to what DeepSpeed passes on."""
     for name, value in environment.items():
         if name.startswith(CARRIED) and "TOKEN" not in name and not set(value) & set('\n\\"$`'):
             yield f"{name}={value}\n"  # DeepSpeed puts it between double quotes
@@ -148,7 +148,7 @@ def _carried(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Say in torch's words (RANK, WORLD_SIZE, ...) what `srun` says in SLURM's, for more than one task."""
+    """Set torch's variables (RANK, WORLD_SIZE, ...) from SLURM's if `srun` started more than one task."""
     # a batch script has SLURM_NTASKS and SLURM_PROCID too, but it is no task of a step
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in environment or tasks < 2:

@@ -1,4 +1,4 @@
-"""What the processes of one launch tell each other, from meeting to leaving; one alone has nothing to say."""
+"""How the processes of one launch communicate, from start to end. Does nothing for a single process."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ _RECORDING = 30  # seconds in which rank 0 has written down a failure, and MLflo
 
 
 def start(kind: Kind = "cpu") -> None:
-    """Join the other ranks of a launch; `agree` and `gather` talk over gloo whatever the kind of device."""
+    """Join the other ranks of a launch. `agree` and `gather` use gloo on every kind of device."""
     if world_size() == 1:
         return
     import torch.distributed as distributed
@@ -86,7 +86,7 @@ def _found_each_other() -> Any:
             raise UserError([Problem(f"the ranks can't meet at {address}: {why}")], exit_code=1) from error
         minutes = f"{_SEARCH.total_seconds() / 60:g} minutes"
         what = f"not all of the {world_size()} ranks came to {address}, where rank 0 is, within {minutes}"
-        hint = "Start as many, with nothing between them and that address."
+        hint = "Start that many ranks, on hosts that can reach this address."
         raise UserError([Problem(what, hint=hint)], exit_code=1) from error
     return store
 
@@ -112,7 +112,7 @@ def joined() -> bool:
 
 
 def say_failed() -> None:
-    """On rank 0, once it has said why it fails: let the others know."""
+    """On rank 0, after it printed why it fails: let the others know."""
     if joined():
         with contextlib.suppress(RuntimeError):  # they are gone already
             _store().set(_FAILED, "")
@@ -190,7 +190,7 @@ def cut_off(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def say_when_interrupted() -> Iterator[None]:
-    """In this block let rank 0 know of Ctrl-C or SIGTERM at once, even within a collective that waits."""
+    """In this block, report Ctrl-C or SIGTERM to rank 0 at once, even while a collective waits."""
     store = _store()
     heard, told = os.pipe()
     os.set_blocking(told, False)

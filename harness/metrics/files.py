@@ -56,5 +56,5 @@ def read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def references_fingerprint(ids: Sequence[str], references: Sequence[str]) -> str:
-    """What names a set of references, whatever the order of its rows."""
+    """The fingerprint of a set of references, independent of the order of its rows."""
     return fingerprint(sorted(zip(ids, references, strict=True)))

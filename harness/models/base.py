@@ -90,7 +90,7 @@ class Captioner(Protocol):
         """Attend by plain products, which are faster on a CPU than torch's fused attention."""
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Keep the inputs of layers only, and compute the rest anew in the backward pass."""
+        """Keep only the inputs of layers, and compute the rest again in the backward pass."""
 
 
 @dataclass(frozen=True)

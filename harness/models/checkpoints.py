@@ -132,7 +132,7 @@ def _config_flaw(folder: Path) -> str | None:
 
 
 def contents(folder: Path, cache: Path | None) -> list[list[str]]:
-    """Name and SHA-256 of each file that determines what a model folder computes.
+    """Name and SHA-256 of each file that a model in this folder depends on.
 
     Weights, config and tokenizer; known hashes stay in the folder `cache`.
     """
@@ -250,7 +250,7 @@ def _sha256(file: Path, cache: Path | None) -> str:
 
 
 def _state(file: Path) -> tuple[int, str]:
-    """When a file changed last, and what tells its state from others."""
+    """When a file changed last, and a text that identifies its state."""
     state = file.stat()
     dates = (state.st_mtime_ns, state.st_ctime_ns)
     return max(dates), ":".join(map(str, (file.resolve(), state.st_dev, state.st_ino, state.st_size, *dates)))
@@ -330,7 +330,7 @@ def _not_whole(folder: Path, key: str) -> Problem:
         )
     for index in sorted(folder.glob("*.index.json")):
         what = f"{folder} lacks parts that {index.name} names"
-        return Problem(what, key=key, hint="The download was cut short; the same `hf download` goes on.")
+        return Problem(what, key=key, hint="The download was cut short; the same `hf download` continues.")
     return Problem(f"{folder} has no weights", key=key, hint=f"Wanted is {LAYOUT}.")
 
 

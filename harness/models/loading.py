@@ -48,7 +48,7 @@ def save_trained(model: Captioner, path: Path) -> None:
         save_file(weights, temporary)
     except SafetensorError as error:  # a full disk, which it does not tell by an OSError
         temporary.unlink(missing_ok=True)
-        hint = "Free some space, and the same command goes on."
+        hint = "Free some space, and the same command continues."
         raise UserError([Problem(f"could not be written: {error}", path, hint=hint)], None, 1) from None
     temporary.replace(path)
 
@@ -65,6 +65,6 @@ def load_trained(model: Captioner, path: Path) -> None:
             if read.shape != weight.shape:
                 raise ValueError(f"{path}: {name} is {tuple(read.shape)}, and not {tuple(weight.shape)}")
             if not torch.isfinite(read).all():
-                hint = f"They are of a training that diverged; to train anew, delete {path.parent}."
+                hint = f"The training diverged; to train again, delete {path.parent}."
                 raise UserError([Problem(f"{name} is not finite", path, hint=hint)], None, 1)
             weight.copy_(read)

@@ -30,7 +30,7 @@ def concept_sentence(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids (T,), of which the first `prompt` carry no loss."""
+    """Token ids (T,). The first `prompt` of them count in no loss."""
 
     ids: list[int]
     prompt: int

@@ -157,7 +157,7 @@ def _siblings(run: Run, page: Path) -> dict[str, Any]:
 
 
 def _curves(run: Run) -> dict[str, Any]:
-    """Points (step, value) of what `losses.jsonl` tells of training, its validation rows, and its stages."""
+    """Points (step, value) of training from `losses.jsonl`, its validation rows, and its stages."""
     rows = run.read("train", LOSSES, lambda file, _: rows_of(file))
     found = [{key: value for key, value in row.items() if value is not None} for row in rows]
     steps = [row for row in found if "loss" in row and "stage" in row]

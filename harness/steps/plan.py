@@ -103,8 +103,8 @@ def unscalable(config: "Config", kind: device.Kind) -> Problem | None:
     """What is wrong with fp16 on a device that does not overflow where losses are scaled too far."""
     if config.train.precision != "fp16" or device.overflows(kind):
         return None
-    what = f"got fp16, but this {kind} cuts off what is too large, and the loss scale would grow for ever"
-    hint = "Use auto or fp32; this device rounds to fp16 what it multiplies, but gradients stay fp32."
+    what = f"got fp16, but this {kind} saturates instead of overflowing, so the loss scale would grow forever"
+    hint = "Use auto or fp32; this device rounds the inputs of products to fp16, but gradients stay fp32."
     return Problem(what, key="train.precision", hint=hint)
 
 
@@ -160,7 +160,7 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     if need <= room:
         return []
     what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(room)} are free"
-    return [Problem(what, key="data.cache", hint="Or decode anew in every epoch: --set data.cache=false")]
+    return [Problem(what, key="data.cache", hint="Or decode in every epoch: --set data.cache=false")]
 
 
 def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:

@@ -69,7 +69,9 @@ class Train(Step):
 
         config = self.inputs.config
         if not device.computes_fp32(work.kind):
-            work.reporter.say(f"this {work.kind} rounds to fp16 what it multiplies, whatever the precision")
+            work.reporter.say(
+                f"this {work.kind} rounds the inputs of products to fp16, whatever the precision"
+            )
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
         with work.reporter.progress(f"Training {work.run_name}") as advance:
@@ -165,7 +167,7 @@ def model_of(plan: "Plan") -> dict[str, Any]:
 
 
 def contents_of(plan: "Plan") -> list[Any]:
-    """What tells two checkpoints of the same name apart: the contents of their files."""
+    """The contents of the checkpoints' files, which differ even if their names are the same."""
     named = family(plan.config.model).checkpoints(plan.config.model)
     found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
     cache = plan.root / "cache"

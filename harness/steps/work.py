@@ -1,4 +1,4 @@
-"""What the steps of one run share while they are built: the device, the model in memory, who is told."""
+"""What the steps of one run share while they are built: the device, the model in memory, the reporter."""
 
 import contextlib
 import gc
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 LESS_MEMORY = (
     "Other processes may have it. `python -m harness doctor EXPERIMENT` says what training needs, and with "
-    "what it needs less; captioning does with a lower predict.batch_size. The same command goes on."
+    "what it needs less; captioning does with a lower predict.batch_size. The same command continues."
 )
 Watch = Callable[[Mapping[str, Any]], None]
 """Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
 
 
 class Reporter(Protocol):
-    """What a run tells the person at the terminal."""
+    """What a run shows on the terminal."""
 
     def say(self, text: str) -> None:
         """One line of what is going on."""

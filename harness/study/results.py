@@ -33,7 +33,7 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def line(trials: Trials, number: int) -> str:
-    """One line of how a trial ended, and of the best so far."""
+    """One line: how a trial ended, and the best one so far."""
     trial = trials.study.get_trials(deepcopy=False)[number]
     names, best = trials.spec.objective, best_trials(trials.study)
     if trial.state is TrialState.COMPLETE:
@@ -141,7 +141,7 @@ def _save(axes: Any, path: Path) -> str:
 
 
 def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
-    """The trial that is asked for, by default the best; raises `UserError` where there is no telling."""
+    """The trial that is asked for, by default the best; raises `UserError` if there is no single best one."""
     best = best_trials(study)
     if number is not None:
         every = study.get_trials(deepcopy=False)

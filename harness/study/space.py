@@ -193,6 +193,6 @@ def points(space: Sequence[Parameter]) -> list[dict[str, Any]] | None:
 
 
 def name_of(point: Mapping[str, Any]) -> str:
-    """A text that two points share only if they are the same, whatever rounding left behind."""
+    """A text that two points share only if they are equal, except for rounding."""
     values = {key: round(v, 12) if isinstance(v, float) else encode(v) for key, v in point.items()}
     return json.dumps(values, sort_keys=True)

@@ -103,7 +103,7 @@ class StudyConfig(Section):
             what = "give sqlite, journal or postgresql://user@host/database"
             raise ValueError(f"{what}; @ : / ? in a password are %40 %3A %2F %3F, or it is in ~/.pgpass")
         if "password=" in value:
-            raise ValueError("a password stands before the @, or better in ~/.pgpass")
+            raise ValueError("a password is written before the @, or better in ~/.pgpass")
         return value
 
 

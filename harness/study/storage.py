@@ -87,7 +87,7 @@ def choose(spec: Study, folder: Path, workers: int) -> str:
 
 
 def address(folder: Path, chosen: str) -> str:
-    """How `optuna.load_study` and optuna-dashboard are told of the storage, without a password."""
+    """The address of the storage for `optuna.load_study` and optuna-dashboard, without a password."""
     if chosen == "sqlite":
         return f"sqlite:///{folder / FILES['sqlite']}"
     return str(folder / FILES["journal"]) if chosen == "journal" else re.sub(r":[^:/@]*@", "@", _url(chosen))
@@ -99,7 +99,7 @@ def _url(chosen: str) -> str:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a database raises that does not answer."""
+    """The exceptions of a database that does not answer."""
     from sqlalchemy.exc import SQLAlchemyError
 
     return SQLAlchemyError, optuna.exceptions.StorageInternalError
@@ -107,13 +107,13 @@ def failures() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def reachable(chosen: str) -> Iterator[None]:
-    """Turn what a database raises that does not answer into a `UserError`."""
+    """Turn the exceptions of a database that does not answer into a `UserError`."""
     try:
         yield
     except failures() as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         what = f"{masked(chosen)}: {masked(why)}"
-        hint = "Nothing is lost; once it answers, the same command goes on."
+        hint = "Nothing is lost; once it answers, the same command continues."
         if "password" in why:
             hint = "Passwords are in ~/.pgpass (chmod 600), a line host:port:database:user:password each."
         raise UserError([Problem(what, key="storage", hint=hint)], exit_code=1) from None

@@ -1,4 +1,4 @@
-"""Who works at which trial: taken one at a time, given back when interrupted, found when its process died.
+"""Which worker has which trial. A trial is returned when interrupted, and found when its process died.
 
 Storages differ in what they know of their workers, so a file lock says it for all of them: a worker holds the
 lock of its trial, and the system takes it from a process that dies. All that changes a study happens under
@@ -43,7 +43,7 @@ class Trial:
     reported: set[int] = field(default_factory=set)
 
     def report(self, value: float, epoch: int) -> None:
-        """Tell the pruner a validation score; one of an epoch that is repeated counts as first told."""
+        """Report a validation score to the pruner. If an epoch is repeated, its first score counts."""
         if epoch not in self.reported:
             self.asked.report(value, epoch)
             self.reported.add(epoch)
@@ -137,13 +137,13 @@ class Trials:
     def finish(
         self, trial: Trial, state: State, values: Mapping[str, float] | None = None, reason: str | None = None
     ) -> None:
-        """Tell how a trial ended; scores go with the end COMPLETE."""
+        """Record how a trial ended; only the state COMPLETE has scores."""
         with self._alone():
             self._tell(trial.number, state, values, reason)
         trial.lock.release()
 
     def give_back(self, trial: Trial, why: str = "interrupted", lost: bool = False) -> None:
-        """Leave a trial to be gone on with, with the same parameters; a lost one as often as allowed."""
+        """Return a trial, to be continued with the same parameters; a lost one only as often as allowed."""
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
         with self._alone():
             if lost:
@@ -168,7 +168,7 @@ class Trials:
             lock.release()
 
     def _retry(self, trial: FrozenTrial, why: str) -> None:
-        """Queue a lost trial anew, unless it was lost too often."""
+        """Queue a lost trial again, unless it was lost too often."""
         times = self._losses(trial) + 1
         if times > self.spec.config.retries:
             self._tell(trial.number, "FAIL", reason=f"{why}, {times} times in a row")
@@ -188,7 +188,7 @@ class Trials:
         return sum("slot" not in one.user_attrs for one in known if one.number < trial.number)
 
     def _again(self, trial: FrozenTrial, why: str, lost: bool = False) -> None:
-        """Queue a trial anew and end it; killed in between, the next call finds what is queued."""
+        """Queue a trial again and end it. If killed in between, the next call finds the queued one."""
         known = self.study.get_trials(deepcopy=False)
         queued = next((one.number for one in known if one.user_attrs.get("after") == trial.number), None)
         if queued is None:
@@ -200,7 +200,7 @@ class Trials:
         self._tell(trial.number, "FAIL", reason=f"{why}; tried again as trial {queued}")
 
     def _parameters(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What a trial was given or drew; nothing if it had not drawn all, which it will do alike again."""
+        """The parameters of a trial; none if it had not drawn all, since it will draw the same ones again."""
         drawn = dict(trial.params)
         values = self._values(drawn)
         wanted = [p.key for p in self.spec.space if p.active(values)]

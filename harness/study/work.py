@@ -1,4 +1,4 @@
-"""One worker of a study: it takes trials, runs each as any other run, and tells how it ended."""
+"""One worker of a study: it takes trials, runs each like any other run, and records how it ended."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ class _Worker:
                 return
 
     def _attempt(self, trial: Trial) -> str | None:
-        """Run one trial and tell how it ended, whatever comes -> why it failed, if it did."""
+        """Run one trial and record how it ended, also after an error -> why it failed, if it did."""
         values, reason = None, None
         try:
             state, values = "COMPLETE", self._scores(trial)
@@ -124,11 +124,11 @@ class _Worker:
 
     def _end_after_failure(self, why: str) -> None:
         if self.trials.failed_alike() == why:
-            what = f"the first {ALIKE} trials failed alike, so the study ends: {why}"
+            what = f"the first {ALIKE} trials failed for the same reason, so the study ends: {why}"
             raise UserError([Problem(what, self.spec.file)], exit_code=1)
         if ranks.world_size() > 1:
             # the other ranks may wait in the middle of a step; the launcher starts all of them anew
-            raise UserError([Problem(f"the ranks start anew after: {why}")], exit_code=1)
+            raise UserError([Problem(f"the ranks start again after: {why}")], exit_code=1)
 
 
 def _reason(error: BaseException) -> str:

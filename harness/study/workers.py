@@ -41,7 +41,7 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
 
 
 def environment(number: int, device: Device, ranks: int) -> dict[str, str]:
-    """What a worker is told: its number, and its share of the devices where there are several."""
+    """The environment of a worker: its number, and its share of the devices if there are several."""
     told = {WORKER: str(number)}
     variable = _VISIBLE.get(device.kind)
     if variable is None or device.count < 2:

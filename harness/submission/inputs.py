@@ -1,4 +1,4 @@
-"""What people hand in: captions, concepts and ids in any official format, told apart by looking; runs."""
+"""What people hand in: captions, concepts and ids in any official format, which is detected; runs."""
 
 import codecs
 import io
@@ -165,7 +165,7 @@ def passes_for_header(key: str, separator: str) -> bool:
 
 
 def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[str, int]) -> Flaw | None:
-    """What keeps a row from being an id and a caption."""
+    """Why a row is not an id and a caption."""
     if isinstance(fields, str):
         return Flaw(line, fields, 'Quote the whole caption: ID,"caption", with "" for a quote inside.')
     if len(fields) < 2:

@@ -59,7 +59,7 @@ def separator_of(line: str) -> str | None:
 
 
 def separator(text: str) -> str | None:
-    """What stands between the columns of most lines; None where nothing does."""
+    """The separator of the columns in most lines; None if there is none."""
     firsts = Counter(filter(None, map(separator_of, re.split("[\r\n]", text))))
     return (
         firsts.most_common(1)[0][0] if firsts and 2 * firsts.most_common(1)[0][1] > firsts.total() else None

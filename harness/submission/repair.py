@@ -1,4 +1,4 @@
-"""What of a damaged submission file can be repaired without a new word."""
+"""Repairs a damaged submission file without adding a word."""
 
 import io
 import re

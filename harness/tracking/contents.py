@@ -1,4 +1,4 @@
-"""What of a run's record goes to MLflow, and under which names."""
+"""Which parts of a run's record go to MLflow, and under which names."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tu
 
 
 def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:
-    """What the parent run of a study says of it."""
+    """What the parent run of a study shows."""
     best = study.get("best") or []
     return {
         "study": study["study"],

@@ -1,4 +1,4 @@
-"""One run brought up to date on one tracking server, whatever was there before."""
+"""Brings one run up to date on one tracking server, whatever the server had before."""
 
 import contextlib
 import hashlib
@@ -52,7 +52,7 @@ class State:
 
     @classmethod
     def load(cls, experiment_directory: Path) -> "State":
-        """What is known; where the file is damaged, that the server's runs are to be found again."""
+        """What is known. If the file is damaged, the server's runs are searched again."""
         file = experiment_directory / STATE
         everything = _bookkeeping(file)
         uri, database = masked(tracking_uri()), database_of(tracking_uri())
@@ -328,7 +328,7 @@ def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str,
     if status_of(record, owner) == record["status"]:
         return record.get("failure")
     reason = "its process is gone: killed, out of memory, or the machine was restarted"
-    hint = f"The same command goes on: {record['command']}"
+    hint = f"The same command continues: {record['command']}"
     return {"step": record.get("at"), "error": None, "reason": reason, "hint": hint}
 
 
@@ -353,7 +353,7 @@ def _of_all(experiment_directory: Path, owner: int | None) -> str:
 
 
 def alive(pid: int, began: str | None = None) -> bool:
-    """Whether a process is there; where it `began` something then, not a later one of the same number."""
+    """Whether a process exists; with `began`, not a later process with the same number."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""The tracking server: its address, how it is opened, and what keeps it from answering."""
+"""The tracking server: its address, how it is opened, and why it does not answer."""
 
 import contextlib
 import os
@@ -122,7 +122,7 @@ def _broken(database: Path, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """Keep other processes from making the tables of the same database; a server sees to it itself."""
+    """Keep other processes from making the tables of the same database; a server does this itself."""
     from filelock import FileLock
 
     if uri.startswith(("http:", "https:", "file:")) or "://" not in uri:

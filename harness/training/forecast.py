@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts and without torch: steps, pixel cache, memory per device."""
+"""What a run will take, known before it starts and without torch: steps, pixel cache, memory per device."""
 
 import functools
 import math
@@ -61,7 +61,7 @@ def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
 
 
 def forecast(config: "Config") -> dict[str, Any]:
-    """Steps, pixel cache and memory of a run; what can't be told is None, its reason under `unknown`.
+    """Steps, pixel cache and memory of a run; what is not known is None, its reason under `unknown`.
 
     Memory is that of the configured kind of device; where that is left open, of an accelerator in bf16.
     """

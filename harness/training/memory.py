@@ -183,7 +183,7 @@ def _accumulates(config: TrainConfig, setup: Setup) -> bool:
 
 
 def _computing(held: Activations, checkpointing: bool) -> int:
-    """The fullest moment of forward and backward pass: at the loss, or in a layer that is computed anew."""
+    """The peak of forward and backward pass: at the loss, or in a layer that is computed again."""
     if not checkpointing:
         return held.kept + held.casts + held.loss
     return held.kept_checkpointed + max(held.casts + held.loss, 2 * held.layer)

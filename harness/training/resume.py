@@ -1,4 +1,4 @@
-"""Where a training stands on disk: checkpoints that are whole or do not count, and rows that go with them."""
+"""The state of a training on disk: checkpoints, which count only if they are whole, and their rows."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ class Checkpoints:
     def newest(self) -> State:
         """The state of the newest whole checkpoint, or the first; one that was cut short is passed over.
 
-        A training that has ended starts anew where its weights or its losses are gone.
+        A training that has ended starts again if its weights or its losses are gone.
         """
         ended = _state(_read(self.directory / FINISHED))
         if ended and all((self.directory / name).is_file() for name in (BEST, LOSSES)):

@@ -157,14 +157,14 @@ class Training:
                 self._validate(stage)
 
     def _for_these_ranks(self) -> Path | None:
-        """The checkpoint as another number of ranks reads it; None where it was written by as many.
+        """The checkpoint in a form for another number of ranks; None if the number is the same.
 
         Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each.
         """
         was, now = self.state.zero_stage, self.config.zero_stage
         if was != now and {was, now} != {1, 2}:
             what = f"it was interrupted at ZeRO stage {was}, whose checkpoints can't be read at stage {now}"
-            hint = f"Go on as it was: --set train.zero_stage={was}"
+            hint = f"Continue with the same stage: --set train.zero_stage={was}"
             raise UserError([Problem(what, self.checkpoints.folder, hint=hint)])
         if now == 0 or (was, self.state.ranks) == (now, ranks.world_size()):
             return None
@@ -355,7 +355,7 @@ class Training:
             bad += (~torch.isfinite(tensor.detach())).any().to(bad)
         if ranks.total(bad).item():
             what = f"the weights or the optimiser's moments after {self._where(stage)} are not finite"
-            hint = f"{DIVERGED} To train anew by the same config, delete {self.directory}."
+            hint = f"{DIVERGED} To train again with the same config, delete {self.directory}."
             raise UserError([Problem(what, hint=hint)], None, 1)
 
     def _where(self, stage: Stage) -> str:
@@ -387,7 +387,7 @@ class Training:
         except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
             room = gb(free(self.directory))
             what = f"the checkpoint after step {self.state.step} could not be written, {room} are free"
-            hint = f"Earlier ones are kept. Free some space, and the same command goes on. ({error})"
+            hint = f"Earlier ones are kept. Free some space, and the same command continues. ({error})"
             raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
         ranks.agree(None)  # all ranks have written their part
         if ranks.rank() == 0:
