@@ -1,4 +1,4 @@
-"""What every metric gets and gives back."""
+"""The inputs and results of every metric, and what metrics share."""
 
 import contextlib
 import functools
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
 
 STANDIN = "standin"
-"""The name of a metric's checkpoint that is made here."""
+"""In place of a checkpoint's name: a small model that needs no download."""
 WIDTH_STEP = 8
 CPU_BUDGET, DEVICE_BUDGET = 512, 8192
-"""Tokens in a batch."""
+"""Tokens in a batch, on CPUs and on other devices."""
 WIDE = 1024
-"""Tokens of a text whose attention takes memory by the gigabyte."""
+"""Tokens above which the attention of one text takes gigabytes of memory."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
-"""Makes the numbers (m, k) of m rows."""
+"""Computes the numbers (m, k) of m rows."""
 
 
 class Absent(Exception):
@@ -48,8 +48,8 @@ class Absent(Exception):
 class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
-    `predictions` and `references` are as read, to the character; `images` is None where there are none, and
-    one of them is None where it can't be read.
+    `predictions` and `references` are exactly as read. `images` is None if there are no images; an image is
+    None if it can't be read.
     """
 
     predictions: Sequence[str]
@@ -62,7 +62,7 @@ class Inputs:
 
     @cached_property
     def pairs(self) -> list[Row]:
-        """(prediction, reference) of each row as read."""
+        """(prediction, reference) of each row, as read."""
         return list(zip(self.predictions, self.references, strict=True))
 
     @cached_property
@@ -77,18 +77,18 @@ class Inputs:
 
     @cached_property
     def clean_pairs(self) -> list[Row]:
-        """(prediction, reference) of each row after the official pre-processing."""
+        """(prediction, reference) of each row, after the official pre-processing."""
         return list(zip(self.clean_predictions, self.clean_references, strict=True))
 
     @cached_property
     def agreed(self) -> np.ndarray:
-        """Rows (n,) bool with both captions of length 0, in the form that the edition looks at."""
+        """Rows (n,) bool with both captions of length 0: as read or pre-processed, by the edition's rule."""
         return empty(self.clean_pairs if EDITIONS[self.edition].blanks.length_of == "clean" else self.pairs)
 
     def scored(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
-        """Numbers (n, k) of rows: from `cache` what was computed before, by `compute` what is new.
+        """Numbers (n, k) of rows: known ones from `cache`, new ones from `compute`.
 
-        `what` is all that determines them beside the row; see `cache.Table`.
+        `what` is all that determines the numbers besides the row; see `cache.Table`.
         """
         table = self._table(what, rows)
         if table.new:
@@ -96,9 +96,9 @@ class Inputs:
         return table.numbers()
 
     def scored_by_all(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
-        """As `scored`, but when launched on several ranks each computes its share, and all get the numbers.
+        """As `scored`, but each rank of a launch computes its share, and all ranks get the numbers.
 
-        What stops one rank stops all: `Absent` with its reason.
+        An error on one rank stops all ranks with `Absent` and its reason.
         """
         table = self._table([what, made_by(self.device)], rows)
         new = ranks.agree(table.new)
@@ -110,11 +110,11 @@ class Inputs:
         return ranks.agree(table.numbers())
 
     def _shared(self, new: list[Row], compute: Compute) -> list[Any]:
-        """What all ranks make of the rows. No rank may leave while others wait for what it makes."""
+        """The numbers of the rows from all ranks. No rank may leave while others wait for its part."""
         mine, made, failure = ranks.share(new), [], None
         try:
             made = list(compute(list(mine))) if mine else []
-        except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes on up
+        except Exception as error:  # the other ranks must learn of any error before it is raised
             failure = error
         failures = [text for text in ranks.every(None if failure is None else str(failure)) if text]
         if isinstance(failure, Exception) and not isinstance(failure, Absent):
@@ -124,17 +124,17 @@ class Inputs:
         return ranks.gather(made)
 
     def name_of(self, checkpoint: Checkpoint) -> str:
-        """The checkpoint as signatures name it: a stand-in as one, what is not as fetched by its contents."""
+        """The checkpoint's name in signatures: stand-ins are marked, local or changed files have a hash."""
         name = checkpoint.name
         if checkpoint.local or not (checkpoint.standin or self._is_fetched(checkpoint)):
             name += f"@{checkpoints.digest(checkpoint, self.cache)}"
         return f"STAND-IN {name}" if checkpoint.standin else name
 
     def official(self, checkpoint: Checkpoint, named: str, key: str) -> tuple[bool, list[str]]:
-        """Whether a checkpoint is the one of the hub that is `named`; and if its contents alone say no, why.
+        """Whether a checkpoint is the hub's checkpoint `named`, and a doubt if only its contents say no.
 
-        Files that the hub's client has fetched under that name are, and so is a local folder of that name
-        whose contents `score.trusted` lists. `key` is the config's that names the checkpoint.
+        Files that the hub's client downloaded under that name are official. So is a local folder of that name
+        whose contents `score.trusted` lists. `key` is the config key that names the checkpoint.
         """
         folder = checkpoint.folder.resolve() if checkpoint.local else checkpoint.folder
         same = folder.name == named.rpartition("/")[2] if checkpoint.local else checkpoint.name == named
@@ -144,7 +144,7 @@ class Inputs:
             return True, []
         doubt = checkpoints.untrusted(key, checkpoint.folder, self.cache)
         if not checkpoint.local:
-            doubt += f" Else fetch it anew: hf download {named} --force-download"
+            doubt += f" Or download it again: hf download {named} --force-download"
         return False, [doubt]
 
     def trusts(self, path: Path) -> bool:
@@ -160,11 +160,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a metric found: `per_image` (n,) and how it was made.
+    """The result of a metric: `per_image` (n,) and how it was computed.
 
-    A corpus metric has its own `value` and, where resamples can be summed, `statistics` (n, k) for
-    `Metric.aggregate`; elsewhere the value is the mean of `per_image`. `doubts` say why it is not official
-    where only the contents of its weights stand against it.
+    A corpus metric has its own `value` and, if resamples can be summed, `statistics` (n, k) for
+    `Metric.aggregate`. For other metrics the value is the mean of `per_image`. `doubts` say why the score is
+    not official if the only reason is the contents of its weights.
     """
 
     per_image: np.ndarray
@@ -178,10 +178,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Standin:
-    """What `standin` means as the name of weights: a small model that is no official one.
+    """What `standin` means as the name of weights: a small, unofficial model.
 
-    `build` gets images, captions and a folder, and trains the stand-in there on the training split. None: the
-    stand-in comes with an installed package.
+    `build` gets images, captions and a folder. It trains the stand-in on the training split and saves it in
+    the folder. None: the stand-in comes with an installed package.
     """
 
     build: Callable[[Sequence[Path], Sequence[str], Path], None] | None = None
@@ -193,10 +193,10 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Original:
-    """How the original package scores: `scores` of pairs (n,), each one alone unless `corpus`.
+    """How the original package scores: `scores` of pairs (n,), one pair at a time unless `corpus`.
 
     A corpus metric's scores depend on all pairs. The package gets the captions after the official
-    pre-processing, or, where it is `raw`, as read.
+    pre-processing, or as read if `raw`.
     """
 
     package: str
@@ -211,12 +211,12 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a metric: the `section` of `score:`, its `schema`, and the `key` in it that names them.
+    """The weights of a metric: the `section` of `score:`, its `schema`, and its `key` that names the weights.
 
-    The name is one of the hub or a local path; None leaves the metric absent. `problems` and `identity` get
-    the section: what is missing, found without loading anything, and what determines the numbers, which
-    tells two weights of one name apart. The folder given to `identity` keeps known hashes. `unload` forgets
-    the loaded model. `executes`: the section names a program, or files with programs in them.
+    The name is a hub name or a local path; None leaves the metric absent. `problems` gets the section and
+    says what is missing, without loading anything. `identity` gets the section and says what determines the
+    numbers; it differs for two weights of one name. Its second argument is a folder that keeps known hashes.
+    `unload` forgets the loaded model. `executes`: the section names a program, or files with programs.
     """
 
     section: str
@@ -238,7 +238,7 @@ class Weights:
         return getattr(config, self.section)
 
     def named(self, config: "ScoreConfig") -> str | Path | None:
-        """The name of the weights in the config; None: the metric is absent."""
+        """The name of the weights in the config, or None if the metric is absent."""
         return getattr(self.settings(config), self.key)
 
     def renamed(self, config: "ScoreConfig", name: str | Path | None) -> "ScoreConfig":
@@ -252,19 +252,19 @@ class Weights:
         return trained and self.named(config) == STANDIN
 
     def missing(self, config: "ScoreConfig") -> list[Problem]:
-        """What keeps the named weights from being used; nothing where none or a stand-in is named."""
+        """What is wrong with the named weights; nothing if none or a stand-in is named."""
         return [] if self.named(config) in (None, STANDIN) else self.problems(self.settings(config))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of METRICS: how it is measured, and all that other rooms have to know of it.
+    """A metric of METRICS: how it is measured, and what other code must know about it.
 
     `aggregate` maps summed statistics (..., k) to the scores (...) of a corpus metric. `neural` metrics use
-    the device, the others run beside them in a thread. `weights` may be shared with another metric. `java`:
-    it runs on Java, and `stop` ends that in the middle of an answer. `original` is the package that it has to
-    agree with. `readings` are reported beside it, by name, where it is not established which of them is
-    official.
+    the device; the others run at the same time in a thread. `weights` may be shared with another metric.
+    `java`: it runs on Java, and `stop` ends Java even in the middle of an answer. `original` is the package
+    that it must agree with. `readings` are variants by name, also reported: it is not established which one
+    is official.
     """
 
     measure: Callable[[Inputs], Measured]
@@ -278,23 +278,23 @@ class Metric:
 
 
 def empty(pairs: Sequence[Row]) -> np.ndarray:
-    """Rows (n,) bool of which every text has length 0; white space has a length."""
+    """Rows (n,) bool in which every text has length 0; white space has a length."""
     return np.array([not any(pair) for pair in pairs])
 
 
 def sign(metric: str, edition: int, *parts: Any) -> str:
-    """The signature of a score: `metric|clef<edition>|part|part`; equal signatures are comparable scores."""
+    """The signature `metric|clef<edition>|part|part`; scores with equal signatures are comparable."""
     return "|".join([metric, f"clef{edition}", *map(str, parts)])
 
 
 class Flagged(NamedTuple):
-    """Rows of which there is something to know."""
+    """Rows that a warning is about."""
 
     rows: Sequence[int]
     what: str
 
-    def told(self, ids: Sequence[str] | None) -> str:
-        """A warning that counts the rows and names the first few, by id where there are ids."""
+    def message(self, ids: Sequence[str] | None) -> str:
+        """A warning that counts the rows and names the first few, by id if there are ids."""
         named = [ids[row] if ids else f"row {row + 1}" for row in self.rows[:5]]
         more = ", ..." if len(self.rows) > 5 else ""
         return (
@@ -303,7 +303,7 @@ class Flagged(NamedTuple):
 
 
 def cut_rows(metric: str, cut: np.ndarray) -> list[Flagged]:
-    """The texts that were too long, if any; `cut` (n,) says to how many tokens, 0 where not."""
+    """The rows that were too long, if any; `cut` (n,) is the tokens that each was cut to, 0 if not cut."""
     rows = np.flatnonzero(cut).tolist()
     return [Flagged(rows, f"longer than {metric} takes, cut at {cut.max():.0f} tokens")] if rows else []
 
@@ -315,11 +315,11 @@ def by_length(
     device: str,
     budget: int | None = None,
 ) -> list[Result]:
-    """A result for each row of `lengths` tokens, which does not depend on the other rows.
+    """A result for each row of `lengths` tokens; it does not depend on the other rows.
 
-    `compute` gets rows and the width to pad them to, and gives a result for each; see `batches`. On CPUs
-    batches are computed side by side by one thread each: threads within one batch would wait for each other
-    after every matrix product. Those wider than `WIDE` are computed one at a time, for the sake of memory.
+    `compute` gets rows and the width to pad them to, and returns a result for each; see `batches`. On CPUs
+    batches run in parallel with one thread each: threads within one batch would wait for each other after
+    every matrix product. Batches wider than `WIDE` run one at a time to save memory.
     """
     todo = list(batches(lengths, limit, budget or (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET)))
     if device == "cpu":
@@ -330,8 +330,8 @@ def by_length(
                 done = [compute(*batch) for batch in todo[:wide]]
                 done += pool.map(lambda batch: compute(*batch), todo[wide:])
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
-    else:  # and in this thread: in another, torch-npu takes device 0
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for none
+    else:  # in this thread, since torch-npu would use device 0 in another one
         done = [compute(*batch) for batch in todo]
     found: list[Any] = [None] * len(lengths)
     for (rows, _), results in zip(todo, done, strict=True):
@@ -341,11 +341,11 @@ def by_length(
 
 
 def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[tuple[list[int], int]]:
-    """Rows in batches and the width of each batch in tokens, the widest first.
+    """Rows in batches, and the width of each batch in tokens, the widest first.
 
-    Kernels round otherwise for batches of another shape. So the width follows from a row's own length: the
-    next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have as many rows as fit
-    `budget` tokens; the last one is filled up by repeating its last row.
+    Kernels round differently for batches of another shape. So the width depends on a row's own length only:
+    the next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have the same number of rows,
+    as many as fit `budget` tokens. The last batch is filled up by repeating its last row.
     """
     by_width: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
@@ -363,7 +363,7 @@ def filled(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def row_by_row(layer: Callable[[Any], Any], batch: Any) -> Any:
-    """A small layer on each row (1, d) of a batch (n, d): its product rounds by the place in the batch."""
+    """A small layer on each row (1, d) of a batch (n, d): in a batch, rounding depends on a row's place."""
     import torch
 
     return torch.cat([layer(row) for row in batch.split(1)])
@@ -371,7 +371,7 @@ def row_by_row(layer: Callable[[Any], Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[int]:
-    """One thread a product, so that sums do not depend on how many there are; gives that number."""
+    """Use one thread per product, so that sums do not depend on the thread count; yields that count."""
     import torch
 
     threads = torch.get_num_threads()
@@ -383,7 +383,7 @@ def one_thread() -> Iterator[int]:
 
 
 def at_hand(name: str, key: str) -> Checkpoint:
-    """The checkpoint that the config names by `key`; raises `Absent` where it can't be loaded."""
+    """The checkpoint `name`, given by `key` of the config; raises `Absent` if it can't be loaded."""
     found = checkpoints.find(name)
     if wrong := lacking(name, key):
         raise Absent("; ".join(problem.what for problem in wrong))
@@ -391,20 +391,20 @@ def at_hand(name: str, key: str) -> Checkpoint:
 
 
 def lacking(name: str, key: str) -> list[Problem]:
-    """What keeps the checkpoint that the config names by `key` from being loaded."""
+    """Why the checkpoint `name`, given by `key` of the config, can't be loaded; empty if it can."""
     found = checkpoints.find(name)
     return checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
 
 
 def contents(name: str, cache: Path | None) -> list[list[str]] | None:
-    """Names and hashes of the files of a checkpoint; None where it is not at hand."""
+    """Names and hashes of the files of a checkpoint; None if it is not on this machine."""
     found = checkpoints.find(name)
     return checkpoints.contents(found.folder, cache) if found else None
 
 
 @contextlib.contextmanager
 def loading(place: Path) -> Iterator[None]:
-    """Turns whatever a library makes of damaged or foreign files into `Absent`, in one line."""
+    """Turns any error of a library about damaged or foreign files into `Absent`, in one line."""
     quieten()
     try:
         yield
@@ -418,10 +418,10 @@ def loading(place: Path) -> Iterator[None]:
 
 
 def last_kept(identify: Callable[[Path], Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Keeps the last model that a loader made, until other weights lie at its place; see `loading`.
+    """Keeps the last model of a loader in memory until its weights change on disk; see `loading`.
 
-    The loader's first argument is the place of the weights, and `identify` gives what tells their contents
-    apart. `cache_clear` of the loader forgets the model.
+    The loader's first argument is the path of the weights. `identify` returns what identifies their contents.
+    The loader's `cache_clear` forgets the model.
     """
 
     def keeping(load: Callable[..., Result]) -> Callable[..., Result]:
@@ -446,9 +446,9 @@ def files_of(folder: Path) -> list[list[str]]:
 
 
 def loaded(model: Any, folder: Path, unused: str = "$^", **options: Any) -> Any:
-    """A model of transformers with all its weights from a folder, in evaluation.
+    """A transformers model in evaluation mode, with all its weights from a folder.
 
-    Raises `Absent` where weights are lacking, which would be random, but for names that match `unused`.
+    Raises `Absent` if weights are missing, since they would be random; names that match `unused` may be.
     """
     made, info = model.from_pretrained(folder, output_loading_info=True, **options)
     lacking = sorted(name for name in info["missing_keys"] if not re.search(unused, name))
