@@ -13,7 +13,7 @@ from harness.training.resume import LOSSES, rows_of
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Scores as `valid/bertscore`, before post-processing as `valid/before/bertscore`; none that is absent."""
+    """Scores as `valid/bertscore`, `valid/before/bertscore` before post-processing; none that is absent."""
     values: dict[str, Any] = {}
     for split, stages in record["scores"].items():
         for stage, scores in stages.items():
