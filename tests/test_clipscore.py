@@ -205,7 +205,7 @@ def test_both_scores_equal_clips_own_features_one_row_at_a_time(folder, pictures
     assert not both.official
     assert min(plain) > 0.01, "scores of 0 would hide what was multiplied"
     assert np.ptp(both.per_image) > 0.01
-    assert [one.told(None) for one in both.warnings] == [
+    assert [one.message(None) for one in both.warnings] == [
         "1 row longer than refclipscore takes, cut at 77 tokens (row 5)"
     ]
 

@@ -115,9 +115,9 @@ def test_no_kind_of_file_is_taken_for_weights_or_for_alignscore(kind, tmp_path):
         check_weights(file)
     config = ScoreConfig.model_validate({"metrics": ["alignscore"], "alignscore": {"checkpoint": str(file)}})
     found = alignscore.problems(config.alignscore)
-    assert found[0].what.startswith(f"no checkpoint of AlignScore: {file} ")
+    assert found[0].what.startswith(f"not a checkpoint of AlignScore: {file} ")
     scores, _ = metrics.score(["a"], ["a"], None, config, 2025)
-    assert "no checkpoint of AlignScore" in scores["alignscore"].reason
+    assert "not a checkpoint of AlignScore" in scores["alignscore"].reason
     assert "\n" not in scores["alignscore"].reason
     metrics.identities_of(config, tmp_path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - max(before, made)

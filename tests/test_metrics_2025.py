@@ -287,12 +287,12 @@ def test_alignscore_says_what_is_wrong_with_its_files(align, tmp_path, monkeypat
 
     assert "no such file" in wrong(tmp_path / "AlignScore-base.ckpt")
     (tmp_path / "page.ckpt").write_text("<html>not found</html>")
-    assert "no checkpoint of AlignScore" in wrong(tmp_path / "page.ckpt")
+    assert "not a checkpoint of AlignScore" in wrong(tmp_path / "page.ckpt")
     kept = torch.load(align, weights_only=True)
     torch.save({"state_dict": kept["state_dict"]}, tmp_path / "bare.ckpt")
-    assert "no checkpoint of AlignScore" in wrong(tmp_path / "bare.ckpt")
+    assert "not a checkpoint of AlignScore" in wrong(tmp_path / "bare.ckpt")
     torch.save(kept | {"hparams_type": CaptionData}, tmp_path / "objects.ckpt")
-    assert "holds objects of Lightning" in wrong(tmp_path / "objects.ckpt")
+    assert "holds Lightning objects" in wrong(tmp_path / "objects.ckpt")
     part = {name: value for name, value in kept["state_dict"].items() if "layer.1" not in name}
     torch.save(kept | {"state_dict": part}, tmp_path / "part.ckpt")
     assert "does not fit" in wrong(tmp_path / "part.ckpt")

@@ -188,7 +188,7 @@ FAULTS = {
         ["x0 (line 1), x1 (line 2), x2 (line 3) and 1,197 more", "same split"],
     ),
     "endings": (b"a.jpg|x\nb|y\nc|z\n", REFERENCE, ["p.csv:1", "a.jpg", "Leave out the ending"]),
-    "twice": (b"a|x\nb|y\na|z\nc|z\n", REFERENCE, ["p.csv:3", "was there before: a, as on line 1"]),
+    "twice": (b"a|x\nb|y\na|z\nc|z\n", REFERENCE, ["p.csv:3", "a repeated id: a, as on line 1"]),
     "twice in references": (b"a|x\nb|y\n", b"ID,Caption\na,x\na,y\nb,z\n", ["r.csv:3", "line 2"]),
     "empty id": (b"a|x\n|y\nc|z\n", REFERENCE, ["p.csv:2", "empty"]),
     "white space": (b"a |x\nb|y\nc|z\n", REFERENCE, ["p.csv:1", "'a '", "white space"]),

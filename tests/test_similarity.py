@@ -215,7 +215,7 @@ def test_similarity_says_what_is_missing(insight, pictures):
     assert similarity.problems(ScoreConfig().similarity) == similarity.problems(section) == []
     (insight / similarity.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     (problem,) = similarity.problems(section)
-    assert "a pointer of Git LFS" in problem.what
+    assert "a Git LFS pointer" in problem.what
     assert "lfs pull" in problem.hint
     (insight / similarity.WEIGHTS).unlink()
     (problem,) = similarity.problems(section)

@@ -64,7 +64,7 @@ def test_advice_is_given_only_where_it_leads_to_a_file(folder):
     """Semicolons and JSON of other kinds are not read, so that no command is named for them."""
     table(folder / "mine.csv", ";", "", "CT, axial")
     (folder / "other.json").write_text(json.dumps(dict.fromkeys(IDS, "CT")))
-    for name, words in (("mine.csv", "separated by semicolons"), ("other.json", "not of COCO results")):
+    for name, words in (("mine.csv", "separated by semicolons"), ("other.json", "not COCO results")):
         said = harness(folder, "submission", "check", name, "--edition=2023", "--ids=IDS", code=3).stderr
         assert words in said
         assert "submission make" not in said
@@ -79,7 +79,7 @@ def test_17237_rows_with_the_same_fault_are_one_message(tmp_path):
     assert len(check(path, ids, 2023, "concept")) == 1
     faults = {
         "|C1;C1": "holds a CUI twice",
-        "|D1": "holds what is no CUI",
+        "|D1": "holds something that is not a CUI",
         "|C1|C2": "has more than one pipe",
         "": "has no '|'",
         ".jpg|C1": "an id with the ending of an image",

@@ -191,7 +191,7 @@ DAMAGE = {
     "cut inside quotes": (lambda text: text[:40] + ',"a caption that', ["not CSV"]),
     "empty": (lambda text: "", ["is empty"]),
     "header alone": (lambda text: "ID,caption\r\n", ["a header and nothing else"]),
-    "twice": (lambda text: text + "scan_0,again\r\n", ["there before: scan_0"]),
+    "twice": (lambda text: text + "scan_0,again\r\n", ["a repeated id: scan_0"]),
     "one for another": (
         lambda text: text.replace("scan_5", "other"),
         ["1 id (scan_5): missing", "1 id (other): not of the split"],

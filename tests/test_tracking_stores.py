@@ -1,4 +1,4 @@
-"""Stores that several processes make at once, are half made, or refuse; bookkeeping that is damaged."""
+"""Stores that several processes make at once, are incomplete, or refuse; bookkeeping that is damaged."""
 
 import contextlib
 import json
@@ -178,7 +178,7 @@ def test_a_server_that_refuses_is_said_in_a_line_within_seconds(root, monkeypatc
     assert "not mirrored to http" in what
     assert "127.0.0.1" in what
     assert SECRET not in what
-    assert hint.strip() == "Nothing is lost; later: python -m harness sync"
+    assert hint.strip() == "Nothing is lost. Try again: python -m harness sync"
 
 
 @pytest.mark.parametrize(

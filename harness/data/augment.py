@@ -1,4 +1,4 @@
-"""What is done to training images, on the device and in one resampling."""
+"""Augmentation of training images, on the device and with one resampling."""
 
 import math
 
@@ -14,9 +14,9 @@ _TRIES = 10
 def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """Crop, shift, rotate, mirror and brighten uint8 (B, S, S, 3) -> uint8 of the same shape.
 
-    Where LAVIS crops the image as it was and enlarges by a bicubic filter, this crops what is squashed
-    already, and bilinearly: NPUs before Atlas A2 have no other (CANN's aclnnGridSampler2D). `generator` lives
-    on the CPU, so that every device draws the same numbers.
+    LAVIS crops the original image and enlarges it with a bicubic filter. This function crops the squashed
+    image with a bilinear filter, since NPUs before Atlas A2 have no other (CANN's aclnnGridSampler2D).
+    `generator` is on the CPU, so every device draws the same numbers.
     """
     moved = config.random_crop < 1 or config.shift or config.rotate or config.horizontal_flip
     if not moved and not config.brightness:
@@ -61,8 +61,9 @@ def _transforms(count: int, size: int, config: AugmentConfig, generator: torch.G
 def crops(count: int, size: int, smallest: float, generator: torch.Generator) -> Tensor:
     """Left, top, width and height in whole pixels, (4, count), of random crops of squares of `size` pixels.
 
-    Drawn as LAVIS draws them, by torchvision's RandomResizedCrop: area uniform from `smallest` to all of it,
-    log of width to height uniform between 3/4 and 4/3; of ten tries the first that fits, or no crop.
+    They are drawn as in LAVIS, which uses torchvision's RandomResizedCrop. The area is uniform between
+    `smallest` and the whole. The log of width / height is uniform between log 3/4 and log 4/3. The first of
+    ten tries that fits is used; if none fits, there is no crop.
     """
     if smallest == 1:
         return torch.tensor([0.0, 0.0, size, size])[:, None].expand(4, count)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a data set, found before any training: labels first, then every image."""
+"""Finds all problems of a data set before any training: labels first, then every image."""
 
 import contextlib
 import hashlib
@@ -32,14 +32,14 @@ from harness.store import bytes_of, fingerprint, read_checked, write_checked
 
 CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
-"""As many are decoded within about a second; with more, the labels' problems are reported without waiting."""
+"""So many images are decoded in about a second; with more, problems of labels are reported first."""
 REPAIR = (
     "Correct them, or continue with --set data.skip_bad=true: training then leaves these rows out; "
-    "validation and test rows are all captioned and submitted, with the constant caption where the image "
+    "validation and test rows are all captioned and submitted, with the constant caption if the image "
     "can't be read."
 )
 _Key = tuple[str, int, int]
-_SCAN_FORMAT = 1  # raise it when `decode` gives other pixels
+_SCAN_FORMAT = 1  # raise it when the pixels from `decode` change
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Scan:
 
 
 def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> Dataset:
-    """Read and check a data set; draws the phantom first, if one is configured and nothing is there.
+    """Read and check a data set; draws the phantom first, if one is configured and the folder does not exist.
 
-    A folder that exists and is no phantom is real data and is never written to. Images are decoded once; what
-    that told is kept under `work/data`. Raises `UserError` with all problems, but for those with which
-    `data.skip_bad` goes on: it leaves such rows out of training alone.
+    An existing folder that is not a phantom is real data; nothing is written to it. Images are decoded once;
+    the results are kept under `work/data`. Raises `UserError` with all problems, except those that
+    `data.skip_bad` allows: it leaves such rows out of training only.
     """
     _ensure(config)
     listing = read(config.root, config.layout)
@@ -74,7 +74,7 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
 
 @dataclass(frozen=True)
 class Examined:
-    """All mistakes in a data set, and its odd rows, which are used only in part."""
+    """All problems of a data set, and `notes`: rows that are used only for some purposes."""
 
     fatal: list[Problem]
     findings: list[Finding]
@@ -82,17 +82,17 @@ class Examined:
 
     @property
     def problems(self) -> list[Problem]:
-        """One for each row that has one."""
+        """All problems, one for each faulty row."""
         return self.fatal + [finding.problem for finding in self.findings]
 
     @property
     def causes(self) -> list[Problem]:
-        """The problems; those of many rows are reported once."""
+        """The problems; one that many rows share is listed once."""
         return self.fatal + together(self.findings)
 
 
 def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> Examined:
-    """Look at a data set, every image decoded, whether or not `data.skip_bad` would go on."""
+    """Check a data set and decode every image, whether or not `data.skip_bad` is set."""
     _ensure(config)
     listing = read(config.root, config.layout)
     findings = listing.findings + list(_label_findings(listing))
@@ -102,12 +102,12 @@ def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | 
 
 
 def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
-    """All problems of a data set, every image decoded, whether or not `data.skip_bad` would go on."""
+    """All problems of a data set, with every image decoded, whether or not `data.skip_bad` is set."""
     return examine(config, work, progress).problems
 
 
 def unchecked(config: DataConfig, work: Path = Path("runs")) -> int:
-    """How many images of a data set were never decoded here."""
+    """How many images of a data set have not been decoded here yet."""
     _ensure(config)
     return len(_unscanned(read(config.root, config.layout), _known(config.root, work)))
 
@@ -144,13 +144,13 @@ def _label_findings(listing: Listing) -> Iterator[Finding]:
 
 
 def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tuple[str, str]]:
-    """What is wrong with a row, and the cause that it shares with other rows."""
+    """What is wrong with a row, each with the cause that other rows may share."""
     names = listing.concept_names
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
         cause = "C and seven digits are allowed"
         yield f"got the CUI {', '.join(map(repr, malformed))}; {cause}", cause
-    if names:  # without them, that file is the problem
+    if names:  # without names, the file of concept names is the problem
         unknown = [cui for cui in example.cuis if cui not in names and cui not in malformed]
         if unknown:
             cause = "not in the file of concept names"
@@ -171,7 +171,7 @@ _USED_FOR = {
 
 
 def _without_words(listing: Listing) -> Iterator[Finding]:
-    """Rows whose caption is blank or only punctuation. Published sets have them, so they are not mistakes."""
+    """Rows whose caption has no words; published sets have such rows, so they are not a mistake."""
     for split, examples in listing.splits.items():
         for example in examples:
             if example.caption is not None and not has_words(example.caption):
@@ -245,7 +245,7 @@ def _dataset(
 
 
 def _with_damage(split: str, example: Example, listing: Listing, scans: Mapping[Row, Scan]) -> Example:
-    """The row, and why its image can't be read."""
+    """The row, with the reason if its image can't be read."""
     row = (split, example.id)
     scan = scans.get(row)
     damage = listing.lacking[row] if scan is None else scan.damage
@@ -253,7 +253,7 @@ def _with_damage(split: str, example: Example, listing: Listing, scans: Mapping[
 
 
 def _unusable(root: Path, splits: Mapping[str, tuple[Example, ...]]) -> Iterator[Problem]:
-    """Splits in which no row is fit for what it is there for."""
+    """Splits without a single usable row."""
     for split in ("train", "valid"):
         if not any(example.trains for example in splits[split]):
             yield Problem(f"no good row is left in {split}", root)
@@ -262,7 +262,7 @@ def _unusable(root: Path, splits: Mapping[str, tuple[Example, ...]]) -> Iterator
 
 
 def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Finding:
-    """What happens to a row that is captioned and submitted despite its mistakes."""
+    """The finding, with what happens to its row, which is captioned and submitted despite the problem."""
     split, id = finding.row
     example = next(example for example in splits[split] if example.id == id)
     if example.damage:
@@ -270,7 +270,7 @@ def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Findin
     elif split == "valid" and example.caption is None:
         becomes = "the row is captioned and submitted, and not scored"
     else:
-        becomes = "the row is used all the same"
+        becomes = "the row is used nevertheless"
     problem = replace(finding.problem, what=f"{finding.problem.what}; {becomes}")
     return finding._replace(problem=problem)
 
@@ -282,7 +282,7 @@ def _contents(split: str, examples: tuple[Example, ...], scans: Mapping[Row, Sca
 def _scan(
     root: Path, listing: Listing, work: Path, known: dict[_Key, Scan], progress: Progress | None
 ) -> dict[Row, Scan]:
-    """Decode the listed images that no earlier scan knows; an interrupted scan keeps what it has done."""
+    """Decode the listed images that no earlier scan has; an interrupted scan keeps its results."""
     if _unscanned(listing, known):
         file = _scan_file(root, work)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ def _scan_file(root: Path, work: Path) -> Path:
 
 
 def _known(root: Path, work: Path) -> dict[_Key, Scan]:
-    """The results of earlier scans; none if the file is damaged, so that all images are decoded again."""
+    """The results of earlier scans; empty if the file is damaged, so that all images are decoded again."""
     file = _scan_file(root, work)
     rows = read_checked(file)
     if rows is None:

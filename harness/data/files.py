@@ -1,11 +1,11 @@
-"""Files as people hand them in: their bytes, or why there are none; no FIFO, device or link makes it wait."""
+"""Reads files from users, or says why not; a FIFO, device or link does not make it wait."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 
-LARGEST = 1 << 30  # bytes, several times the largest label file or image there is
+LARGEST = 1 << 30  # bytes, several times the largest known label file or image
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -16,12 +16,12 @@ _KINDS = {
 
 
 def read(path: Path, pipes: bool = False) -> bytes:
-    """The bytes of a regular file, and with `pipes` also those of a FIFO that something writes to.
+    """The bytes of a regular file or, with `pipes`, of a FIFO that has a writer.
 
-    Raises `OSError`, whose `strerror` is for people, for everything else, and above 1 GiB.
+    Raises `OSError` for everything else and above 1 GiB; its `strerror` is a message for the user.
     """
     try:
-        _refuse(path, path.stat().st_mode, pipes)  # before it is opened: to open a device may do something
+        _refuse(path, path.stat().st_mode, pipes)  # before opening, since opening a device can have effects
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             _refuse(path, mode, pipes)
@@ -35,8 +35,8 @@ def read(path: Path, pipes: bool = False) -> bytes:
 
 
 def other_than_file(mode: int) -> str | None:
-    """What a path of this `st_mode` is, in words, if not a regular file."""
-    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+    """What a path with this `st_mode` is, in words; None for a regular file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 def why(path: Path | str, error: OSError) -> str:
@@ -55,10 +55,10 @@ def _refuse(path: Path, mode: int, pipes: bool) -> None:
 
 
 def _first_of_pipe(path: Path, handle: int) -> bytes:
-    """What a FIFO that was opened without waiting holds already; from then on reading it waits for more."""
+    """The first bytes of a FIFO that was opened without waiting; later reads wait for more."""
     try:
         first = os.read(handle, 1 << 16)
-    except BlockingIOError:  # nothing yet from whoever writes
+    except BlockingIOError:  # the writer has written nothing yet
         first = None
     if first == b"":
         raise OSError(errno.EINVAL, "it is a FIFO, and nothing writes to it", str(path))

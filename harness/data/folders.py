@@ -16,7 +16,7 @@ _FOREIGN = (
     *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif", ".heic", ".ppm", ".pgm"),
     *(".dcm", ".dicom", ".nii", ".nii.gz"),
 )
-"""Suffixes of images that are not read."""
+"""Suffixes of image formats that are not read."""
 KEEP_ONE = "Keep one image of each id."
 _NAMED = 3
 
@@ -32,17 +32,17 @@ class File(NamedTuple):
 
 @dataclass
 class Images:
-    """What the folders of one split hold; `folder` is the first that holds images."""
+    """The contents of the folders of one split; `folder` is the first one that holds images."""
 
     folder: Path
     files: dict[str, File] = field(default_factory=dict)
-    """By id, where there is exactly one."""
+    """The image of each id that has exactly one."""
     rivals: dict[str, list[str]] = field(default_factory=dict)
-    """The names of all images of an id, where there are several; two names of one file are one image."""
+    """The names of all images of each id that has several; two names of one file are one image."""
     odd: dict[str, str] = field(default_factory=dict)
-    """Why what bears the name of an image is no file, by id."""
+    """By id: why something with the name of an image is not a file."""
     others: list[str] = field(default_factory=list)
-    """The names of everything else."""
+    """The names of all other files."""
 
     @property
     def ids(self) -> list[str]:
@@ -54,7 +54,7 @@ class Images:
         return id in self.files or id in self.rivals or id in self.odd or id in self._near
 
     def instead(self, id: str) -> str | None:
-        """What there is for an id that has no image, in words."""
+        """What the folders have instead of the image of an id, in words; None if nothing."""
         if id in self.odd:
             return self.odd[id]
         if _is_image(id) and (stem := os.path.splitext(id)[0]) in self.files:
@@ -68,7 +68,7 @@ class Images:
 
     @cached_property
     def _near(self) -> dict[str, str]:
-        """Files that may be meant as the image of an id that has none, by id."""
+        """Names of files that may be a missing image, by the id that they may be meant for."""
         near: dict[str, str] = {}
         for name in self.others:
             near |= {
@@ -89,19 +89,19 @@ class Images:
 
 
 def of_split(root: Path, split: str) -> Images | None:
-    """The images of a split in all folders that may be its own; None where there are none."""
+    """The images of a split in all folders that may belong to it; None if there are none."""
     return scan([folder for folder in folders(root, split) if folder.is_dir()], root)
 
 
 def folders(root: Path, split: str) -> list[Path]:
-    """Where people unpack a split's images, archives in archives included."""
+    """Folders in which users may have unpacked a split's images, nested archives included."""
     outer = dict.fromkeys([root / split, *sorted(root.glob(f"*{split}_images")), root / "images" / split])
     inner = [base / name for base in outer for name in (split, f"{split}_images", "images")]
     return [*outer, *inner]
 
 
 def scan(places: Sequence[Path], root: Path) -> Images | None:
-    """The images in these folders, named relative to `root`; None if there are none."""
+    """The images in these folders, with names relative to `root`; None if there are none."""
     images, entries = None, [(place, list(_entries(place))) for place in places]
     for place, found in entries:
         if images is None and any(_is_image(entry.name) for entry in found):
@@ -134,7 +134,7 @@ def scan(places: Sequence[Path], root: Path) -> Images | None:
 
 
 def foreign(root: Path, split: str) -> str | None:
-    """The images of a split that are there in a form that is not read, in words."""
+    """The images of a split in formats that are not read, in words; None if there are none."""
     places = [folder for folder in folders(root, split) if folder.is_dir()]
     names = [entry.name for place in places for entry in _entries(place)]
     count = Counter(os.path.splitext(name)[1].lower() for name in names if _without_foreign(name))
@@ -145,7 +145,7 @@ def foreign(root: Path, split: str) -> str | None:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, in the order of names; hidden files, as archives of macOS bring them, left out."""
+    """The entries of a folder in the order of names, without hidden files, which macOS archives add."""
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
 
@@ -155,7 +155,7 @@ def _is_image(name: str) -> bool:
 
 
 def _without_foreign(name: str) -> str | None:
-    """The id in the name of an image that is not read."""
+    """The id in the name of an image whose format is not read; None for other names."""
     suffix = next((suffix for suffix in _FOREIGN if name.lower().endswith(suffix)), None)
     return name[: -len(suffix)] if suffix else None
 

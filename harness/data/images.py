@@ -1,4 +1,4 @@
-"""Pixels: decoded as radiology needs it, resized as LAVIS evaluates, and each image only once."""
+"""Pixels: decodes images for radiology, resizes them as LAVIS does in evaluation, each image only once."""
 
 import contextlib
 import errno
@@ -27,23 +27,23 @@ from harness.store import fingerprint, free, gb
 
 Progress = Callable[[int, int], None]
 In, Out = TypeVar("In"), TypeVar("Out")
-_CACHE_FORMAT = 1  # raise it when decode or resize give other pixels
+_CACHE_FORMAT = 1  # raise it when the pixels from decode or resize change
 _AHEAD = 4  # items per thread
 
 
-# of odd but whole files; what is too large, `damage` tells
+# PIL warns of odd but whole files; `damage` reports those that are too large
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")
-"""What is read, whatever the suffix. PIL hands some of its other formats to programs, EPS to Ghostscript."""
+"""Formats that are read, whatever the suffix. For some others PIL runs programs, e.g. Ghostscript for EPS."""
 
 
 def decode(source: Path | bytes) -> Image.Image:
     """The RGB image in a file or its bytes.
 
-    16-bit, 32-bit and float grey images are windowed to 8 bits from their least to their greatest value
-    (PIL's own conversion saturates them to white). Transparency is laid over black. EXIF orientation is left
-    alone. Raises one of `DAMAGE` where the file is not a whole image; `damage` tells it in words.
+    16-bit, 32-bit and float grey images are windowed to 8 bits from their smallest to their largest value;
+    PIL's own conversion would saturate them to white. Transparent pixels are blended with black. EXIF
+    orientation is ignored. Raises one of `DAMAGE` if the file is not a whole image; see `damage`.
     """
     with open_image(source) as image:
         if image.mode == "F" or image.mode.startswith("I"):
@@ -56,28 +56,28 @@ def decode(source: Path | bytes) -> Image.Image:
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """The image in a file or its bytes as PIL reads it, and all of it; raises one of `DAMAGE` alone."""
+    """The whole image in a file or its bytes, as PIL reads it; raises only the types in `DAMAGE`."""
     content = source if isinstance(source, bytes) else read(source)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         image.load()
     except DAMAGE:
         raise
-    except Exception as error:  # PIL's readers meet values that their authors did not think of
+    except Exception as error:  # on strange files PIL's readers raise any kind of error
         raise ValueError(str(error) or type(error).__name__) from error
     return image
 
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What reading raises on what is no file, and PIL on truncated, foreign and absurd files."""
+"""The errors for paths that are not files, and PIL's errors for truncated, foreign and absurd files."""
 
 
 def damage(error: Exception) -> str:
-    """One of `DAMAGE` in words."""
+    """The message for one of `DAMAGE`."""
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
         got = f"{int(pixels[0]) / 1e6:.0f}" if pixels else "more"
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6  # from there on PIL refuses
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6  # above this PIL refuses
         return f"too large: {got} megapixels; {limit:.0f} are allowed. Make it smaller"
     if isinstance(error, OSError) and error.errno is not None:
         return f"can't be read: {error.strerror}"
@@ -105,13 +105,13 @@ def open_pixels(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """The resized images of `examples`, by an index -> uint8 (H, W, 3) or an array of them -> (N, H, W, 3).
+    """The resized images of `examples`: an index gives uint8 (H, W, 3), an array of indices (N, H, W, 3).
 
     With `cache` (a folder) they are decoded once, in parallel, into the memory-mapped
-    `pixels-<fingerprint>.npy`, which ends with a CRC-32 of each image; a second process that wants it waits
-    for the first. A file that is cut short is built anew, and an image that is not what was written is
-    decoded again. Without, each is decoded whenever it is asked for. Raises `UserError` where an image is
-    damaged or the disk too full.
+    `pixels-<fingerprint>.npy`, which ends with a CRC-32 of each image. A second process that needs the file
+    waits for the first. A file that is cut short is built again, and an image with a wrong CRC-32 is decoded
+    again. Without `cache` an image is decoded each time. Raises `UserError` if an image is damaged or the
+    disk too full.
     """
     paths = [example.image for example in examples]
     if cache is None or not paths:
@@ -133,7 +133,7 @@ def open_pixels(
 
 
 def unbuilt(examples: Sequence[Example], size: int, cache: Path) -> int:
-    """Bytes that `open_pixels` has yet to write into `cache` for these images; 0 where they are there."""
+    """Bytes that `open_pixels` still has to write into `cache` for these images; 0 if they are there."""
     paths = [example.image for example in examples]
     shape = (len(paths), size, size, 3)
     file = _file(cache, paths, size) if paths else cache
@@ -142,7 +142,7 @@ def unbuilt(examples: Sequence[Example], size: int, cache: Path) -> int:
 
 
 class Cached:
-    """Images of a cache file, memory-mapped; each is compared with its checksum when it is first read."""
+    """Images of a memory-mapped cache file; each is compared with its checksum when first read."""
 
     def __init__(self, pixels: np.ndarray, sums: np.ndarray, file: Path, paths: Sequence[Path]) -> None:
         self.pixels, self.sums, self.file, self.paths = pixels, sums, file, paths
@@ -167,7 +167,7 @@ class Cached:
         return found
 
     def _decode_again(self, i: int) -> None:
-        """Put an image into its place in the file, or keep it apart where the file can't be written."""
+        """Write an image to its place in the file, or keep it in memory if the file can't be written."""
         image = _pixels(self.paths[i], self.shape[1])
         try:
             with self.file.open("r+b") as file:
@@ -180,7 +180,7 @@ class Cached:
 
 
 class Decoded:
-    """Images that are decoded and resized whenever they are asked for."""
+    """Images that are decoded and resized each time they are read."""
 
     def __init__(self, paths: Sequence[Path], size: int) -> None:
         self.paths = paths
@@ -205,9 +205,9 @@ def _pixels(path: Path, size: int) -> np.ndarray:
 
 
 def _file(cache: Path, paths: Iterable[Path], size: int) -> Path:
-    """The cache file, named by what decides its pixels, without opening an image."""
+    """The cache file, named by what determines its pixels; found without opening an image."""
     digest = hashlib.sha256(f"{_CACHE_FORMAT} {size}".encode())
-    folders: dict[Path, Path] = {}  # to resolve each image by itself would take most of the time
+    folders: dict[Path, Path] = {}  # resolving each image alone would take most of the time
     for path in paths:
         status = path.stat()
         folder = folders.get(path.parent) or folders.setdefault(path.parent, path.parent.resolve())
@@ -216,7 +216,7 @@ def _file(cache: Path, paths: Iterable[Path], size: int) -> Path:
 
 
 def _sweep(cache: Path) -> None:
-    """Delete the unfinished files of builders that were killed. A builder that still runs holds its lock."""
+    """Delete the incomplete files of killed processes; a process that still builds holds its lock."""
     from filelock import FileLock, Timeout
 
     for stray in cache.glob("pixels-*.tmp"):
@@ -240,13 +240,13 @@ def _build(
 
 
 def _cached(file: Path, paths: Sequence[Path], size: int) -> Cached | None:
-    """The images of a cache file; None where it is not there, or not whole with its checksums."""
+    """The images of a cache file; None if it is absent or not complete with its checksums."""
     pixels = _mapped(file, (len(paths), size, size, 3), sums=True)
     return None if pixels is None else Cached(pixels, _sums(file, len(paths)), file, paths)
 
 
 def _mapped(file: Path, shape: tuple[int, ...], sums: bool) -> np.ndarray | None:
-    """The memory-mapped pixels of a file of exactly that shape, with or without checksums behind them."""
+    """The memory-mapped pixels of a file of exactly that shape, with or without checksums at its end."""
     header = _header(shape)
     bytes_wanted = len(header) + int(np.prod(shape)) + (4 * shape[0] if sums else 0)
     if not file.is_file() or file.stat().st_size != bytes_wanted:
@@ -261,7 +261,7 @@ def _sums(file: Path, count: int) -> np.ndarray:
 
 
 def _add_sums(file: Path, shape: tuple[int, ...]) -> bool:
-    """Give a whole cache of an earlier version its checksums, by what it holds now; False for others."""
+    """Add checksums to a complete cache file of an earlier version; False for other files."""
     pixels = _mapped(file, shape, sums=False)
     if pixels is not None:
         sums = np.array([zlib.crc32(image) for image in pixels], "<u4")
@@ -271,22 +271,22 @@ def _add_sums(file: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What an .npy file of uint8 images begins with."""
+    """The header of an .npy file of uint8 images."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def _write(file: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:
-    """Write uint8 images as an .npy file, followed by their checksums.
+    """Write uint8 images as an .npy file, with their checksums at the end.
 
-    Not through a memory map: there a full disk kills the process.
+    It does not write through a memory map, since a full disk would then kill the process.
     """
     temporary, sums = file.with_suffix(".tmp"), []
     try:
         with temporary.open("w+b") as out:
             out.write(_header(shape))
-            if hasattr(os, "posix_fallocate"):  # take all the space now, before hours of decoding
+            if hasattr(os, "posix_fallocate"):  # reserve all the space before hours of decoding
                 os.posix_fallocate(out.fileno(), 0, out.tell() + int(np.prod(shape)) + 4 * shape[0])
             for image in images:
                 out.write(image)
@@ -304,7 +304,7 @@ def _too_full(folder: Path, need: int) -> Problem:
         f"the decoded images need {gb(need)}, {gb(free(folder))} are free",
         folder,
         key="data.cache",
-        hint="Free some space, or decode in every epoch: --set data.cache=false",
+        hint="Free some space, or decode again in every epoch: --set data.cache=false",
     )
 
 
@@ -314,9 +314,9 @@ def each(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Out]:
-    """`function` of every item, in order, by threads: PIL lets go of the interpreter while it decodes.
+    """`function` of every item, in order, computed by threads: PIL releases the interpreter while it decodes.
 
-    They run a few items ahead of whoever takes the results, which would otherwise pile up in memory.
+    The threads run only a few items ahead of the caller, so results do not fill the memory.
     """
     workers = workers or cores()
     rest = iter(items)

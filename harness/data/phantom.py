@@ -1,7 +1,7 @@
-"""A made-up radiology set in the 2023 layout: drawn, not taken from anyone, and captioned by a grammar.
+"""A made-up radiology set in the 2023 layout: the images are drawn, and a grammar writes the captions.
 
-Modality, anatomy, finding, side and size can all be read off the pixels, so a small model that looks at the
-image learns captions that no constant caption matches. Nothing in it is medicine.
+Modality, anatomy, finding, side and size are all visible in the pixels, so a small model that uses the image
+beats any constant caption. Nothing in it is real medicine.
 """
 
 import io
@@ -20,16 +20,16 @@ from harness.store import write, write_json
 
 MARKER = "phantom.json"
 WITHHELD = "withheld"
-"""Folder with the test labels, where no reader looks: the test split has none, as in the competition."""
-VERSION = 2  # raise it when the same seed draws another set
+"""Folder with the test labels, which no reader opens: as in the competition, test has no labels."""
+VERSION = 2  # raise it when a seed draws another set than before
 _PREFIX = "ImageCLEFmedical_Caption_2023_"
 _RADII = {"small": (0.065, 0.072), "large": (0.135, 0.15)}
 
 
 def ensure(root: Path, config: PhantomConfig) -> None:
-    """Draw the set unless it is there; a folder without `phantom.json` is real data and stays as it is.
+    """Draw the set if `root` does not exist; a folder without `phantom.json` is real data and is not changed.
 
-    Raises `UserError` where a phantom drawn with other settings is there.
+    Raises `UserError` if `root` holds a phantom that was drawn with other settings.
     """
     if not root.exists():
         draw(root, config)
@@ -42,10 +42,10 @@ def ensure(root: Path, config: PhantomConfig) -> None:
 
 
 def draw(root: Path, config: PhantomConfig) -> None:
-    """Draw a set into the new folder `root`; the labels of test lie apart, in `withheld/`.
+    """Draw a set into the new folder `root`; the labels of test are separate, in `withheld/`.
 
-    The same config gives the same bytes. It appears under its name when it is whole, the marker written last.
-    Raises `UserError` where `root` is there and not empty.
+    The same config gives the same bytes. The folder gets its name when it is complete; its marker is written
+    last. Raises `UserError` if `root` exists and is not empty.
     """
     from filelock import FileLock
 
@@ -57,7 +57,7 @@ def draw(root: Path, config: PhantomConfig) -> None:
             ensure(root, config)
             return
         if root.exists() and any(root.iterdir()):
-            raise UserError([Problem(f"{root} is there and not empty; a phantom needs a new folder")])
+            raise UserError([Problem(f"{root} exists and is not empty; a phantom needs a new folder")])
         shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted drawing left
         for number, split in enumerate(("train", "valid", "test")):
             _draw_split(unfinished, split, getattr(config, split), [config.seed, number])
@@ -65,7 +65,7 @@ def draw(root: Path, config: PhantomConfig) -> None:
         write(unfinished / f"{_PREFIX}cui_mapping.csv", names)
         write_json(unfinished / MARKER, _mark(config))
         unfinished.replace(root)
-        lock.unlink()  # who waits for it finds the marker
+        lock.unlink()  # processes that wait for it find the marker
 
 
 def _mark(config: PhantomConfig) -> dict[str, int]:
@@ -96,7 +96,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 class Pen:
-    """Draws tissues in a modality's shades; coordinates and widths are shares of the canvas, y downwards."""
+    """Draws tissues in a modality's shades; coordinates and widths are shares of the canvas, y goes down."""
 
     def __init__(self, modality: Modality, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -138,7 +138,7 @@ def picture(case: Case, rng: np.random.Generator) -> Image.Image:
         dx, y, spread = _SITES[case.anatomy]
         x = 0.5 + (dx + rng.uniform(-0.012, 0.012)) * (1 if case.side == "left" else -1)
         y, radius = y + rng.uniform(-spread, spread), rng.uniform(*_RADII[case.size])
-        if case.modality.name != "angiography":  # so that bone behind a bright lesion does not hide it
+        if case.modality.name != "angiography":  # bone behind a bright lesion would hide it
             pen.ellipse("body", x, y, 1.2 * radius, 1.2 * radius)
         _LESIONS[case.lesion.name](pen, x, y, radius)
         return _arrow(
@@ -229,7 +229,7 @@ _ANATOMY: Mapping[str, Callable[[Pen], None]] = {
     "spine": _spine,
     "legs": _legs,
 }
-_SITES = {  # distance from the midline, height, and by how much the height varies
+_SITES = {  # distance from the midline, height, variation of the height
     "head": (0.165, 0.43, 0.05),
     "chest": (0.22, 0.48, 0.06),
     "abdomen": (0.23, 0.50, 0.05),
@@ -320,7 +320,7 @@ _LESIONS: Mapping[str, Callable[[Pen, float, float, float], None]] = {
 
 
 def _acquire(image: Image.Image, modality: Modality, rng: np.random.Generator) -> Image.Image:
-    """Blur, gain and noise, as each modality has them."""
+    """The image with the blur, gain and noise of its modality."""
     width, height = image.size
     if modality.name == "PET":
         coarse = image.filter(ImageFilter.GaussianBlur(2)).resize((width // 4, height // 4))
@@ -339,7 +339,7 @@ def _acquire(image: Image.Image, modality: Modality, rng: np.random.Generator) -
 
 
 def _arrow(image: Image.Image, from_right: bool, y: float, shade: int) -> Image.Image:
-    """The reader's arrow at the edge, pointing at the lesion, as in most published figures."""
+    """The image with an arrow from the edge to the lesion, as in most published figures."""
     width, height = image.size
     half = [(0.0, 0.026), (0.07, 0.026), (0.07, 0.066), (0.15, 0.0)]
     shape = half + [(dx, -dy) for dx, dy in reversed(half)]

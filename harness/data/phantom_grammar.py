@@ -1,6 +1,6 @@
-"""What the made-up set shows and says: modalities, anatomy, findings, and the grammar of their captions.
+"""The contents of the made-up set: modalities, anatomy, findings, and the grammar of the captions.
 
-Concepts are real UMLS CUIs. The words follow from what is drawn, but for synonyms, which nobody can foresee.
+Concepts are real UMLS CUIs. The image determines the words of its caption, except random synonyms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 Choice = Sequence[tuple[float, str]]
-"""(probability, text), the likeliest first."""
+"""(probability, text), the most likely first."""
 
 
 @dataclass(frozen=True)
 class Modality:
-    """How a modality shades tissue (grey levels 0-255), what it can show, and how its captions begin."""
+    """How a modality shades tissue (grey levels 0-255), what it can show, and openings of its captions."""
 
     name: str
     concept: str
@@ -33,7 +33,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class Lesion:
-    """What a finding is called (`concept` in UMLS), and the sentences that a large one adds."""
+    """The names of a finding (`concept` in UMLS), and the sentences that a large one adds."""
 
     name: str
     concept: str
@@ -42,7 +42,7 @@ class Lesion:
     detail: str
     """Follows in captions of large findings."""
     course: str | None = None
-    """Follows the detail where there is one: those are the long captions."""
+    """If given, follows the detail; this makes the long captions."""
     seat: str = "organ"
     """Where it sits, a key of `PLACES`."""
 
@@ -272,7 +272,7 @@ LESIONS = {
 
 QUALIFIERS = {"right": "C0205090", "left": "C0205091", "small": "C0700321", "large": "C0549177"}
 _NORMAL = 0.08  # share of images without a finding
-_AGED = 0.08  # share of captions that tell the age, which nobody can see
+_AGED = 0.08  # share of captions with the age, which the image does not show
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Label files and image folders -> examples, and what is wrong with them; how each layout is written.
+"""Reads examples and their problems from label files and image folders, in every layout.
 
-Nothing is opened here but label files: images are only listed. Sources: the files of ImageCLEFmedical Caption
-2023-2026 and of ROCOv2.
+Only label files are opened; images are just listed. Sources: the files of ImageCLEFmedical Caption 2023-2026
+and of ROCOv2.
 """
 
 import csv
@@ -17,21 +17,21 @@ from harness.data.folders import IMAGE_SUFFIXES, File
 from harness.errors import Problem
 
 SPLITS = ("train", "valid", "test")
-_LONGEST_FIELD = 2**31 - 1  # characters; the csv module takes no more on every platform
+_LONGEST_FIELD = 2**31 - 1  # characters; the largest limit that the csv module takes on every platform
 Row = tuple[str, str]
 """(split, id) of one example."""
 Table = dict[str, tuple[int | None, str | None]]
-"""Line and value by id; the value is None where the row can't be read, or holds nothing but the id."""
+"""Line and value by id; the value is None if the row can't be read, or has only an id."""
 _TWICE = "duplicate id"
 _BLANK_IN_ID = "white space in an id"
-_APART = 3  # as many problems of one cause are told one by one
+_APART = 3  # up to this number, problems of one cause are listed one by one
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what its label files say about it; `line` is its line in the captions (or ids) file.
+    """One image and its labels; `line` is its line in the captions (or ids) file.
 
-    `caption` is None where there is none or its row can't be read; `damage` says why the image can't be read.
+    `caption` is None if there is none or its row can't be read. `damage` says why the image can't be read.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Example:
 
     @property
     def trains(self) -> bool:
-        """Whether there is something to learn from: an image that can be read, and a caption with words."""
+        """Whether the row is fit for training: its image can be read, and its caption has words."""
         return not self.damage and self.caption is not None and has_words(self.caption)
 
 
@@ -51,9 +51,10 @@ class Example:
 class Dataset:
     """A checked data set; `splits` has the keys train, valid and test, and test may lack captions.
 
-    Train holds the rows to learn from; valid and test hold every row that is listed, since all are to be
-    captioned and submitted. `fingerprints` name the contents of each split's labels and images, whatever
-    their place and date. `left_out` are rows that are not used, `notes` rows that are used for a part only.
+    Train holds the rows that are fit for training. Valid and test hold every listed row, since all of them
+    must be captioned and submitted. `fingerprints` identify the contents of each split's labels and images,
+    whatever their path and date. `left_out` are rows that are not used, `notes` rows that are used only for
+    some purposes.
     """
 
     root: Path
@@ -69,12 +70,12 @@ class Dataset:
         return [example for example in self.splits[split] if not example.damage]
 
     def unreadable(self, split: str) -> list[Example]:
-        """The rows of a split whose images can't be read; a caption for them is not the model's."""
+        """The rows of a split whose images can't be read; the model can't caption them."""
         return [example for example in self.splits[split] if example.damage]
 
 
 class Finding(NamedTuple):
-    """A problem with a row (None: with a line that is no row); those of one `cause` are reported together."""
+    """A problem with a row (None: with a line that is not a row); one `cause` is reported once."""
 
     problem: Problem
     row: Row | None
@@ -83,26 +84,26 @@ class Finding(NamedTuple):
 
 @dataclass
 class Listing:
-    """What the label files and folders of a data set say, right or wrong."""
+    """The contents of the label files and folders of a data set, right or wrong."""
 
     splits: dict[str, list[Example]] = field(default_factory=dict)
     sources: dict[str, Path | None] = field(default_factory=dict)
-    """Per split, the file that `Example.line` counts in; None where the ids are those of the images."""
+    """Per split, the file that `Example.line` refers to; None if the ids come from the images."""
     files: dict[Row, File] = field(default_factory=dict)
-    """The images that are there."""
+    """The images that exist."""
     lacking: dict[Row, str] = field(default_factory=dict)
-    """Why a row has no image, of those that have none."""
+    """For each row without an image, the reason."""
     concept_names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
-    """Per split, what replaces the id of rows that can't be read."""
+    """Per split, the supposed ids of rows that can't be read."""
     fatal: list[Problem] = field(default_factory=list)
-    """Problems that no left-out row repairs."""
+    """Problems that leaving out rows does not solve."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family of data sets names and writes its label files; names are suffixes of the real ones."""
+    """How a family of data sets names and writes its label files; real names end with these."""
 
     separator: Literal["tab", "comma"]
     captions: str
@@ -126,7 +127,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def read(root: Path, layout: str) -> Listing:
-    """List the data set in `root`. All mistakes are in the listing; nothing is raised."""
+    """List the data set in `root`; the listing has all problems, and nothing is raised."""
     listing = Listing()
     how = LAYOUTS[layout]
     listing.concept_names = _concept_names(root, listing)
@@ -141,7 +142,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
-    if captions and concepts:  # a file of which nothing can be read is a problem of its own
+    if captions and concepts:  # an unreadable file is already reported
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
     source = captions_file
     if not required and captions_file is None:
@@ -156,7 +157,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
         return
     if not captions and source is None and not required:
         captions = dict.fromkeys(images.ids, (None, None))
-    # a row that can't be read is of use outside training, if there is an image that shows where its id ends
+    # outside training, an unreadable row is used if an image confirms its id
     rows = {
         id: row
         for id, row in captions.items()
@@ -203,7 +204,7 @@ def _there(root: Path) -> str:
 
 
 def _table(path: Path | None, separator: str, header: tuple[str, str], split: str, listing: Listing) -> Table:
-    """Two columns; the first of two rows with one id is kept."""
+    """The rows of a file of two columns; the first of two rows with one id is kept."""
     rows: Table = {}
     text = _text(path, listing) if path else None
     if text is None:
@@ -234,7 +235,7 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
         what, cause = _row_fault(fields, rows)
         id = (raw.first_field(line) if isinstance(fields, str) else id).strip()
         whole = isinstance(fields, list) and len(fields) == 2
-        if id in rows:  # so that the first row stays
+        if id in rows:  # the first row stays valid
             id = "" if cause in (_TWICE, _BLANK_IN_ID) else id
         elif id.split() == [id]:
             rows[id] = (line, fields[1] if whole else None)
@@ -246,7 +247,7 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
 
 
 def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
-    """Why a row is not an id and a value, and the cause that it shares with other rows."""
+    """Why a row is not an id and a value, and the cause that other rows may share."""
     if isinstance(fields, str):
         return fields, fields
     if len(fields) != 2:
@@ -260,12 +261,12 @@ def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
         return "empty id", "empty id"
     if fields[0] in rows:
         first = rows[fields[0]][0]
-        return f"{_TWICE} {fields[0]}, first on line {first}; this later row is the bad one", _TWICE
+        return f"{_TWICE} {fields[0]}, first on line {first}; this later row is wrong", _TWICE
     return f"the id {fields[0]!r} holds white space", _BLANK_IN_ID
 
 
 class _Lines:
-    """The raw lines of a CSV file, split on first use."""
+    """The raw lines of a CSV file, split at the first use."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -275,7 +276,7 @@ class _Lines:
         return list(io.StringIO(self.text, newline=""))
 
     def first_field(self, line: int) -> str:
-        """What stands before the first comma of a line that is no CSV."""
+        """The text before the first comma of a line that is not valid CSV."""
         return self.lines[line - 1].partition(",")[0].strip('"\r\n ')
 
 
@@ -287,7 +288,7 @@ def _text(path: Path, listing: Listing) -> str | None:
         return None
     try:
         text = content.decode("utf-8-sig")
-        return text if "\n" in text else text.replace("\r", "\n")  # CR ends lines where nothing else does
+        return text if "\n" in text else text.replace("\r", "\n")  # CR ends lines only if nothing else does
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         listing.fatal.append(Problem(f"not UTF-8 at byte {error.start}", path, line))
@@ -297,7 +298,7 @@ def _text(path: Path, listing: Listing) -> str | None:
 def unquoted_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields of each row of an unquoted file.
 
-    Only LF and CRLF end a line: captions may hold U+2028 and its kin.
+    Only LF and CRLF end a line: captions may hold U+2028 and similar characters.
     """
     lines = text.split("\n")
     if lines[-1] == "":
@@ -309,10 +310,10 @@ def unquoted_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 def comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     """Rows of a CSV file, each with the line it starts on; a str instead of a list says what is wrong.
 
-    After a quoting mistake reading goes on at the next line, so that one stray quote costs one row. A field
-    may be as long as it likes.
+    After a quoting mistake, reading continues at the next line, so one stray quote costs one row. A field may
+    have any length.
     """
-    # read to the end first: the csv module has one limit for the whole process
+    # all rows are read at once, since the csv module has one limit for the whole process
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
         rows = list(_comma_rows(text))
@@ -354,7 +355,7 @@ def _unmatched(
 
 
 def _ids(path: Path, split: str, listing: Listing) -> Table:
-    """One id on each line, as rows without a value."""
+    """The ids of a file with one id on each line, as rows without a value."""
     rows: Table = {}
     for line, fields in unquoted_rows(_text(path, listing) or "", "\t"):
         id = fields[0].strip()
@@ -379,7 +380,7 @@ def _ids(path: Path, split: str, listing: Listing) -> Table:
 
 
 def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
-    """CUI -> name, from a tab file without header (2023) or a comma file with one (2024, ROCOv2)."""
+    """The name of each CUI, from a tab file without header (2023) or a comma file with one (2024, ROCOv2)."""
     path = _find(root, "cui_mapping.csv", "concept names", True, listing)
     text = _text(path, listing) if path else None
     if text is None:
@@ -404,20 +405,20 @@ def _no_images(root: Path, split: str) -> Problem:
 
 
 def has_words(caption: str) -> bool:
-    """Whether a caption has a letter or a digit. White space and punctuation alone teach nothing."""
+    """Whether a caption has a letter or a digit; without them there is nothing to learn."""
     return any(map(str.isalnum, caption))
 
 
 def together(findings: Iterable[Finding]) -> list[Problem]:
-    """The problems. Those of one cause in one file are reported once, at the first row, with their number."""
+    """The problems; many of one cause in one file become one, at its first row, with the number of others."""
     causes: dict[tuple[str, str], list[Problem]] = {}
     for problem, row, cause in findings:
         place = str(problem.file) if problem.line else row[0] if row else ""
         causes.setdefault((place, cause), []).append(problem)
-    return [problem for same in causes.values() for problem in _told(same)]
+    return [problem for same in causes.values() for problem in _shortened(same)]
 
 
-def _told(same: list[Problem]) -> list[Problem]:
+def _shortened(same: list[Problem]) -> list[Problem]:
     if len(same) <= _APART:
         return same
     first, rest = same[0], same[1:]

@@ -1,4 +1,4 @@
-"""What a data set looks like: images per modality (the paper's Table 1), caption lengths (Figure 2)."""
+"""Statistics of a data set: images per modality (the paper's Table 1) and caption lengths (Figure 2)."""
 
 import io
 from collections import Counter
@@ -20,10 +20,10 @@ OTHER = "other/unknown"
 
 
 def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
-    """Images per split and modality, by the concepts; if there are several, the first one counts.
+    """Images per split and modality; an image's modality is the first one among its concepts.
 
-    An image whose concepts name no modality (as in a test split without labels) counts as other/unknown, a
-    row that is there only when it is needed.
+    An image whose concepts name no modality (as in a test split without labels) counts as other/unknown. This
+    row exists only if it is needed.
     """
     counts = {}
     for split, examples in dataset.splits.items():
@@ -38,7 +38,7 @@ def _modality(example: Example) -> str:
 
 
 def caption_lengths(dataset: Dataset) -> dict[str, list[int]]:
-    """Words per caption, split at white space, of each split; empty where a split has no captions."""
+    """Words per caption, split at white space, of each split; empty if a split has no captions."""
     return {
         split: [len(example.caption.split()) for example in examples if example.caption is not None]
         for split, examples in dataset.splits.items()

@@ -1,4 +1,4 @@
-"""Scores that equal the organisers': a number per image first, then aggregate, interval and signature."""
+"""Scores equal to the organisers': first a number per image, then the aggregate, interval and signature."""
 
 import math
 import re
@@ -79,7 +79,7 @@ METRICS: dict[str, Metric] = {
     "alignscore": alignscore.METRIC,
 }
 READINGS = {reading: name for name, metric in METRICS.items() for reading in metric.readings}
-"""The metric that a reading is reported beside; it is not established which of the two is official."""
+"""The metric that a reading is a variant of; it is not established which of the two is official."""
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -87,10 +87,10 @@ _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 class Score:
     """One metric over one set of captions.
 
-    `value` with its 95 % row bootstrap interval [`low`, `high`], None with a `reason` where it could not be
-    computed; `n` images that count; `official` only where the edition's own checkpoint computed it;
-    `per_image` scores of all images, NaN for one that does not count, and `statistics` (n, k) that
-    `aggregate(name)` turns into the value.
+    `value` has a 95 % row bootstrap interval [`low`, `high`]. It is None, with a `reason`, if it could not be
+    computed. `n` images count. `official` is true only if the edition's own checkpoint computed the score.
+    `per_image` (n,) has NaN for an image that does not count. `aggregate(name)` turns `statistics` (n, k)
+    into the value.
     """
 
     name: str
@@ -122,13 +122,13 @@ def score(
     cache: Path | None = None,
     ids: Sequence[str] | None = None,
 ) -> tuple[dict[str, Score], list[str]]:
-    """Score captions row by row by the metrics of the config; returns the scores and what to know about them.
+    """Score captions row by row with the metrics of the config; returns the scores and the warnings.
 
-    `images` are the files of the rows, None for one that can't be read; `device` is a torch device, `cache` a
-    folder for embeddings that later calls may share; `ids` name rows in what is to be known. The Java and
-    counting metrics run in a thread beside the neural ones. When launched on several ranks, which all have to
-    call this, they share the neural work and rank 0 gets the result. Raises `UserError` when the rows do not
-    match; a metric that cannot be computed is absent with its reason.
+    `images` are the files of the rows, None for one that can't be read. `device` is a torch device, `cache` a
+    folder for embeddings that later calls can use. `ids` name the rows in warnings. The Java and counting
+    metrics run in a thread, at the same time as the neural ones. In a launch with several ranks, all ranks
+    must call this: they share the neural work, and rank 0 gets the result. Raises `UserError` when the rows
+    do not match. A metric that cannot be computed is absent with its reason.
     """
     _check_rows(predictions, references, images)
     config = config.for_edition(edition)
@@ -142,12 +142,12 @@ def score(
     for result in found.values():
         flagged += result.measured.warnings if result.measured else []
     doubts = [doubt for result in found.values() if result.measured for doubt in result.measured.doubts]
-    return scores, list(dict.fromkeys([*(one.told(ids) for one in flagged), *doubts]))
+    return scores, list(dict.fromkeys([*(one.message(ids) for one in flagged), *doubts]))
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What came of one metric: a measurement, or why there is none."""
+    """The result of one metric: a measurement, or the reason why there is none."""
 
     measured: Measured | None
     seconds: float
@@ -155,9 +155,9 @@ class _Found:
 
 
 def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]:
-    """Each metric by name; those without a neural model in a thread beside the others, on rank 0 only."""
+    """Each metric by name; those without a neural model run in a parallel thread, on rank 0 only."""
     _same_weights(inputs.config, inputs.edition)
-    # a JVM takes seconds to start, so what waits for one goes first
+    # a JVM takes seconds to start, so the Java metrics go first
     counted = (name for name, metric in metrics.items() if not metric.neural)
     first = sorted(counted, key=lambda name: not metrics[name].java)
     beside = ThreadPoolExecutor(1)
@@ -167,7 +167,7 @@ def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]
         }
         neural = {name: _timed(name, metric, inputs) for name, metric in metrics.items() if metric.neural}
         done = neural | {name: result.result() for name, result in others.items()}
-    except BaseException:  # an interrupted command does not wait for what others still have to answer
+    except BaseException:  # an interrupted command does not wait for answers that are still to come
         for metric in metrics.values():
             metric.stop()
         beside.shutdown(wait=False, cancel_futures=True)
@@ -177,7 +177,7 @@ def _measure(metrics: Mapping[str, Metric], inputs: Inputs) -> dict[str, _Found]
 
 
 def _same_weights(config: "ScoreConfig", edition: int) -> None:
-    """Ranks that lack other weights would wait for each other without end."""
+    """Raise `UserError` if the ranks lack different weights: they would wait for each other forever."""
     lacking = (
         ranks.every([str(problem) for problem in problems(config, edition)]) if ranks.world_size() > 1 else []
     )
@@ -210,7 +210,7 @@ def _finite(measured: Measured) -> Measured:
 
 
 def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
-    """The edition's means of other scores, each only where all its parts were wanted."""
+    """The edition's means of other scores, each only if all its parts were requested."""
     made: dict[str, _Found] = {}
     for name, parts in EDITIONS[edition].aggregates.items():
         known = {**found, **made}
@@ -234,7 +234,7 @@ def _aggregates(found: Mapping[str, _Found], edition: int) -> dict[str, _Found]:
 
 
 def unload() -> None:
-    """Forget the models of the neural metrics, and with them what they have embedded."""
+    """Forget the models of the neural metrics and their embeddings."""
     for weights in all_weights().values():
         weights.unload()
 
@@ -246,10 +246,10 @@ def score_concepts(
     edition: int,
     bootstrap: int = 1000,
 ) -> dict[str, Score]:
-    """The scores of concept detection, row by row sets of CUIs: `f1` over all concepts, and `f1_secondary`.
+    """The scores of concept detection, for a set of CUIs per row: `f1` over all concepts, and `f1_secondary`.
 
-    The second is against the `manual` references and over modalities and body parts alone. Images whose
-    manual list has none of these do not count; it is absent where no image counts, and without `manual`.
+    `f1_secondary` compares with the `manual` references, over modalities and body parts only. Images whose
+    manual list has none of these do not count. It is absent without `manual`, and if no image counts.
     """
     _check_counts(predictions=predictions, references=references, manual=manual)
     started = time.perf_counter()
@@ -273,9 +273,9 @@ def _secondary(predictions: Sequence[Set[str]], manual: Sequence[Set[str]] | Non
 def _with_intervals(
     found: Mapping[str, _Found], n: int, resamples: int, edition: int | None
 ) -> dict[str, Score]:
-    """The scores; `edition` says which of them are official at all, None leaves that to the metric.
+    """The scores; `edition` says which of them can be official, None leaves that to the metric.
 
-    An interval is of resampled rows that count. Scores of the same rows are resampled together.
+    Only rows that count are resampled. Scores of the same rows are resampled together.
     """
     arrays = {
         name: one.measured.per_image if one.measured.statistics is None else one.measured.statistics
@@ -341,36 +341,36 @@ def named(name: str) -> Metric | None:
 
 
 def aggregate(name: str) -> bootstrap.Aggregate | None:
-    """What turns the summed statistics of a metric into its score; None where its score is a mean."""
+    """The function from the summed statistics of a metric to its score; None if its score is a mean."""
     metric = METRICS.get(name)
     return metric.aggregate if metric else None
 
 
 def all_weights() -> dict[str, Weights]:
-    """The weights of all metrics by the section of the config that names them."""
+    """The weights of all metrics, by the section of the config that names them."""
     return {metric.weights.section: metric.weights for metric in METRICS.values() if metric.weights}
 
 
 def weights_of(config: "ScoreConfig") -> dict[str, Weights]:
-    """The weights of the wanted metrics by the section of the config that names them."""
+    """The weights of the requested metrics, by the section of the config that names them."""
     wanted = (metric.weights for name, metric in METRICS.items() if name in config.metrics)
     return {weights.section: weights for weights in wanted if weights}
 
 
 def is_absent(name: str, config: "ScoreConfig") -> bool:
-    """Whether a metric is not wanted, or the config names no weights for it."""
+    """Whether a metric is not requested, or the config names no weights for it."""
     weights = METRICS[name].weights
     return name not in config.metrics or (weights is not None and weights.named(config) is None)
 
 
 def problems(config: "ScoreConfig", edition: int) -> list[Problem]:
-    """Weights of the wanted metrics that are not at hand, found without importing torch."""
+    """What is wrong with the weights of the requested metrics, found without importing torch."""
     config = config.for_edition(edition)
     return [problem for weights in weights_of(config).values() for problem in weights.missing(config)]
 
 
 def uses_java(config: "ScoreConfig") -> bool:
-    """Whether a wanted metric, or another reading of one, runs on Java."""
+    """Whether a requested metric, or a reading of one, runs on Java."""
     return any(metric.java for metric in _wanted(config).values())
 
 
@@ -402,7 +402,7 @@ def _check_rows(
 ) -> None:
     _check_counts(predictions=predictions, references=references, images=images)
     problems = [
-        Problem(f"row {row} of the {name} holds half of a surrogate pair, which is no character")
+        Problem(f"row {row} of the {name} holds half of a surrogate pair, which is not a character")
         for name, captions in (("predictions", predictions), ("references", references))
         for row, caption in enumerate(captions, 1)
         if _HALF_A_PAIR.search(caption)
@@ -415,11 +415,11 @@ def _check_counts(**rows: Sequence[Any] | None) -> None:
     counts = {what: len(values) for what, values in rows.items() if values is not None}
     if len(set(counts.values())) > 1 or not counts["predictions"]:
         got = ", ".join(f"{count} {what}" for what, count in counts.items())
-        raise UserError([Problem(f"got {got}; scoring wants the same number of each, at least one")])
+        raise UserError([Problem(f"got {got}; scoring needs the same number of each, at least one")])
 
 
 def _blank_rows(inputs: Inputs, metrics: Sequence[str]) -> list[Flagged]:
-    """Rows with a blank caption, and what `metrics` of them are by the edition's rule."""
+    """Rows with a blank caption, and the value that `metrics` have for them by the edition's rule."""
     blanks = EDITIONS[inputs.edition].blanks
     blank = np.array([any(map(text.is_empty, pair)) for pair in inputs.clean_pairs])
     after = " after pre-processing" if blanks.length_of == "clean" else ""

@@ -1,7 +1,7 @@
 """AlignScore (Zha et al. 2023): is every sentence of a caption supported by the reference?
 
-Inference of the published checkpoint as in `src/alignscore/inference.py` of yuh-zha/AlignScore, mode nli_sp,
-without its dependencies (pytorch-lightning 1, spacy) and equal to it one pair at a time.
+Inference of the published checkpoint, as `src/alignscore/inference.py` of yuh-zha/AlignScore does it in mode
+nli_sp, but without pytorch-lightning 1 and spacy. Scores equal the original's, computed one pair at a time.
 """
 
 import pickle
@@ -23,18 +23,18 @@ from harness.models.outline import Flawed, Stored, read_pickle
 from harness.store import fingerprint
 
 OFFICIAL = "AlignScore-base.ckpt"
-"""The organisers ask for roberta-large, but load this file, and Lightning builds the model that it names."""
+"""The organisers ask for roberta-large but load this file, and Lightning builds the model that it names."""
 KEY = "score.alignscore.checkpoint"
 HINT = f"Fetch {OFFICIAL} of yzha/AlignScore from the Hugging Face hub and name it as {KEY}"
 PUNKT = "python -m nltk.downloader punkt_tab   (on a machine with internet; then copy the folder nltk_data)"
 REWRITE = (
-    "If you trust it, write it anew without them: c = torch.load(FILE, 'cpu', weights_only=False); "
+    "If you trust it, save it again without them: c = torch.load(FILE, 'cpu', weights_only=False); "
     "torch.save({key: c[key] for key in ('hyper_parameters', 'state_dict')}, FILE)"
 )
 CHUNK_WORDS = 350
 
 Pair = tuple[str, str]
-"""A chunk of the context, which is the reference, and a sentence of the claim, which is the prediction."""
+"""A chunk of the reference (the context), and a sentence of the prediction (the claim)."""
 
 
 class AlignScoreConfig(Section):
@@ -45,7 +45,7 @@ class AlignScoreConfig(Section):
 
 
 def problems(config: AlignScoreConfig) -> list[Problem]:
-    """What would keep AlignScore from being computed, where a checkpoint is named; without loading it."""
+    """What prevents AlignScore, if the config names a checkpoint; found without loading it."""
     if config.checkpoint is None:
         return []
     if not config.checkpoint.is_file():
@@ -54,7 +54,7 @@ def problems(config: AlignScoreConfig) -> list[Problem]:
     try:
         roberta = made_of(config.checkpoint)
     except Flawed as flaw:
-        what = f"no checkpoint of AlignScore: {config.checkpoint} {flaw}"
+        what = f"not a checkpoint of AlignScore: {config.checkpoint} {flaw}"
         found.append(Problem(what, key=KEY, hint=HINT))
     else:
         at_hand = checkpoints.find(roberta)
@@ -67,9 +67,10 @@ def problems(config: AlignScoreConfig) -> list[Problem]:
 def measure(inputs: Inputs) -> Measured:
     """AlignScore of each raw prediction (the claim) with its raw reference (the context), in 0 to 1.
 
-    The mean over the sentences of the prediction of their best probability of being aligned with a chunk of
-    the reference. Two captions of length 0 are 1; any other blank prediction is 0, for which the organisers'
-    code stops; a blank reference alone is an empty context, as there.
+    Each sentence of the prediction has a probability of being aligned with each chunk of the reference. The
+    score is the mean over the sentences of their best probability. Two captions of length 0 score 1. Any
+    other blank prediction scores 0; the organisers' code stops there. If only the reference is blank, it is
+    an empty context, as in the organisers' code.
     """
     file, precision = inputs.config.alignscore.checkpoint, inputs.config.precision
     if file is None:
@@ -102,16 +103,16 @@ def measure(inputs: Inputs) -> Measured:
 
 
 def _official(inputs: Inputs, file: Path, roberta: Checkpoint) -> tuple[bool, list[str]]:
-    """Whether the contents of checkpoint and RoBERTa are the published ones, and if not, why."""
+    """Whether the contents of the checkpoint and of RoBERTa are the published ones, and why not."""
     if not inputs.trusts(file):
         return False, [checkpoints.untrusted(KEY, file, inputs.cache)]
-    if Path(roberta.name).is_absolute():  # the published file names one of the hub: a place is the user's own
+    if Path(roberta.name).is_absolute():  # the published file has a hub name, so the user wrote this path
         return True, []
     return inputs.official(roberta, roberta.name, KEY)
 
 
 def identity(config: AlignScoreConfig, cache: Path | None) -> dict[str, Any]:
-    """What determines its numbers: the checkpoint, the RoBERTa it goes with, and nltk's data for English."""
+    """What determines the scores: the checkpoint, its RoBERTa, and nltk's data for English."""
     try:
         roberta = checkpoints.find(made_of(config.checkpoint))
     except Flawed:
@@ -131,9 +132,9 @@ def load(file: Path, device: str, precision: str = "fp32") -> "Scorer":
 
 
 class Scorer:
-    """An AlignScore: a RoBERTa and, on its pooled output, the layer that tells three labels apart.
+    """An AlignScore model: a RoBERTa, and a layer on its pooled output with three labels.
 
-    `limit` is how many tokens a pair may have.
+    `limit` is the largest number of tokens in a pair.
     """
 
     def __init__(self, file: Path, device: str, precision: str = "fp32"):
@@ -149,7 +150,7 @@ class Scorer:
         self.limit = min(self.tokenizer.model_max_length, positions)
 
     def scores(self, rows: Sequence[Row]) -> np.ndarray:
-        """Of each (reference, prediction) the score, and to how many tokens a pair was cut, 0 if none was."""
+        """(n, 2): the score of each (reference, prediction), and the tokens that a pair was cut to, or 0."""
         split = _splitter()
         made = [_pairs(split, *row) for row in rows]
         distinct = list(dict.fromkeys(pair for chunks in made for pairs in chunks for pair in pairs))
@@ -159,7 +160,7 @@ class Scorer:
         return np.column_stack([scores, self.limit * np.array(long)])
 
     def aligned(self, pairs: Sequence[Pair]) -> tuple[dict[Pair, float], set[Pair]]:
-        """The probability that each pair is aligned, in batches of similar length; and which were cut."""
+        """The probability that each pair is aligned, and the pairs that were cut."""
         if not pairs:
             return {}, set()
         whole = self.tokenizer(*map(list, zip(*pairs, strict=True)), verbose=False)["input_ids"]
@@ -176,7 +177,7 @@ class Scorer:
         return dict(zip(pairs, probabilities, strict=True)), cut
 
     def _cut(self, pair: Pair, length: int) -> list[int]:
-        """The chunk is cut; where that is not enough, both, from the longer one's end."""
+        """The tokens of a pair with its chunk cut; if that is not enough, both are, the longer one first."""
         chunk = len(self.tokenizer(pair[0], add_special_tokens=False, verbose=False)["input_ids"])
         how = "only_first" if chunk > length - self.limit else "longest_first"
         return self.tokenizer(*pair, truncation=how, max_length=self.limit)["input_ids"]
@@ -193,14 +194,14 @@ class Scorer:
 
 
 def _splitter() -> Callable[[str], list[str]] | None:
-    """nltk's splitter into sentences, or None where its data are not on this machine."""
+    """nltk's sentence splitter, or None if its data are not on this machine."""
     from nltk.tokenize import sent_tokenize
 
     return sent_tokenize if _punkt() else None
 
 
 def _punkt() -> Path | None:
-    """The folder, or the zip, of nltk's data for splitting English; None where there is none."""
+    """The folder or zip of nltk's data for splitting English, or None."""
     import nltk
 
     try:
@@ -229,10 +230,10 @@ def _score(row: Row, chunks: list[list[Pair]], aligned: Mapping[Pair, float]) ->
 
 
 def made_of(file: Path) -> str:
-    """The RoBERTa whose config and tokenizer a checkpoint goes with.
+    """The name of the RoBERTa that a checkpoint was trained from.
 
-    Read without torch, from the plain values that Lightning keeps beside the weights. Raises `Flawed` if it
-    is none of AlignScore.
+    Read without torch, from the plain values that Lightning stores with the weights. Raises `Flawed` if the
+    file is not a checkpoint of AlignScore.
     """
     content = read_pickle(file)
     try:
@@ -241,23 +242,23 @@ def made_of(file: Path) -> str:
             return name
     except (KeyError, TypeError, IndexError):
         pass
-    raise Flawed("holds other things than AlignScore's weights and settings")
+    raise Flawed("does not hold AlignScore's weights and settings")
 
 
 def _build(folder: Path, file: Path) -> tuple[Any, Any]:
-    """The encoder and the layer of three labels with the weights of the checkpoint."""
+    """The encoder and the layer of three labels, with the weights of the checkpoint."""
     import torch
     from transformers import AutoConfig, RobertaModel
 
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except pickle.UnpicklingError:
-        raise Absent(f"{file} holds objects of Lightning beside its weights. {REWRITE}") from None
+        raise Absent(f"{file} holds Lightning objects besides its weights. {REWRITE}") from None
     encoder = RobertaModel(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     head = torch.nn.Linear(encoder.config.hidden_size, 3)
     for part, prefix in ((encoder, "base_model."), (head, "tri_layer.")):
         mine = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-        mine.pop("embeddings.position_ids", None)  # a buffer that transformers of then saved
+        mine.pop("embeddings.position_ids", None)  # a buffer that older transformers saved
         try:
             part.load_state_dict(mine)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What every metric gets and gives back."""
+"""The inputs and results of every metric, and what metrics share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
 
 STANDIN = "standin"
-"""The name of a metric's checkpoint that is made here."""
+"""In place of a checkpoint's name: a small model that needs no download."""
+WIDTH_STEP = 8
+CPU_BUDGET, DEVICE_BUDGET = 512, 8192
+"""Tokens in a batch, on CPUs and on other devices."""
+WIDE = 1024
+"""Tokens above which the attention of one text takes gigabytes of memory."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Compute = Callable[[list[Row]], Sequence[Sequence[float]] | np.ndarray]
-"""Makes the numbers (m, k) of m rows."""
+"""Computes the numbers (m, k) of m rows."""
 
 
 class Absent(Exception):
@@ -34,8 +41,8 @@ class Absent(Exception):
 class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
-    `predictions` and `references` are as read, to the character; `images` is None where there are none, and
-    one of them is None where it can't be read.
+    `predictions` and `references` are exactly as read. `images` is None if there are no images; an image is
+    None if it can't be read.
     """
 
     predictions: Sequence[str]
@@ -48,7 +55,7 @@ class Inputs:
 
     @cached_property
     def pairs(self) -> list[Row]:
-        """(prediction, reference) of each row as read."""
+        """(prediction, reference) of each row, as read."""
         return list(zip(self.predictions, self.references, strict=True))
 
     @cached_property
@@ -63,18 +70,18 @@ class Inputs:
 
     @cached_property
     def clean_pairs(self) -> list[Row]:
-        """(prediction, reference) of each row after the official pre-processing."""
+        """(prediction, reference) of each row, after the official pre-processing."""
         return list(zip(self.clean_predictions, self.clean_references, strict=True))
 
     @cached_property
     def agreed(self) -> np.ndarray:
-        """Rows (n,) bool with both captions of length 0, in the form that the edition looks at."""
+        """Rows (n,) bool with both captions of length 0: as read or pre-processed, by the edition's rule."""
         return empty(self.clean_pairs if EDITIONS[self.edition].blanks.length_of == "clean" else self.pairs)
 
     def scored(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
-        """Numbers (n, k) of rows: from `cache` what was computed before, by `compute` what is new.
+        """Numbers (n, k) of rows: known ones from `cache`, new ones from `compute`.
 
-        `what` is all that determines them beside the row; see `cache.Table`.
+        `what` is all that determines the numbers besides the row; see `cache.Table`.
         """
         table = self._table(what, rows)
         if table.new:
@@ -82,9 +89,9 @@ class Inputs:
         return table.numbers()
 
     def scored_by_all(self, what: Any, rows: Sequence[Row], compute: Compute) -> np.ndarray:
-        """As `scored`, but when launched on several ranks each computes its share, and all get the numbers.
+        """As `scored`, but each rank of a launch computes its share, and all ranks get the numbers.
 
-        What stops one rank stops all: `Absent` with its reason.
+        An error on one rank stops all ranks with `Absent` and its reason.
         """
         table = self._table([what, made_by(self.device)], rows)
         new = ranks.agree(table.new)
@@ -96,11 +103,11 @@ class Inputs:
         return ranks.agree(table.numbers())
 
     def _shared(self, new: list[Row], compute: Compute) -> list[Any]:
-        """What all ranks make of the rows. No rank may leave while others wait for what it makes."""
+        """The numbers of the rows from all ranks. No rank may leave while others wait for its part."""
         mine, made, failure = ranks.share(new), [], None
         try:
             made = list(compute(list(mine))) if mine else []
-        except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes on up
+        except Exception as error:  # the other ranks must learn of any error before it is raised
             failure = error
         failures = [text for text in ranks.every(None if failure is None else str(failure)) if text]
         if isinstance(failure, Exception) and not isinstance(failure, Absent):
@@ -110,17 +117,17 @@ class Inputs:
         return ranks.gather(made)
 
     def name_of(self, checkpoint: Checkpoint) -> str:
-        """The checkpoint as signatures name it: a stand-in as one, what is not as fetched by its contents."""
+        """The checkpoint's name in signatures: stand-ins are marked, local or changed files have a hash."""
         name = checkpoint.name
         if checkpoint.local or not (checkpoint.standin or self._is_fetched(checkpoint)):
             name += f"@{checkpoints.digest(checkpoint, self.cache)}"
         return f"STAND-IN {name}" if checkpoint.standin else name
 
     def official(self, checkpoint: Checkpoint, named: str, key: str) -> tuple[bool, list[str]]:
-        """Whether a checkpoint is the one of the hub that is `named`; and if its contents alone say no, why.
+        """Whether a checkpoint is the hub's checkpoint `named`, and a doubt if only its contents say no.
 
-        Files that the hub's client has fetched under that name are, and so is a local folder of that name
-        whose contents `score.trusted` lists. `key` is the config's that names the checkpoint.
+        Files that the hub's client downloaded under that name are official. So is a local folder of that name
+        whose contents `score.trusted` lists. `key` is the config key that names the checkpoint.
         """
         folder = checkpoint.folder.resolve() if checkpoint.local else checkpoint.folder
         same = folder.name == named.rpartition("/")[2] if checkpoint.local else checkpoint.name == named
@@ -130,7 +137,7 @@ class Inputs:
             return True, []
         doubt = checkpoints.untrusted(key, checkpoint.folder, self.cache)
         if not checkpoint.local:
-            doubt += f" Else fetch it anew: hf download {named} --force-download"
+            doubt += f" Or download it again: hf download {named} --force-download"
         return False, [doubt]
 
     def trusts(self, path: Path) -> bool:
@@ -146,11 +153,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a metric found: `per_image` (n,) and how it was made.
+    """The result of a metric: `per_image` (n,) and how it was computed.
 
-    A corpus metric has its own `value` and, where resamples can be summed, `statistics` (n, k) for
-    `Metric.aggregate`; elsewhere the value is the mean of `per_image`. `doubts` say why it is not official
-    where only the contents of its weights stand against it.
+    A corpus metric has its own `value` and, if resamples can be summed, `statistics` (n, k) for
+    `Metric.aggregate`. For other metrics the value is the mean of `per_image`. `doubts` say why the score is
+    not official if the only reason is the contents of its weights.
     """
 
     per_image: np.ndarray
@@ -164,10 +171,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Standin:
-    """What `standin` means as the name of weights: a small model that is no official one.
+    """What `standin` means as the name of weights: a small, unofficial model.
 
-    `build` gets images, captions and a folder, and trains the stand-in there on the training split. None: the
-    stand-in comes with an installed package.
+    `build` gets images, captions and a folder. It trains the stand-in on the training split and saves it in
+    the folder. None: the stand-in comes with an installed package.
     """
 
     build: Callable[[Sequence[Path], Sequence[str], Path], None] | None = None
@@ -179,10 +186,10 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Original:
-    """How the original package scores: `scores` of pairs (n,), each one alone unless `corpus`.
+    """How the original package scores: `scores` of pairs (n,), one pair at a time unless `corpus`.
 
     A corpus metric's scores depend on all pairs. The package gets the captions after the official
-    pre-processing, or, where it is `raw`, as read.
+    pre-processing, or as read if `raw`.
     """
 
     package: str
@@ -197,12 +204,12 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a metric: the `section` of `score:`, its `schema`, and the `key` in it that names them.
+    """The weights of a metric: the `section` of `score:`, its `schema`, and its `key` that names the weights.
 
-    The name is one of the hub or a local path; None leaves the metric absent. `problems` and `identity` get
-    the section: what is missing, found without loading anything, and what determines the numbers, which
-    tells two weights of one name apart. The folder given to `identity` keeps known hashes. `unload` forgets
-    the loaded model. `executes`: the section names a program, or files with programs in them.
+    The name is a hub name or a local path; None leaves the metric absent. `problems` gets the section and
+    says what is missing, without loading anything. `identity` gets the section and says what determines the
+    numbers; it differs for two weights of one name. Its second argument is a folder that keeps known hashes.
+    `unload` forgets the loaded model. `executes`: the section names a program, or files with programs.
     """
 
     section: str
@@ -224,7 +231,7 @@ class Weights:
         return getattr(config, self.section)
 
     def named(self, config: "ScoreConfig") -> str | Path | None:
-        """The name of the weights in the config; None: the metric is absent."""
+        """The name of the weights in the config, or None if the metric is absent."""
         return getattr(self.settings(config), self.key)
 
     def renamed(self, config: "ScoreConfig", name: str | Path | None) -> "ScoreConfig":
@@ -238,19 +245,19 @@ class Weights:
         return trained and self.named(config) == STANDIN
 
     def missing(self, config: "ScoreConfig") -> list[Problem]:
-        """What keeps the named weights from being used; nothing where none or a stand-in is named."""
+        """What is wrong with the named weights; nothing if none or a stand-in is named."""
         return [] if self.named(config) in (None, STANDIN) else self.problems(self.settings(config))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of METRICS: how it is measured, and all that other rooms have to know of it.
+    """A metric of METRICS: how it is measured, and what other code must know about it.
 
     `aggregate` maps summed statistics (..., k) to the scores (...) of a corpus metric. `neural` metrics use
-    the device, the others run beside them in a thread. `weights` may be shared with another metric. `java`:
-    it runs on Java, and `stop` ends that in the middle of an answer. `original` is the package that it has to
-    agree with. `readings` are reported beside it, by name, where it is not established which of them is
-    official.
+    the device; the others run at the same time in a thread. `weights` may be shared with another metric.
+    `java`: it runs on Java, and `stop` ends Java even in the middle of an answer. `original` is the package
+    that it must agree with. `readings` are variants by name, also reported: it is not established which one
+    is official.
     """
 
     measure: Callable[[Inputs], Measured]
@@ -264,23 +271,23 @@ class Metric:
 
 
 def empty(pairs: Sequence[Row]) -> np.ndarray:
-    """Rows (n,) bool of which every text has length 0; white space has a length."""
+    """Rows (n,) bool in which every text has length 0; white space has a length."""
     return np.array([not any(pair) for pair in pairs])
 
 
 def sign(metric: str, edition: int, *parts: Any) -> str:
-    """The signature of a score: `metric|clef<edition>|part|part`; equal signatures are comparable scores."""
+    """The signature `metric|clef<edition>|part|part`; scores with equal signatures are comparable."""
     return "|".join([metric, f"clef{edition}", *map(str, parts)])
 
 
 class Flagged(NamedTuple):
-    """Rows of which there is something to know."""
+    """Rows that a warning is about."""
 
     rows: Sequence[int]
     what: str
 
-    def told(self, ids: Sequence[str] | None) -> str:
-        """A warning that counts the rows and names the first few, by id where there are ids."""
+    def message(self, ids: Sequence[str] | None) -> str:
+        """A warning that counts the rows and names the first few, by id if there are ids."""
         named = [ids[row] if ids else f"row {row + 1}" for row in self.rows[:5]]
         more = ", ..." if len(self.rows) > 5 else ""
         return (
@@ -289,6 +296,163 @@ class Flagged(NamedTuple):
 
 
 def cut_rows(metric: str, cut: np.ndarray) -> list[Flagged]:
-    """The texts that were too long, if any; `cut` (n,) says to how many tokens, 0 where not."""
+    """The rows that were too long, if any; `cut` (n,) is the tokens that each was cut to, 0 if not cut."""
     rows = np.flatnonzero(cut).tolist()
     return [Flagged(rows, f"longer than {metric} takes, cut at {cut.max():.0f} tokens")] if rows else []
+
+
+def by_length(
+    compute: Callable[[list[int], int], Sequence[Result]],
+    lengths: Sequence[int],
+    limit: int | None,
+    device: str,
+    budget: int | None = None,
+) -> list[Result]:
+    """A result for each row of `lengths` tokens; it does not depend on the other rows.
+
+    `compute` gets rows and the width to pad them to, and returns a result for each; see `batches`. On CPUs
+    batches run in parallel with one thread each: threads within one batch would wait for each other after
+    every matrix product. Batches wider than `WIDE` run one at a time to save memory.
+    """
+    todo = list(batches(lengths, limit, budget or (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET)))
+    if device == "cpu":
+        with one_thread() as threads:
+            wide = sum(width > WIDE for _, width in todo)  # the first ones
+            pool = ThreadPoolExecutor(threads)
+            try:
+                done = [compute(*batch) for batch in todo[:wide]]
+                done += pool.map(lambda batch: compute(*batch), todo[wide:])
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for none
+    else:  # in this thread, since torch-npu would use device 0 in another one
+        done = [compute(*batch) for batch in todo]
+    found: list[Any] = [None] * len(lengths)
+    for (rows, _), results in zip(todo, done, strict=True):
+        for row, result in zip(rows, results, strict=True):
+            found[row] = result
+    return found
+
+
+def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[tuple[list[int], int]]:
+    """Rows in batches, and the width of each batch in tokens, the widest first.
+
+    Kernels round differently for batches of another shape. So the width depends on a row's own length only:
+    the next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have the same number of rows,
+    as many as fit `budget` tokens. The last batch is filled up by repeating its last row.
+    """
+    by_width: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        width = -(-length // WIDTH_STEP) * WIDTH_STEP
+        by_width.setdefault(max(length, min(width, limit or width)), []).append(row)
+    for width in sorted(by_width, reverse=True):
+        yield from ((rows, width) for rows in filled(by_width[width], max(1, budget // width)))
+
+
+def filled(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items in batches of exactly `size`; the last one is filled up by repeating its last item."""
+    for start in range(0, len(items), size):
+        batch = list(items[start : start + size])
+        yield batch + batch[-1:] * (size - len(batch))
+
+
+def row_by_row(layer: Callable[[Any], Any], batch: Any) -> Any:
+    """A small layer on each row (1, d) of a batch (n, d): in a batch, rounding depends on a row's place."""
+    import torch
+
+    return torch.cat([layer(row) for row in batch.split(1)])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[int]:
+    """Use one thread per product, so that sums do not depend on the thread count; yields that count."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def at_hand(name: str, key: str) -> Checkpoint:
+    """The checkpoint `name`, given by `key` of the config; raises `Absent` if it can't be loaded."""
+    found = checkpoints.find(name)
+    if wrong := lacking(name, key):
+        raise Absent("; ".join(problem.what for problem in wrong))
+    return found
+
+
+def lacking(name: str, key: str) -> list[Problem]:
+    """Why the checkpoint `name`, given by `key` of the config, can't be loaded; empty if it can."""
+    found = checkpoints.find(name)
+    return checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
+
+
+def contents(name: str, cache: Path | None) -> list[list[str]] | None:
+    """Names and hashes of the files of a checkpoint; None if it is not on this machine."""
+    found = checkpoints.find(name)
+    return checkpoints.contents(found.folder, cache) if found else None
+
+
+@contextlib.contextmanager
+def loading(place: Path) -> Iterator[None]:
+    """Turns any error of a library about damaged or foreign files into `Absent`, in one line."""
+    quieten()
+    try:
+        yield
+    except (Absent, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:300]
+        raise Absent(f"{place} can't be loaded: {type(error).__name__}: {what}") from error
+
+
+def last_kept(identify: Callable[[Path], Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Keeps the last model of a loader in memory until its weights change on disk; see `loading`.
+
+    The loader's first argument is the path of the weights. `identify` returns what identifies their contents.
+    The loader's `cache_clear` forgets the model.
+    """
+
+    def keeping(load: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.lru_cache(maxsize=1)
+        def made(_: str, place: Path, *how: Any) -> Result:
+            with loading(place):
+                return load(place, *how)
+
+        @functools.wraps(load)
+        def kept(place: Path, *how: Any) -> Result:
+            return made(fingerprint(identify(place)), place, *how)
+
+        kept.cache_clear = made.cache_clear
+        return kept
+
+    return keeping
+
+
+def files_of(folder: Path) -> list[list[str]]:
+    """Names and hashes of the files of a checkpoint in a folder."""
+    return checkpoints.contents(folder, None)
+
+
+def loaded(model: Any, folder: Path, unused: str = "$^", **options: Any) -> Any:
+    """A transformers model in evaluation mode, with all its weights from a folder.
+
+    Raises `Absent` if weights are missing, since they would be random; names that match `unused` may be.
+    """
+    made, info = model.from_pretrained(folder, output_loading_info=True, **options)
+    lacking = sorted(name for name in info["missing_keys"] if not re.search(unused, name))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise Absent(f"{folder} lacks {len(lacking)} weights of a {type(made).__name__}: {shown}")
+    return made.eval()
+
+
+def dtype(precision: str) -> Any:
+    """The torch type of `score.precision`."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -1,4 +1,4 @@
-"""The floor: what one constant caption scores that never saw an image."""
+"""The floor: the score of one constant caption for all images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def constant_baseline(
 ) -> dict[str, Any]:
     """ROUGE-1 and BERTScore of the training caption with the best mean ROUGE-1 over the training captions.
 
-    `{"caption", "rouge1", "bertscore"}`; a metric that cannot be computed is left out, and all are if there
-    is no training caption.
+    Returns `{"caption", "rouge1", "bertscore"}`. A metric that cannot be computed is left out. Without
+    training captions the result is empty.
     """
     if not training:
         return {}
@@ -45,7 +45,7 @@ def constant_baseline(
 def constant_caption(training: Sequence[str]) -> str:
     """The training caption with the best mean ROUGE-1 over the training captions.
 
-    With more than 2,000 of them, a seeded sample is candidate and is scored against.
+    If there are more than 2,000, a seeded sample of 2,000 is used instead of all.
     """
     captions = [text.official(caption) for caption in training]
     if len(captions) > MOST_CANDIDATES:
@@ -58,7 +58,7 @@ def constant_caption(training: Sequence[str]) -> str:
 def mean_rouge1(captions: Sequence[str]) -> np.ndarray:
     """The mean ROUGE-1 F of each pre-processed caption against all of them, (n,), in one sparse product.
 
-    The k-th occurrence of a word is a feature of its own, so that common features are clipped common words.
+    The k-th occurrence of a word is its own feature, so common features count clipped common words.
     """
     from scipy.sparse import csr_matrix
 

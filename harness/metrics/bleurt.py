@@ -1,4 +1,4 @@
-"""BLEURT (Sellam et al. 2020) by bleurt-pytorch, equal to one pair at a time to 1e-5."""
+"""BLEURT (Sellam et al. 2020) with bleurt-pytorch, equal to its scores of one pair at a time to 1e-5."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +33,10 @@ class BleurtConfig(Section):
 
 
 def measure(inputs: Inputs) -> Measured:
-    """BLEURT of each row after the official pre-processing; of blank captions what the model says.
+    """BLEURT of each row after the official pre-processing; the model also scores blank captions.
 
-    The organisers' code of 2023 for BLEURT is not public; that of 2025 pre-processes, and so does this, as
-    the signature says.
+    The organisers' 2023 code for BLEURT is not public. Their 2025 code pre-processes the captions, and so
+    does this one, as the signature says.
     """
     name, precision = inputs.config.bleurt.checkpoint, inputs.config.precision
     found = at_hand(name, KEY)
@@ -81,8 +81,8 @@ class Scorer:
         self.limit = min(512, self.model.config.max_position_embeddings)
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """(n, 2): the score of each (reference, prediction), and to how many tokens it was cut, 0 if not."""
-        # as lists, since a lone empty prediction would be taken for none, without its [SEP]
+        """(n, 2): the score of each (reference, prediction), and the tokens that it was cut to, 0 if not."""
+        # as lists: a single empty prediction would be taken for no prediction and get no [SEP]
         sides = tuple(map(list, zip(*pairs, strict=True)))
         lengths = np.array([len(ids) for ids in self.tokenizer(*sides, verbose=False)["input_ids"]])
         encoded = self.tokenizer(*sides, truncation=True, max_length=self.limit)

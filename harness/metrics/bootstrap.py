@@ -1,4 +1,4 @@
-"""Row bootstrap: how far a score would move had other images been drawn."""
+"""Row bootstrap: how much a score would change with another sample of images."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -9,9 +9,9 @@ _BLOCK = 100
 
 
 def weights(rows: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each row is drawn in each resample: blocks of counts (b, rows), b <= 100, that sum to `rows`.
+    """How often each resample draws each row: blocks of counts (b, rows), b <= 100, that sum to `rows`.
 
-    The same seed draws the same rows, so that scores of one set of images move together.
+    The same seed draws the same rows, so all scores of one set of images use the same resamples.
     """
     random = np.random.default_rng(seed)
     for start in range(0, resamples, _BLOCK):
@@ -28,8 +28,8 @@ def resample(
 ) -> dict[str, np.ndarray]:
     """Each score over the same resampled rows, (resamples,).
 
-    `values` are (n,) scores whose mean is the score, or with an aggregate (n, k) statistics whose sums it
-    turns into one.
+    `values` are (n,) scores whose mean is the score. For a metric with an aggregate they are (n, k)
+    statistics, and the aggregate turns their sums into the score.
     """
     names = list(values)
     columns = [np.reshape(values[name], (len(values[name]), -1)) for name in names]

@@ -1,4 +1,4 @@
-"""What scoring keeps on disk: embeddings of texts, and the numbers of rows that were scored before."""
+"""What scoring keeps on disk: embeddings of texts, and the numbers of rows that are already scored."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from harness.store import fingerprint
 EMBEDDING_BYTES = 4_000_000_000
 SCORE_BYTES = 500_000_000
 VERSION = 2
-"""Raise it when a metric's code gives other numbers for the same signature: what is kept is made anew."""
+"""Raise it when a metric's code gives other numbers for the same signature: old entries are then unused."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -44,17 +44,17 @@ def _checksum(value: bytes) -> bytes:
 
 
 class Blobs:
-    """A SQLite file of byte strings by key, each with its checksum; processes may share it.
+    """An SQLite file of byte strings by key, each with its checksum; processes may share it.
 
-    It holds at most `most` bytes, the oldest quarter leaves first. A file that is damaged, locked for long or
-    on a full disk makes scoring slower, never different: reads find nothing, writes are left out.
+    It holds at most `most` bytes; above that, the oldest quarter is deleted. A file that is damaged, locked
+    for long or on a full disk makes scoring slower, never different: reads find nothing, writes do nothing.
     """
 
     def __init__(self, path: Path, most: int):
         self.path, self.most = path, most
 
     def get(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Those that are there."""
+        """The values of the keys that are there and undamaged."""
         found: dict[bytes, bytes] = {}
         asked = list(keys)
         with contextlib.suppress(*_UNUSABLE), self._open() as database:
@@ -68,7 +68,7 @@ class Blobs:
         return found
 
     def put(self, values: Mapping[bytes, bytes]) -> None:
-        """Keep them, making room where they would be too many."""
+        """Store the values; delete the oldest if there are too many."""
         with contextlib.suppress(*_UNUSABLE), self._open() as database:
             summed = ((k, _checksum(value) + value) for k, value in values.items())
             database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", summed)
@@ -89,7 +89,7 @@ class Blobs:
 
 
 def made_by(device: str) -> list[str]:
-    """What else moves numbers of neural models: the kind of device, and the versions that compute on it."""
+    """What else changes the numbers of neural models: the kind of device, and package versions."""
     return [device.partition(":")[0], *versions()]
 
 
@@ -99,7 +99,7 @@ def versions() -> list[str]:
 
 
 def key(*parts: str) -> bytes:
-    """A key for texts; ("a", "bc") and ("ab", "c") have different ones."""
+    """A key for texts; ("a", "bc") and ("ab", "c") have different keys."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode(errors="surrogatepass")
@@ -109,7 +109,7 @@ def key(*parts: str) -> bytes:
 
 @dataclass(frozen=True)
 class Embedded:
-    """One text: token `ids` (t,), unit-length `vectors` (t, d) float32, whether it was `cut` to fit."""
+    """One text: token `ids` (t,), unit-length `vectors` (t, d) float32, and whether it was `cut`."""
 
     ids: list[int]
     vectors: np.ndarray
@@ -117,19 +117,19 @@ class Embedded:
 
 
 class TextCache:
-    """Embedded texts of one encoder on disk, so that references shared by many runs are embedded once."""
+    """Embedded texts of one encoder on disk; many runs share references, which are embedded only once."""
 
     def __init__(self, folder: Path, encoder: Path, *how: Any):
         name = f"embeddings-{fingerprint([VERSION, contents(encoder, folder), *how])}.sqlite"
         self.blobs = Blobs(folder / name, EMBEDDING_BYTES)
 
     def get(self, texts: Sequence[str]) -> dict[str, Embedded]:
-        """The texts that are there."""
+        """The embeddings of the texts that are there."""
         keys = {key(text): text for text in texts}
         return {keys[k]: _unpack(value) for k, value in self.blobs.get(keys).items()}
 
     def put(self, texts: Mapping[str, Embedded]) -> None:
-        """Keep the texts."""
+        """Store the embeddings of the texts."""
         self.blobs.put({key(text): _pack(embedded) for text, embedded in texts.items()})
 
 
@@ -146,10 +146,10 @@ def _unpack(value: bytes) -> Embedded:
 
 
 class Table:
-    """Numbers (k,) of rows of text, kept in `folder` for later calls; each distinct row is wanted once.
+    """Numbers (k,) of rows of text, kept in `folder` for later calls; each distinct row is computed once.
 
-    `what` is all that determines the numbers beside the row: metric, weights, pre-processing, versions.
-    `new` are the rows that are not there yet, the longest first.
+    `what` is all that determines the numbers besides the row: metric, weights, pre-processing, versions.
+    `new` are the rows without numbers yet, the longest first.
     """
 
     def __init__(self, folder: Path | None, what: Any, rows: Sequence[Row]):
@@ -163,7 +163,7 @@ class Table:
         self.new = sorted(new, key=lambda row: sum(map(len, row)), reverse=True)
 
     def add(self, made: Sequence[Sequence[float]]) -> None:
-        """Keep what was made of `new`, (m, k)."""
+        """Store the numbers (m, k) of `new`."""
         self._known |= zip(self.new, (np.asarray(numbers, float) for numbers in made), strict=True)
         if self._blobs:
             sound = [row for row in self.new if np.isfinite(self._known[row]).all()]

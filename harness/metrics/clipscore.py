@@ -26,7 +26,7 @@ PREFIX = "A photo depicts "
 WEIGHT = 2.5
 BATCH = 8
 MOST_TEXTS = 50_000
-# of OpenAI's CLIP, all of whose checkpoints share them
+# all checkpoints of OpenAI's CLIP share these
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,16 +39,16 @@ class ClipScoreConfig(Section):
 
 
 def measure(inputs: Inputs) -> Measured:
-    """CLIPScore of each raw prediction with its image, in 0 to 2.5; a blank one is its prefix alone."""
+    """CLIPScore of each raw prediction with its image, in 0 to 2.5; a blank one is the prefix alone."""
     return _measure("clipscore", inputs, [(caption,) for caption in inputs.predictions], _clipscores)
 
 
 def refclipscore(inputs: Inputs) -> Measured:
     """RefCLIPScore of each raw prediction with its image and its raw reference, in 0 to 10/7.
 
-    The harmonic mean of CLIPScore, its weight of 2.5 included, and of the cosine between prediction and
-    reference, not below 0 (section 3 of the paper). 0 where both are, for which the authors' code, that does
-    not clip the second, divides by zero.
+    This is the harmonic mean of CLIPScore (with its weight of 2.5) and the cosine between prediction and
+    reference, clipped at 0 (section 3 of the paper). If both are 0, the score is 0. The authors' code does
+    not clip the cosine and divides by zero there.
     """
     return _measure("refclipscore", inputs, inputs.pairs, _refclipscores)
 
@@ -67,7 +67,7 @@ def _refclipscores(images: np.ndarray, predictions: np.ndarray, references: np.n
 def _measure(
     name: str, inputs: Inputs, captions: Sequence[Row], formula: Callable[..., np.ndarray]
 ) -> Measured:
-    """Scores by `formula` of the unit-length features (n, d) of images and of each column of captions."""
+    """Scores from `formula` of the unit-length features (n, d) of images and of each column of captions."""
     if inputs.images is None:
         raise Absent("needs images")
     checkpoint, precision = inputs.config.clipscore.checkpoint, inputs.config.precision
@@ -106,7 +106,7 @@ def _measure(
 
 
 def clean(caption: str) -> str:
-    """The text as OpenAI's `simple_tokenizer.py` cleans it before its byte pairs."""
+    """The text as OpenAI's `simple_tokenizer.py` cleans it before byte-pair encoding."""
     import ftfy
 
     unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
@@ -114,10 +114,10 @@ def clean(caption: str) -> str:
 
 
 def pixels(path: Path, size: int) -> np.ndarray:
-    """An image (3, size, size) float32 as OpenAI's CLIP prepares it.
+    """An image (3, size, size) float32, prepared as for OpenAI's CLIP.
 
-    The shorter side is resized to `size` (bicubic), the middle is cut out, made RGB and normalised. Raises
-    `UserError` where the file is not a whole image.
+    The shorter side is resized to `size` (bicubic). The central square is cropped, converted to RGB and
+    normalised. Raises `UserError` if the file is not a whole image.
     """
     try:
         rgb = _square(path, size)
@@ -130,10 +130,10 @@ def pixels(path: Path, size: int) -> np.ndarray:
 def _square(path: Path, size: int) -> Image.Image:
     content = read(path)
     with open_image(content) as opened:
-        # PIL would turn 16-bit grey white; colours and 8-bit grey are converted last, as OpenAI does
+        # PIL would turn 16-bit grey white; colour and 8-bit grey are converted last, as in OpenAI's code
         image = opened if opened.mode in ("L", "RGB") else decode(content)
         width, height = image.size
-        # the longer side is truncated and the margin rounded as torchvision does both
+        # as in torchvision, the longer side is truncated and the margin is rounded
         scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
         image = image.resize(scaled, Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in image.size)
@@ -142,15 +142,15 @@ def _square(path: Path, size: int) -> Image.Image:
 
 @last_kept(files_of)
 def load(folder: Path, device: str, precision: str = "fp32") -> "Clip":
-    """The CLIP in a folder; the last one used stays in memory, and with it the features of images."""
+    """The CLIP in a folder; the last one used stays in memory, with its image features."""
     return Clip(folder, device, precision)
 
 
 class Clip:
-    """A CLIP that gives unit-length features (n, d) float32, each distinct image and text encoded once.
+    """A CLIP that returns unit-length features (n, d) float32; each distinct image and text is encoded once.
 
-    `features` are those of images; `cut` are the texts seen so far that were too long for it. At most
-    `MOST_TEXTS` and those of the last call are kept.
+    `features` are the features of images. `cut` are the texts so far that were too long. At most `MOST_TEXTS`
+    texts are kept, plus the texts of the last call.
     """
 
     def __init__(self, folder: Path, device: str, precision: str = "fp32"):
@@ -170,13 +170,13 @@ class Clip:
         return self.features.of(identities(paths))
 
     def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Features of clean texts, cut to the encoder's length with their end token kept."""
+        """Features of clean texts, cut to the encoder's length; a cut text keeps its end token."""
         if len(self._texts) > MOST_TEXTS:
             self._texts.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         lengths = {caption: len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in new}
         self.cut |= {caption for caption, length in lengths.items() if length > self.limit}
-        # all at once: a fast tokenizer is not for several threads
+        # all at once, since a fast tokenizer must not be used from several threads
         encoded = self.tokenizer(new, truncation=True, max_length=self.limit)["input_ids"] if new else []
         features = by_length(
             lambda rows, width: self._text_features([encoded[row] for row in rows], width),

@@ -1,4 +1,4 @@
-"""Concept detection: F1 per image over the concepts of prediction and reference, averaged over images."""
+"""Concept detection: F1 of predicted and reference concepts per image, averaged over images."""
 
 from collections.abc import Sequence, Set
 
@@ -13,7 +13,7 @@ SECONDARY = frozenset(_SECONDARY.split())
 
 
 def f1(prediction: Set[str], reference: Set[str]) -> float:
-    """F1 of one image's concepts, as sklearn's binary F1 over their union; two empty sets are 1."""
+    """F1 of one image's concepts, equal to sklearn's binary F1 over their union; 1 for two empty sets."""
     if not prediction and not reference:
         return 1.0
     return 2 * len(prediction & reference) / (len(prediction) + len(reference))
@@ -26,9 +26,9 @@ def scores(predictions: Sequence[Set[str]], references: Sequence[Set[str]]) -> n
 
 
 def secondary_scores(predictions: Sequence[Set[str]], manual: Sequence[Set[str]]) -> np.ndarray:
-    """F1 (n,) per image over the concepts of `SECONDARY` alone, against the manual references.
+    """F1 (n,) per image over the concepts of `SECONDARY` only, against the manual references.
 
-    NaN for an image whose manual list has none of them: the organisers leave it out, and divide by the rest.
+    NaN for an image whose manual list has none of them: the organisers leave it out of the mean.
     """
     wanted = [found & SECONDARY for found in manual]
     found = scores([found & SECONDARY for found in predictions], wanted)

@@ -33,10 +33,10 @@ def image_gap(
     """How much ROUGE-1 and BERTScore lose when every caption goes to another image.
 
     `{"rouge1": {"value", "permuted", "gap", "low", "high"}, "bertscore": {...}, "n", "permutations"}`:
-    `permuted` is the mean over random permutations that leave no caption in place, `low` and `high` the row
-    bootstrap's 95 % interval of the gap (None where `config.bootstrap` is 0). A gap whose interval excludes 0
-    shows what no score on its own can: that the captions belong to their images. A metric that cannot be
-    computed has `{"reason"}` alone, and so have both for fewer than two captions.
+    `permuted` is the mean over random permutations that leave no caption in place. `low` and `high` are the
+    row bootstrap's 95 % interval of the gap, None if `config.bootstrap` is 0. A gap whose interval excludes 0
+    shows that the captions belong to their images; no score alone can show this. A metric that cannot be
+    computed has only `{"reason"}`. With fewer than two captions this holds for both.
     """
     inputs = Inputs(predictions, references, None, config, edition, device, cache)
     orders = derangements(len(predictions), seed) if len(predictions) > 1 else []
@@ -50,7 +50,7 @@ def image_gap(
 
 
 def derangements(n: int, seed: int, count: int = PERMUTATIONS) -> list[np.ndarray]:
-    """Seeded random orders (n,) in which no index keeps its place (each is one cycle through all)."""
+    """Seeded random orders (n,) in which no index keeps its place; each is one cycle through all indices."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Remarks of libraries that say nothing new to a person who scores: they stay off the terminal."""
+"""Library messages that are expected while scoring; they are kept off the terminal."""
 
 import contextlib
 import logging
@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 
 REMARKS = (
-    # texts are cut, and the rows that were are named in a warning of ours
+    # our own warning names the rows that were cut
     "Token indices sequence length is longer than the specified maximum",
     "Be aware, overflowing tokens are not returned",
-    # as BLEURT's tokenizer is used here, to bring texts of like length together
+    # about `pad`, which BLEURT's tokenizer is used with to batch texts of similar length
     "You're using a ",
-    # BLEURT's tokenizer is another one than BERT's, whose files it reads
+    # BLEURT's tokenizer reads the files of BERT's tokenizer
     "The tokenizer class you load from this checkpoint is not the same type",
-    # what a checkpoint lacks is an error of ours, where it is used
+    # missing weights that are used raise our own error
     "Some weights of ",
 )
 
@@ -30,14 +30,14 @@ def quieten() -> None:
     """Keep `REMARKS` of transformers from the terminal, and nothing else."""
     from transformers.utils import logging as theirs
 
-    theirs.get_logger()  # gives the library its handler
+    theirs.get_logger()  # creates the library's handler
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_unexpected)
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """What a package and its Java say of their progress, kept off the terminal; errors are raised."""
+    """Keeps progress messages of a package and its Java off the terminal; errors are still raised."""
     kept = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)

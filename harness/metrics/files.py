@@ -1,4 +1,4 @@
-"""What scoring leaves on disk for people (a table by image) and for `compare` (numbers in full)."""
+"""What scoring leaves on disk: a table per image for people, and full numbers for `compare`."""
 
 import io
 import math
@@ -22,9 +22,9 @@ def write_per_image(
     predictions: Sequence[str],
     scores: Mapping[str, "Score"],
 ) -> Path:
-    """Write ID, reference, prediction and the score of each image by each metric that has one, as CSV.
+    """Write a CSV file with ID, reference, prediction and a column of scores for each metric that has them.
 
-    The cell of an image that does not count is empty.
+    The cell is empty if an image does not count.
     """
     named = {name: score.per_image for name, score in scores.items() if score.per_image is not None}
     columns = [["" if math.isnan(value) else f"{value:.6f}" for value in values] for values in named.values()]
@@ -33,10 +33,10 @@ def write_per_image(
 
 
 def write_arrays(path: Path, ids: Sequence[str], scores: Mapping[str, "Score"]) -> Path:
-    """Write `ids` (n,) and, by the name of each metric that has a value, what resampling needs.
+    """Write `ids` (n,) and, under the name of each metric that has a value, what resampling needs.
 
-    That is (n, k) statistics where the metric has an aggregate, else (n,) scores, NaN where a row does not
-    count.
+    This is (n, k) statistics if the metric has an aggregate, else (n,) scores, with NaN for a row that does
+    not count.
     """
     arrays = {
         name: score.per_image if score.statistics is None else score.statistics
@@ -56,5 +56,5 @@ def read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def references_fingerprint(ids: Sequence[str], references: Sequence[str]) -> str:
-    """The fingerprint of a set of references, independent of the order of its rows."""
+    """The fingerprint of a set of references, whatever the order of its rows."""
     return fingerprint(sorted(zip(ids, references, strict=True)))

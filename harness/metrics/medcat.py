@@ -1,7 +1,7 @@
-"""Concept F1 of 2025 and 2026: do caption and reference name the same UMLS concepts, as MedCAT finds them?
+"""Concept F1 of 2025 and 2026: does MedCAT find the same UMLS concepts in caption and reference?
 
-The organisers pin MedCAT below 2, which wants numpy below 2, so it cannot live beside this program. It runs
-in a second process, by a Python that has it: `medcat_worker.py`.
+The organisers pin MedCAT below 2, which needs numpy below 2, so it can't be installed with this program. A
+Python that has it runs `medcat_worker.py` in a second process.
 """
 
 import json
@@ -23,11 +23,11 @@ from harness.metrics.cache import Row
 from harness.models.checkpoints import sha256, sums, untrusted
 
 OFFICIAL = "umls_self_train_model_pt2ch_3760d588371755d0"
-"""The UMLS full model of the organisers' README; its licence is a personal one of UTS."""
+"""The UMLS full model of the organisers' README; it needs a personal licence from UTS."""
 PACK_KEY, PYTHON_KEY = "score.medcat.model_pack", "score.medcat.python"
 PACK_HINT = f"With a UMLS licence, download {OFFICIAL}.zip from MedCAT's model page and name it as {PACK_KEY}"
 PYTHON_HINT = (
-    "MedCAT 1 does not go with the numpy of this program: python -m venv medcat && "
+    "MedCAT 1 does not work with the numpy of this program: python -m venv medcat && "
     f"medcat/bin/pip install 'medcat<2' 'pyarrow<20', then {PYTHON_KEY}: medcat/bin/python"
 )
 WORKER = Path(__file__).with_name("medcat_worker.py")
@@ -48,7 +48,7 @@ class MedCatConfig(Section):
 
 
 def problems(config: MedCatConfig) -> list[Problem]:
-    """What is wrong with the model pack and the Python for it, where a pack is named; neither is run."""
+    """What is wrong with the model pack and its Python, if a pack is named; neither is executed."""
     if config.model_pack is None:
         return []
     found = []
@@ -67,7 +67,7 @@ def problems(config: MedCatConfig) -> list[Problem]:
 
 
 def identity(config: MedCatConfig, cache: Path | None) -> dict[str, Any]:
-    """What determines its numbers and is seen without running anything: pack, Python and packages."""
+    """What determines the scores and is visible without running anything: pack, Python and packages."""
     python = _python(config)
     program = sha256(python, cache) if python.is_file() else None
     pack = sums(config.model_pack, cache) if config.model_pack else None
@@ -77,8 +77,8 @@ def identity(config: MedCatConfig, cache: Path | None) -> dict[str, Any]:
 def measure(inputs: Inputs) -> Measured:
     """F1 of the UMLS concepts that MedCAT finds in each raw prediction and its raw reference.
 
-    Concepts count once for a caption, in 0 to 1; two captions of length 0 are 1, two captions without any
-    concept are 0, white space included, as in the evaluators of 2025 and 2026.
+    The score is in 0 to 1, and a concept counts once per caption. As in the evaluators of 2025 and 2026, two
+    captions of length 0 score 1. Two captions without any concept score 0, also if they are only white space.
     """
     config = inputs.config.medcat
     if config.model_pack is None:
@@ -108,12 +108,12 @@ def measure(inputs: Inputs) -> Measured:
 
 
 def concepts(captions: set[str], pack: Path, python: Path) -> dict[str, set[str]]:
-    """The CUIs that MedCAT finds in each caption; raises `Absent` with its last words where it fails."""
+    """The CUIs that MedCAT finds in each caption; raises `Absent` with its last line if it fails."""
     asked = sorted(captions)
     with TemporaryDirectory() as folder:
         texts, found = Path(folder, "texts.json"), Path(folder, "concepts.json")
         texts.write_text(json.dumps(asked), encoding="utf-8")
-        # MedCAT unpacks a zip beside itself, and reads what it finds there instead of the zip
+        # MedCAT unpacks a zip next to the zip, and prefers what is already unpacked there
         here = Path(folder, pack.name)
         here.symlink_to(pack.resolve())
         command = [python, "-I", WORKER, here, texts, found]
@@ -133,15 +133,15 @@ def _score(pair: Row, found: Mapping[str, set[str]]) -> float:
 
 
 def _python(config: MedCatConfig) -> Path:
-    """The program, by a path that holds in any folder: what is no file here is looked for on PATH."""
+    """The Python, as an absolute path; a name that is not a file here is looked up on PATH."""
     given = config.python or Path(sys.executable)
     if given.is_file() or len(given.parts) > 1:
-        return given.absolute()  # links are kept: an environment is known by its own
+        return given.absolute()  # links are kept, since the path of its link tells Python its environment
     return Path(shutil.which(given) or given.absolute())
 
 
 def _packages(python: Path) -> list[str]:
-    """The packages that a Python says it has, `name-version` each; none where it is no Python."""
+    """The packages that a Python reports, `name-version` each; none if it is not a Python."""
     try:
         done = subprocess.run([python, "-I", "-c", _PACKAGES], capture_output=True, encoding="utf-8")
         found = json.loads(done.stdout)
@@ -151,14 +151,14 @@ def _packages(python: Path) -> list[str]:
 
 
 def _seen(python: Path) -> list[str]:
-    """The packages that lie where a Python keeps them, `name-version` each, found without running it."""
+    """The packages in the package folders of a Python, `name-version` each, found without running it."""
     places = ("lib*/python3*/site-packages", "lib/python3*/dist-packages")
     folders = [folder for place in places for folder in python.parent.parent.glob(place)]
     return sorted({one.name.removesuffix(".dist-info") for f in folders for one in f.glob("*.dist-info")})
 
 
 def _is_environment(python: Path) -> bool:
-    """Whether a Python has no packages but those that lie beside it."""
+    """Whether a Python has only the packages of its own environment."""
     try:
         settings = (python.parent.parent / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
     except OSError:

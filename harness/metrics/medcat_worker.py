@@ -1,4 +1,4 @@
-"""Run by another Python, which has MedCAT 1 and nothing of this program: the concepts in captions.
+"""Finds the concepts in captions. Another Python runs it, which has MedCAT 1 but not this program.
 
 Usage: python -I medcat_worker.py PACK TEXTS.json CONCEPTS.json
 """
@@ -13,7 +13,7 @@ def main(pack: str, texts: str, concepts: str) -> None:
     from medcat.cat import CAT
 
     cat = CAT.load_model_pack(pack)
-    # the organisers list all 127 semantic types of UMLS; this replaces the filter of the pack itself
+    # the organisers list all 127 semantic types of UMLS; this replaces the pack's own filter
     typed = set().union(*cat.cdb.addl_info["type_id2cuis"].values())
     cat.cdb.config.linking["filters"]["cuis"] = typed
     captions = json.loads(Path(texts).read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""METEOR 1.5 by the jar inside pycocoevalcap, through a client of our own.
+"""METEOR 1.5 from the jar inside pycocoevalcap, with our own client.
 
 pycocoevalcap's client hangs after a line break in a caption, never reads the errors of Java, and leaves the
-process behind. This one has a time limit on every exchange, says what Java said, and the jar ends when its
-standard input does, so also when this process is killed.
+process running. This client has a time limit on every exchange and reports Java's errors. The jar ends when
+its standard input closes, so it also ends when this process is killed.
 """
 
 import atexit
@@ -30,7 +30,7 @@ _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 
 def measure(inputs: Inputs) -> Measured:
-    """METEOR after the official pre-processing, without PTB; the score is of summed statistics (n, 23)."""
+    """METEOR after the official pre-processing, without PTB, from summed statistics (n, 23)."""
     signature = sign("meteor", inputs.edition, "ptb:no", "meteor:1.5", "pycocoevalcap:1.2")
 
     def compute(pairs: list[Row]) -> np.ndarray:
@@ -47,9 +47,9 @@ def measure(inputs: Inputs) -> Measured:
 
 
 def _lines(part: list[Row], pairs: Sequence[Row]) -> list[str]:
-    """The statistics of a part of the pairs; where they take too long together, of each pair alone.
+    """The statistics of a part of the pairs; if the part takes too long, each pair is tried alone.
 
-    Raises `Absent` that names the row of a pair that takes too long alone.
+    Raises `Absent` with the row of a pair that takes too long even alone.
     """
     try:
         with shared() as meteor:
@@ -63,10 +63,10 @@ def _lines(part: list[Row], pairs: Sequence[Row]) -> list[str]:
 
 
 def aggregate(totals: np.ndarray) -> np.ndarray:
-    """METEOR of summed statistics (..., 23), as the jar's EVAL; in 0 to 1.
+    """METEOR of summed statistics (..., 23), in 0 to 1, equal to the jar's EVAL.
 
-    A line of statistics is: words of hypothesis and reference, function words of both, for each of four
-    matchers the matched content and function words of both, chunks, matched words of both.
+    The statistics are: words of hypothesis and reference; function words of both; for each of four matchers
+    the matched content and function words of both; chunks; matched words of both.
     """
     lengths, functions, chunks, matched = (
         totals[..., 0:2],
@@ -84,10 +84,10 @@ def aggregate(totals: np.ndarray) -> np.ndarray:
 
 
 def parse(lines: Sequence[str]) -> np.ndarray:
-    """The jar's lines of statistics as numbers (n, 23) that may be summed."""
+    """The jar's lines of statistics as numbers (n, 23) that can be summed."""
     statistics = np.array([line.split() for line in lines], dtype=float)
     words, matched = statistics[:, 0:2], statistics[:, 21:23]
-    # the jar counts no chunk for a segment that matches as a whole, so that its penalty is 0
+    # the jar's penalty is 0 for a segment that matches as a whole
     whole = (matched == words).all(1) & (statistics[:, 20] == 1)
     statistics[whole, 20] = 0
     return statistics
@@ -99,7 +99,7 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def shared() -> Iterator["Meteor"]:
-    """The jar of this process, for one caller at a time; started once, which takes 5 s, or when it died."""
+    """The jar of this process, for one caller at a time; started in 5 s, once or after it has died."""
     global _running
     with _lock:
         if _running is None or not _running.alive:
@@ -109,7 +109,7 @@ def shared() -> Iterator["Meteor"]:
 
 
 def stop() -> None:
-    """End the jar of this process, in the middle of an answer if need be."""
+    """End the jar of this process, even in the middle of an answer."""
     if _running is not None:
         _running.kill()
 
@@ -119,11 +119,11 @@ _lock = threading.Lock()
 
 
 class TooLong(Absent):
-    """An answer of the jar that did not come within its time."""
+    """The jar gave no answer within the time limit."""
 
 
 class Meteor:
-    """The jar, running while the context lasts; everything it cannot do raises `Absent` with Java's words."""
+    """The jar, running while the context lasts; every failure raises `Absent` with Java's message."""
 
     def __enter__(self) -> "Meteor":
         path = java.jar("meteor", "meteor-1.5.jar")
@@ -144,7 +144,7 @@ class Meteor:
         self._errors.close()
 
     def kill(self) -> None:
-        """End the jar; whoever waits for an answer gets `Absent`."""
+        """End the jar; a caller that waits for an answer gets `Absent`."""
         self._process.kill()
 
     @property
@@ -156,7 +156,7 @@ class Meteor:
         """One line of 23 statistics for each pair."""
         lines = [_score_line(*pair) for pair in zip(predictions, references, strict=True)]
         answers = self._ask(lines[:1], 1, START_SECONDS)  # loads the paraphrase table, 5 s
-        for start in range(1, len(lines), LINES):  # so few that neither pipe can fill up
+        for start in range(1, len(lines), LINES):  # few enough that neither pipe can fill up
             part = lines[start : start + LINES]
             answers += self._ask(part, len(part), LINES_SECONDS)
         return answers
@@ -193,16 +193,16 @@ class Meteor:
 
 
 def _score_line(prediction: str, reference: str) -> str:
-    # the jar's protocol is one line of fields between |||; white space is one blank to its tokenizer anyway
+    # the jar's protocol is one line of fields between |||; its tokenizer takes any white space for one blank
     fields = [text.collapse(caption.replace("|||", " ")) for caption in (reference, prediction)]
     return " ||| ".join(["SCORE", *fields])
 
 
 def _original(_: Inputs, pairs: Pairs) -> list[float]:
-    """By pycocoevalcap's client, which would wait without end for a caption of two lines."""
+    """Scores from pycocoevalcap's client, which would wait forever for a caption of two lines."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    # the jar takes all white space for one blank
+    # the jar takes any white space for one blank
     lines = [tuple(map(text.collapse, pair)) for pair in pairs]
     with java.on_path():
         original = Meteor()
@@ -217,7 +217,7 @@ def _original(_: Inputs, pairs: Pairs) -> list[float]:
         watchdog.cancel()
         original.meteor_p.kill()
         original.meteor_p.communicate()
-        if original.lock.locked():  # it takes the lock again when it goes
+        if original.lock.locked():  # its destructor takes the lock again
             original.lock.release()
 
 

@@ -9,7 +9,7 @@ from harness.config.sections import Section, Sha256, summary, whole
 from harness.metrics import METRICS, all_weights
 
 
-# In three classes, since keys are listed class by class: those of METRICS stand between the others.
+# In three classes, since keys are listed class by class: the keys of METRICS come between the others.
 class _Chosen(Section):
     metrics: tuple[Literal[*METRICS], ...] | None = None
     """The metrics that are computed; by default those of the edition."""
@@ -36,7 +36,7 @@ class ScoreConfig(_Weighted):
     """Resamples of the rows for each 95 % interval; 0: no intervals."""
 
     def for_edition(self, year: int) -> "ScoreConfig":
-        """With what the edition decides where this leaves it open: the metrics, and names of weights."""
+        """The config with the edition's metrics and names of weights where none are given."""
         edition = EDITIONS[year]
         metrics = edition.metrics if self.metrics is None else self.metrics
         config = self.model_copy(update={"metrics": metrics})

@@ -1,7 +1,7 @@
-"""Similarity of 2025 and 2026: how close caption and image are to MedImageInsight (Codella et al. 2024).
+"""Similarity of 2025 and 2026: how close MedImageInsight (Codella et al. 2024) finds caption and image.
 
-The organisers run the published code and weights as they are, and so does this: the model's own module is
-loaded from the folder that the config names.
+The organisers run the published code and weights unchanged, and so does this module: it loads the model's own
+module from the folder that the config names.
 """
 
 import base64
@@ -42,7 +42,7 @@ PARTS = (
     WEIGHTS,
     f"{MODEL}/language_model/clip_tokenizer_4.16.2",
 )
-"""What the folder holds; the language model's weights lie in the file of the vision model."""
+"""What the folder must hold; the file of the vision model also has the language model's weights."""
 HINT = (
     "Clone lion-ai/MedImageInsights from the Hugging Face hub with Git LFS, install its requirements.txt, "
     f"and name its folder as {KEY}; it holds {', '.join(PARTS)}"
@@ -58,7 +58,7 @@ class SimilarityConfig(Section):
 
 
 def problems(config: SimilarityConfig) -> list[Problem]:
-    """What is wrong with the folder of MedImageInsight, where one is named; without loading anything."""
+    """What is wrong with the folder of MedImageInsight, if one is named; found without loading anything."""
     if config.folder is None:
         return []
     if not config.folder.is_dir():
@@ -68,7 +68,7 @@ def problems(config: SimilarityConfig) -> list[Problem]:
         return [Problem(f"{config.folder} lacks {', '.join(lacking)}", key=KEY, hint=HINT)]
     with (config.folder / WEIGHTS).open("rb") as weights:
         if weights.read(len(_POINTER)) == _POINTER:
-            what = f"{config.folder / WEIGHTS} is a pointer of Git LFS and not the weights"
+            what = f"{config.folder / WEIGHTS} is a Git LFS pointer, not the weights"
             return [Problem(what, key=KEY, hint=f"Fetch them: git -C {config.folder} lfs pull")]
     return []
 
@@ -76,9 +76,9 @@ def problems(config: SimilarityConfig) -> list[Problem]:
 def measure(inputs: Inputs) -> Measured:
     """2.5 * max(cos(image, prediction), 0) of each raw prediction with its image, in 0 to 2.5.
 
-    White space is embedded as any text is. A prediction of length 0 is embedded too in 2025, where two
-    captions of length 0 are 1; in 2026 it is 0. After an exception the evaluator of 2026 says 1, where this
-    says what is wrong. MedImageInsight always computes in float32.
+    White space is embedded like any text. In 2025 a prediction of length 0 is embedded too, and two captions
+    of length 0 score 1. In 2026 a prediction of length 0 scores 0. After an exception the evaluator of 2026
+    scores 1; this code reports the error. MedImageInsight always computes in float32.
     """
     folder = inputs.config.similarity.folder
     if folder is None:
@@ -113,7 +113,7 @@ def measure(inputs: Inputs) -> Measured:
 
 
 def _with_empty(inputs: Inputs, per_image: np.ndarray) -> tuple[np.ndarray, list[Flagged]]:
-    """The scores (n,) with those of captions of length 0 by the edition's rule, and what to say of these."""
+    """The scores (n,) with the edition's rule for captions of length 0, and a warning about these."""
     blanks = EDITIONS[inputs.edition].blanks
     if blanks.similarity_embeds_empty:
         rows, what, value = empty(inputs.pairs), "both captions", 1.0
@@ -125,18 +125,18 @@ def _with_empty(inputs: Inputs, per_image: np.ndarray) -> tuple[np.ndarray, list
 
 
 def identity(config: SimilarityConfig, cache: Path | None) -> list[list[str]]:
-    """What determines its numbers: code, weights and tokenizer, by their names and SHA-256."""
+    """What determines the scores: code, weights and tokenizer, by names and SHA-256."""
     return sums(config.folder, cache)
 
 
 @last_kept(lambda folder: sha256(folder, None))
 def load(folder: Path, device: str) -> "Model":
-    """The MedImageInsight in a folder; the last one used stays in memory, and with it features of images."""
+    """The MedImageInsight in a folder; the last one used stays in memory, with its image features."""
     return Model(folder, device)
 
 
 class Model:
-    """A MedImageInsight with the features of the images seen so far."""
+    """A MedImageInsight, with the features of the images so far."""
 
     def __init__(self, folder: Path, device: str):
         import torch
@@ -152,7 +152,7 @@ class Model:
         self.features = Features(self._image_features, BATCH)
 
     def scores(self, captions: Sequence[str], images: Sequence[Row]) -> list[tuple[float, int]]:
-        """The score of each caption with its image, and to how many tokens the caption was cut, 0 if not."""
+        """The score of each caption with its image, and the tokens that the caption was cut to, 0 if not."""
         whole = list(dict.fromkeys(captions))
         texts = dict(zip(whole, self._text_features(whole), strict=True))
         cut = {caption for caption in whole if self._length(caption) > self.model.max_length}
@@ -189,8 +189,8 @@ def _score(image: np.ndarray, caption: np.ndarray) -> float:
 def encoded(path: Path) -> str:
     """An image file in base64, as the organisers give it to the model.
 
-    Modes that it would refuse or turn white (16-bit grey, palettes, transparency) are made RGB first, as PNG.
-    Raises `UserError` where the file is not a whole image.
+    16-bit grey, palettes and transparency are converted to RGB as PNG first, since the model refuses them or
+    turns them white. Raises `UserError` if the file is not a whole image.
     """
     try:
         content = read(path)
@@ -207,7 +207,7 @@ def encoded(path: Path) -> str:
 
 @contextlib.contextmanager
 def _its_own_modules(folder: Path) -> Iterator[None]:
-    """The folder's modules first on the path, read from their sources, and what they print on stderr."""
+    """Puts the folder's modules first on the path, without bytecode, and sends what they print to stderr."""
     before, bytecode = sys.path.copy(), sys.pycache_prefix
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:  # of another folder
         del sys.modules[name]
@@ -215,7 +215,7 @@ def _its_own_modules(folder: Path) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr), TemporaryDirectory() as sys.pycache_prefix:
             yield
-    except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch: RuntimeError
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another build of torch
         raise Absent(f"the code in {folder} does not run here: {error}. {HINT}") from error
     finally:
         sys.path[:], sys.pycache_prefix = before, bytecode

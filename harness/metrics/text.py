@@ -1,4 +1,4 @@
-"""The text that metrics see: the caption as read, or after the organisers' pre-processing."""
+"""Forms of a caption for the metrics: in one line, and after the organisers' pre-processing."""
 
 import re
 import string
@@ -8,15 +8,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def collapse(text: str) -> str:
-    """The text with each run of white space as one space, none at the ends: one line, for the Java tools."""
+    """The text in one line, for the Java tools: one space for each run of white space, none at the ends."""
     return " ".join(text.split())
 
 
 def official(text: str) -> str:
-    """Lower case, runs of digits as `number`, ASCII punctuation deleted: the 2023 evaluator's order."""
+    """Lower case, then `number` for runs of digits, then no ASCII punctuation: the 2023 evaluator's order."""
     return _DIGITS.sub("number", text.lower()).translate(_PUNCTUATION)
 
 
 def is_empty(text: str) -> bool:
-    """Whether it holds nothing but white space."""
+    """Whether the text is empty or only white space."""
     return not text.strip()

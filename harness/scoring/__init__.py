@@ -1,4 +1,4 @@
-"""Captions from elsewhere against references: two files, or a run, into rows; the rows into scores."""
+"""Scores any captions: matches a file, or a run's captions, with references by id, and scores the rows."""
 
 import copy
 import json
@@ -47,8 +47,8 @@ Run = tuple[Path, Mapping[str, Any]]
 class Rows:
     """Captions to score, in the order of the references: `predictions[i]` for `ids[i]`.
 
-    `images` are the files of the rows or None; `inputs` say what each file was taken for, `warnings` what was
-    cut or passed over in it.
+    `images` are the files of the rows, or None. `inputs` say how each file was read, `warnings` what was cut
+    or ignored in it.
     """
 
     ids: list[str]
@@ -60,18 +60,17 @@ class Rows:
 
 
 def find_run(path: Path) -> Run | None:
-    """The run in a folder, or None for anything else than a folder. Raises `UserError` for other folders."""
+    """The run in a folder; None if the path is no folder. Raises `UserError` for a folder without a run."""
     return (path, run_record(path)) if path.is_dir() else None
 
 
 def rows(
     predictions: Path, references: Path | None, images: Path | None = None, task: Task = "caption"
 ) -> Rows:
-    """Match predictions (a file, or a run's folder) with references, which may be the run's own, by id.
+    """Match predictions (a file or a run's folder) with references by id; a run has its own references.
 
-    For the task `concept` both hold lists `C1;C2` in place of captions.
-    `images` is a folder that holds `{ID}.jpg`, `.jpeg` or `.png`, or whose own folders do. Raises `UserError`
-    with all problems of all inputs at once.
+    For the task `concept` both hold lists `C1;C2` instead of captions. `images` is a folder with `{ID}.jpg`,
+    `.jpeg` or `.png`, in it or one folder deeper. Raises `UserError` with the problems of all inputs at once.
     """
     problems: list[Problem] = []
     files = []
@@ -104,13 +103,13 @@ def rows(
 
 
 def _same_ids(predicted: CaptionFile, known: CaptionFile) -> tuple[CaptionFile, CaptionFile]:
-    """Both files, those of COCO results with the ids of the other one."""
+    """Both files; one of COCO results gets the ids of the other one."""
     predicted = with_ids(predicted, known.values)
     return predicted, with_ids(known, predicted.values)
 
 
 def _of_predictions(file: CaptionFile, task: Task) -> Iterator[str]:
-    """Where the organisers would read another submission, and whether its captions are all the same."""
+    """Warnings if the organisers would read the file differently, or if most captions are the same."""
     yield from (f"{file.path.name}: {what}" for what in read_otherwise(file))
     if same := sameness(file.values.values(), plural(task)):
         yield f"{file.path.name}: {same}"
@@ -133,7 +132,7 @@ def _references(path: Path | None, predictions: Path) -> CaptionFile:
 
 
 def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
-    """Concepts among captions, or captions among concepts."""
+    """Captions where concepts are expected, or a file of concepts where captions are expected."""
     if task == "concept":
         others = [key for key, value in file.values.items() if value and not _CONCEPTS.fullmatch(value)]
         hint = "Concepts are written C0040405;C0817096."
@@ -153,7 +152,7 @@ def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
 
 
 def _mismatches(predicted: CaptionFile, known: CaptionFile) -> list[Problem]:
-    """Ids of one file that the other lacks."""
+    """Ids that are in one file only."""
     missing = [key for key in known.values if key not in predicted.values]
     superfluous = [
         key
@@ -194,7 +193,7 @@ def _warnings(file: CaptionFile, known: CaptionFile) -> Iterator[str]:
 
 
 def _images(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Problem]]:
-    """The image of each id that has one, in the folder or one below, and what is wrong with the others."""
+    """The image of each id, in the folder or one folder deeper, and what is wrong with ids without one."""
     if not folder.is_dir():
         return {}, [Problem("no such folder", folder, key="--images")]
     below = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -221,11 +220,11 @@ def settings(
     sets: Sequence[str] = (),
     run: Run | None = None,
 ) -> ScoreConfig:
-    """What to score by: the edition's or the run's defaults, then `names` of metrics, then `--set` values.
+    """The `score:` section: defaults of the edition or the run, then `names` of metrics, then `--set` values.
 
-    With `standins` a stand-in serves where the edition's own checkpoint is not at hand: the MiniLM encoder
-    for bertscore; for the others the run's own, or the newest that any run made. Raises `UserError` with
-    every unknown key and value that is not allowed.
+    With `standins`, a stand-in replaces an edition's checkpoint that is not on this machine: the MiniLM
+    encoder for bertscore; for the others the run's own stand-in, or the newest one of any run. Raises
+    `UserError` with every unknown key and every value that is not allowed.
     """
     values = _of_run(run, edition) if run else {}
     if names is not None:
@@ -237,9 +236,9 @@ def settings(
 
 
 def _of_run(run: Run, edition: int) -> dict[str, Any]:
-    """The run's own `score:` section; what its edition decided is open again for another edition.
+    """The run's own `score:` section, without what its edition decided if another edition is asked for.
 
-    Without what scoring would execute: a run's folder may come from elsewhere.
+    Sections that scoring would execute are left out, since a run's folder may come from elsewhere.
     """
     values = copy.deepcopy(run[1]["config"].get("score", {}))
     for key in (*_executed(), "trusted"):
@@ -254,7 +253,7 @@ def _of_run(run: Run, edition: int) -> dict[str, Any]:
 
 
 def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
-    """What scoring does not take from a run's `run.json`: programs, sums of weights; and how to name them."""
+    """What scoring does not use from a run's `run.json` (programs, sums of weights), and how to set it."""
     named = run[1]["config"].get("score", {}) if run else {}
     for section in _executed():
         section_named = named.get(section)
@@ -272,7 +271,7 @@ def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
 
 
 def _executed() -> list[str]:
-    """The sections of `score:` that name a program, or files with programs in them."""
+    """The sections of `score:` that name a program, or files that contain programs."""
     return [section for section, weights in metrics.all_weights().items() if weights.executes]
 
 
@@ -292,7 +291,7 @@ def _unknown_metrics(names: Sequence[str]) -> list[Problem]:
 def _overridden(
     values: dict[str, Any], sets: Sequence[str], run: Run | None, problems: list[Problem]
 ) -> ScoreConfig:
-    """The section with `--set` values over it. Raises `UserError` with all problems, those given included."""
+    """The section with `--set` values applied. Raises `UserError` with these `problems` and all new ones."""
     merged: dict[str, Any] = {"score": values if not problems else {}}
     overrides, more = parse_sets(sets)
     problems = [*problems, *more]
@@ -324,7 +323,7 @@ def _with_standins(config: ScoreConfig, official: ScoreConfig) -> ScoreConfig:
 
 
 def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
-    """With the folders of stand-ins that runs have made; without any, the edition's checkpoint stays."""
+    """The config with folders of stand-ins from runs; if there is none, the edition's checkpoint is used."""
     for name, weights in metrics.all_weights().items():
         if weights.is_trained_here(config):
             folder = _standin(name, run)
@@ -341,7 +340,7 @@ def _standin(metric: str, run: Run | None) -> Path | None:
 
 
 def _made_for(folder: Path) -> str | None:
-    """The metric of a stand-in; None where that can't be read."""
+    """The metric of a stand-in; None if it can't be read."""
     try:
         return json.loads(bytes_of(folder / "inputs.json"))["facts"]["metric"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -351,10 +350,10 @@ def _made_for(folder: Path) -> str | None:
 def score(
     scored: Rows, config: ScoreConfig, edition: int, wanted_device: str = "auto"
 ) -> tuple[dict[str, Score], list[str]]:
-    """Score the rows; returns the scores by metric, and what is to be known about rows and scores.
+    """Score the rows; returns the scores by metric, and warnings about rows and scores.
 
-    Launched on several ranks, all of them have to call this; they share the neural work, and rank 0 alone
-    gets the result.
+    In a launch with several ranks, all ranks must call this. They share the neural work, and only rank 0 gets
+    the result.
     """
     torch_device = _torch_device(wanted_device)
     if device.world_size() > 1:
@@ -379,7 +378,7 @@ def score_concepts(
 ) -> tuple[dict[str, Score], list[str]]:
     """Score rows of concepts; `manual` are the same predictions with the manually validated references.
 
-    Returns the scores, and what is to be known about the rows.
+    Returns the scores, and warnings about the rows.
     """
     scores = metrics.score_concepts(*_concepts(scored, manual), edition, bootstrap)
     return scores, [*scored.warnings, *_too_many(scored, EDITIONS[edition].max_cuis)]
@@ -388,7 +387,7 @@ def score_concepts(
 def _concepts(
     scored: Rows, manual: Rows | None
 ) -> tuple[list[set[str]], list[set[str]], list[set[str]] | None]:
-    """Predicted, reference and, where there are any, manually validated concepts, row by row."""
+    """Predicted, reference and (if any) manually validated concepts, row by row."""
 
     def sets(values: Sequence[str]) -> list[set[str]]:
         return [set(filter(None, map(str.strip, value.split(";")))) for value in values]
@@ -408,7 +407,7 @@ def verified(
     rows: int,
     wanted_device: str,
 ) -> dict[str, verify.Verified]:
-    """The scores beside the original packages, one pair at a time, on some rows; see `verify`."""
+    """The scores compared with the original packages', one pair at a time, on some rows; see `verify`."""
     inputs = metrics.Inputs(
         scored.predictions,
         scored.references,
@@ -428,7 +427,7 @@ def verified_concepts(
 
 
 def _too_many(scored: Rows, allowed: int | None) -> Iterator[str]:
-    """The images with more concepts than the organisers' evaluator takes, in words."""
+    """A warning about the images with more concepts than the organisers' evaluator allows."""
     rows = zip(scored.ids, scored.predictions, strict=True)
     keys = [key for key, value in rows if allowed and value.count(";") >= allowed]
     if keys:
@@ -439,6 +438,6 @@ def _too_many(scored: Rows, allowed: int | None) -> Iterator[str]:
 
 
 def _torch_device(wanted: str) -> str:
-    """The torch device, found without importing torch where that is the CPU."""
+    """The torch device; a CPU is found without importing torch."""
     kind = device.probe(wanted).kind
     return device.scoring_device(kind)

@@ -1,4 +1,4 @@
-"""Our scores beside those of the original packages, one pair at a time, by the very weights in use."""
+"""Compares our scores with the original packages', one pair at a time, with the same weights."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Verified:
-    """One metric beside its original `package`: the largest `difference` over `rows` rows.
+    """One metric compared with its original `package`: the largest `difference` over `rows` rows.
 
-    Without a package or a comparison the difference is None, and `why` says so.
+    If there is no package or no comparison, the difference is None and `why` has the reason.
     """
 
     package: str | None
@@ -28,7 +28,7 @@ class Verified:
 
     @property
     def fails(self) -> bool:
-        """Whether the scores are further apart than `TOLERANCE`, or one of them is no number."""
+        """Whether the scores differ by more than `TOLERANCE`, or one of them is not a number."""
         return self.difference is not None and not self.difference <= TOLERANCE
 
 
@@ -38,12 +38,12 @@ def chosen(count: int, wanted: int) -> list[int]:
 
 
 def captions(inputs: Inputs, scores: Mapping[str, Score], wanted: int) -> dict[str, Verified]:
-    """Each score of captions beside its original package, on `wanted` rows of the `inputs`.
+    """Each score of captions compared with its original package, on at most `wanted` rows of the `inputs`.
 
-    Rows with a blank side are left out: each edition has its own rule for those, and no package has.
+    Rows with a blank side are left out: each edition has its own rule for them, and packages have none.
     """
     quieten()
-    metrics.unload()  # the original loads the weights once more
+    metrics.unload()  # to free memory, since the original loads the weights too
     return {name: _verified(name, score, inputs, wanted) for name, score in scores.items()}
 
 
@@ -63,14 +63,14 @@ def _verified(name: str, score: Score, inputs: Inputs, wanted: int) -> Verified:
     ours = _again(name, inputs, rows) if original.corpus else score.per_image[rows]
     try:
         theirs = original.scores(inputs, [pairs[row] for row in rows])
-    except Exception as error:  # whatever a package makes of these captions is its answer
+    except Exception as error:  # any error of a package is its answer to these captions
         why = f"not compared: it stops at {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Verified(original.package, 0, None, why)
     return Verified(original.package, len(rows), float(np.abs(np.asarray(theirs) - ours).max()))
 
 
 def _again(name: str, inputs: Inputs, rows: Sequence[int]) -> np.ndarray:
-    """Our scores of some rows as a corpus of their own."""
+    """Our scores of some rows, scored as a corpus of their own."""
     some = [[side[row] for row in rows] for side in (inputs.predictions, inputs.references)]
     config = inputs.config.model_copy(update={"metrics": (metrics.READINGS.get(name, name),), "bootstrap": 0})
     return metrics.score(*some, None, config, inputs.edition, inputs.device)[0][name].per_image
@@ -84,10 +84,10 @@ def concept_lists(
     edition: int,
     wanted: int,
 ) -> dict[str, Verified]:
-    """The scores of concept detection beside sklearn's F1.
+    """The scores of concept detection compared with sklearn's F1.
 
-    Left out are images of two empty sets, and for `f1_secondary` those whose manual set has none of its
-    concepts, as the organisers leave them out.
+    Images with two empty sets are left out. For `f1_secondary`, images whose manual set has none of its
+    concepts are left out too, as the organisers do.
     """
     only = concepts.SECONDARY
     whole = list(zip(predictions, references, strict=True))

@@ -34,20 +34,22 @@ ZIP, MANIFEST = "submission.zip", "manifest.json"
 
 
 def as_written(caption: str, edition: int) -> str:
-    """The caption as it reads back from a submission of that edition.
+    """The caption as a submission of that edition stores it.
 
-    White space of any kind, line breaks too, is one space. A pipe in the pipe format is "/": the evaluator
-    deletes both, but its loader cuts a caption at a pipe. Half a surrogate pair is U+FFFD: no file holds it.
+    Any run of white space, line breaks included, becomes one space. In the pipe format a pipe becomes "/":
+    the evaluator deletes both, but its loader cuts a caption at a pipe. Half a surrogate pair becomes U+FFFD,
+    since UTF-8 can't store it.
     """
     text = re.sub("[\ud800-\udfff]", "\ufffd", " ".join(caption.split()))
     return text.replace("|", "/") if rules(edition).separator == "|" else text
 
 
 def write_captions(path: Path, captions: Mapping[str, str], ids: Sequence[str], edition: int) -> Path:
-    """Write captions in the order of `ids`; a path that ends in .zip becomes a zip of `submission.csv` alone.
+    """Write captions in the order of `ids`, as text or zip.
 
-    With pipes there is neither header nor quoting; with commas there are both, and every caption is quoted.
-    Raises `UserError` (exit code 3) for missing or superfluous captions and for ids that can't be submitted.
+    The pipe format has neither header nor quotes. The comma format has a header and quotes every caption; if
+    the path ends in .zip, the file is a zip of `submission.csv` alone. Raises `UserError` (exit code 3) for
+    missing or superfluous captions and for ids that can't be submitted.
     """
     form = rules(edition, "caption")
     return store_text(path, _text(captions, ids, form), form)
@@ -58,7 +60,8 @@ def write_concepts(
 ) -> Path:
     """Write concepts as `C1;C2` in the order of `ids`, each CUI once per image; formats as for captions.
 
-    Raises `UserError` (exit code 3) also for what is no CUI, and for more CUIs than the evaluator takes.
+    Raises `UserError` (exit code 3) also for anything that is not a CUI, and for more CUIs than the evaluator
+    allows.
     """
     form = rules(edition, "concept")
     return store_text(path, _text(concepts, ids, form), form)
@@ -101,7 +104,7 @@ def _coverage(values: Mapping[str, Any], ids: Sequence[str], form: Rules) -> lis
         other = "Leave out the endings of the ids, such as .jpg."
     for what, keys, hint in (
         ("twice in the ids", twice, "Give each id once."),
-        (f"without a {form.task}", missing, "Predict the whole split; nothing is made up."),
+        (f"without a {form.task}", missing, "Predict the whole split; missing rows are not filled in."),
         ("not among the ids", superfluous, other),
     ):
         if keys:
@@ -120,10 +123,10 @@ def make(
 ) -> Path:
     """Write, check and describe a submission in `directory/<task>-<split>/`; returns the file to upload.
 
-    Beside it lies `manifest.json`: edition, task, split, number of rows, hashes of the file and of the ids,
-    and what `manifest` adds (run, config, commit, command). All files of an earlier submission are replaced
-    together, once the new ones are checked. Raises `UserError` (exit code 3) when the file can't be made or
-    fails the check; then nothing is written.
+    The same folder gets `manifest.json`: edition, task, split, number of rows, hashes of the file and of the
+    ids, and what `manifest` adds (run, config, commit, command). All files of an earlier submission are
+    replaced together, after the new ones are checked. Raises `UserError` (exit code 3) and writes nothing if
+    the file can't be made or fails the check.
     """
     form = rules(edition, task)
     folder = directory / f"{task}-{split}"

@@ -1,4 +1,4 @@
-"""Every reason for which the organisers would refuse or misread a submission file."""
+"""Every reason why the organisers would refuse or misread a submission file."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ from harness.submission.form import (
 
 _BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 Fault = tuple[str, str, str]
-"""What is wrong with a row, how to repair it, and what there is in this row."""
+"""What is wrong with a row, how to repair it, and the faulty content."""
 
 
 def check(path: Path | str, ids: Sequence[str], edition: int, task: Task = "caption") -> list[Problem]:
-    """Every reason for which the organisers would refuse the file or misread it; empty when there is none.
+    """Every reason why the organisers would refuse or misread the file; empty if there is none.
 
-    One problem for each cause, with the line of the first row that has it, the number of these rows, and how
-    to repair them. Where the organisers' checker lets pass what their evaluator refuses or misreads, this one
-    does not. A zip, or the `submission.csv` for it, may be given. Raises `UserError` where the edition's
-    format is not established.
+    Each cause is one problem, with the line of its first row, the number of such rows, and the repair. This
+    check is stricter than the organisers' checker: it also reports what their evaluator refuses or misreads.
+    `path` may be a zip or the `submission.csv` for it. Raises `UserError` if the edition's format is not
+    established.
     """
     form, path = rules(edition, task), Path(path)
     data, fault = content(path, zipped=form.separator == ",")
@@ -57,7 +57,7 @@ def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Pro
     text, flaws = decoded(data)
     rows = body = list(rows_of(text, form, set(ids)))
     if form.header:
-        begins = bool(rows) and bare(_first_field(rows[0], form)) in ids  # with a row, not with a header
+        begins = bool(rows) and bare(_first_field(rows[0], form)) in ids  # the first line is a row, no header
         body = rows if begins else rows[1:]
         if rows and rows[0].broken and not begins:
             flaws.append(Flaw(1, *rows[0].broken))
@@ -71,7 +71,7 @@ def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Pro
 
 
 def whole(data: bytes, form: Rules, path: Path) -> Problem | None:
-    """What is wrong with a file as a whole, so that no single row of it need be named."""
+    """What is wrong with a file as a whole, if anything; its rows are then not checked."""
     if found := kinds.not_text(data):
         return Problem(found[0], path, hint=found[1] or "Give the submission: a text file or its zip.")
     text, _ = decoded(data)
@@ -107,7 +107,7 @@ def _row_faults(row: Row, form: Rules) -> Iterator[Fault]:
 def _line_breaks(row: Row, form: Rules) -> Iterator[Fault]:
     found = ", ".join(sorted({f"U+{ord(c):04X}" for c in _BREAKS.findall(row.raw)}))
     if found and form.strict:
-        # It compares its raw lines with the wrong rows then, and refuses a correct neighbour.
+        # The checker then compares raw lines with the wrong rows and refuses a correct row.
         yield "a line break inside a row: the organisers' checker counts lines, not rows", REPAIR, found
     elif "\r" in row.raw:
         yield "a carriage return inside a caption, which the organisers read as a line feed", REPAIR, "U+000D"
@@ -137,7 +137,7 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
     if not value:
         return
     cuis = value.split(";")
-    if form.strict:  # its checker takes white space beside semicolons, not around the list
+    if form.strict:  # its checker allows white space next to semicolons, but not around the list
         cuis = [cui.strip() for cui in cuis]
         if value != value.strip():
             yield "has white space before or after its concepts", REPAIR, repr(value[:80])
@@ -145,11 +145,11 @@ def concept_faults(value: str, form: Rules) -> Iterator[Fault]:
         named = ", ".join(repr(cui[:40]) for cui in wrong[:5])
         blanks = all(re.fullmatch(r"C\d+", cui.strip()) for cui in wrong)
         hint = REPAIR if blanks else "Write C0040405;C0817096."
-        yield "holds what is no CUI (C and digits)", hint, named
+        yield "holds something that is not a CUI (C and digits)", hint, named
     if twice := len(cuis) - len(set(cuis)):
         yield "holds a CUI twice", REPAIR, f"{twice} of {len(cuis)}"
     if form.max_cuis and len(cuis) > form.max_cuis:
-        # The 2026 checker lets this pass; the evaluator then refuses the whole file.
+        # The 2026 checker accepts this, but the evaluator then refuses the whole file.
         what = f"holds more than {form.max_cuis} CUIs, which the evaluator refuses"
         yield what, "Keep the most probable ones.", f"{len(cuis)} CUIs"
 
@@ -162,11 +162,11 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
         key = _first_field(row, form)
         if (name := bare(key)) in known and key not in known:
             misspelt.add(name)
-            if name != key.strip():  # else it is the white space, which the row's own faults tell
+            if name != key.strip():  # else it is white space, which `_row_faults` reports
                 flaws.append(Flaw(row.line, "an id with the ending of an image", REPAIR, repr(key[:80])))
         elif key in first:
             where = f"{key}, as on line {first[key]}"
-            flaws.append(Flaw(row.line, "an id that was there before", "Keep one of the two.", where))
+            flaws.append(Flaw(row.line, "a repeated id", "Keep one of the two.", where))
         elif key in known:
             first[key] = row.line
         elif row.raw.strip() and not (form.header is None and is_header(row)):
@@ -174,7 +174,7 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
             flaws.append(Flaw(row.line, "an id that is not among the ids", hint, repr(key[:80])))
     missing = [key for key in ids if key not in first and key not in misspelt]
     if missing:
-        flaws.append(Flaw(None, f"{some(missing)}: missing", "Predict them; nothing is made up."))
+        flaws.append(Flaw(None, f"{some(missing)}: missing", "Predict them; missing rows are not filled in."))
     wanted = [key for key in ids if key in first]
     if form.strict and (at := [i for i, (a, b) in enumerate(zip(first, wanted, strict=True)) if a != b]):
         got = list(first)[at[0]]

@@ -1,4 +1,4 @@
-"""COCO results, the JSON that captioning code usually writes: `[{"image_id": 16, "caption": "..."}, ...]`."""
+"""COCO results, the usual JSON output of captioning code: `[{"image_id": 16, "caption": "..."}, ...]`."""
 
 import json
 import re
@@ -14,7 +14,7 @@ WANTED = 'COCO results are a list: [{"image_id": 16, "caption": "..."}, ...]'
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is JSON and no table: no id begins with such brackets."""
+    """Whether a text is JSON and not a table: no id begins with such brackets."""
     return re.match(r"\s*(\[\s*[\]{\[\"]|\{\s*[}\"])", text) is not None
 
 
@@ -27,10 +27,10 @@ def is_results(text: str) -> bool:
 
 
 def captions(text: str, path: Path) -> dict[str, str]:
-    """Captions by image id, as the file has it: a number or a text, here always a text.
+    """Captions by image id; ids that are numbers in the file become text.
 
     COCO annotations (`{"images": [...], "annotations": [...]}`) are read too, with the file names of the
-    images as ids. Raises `UserError` for JSON of another kind, and with every entry that can't be read.
+    images as ids. Raises `UserError` for other JSON, and with every entry that can't be read.
     """
     entries, names = _entries(text, path)
     found: dict[str, str] = {}
@@ -47,18 +47,18 @@ def captions(text: str, path: Path) -> dict[str, str]:
             flaws.append(Flaw(None, "has no caption that is a text", WANTED, f"{place}, {key[:80]}"))
         elif key in found:
             subject = f"{key[:80]}, entries {places[key]} and {number}"
-            flaws.append(Flaw(None, "an image_id that was there before", "Give each image once.", subject))
+            flaws.append(Flaw(None, "a repeated image_id", "Give each image once.", subject))
         else:
             found[key], places[key] = re.sub("[\ud800-\udfff]", "\ufffd", caption), number
     if flaws:
         raise UserError(grouped(path, flaws))
     if not found:
-        raise UserError([Problem("is JSON without an entry", path, hint=WANTED)])
+        raise UserError([Problem("is JSON without entries", path, hint=WANTED)])
     return found
 
 
 def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
-    """The entries, and the names of their images by image id where the file lists them."""
+    """The entries, and file names by image id if the file lists them."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -77,12 +77,12 @@ def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
         found = found["annotations"]
     if not isinstance(found, list):
         keys = ", ".join(map(repr, list(found)[:3])) if isinstance(found, dict) else repr(found)[:40]
-        raise UserError([Problem(f"is JSON, but not of COCO results: got {keys[:200]}", path, hint=WANTED)])
+        raise UserError([Problem(f"is JSON, but not COCO results: got {keys[:200]}", path, hint=WANTED)])
     return found, names
 
 
 def _key(entry: Any, names: Mapping[str, str]) -> str | None:
-    """The image id of an entry as text; None where it has none."""
+    """The image id of an entry as text; None if it has none."""
     value = entry.get("image_id") if isinstance(entry, dict) else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -93,10 +93,10 @@ def _key(entry: Any, names: Mapping[str, str]) -> str | None:
 
 
 def named(keys: Iterable[str], ids: Iterable[str], path: Path) -> tuple[dict[str, str], str | None]:
-    """The id of each key that has one, and how they were matched, in words.
+    """The id of each key that has one, and a note about keys that were matched by number.
 
-    A key is an id, or an id with the ending and the folders of an image, or the number that one id alone ends
-    with. Raises `UserError` where a number ends several ids, or several keys are the same id.
+    A key is an id, or the path of an image whose name is an id, or a number that exactly one id ends with.
+    Raises `UserError` if several ids end with the number, or if several keys are the same id.
     """
     known = dict.fromkeys(ids)
     by_number: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ def named(keys: Iterable[str], ids: Iterable[str], path: Path) -> tuple[dict[str
             match = by_number.get(_number(name), [])
             numbered += [key] if len(match) == 1 else []
         if len(match) > 1:
-            what = "an image_id whose number several ids end with"
+            what = "an image_id that several ids end with"
             subject = f"{key}: {', '.join(match[:3])}"
             flaws.append(Flaw(None, what, "Write the whole id as image_id.", subject))
         elif match and match[0] in taken:
@@ -128,6 +128,6 @@ def named(keys: Iterable[str], ids: Iterable[str], path: Path) -> tuple[dict[str
 
 
 def _number(key: str) -> str:
-    """The digits that a key ends with, without leading zeros; empty where it ends with none."""
+    """The digits at the end of a key, without leading zeros; empty if there are none."""
     digits = re.search("[0-9]*$", key)[0]
     return digits and (digits.lstrip("0") or "0")

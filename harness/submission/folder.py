@@ -1,4 +1,4 @@
-"""A folder whose files change together, or not at all."""
+"""Replaces files of a folder together or not at all."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,10 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[str]) -> None:
-    """Have the folder hold `files` in place of what it has under the names `earlier`; other files stay.
+    """Replace the files named `earlier` in a folder by `files`; other files stay.
 
-    The files are written to a hidden folder beside it, and the two change places in one step: whoever is
-    killed at any time leaves the old files or the new ones. Raises `OSError` where nothing can be written.
+    The files are written to a hidden folder next to it, and the two folders change places in one step. A
+    process that is killed leaves either the old or the new files. Raises `OSError` if nothing can be written.
     """
     folder = folder.resolve()
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -38,7 +38,7 @@ def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[
 
 
 def _clear(folder: Path) -> None:
-    """Delete what killed processes have left."""
+    """Delete the temporary folders of killed processes."""
     for stray in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         process = stray.name.split(".")[-2]
         if not process.isdecimal() or int(process) == os.getpid() or not psutil.pid_exists(int(process)):
@@ -54,11 +54,11 @@ def _copy(path: Path, to: Path) -> None:
 
 def _swap(new: Path, old: Path) -> None:
     with contextlib.suppress(OSError):
-        new.rename(old)  # there is none yet, or an empty one
+        new.rename(old)  # works if `old` does not exist or is empty
         return
     if _exchanged(new, old):
         return
-    # a file system without that: for a moment there is only the old one, under this name
+    # this file system can't exchange folders: for a moment only the old one exists, under this name
     aside = old.with_name(f".{old.name}.{os.getpid()}.old")
     old.rename(aside)
     new.rename(old)
@@ -66,7 +66,7 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def _exchanged(one: Path, two: Path) -> bool:
-    """Whether two folders have changed places, in one step; Linux can, on most file systems."""
+    """Exchange two folders in one step; whether that worked. Linux can do it on most file systems."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""The file formats of the editions: their rules, and a file as rows with line numbers, however damaged."""
+"""The file formats of the editions, and rows with line numbers from any file, even a damaged one."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ MEMBER = "submission.csv"
 INVALID = 3  # exit code
 HEADERS = {"caption": "ID,Caption", "concept": "ID,CUIs"}
 REPAIR = "To repair it, add to this command: --fix OUT"
-LONGEST = 131_072  # characters of a field; Python's csv module, with which the organisers read, takes no more
+LONGEST = 131_072  # characters; the limit of a field in Python's csv module, which the organisers use
 TOO_LONG = f"has a field of more than {LONGEST:,} characters, where the organisers' reader stops"
 _SHORTEN = "Shorten the caption."
 NOT_UTF_8 = "is not UTF-8"
@@ -39,7 +39,7 @@ class Rules:
     header: str | None
     max_cuis: int | None
     strict: bool
-    """Whether the organisers' checker wants the order of the ids file."""
+    """Whether the organisers' checker requires the order of the ids file."""
     edition: int
     skips_ids: bool
     """Whether the organisers' loader ignores rows whose id holds "ID"."""
@@ -47,7 +47,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it stands in the file; `broken` says why it can't be split into fields, and the remedy."""
+    """A row of the file; `broken` says why it can't be split into fields, and how to repair it."""
 
     line: int
     raw: str
@@ -61,7 +61,7 @@ def plural(task: Task) -> str:
 
 
 def rules(edition: int, task: Task = "caption") -> Rules:
-    """The file format of an edition. Raises `UserError` where there is none or it is not established."""
+    """The file format of an edition. Raises `UserError` for an unknown edition or format."""
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got edition {edition}; there are {known}", key="edition")])
@@ -77,7 +77,7 @@ def rules(edition: int, task: Task = "caption") -> Rules:
 
 
 def other_editions(task: Task = "caption") -> str:
-    """The commands that write a file where an edition has no established format of its own."""
+    """The commands that write a file if an edition's own format is not established."""
     of_task = " --task concept" if task == "concept" else ""
     return (
         "To write pipes or commas: python -m harness submission make RUN|FILE --ids IDS "
@@ -86,7 +86,7 @@ def other_editions(task: Task = "caption") -> str:
 
 
 def content(path: Path, zipped: bool) -> tuple[bytes | None, str]:
-    """The bytes of the text file, out of its zip where it may be in one; or None and why not."""
+    """The bytes of the text file, read from its zip if `zipped` allows one; or None and the reason."""
     try:
         if path.stat().st_size > _LARGEST:
             return None, f"is larger than {_LARGEST >> 20} MB"
@@ -122,7 +122,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def decoded(data: bytes) -> tuple[str, list[Flaw]]:
-    """The text, bytes that are no UTF-8 kept as surrogates, and what is wrong with the encoding."""
+    """The text, with bytes that are not UTF-8 kept as surrogates, and what is wrong with the encoding."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         try:
             return data.decode("utf-16"), [Flaw(1, "is UTF-16, not UTF-8", "Save it as UTF-8.")]
@@ -148,9 +148,9 @@ def decoded(data: bytes) -> tuple[str, list[Flaw]]:
 
 
 def rows_of(text: str, form: Rules, known: set[str]) -> Iterator[Row]:
-    """The rows; one that a quoted line break spreads over several lines is one row.
+    """The rows; a row with quoted line breaks spans several lines.
 
-    LF, CRLF and CR each end a line, as they do for Python's csv module and its text files.
+    LF, CRLF and CR each end a line, as in Python's csv module and text files.
     """
     lines = list(io.StringIO(text, newline=""))
     if form.separator == "," and (rows := _whole(lines, known)) is not None:
@@ -166,7 +166,7 @@ def rows_of(text: str, form: Rules, known: set[str]) -> Iterator[Row]:
 
 
 def _whole(lines: Sequence[str], known: set[str]) -> list[Row] | None:
-    """The rows as the csv module reads them; None where it can't, or where a stray quote takes rows in."""
+    """The rows as the csv module reads them; None if it can't, or if a stray quote swallows rows."""
     reader = csv.reader(lines, strict=True)
     rows, at = [], 0
     try:
@@ -183,7 +183,7 @@ def _without_end(line: str) -> str:
 
 
 def _end_of_quote(lines: Sequence[str], at: int, known: set[str]) -> int:
-    """The line after the quote opened at `at` is closed; `at + 1` when the next row begins before."""
+    """The line after the end of the quote opened at `at`; `at + 1` if the next row begins before that."""
     for i in range(at + 1, min(at + 1000, len(lines))):
         if lines[i].partition(",")[0].strip(' "') in known:
             break
@@ -221,7 +221,7 @@ def is_header(row: Row) -> bool:
 
 
 def bare(key: str) -> str:
-    """The id in a name of an image."""
+    """The id in the file name of an image."""
     return re.sub(r"\.(jpe?g|png|tiff?|bmp|gif|webp|dcm)$", "", key.strip(), flags=re.IGNORECASE)
 
 
@@ -240,7 +240,7 @@ def store_text(path: Path, text: str, form: Rules) -> Path:
 
 
 def zipped(data: bytes) -> bytes:
-    """A zip that is the same on every machine: no time of day; stored, as zlibs differ."""
+    """A zip with the same bytes on every machine: a fixed date, and no compression since zlibs differ."""
     member = zipfile.ZipInfo(MEMBER, (1980, 1, 1, 0, 0, 0))
     member.create_system = 3
     member.external_attr = 0o644 << 16

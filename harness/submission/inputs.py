@@ -1,4 +1,4 @@
-"""What people hand in: captions, concepts and ids in any official format, which is detected; runs."""
+"""Reads captions, concepts and ids from files; finds out by itself which official format a file has."""
 
 import codecs
 import io
@@ -34,9 +34,8 @@ _LARGEST = 1 << 28  # bytes of a member, so that a zip can't fill the memory
 class CaptionFile:
     """Captions (or `C1;C2`) by id, in the order of their file.
 
-    `separator` and `kind` are what the file was taken for, `lines` where each id stands, `cut` the ids whose
-    caption ended at a second pipe, `warnings` what else to know, `header` whether there was one. JSON has
-    neither separator nor lines.
+    `separator` and `kind` say how the file was read. `lines` is the line of each id. `cut` are the ids whose
+    caption ended at a second pipe. `header` says whether there was one. JSON has neither separator nor lines.
     """
 
     path: Path
@@ -49,7 +48,7 @@ class CaptionFile:
     header: bool = True
 
     def described(self, values: str = "captions") -> str:
-        """What the file was taken for, in a line."""
+        """How the file was read, in one line of text."""
         if len(self.values) == 1:
             values = values.replace("captions", "caption").replace("lists", "list")
         return f"{self.path.name}: {len(self.values):,} {values}, {self.kind}"
@@ -58,11 +57,11 @@ class CaptionFile:
 def read(path: Path) -> CaptionFile:
     """Captions of a submission of any edition (text, or its zip), of a label file, or of a run's own file.
 
-    The first separator of the file says which: `|` and tab come without quoting, `,` with. In a pipe file a
-    caption ends at a second pipe and rows whose id is `ID` are passed over, as in the organisers' loader of
-    2023; elsewhere a header after the first row is a mistake. Blank lines and a byte order mark are passed
-    over, line breaks inside quotes stay. COCO results (JSON) have their image ids as they are: `with_ids`
-    matches them. A zip may hold one text of any name. Raises `UserError` with every row that can't be read.
+    The first separator decides the format: `|` and tab mean no quoting, `,` means quoting. In a pipe file a
+    caption ends at a second pipe, and rows whose id is `ID` are ignored, as the organisers' loader of 2023
+    does. In other files a header after the first row is a mistake. Blank lines and a byte order mark are
+    ignored; line breaks inside quotes stay. COCO results (JSON) keep their image ids: see `with_ids`.
+    A zip may hold one text of any name. Raises `UserError` with every row that can't be read.
     """
     text, flaws, warnings = _text_of(path)
     if coco.is_json(text) or path.suffix.lower() == ".json":
@@ -73,10 +72,10 @@ def read(path: Path) -> CaptionFile:
 
 
 def with_ids(file: CaptionFile, ids: Iterable[str]) -> CaptionFile:
-    """A file of COCO results with these ids in place of its image ids, where they match; others as they are.
+    """A file of COCO results with its image ids replaced by matching `ids`; other files are unchanged.
 
-    An image id that ends in `.jpg` or is a number matches the one id that it can mean; a warning says so.
-    Raises `UserError` where it can mean several.
+    An image id that ends in `.jpg` or is a number matches the only id that it can mean. A warning reports
+    matches by number. Raises `UserError` if it can mean several ids.
     """
     if file.separator:
         return file
@@ -119,17 +118,17 @@ def _read_table(path: Path, text: str, flaws: list[Flaw], warnings: list[str]) -
 
 
 def _lines_at_cr(text: str) -> str:
-    """The text with a line feed for each CR, as the organisers read it, if every line then is a row.
+    """The text with a line feed for each CR, as the organisers read it, if every line is then a row.
 
-    Otherwise a CR stays in its caption, and `read_otherwise` says so.
+    Otherwise a CR stays in its caption, and `read_otherwise` reports it.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return lines if all("|" in line for line in lines.split("\n") if line.strip()) else text
 
 
 def read_otherwise(file: CaptionFile) -> Iterator[str]:
-    """Where the organisers' loader would read other captions in a submission than `read` does, in words."""
-    if not file.separator:  # JSON, which is none
+    """Warnings where the organisers' loader would read a submission differently than `read` does."""
+    if not file.separator:  # JSON is not a submission
         return
     keys = list(file.values)
     if file.separator == "," and not file.header and keys:
@@ -144,14 +143,14 @@ def read_otherwise(file: CaptionFile) -> Iterator[str]:
 
 
 def few(keys: Sequence[str]) -> str:
-    """How many captions, and the ids of the first: `7 captions (a, b, c, d, e and 2 more)`."""
+    """The number of captions and the first ids: `7 captions (a, b, c, d, e and 2 more)`."""
     more = f" and {len(keys) - 5:,} more" if len(keys) > 5 else ""
     noun = "caption" if len(keys) == 1 else "captions"
     return f"{len(keys):,} {noun} ({', '.join(key[:80] for key in keys[:5])}{more})"
 
 
 def _is_header(fields: Sequence[str], first: bool, separator: str) -> bool:
-    """Whether to pass over a row as a header: the first row, in a pipe file what the loader ignores too."""
+    """Whether a row is a header: only the first row can be, or in a pipe file any row the loader ignores."""
     return _names_ids(fields[0]) and (first or passes_for_header(fields[0], separator))
 
 
@@ -160,12 +159,12 @@ def _names_ids(key: str) -> bool:
 
 
 def passes_for_header(key: str, separator: str) -> bool:
-    """Whether the organisers' loader of 2023 ignores such a row of a pipe file: any whose id holds "ID"."""
+    """Whether the organisers' loader of 2023 ignores this row of a pipe file: its id holds "ID"."""
     return separator == "|" and "ID" in key
 
 
 def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[str, int]) -> Flaw | None:
-    """Why a row is not an id and a caption."""
+    """Why a row is not an id and a caption; None if it is."""
     if isinstance(fields, str):
         return Flaw(line, fields, 'Quote the whole caption: ID,"caption", with "" for a quote inside.')
     if len(fields) < 2:
@@ -179,14 +178,12 @@ def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[st
     if key.split() != [key] and not passes_for_header(key, separator):
         return Flaw(line, "an id that is empty or holds white space", subject=repr(key[:80]))
     if key in before:
-        return Flaw(
-            line, "an id that was there before", "Give each id once.", f"{key}, as on line {before[key]}"
-        )
+        return Flaw(line, "a repeated id", "Give each id once.", f"{key}, as on line {before[key]}")
     return None
 
 
 def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
-    """The text of a file or its zip, what is wrong with its encoding, and what is merely odd about it."""
+    """The text of a file or its zip, what is wrong with its encoding, and warnings."""
     if path.is_dir():
         raise UserError([Problem("is a folder, not a file", path, hint=_FILE_HINT)])
     data, fault = content(path, zipped=True)
@@ -207,13 +204,13 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
 
 
 def _refuse_no_text(data: bytes, path: Path, hint: str) -> None:
-    """Raise `UserError` for an image, an archive, and for a text that is not UTF-8 and would pass for one."""
+    """Raise `UserError` for images, archives, and for text in another encoding that could pass for UTF-8."""
     if found := kinds.not_text(data):
         raise UserError([Problem(found[0], path, hint=found[1] or hint)])
 
 
 def _only_text(path: Path) -> str | None:
-    """The one text in a zip, whatever its name and place; what macOS adds by itself does not count."""
+    """The only text in a zip, whatever its name and folder; files that macOS adds do not count."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -229,7 +226,7 @@ def _only_text(path: Path) -> str | None:
 
 
 def _member(path: Path, name: str) -> bytes | None:
-    """A file out of a zip, or None where it is damaged, locked or too large."""
+    """A file from a zip; None if it is damaged, encrypted or too large."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(name) as member:
             data = member.read(_LARGEST + 1)
@@ -250,7 +247,7 @@ def _separator(text: str, path: Path) -> str:
 
 
 def as_predictions(found: CaptionFile, task: Task = "caption") -> dict[str, str] | dict[str, list[str]]:
-    """The captions of a file, or lists of CUIs, by id, to make a submission from.
+    """The captions of a file, or lists of CUIs, by id, for a submission.
 
     Raises `UserError` with every caption that was cut at a pipe.
     """
@@ -266,18 +263,18 @@ def as_predictions(found: CaptionFile, task: Task = "caption") -> dict[str, str]
 def read_predictions(
     path: Path, task: Task = "caption", ids: Iterable[str] = ()
 ) -> dict[str, str] | dict[str, list[str]]:
-    """Captions, or lists of CUIs, by id, from a file as `read` takes it; `ids` are for COCO results.
+    """Captions, or lists of CUIs, by id, from any file that `read` can read; `ids` are for COCO results.
 
-    Raises `UserError` with every row that can't be read, captions cut at a pipe included.
+    Raises `UserError` with every row that can't be read and every caption that was cut at a pipe.
     """
     return as_predictions(with_ids(read(path), ids), task)
 
 
 def read_ids(path: Path) -> list[str]:
-    """The ids of a split in the order of the file: one a line, or the first column of a label file.
+    """The ids of a split in the order of the file: one per line, or the first column of a label file.
 
-    Label files are those of any layout, tab-separated without quoting or CSV, with or without a header.
-    Raises `UserError` with every line that holds no id, or an id that was there before.
+    A label file may have any layout: tab-separated without quoting or CSV, with or without a header. Raises
+    `UserError` with every line that has no id or a repeated one.
     """
     text = _text(path, _IDS_HINT)
     if coco.is_json(text):
@@ -294,7 +291,7 @@ def read_ids(path: Path) -> list[str]:
     for line, key in lines:
         if first.setdefault(key, line) != line:
             what = f"{key[:80]}, already on line {first[key]}"
-            flaws.append(Flaw(line, "an id that was there before", "Give each id once.", what))
+            flaws.append(Flaw(line, "a repeated id", "Give each id once.", what))
     if not lines:
         flaws.append(Flaw(None, "holds no ids", _IDS_HINT))
     if flaws:

@@ -1,4 +1,4 @@
-"""What a file is that is no submission of the format asked for: by its first bytes or by its separators."""
+"""Recognises files that are not a submission of the wanted format, by first bytes or separators."""
 
 import re
 import shlex
@@ -20,12 +20,12 @@ _WIDE = {
     "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
     "UTF-16 without a byte order mark": re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]"),
 }
-"""How a text of two or four bytes a character begins: the first two are ASCII, of an id or a header."""
+"""How a text with two or four bytes per character begins; an id or a header begins with ASCII."""
 _SEPARATORS = {"|": "pipes", "\t": "tabs", ",": "commas", ";": "semicolons"}
 
 
 def not_text(data: bytes) -> tuple[str, str | None] | None:
-    """What a file is that holds no UTF-8 text, and what to do with it; None for one that may hold text."""
+    """The kind of a file that is not UTF-8 text, and what to do with it; None if it may be text."""
     for start, known in _BINARY.items():
         if data.startswith(start):
             return known
@@ -36,9 +36,9 @@ def not_text(data: bytes) -> tuple[str, str | None] | None:
 
 
 def other_format(text: str, form: Rules) -> str | None:
-    """What a text is that as a whole has another format than `form`; None where its rows may be checked."""
+    """The format of a text if it is not `form`; None if its rows can be checked."""
     if coco.is_json(text):
-        return f"is {coco.KIND}" if coco.is_results(text) else "is JSON, and not of COCO results"
+        return f"is {coco.KIND}" if coco.is_results(text) else "is JSON, but not COCO results"
     found = separator(text)
     return None if found in (None, form.separator) else f"is separated by {_SEPARATORS[found]}"
 
@@ -59,7 +59,7 @@ def separator_of(line: str) -> str | None:
 
 
 def separator(text: str) -> str | None:
-    """The separator of the columns in most lines; None if there is none."""
+    """The separator of most lines; None if there is none."""
     firsts = Counter(filter(None, map(separator_of, re.split("[\r\n]", text))))
     return (
         firsts.most_common(1)[0][0] if firsts and 2 * firsts.most_common(1)[0][1] > firsts.total() else None

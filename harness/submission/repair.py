@@ -28,10 +28,10 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     """Write a repaired copy of a submission file to `out`; returns what was done, in sentences.
 
     It repairs encoding marks, header, order, quoting, white space, blank lines, pipes in captions, repeated
-    CUIs, rows that stand twice, image endings of ids, and line ends. It adds no word: a row that can't be
-    repaired moves to the end unchanged, and a missing row stays missing, so `check(out, ...)` lists what is
-    left to do. Nothing is listed where `out` has the same bytes. Raises `UserError` (exit code 3) when the
-    file can't be read.
+    CUIs, repeated rows, image endings of ids, and line ends. It adds no word: a row that can't be repaired
+    moves to the end unchanged, and a missing row stays missing. `check(out, ...)` then lists what is left to
+    do. The list is empty if `out` has the same bytes. Raises `UserError` (exit code 3) if the file can't be
+    read.
     """
     form, path = rules(edition, task), Path(path)
     if form.separator == "|" and Path(out).suffix == ".zip":
@@ -48,7 +48,7 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
     left: list[Row] = []
     last = 0
     for row in rows:
-        key, value, did = _mended(row, form, known)
+        key, value, did = _repaired_row(row, form, known)
         if is_header(row) and key not in known:
             done += [Flaw(row.line, "left out, a header")] if row.line > 1 or not form.header else []
         elif key in repaired and repaired[key] == value:
@@ -58,7 +58,7 @@ def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Tas
         else:
             repaired[key], last = value, row.line
             if row.raw != _written(key, value, form):
-                done += [Flaw(row.line, what) for what in did or ["quoted as this format wants it"]]
+                done += [Flaw(row.line, what) for what in did or ["quoted as this format requires"]]
     done += [Flaw(row.line, "can't be repaired, moved to the end") for row in left if row.line < last]
     lines = [
         *lines_of({key: repaired[key] for key in ids if key in repaired}, form),
@@ -76,8 +76,8 @@ def _written(key: str, value: str, form: Rules) -> str:
     return list(lines_of({key: value}, form))[-1]
 
 
-def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
-    """The id ("" for a row that can't be repaired), the value, and what was done to them, if anything."""
+def _repaired_row(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
+    """The id ("" if the row can't be repaired), the value, and the repairs that were made."""
     key, _, value = row.raw.partition(form.separator)
     if not row.broken and len(row.fields) == 2:
         key, value = row.fields
@@ -97,7 +97,7 @@ def _mended(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]
     elif new != value:
         did.append("collapsed white space" if form.task == "caption" else "rewrote the CUIs, each once")
     if form.separator == "," and (row.broken or len(row.fields) != 2):
-        did.append("made two columns of it")
+        did.append("split into two columns")
     return clean, new, did
 
 

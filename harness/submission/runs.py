@@ -1,4 +1,4 @@
-"""The captions of a run, all of them: a run knows how many images its splits have, and which."""
+"""The captions of a run, checked against the images of its splits."""
 
 import csv
 import io
@@ -19,9 +19,9 @@ def captions(
 ) -> dict[str, str]:
     """The post-processed captions of a split of the run in `folder`, by id, in the order of the split.
 
-    Compared with the size of the split in the run's record, with the ids of the run's other files, and with
-    those of its data folder, unless `ids` say what is to be submitted. Raises `UserError`: with exit code 3
-    where captions are missing, altered, cut short, or of other images, with 2 where the run has none yet.
+    They are compared with the size of the split in the run's record, with the ids of the run's other files
+    and, unless `ids` are given to submit, with the ids of its data folder. Raises `UserError`, with exit code
+    3 if captions are missing, altered, cut short or of other images, and with 2 if the run has none yet.
     """
     file = records.place_of(folder, record, f"predictions/{split}_after.csv")
     again = records.again(record)
@@ -51,14 +51,14 @@ def _against_the_run(
             continue
         other = records.root(folder, record) / record["artifacts"][name]
         known = _ids_in(other)
-        whole = known and (size is None or len(known) == size)  # else it is that file which is damaged
+        whole = known and (size is None or len(known) == size)  # else that other file is the damaged one
         if whole and (wrong := list(_differences(found, known))):
             yield from (Problem(f"{what}, compared with {other}", file, hint=again) for what in wrong)
             return
 
 
 def _ids_in(table: Path) -> Collection[str]:
-    """The ids of a CSV file that a step of the run left; none where it can't be read."""
+    """The ids of a CSV file from a step of the run; none if it can't be read."""
     try:
         text = bytes_of(table).decode()
         return dict.fromkeys(row["ID"] for row in csv.DictReader(io.StringIO(text, newline="")))

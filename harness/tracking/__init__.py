@@ -1,8 +1,8 @@
 """The MLflow mirror of what runs write to disk (sole mlflow import).
 
-Disk is the truth: a run never talks to MLflow. A follower in a process of its own mirrors what is new every
-few seconds, and `sync` mirrors at any later time and to any other server. Both may be killed at any moment: a
-point has the step and the time of its row on disk, and a store that is given a point twice keeps one.
+Disk is the truth: a run never talks to MLflow. A separate process, the follower, mirrors new data every few
+seconds. `sync` mirrors at any later time and to any server. Both can be killed at any moment: a point has the
+step and the time of its row on disk, and a store that receives a point twice keeps one.
 """
 
 import logging
@@ -26,16 +26,16 @@ NEEDS += ("artifacts", "submissions")
 """The keys of a record that the mirror shows."""
 _log = logging.getLogger(__name__)
 _PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-_SLOW = 2.0  # seconds after which a failure means that no server answers, for the other runs as little
+_SLOW = 2.0  # seconds; a failure that took longer means that no server answers, so other runs are not tried
 
 
 def mirror(run_directory: Path, owner: int | None = None) -> None:
     """Bring MLflow up to date with a run's `run.json` and its training step's `losses.jsonl`.
 
-    The server is MLFLOW_TRACKING_URI, by default `mlflow.db` in the current folder. One MLflow experiment per
-    experiment name; in it one parent run, and under that a run per variant and seed. What was mirrored is
-    kept per server in `mlflow.json` beside the runs. A run that is RUNNING while its process (`pid` in
-    run.json, else `owner`) is gone is shown as KILLED. Raises one of `failures()` when the server fails.
+    The server is MLFLOW_TRACKING_URI, by default `mlflow.db` in the current folder. Each experiment name is
+    an MLflow experiment. It has one parent run, with a child run per variant and seed. `mlflow.json` in the
+    experiment's folder records what each server has. A RUNNING run is shown as KILLED if its process (`pid`
+    in run.json, else `owner`) is gone. Raises one of `failures()` if the server fails.
     """
     from filelock import FileLock
 
@@ -50,7 +50,7 @@ def sync(root: Path) -> list[str]:
     """Mirror every run in or under `root`; returns a line for each.
 
     A record that can't be read is left out and named. Raises `UserError` (exit code 1) with the runs that
-    were not mirrored, and why; within seconds where the server does not answer.
+    were not mirrored and the reasons, within seconds if the server does not answer.
     """
     server = masked(tracking_uri())
     found, left_out = records.read_all(sorted(root.rglob(records.FILE)), NEEDS)
@@ -68,12 +68,12 @@ def sync(root: Path) -> list[str]:
             if time.monotonic() - began > _SLOW:
                 break
     if problems:
-        raise UserError(problems, hint="Nothing is lost; later: python -m harness sync", exit_code=1)
+        raise UserError(problems, hint="Nothing is lost. Try again: python -m harness sync", exit_code=1)
     return done
 
 
 def _look_for(server: str, waiting: Path) -> None:
-    """Raise `UserError` (exit code 1), within seconds, where the server does not answer or refuses."""
+    """Raise `UserError` (exit code 1), within seconds, if the server does not answer or refuses."""
     set_environment({})
     unset = {key: value for key, value in HURRIED.items() if key not in os.environ}
     os.environ.update(unset)
@@ -81,7 +81,7 @@ def _look_for(server: str, waiting: Path) -> None:
         opened(tracking_uri())
     except failures() as error:
         what = f"not mirrored to {server}: {first_line(error)}"
-        hint = "Nothing is lost; later: python -m harness sync"
+        hint = "Nothing is lost. Try again: python -m harness sync"
         raise UserError([Problem(what, waiting, hint=hint)], exit_code=1) from None
     finally:
         for key in unset:
@@ -90,13 +90,13 @@ def _look_for(server: str, waiting: Path) -> None:
 
 @dataclass(frozen=True)
 class Follower:
-    """The process that mirrors an experiment's runs while they go on."""
+    """The process that mirrors an experiment's runs while they run."""
 
     experiment_directory: Path
     process: subprocess.Popen[bytes]
 
     def finish(self, patience: float = 20.0) -> str | None:
-        """Let it mirror what is left, for at most `patience` seconds; a sentence to print if that failed."""
+        """Let it mirror the rest, for at most `patience` seconds; returns a message if that failed."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -108,14 +108,14 @@ class Follower:
         if all(_is_mirrored(*one) for one in found if one[1]["status"] != "RUNNING"):
             return None
         log, server = self.experiment_directory / "mlflow.log", masked(tracking_uri())
-        return f"MLflow at {server} was not reached (see {log}); later: python -m harness sync"
+        return f"MLflow at {server} was not reached (see {log}). Try again: python -m harness sync"
 
 
 def start(experiment_directory: Path) -> Follower:
-    """Start to mirror, in the background, every run of an experiment's folder.
+    """Start to mirror every run of an experiment's folder in the background.
 
-    In a session of its own, so that Ctrl-C ends the run and not the mirror of how it ended. Its standard
-    input is a pipe from this process: when it closes, the run is over, however it ended.
+    The follower has its own session, so Ctrl-C ends the run but not the mirror of its last state. Its
+    standard input is a pipe from this process: when the pipe closes, the run is over.
     """
     experiment_directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "harness", "sync", "--follow", str(experiment_directory)]
@@ -134,7 +134,7 @@ def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:
     """Mirror the runs of a folder every few seconds until `parent` is gone or standard input closes."""
     os.nice(10)  # the run needs the cores
     set_environment({})
-    os.environ.update(HURRIED)  # whatever the user's are: it tries again, and the run waits for its last try
+    os.environ.update(HURRIED)  # not the user's limits: the follower retries, and the run waits for its end
     logging.basicConfig(level=logging.INFO, force=True)
     logging.getLogger().handlers[0].setFormatter(_Masking("%(asctime)s %(message)s"))
     ended = False
@@ -174,7 +174,7 @@ def _input_closes(seconds: float) -> bool:
 
 
 def _study_is_mirrored(experiment_directory: Path) -> bool:
-    """Whether what is recorded of a study, if the experiment is one, is on the server."""
+    """Whether the record of a study is on the server; true if the experiment is not a study."""
     study = read_study(experiment_directory)
     return study is None or State.load(experiment_directory).parent.get("study") == fingerprint(study)
 

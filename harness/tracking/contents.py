@@ -1,4 +1,4 @@
-"""Which parts of a run's record go to MLflow, and under which names."""
+"""What MLflow gets from a run's record, and under which names."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from harness.training.resume import LOSSES, rows_of
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Scores as `valid/bertscore`, before post-processing as `valid/before/bertscore`; no absent one."""
+    """Scores as `valid/bertscore`, `valid/before/bertscore` before post-processing; none that is absent."""
     values: dict[str, Any] = {}
     for split, stages in record["scores"].items():
         for stage, scores in stages.items():
@@ -35,7 +35,7 @@ def is_measured(key: str, value: Any) -> bool:
 
 
 def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the training step's `losses.jsonl`, also while they are written."""
+    """The rows of the training step's `losses.jsonl`, also while training writes them."""
     step = record["steps"].get("train")
     file = root / step / LOSSES if step else None
     if file and file.is_file():
@@ -87,7 +87,7 @@ def datasets(record: Mapping[str, Any]) -> list[Any]:
 
 
 def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tuple[str, Path]]:
-    """Key and file of all to upload that is as the run left it; submissions with what lies beside them."""
+    """Key and file of each artifact that is undamaged; a submission with all files of its folder."""
     found = [(key, root / path) for key, path in record["artifacts"].items()]
     for upload in record["submissions"]:
         folder = (root.parent / upload).parent
@@ -98,7 +98,7 @@ def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tu
 
 
 def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:
-    """What the parent run of a study shows."""
+    """The tags of a study's parent run."""
     best = study.get("best") or []
     return {
         "study": study["study"],
@@ -110,7 +110,7 @@ def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def study_scores(study: Mapping[str, Any]) -> dict[str, float]:
-    """The best value of each objective, as `best/bertscore`; of a Pareto front the highest of each."""
+    """The best value of each objective, as `best/bertscore`; for a Pareto front the highest of each."""
     best = study.get("best") or []
     return {
         f"best/{name}": max(trial["values"][name] for trial in best) for name in study["objective"] if best
@@ -122,7 +122,7 @@ def milliseconds(moment: str | None) -> int | None:
 
 
 def cut(value: Any, longest: int) -> str:
-    """The value as text; the whole of a cut one is in the artifact config.yaml."""
+    """The value as text, cut to `longest` characters; the artifact config.yaml has the whole value."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     mark = " ... (cut; see config.yaml)"
     return text if len(text) <= longest else text[: longest - len(mark)] + mark

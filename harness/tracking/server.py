@@ -34,15 +34,15 @@ from harness.tracking.stores import database_of, opened, set_environment, tracki
 STATE, STUDY = "mlflow.json", "study.json"
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
-_CLOCKS = 60  # seconds by which a clock may have been set since a process began
+_CLOCKS = 60  # seconds; a clock may have been changed by this much since a process began
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _IN_MLFLOW = {"PRUNED": "FINISHED"}
-"""MLflow has no word for a run that a study ended early; the tag trial/state says it."""
+"""MLflow has no status for a run that a study ended early; the tag trial/state says so."""
 
 
 @dataclass
 class State:
-    """What of an experiment is on one server; written to disk before and after each change there."""
+    """What one server has of an experiment; written to disk before and after each change on the server."""
 
     file: Path
     everything: dict[str, Any]
@@ -52,14 +52,14 @@ class State:
 
     @classmethod
     def load(cls, experiment_directory: Path) -> "State":
-        """What is known. If the file is damaged, the server's runs are searched again."""
+        """Read the state; if the file is damaged, the state says to search for the runs on the server."""
         file = experiment_directory / STATE
         everything = _bookkeeping(file)
         uri, database = masked(tracking_uri()), database_of(tracking_uri())
         if everything is None:
             everything = {uri: {"found_again": True}}
         if database and not database.exists():
-            everything.pop(uri, None)  # what was mirrored went with the database
+            everything.pop(uri, None)  # the database was deleted, so nothing is mirrored
         ours = everything.setdefault(uri, {})
         found_again = bool(ours.get("found_again"))
         parent, runs = ours.setdefault("parent", {}), ours.setdefault("runs", {})
@@ -70,7 +70,7 @@ class State:
 
 
 def _bookkeeping(file: Path) -> dict[str, Any] | None:
-    """What of an experiment is on which server; None where the file is damaged."""
+    """What each server has of an experiment; None if the file is damaged."""
     if not file.exists():
         return {}
     found = read_checked(file)
@@ -95,14 +95,14 @@ def _is_server(server: dict[str, Any]) -> bool:
 
 
 def mirrored_as(run_directory: Path) -> dict[str, str]:
-    """The id of a run on each server that it was mirrored to."""
+    """The id of a run on each server that has it."""
     servers = _bookkeeping(run_directory.parent / STATE) or {}
     entries = {name: server.get("runs", {}).get(run_directory.name, {}) for name, server in servers.items()}
     return {name: entry["run_id"] for name, entry in entries.items() if "run_id" in entry}
 
 
 class Mirror:
-    """One run being brought up to date on one server."""
+    """Brings one run up to date on one server."""
 
     def __init__(self, directory: Path, record: dict[str, Any], owner: int | None, state: State) -> None:
         set_environment({})
@@ -112,7 +112,7 @@ class Mirror:
         self.entry = state.runs.setdefault(directory.name, {})
         parameters = fingerprint(record["parameters"])
         if self.entry.get("parameters", parameters) != parameters:
-            self.entry.clear()  # MLflow's parameters never change: another configuration is another run
+            self.entry.clear()  # MLflow's parameters can't change, so another configuration is another run
         self.entry["parameters"] = parameters
 
     def bring_up_to_date(self) -> None:
@@ -136,7 +136,7 @@ class Mirror:
         self.state.save()
 
     def _study(self, parent: str) -> None:
-        """What the parent run says where the experiment is a study: counts, best trials, plots."""
+        """Write the results of a study to the parent run: counts, best trials, plots."""
         from mlflow.entities import Metric, RunTag
 
         folder = self.directory.parent
@@ -166,14 +166,14 @@ class Mirror:
             self.client.set_terminated(parent, status, milliseconds(self.record["ended"]))
 
     def _run(self, experiment: str, entry: dict[str, Any], name: str, tags: Mapping[str, Any]) -> str:
-        """The run's id on the server, made there unless it is there already."""
+        """The run's id on the server; creates the run if it is not there."""
         if "run_id" in entry and not self._exists(entry):
             parameters = entry.get("parameters")
             entry.clear()
             entry.update({"parameters": parameters} if parameters else {})
         if "run_id" not in entry:
-            # Its token is known before `_create`: should this be killed after it, the next call finds the
-            # run, as it does where the bookkeeping is lost.
+            # The token is saved before `_create`. If this process is killed in between, or if the bookkeeping
+            # is lost, the next call finds the run by its token.
             entry.setdefault("token", self._token(name, entry))
             self.state.save()
             found = self._search(experiment, entry["token"])
@@ -184,12 +184,12 @@ class Mirror:
         return entry["run_id"]
 
     def _token(self, name: str, entry: Mapping[str, Any]) -> str:
-        """What names a run of this folder and configuration, and no other."""
+        """A name that only a run of this folder and configuration has."""
         place = [self.record.get("host"), str(self.directory.parent), name, entry.get("parameters")]
         return hashlib.sha256(json.dumps(place).encode()).hexdigest()[:32]
 
     def _exists(self, entry: Mapping[str, Any]) -> bool:
-        """Whether the run is on the server, and the one that the bookkeeping means."""
+        """Whether the server has the run, with the token of the bookkeeping."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -206,7 +206,7 @@ class Mirror:
         return found[0].info.run_id if found else None
 
     def _alike(self, experiment: str, entry: dict[str, Any], name: str) -> str | None:
-        """The newest run of this name with these parameters; earlier versions gave it a random token."""
+        """The newest run of this name with these parameters; earlier versions gave runs a random token."""
         wanted = {key: cut(value, _LONGEST_PARAMETER) for key, value in self.record["parameters"].items()}
         ours = wanted if entry is not self.state.parent else {}
         for run in self.client.search_runs([experiment], f"attributes.run_name = '{name}'", max_results=100):
@@ -226,7 +226,7 @@ class Mirror:
         return created.info.run_id
 
     def _describe(self, run: str, status: str) -> None:
-        """Parameters, tags, data sets and scores, when the record has changed."""
+        """Write parameters, tags, data sets and scores, if the record has changed."""
         from mlflow.entities import Metric, Param, RunTag
 
         described = fingerprint({**self.record, "status": status})
@@ -235,7 +235,7 @@ class Mirror:
         values, tags = self.record["parameters"].items(), self._tags(run).items()
         known = self.entry.setdefault("scores", {})
         scores = {key: value for key, value in scores_of(self.record).items() if known.get(key) != value}
-        # The time of this record, and not of this call, so that a call that was killed adds no second point.
+        # The time of the record and not of this call, so that a repeated call adds no second point.
         when = milliseconds(self.record["ended"] or self.record["started"])
         self._batches(run, "params", [Param(key, cut(value, _LONGEST_PARAMETER)) for key, value in values])
         self._batches(run, "tags", [RunTag(key, cut(value, _LONGEST_TAG)) for key, value in tags])
@@ -246,13 +246,13 @@ class Mirror:
         self.state.save()
 
     def _tags(self, run: str) -> dict[str, Any]:
-        """The tags of the run as it is now; why an earlier attempt failed is deleted."""
+        """The present tags of the run; deletes the failure of an earlier attempt on the server."""
         failure = failure_of(self.record, self.owner) or {}
-        told = {f"failure/{key}": value for key, value in failure.items() if value is not None}
+        failures = {f"failure/{key}": value for key, value in failure.items() if value is not None}
         for key in self.client.get_run(run).data.tags:
-            if key.startswith("failure/") and key not in told:
+            if key.startswith("failure/") and key not in failures:
                 self.client.delete_tag(run, key)
-        return tags_of(self.record) | told
+        return tags_of(self.record) | failures
 
     def _batches(
         self, run: str, kind: str, items: list[Any], after: Callable[[list[Any]], None] | None = None
@@ -264,9 +264,9 @@ class Mirror:
                 after(batch)
 
     def _points(self, run: str) -> None:
-        """The rows of the training step that are not on the server yet.
+        """Write the rows of the training step that are not on the server yet.
 
-        By step and not by line: a training that goes on after a crash forgets the rows after its last
+        Rows are found by step and not by line: after a crash, training drops the rows after its last
         checkpoint and writes them again.
         """
         from mlflow.entities import Metric
@@ -286,7 +286,7 @@ class Mirror:
         self._batches(run, "metrics", new, remember)
 
     def _artifact(self, run: str, entry: dict[str, Any], key: str, path: Path) -> None:
-        """Upload a file under its key, unless it is there as it is on disk."""
+        """Upload a file under its key, unless the server has this version."""
         known = entry.setdefault("artifacts", {})
         stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
         if known.get(key) == stamp:
@@ -302,11 +302,11 @@ class Mirror:
 
 
 def _experiment(client: Any, name: str) -> str:
-    """The id of the MLflow experiment of that name, made or restored where needed."""
+    """The id of the MLflow experiment of that name; creates or restores it if needed."""
     found = client.get_experiment_by_name(name)
     if found is None:
         database = database_of(tracking_uri())
-        # Where MLflow's own server puts them; its client alone would put them into mlruns/.
+        # MLflow's own server puts artifacts there; its client alone would use mlruns/.
         place = (database.parent / "mlartifacts" / name).as_uri() if database else None
         return client.create_experiment(name, artifact_location=place)
     if found.lifecycle_stage == "deleted":
@@ -315,7 +315,7 @@ def _experiment(client: Any, name: str) -> str:
 
 
 def status_of(record: Mapping[str, Any], owner: int | None) -> str:
-    """The status of a run; one that is RUNNING while its process on this machine is gone was KILLED."""
+    """The status of a run; KILLED if it is RUNNING but its process on this machine is gone."""
     pid, here = record.get("pid", owner), record.get("host") in (None, socket.gethostname())
     if record["status"] != "RUNNING" or not here or pid is None:
         return record["status"]
@@ -324,7 +324,7 @@ def status_of(record: Mapping[str, Any], owner: int | None) -> str:
 
 
 def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str, Any] | None:
-    """Why a run did not finish: its step, the reason, what helps; None for one that did, or that goes on."""
+    """Why a run did not finish: step, error, reason and hint; None if it finished or is running."""
     if status_of(record, owner) == record["status"]:
         return record.get("failure")
     reason = "its process is gone: killed, out of memory, or the machine was restarted"
@@ -333,17 +333,17 @@ def failure_of(record: Mapping[str, Any], owner: int | None = None) -> dict[str,
 
 
 def read_study(experiment_directory: Path) -> dict[str, Any] | None:
-    """What is recorded of a study; None for an experiment that is none."""
+    """The record of a study; None if the experiment is not a study."""
     try:
         study = json.loads(bytes_of(experiment_directory / STUDY))
-    except (OSError, ValueError, RecursionError):  # none, or damaged: the next trial writes it anew
+    except (OSError, ValueError, RecursionError):  # absent or damaged: the next trial writes it again
         return None
     whole = isinstance(study, dict) and all(isinstance(study.get(key), str) for key in ("study", "storage"))
     return study if whole else None
 
 
 def _of_all(experiment_directory: Path, owner: int | None) -> str:
-    """The status of an experiment: that of its least finished run; a study may end with failed trials."""
+    """The status of an experiment is that of its least finished run; a study may end with failed trials."""
     found_records, _ = records.read_all(experiment_directory.glob(f"*/{records.FILE}"))
     found = {status_of(record, owner) for _, record in found_records}
     study = read_study(experiment_directory)
@@ -353,7 +353,7 @@ def _of_all(experiment_directory: Path, owner: int | None) -> str:
 
 
 def alive(pid: int, began: str | None = None) -> bool:
-    """Whether a process exists; with `began`, not a later process with the same number."""
+    """Whether a process exists and, if it `began` something then, is not a later one with the same number."""
     import psutil
 
     try:

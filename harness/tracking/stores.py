@@ -1,4 +1,4 @@
-"""The tracking server: its address, how it is opened, and why it does not answer."""
+"""The tracking server: its address, how to open it, and the errors of opening it."""
 
 import contextlib
 import os
@@ -15,29 +15,29 @@ from harness.store import fingerprint
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 HURRIED = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-"""Limits by which one request fails within seconds where no server answers."""
+"""Limits that let a request fail within seconds if no server answers."""
 _CONNECT = 4  # seconds for a database to take a connection
-_CREATION = 120  # seconds that a process waits while another one makes the tables
-_ELSEWHERE = 20.0  # seconds for tables that `mlflow ui` makes, which knows no lock of ours
+_CREATION = 120  # seconds that a process waits while another one creates the tables
+_ELSEWHERE = 20.0  # seconds to wait for tables that `mlflow ui` creates, which does not use our lock
 _PASSING = ("is locked", "disk is full", "readonly", "unable to open")
-"""What SQLite says of a store that may be sound."""
+"""Errors of SQLite that do not mean that the store is damaged."""
 _opened: set[str] = set()
 
 
 def tracking_uri() -> str:
-    """The tracking server, as it is known from any folder."""
+    """The address of the tracking server, valid from any folder."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     database = database_of(uri)
     return f"sqlite:///{database}" if database else uri
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of an SQLite store; None for every other server."""
+    """The file of an SQLite store; None for any other server."""
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 def set_environment(limits: Mapping[str, str]) -> None:
-    """MLflow's own settings; what the user has set stays."""
+    """Set MLflow's environment variables; values that the user has set stay."""
     quiet = {"GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     quiet["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
     for key, value in {**quiet, **limits}.items():
@@ -45,7 +45,7 @@ def set_environment(limits: Mapping[str, str]) -> None:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a server, a database or a disk that can't be reached raises."""
+    """The exceptions of a server, a database or a disk that can't be reached."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -53,16 +53,17 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, in a line without passwords."""
+    """The first line of an exception's message, without passwords."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return masked(line)[:500]
 
 
 def opened(uri: str) -> Any:
-    """A client of the server, whose tables are made where it is an empty database.
+    """A client of the server; creates the tables in an empty database.
 
-    Of several processes that find an empty database one makes the tables. Raises `UserError` (exit code 1)
-    where the driver of a database is not installed or an SQLite store is half made; else one of `failures()`.
+    If several processes find an empty database, one of them creates the tables. Raises `UserError` (exit code
+    1) if the driver of a database is not installed or an SQLite store is incomplete, else one of
+    `failures()`.
     """
     import mlflow
 
@@ -78,7 +79,7 @@ def opened(uri: str) -> Any:
 
 
 def _client(uri: str) -> Any:
-    """A client that has had one answer."""
+    """A client that has received one answer."""
     import mlflow
 
     client = mlflow.MlflowClient(uri)
@@ -87,7 +88,7 @@ def _client(uri: str) -> Any:
 
 
 def _of_sqlite(uri: str, database: Path) -> Any:
-    """A client of an SQLite store, whose tables `mlflow ui` may be making at the same time."""
+    """A client of an SQLite store; `mlflow ui` may be creating its tables at the same time."""
     until = time.monotonic() + _ELSEWHERE
     while True:
         try:
@@ -100,7 +101,7 @@ def _of_sqlite(uri: str, database: Path) -> Any:
 
 
 def _is_begun(database: Path) -> bool:
-    """Whether somebody began to make MLflow's tables there, or the file is none of SQLite's."""
+    """Whether the file is not empty: someone began to create MLflow's tables, or it is not an SQLite file."""
     return database.is_file() and database.stat().st_size > 0
 
 
@@ -115,14 +116,14 @@ def _changes(database: Path) -> bool:
 
 
 def _broken(database: Path, error: Exception) -> UserError:
-    what = f"MLflow can't use this store; its tables are half made or another version's: {first_line(error)}"
-    hint = f"Nothing is lost, runs/ has it all: mv {database} {database}.old && python -m harness sync"
+    what = f"MLflow can't use this store; its tables are incomplete or another version's: {first_line(error)}"
+    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && python -m harness sync"
     return UserError([Problem(what, database, hint=hint)], exit_code=1)
 
 
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """Keep other processes from making the tables of the same database; a server does this itself."""
+    """Let only one process create the tables of a database; a server does this itself."""
     from filelock import FileLock
 
     if uri.startswith(("http:", "https:", "file:")) or "://" not in uri:
@@ -141,7 +142,7 @@ def _alone(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Hold a lock in the database itself, which processes on other machines see; fails where none answers."""
+    """Hold a lock in the database itself, for processes on other machines; fails if no database answers."""
     if not uri.startswith(("postgresql", "mysql")):
         yield
         return
@@ -149,7 +150,7 @@ def _locked(uri: str) -> Iterator[None]:
 
     engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": _CONNECT})
     try:
-        with engine.connect() as connection:  # fails at once, where MLflow would try for minutes
+        with engine.connect() as connection:  # fails at once; MLflow would try for minutes
             if uri.startswith("postgresql"):
                 number = {"number": int(fingerprint("harness makes the tables of MLflow"), 16)}
                 connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), number)
@@ -159,18 +160,18 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 _DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc", "oracle": "cx_Oracle"}
-"""What SQLAlchemy takes for an address that names no driver."""
+"""The drivers that SQLAlchemy uses if the address names none."""
 _PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
 
 
 def _with_driver(uri: str) -> str:
-    """The address with a driver that is installed. Raises `UserError` (exit code 1) with the one it needs."""
+    """The address with an installed driver. Raises `UserError` (exit code 1) with the driver it needs."""
     scheme, mark, rest = uri.partition("://")
     dialect, _, driver = scheme.partition("+")
     if not mark or dialect not in _DRIVERS:
         return uri
     if dialect == "postgresql" and not driver and not find_spec("psycopg2"):
-        driver = "psycopg"  # which the extra `team` brings; SQLAlchemy takes the other unless it is named
+        driver = "psycopg"  # from the extra `team`; SQLAlchemy uses psycopg2 unless the address names this
         uri = f"postgresql+psycopg://{rest}"
     needed = driver or _DRIVERS[dialect]
     if find_spec({"mysqldb": "MySQLdb"}.get(needed, needed)):
