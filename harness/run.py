@@ -194,7 +194,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
     if cut_off and (why := ranks.why_another_failed()):
         status, reason = "FAILED", f"another rank failed: {why}"
     elif isinstance(error, KeyboardInterrupt):
-        status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command goes on"
+        status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command continues"
         code = 130
     elif isinstance(error, Pruned):
         status, reason, code = "PRUNED", str(error), None  # the study goes on
@@ -202,7 +202,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
         status, reason, code = "FAILED", "; ".join(map(str, error.problems)), error.exit_code
         hints = [*(problem.hint for problem in error.problems), error.hint]
     elif cut_off:
-        status, reason = "FAILED", "another rank of this launch is gone; the same command goes on"
+        status, reason = "FAILED", "another rank of this launch is gone; the same command continues"
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         status, reason = "FAILED", f"{type(error).__name__}: {first}".removesuffix(": ")

@@ -112,7 +112,7 @@ SECRET = "postgresql://me:hunter2@db/mlflow"
     ("error", "status", "reason"),
     [
         (UserError([Problem("a", "f", 3, "k"), Problem("b")], exit_code=1), "FAILED", "f:3: k: a; b"),
-        (KeyboardInterrupt(), "KILLED", "interrupted by Ctrl-C or a signal; the same command goes on"),
+        (KeyboardInterrupt(), "KILLED", "interrupted by Ctrl-C or a signal; the same command continues"),
         (Pruned("worse than the median"), "PRUNED", "worse than the median"),
         (ZeroDivisionError("division by zero"), "FAILED", "ZeroDivisionError: division by zero"),
         (RuntimeError(), "FAILED", "RuntimeError"),

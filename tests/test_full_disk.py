@@ -102,7 +102,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_no_earlier_one(di
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1, error
     assert "Traceback" not in error
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     (directory,) = disk.glob("runs/steps/train-*/")
     reached = Checkpoints(directory, 2).newest()
     assert reached.step >= 6

@@ -66,10 +66,10 @@ def test_ctrl_c_in_a_finaliser_is_not_lost(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 130
-    assert done.stderr == "interrupted; the same command goes on where this one stopped\n"
+    assert done.stderr == "interrupted; the same command continues where this one stopped\n"
 
 
-SAID = "interrupted; the same command goes on where this one stopped\n"
+SAID = "interrupted; the same command continues where this one stopped\n"
 
 
 @pytest.fixture

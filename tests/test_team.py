@@ -335,7 +335,7 @@ def test_a_database_that_stops_in_a_trial_is_said_and_the_trial_is_done_once(tmp
     finally:
         cluster.start()
     assert caught.value.exit_code == 1
-    assert "the same command goes on" in str(caught.value)
+    assert "the same command continues" in str(caught.value)
     trial.lock.release()  # as the end of the process does
     again = opened(spec, tmp_path, address)
     taken = again.take()
@@ -365,7 +365,7 @@ def test_a_database_that_can_not_be_used_is_said_in_a_line(tmp_path, cluster, mo
     assert 'database "other" does not exist' in refusal(tmp_path, right.replace("/optuna", "/other"))
     text = refusal(tmp_path, right.replace(f":{cluster.port}", f":{free_port()}"))
     assert "Connection refused" in text
-    assert "the same command goes on" in text
+    assert "the same command continues" in text
     assert "no-such-host.invalid" in refusal(tmp_path, right.replace("127.0.0.1", "no-such-host.invalid"))
 
 
