@@ -357,7 +357,7 @@ def test_what_is_read_is_not_overwritten(name, golden, refused):
     link.unlink(missing_ok=True)
     link.symlink_to(golden / "predictions.csv")
     before = [(golden / file).read_bytes() for file in ("predictions.csv", "labels.csv")]
-    assert "--per-image: would overwrite what is read" in refused(*FILES, "--per-image", name)
+    assert "--per-image: would overwrite an input" in refused(*FILES, "--per-image", name)
     assert before == [(golden / file).read_bytes() for file in ("predictions.csv", "labels.csv")]
 
 
@@ -376,7 +376,7 @@ def test_neither_are_the_manual_concepts_or_a_runs_own_files(golden, refused):
         ("x" * 300 + ".csv", ("File name too long",)),
         ("x" * 250 + ".csv", ("File name too long",)),  # with what the temporary name adds
         ("/proc/each.csv", ("No such file", "Permission denied")),
-        ("pipe", ("is no file",)),
+        ("pipe", ("is not a regular file",)),
     ],
 )
 def test_a_table_that_cannot_be_written_is_said_before_scoring(name, words, golden, refused):

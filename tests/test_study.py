@@ -169,7 +169,7 @@ def test_sqlite_is_refused_for_two_workers_and_a_study_keeps_its_storage(folder,
     done = harness(folder, "study", "decoding.yaml", "--workers", "2", code=None)
     assert done.returncode == 2
     assert "SQLite has one writer" in done.stderr
-    assert "go on with one worker" in done.stderr
+    assert "continue with one worker" in done.stderr
 
 
 def values(folder: Path, name: str) -> dict[int, tuple[dict, dict]]:
@@ -347,7 +347,7 @@ def test_more_trials_than_points_are_said_and_not_run(folder, finished):
     text = DECODING.partition("space:")[0] + "name: points\nspace: {predict.num_beams: {choices: [2, 1]}}\n"
     (folder / "points.yaml").write_text(text + "trials: 5\n")
     done = harness(folder, "study", "points.yaml", "--format", "json")
-    assert "the space has 2 points: there are 2 trials and not 5" in done.stderr
+    assert "the space has 2 points, so the study runs 2 trials, not 5" in done.stderr
     rows = json.loads(done.stdout)
     assert [row["params"] for row in rows] == [{"predict.num_beams": 2}, {"predict.num_beams": 1}]
     assert json.loads((folder / "runs/points/study.json").read_text())["ended"]

@@ -108,15 +108,15 @@ pruner: {name: median}
     file = folder / "find.yaml"
     found = messages(folder, text)
     expected = [
-        ":4: space.predict.num_beam: no key of an experiment. Did you mean predict.num_beams?",
+        ":4: space.predict.num_beam: is not a key of an experiment. Did you mean predict.num_beams?",
         ":5: space.predict.num_beams.low: 0 is not allowed: a whole number from 1 to 1,000 is allowed",
         ":6: space.train.weight_decay.low: -1.0 is not allowed: a finite number of 0 or more",
-        ":7: space.postprocess.deduplicate: takes no number; give choices",
+        ":7: space.postprocess.deduplicate: is not a number; give choices",
         ":8: space.train.precision.choices: 'fp7' is not allowed: input should be",
         ":9: space.score.bootstrap: can't be searched",
         ":10: space.train.warmup_steps.when.train.dropout: train.dropout is not in the space",
         ":11: objective: got meteor; the base scores bertscore, rouge1",
-        ":12: pruner.name: several objectives have no order",
+        ":12: pruner.name: a pruner can't rank trials with several objectives",
     ]
     assert len(found) == len(expected)
     for text in expected:
@@ -128,7 +128,7 @@ pruner: {name: median}
     [
         ("low: 1, high: 3}", "low: 1, hihg: 3}", "space.predict.num_beams.hihg: unknown key. Did you mean"),
         ("variant: one", "variant: three", "variant: got three; "),
-        ("variant: one\n", "", "has variants: one, two; say which"),
+        ("variant: one\n", "", "has variants: one, two; choose one"),
         ("base: small.yaml", "base: smal.yaml", "base: no such file"),
         ("base: small.yaml\n", "", "base: is missing"),
         ("low: 1, high: 3}", "low: 3, high: 1}", "low 3 is not below high 1"),
@@ -137,10 +137,10 @@ pruner: {name: median}
         ("low: 1, high: 3}", "low: 1, high: 3, step: 0.5}", "whole numbers"),
         ("low: 1e-6", "low: 1e-4", "the base has 1e-05, which is not in the space"),
         ("[2, 3]", "[2, 7]", "predict.num_beams is never 7"),
-        ("log: true", "log: true, step: 1e-6", "a step is above 0, and goes without log"),
-        ("low: 1e-6", "low: 0", "with log it is above 0"),
-        ("low: 1, high: 3}", "low: 1, high: 3, when: {predict.length_penalty: 1}}", "wait for each other"),
-        ("base: small", "sampler: {name: grid}\nbase: small", "a grid needs choices, or a step and no log"),
+        ("log: true", "log: true, step: 1e-6", "a step must be above 0, and can't be used with log"),
+        ("low: 1e-6", "low: 0", "with log it must be above 0"),
+        ("low: 1, high: 3}", "low: 1, high: 3, when: {predict.length_penalty: 1}}", "depend on each other"),
+        ("base: small", "sampler: {name: grid}\nbase: small", "a grid needs choices, or a step without log"),
         ("base: small", "storage: mysql://x\nbase: small", "storage: give sqlite, journal or postgresql://"),
         ("base: small", "sampler: {name: cma}\nbase: small", "sampler.name: got 'cma'"),
         ("base: small", "overrides: {train: {batch: 3}}\nbase: small", "train.batch: unknown key"),
@@ -312,8 +312,8 @@ def test_the_winning_experiment_has_the_whole_list(folder, overrides, first):
     ("key", "expected"),
     [
         ("train.stages.2.epochs", "train.stages has 2 entries, numbered from 0; got 2"),
-        ("train.stages.1.epoch", "no key of an experiment. Did you mean train.stages.1.epochs?"),
-        ("train.stages.epochs", "no key of an experiment. Did you mean train.stages.0.epochs?"),
+        ("train.stages.1.epoch", "is not a key of an experiment. Did you mean train.stages.1.epochs?"),
+        ("train.stages.epochs", "is not a key of an experiment. Did you mean train.stages.0.epochs?"),
         (
             "train.stage2.epochs",
             "train.stages is a list now; write train.stages.1.epochs: {low: 1.0, high: 3.0}",

@@ -251,16 +251,16 @@ def test_the_storage_is_that_which_suits_the_workers_and_stays(tmp_path):
     assert choose(spec, tmp_path / spec.name, 2) == "journal"
     assert "SQLite has one writer" in refused(study(tmp_path, storage="sqlite"), tmp_path, 2)
     opened(spec, tmp_path, "sqlite")
-    assert "was begun with it: go on with one worker" in refused(spec, tmp_path, 2)
+    assert "uses SQLite: continue with one worker" in refused(spec, tmp_path, 2)
     other = study(tmp_path, storage="postgresql://me:secret@server/optuna")
     text = refused(other, tmp_path, 1)
     assert "got postgresql://server/optuna" in text
-    assert "was begun with sqlite" in text
+    assert "started with sqlite" in text
 
 
 def test_a_second_process_at_an_sqlite_study_is_refused(tmp_path):
     with owned(tmp_path, "sqlite"):
-        with pytest.raises(UserError, match="another process works at the study"), owned(tmp_path, "sqlite"):
+        with pytest.raises(UserError, match="another process works on the study"), owned(tmp_path, "sqlite"):
             pass
         with owned(tmp_path, "journal"), owned(tmp_path, "journal"):
             pass
@@ -369,7 +369,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     open_study(spec, folder, "journal", data)
     open_study(spec, folder, "journal", data | {"test": "d"})
     open_study(spec, folder, "journal")
-    with pytest.raises(UserError, match=r"begun with another valid split;[\s\S]*another name"):
+    with pytest.raises(UserError, match=r"started with another valid split;[\s\S]*another name"):
         open_study(spec, folder, "journal", data | {"valid": "d"})
 
 
@@ -379,5 +379,5 @@ def test_a_folder_with_runs_of_an_experiment_is_refused(tmp_path, place):
     file = tmp_path / spec.name / place
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    with pytest.raises(UserError, match="holds runs that are none of a study"):
+    with pytest.raises(UserError, match="has runs that do not belong to a study"):
         opened(spec, tmp_path)

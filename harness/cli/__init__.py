@@ -52,14 +52,14 @@ REPAIRABLE = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
-"""What a person can do something about: a full or read-only disk, a name that can't be written to."""
+"""Errors that a user can repair: a full or read-only disk, a path that can't be written to."""
 
 _PANELS = ("Run and study", "Score and compare", "Submit", "Data", "Keep house")
 _RUN, _SCORE, _SUBMIT, _DATA, _HOUSE = _PANELS
 
 
 class _InPanels(TyperGroup):
-    """Lists the commands panel by panel."""
+    """Lists the commands in the order of their panels."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
@@ -85,8 +85,10 @@ app.command("reference", rich_help_panel=_HOUSE)(reference.reference)
 
 
 def main() -> None:
-    """Run the command line; user errors are printed without a traceback. Exit codes: 0 ok, 1 failed run,
-    2 usage, config or data, 3 invalid submission, 130 interrupted."""
+    """Run the command line and exit with its code; user errors are printed without a traceback.
+
+    Exit codes: 0 ok, 1 failed run, 2 usage, config or data, 3 invalid submission, 130 interrupted.
+    """
     code = 0
     try:
         guard()
@@ -95,10 +97,10 @@ def main() -> None:
         _run_command()
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:  # a second one, while the first was being said
+    except KeyboardInterrupt:  # a second one, while the first was reported
         code = INTERRUPTED
     except Exception:
-        if _heard.is_set():  # and a library has made something else of it
+        if _heard.is_set():  # a library turned the KeyboardInterrupt into another error
             print(_INTERRUPTED, file=sys.stderr)
             code = INTERRUPTED
         else:
@@ -118,7 +120,7 @@ def _hear_signals() -> None:
     sys.unraisablehook = _interrupt_again
     signal.signal(signal.SIGTERM, _interrupt)
     for number in (signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup and a shell's & set
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a shell's & set SIG_IGN
             signal.signal(number, _interrupt)
 
 
@@ -127,12 +129,12 @@ def _run_command() -> None:
         if gone := _without_folder():
             _fail(gone, 2)
         launch.end_with_parent()
-        if app(standalone_mode=False) == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        if app(standalone_mode=False) == INTERRUPTED:  # typer returns this after a KeyboardInterrupt
             _fail(_INTERRUPTED, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
     except typer.Abort as abort:
-        if isinstance(abort.__cause__, EOFError):  # of a file that is cut short: nobody interrupted
+        if isinstance(abort.__cause__, EOFError):  # a file is cut short; nobody interrupted
             raise abort.__cause__ from None
         _fail(_INTERRUPTED, INTERRUPTED)
     except KeyboardInterrupt:
@@ -143,9 +145,9 @@ def _run_command() -> None:
     except RuntimeError as error:
         if not ranks.cut_off(error):
             raise
-        if ranks.rank():  # rank 0 says it, if not the one that is gone
+        if ranks.rank():  # rank 0 reports it, unless rank 0 is the one that ended
             sys.exit(1)
-        _fail("error: another rank of this launch is gone; the same command continues", 1)
+        _fail("error: another rank of this launch has ended; the same command continues", 1)
     except OSError as error:
         if gone := _without_folder():
             _fail(gone, 1)
@@ -159,7 +161,7 @@ def _not_written(what: str | bytes | int, error: OSError) -> str:
 
 
 def _without_folder() -> str | None:
-    """What to say where the working directory is gone: torch and others end hard there, without a word."""
+    """The error if the working directory is gone: torch and others crash there without a message."""
     try:
         os.getcwd()
     except OSError as error:
@@ -168,7 +170,7 @@ def _without_folder() -> str | None:
 
 
 def _all_written(code: int) -> int:
-    """The exit code, 1 where it was 0 and what was printed can't be written."""
+    """The exit code; 0 becomes 1 if standard output can't be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -178,9 +180,9 @@ def _all_written(code: int) -> int:
 
 
 def _end_children() -> None:
-    """End what this process started (Java, MedCAT), and wait a little for the threads that waited for it.
+    """End the child processes (Java, MedCAT), and wait up to `_PATIENCE` for the threads that use them.
 
-    Processes with a session of their own are left: they see by themselves that this one ends.
+    Processes with their own session keep running: they notice by themselves that this one ends.
     """
     import psutil
 
@@ -201,7 +203,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def _interrupt_again(swallowed: Any) -> None:
-    """Python drops what is raised in a finaliser or a weak reference's callback: interrupt outside of it."""
+    """Repeat an interruption that Python dropped in a finaliser or a weak reference's callback."""
     if issubclass(swallowed.exc_type, KeyboardInterrupt):
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     else:
@@ -209,11 +211,11 @@ def _interrupt_again(swallowed: Any) -> None:
 
 
 def _fail(text: str, code: int, problems: int = 0) -> None:
-    # a launcher ends the others when one leaves, and this one has ended
+    # this rank is ending already; the launcher signals all ranks when one exits
     if ranks.world_size() > 1 or code == INTERRUPTED:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-    if ranks.rank():  # rank 0 says it, or the launcher for a rank that fails alone
+    if ranks.rank():  # rank 0 prints it, or the launcher if this rank fails alone
         if code != INTERRUPTED:
             ranks.say_why(text.removeprefix("error: "))
             if not launch.report(text):
@@ -284,7 +286,7 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
 
 
 def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
-    """The runs of an experiment, in this process or as one of several ranks; rank 0 writes and prints."""
+    """Run all configs, in this process or as one of several ranks; only rank 0 writes and prints."""
     from harness.machine import device as devices
 
     kinds = {devices.probe(config.device).kind for config in configs}
@@ -301,7 +303,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
 
     terminal = Terminal()
     plans = prepare(configs, terminal)
-    ranks.agree(None)  # the others may look at the data now, which is drawn and checked
+    ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
     follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
     try:
@@ -310,7 +312,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
                 base = base_of(experiment, plan.config.variant)
                 records.append(runs.run(plan, terminal, command_line(), base))
             except Exception:
-                with contextlib.suppress(Exception):  # the page says why the run failed; that goes before
+                with contextlib.suppress(Exception):  # the run's own error matters more than the page's
                     reports.write(plan.folder)
                 raise
             reports.write(plan.folder)

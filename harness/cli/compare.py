@@ -99,7 +99,7 @@ def _check(sources: Sequence[Path], references: Path | None) -> None:
 
 
 def _labels(sources: Sequence[Path]) -> list[str]:
-    """Short names that are told apart: the last part of the path where that is enough."""
+    """Short names without duplicates: the last part of each path, or whole paths if two are the same."""
     names = [source.resolve().name for source in sources]
     return names if len(set(names)) == len(names) else [str(source) for source in sources]
 
@@ -107,7 +107,7 @@ def _labels(sources: Sequence[Path]) -> list[str]:
 def _read(
     sources: Sequence[Path], references: Path | None, images: Path | None
 ) -> tuple[list["System"], dict[str, "Rows"]]:
-    """The systems, those of files without scores yet, and the rows of each file by its label."""
+    """The systems, and the rows of each file by its label; systems of files have no scores yet."""
     from harness.compare import of_rows, read_run
     from harness.scoring import rows
 
@@ -133,7 +133,7 @@ def _settings(
     standins: bool,
     sets: Sequence[str],
 ) -> tuple[int, "ScoreConfig"]:
-    """Edition and settings by which files are scored: those of the first run, where there is one."""
+    """Edition and settings for scoring the files: those of the first run, if there is one."""
     from harness.cli.score import edition_of
     from harness.scoring import find_run, passed_over, settings
 
@@ -152,7 +152,7 @@ def _scored(
     edition: int,
     device: DeviceName | None,
 ) -> "System":
-    """A file's system with its scores; a run's as it is."""
+    """A file's system with its scores; a run's system unchanged."""
     from harness.scoring import score
 
     if system.label not in files:
@@ -187,7 +187,7 @@ def _as_dict(systems: Sequence["System"], found: Sequence["Difference"], resampl
 
 
 def _csv(systems: Sequence["System"], found: Sequence["Difference"]) -> list[list[Any]]:
-    """One row per metric and pair, absent numbers empty."""
+    """One row per metric and pair; absent numbers are empty."""
     scores = {system.label: system.scores for system in systems}
     numbers = ("difference", "low", "high", "p", "adjusted_p", "real")
     rows: list[list[Any]] = [
@@ -266,7 +266,5 @@ def _notes(systems: Sequence["System"], found: Sequence["Difference"], resamples
         notes.append(NOT_COMPARABLE)
     notes.append(_rule(found, resamples))
     if any(one.real is False for one in found):
-        notes.append(
-            "not shown: these images do not separate the two, which does not mean that they are equal"
-        )
+        notes.append("not shown: these images do not show a difference, which does not make the two equal")
     return notes

@@ -1,4 +1,4 @@
-"""`harness data`: look at a data set, check it, or draw a made-up one."""
+"""`harness data`: check a data set, describe it, or draw a made-up one."""
 
 import sys
 from pathlib import Path

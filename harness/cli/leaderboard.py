@@ -83,7 +83,7 @@ def _print(boards: Sequence["Board"]) -> None:
 
 
 def _standings(screen: Any, board: "Board") -> None:
-    """The official rows and our runs on test in one table."""
+    """Print the official rows and our runs on test in one table."""
     ours = [e for e in board.entries if e.split == "test" and not e.apart]
     if not board.standings and not ours:
         screen.print(f"{board.edition}: no official standings at hand")
@@ -117,7 +117,7 @@ def _runs(screen: Any, board: "Board", entries: Sequence["Entry"], title: str) -
 
 
 def _why(screen: Any, apart: Sequence["Entry"]) -> None:
-    """Each reason once, after the runs that it holds for."""
+    """Print each reason once, after the names of its runs."""
     for reason in dict.fromkeys(entry.apart for entry in apart):
         names = ", ".join(_name(entry) for entry in apart if entry.apart == reason)
         screen.print(f"{names}: {reason}")
@@ -170,7 +170,7 @@ def _cells(board: "Board", entry: "Entry") -> list[str]:
 
 
 def _origin(board: "Board", entry: "Entry") -> list[str]:
-    """The primary score with its interval, and the origin of a run; the page has those of every score."""
+    """The primary score with its interval, and the time, commit and command of a run."""
     from harness.cli.tables import cell
 
     record, score = entry.record, entry.scores.get(board.primary or "")

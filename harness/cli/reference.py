@@ -1,4 +1,4 @@
-"""`harness reference`: what docs/reference.md holds."""
+"""`harness reference`: the page docs/reference.md."""
 
 import inspect
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def reference(
 
 
 def _commands(group: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Each command of a group and of the groups in it, with the first paragraph of its help."""
+    """Each command of a group and its subgroups, with the first paragraph of its help."""
     for name in group.list_commands(None):
         command = group.commands[name]
         if hasattr(command, "commands"):

@@ -1,4 +1,4 @@
-"""`harness report`: one run as a page."""
+"""`harness report`: one run as an HTML page."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`harness score`: captions from elsewhere, or a run's, against references."""
+"""`harness score`: score captions or concepts, from a file or a run, against references."""
 
 import contextlib
 import csv
@@ -118,7 +118,7 @@ def score(
 
 
 def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
-    """The edition of the option, else the run's, else 2023; raises `UserError` for one that is not known."""
+    """The edition of the option, else the run's, else 2023; raises `UserError` for an unknown one."""
     from harness.config.editions import EDITIONS
 
     if edition is None:
@@ -135,7 +135,7 @@ def metric_names(names: str | None) -> list[str] | None:
 
 
 def _check_task(task: Task, of_captions: Sequence[str], manual: Path | None) -> None:
-    """Raise `UserError` for every option given that the other task has."""
+    """Raise `UserError` for every given option that belongs to the other task."""
     problems = []
     if task is Task.concept:
         problems = [Problem("is for captions; leave it out", key=option) for option in of_captions]
@@ -148,7 +148,7 @@ def _check_task(task: Task, of_captions: Sequence[str], manual: Path | None) -> 
 def _check_output(
     path: Path, inputs: Sequence[Path | None], run: tuple[Path, Mapping[str, Any]] | None
 ) -> None:
-    """Raise `UserError`, before hours of scoring, where the file can't be written or is one that is read."""
+    """Raise `UserError`, before hours of scoring, if the file can't be written or is an input."""
     from harness.records import root as run_root
 
     read = [file for file in inputs if file is not None]
@@ -165,19 +165,19 @@ def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
     if path.is_dir():
         return f"is a folder: {path}"
     if path.exists() and any(file.exists() and path.samefile(file) for file in read):
-        return f"would overwrite what is read: {path}"
+        return f"would overwrite an input: {path}"
     if path.exists() and not path.is_file():
-        return f"is no file: {path}"
+        return f"is not a regular file: {path}"
     new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    # the name that the table is written under at first, which is the longer one
+    # the table is written under this name first, and this name is longer
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
     finally:
-        with contextlib.suppress(OSError):  # not all of them may be there
-            for folder in new:  # nothing is left of a score that fails
+        with contextlib.suppress(OSError):  # some may not exist
+            for folder in new:  # a score that fails later leaves no folders
                 folder.rmdir()
     return None
 
@@ -199,7 +199,7 @@ def _print_csv(scores: Mapping[str, "Score"]) -> None:
 
 
 def _print_table(scores: Mapping[str, "Score"]) -> None:
-    """One line a metric; on a terminal too narrow for that, its signature below."""
+    """Print one line per metric; on a narrow terminal the signature goes below."""
     columns = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
     width = max(map(len, scores), default=0)
     shown = max((len(_number(score)) for score in scores.values()), default=0)
@@ -227,7 +227,7 @@ def _number(score: "Score") -> str:
 
 
 def _folded(text: str, columns: int, indent: str) -> Iterator[str]:
-    """A signature in lines that end at a `|`; other text between words."""
+    """A signature broken after a `|`, or other text broken between words, in indented lines."""
     if " " in text and "|" not in text:
         yield from textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent)
         return

@@ -1,4 +1,4 @@
-"""The study command: run one, show its trials, write the best as an experiment."""
+"""`harness study`: run a study, show its trials, write the best as an experiment."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _FileFirst(TyperGroup):
-    """`study FILE` is `study run FILE`."""
+    """Reads `study FILE` as `study run FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
@@ -71,7 +71,7 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if spec.trials < spec.config.trials and not processes.is_worker() and not launch.is_rank():
         wanted, points = spec.config.trials, spec.trials
-        Terminal().say(f"the space has {points} points: there are {points} trials and not {wanted}")
+        Terminal().say(f"the space has {points} points, so the study runs {points} trials, not {wanted}")
     if workers > 1 and not processes.is_worker():
         _run_workers(spec, chosen, workers, nproc)
     elif nproc > 1 and not launch.is_rank():
@@ -88,7 +88,7 @@ def _end_without_scores(spec: "Study") -> None:
 
     record = storage.read_record(_folder(spec))
     if record.get("ended") and not record["trials"].get("COMPLETE"):
-        what = f"the study {spec.name} ended without one trial that has scores"
+        what = f"the study {spec.name} ended, and no trial has scores"
         hint = "The table says why each failed. Fix the cause and run more trials: --trials NUMBER"
         raise UserError([Problem(what, spec.file, hint=hint)], exit_code=1)
 
@@ -114,7 +114,7 @@ def _folder(spec: "Study") -> Path:
 
 
 def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
-    """Take trials in this process, or as one rank of several; mirror them unless another process does."""
+    """Run trials in this process, or as one of several ranks; mirror them unless another process does."""
     from harness import tracking
     from harness.machine import ranks
     from harness.study import work, workers
@@ -132,14 +132,14 @@ def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
 
 
 def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
-    """Start workers and mirror what they do; raises `UserError` where trials are left."""
+    """Start workers and mirror their trials; raises `UserError` if trials are left."""
     from harness import tracking
     from harness.machine import device
     from harness.steps.plan import prepare
     from harness.study import storage, workers
 
     terminal = Terminal()
-    (plan,) = prepare([spec.base], terminal)  # draws and checks the data, before several do
+    (plan,) = prepare([spec.base], terminal)  # draws and checks the data once, before the workers start
     storage.open_study(spec, _folder(spec), chosen, plan.data.fingerprints)
     follower = tracking.start(_folder(spec))
     try:
@@ -150,13 +150,13 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     if any(codes):
         ended = ", ".join(str(code) for code in codes)
         if not storage.read_record(_folder(spec)).get("ended"):
-            what = f"workers ended with {ended}, and trials are left; the same command continues with them"
+            what = f"workers ended with exit codes {ended}, and trials are left; the same command runs them"
             raise UserError([Problem(what, spec.file)], exit_code=1)
-        terminal.say(f"workers ended with {ended}; the others finished their trials")
+        terminal.say(f"workers ended with exit codes {ended}; the others finished their trials")
 
 
 def _run_ranks(spec: "Study", ranks: int) -> int:
-    """Start the ranks of one worker -> their exit code; anew after a trial that failed or lost a rank."""
+    """Start the ranks of one worker, again after a trial that failed or lost a rank -> their exit code."""
     from harness.machine import device, launch
     from harness.steps.plan import prepare
     from harness.study.storage import read_record
@@ -165,22 +165,22 @@ def _run_ranks(spec: "Study", ranks: int) -> int:
     found = [device.shortage(spec.base.device, ranks), indivisible(spec.base.train, ranks)]
     if problems := list(filter(None, found)):
         raise UserError(problems)
-    prepare([spec.base], Terminal())  # what is wrong with the base is said once
+    prepare([spec.base], Terminal())  # reports problems of the base once, not once per rank
     known, idle = read_record(_folder(spec)).get("trials"), 0
     while True:
-        told = None
+        failure = None
         try:
             code = launch.here(sys.argv[1:], ranks)
-        except UserError as error:  # of a rank that failed alone
-            code, told = error.exit_code, error
+        except UserError as error:  # one rank failed alone
+            code, failure = error.exit_code, error
         record = read_record(_folder(spec))
         before, known = known, record.get("trials")
         idle = 0 if known != before else idle + 1
         ended = record.get("failed_alike") or (record.get("ended") and idle)
         if code in (0, launch.INTERRUPTED) or ended or idle > spec.config.retries:
             break
-    if told is not None:
-        raise told
+    if failure is not None:
+        raise failure
     return code
 
 
@@ -231,8 +231,8 @@ def _begun(spec: "Study") -> str:
     from harness.study import storage
 
     if not storage.read_record(_folder(spec)):
-        hint = f"Begin it: python -m harness study {_words(spec)}"
-        raise UserError([Problem(f"the study {spec.name} has not begun", spec.file, hint=hint)])
+        hint = f"Start it: python -m harness study {_words(spec)}"
+        raise UserError([Problem(f"the study {spec.name} has no trials yet", spec.file, hint=hint)])
     return storage.choose(spec, _folder(spec), 1)
 
 
@@ -249,9 +249,9 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["number", "state", *spec.objective, *keys, "seconds", "retry_of", "reason"])
         for row in rows:
-            told = [*row["values"].values(), *(row["params"].get(key) for key in keys)]
+            values = [*row["values"].values(), *(row["params"].get(key) for key in keys)]
             writer.writerow(
-                [row["number"], row["state"], *told, row["seconds"], row["retry_of"], row["reason"]]
+                [row["number"], row["state"], *values, row["seconds"], row["retry_of"], row["reason"]]
             )
         print_csv(text.getvalue())
     else:
@@ -284,7 +284,7 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
 
 
 def _words(spec: "Study") -> str:
-    """How this study is named on the command line."""
+    """The arguments that name this study on the command line."""
     base = [] if spec.base_file == spec.file.parent / spec.config.base else ["--base", str(spec.base_file)]
     variant = ["--variant", spec.config.variant] if spec.config.variant else []
     sets = [word for text in spec.sets for word in ("--set", text) if not text.startswith("device=")]

@@ -84,7 +84,7 @@ def make(
 
 
 def _of_file(source: Path, task: Task, ids: Sequence[str]) -> Mapping[str, Any]:
-    """The captions or concepts of a file, and what to know of how it was read on stderr."""
+    """The captions or concepts of a file; prints to stderr how the file was read."""
     from harness.submission import plural
     from harness.submission.inputs import as_predictions, read, with_ids
 
@@ -113,7 +113,7 @@ def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str
 
     found: dict[str, Any] = {
         "predictions": os.path.relpath(file),
-        # of a FIFO nothing is left that could be hashed
+        # a FIFO can't be read a second time to hash it
         "predictions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
         "command": command_line(),
         "commit": git_state(),
@@ -131,7 +131,7 @@ def _manifest(file: Path, record: dict[str, Any] | None, split: str) -> dict[str
 
 
 def _folder(source: Path, record: dict[str, Any] | None, edition: int) -> Path:
-    """Beside what the run itself submitted; a folder of its own for an edition that is not the run's."""
+    """The folder of the run's own submission, or a subfolder by year for another edition."""
     from harness.records import full_name
     from harness.run import SUBMISSIONS
 
@@ -187,7 +187,7 @@ def check(
 
 
 def _sameness(file: Path, task: Task) -> str | None:
-    """The warning of a valid file whose captions are all but the same."""
+    """The warning for a valid file whose captions are nearly all the same."""
     from harness.captions import sameness
     from harness.submission import plural, read
 
@@ -195,7 +195,7 @@ def _sameness(file: Path, task: Task) -> str | None:
 
 
 def _by_hand(problems: Sequence[Problem]) -> list[Problem]:
-    """What --fix has left is not for --fix again."""
+    """The problems that --fix could not repair, without the advice to use --fix."""
     from harness.submission.form import REPAIR
 
     return [replace(p, hint="Repair it by hand.") if p.hint == REPAIR else p for p in problems]

@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 
 def metric_names(records: Sequence[Record]) -> list[str]:
-    """The metrics of these runs, in the order in which they were configured."""
+    """The metrics of these runs on validation, in configured order."""
     names: dict[str, None] = {}
     for record in records:
         for scores in record["scores"].get("valid", {}).values():
@@ -27,7 +27,7 @@ def metric_names(records: Sequence[Record]) -> list[str]:
 
 
 def cell(score: Mapping[str, Any] | None) -> str:
-    """A score as tables show it: four digits, a star after a stand-in's, a dash where it is absent."""
+    """A score as tables show it: four decimals, a star if it is not official, a dash if it is absent."""
     if score is None or score["value"] is None:
         return "-"
     return f"{score['value']:.4f}" + ("" if score["official"] else "*")
@@ -49,7 +49,7 @@ def csv(records: Sequence[Record]) -> str:
 
 
 def show(records: Sequence[Record]) -> None:
-    """Print the score table of an experiment, what it shows beside scores, and where everything lies."""
+    """Print the score table of an experiment, its notes, and the paths of all results."""
     from rich.table import Table
 
     screen = console()
@@ -119,14 +119,14 @@ def _notes(records: Sequence[Record]) -> list[str]:
         notes |= dict.fromkeys([*record["warnings"], *record["data"].get("notes", ())])
         gap = (record["image_gap"] or {}).get("rouge1", {})
         if gap.get("low") is not None and gap["low"] <= 0:
-            notes[f"{name_of(record)}: its captions fit other images as well (image gap)"] = None
+            notes[f"{name_of(record)}: its captions fit other images equally well (image gap)"] = None
     ranking = EDITIONS[records[0]["edition"]].ranking
     notes[f"Ranking in {records[0]['edition']}: {ranking}"] = None
     return list(notes)
 
 
 def show_checks(checks: Sequence[Any]) -> None:
-    """Print what the doctor found: one line a check, its fix below where one is needed."""
+    """Print the doctor's checks: one line each, with the fix below if one is needed."""
     screen = console()
     for check in checks:
         screen.print("ok  " if check.ok else "FIX ", style="green" if check.ok else "red", end="")

@@ -1,4 +1,4 @@
-"""What the commands share: how results are printed, progress on a terminal, options."""
+"""What the commands share: output formats, progress on a terminal, options."""
 
 import contextlib
 import shlex
@@ -23,7 +23,7 @@ class Format(StrEnum):
 
 
 class Report(StrEnum):
-    """How findings are printed, which fit no table of columns."""
+    """How findings are printed; they do not fit CSV."""
 
     table = "table"
     json = "json"
@@ -63,7 +63,7 @@ DeviceOption = Annotated[
 
 
 class Terminal:
-    """Says what a run does: lines and bars on stderr, no bars where that is no terminal; or says nothing."""
+    """Reports progress on stderr: lines, and bars if stderr is a terminal; nothing if `silent`."""
 
     def __init__(self, silent: bool = False):
         self.silent = silent
@@ -75,7 +75,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
-        """A bar with an ETA that appears at the first `advance(done, total, note)`."""
+        """A progress bar with an ETA; it appears at the first `advance(done, total, note)`."""
         if self.silent or not visible.is_terminal(sys.stderr):
             yield lambda done, total, note="": None
             return

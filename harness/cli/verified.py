@@ -1,4 +1,4 @@
-"""How `score --verify` is printed: our scores beside the original packages."""
+"""The output of `score --verify`: our scores compared with those of the original packages."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def lines(verified: Mapping[str, "Verified"], wanted: int, count: int) -> Iterator[str]:
-    """A table with the largest difference of each metric, and how its rows were chosen."""
+    """The lines of a table with the largest difference of each metric, and how its rows were chosen."""
     from harness.scoring.verify import SEED, TOLERANCE
 
     yield ""
@@ -29,7 +29,7 @@ def lines(verified: Mapping[str, "Verified"], wanted: int, count: int) -> Iterat
 
 
 def plain(verified: Mapping[str, "Verified"]) -> dict[str, dict[str, Any]]:
-    """The comparison as JSON-like values; a difference that is no number is null, and not ok."""
+    """The comparison as JSON-like values; a difference that is not finite is null and not ok."""
     return {
         name: {
             "package": one.package and _package(one),
@@ -43,7 +43,7 @@ def plain(verified: Mapping[str, "Verified"]) -> dict[str, dict[str, Any]]:
 
 
 def judge(verified: Mapping[str, "Verified"]) -> None:
-    """Raise `UserError`, of exit code 1, where scores differ too far or nothing was compared."""
+    """Raise `UserError` (exit code 1) if a score differs by more than TOLERANCE or nothing was compared."""
     from harness.scoring.verify import TOLERANCE
 
     wrong = [name for name, one in verified.items() if one.fails]

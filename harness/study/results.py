@@ -1,4 +1,4 @@
-"""What came out of a study: lines and rows of its trials, plots, and the winning config as an experiment."""
+"""Results of a study: a line and a row for each trial, plots, and the best config as an experiment."""
 
 import io
 import json
@@ -21,11 +21,11 @@ from harness.study.spec import Study
 from harness.study.storage import RECORD, read_record
 from harness.study.trials import Trials
 
-_REDRAW = 60.0  # seconds between drawings of the plots while a study goes on
+_REDRAW = 60.0  # seconds between drawings of the plots during a study
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trial with the highest score, the earliest of equals; of several objectives the Pareto front."""
+    """The trial with the highest score (the earliest of equals); for several objectives the Pareto front."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) == 1:
         return [max(done, key=lambda trial: (trial.value, -trial.number))] if done else []
@@ -33,16 +33,16 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def line(trials: Trials, number: int) -> str:
-    """One line: how a trial ended, and the best one so far."""
+    """One line: how a trial ended, and the best trial so far."""
     trial = trials.study.get_trials(deepcopy=False)[number]
     names, best = trials.spec.objective, best_trials(trials.study)
     if trial.state is TrialState.COMPLETE:
-        told = "  ".join(f"{n} {_digits(trial, v)}" for n, v in zip(names, trial.values, strict=True))
+        outcome = "  ".join(f"{n} {_digits(trial, v)}" for n, v in zip(names, trial.values, strict=True))
     else:
-        told = f"{trial.state.name}: {trial.user_attrs.get('reason', '')}"
+        outcome = f"{trial.state.name}: {trial.user_attrs.get('reason', '')}"
     if len(names) > 1:
-        return f"trial {number}: {told} ({len(best)} on the Pareto front)"
-    return f"trial {number}: {told}" + (
+        return f"trial {number}: {outcome} ({len(best)} on the Pareto front)"
+    return f"trial {number}: {outcome}" + (
         f" (best {_digits(best[0], best[0].value)}, trial {best[0].number})" if best else ""
     )
 
@@ -52,18 +52,18 @@ def _digits(trial: FrozenTrial, value: float) -> str:
 
 
 def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
-    """A row for each trial: number, state, scores, parameters, seconds, reason, and of what it is a retry."""
+    """A row for each trial: number, state, scores, parameters, seconds, reason, and the trial it retries."""
     best = {trial.number for trial in best_trials(study)}
     found = []
     for trial in study.get_trials(deepcopy=False):
-        told = trial.values if trial.state is TrialState.COMPLETE else [None] * len(spec.objective)
+        scores = trial.values if trial.state is TrialState.COMPLETE else [None] * len(spec.objective)
         values = {p.key: p.decode(trial.params[p.key]) for p in spec.space if p.key in trial.params}
         found.append(
             {
                 "number": trial.number,
                 "state": trial.state.name,
                 "best": trial.number in best,
-                "values": dict(zip(spec.objective, told, strict=True)),
+                "values": dict(zip(spec.objective, scores, strict=True)),
                 "official": trial.user_attrs.get("official"),
                 "params": values,
                 "seconds": trial.duration.total_seconds() if trial.duration else None,
@@ -75,7 +75,7 @@ def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
 
 
 def publish(trials: Trials, draw: bool = False) -> None:
-    """Write what MLflow's parent run shows: `study.json` with counts and best trials, and plots."""
+    """Write `study.json` with counts and best trials, and the plots; MLflow's parent run shows them."""
     with FileLock(trials.folder / "study.lock"):
         record = read_record(trials.folder)
         every = trials.study.get_trials(deepcopy=False)
@@ -98,7 +98,7 @@ def publish(trials: Trials, draw: bool = False) -> None:
 
 
 def _draw(study: optuna.Study, spec: Study, folder: Path) -> list[str]:
-    """History and importance of each objective as PNG, and the front of two or three; their file names.
+    """Draw history and importance of each objective, and a Pareto front of two or three -> PNG file names.
 
     Importance needs two trials that differ in parameters and in score.
     """
@@ -118,7 +118,7 @@ def _draw(study: optuna.Study, spec: Study, folder: Path) -> list[str]:
             mark = f"_{name}" if several else ""
             drawn.append(_save(plots.plot_optimization_history(study, **how), folder / f"history{mark}.png"))
             if len({trial.values[i] for trial in done}) > 1:
-                if several:  # importance is judged for low values, unless the study's direction says
+                if several:  # with a target function Optuna takes low values for good, so negate
                     how["target"] = lambda trial, i=i: -trial.values[i]
                 axes = plots.plot_param_importances(study, **how)
                 drawn.append(_save(axes, folder / f"importance{mark}.png"))
@@ -141,13 +141,14 @@ def _save(axes: Any, path: Path) -> str:
 
 
 def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
-    """The trial that is asked for, by default the best; raises `UserError` if there is no single best one."""
+    """The trial with this number, by default the best; raises `UserError` if it has not finished or if there
+    is no single best."""
     best = best_trials(study)
     if number is not None:
         every = study.get_trials(deepcopy=False)
         if number >= len(every) or every[number].state is not TrialState.COMPLETE:
             raise UserError(
-                [Problem(f"got {number}, which is no finished trial of {spec.name}", key="--trial")]
+                [Problem(f"got {number}, which is not a finished trial of {spec.name}", key="--trial")]
             )
         return every[number]
     if not best:
@@ -164,8 +165,8 @@ def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
 def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -> str:
     """The YAML of an experiment whose run gives a trial's captions, on every split and with every score.
 
-    What the study overrides to be cheaper, `score` and `predict.splits`, is left as the base has it, but for
-    the two keys of `score` by which training chooses the best weights.
+    `score` and `predict.splits` are the base's, not the study's cheaper ones. The exception is the two keys
+    of `score` that affect which weights training keeps as the best.
     """
     changed = variant_of(spec.base_file, spec.base.variant)
     merge(changed, _overrides(spec))
@@ -173,16 +174,16 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
         if parameter.key in trial.params:
             value = parameter.decode(trial.params[parameter.key])
             set_value(changed, parameter.path, value, spec.base.model_dump(mode="json"))
-    changed.pop("seed", None)  # the file's `seeds` go before
+    changed.pop("seed", None)  # the file's `seeds` override it
     seed = trial.params.get("seed", spec.base.seed)
-    told = zip(spec.objective, trial.values, strict=True)
-    scores = ", ".join(f"{name} {_digits(trial, value)}" for name, value in told)
+    named = zip(spec.objective, trial.values, strict=True)
+    scores = ", ".join(f"{name} {_digits(trial, value)}" for name, value in named)
     star = "" if trial.user_attrs.get("official", True) else " (* by a stand-in)"
     head = [
-        f"# Question  How good is the best of the study {spec.name}, by every score and on test?",
+        f"# Question  How good is this trial of the study {spec.name}, by every score and on test?",
         f"# Command   python -m harness run {output}",
         f"# Expected  validation {scores}{star}, as trial {trial.number} of {spec.trials}",
-        f"# Cost      that of {spec.base_file.name}, less the steps that the study has made",
+        f"# Cost      that of {spec.base_file.name}, without the steps that the study has finished",
         f"# Made by   {command}",
     ]
     body = {
@@ -195,7 +196,7 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
 
 
 def _overrides(spec: Study) -> dict[str, Any]:
-    """What the study's file and `--set` change in the base, but for scores, splits and the device."""
+    """What the study's file and `--set` change in the base, except scores, splits and the device."""
     changed: dict[str, Any] = json.loads(json.dumps(spec.config.overrides, default=str))
     for path, value in parse_sets(spec.sets)[0]:
         set_value(changed, path, value, spec.base.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""The search space of a study: what a file may say of a key, and which values there are."""
+"""The search space of a study: how a file describes the values of a key, and the points of the space."""
 
 import itertools
 import json
@@ -13,10 +13,10 @@ from harness.config.schema import Config
 from harness.config.sections import Section
 
 FIXED = ("name", "variant", "edition", "score", "predict.splits")
-"""Keys that no study searches: what trials are called, and what they are compared by."""
+"""Keys that no study searches, because they name or compare trials."""
 
 MOST_POINTS = 100_000
-"""Points of a space that are listed; a larger one counts as endless."""
+"""A space with more points is not listed and counts as infinite."""
 
 
 class ParameterConfig(Section):
@@ -27,13 +27,13 @@ class ParameterConfig(Section):
     high: FiniteFloat | None = None
     """Greatest value; in the range."""
     log: bool = False
-    """Draw the logarithm evenly."""
+    """Draw evenly on a logarithmic scale."""
     step: FiniteFloat | None = None
     """Only `low`, `low` + `step`, ...; by default 1 for whole numbers, none for others."""
     choices: list[Any] | None = None
     """Instead of a range: these values, of any type that the key takes."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Search it only where each of these other keys of the space has this value, or one of this list."""
+    """Search this key only if each of these other keys has the given value, or one of the given list."""
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> "ParameterConfig":
@@ -45,9 +45,9 @@ class ParameterConfig(Section):
         if ranged and self.low >= self.high:
             raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
         if self.step is not None and (self.log or self.step <= 0):
-            raise ValueError("a step is above 0, and goes without log")
+            raise ValueError("a step must be above 0, and can't be used with log")
         if self.log and self.low <= 0:
-            raise ValueError(f"low is {self.low:g}; with log it is above 0")
+            raise ValueError(f"low is {self.low:g}; with log it must be above 0")
         return self
 
     @property
@@ -57,7 +57,7 @@ class ParameterConfig(Section):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One key of the space; `whole` where its values are whole numbers."""
+    """One key of the space; `whole` if its values are whole numbers."""
 
     key: str
     how: ParameterConfig
@@ -65,7 +65,7 @@ class Parameter:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The key as experiments nest it."""
+        """The key split into the names of nested sections."""
         return tuple(self.key.split("."))
 
     @property
@@ -75,13 +75,13 @@ class Parameter:
 
     @property
     def ends(self) -> list[tuple[str, Any]]:
-        """(key of the file, value) of the values that have to be valid for all to be."""
+        """(key of the file, value) pairs; if these values are valid, all values are."""
         if self.how.choices is not None:
             return [("choices", value) for value in self.how.choices]
         return [("low", self._number(self.how.low)), ("high", self._number(self.how.high))]
 
     def has(self, value: Any) -> bool:
-        """Whether a value of the config is one of the space."""
+        """Whether a value of the config is in the space."""
         if self.how.choices is not None:
             return encode(value) in self.encoded
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -93,25 +93,25 @@ class Parameter:
 
     @property
     def encoded(self) -> list[Any]:
-        """The choices as a storage keeps them."""
+        """The choices as the storage keeps them."""
         return [encode(value) for value in self.how.choices or ()]
 
     def decode(self, stored: Any) -> Any:
-        """The value of the config behind a stored one."""
+        """The config's value for a stored one."""
         if self.how.choices is None:
             return stored
         found = [value for value in self.how.choices if _same(encode(value), stored)]
         return found[0]
 
     def values(self) -> list[Any]:
-        """All values in order; a continuous range has none to list."""
+        """All values in order; not for a continuous range."""
         if self.how.choices is not None:
             return list(self.how.choices)
         return [self._number(round(self.how.low + i * self.step, 12)) for i in range(self.count)]
 
     @property
     def count(self) -> int | float:
-        """How many values there are; infinitely many in a continuous range."""
+        """The number of values; `inf` for a continuous range."""
         if self.how.choices is not None:
             return len(self.how.choices)
         steps = (self.how.high - self.how.low) / self.step if self.step else math.inf
@@ -119,11 +119,11 @@ class Parameter:
 
     @property
     def listable(self) -> bool:
-        """Whether `values` can list all."""
+        """Whether `values` can list all values."""
         return self.how.choices is not None or (self.step is not None and not self.how.log)
 
     def active(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is searched, given the values of other keys."""
+        """Whether this key is searched, given the values of other keys."""
         return all(
             key in values and any(_same(encode(values[key]), encode(one)) for one in several(wanted))
             for key, wanted in self.how.when.items()
@@ -139,17 +139,17 @@ def several(wanted: Any) -> list[Any]:
 
 
 def encode(value: Any) -> Any:
-    """A choice as a storage can keep it: lists and mappings as JSON."""
+    """A choice as the storage can keep it: lists and mappings become JSON."""
     return json.dumps(value) if isinstance(value, list | tuple | dict) else value
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, where True is not 1."""
+    """Whether two values are equal; True does not equal 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def is_whole(key: str) -> bool | None:
-    """Whether a key of the config takes whole numbers alone; None where it takes no number."""
+    """Whether a numeric key of the config takes whole numbers only; None if it is not numeric."""
     schema = Config.model_json_schema()
     node: Mapping[str, Any] = schema
     for name in key.split("."):
@@ -167,7 +167,7 @@ def _options(node: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def ordered(space: Sequence[Parameter]) -> list[Parameter]:
-    """The parameters, each after those that its `when` names; raises `ValueError` for a circle."""
+    """The parameters, each after the keys in its `when`; raises `ValueError` for a cycle."""
     waiting, done = list(space), {}
     while waiting:
         ready = [p for p in waiting if set(p.how.when) <= set(done)]
@@ -179,7 +179,7 @@ def ordered(space: Sequence[Parameter]) -> list[Parameter]:
 
 
 def points(space: Sequence[Parameter]) -> list[dict[str, Any]] | None:
-    """Every point of a space, in the order of its lists; None where there are more than `MOST_POINTS`."""
+    """Every point of a space, in the order of its values; None for more than `MOST_POINTS` combinations."""
     if math.prod(parameter.count for parameter in space) > MOST_POINTS:
         return None
     found: dict[str, dict[str, Any]] = {}
@@ -193,6 +193,6 @@ def points(space: Sequence[Parameter]) -> list[dict[str, Any]] | None:
 
 
 def name_of(point: Mapping[str, Any]) -> str:
-    """A text that two points share only if they are equal, except for rounding."""
+    """A text that identifies a point; rounding errors do not change it."""
     values = {key: round(v, 12) if isinstance(v, float) else encode(v) for key, v in point.items()}
     return json.dumps(values, sort_keys=True)

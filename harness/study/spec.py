@@ -1,4 +1,4 @@
-"""A study file: its schema, and everything that can be checked before the first trial."""
+"""A study file: its schema, and all checks before the first trial."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from harness.study.space import (
 
 _TRAINED = (f"train.{key}" for key in train.INDIFFERENT)
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *_TRAINED)
-"""Keys of the base that may change while a study goes on."""
+"""Keys of the base that may change during a study."""
 ADDRESS = re.compile(
     r"postgresql(\+psycopg)?://"
     r"([^\s/?@:]+(:[^\s/?@:]*)?@)?"  # user, password
@@ -46,47 +46,47 @@ class SamplerConfig(Section):
     """How the parameters of a trial are chosen."""
 
     name: Literal["tpe", "random", "grid"] = "tpe"
-    """tpe learns from the trials before; random draws evenly; grid goes through all values once."""
+    """tpe learns from earlier trials; random draws evenly; grid tries every combination once."""
     seed: Seed = 0
-    """A trial draws by this and its own number, so that random trials are the same for any workers."""
+    """A trial draws by this seed and its own number, so random trials do not depend on the workers."""
     startup_trials: whole(1, 10**6) = 10
-    """Trials that tpe draws at random before it learns."""
+    """Number of random trials before tpe starts to learn."""
 
 
 class PrunerConfig(Section):
-    """When a trial is ended early, judged by its validation scores after each epoch of all stages."""
+    """When to end a trial early, by its validation scores; epochs count over all stages."""
 
     name: Literal["none", "median", "hyperband"] = "none"
-    """median: worse than the median of the trials before at that epoch; hyperband: successive halving."""
+    """median ends a trial below the median of earlier trials at that epoch; hyperband halves successively."""
     startup_trials: whole(0, 10**6) = 5
-    """Trials that median lets run to their end first."""
+    """Number of trials that must end before median ends one early."""
     warmup_epochs: Epochs = 0
-    """Epochs of every trial that median leaves alone, and the least that hyperband gives one."""
+    """Number of first epochs in which median ends no trial; the fewest epochs that hyperband gives one."""
 
 
 class StudyConfig(Section):
-    """What a study file may say."""
+    """The keys of a study file."""
 
     base: str
-    """The experiment file that every trial starts from, beside this file."""
+    """The experiment file that every trial starts from; the path is relative to this file."""
     variant: str | None = None
-    """Which of its variants; needed where it has several."""
+    """The variant of the base; needed if it has several."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")] | None = None
-    """Folder under runs/ and MLflow experiment; by default that of the base, then the name of this file."""
+    """Folder under runs/ and MLflow experiment; by default `<name of the base>/<name of this file>`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the experiment that are otherwise in this study, such as fewer metrics."""
+    """Changes to the base for all trials, such as fewer metrics."""
     space: dict[str, ParameterConfig]
-    """What is searched: keys of the experiment, as `predict.num_beams`, and their values."""
+    """The search space: keys of the experiment, such as `predict.num_beams`, and their values."""
     objective: tuple[str, ...] = ("bertscore",)
-    """The validation score after post-processing that is to be high; several for a Pareto front."""
+    """The validation score to maximise, after post-processing; several scores give a Pareto front."""
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
     storage: str | None = None
     """sqlite, journal or postgresql://...; by default sqlite for one worker and journal for more."""
     trials: whole(1, 10**6) = 20
-    """How many there are to be, over all calls."""
+    """Number of trials over all calls."""
     retries: whole(0, 1000) = 2
-    """How often a trial whose process was killed is tried again."""
+    """How often to repeat a trial whose process was killed."""
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -96,14 +96,16 @@ class StudyConfig(Section):
     @field_validator("storage")
     @classmethod
     def _is_known(cls, value: str | None) -> str | None:
-        # what was given is not shown: it may hold a password
+        # the message does not show the value: it may hold a password
         if value in (None, "sqlite", "journal"):
             return value
         if not ADDRESS.fullmatch(value):
             what = "give sqlite, journal or postgresql://user@host/database"
-            raise ValueError(f"{what}; @ : / ? in a password are %40 %3A %2F %3F, or it is in ~/.pgpass")
+            raise ValueError(
+                f"{what}; write @ : / ? in a password as %40 %3A %2F %3F, or put the password into ~/.pgpass"
+            )
         if "password=" in value:
-            raise ValueError("a password is written before the @, or better in ~/.pgpass")
+            raise ValueError("put the password before the @, or better into ~/.pgpass")
         return value
 
 
@@ -121,24 +123,24 @@ class Study:
 
     @property
     def objective(self) -> tuple[str, ...]:
-        """The names of the scores that are to be high."""
+        """The names of the scores to maximise."""
         return self.config.objective
 
     @cached_property
     def grid(self) -> list[dict[str, Any]] | None:
-        """All points but the base's, for the sampler that goes through them; else None."""
+        """All points except the base's for the grid sampler; None for other samplers."""
         if self.config.sampler.name != "grid" or self.points is None:
             return None
         return [point for point in self.points if name_of(point) != name_of(self.start)]
 
     @cached_property
     def points(self) -> list[dict[str, Any]] | None:
-        """All points of the space, which are tried once each; None where there is no end of them."""
+        """All points of the space, each tried once; None for an infinite space."""
         return points(self.space)
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """The values of the space that the base has: trial 0."""
+        """The point of trial 0: the base's values of the searched keys."""
         values: dict[str, Any] = {}
         for parameter in self.space:
             if parameter.active(values):
@@ -146,20 +148,20 @@ class Study:
         return values
 
     def fixed(self, slot: int) -> dict[str, Any] | None:
-        """The values of the trial that comes `slot`-th, where no sampler draws them."""
+        """The point of trial `slot` (retries not counted); None if a sampler draws it."""
         if slot == 0:
             return self.start
         return self.grid[slot - 1] if self.grid is not None else None
 
     @property
     def trials(self) -> int:
-        """How many there are to be, no more than the space has points."""
+        """The number of trials, at most the number of points."""
         most = self.config.trials
         return most if self.points is None else min(most, len(self.points))
 
     @property
     def epochs(self) -> int:
-        """Of all stages of the base."""
+        """The total number of epochs of all stages of the base."""
         return sum(stage.epochs for stage in self.base.train.stages)
 
     @cached_property
@@ -167,7 +169,7 @@ class Study:
         return self.base.model_dump(mode="json")
 
     def trial(self, number: int, values: Mapping[str, Any]) -> Config:
-        """The config of a trial; raises `UserError` where the values do not go together."""
+        """The config of a trial; raises `UserError` if the values are not valid together."""
         changed = self.base.model_dump(mode="json") | {"name": self.name, "variant": f"trial-{number:04}"}
         for key, value in values.items():
             experiment.set_value(changed, tuple(key.split(".")), value)
@@ -178,7 +180,7 @@ class Study:
 
     @property
     def question(self) -> dict[str, Any]:
-        """What must stay for trials to be comparable, and for a grid to have the same order."""
+        """What must not change: else trials are not comparable, or a grid has another order."""
         base = {key: value for key, value in flat(self.base).items() if key not in INDIFFERENT}
         space = {p.key: p.how.model_dump(mode="json") for p in self.space}
         sampler = self.config.sampler.name
@@ -192,7 +194,7 @@ def load(
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Study:
-    """Read and check a study file; `base`, `variant` and `options` override what it says.
+    """Read and check a study file; `base`, `variant` and `options` override its keys.
 
     Raises `UserError` with all problems of the file, its base, the space and the options at once.
     """
@@ -227,19 +229,19 @@ def load(
 def _read(file: Path, problems: list[Problem]) -> tuple[Any, dict[str, Any]]:
     if what := no_file(file):
         near = sorted(map(str, file.parent.glob("study*.yaml"))) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Studies lie in experiments/."
+        hint = f"In that folder: {', '.join(near)}" if near else "Studies are in experiments/."
         raise UserError([Problem(what, file, hint=hint)])
     node, values = parse(file, problems)
     if not isinstance(values, dict):
         raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
     if "data" in values and "space" not in values:
-        hint = f"Run it by: python -m harness run {file}"
-        raise UserError([Problem("an experiment, not a study", file, hint=hint)])
+        hint = f"Run it: python -m harness run {file}"
+        raise UserError([Problem("this is an experiment, not a study", file, hint=hint)])
     return node, values
 
 
 def _known(values: Mapping[str, Any]) -> list[KeyPath]:
-    """The keys that this file may hold."""
+    """All keys that this file may have."""
     space = values.get("space")
     searched = list(space) if isinstance(space, dict) else []
     return [
@@ -251,14 +253,14 @@ def _known(values: Mapping[str, Any]) -> list[KeyPath]:
 def _base(
     config: StudyConfig, base_file: Path, sets: Sequence[str], places: Mapping[KeyPath, Place], file: Path
 ) -> Config:
-    """The config that trials start from: one run of the base, with what the study overrides."""
+    """The config that trials start from: one run of the base with the study's overrides."""
     amended = json.loads(json.dumps(config.overrides, default=str))
     where = {path[1:]: place for path, place in places.items() if path[0] == "overrides" and path[1:]}
     runs = experiment.load(base_file, [*sets, "predict.splits=[valid]"], (amended, where))
     variants = list(dict.fromkeys(run.variant for run in runs))
     wanted = config.variant
     if wanted is None and len(variants) > 1:
-        what = f"{base_file} has variants: {', '.join(variants)}; say which"
+        what = f"{base_file} has variants: {', '.join(variants)}; choose one"
         raise UserError([experiment.problem_at(what, ("variant",), places, file)])
     if wanted is not None and wanted not in variants:
         what = f"got {wanted}; {base_file} has {', '.join(variants)}"
@@ -274,7 +276,7 @@ def _base(
 def _space(
     config: StudyConfig, base: Config, places: Mapping[KeyPath, Place], file: Path
 ) -> tuple[tuple[Parameter, ...], list[Problem]]:
-    """The parameters in the order of drawing, and what is wrong with them."""
+    """The parameters in the order of drawing, and all problems of the space."""
     problems: list[Problem] = []
     known = list(keys())
     space: list[Parameter] = []
@@ -284,15 +286,15 @@ def _space(
             shown = former_stages.in_one_line(how.model_dump(exclude_unset=True))
             what = f"train.stages is a list now; write {'.'.join(now)}: {shown}"
         elif tuple("0" if name.isdecimal() else name for name in path) not in known:
-            what = "no key of an experiment." + experiment.did_you_mean(path)
+            what = "is not a key of an experiment." + experiment.did_you_mean(path)
         elif wrong := _no_entry(base, path):
             what = wrong
         elif any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-            what = "can't be searched: trials are called or compared by it"
+            what = "can't be searched: it names or compares trials"
         elif wider := next((one for one in config.space if key.startswith(f"{one}.")), None):
             what = f"is part of {wider}, which is searched as a whole"
         elif how.choices is None and is_whole(key) is None:
-            what = "takes no number; give choices"
+            what = "is not a number; give choices"
         else:
             space.append(Parameter(key, _as_parsed(key, how, base), bool(is_whole(key))))
             continue
@@ -308,12 +310,12 @@ def _space(
     try:
         return tuple(ordered(space)), []
     except ValueError as error:
-        what = f"{error} wait for each other"
+        what = f"{error} depend on each other by their `when`"
         return (), [experiment.problem_at(what, ("space",), places, file)]
 
 
 def _no_entry(base: Config, path: KeyPath) -> str | None:
-    """What is wrong with a path through an entry of a list that the base has not; None where it has."""
+    """The problem of a path through a list entry that the base does not have, or None."""
     try:
         experiment.set_value(base.model_dump(mode="json"), path, None)
     except UserError as error:
@@ -322,7 +324,7 @@ def _no_entry(base: Config, path: KeyPath) -> str | None:
 
 
 def _as_parsed(key: str, how: ParameterConfig, base: Config) -> ParameterConfig:
-    """With choices and conditions as the config has them, such as the number that YAML's 1e-2 is not."""
+    """Choices and conditions with the config's types; YAML reads 1e-2 as text, the config as a number."""
 
     def parsed(name: str, value: Any) -> Any:
         values, path = base.model_dump(mode="json"), tuple(name.split("."))
@@ -348,7 +350,7 @@ def _parameter_problems(
     here = ("space", parameter.key)
     problems: list[tuple[str, KeyPath]] = []
     if config.sampler.name == "grid" and not parameter.listable:
-        problems.append(("a grid needs choices, or a step and no log", here))
+        problems.append(("a grid needs choices, or a step without log", here))
     if parameter.whole and (parameter.how.step or 1) % 1:
         problems.append((f"got {parameter.how.step:g}; {parameter.key} takes whole numbers", (*here, "step")))
     values = base.model_dump(mode="json")
@@ -400,13 +402,13 @@ def _objective_problems(
     if len(set(config.objective)) != len(config.objective) or not config.objective:
         problems.append(experiment.problem_at("name each score once", ("objective",), places, file))
     if len(config.objective) > 1 and config.pruner.name != "none":
-        what = "several objectives have no order by which a trial could be ended early; use none"
+        what = "a pruner can't rank trials with several objectives; use none"
         problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
     return problems
 
 
 def _start_problems(study: Study, places: Mapping[KeyPath, Place]) -> list[Problem]:
-    """Trial 0 is the base, so its values have to be in the space."""
+    """Trial 0 is the base, so the base's values must be in the space."""
     problems = []
     for parameter in study.space:
         value = study.start.get(parameter.key)

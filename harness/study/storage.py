@@ -1,4 +1,4 @@
-"""Where a study keeps its trials: an SQLite file, a journal file, or PostgreSQL; samplers and pruners."""
+"""The storage of a study's trials (SQLite file, journal file or PostgreSQL), its samplers and its pruners."""
 
 import json
 import os
@@ -28,13 +28,13 @@ FILES = {"sqlite": "study.db", "journal": "study.journal"}
 
 
 class FileLocked:
-    """Locks a journal as long as its process lives, where Optuna's own outlives one that is killed."""
+    """A lock for a journal that ends with its process; Optuna's own lock stays after a killed process."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lock = file, FileLock(f"{file}.flock")
 
     def acquire(self) -> bool:
-        """Wait for the lock; a line that a full disk or a power cut left half written is cut off."""
+        """Wait for the lock, and cut off a last line that a full disk or a power cut left incomplete."""
         self.lock.acquire()
         if self.file.exists() and self.file.stat().st_size:
             with self.file.open("r+b") as file:
@@ -44,14 +44,14 @@ class FileLocked:
         return True
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         self.lock.release()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `study.json` says of the study in a folder; empty where none has begun.
+    """The content of `study.json` in a folder; empty if the study has not started.
 
-    Where the file is damaged, `damaged`, and the storage that lies beside it.
+    For a damaged file: `damaged`, and `storage` if a storage file is in the folder.
     """
     file = folder / RECORD
     if not file.exists():
@@ -66,20 +66,20 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def choose(spec: Study, folder: Path, workers: int) -> str:
-    """sqlite, journal or an address: what the file says, else what the study began with, else by `workers`.
+    """The storage (sqlite, journal or an address): the file's, else the one in use, else by `workers`.
 
-    Raises `UserError` where that can't be: SQLite for several workers, or another one than it began with.
+    Raises `UserError` for SQLite with several workers, and for a storage other than the one in use.
     """
     begun = read_record(folder).get("storage")
     wanted = spec.config.storage
     chosen = wanted or begun or ("sqlite" if workers == 1 else "journal")
     if begun is not None and masked(chosen) != begun:
-        what = f"got {masked(chosen)}, but the study in {folder} was begun with {begun}"
+        what = f"got {masked(chosen)}, but the study in {folder} started with {begun}"
         raise UserError([Problem(what, spec.file, key="storage", hint="Give the new study another name.")])
     if chosen == "sqlite" and workers > 1:
         what = f"SQLite has one writer, so {workers} workers would wait for each other and fail"
         if begun:
-            hint = f"The study in {folder} was begun with it: go on with one worker, or give it another name."
+            hint = f"The study in {folder} uses SQLite: continue with one worker, or give it another name."
         else:
             hint = "Use storage: journal for workers on one disk, or postgresql://... for a team."
         raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
@@ -87,14 +87,14 @@ def choose(spec: Study, folder: Path, workers: int) -> str:
 
 
 def address(folder: Path, chosen: str) -> str:
-    """The address of the storage for `optuna.load_study` and optuna-dashboard, without a password."""
+    """The storage's address for `optuna.load_study` and optuna-dashboard, without a password."""
     if chosen == "sqlite":
         return f"sqlite:///{folder / FILES['sqlite']}"
     return str(folder / FILES["journal"]) if chosen == "journal" else re.sub(r":[^:/@]*@", "@", _url(chosen))
 
 
 def _url(chosen: str) -> str:
-    """PostgreSQL's address for SQLAlchemy, which before 2.1 takes another driver unless it is named."""
+    """PostgreSQL's address for SQLAlchemy; versions before 2.1 use another driver unless it is named."""
     return chosen.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
@@ -113,14 +113,14 @@ def reachable(chosen: str) -> Iterator[None]:
     except failures() as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         what = f"{masked(chosen)}: {masked(why)}"
-        hint = "Nothing is lost; once it answers, the same command continues."
+        hint = "Nothing is lost. When the database answers again, the same command continues."
         if "password" in why:
-            hint = "Passwords are in ~/.pgpass (chmod 600), a line host:port:database:user:password each."
+            hint = "Put the password into ~/.pgpass (chmod 600) as a line host:port:database:user:password."
         raise UserError([Problem(what, key="storage", hint=hint)], exit_code=1) from None
 
 
 def connect(folder: Path, chosen: str) -> BaseStorage:
-    """Open a storage, made where it is not there; raises `UserError` where a server can't be reached."""
+    """Open a storage, or create it; raises `UserError` if a server can't be reached."""
     if chosen == "journal":
         file = folder / FILES["journal"]
         return JournalStorage(JournalFileBackend(str(file), FileLocked(file)))
@@ -137,7 +137,7 @@ def connect(folder: Path, chosen: str) -> BaseStorage:
 
 @contextmanager
 def owned(folder: Path, chosen: str) -> Iterator[None]:
-    """Keep a second process from an SQLite study as long as this one works at it."""
+    """Lock out other processes from an SQLite study while this one works on it."""
     if chosen != "sqlite":
         yield
         return
@@ -146,26 +146,26 @@ def owned(folder: Path, chosen: str) -> Iterator[None]:
         with FileLock(folder / "study.db.lock", timeout=0):
             yield
     except Timeout:
-        what = f"another process works at the study in {folder}, and SQLite has one writer"
-        hint = "Several workers need storage: journal, from the first trial on."
+        what = f"another process works on the study in {folder}, and SQLite has one writer"
+        hint = "Several workers need storage: journal from the first trial."
         raise UserError([Problem(what, key="storage", hint=hint)]) from None
 
 
 def open_study(
     spec: Study, folder: Path, chosen: str, data: Mapping[str, str] | None = None
 ) -> tuple[optuna.Study, BaseStorage]:
-    """The study of a file in its storage, begun there where it is new.
+    """Open the study of a file in its storage, or create it there.
 
-    `data` are the fingerprints of the splits, for whoever goes on to run trials. Raises `UserError` where the
-    study of that name asks another question, has seen other data or has its runs elsewhere.
+    `data`: the fingerprints of the splits, needed to run trials. Raises `UserError` if the study of that name
+    has another base, space, objective, sampler or data, or has its runs in another folder.
     """
     seen = {split: data[split] for split in ("train", "valid")} if data else {}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "study.lock"):
         if not read_record(folder) and ((folder / "run.json").exists() or any(folder.glob("*/run.json"))):
-            what = f"{folder} holds runs that are none of a study"
+            what = f"{folder} has runs that do not belong to a study"
             raise UserError([Problem(what, spec.file, key="name", hint="Give the study another name.")])
-        storage = connect(folder, chosen)  # of two that make the tables of an empty database one would fail
+        storage = connect(folder, chosen)  # under the lock: two processes can't both create the tables
         directions = ["maximize"] * len(spec.objective)
         study = optuna.create_study(
             storage=storage,
@@ -181,7 +181,7 @@ def open_study(
             write_json(folder / RECORD, record)
             study.set_user_attr("question", json.dumps(spec.question | {"data": seen}))
             study.set_user_attr("runs", record["id"])
-        elif record.get("damaged"):  # what else it said is written anew with the next trial
+        elif record.get("damaged"):  # the next trial writes the other fields again
             record = {"id": known["runs"], "storage": masked(chosen), "study": spec.name}
             write_json(folder / RECORD, record)
         elif known["runs"] != record.get("id"):
@@ -189,17 +189,15 @@ def open_study(
             hint = "All workers of a study share one runs/. For a new study give another name."
             raise UserError([Problem(what, spec.file, key="storage", hint=hint)])
         elif parts := _differs(spec, json.loads(known["question"]), seen):
-            what = (
-                f"the study {spec.name} was begun with another {', '.join(parts)}; trials can't be compared"
-            )
+            what = f"the study {spec.name} started with another {', '.join(parts)}; trials can't be compared"
             raise UserError([Problem(what, spec.file, hint="Give the new study another name.")])
     return study, storage
 
 
 def _differs(spec: Study, begun: dict[str, Any], data: Mapping[str, str]) -> list[str]:
-    """The parts of a study's question that differ from those that the study of its name was begun with.
+    """The parts of a study's question that differ from those that the study started with.
 
-    Of the base those that both have: a newer harness has keys that an older one had not.
+    Compares only base keys that both have, because a newer harness adds keys.
     """
     now = json.loads(json.dumps(spec.question))
     parts = [key for key in ("objective", "sampler") if now[key] != begun[key]]
@@ -211,7 +209,7 @@ def _differs(spec: Study, begun: dict[str, Any], data: Mapping[str, str]) -> lis
 
 
 def sampler(spec: Study, slot: int) -> optuna.samplers.BaseSampler:
-    """The sampler of the trial that comes `slot`-th: it draws by the seed and that number alone."""
+    """The sampler of trial `slot`; its random draws depend only on the seed and that number."""
     config = spec.config.sampler
     seed = int(np.random.SeedSequence([config.seed, slot]).generate_state(1)[0])
     if config.name != "tpe":

@@ -1,8 +1,8 @@
-"""Which worker has which trial. A trial is returned when interrupted, and found when its process died.
+"""How workers share trials: they take one at a time, give it back when interrupted, and recover lost ones.
 
-Storages differ in what they know of their workers, so a file lock says it for all of them: a worker holds the
-lock of its trial, and the system takes it from a process that dies. All that changes a study happens under
-one more lock, so that two workers never take or retry the same trial.
+Storages differ in what they record about workers, so each worker holds a file lock for its trial. The system
+releases the lock if the process dies. One more lock protects all changes of a study, so two workers never
+take or retry the same trial.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,16 +23,16 @@ from harness.study.spec import Study
 from harness.study.storage import sampler
 
 _DRAWS = 20
-"""Draws of a sampler for a point that is new, before the next one in order is taken."""
+"""Attempts of a sampler to draw a new point; after that the next untried point in order is used."""
 ALIKE = 3
-"""So many first trials that fail for the same reason end the study."""
+"""The study ends if this number of first trials fail for the same reason."""
 State = str
 """COMPLETE, PRUNED or FAIL, as Optuna calls them."""
 
 
 @dataclass
 class Trial:
-    """One trial that this process works at; `slot` counts trials without retries."""
+    """One trial that this process works on; `slot` counts trials without retries."""
 
     number: int
     slot: int
@@ -43,14 +43,14 @@ class Trial:
     reported: set[int] = field(default_factory=set)
 
     def report(self, value: float, epoch: int) -> None:
-        """Report a validation score to the pruner. If an epoch is repeated, its first score counts."""
+        """Report a validation score to the pruner; for a repeated epoch the first score counts."""
         if epoch not in self.reported:
             self.asked.report(value, epoch)
             self.reported.add(epoch)
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `run.json` says of it."""
+        """The section `trial` of `run.json`."""
         return {
             "number": self.number,
             "state": "RUNNING",
@@ -70,9 +70,9 @@ class Trials:
         self.study_id = storage.get_study_id_from_name(spec.name)
 
     def take(self) -> Trial | None:
-        """The next trial to work at; None where all are begun that there are to be.
+        """The next trial to work on; None if all trials have started.
 
-        Trials of processes that died go first, then those that were interrupted.
+        Trials to be repeated, after a lost process or an interruption, come first.
         """
         with self._alone():
             self._recover()
@@ -90,16 +90,15 @@ class Trials:
             lock = self._lock_of(asked.number)
             lock.acquire()
         trial = Trial(asked.number, slot, self._draw(asked), asked.user_attrs.get("retry_of"), asked, lock)
-        if (before := asked.user_attrs.get("after")) is not None:  # training goes on from what it had done
+        if (before := asked.user_attrs.get("after")) is not None:  # its training resumes that trial's
             for epoch, value in sorted(known[before].intermediate_values.items()):
                 trial.report(value, epoch)
         return trial
 
     def _untried(self, slot: int, known: Sequence[FrozenTrial]) -> dict[str, Any] | None:
-        """A point that no trial has had, of a space that has an end: what the sampler draws, until it is new.
+        """A point of a finite space that no trial has used, drawn by the sampler; None for an infinite space.
 
-        It draws in a copy of the study, where a draw that is not new stays, so that tpe looks elsewhere.
-        None for an endless space, where the sampler draws for itself.
+        The draws happen in a copy of the study. A draw that is not new stays there, so that tpe avoids it.
         """
         if self.spec.points is None:
             return None
@@ -118,11 +117,11 @@ class Trials:
         return {p.key: p.decode(stored[p.key]) for p in self.spec.space if p.key in stored}
 
     def busy(self) -> bool:
-        """Whether other processes work at trials, which might come back."""
+        """Whether other processes work on trials; such trials may still be given back."""
         return any(trial.state is TrialState.RUNNING for trial in self.study.get_trials(deepcopy=False))
 
     def failed_alike(self) -> str | None:
-        """Why the first trials failed, if all did for the reason of the one that ended last."""
+        """The reason of failure that the first `ALIKE` trials and the last ended one share, or None."""
         last: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             last[self.slot_of(trial)] = trial
@@ -131,19 +130,19 @@ class Trials:
         if not ended or len(first) < ALIKE:
             return None
         first.append(max(ended, key=lambda trial: trial.datetime_complete))
-        told = {t.user_attrs.get("reason") if t.state is TrialState.FAIL else None for t in first}
-        return told.pop() if len(told) == 1 else None
+        reasons = {t.user_attrs.get("reason") if t.state is TrialState.FAIL else None for t in first}
+        return reasons.pop() if len(reasons) == 1 else None
 
     def finish(
         self, trial: Trial, state: State, values: Mapping[str, float] | None = None, reason: str | None = None
     ) -> None:
-        """Record how a trial ended; only the state COMPLETE has scores."""
+        """Record how a trial ended; a COMPLETE trial has scores."""
         with self._alone():
             self._tell(trial.number, state, values, reason)
         trial.lock.release()
 
     def give_back(self, trial: Trial, why: str = "interrupted", lost: bool = False) -> None:
-        """Return a trial, to be continued with the same parameters; a lost one only as often as allowed."""
+        """Queue a trial again with the same parameters; a lost one only as often as `retries` allows."""
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
         with self._alone():
             if lost:
@@ -153,7 +152,7 @@ class Trials:
         trial.lock.release()
 
     def _recover(self) -> None:
-        """Find the trials whose process is gone: finish what had been scored, put the others back."""
+        """Find trials whose process has ended: finish those with scores, queue the others again."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             lock = self._lock_of(trial.number)
             try:
@@ -176,19 +175,19 @@ class Trials:
             self._again(trial, why, lost=True)
 
     def _losses(self, trial: FrozenTrial) -> int:
-        """How often the process of this trial's forerunners was gone."""
+        """How often this trial was lost with its process, over all its retries."""
         known, slot = self.study.get_trials(deepcopy=False), self.slot_of(trial)
         return sum(one.user_attrs.get("lost", False) and self.slot_of(one) == slot for one in known)
 
     def slot_of(self, trial: FrozenTrial) -> int:
-        """Which trial this is, without counting retries."""
+        """The number of this trial without counting retries."""
         if "slot" in trial.user_attrs:
             return trial.user_attrs["slot"]
         known = self.study.get_trials(deepcopy=False)
         return sum("slot" not in one.user_attrs for one in known if one.number < trial.number)
 
     def _again(self, trial: FrozenTrial, why: str, lost: bool = False) -> None:
-        """Queue a trial again and end it. If killed in between, the next call finds the queued one."""
+        """Queue a trial again and end it; after a crash in between, the next call finds it queued."""
         known = self.study.get_trials(deepcopy=False)
         queued = next((one.number for one in known if one.user_attrs.get("after") == trial.number), None)
         if queued is None:
@@ -200,7 +199,7 @@ class Trials:
         self._tell(trial.number, "FAIL", reason=f"{why}; tried again as trial {queued}")
 
     def _parameters(self, trial: FrozenTrial) -> dict[str, Any]:
-        """The parameters of a trial; none if it had not drawn all, since it will draw the same ones again."""
+        """The trial's complete parameters, or only its fixed ones: the same seed draws the others again."""
         drawn = dict(trial.params)
         values = self._values(drawn)
         wanted = [p.key for p in self.spec.space if p.active(values)]
@@ -213,7 +212,7 @@ class Trials:
         values: Mapping[str, float] | None = None,
         reason: str | None = None,
     ) -> None:
-        """Write the end of a trial to its run's record, and then to the storage."""
+        """Write how a trial ended to its run's record, then to the storage."""
         if reason is not None:
             self._attribute(number, "reason", reason)
         record = self.read_run(number)
@@ -229,15 +228,15 @@ class Trials:
                 "reason": reason,
             }
             write_json(self.run_file(number), record)
-        told = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
-        self.study.tell(number, told, None if told else TrialState[state])
+        scores = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
+        self.study.tell(number, scores, None if scores else TrialState[state])
 
     def _attribute(self, number: int, key: str, value: Any) -> None:
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
         self.storage.set_trial_user_attr(trial_id, key, value)
 
     def _draw(self, asked: optuna.Trial) -> dict[str, Any]:
-        """The values of a trial's parameters, as the config has them."""
+        """Draw a trial's parameters -> their values with the config's types."""
         values: dict[str, Any] = {}
         for parameter in self.spec.space:
             if parameter.active(values):
@@ -245,11 +244,11 @@ class Trials:
         return values
 
     def run_file(self, number: int) -> Path | None:
-        """The record of a trial's run; None where it had not begun."""
+        """The `run.json` of a trial; None if its run has not started."""
         return next(self.folder.glob(f"trial-{number:04}-s*/run.json"), None)
 
     def read_run(self, number: int) -> dict[str, Any] | None:
-        """What is recorded of a trial's run; None where it had not begun, or the record can't be read."""
+        """The record of a trial's run; None if the run has not started or its record can't be read."""
         file = self.run_file(number)
         found, _ = records.read_all([file] if file else [], ("trial", "scores"))
         return found[0][1] if found else None
@@ -276,7 +275,7 @@ def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
 
 
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
-    """Why scores of the objective are absent from a finished run."""
+    """The reasons for absent objective scores of a finished run."""
     scores = record["scores"].get("valid", {}).get("after", {})
     none = {"value": None, "reason": "not computed"}
     found = {name: scores.get(name, none) for name in objective}
@@ -288,12 +287,12 @@ def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
 
 
 def scores_of(record: Mapping[str, Any], objective: Sequence[str]) -> dict[str, float]:
-    """The objective's validation scores after post-processing of a finished run that has them."""
+    """The objective's validation scores after post-processing; the finished run must have them."""
     scores = record["scores"]["valid"]["after"]
     return {name: scores[name]["value"] for name in objective}
 
 
 def is_official(record: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether none of these scores is by a stand-in or of an unknown reading."""
+    """Whether all these scores are official: no stand-ins and no unclear readings of a metric."""
     scores = record["scores"]["valid"]["after"]
     return all(scores[name]["official"] for name in names)

@@ -18,16 +18,16 @@ from harness.study.storage import failures, open_study, owned, reachable
 from harness.study.trials import ALIKE, Trial, Trials, absent, scores_of
 
 WAIT = "wait"
-_POLL = 1.0  # seconds between looks at whether another worker's trial came back
+_POLL = 1.0  # seconds between checks for trials that other workers gave back
 
 
 def work(
     spec: Study, chosen: str, reporter: Reporter, silent: Reporter, command: str, timeout: float | None = None
 ) -> None:
-    """Work at a study until all its trials are done; begin none after `timeout` seconds.
+    """Work on a study until all its trials are done; start no trial after `timeout` seconds.
 
-    Every rank of a launch calls this: rank 0 takes the trials, and the others get the same parameters.
-    Raises `UserError` where the base can't run, or the first trials all fail alike.
+    Every rank of a launch calls this: rank 0 takes the trials and sends their parameters to the others.
+    Raises `UserError` if the base can't run, or if the first trials all fail for the same reason.
     """
     ranks.start(device.probe(spec.base.device).kind)
     if ranks.rank():
@@ -36,7 +36,7 @@ def work(
         return
     loaded: dict[str, Dataset] = {}
     (plan,) = prepare([spec.base], reporter, RUNS, loaded)
-    ranks.agree(None)  # the others may look at the data now, which is drawn and checked
+    ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
     with owned(RUNS / spec.name, chosen), reachable(chosen):
         study, storage = open_study(spec, RUNS / spec.name, chosen, plan.data.fingerprints)
         worker = _Worker(spec, Trials(spec, study, storage, RUNS), reporter, command, loaded)
@@ -55,7 +55,7 @@ class _Worker:
         self.command, self.loaded = command, loaded
 
     def run(self, until: float) -> None:
-        """Trial after trial; while others still work, wait for what they might leave behind."""
+        """Run trials; while other workers are busy, wait for trials that they may give back."""
         while time.monotonic() < until:
             trial = self.trials.take()
             if trial is not None:
@@ -70,13 +70,13 @@ class _Worker:
                 return
 
     def _attempt(self, trial: Trial) -> str | None:
-        """Run one trial and record how it ended, also after an error -> why it failed, if it did."""
+        """Run one trial and record how it ended -> the reason if it failed."""
         values, reason = None, None
         try:
             state, values = "COMPLETE", self._scores(trial)
         except Pruned as why:
             state, reason = "PRUNED", str(why)
-        except (UserError, RuntimeError, ValueError) as error:  # torch: memory is short; values do not fit
+        except (UserError, RuntimeError, ValueError) as error:  # torch: out of memory, or values do not fit
             if ranks.cut_off(error):
                 self._leave(trial)
                 raise KeyboardInterrupt from error
@@ -92,14 +92,14 @@ class _Worker:
         return reason if state == "FAIL" else None
 
     def _leave(self, trial: Trial) -> None:
-        """Give a trial back; it counts as lost where this rank was interrupted because another one failed."""
+        """Give a trial back; it counts as lost if another rank's failure interrupted this one."""
         if ranks.all_interrupted():
             self.trials.give_back(trial)
         else:
             self.trials.give_back(trial, "another rank failed", lost=True)
 
     def _scores(self, trial: Trial) -> dict[str, float]:
-        """Run a trial; its scores by the name of the objective."""
+        """Run a trial -> its score for each objective."""
         config = self.spec.trial(trial.number, trial.values)
         ranks.agree((trial.number, trial.values))
         (plan,) = prepare([config], self.reporter, RUNS, self.loaded)
@@ -111,7 +111,7 @@ class _Worker:
         return scores_of(record, self.spec.objective)
 
     def _judge(self, trial: Trial, plan: Plan, row: Mapping[str, Any]) -> str | None:
-        """Tell a validation; the reason for ending the trial there, if there is one."""
+        """Report a validation to the pruner -> the reason to end the trial now, or None."""
         (metric,) = self.spec.objective
         name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
         before = plan.config.train.stages[: row["stage"] - 1]
@@ -127,8 +127,8 @@ class _Worker:
             what = f"the first {ALIKE} trials failed for the same reason, so the study ends: {why}"
             raise UserError([Problem(what, self.spec.file)], exit_code=1)
         if ranks.world_size() > 1:
-            # the other ranks may wait in the middle of a step; the launcher starts all of them anew
-            raise UserError([Problem(f"the ranks start again after: {why}")], exit_code=1)
+            # the other ranks may wait in the middle of a step; the launcher restarts all of them
+            raise UserError([Problem(f"the ranks restart after: {why}")], exit_code=1)
 
 
 def _reason(error: BaseException) -> str:
@@ -139,7 +139,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | None]) -> Watch | None:
-    """What hears of validations on every rank; several objectives can't be reported to Optuna."""
+    """A function that every rank calls after each validation; None if there are several objectives.
+
+    It raises `Pruned` if the pruner ends the trial. Optuna does not prune trials with several objectives.
+    """
     if len(spec.objective) > 1:
         return None
 
@@ -152,13 +155,13 @@ def _watch(spec: Study, plan: Plan, judge: Callable[[Mapping[str, Any]], str | N
 
 
 def _assist(spec: Study, silent: Reporter) -> None:
-    """What ranks other than 0 do: their share of each trial that rank 0 takes."""
+    """Do the share of a rank other than 0 in each trial that rank 0 takes."""
     loaded: dict[str, Dataset] = {}
     ranks.agree(None)
-    while (told := ranks.agree(None)) is not None:
-        if told == WAIT:
+    while (message := ranks.agree(None)) is not None:
+        if message == WAIT:
             continue
-        number, values = told
+        number, values = message
         (plan,) = prepare([spec.trial(number, values)], silent, RUNS, loaded)
         try:
             runs.assist(plan, silent, _watch(spec, plan, lambda row: None))

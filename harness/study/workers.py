@@ -1,4 +1,4 @@
-"""Several workers of one study on this machine: processes of the same command, each with its devices."""
+"""Several workers of one study on this machine: processes of one command, each with its own devices."""
 
 import os
 import subprocess
@@ -9,20 +9,20 @@ from harness.machine import launch
 from harness.machine.device import Device
 
 WORKER = "HARNESS_STUDY_WORKER"
-"""Set in the environment of a worker: its number."""
+"""The environment variable with a worker's number."""
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _GRACE = 60  # seconds for workers to give their trials back
 
 
 def is_worker() -> bool:
-    """Whether this process is one of several that another one started."""
+    """Whether this process is a worker that `start` started."""
     return WORKER in os.environ
 
 
 def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) -> list[int]:
     """Run `python -m harness ARGUMENTS` in `workers` processes -> their exit codes.
 
-    Ctrl-C and SIGTERM are handed on, and raise `KeyboardInterrupt` once all have ended.
+    Ctrl-C and SIGTERM end the workers too, and raise `KeyboardInterrupt` when all have ended.
     """
     launch.share_cores(workers * ranks)
     command = [sys.executable, "-u", "-m", "harness", *arguments]
@@ -34,21 +34,21 @@ def start(arguments: Sequence[str], workers: int, device: Device, ranks: int) ->
         return [process.wait() for process in running]
     except KeyboardInterrupt:
         for process in running:
-            process.terminate()  # begun by cron or `&`, they ignore SIGINT
+            process.terminate()  # not SIGINT: under cron or `&` they ignore it
         for process in running:
             _end(process)
         raise
 
 
 def environment(number: int, device: Device, ranks: int) -> dict[str, str]:
-    """The environment of a worker: its number, and its share of the devices if there are several."""
-    told = {WORKER: str(number)}
+    """Environment variables of a worker: its number, and its share of the devices if there are several."""
+    own = {WORKER: str(number)}
     variable = _VISIBLE.get(device.kind)
     if variable is None or device.count < 2:
-        return told
+        return own
     visible = os.environ.get(variable, ",".join(map(str, range(device.count)))).split(",")
     mine = [visible[(number * ranks + i) % len(visible)] for i in range(ranks)]
-    return told | {variable: ",".join(dict.fromkeys(mine))}
+    return own | {variable: ",".join(dict.fromkeys(mine))}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
