@@ -32,11 +32,11 @@ def by_length(
     device: str,
     budget: int | None = None,
 ) -> list[Result]:
-    """A result for each row of `lengths` tokens, which does not depend on the other rows.
+    """A result for each row of `lengths` tokens; it does not depend on the other rows.
 
-    `compute` gets rows and the width to pad them to, and gives a result for each; see `batches`. On CPUs
-    batches are computed side by side by one thread each: threads within one batch would wait for each other
-    after every matrix product. Those wider than `WIDE` are computed one at a time, for the sake of memory.
+    `compute` gets rows and the width to pad them to, and returns a result for each; see `batches`. On CPUs
+    batches run in parallel with one thread each: threads within one batch would wait for each other after
+    every matrix product. Batches wider than `WIDE` run one at a time to save memory.
     """
     todo = list(batches(lengths, limit, budget or (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET)))
     if device == "cpu":
@@ -47,8 +47,8 @@ def by_length(
                 done = [compute(*batch) for batch in todo[:wide]]
                 done += pool.map(lambda batch: compute(*batch), todo[wide:])
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for no batch
-    else:  # and in this thread: in another, torch-npu takes device 0
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command waits for none
+    else:  # in this thread, since torch-npu would use device 0 in another one
         done = [compute(*batch) for batch in todo]
     found: list[Any] = [None] * len(lengths)
     for (rows, _), results in zip(todo, done, strict=True):
@@ -58,11 +58,11 @@ def by_length(
 
 
 def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[tuple[list[int], int]]:
-    """Rows in batches and the width of each batch in tokens, the widest first.
+    """Rows in batches, and the width of each batch in tokens, the widest first.
 
-    Kernels round otherwise for batches of another shape. So the width follows from a row's own length: the
-    next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have as many rows as fit
-    `budget` tokens; the last one is filled up by repeating its last row.
+    Kernels round differently for batches of another shape. So the width depends on a row's own length only:
+    the next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have the same number of rows,
+    as many as fit `budget` tokens. The last batch is filled up by repeating its last row.
     """
     by_width: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
@@ -80,7 +80,7 @@ def filled(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def row_by_row(layer: Callable[[Any], Any], batch: Any) -> Any:
-    """A small layer on each row (1, d) of a batch (n, d): its product rounds by the place in the batch."""
+    """A small layer on each row (1, d) of a batch (n, d): in a batch, rounding depends on a row's place."""
     import torch
 
     return torch.cat([layer(row) for row in batch.split(1)])
@@ -88,7 +88,7 @@ def row_by_row(layer: Callable[[Any], Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[int]:
-    """One thread a product, so that sums do not depend on how many there are; gives that number."""
+    """Use one thread per product, so that sums do not depend on the thread count; yields that count."""
     import torch
 
     threads = torch.get_num_threads()
@@ -100,7 +100,7 @@ def one_thread() -> Iterator[int]:
 
 
 def at_hand(name: str, key: str) -> Checkpoint:
-    """The checkpoint that the config names by `key`; raises `Absent` where it can't be loaded."""
+    """The checkpoint `name`, given by `key` of the config; raises `Absent` if it can't be loaded."""
     found = checkpoints.find(name)
     if wrong := lacking(name, key):
         raise Absent("; ".join(problem.what for problem in wrong))
@@ -108,20 +108,20 @@ def at_hand(name: str, key: str) -> Checkpoint:
 
 
 def lacking(name: str, key: str) -> list[Problem]:
-    """What keeps the checkpoint that the config names by `key` from being loaded."""
+    """Why the checkpoint `name`, given by `key` of the config, can't be loaded; empty if it can."""
     found = checkpoints.find(name)
     return checkpoints.flaws(found, key) if found else [checkpoints.missing(name, key)]
 
 
 def contents(name: str, cache: Path | None) -> list[list[str]] | None:
-    """Names and hashes of the files of a checkpoint; None where it is not at hand."""
+    """Names and hashes of the files of a checkpoint; None if it is not on this machine."""
     found = checkpoints.find(name)
     return checkpoints.contents(found.folder, cache) if found else None
 
 
 @contextlib.contextmanager
 def loading(place: Path) -> Iterator[None]:
-    """Turns whatever a library makes of damaged or foreign files into `Absent`, in one line."""
+    """Turns any error of a library about damaged or foreign files into `Absent`, in one line."""
     quieten()
     try:
         yield
@@ -135,10 +135,10 @@ def loading(place: Path) -> Iterator[None]:
 
 
 def last_kept(identify: Callable[[Path], Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Keeps the last model that a loader made, until other weights lie at its place; see `loading`.
+    """Keeps the last model of a loader in memory until its weights change on disk; see `loading`.
 
-    The loader's first argument is the place of the weights, and `identify` gives what tells their contents
-    apart. `cache_clear` of the loader forgets the model.
+    The loader's first argument is the path of the weights. `identify` returns what identifies their contents.
+    The loader's `cache_clear` forgets the model.
     """
 
     def keeping(load: Callable[..., Result]) -> Callable[..., Result]:
@@ -163,9 +163,9 @@ def files_of(folder: Path) -> list[list[str]]:
 
 
 def loaded(model: Any, folder: Path, unused: str = "$^", **options: Any) -> Any:
-    """A model of transformers with all its weights from a folder, in evaluation.
+    """A transformers model in evaluation mode, with all its weights from a folder.
 
-    Raises `Absent` where weights are lacking, which would be random, but for names that match `unused`.
+    Raises `Absent` if weights are missing, since they would be random; names that match `unused` may be.
     """
     made, info = model.from_pretrained(folder, output_loading_info=True, **options)
     lacking = sorted(name for name in info["missing_keys"] if not re.search(unused, name))
