@@ -72,7 +72,9 @@ def test_the_reference_has_the_ranking_rules_of_the_editions():
 
 
 def test_every_command_has_a_panel_and_an_example():
-    for command in re.findall(r"^\| `([a-z ]+)` \|", printed().partition("\n## Commands\n")[2], re.MULTILINE):
+    commands = re.findall(r"^\| `([a-z ]+)` \|", printed().partition("\n## Commands\n")[2], re.MULTILINE)
+    assert {"run", "score", "submission make", "data check"} <= set(commands)
+    for command in commands:
         text = CliRunner().invoke(app, [*command.split(), "--help"], catch_exceptions=False).stdout
         assert f"Example: python -m harness {command}".removesuffix(" run") in text
     assert "─ Commands ─" not in CliRunner().invoke(app, ["--help"], catch_exceptions=False).stdout

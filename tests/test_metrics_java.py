@@ -136,6 +136,7 @@ def test_java_that_hangs_is_ended(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_ends_when_its_parent_is_killed_while_it_works():
     program = (
         "from harness.metrics.meteor import Meteor\n"
