@@ -17,6 +17,7 @@ from harness import records, submission
 from harness.captions import PREDICTIONS, read_captions, same_in
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, flat
+from harness.data.forms import other_editions
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
@@ -27,7 +28,6 @@ from harness.steps.base import Step
 from harness.steps.plan import Plan
 from harness.steps.work import Reporter, Watch, Work
 from harness.store import MADE, bytes_of, damage, once, write, write_json
-from harness.submission.form import other_editions
 
 TRACEBACK = "traceback.txt"
 SUBMISSIONS = Path("submissions")

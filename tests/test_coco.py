@@ -8,8 +8,8 @@ import pytest
 
 from harness import scoring, submission
 from harness.cli import compare as cli_compare
+from harness.data.captionfiles import read, read_ids, read_predictions
 from harness.errors import UserError
-from harness.submission.inputs import read, read_ids, read_predictions
 
 IDS = [f"ImageCLEFmedCaption_2023_valid_{number:06d}" for number in (16, 7, 300)]
 TEXTS = ["A CT, axial | left", 'The "sail"\nsign.', ""]

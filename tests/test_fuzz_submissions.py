@@ -15,9 +15,9 @@ import pytest
 from support.fuzzing import cases, within
 from support.organisers import Refused, evaluate
 
+from harness.data.captionfiles import read_predictions
 from harness.errors import UserError
 from harness.submission import as_written, check, fix, make, read
-from harness.submission.inputs import read_predictions
 
 EDITIONS = [2022, 2023, 2025, 2026]
 IDS = ["scan_000001", "scan_000002", "b7", "x-9"]

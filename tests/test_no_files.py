@@ -12,10 +12,10 @@ from support import small_sets
 from support.small_sets import CAPTIONS, CONCEPTS, config, one, problems
 
 from harness import data, scoring
+from harness.data.captionfiles import read_ids, read_predictions
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
 from harness.submission import check
-from harness.submission.inputs import read_ids, read_predictions
 
 whole, root = small_sets.whole, small_sets.root  # fixtures
 

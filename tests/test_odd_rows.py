@@ -18,11 +18,11 @@ from support.small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, 
 
 from harness import data, leaderboard, scoring
 from harness.captions import read_captions
+from harness.data.captionfiles import read_ids
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
 from harness.leaderboard import entries
 from harness.submission import check
-from harness.submission.inputs import read_ids
 
 whole, root = small_sets.whole, small_sets.root  # fixtures
 ROWS = [("A CT image.", ["C0000001"]), ("\u202f", []), ("An MR image.", []), ("...", ["C0000001"])]

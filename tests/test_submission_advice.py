@@ -12,9 +12,9 @@ import pytest
 from support import commands
 
 from harness.captions import sameness
+from harness.data.captionfiles import read_ids
 from harness.errors import UserError
 from harness.submission import check
-from harness.submission.inputs import read_ids
 
 ROWS = 17_237  # of a team's run in 2024
 IDS = [f"scan_{number:06d}" for number in range(5)]

@@ -57,9 +57,9 @@ def make(
     """
     from harness import submission
     from harness.captions import sameness
+    from harness.data.captionfiles import read_ids
     from harness.records import place_of
     from harness.records import read as run_record
-    from harness.submission.inputs import read_ids
     from harness.submission.runs import captions
 
     record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
@@ -85,8 +85,8 @@ def make(
 
 def _of_file(source: Path, task: Task, ids: Sequence[str]) -> Mapping[str, Any]:
     """The captions or concepts of a file; prints to stderr how the file was read."""
+    from harness.data.captionfiles import as_predictions, read, with_ids
     from harness.submission import plural
-    from harness.submission.inputs import as_predictions, read, with_ids
 
     found = with_ids(read(source), ids)
     values = as_predictions(found, task.value)
@@ -160,7 +160,7 @@ def check(
     Example: python -m harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
-    from harness.submission.inputs import read_ids
+    from harness.data.captionfiles import read_ids
 
     wanted = read_ids(ids)
     problems = submission.check(file, wanted, edition, task.value)
@@ -196,7 +196,7 @@ def _sameness(file: Path, task: Task) -> str | None:
 
 def _by_hand(problems: Sequence[Problem]) -> list[Problem]:
     """The problems that --fix could not repair, without the advice to use --fix."""
-    from harness.submission.form import REPAIR
+    from harness.data.forms import REPAIR
 
     return [replace(p, hint="Repair it by hand.") if p.hint == REPAIR else p for p in problems]
 

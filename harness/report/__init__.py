@@ -8,7 +8,7 @@ missing.
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import store
+from harness import records, store
 from harness.pages import filled
 from harness.report import sources
 from harness.report.contents import REPORT, as_dict
@@ -33,5 +33,5 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
     if out is None and run.record["status"] != "RUNNING":
         record = dict(sources.of(folder).record)
         record["artifacts"] |= {REPORT: f"{record['name']}/{run.name}/{REPORT}"}
-        store.write_json(folder / "run.json", record)
+        store.write_json(folder / records.FILE, record)
     return page

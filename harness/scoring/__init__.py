@@ -17,6 +17,15 @@ from harness.config.experiment import Place, explain, parse_sets, set_value
 from harness.config.schema import Config
 from harness.config.sections import Section
 from harness.data import folders
+from harness.data.captionfiles import (
+    CaptionFile,
+    few,
+    passes_for_header,
+    read,
+    read_otherwise,
+    with_ids,
+)
+from harness.data.forms import Task, bare, plural
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.machine import device, ranks
 from harness.metrics import Score
@@ -28,15 +37,6 @@ from harness.records import read as run_record
 from harness.records import root as run_root
 from harness.scoring import verify
 from harness.store import RUNS, bytes_of, damage, is_done
-from harness.submission.form import Task, bare, plural
-from harness.submission.inputs import (
-    CaptionFile,
-    few,
-    passes_for_header,
-    read,
-    read_otherwise,
-    with_ids,
-)
 
 _CONCEPTS = re.compile(r"C\d+(\s*;\s*C\d+)*")
 Run = tuple[Path, Mapping[str, Any]]

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.captions import sameness
-from harness.errors import Flaw, Problem, UserError, grouped
-from harness.submission import folder as folders
-from harness.submission import inputs
-from harness.submission.checks import check, concept_faults, faults, id_faults, some
-from harness.submission.form import (
+from harness.data import captionfiles
+from harness.data.forms import (
     INVALID,
     MEMBER,
     Rules,
@@ -25,6 +22,9 @@ from harness.submission.form import (
     store_text,
     zipped,
 )
+from harness.errors import Flaw, Problem, UserError, grouped
+from harness.submission import folder as folders
+from harness.submission.checks import check, concept_faults, faults, id_faults, some
 from harness.submission.repair import fix
 
 __all__ = ["Task", "as_written", "check", "fix", "make", "read", "rules", "write_captions", "write_concepts"]
@@ -161,4 +161,4 @@ def read(path: Path | str) -> dict[str, str]:
 
     Raises `UserError` with all rows that can't be read.
     """
-    return dict(inputs.read(Path(path)).values)
+    return dict(captionfiles.read(Path(path)).values)

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.errors import Flaw, Problem, grouped
-from harness.submission import kinds
-from harness.submission.form import (
+from harness.data import filekinds
+from harness.data.forms import (
     IS_ZIP,
     MEMBER,
     REPAIR,
@@ -20,6 +19,7 @@ from harness.submission.form import (
     rows_of,
     rules,
 )
+from harness.errors import Flaw, Problem, grouped
 
 _BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 Fault = tuple[str, str, str]
@@ -44,7 +44,7 @@ def check(path: Path | str, ids: Sequence[str], edition: int, task: Task = "capt
 def _another_file(fault: str, path: Path, form: Rules) -> str:
     """What to do about a file that can't be opened."""
     if fault == IS_ZIP:
-        return kinds.conversion(path, form)
+        return filekinds.conversion(path, form)
     if fault.startswith("the zip holds"):
         return f"Put the file alone into it: zip -j submission.zip {MEMBER}"
     return "Give a whole file, or make one: python -m harness submission make RUN"
@@ -72,12 +72,12 @@ def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Pro
 
 def whole(data: bytes, form: Rules, path: Path) -> Problem | None:
     """What is wrong with a file as a whole, if anything; its rows are then not checked."""
-    if found := kinds.not_text(data):
+    if found := filekinds.not_text(data):
         return Problem(found[0], path, hint=found[1] or "Give the submission: a text file or its zip.")
     text, _ = decoded(data)
-    if other := kinds.other_format(text, form):
-        what = f"{other}; the edition of {form.edition} has {kinds.described(form)}"
-        return Problem(what, path, hint=kinds.remedy(text, path, form))
+    if other := filekinds.other_format(text, form):
+        what = f"{other}; the edition of {form.edition} has {filekinds.described(form)}"
+        return Problem(what, path, hint=filekinds.remedy(text, path, form))
     return None
 
 

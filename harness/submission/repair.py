@@ -5,9 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import Flaw, Problem, UserError, grouped
-from harness.submission.checks import check, whole
-from harness.submission.form import (
+from harness.data.forms import (
     INVALID,
     NOT_UTF_8,
     Row,
@@ -22,6 +20,8 @@ from harness.submission.form import (
     rules,
     store_text,
 )
+from harness.errors import Flaw, Problem, UserError, grouped
+from harness.submission.checks import check, whole
 
 
 def fix(path: Path | str, out: Path, ids: Sequence[str], edition: int, task: Task = "caption") -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
+from harness.data.captionfiles import as_predictions, read
+from harness.data.forms import INVALID
 from harness.errors import Problem, UserError
 from harness.store import bytes_of
 from harness.submission.checks import some
-from harness.submission.form import INVALID
-from harness.submission.inputs import as_predictions, read
 
 
 def captions(

@@ -5,8 +5,8 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from harness.submission import coco
-from harness.submission.form import Rules
+from harness.data import coco
+from harness.data.forms import Rules
 
 EXPORT_HINT = "Export it as CSV (UTF-8, with commas), and give that file."
 _BINARY = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.data.forms import bare
 from harness.errors import Flaw, Problem, UserError, grouped
-from harness.submission.form import bare
 
 KIND = "COCO results (JSON)"
 WANTED = 'COCO results are a list: [{"image_id": 16, "caption": "..."}, ...]'

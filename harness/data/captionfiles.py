@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from harness.data import files
+from harness.data import coco, filekinds, files
+from harness.data.forms import LONGEST, MEMBER, Task, content, decoded
 from harness.data.readers import comma_rows, unquoted_rows
 from harness.errors import Flaw, Problem, UserError, grouped, places
-from harness.submission import coco, kinds
-from harness.submission.form import LONGEST, MEMBER, Task, content, decoded
 
 _IDS_HINT = "Give the organisers' list of ids, a label file of the split, or a file with one id a line."
 _FILE_HINT = "Give a submission, a label file, or the folder of a run: runs/<experiment>/<variant>-s<seed>."
@@ -193,7 +192,7 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
         warnings = [f"reads {name}; the organisers want a zip of {MEMBER} and nothing else"]
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
-        problem = ("is an Excel workbook", kinds.EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
+        problem = ("is an Excel workbook", filekinds.EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
         raise UserError([Problem(problem[0], path, hint=problem[1])])
     _refuse_no_text(data, path, _FILE_HINT)
     has_mark = data.startswith(codecs.BOM_UTF8)
@@ -205,7 +204,7 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
 
 def _refuse_no_text(data: bytes, path: Path, hint: str) -> None:
     """Raise `UserError` for images, archives, and for text in another encoding that could pass for UTF-8."""
-    if found := kinds.not_text(data):
+    if found := filekinds.not_text(data):
         raise UserError([Problem(found[0], path, hint=found[1] or hint)])
 
 
@@ -237,9 +236,9 @@ def _member(path: Path, name: str) -> bytes | None:
 
 def _separator(text: str, path: Path) -> str:
     lines = (line[0] for line in re.finditer(r"[^\r\n]+", text))
-    found = next(filter(None, map(kinds.separator_of, lines)), None)
+    found = next(filter(None, map(filekinds.separator_of, lines)), None)
     if found == ";":
-        raise UserError([Problem("is separated by semicolons", path, 1, hint=kinds.EXPORT_HINT)])
+        raise UserError([Problem("is separated by semicolons", path, 1, hint=filekinds.EXPORT_HINT)])
     if found is None:
         what = "holds neither pipes, tabs nor commas" if text.strip() else "is empty"
         raise UserError([Problem(what, path, hint=_FILE_HINT)])
