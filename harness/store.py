@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, INPUTS, MADE = "DONE", "inputs.json", "made.json"
+DONE, INPUTS, READ, MADE = "DONE", "inputs.json", "read.json", "made.json"
 RUNS = Path("runs")
 """The folder of records, steps and caches, in the folder where a command is called."""
 LARGE = 64_000_000
@@ -112,8 +112,7 @@ def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool
     seal = _seal(directory)
     if seal is None or any(_misfit(directory / name, size) for name, (size, _) in seal["files"].items()):
         return False
-    read = seal["from"]
-    return all(read.get(name, digest) == digest for name, digest in (made_from or {}).items())
+    return not _differs(seal["from"], made_from or {})
 
 
 def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
@@ -148,7 +147,7 @@ def damage_of(file: Path) -> str | None:
 def products(directory: Path, names: Sequence[str] | None = None) -> dict[str, str]:
     """SHA-256 of what a sealed step made for others, by `<step>/<file>`: `names`, or all but its notes."""
     seal = _seal(directory) or {"files": {}}
-    wanted = [name for name in seal["files"] if name not in (INPUTS, MADE)] if names is None else names
+    wanted = [name for name in seal["files"] if name not in (INPUTS, READ, MADE)] if names is None else names
     return {f"{directory.name}/{n}": seal["files"][n][1] for n in wanted if n in seal["files"]}
 
 
@@ -192,8 +191,9 @@ def once(
     """Call `build(directory)` for a step, unless it is done and nothing of it changed.
 
     `build` tells whether all came out; a step that lacks something is built again the next time. An
-    interrupted step finds its directory as it left it, one that is damaged finds what is whole, and one that
-    read other files than `made_from` finds nothing. A second process that wants the same step waits.
+    interrupted step finds its directory as it left it, one that is damaged finds what is whole. One that read
+    other files than `made_from`, or whose seal is damaged, finds nothing. A second process that wants the
+    same step waits.
     """
     from filelock import FileLock
 
@@ -207,21 +207,30 @@ def once(
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_suffix(".lock")):
         if not whole():
-            _clear(directory)
+            _clear(directory, made_from)
             write_json(directory / INPUTS, inputs)
+            write_checked(directory / READ, dict(made_from))
             if build(directory):
                 _sync(directory)
                 seal(directory, made_from)
 
 
-def _clear(directory: Path) -> None:
+def _clear(directory: Path, made_from: Mapping[str, str]) -> None:
     """Delete what can't be built upon. The seal goes first, so that the step does not count as done."""
-    damaged = damage(directory)
-    stale = not damaged and (directory / DONE).exists()  # whole, but made from other files
+    damaged, sealed = damage(directory), (directory / DONE).exists()
+    other = not sealed and _differs(read_checked(directory / READ), made_from)
+    # A damaged seal can vouch for nothing. A whole one is of a step that read other files.
+    every = DONE in damaged or other or (sealed and not damaged)
     (directory / DONE).unlink(missing_ok=True)
-    for path in directory.iterdir() if stale else [directory / name for name in damaged]:
+    for path in directory.iterdir() if every else [directory / name for name in damaged]:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _differs(read: Any, made_from: Mapping[str, str]) -> bool:
+    """Whether a step read other files; those of an unknown one are taken for the same."""
+    known = read if isinstance(read, dict) else {}
+    return any(known.get(name, digest) != digest for name, digest in made_from.items())
 
 
 def _sync(directory: Path) -> None:

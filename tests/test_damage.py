@@ -20,6 +20,7 @@ from harness.models import checkpoints
 from harness.store import (
     DONE,
     damage,
+    fingerprint,
     is_done,
     once,
     products,
@@ -29,6 +30,8 @@ from harness.store import (
     write_checked,
 )
 from harness.training.resume import BEST, FINISHED, LOSSES, Checkpoints, State, rows_of
+
+NOTES = ["inputs.json", "read.json"]
 
 
 def flip(file: Path) -> None:
@@ -72,7 +75,7 @@ def test_a_damaged_step_is_built_again_from_what_is_whole(tmp_path, how):
     assert is_done(file.parent) == (how == "bit")  # sizes alone are looked at
     build()
     assert file.read_bytes() == content
-    assert build.found == [["inputs.json"], ["inputs.json", "made.json"]]
+    assert build.found == [NOTES, sorted([*NOTES, "made.json"])]
     assert damage(file.parent) == {}
 
 
@@ -92,7 +95,21 @@ def test_a_step_whose_seal_is_damaged_is_built_again(tmp_path, how):
     assert list(damage(directory)) == [DONE]
     build()
     assert is_done(directory)
-    assert len(build.found) == 2
+    assert build.found == [NOTES, NOTES]  # nothing vouches for the files that were there
+
+
+def test_an_interrupted_step_goes_on_only_from_what_was_made_of_the_same_files(tmp_path):
+    found = []
+
+    def interrupted(directory: Path) -> bool:
+        found.append(sorted(path.name for path in directory.glob("partial-*")))
+        (directory / f"partial-{len(found)}.jsonl").write_text("captions")
+        return False
+
+    directory = step_directory(tmp_path, "predict", {"a": 1})
+    for weights in ("1", "1", "2"):
+        once(directory, {"a": 1}, interrupted, {"train-1/best.safetensors": weights * 64})
+    assert found == [[], ["partial-1.jsonl"], []]
 
 
 def test_a_step_that_read_other_files_is_built_from_nothing(tmp_path):
@@ -104,8 +121,23 @@ def test_a_step_that_read_other_files_is_built_from_nothing(tmp_path):
     after = {"train-1/best.safetensors": "2" * 64}
     assert not is_done(directory, after)
     build(after)
-    assert build.found == [["inputs.json"], ["inputs.json"]]
+    assert build.found == [NOTES, NOTES]
     assert products(directory, ["predictions.csv"]).keys() == {f"{directory.name}/predictions.csv"}
+
+
+def test_captions_of_an_interrupted_step_are_kept_only_as_they_were_written(tmp_path):
+    from harness.decoding import predict
+
+    def row(image, caption, digest=None):
+        return json.dumps([image, caption, digest or fingerprint([image, caption])]).encode()
+
+    altered = row("b", "large mass", fingerprint(["b", "large masr"]))
+    odd = [b"5", b"null", b'"abc"', b'["a", "an older version"]', b'{"a": 1, "b": 2, "c": 3}', b"[" * 99_999]
+    lines = [row("a", "mass"), altered, *odd, row("c", "no mass")[:-9], row("d", "é").replace(b"d", b"\xff")]
+    (tmp_path / "partial-0.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "partial-1.jsonl").mkdir()
+    os.mkfifo(tmp_path / "partial-2.jsonl")
+    assert predict._read_partials(tmp_path) == {"a": "mass"}
 
 
 def test_large_files_are_read_only_when_asked(tmp_path, monkeypatch):

@@ -22,7 +22,10 @@ from support.training import by_hand
 from support.training import config as settings
 
 from harness.machine import device, launch
+from harness.store import fingerprint
 from harness.training.resume import Checkpoints, State
+from harness.training.schedule import indivisible
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 
@@ -179,7 +182,8 @@ def test_one_rank_captions_as_two_did(shared_run):
     (step / "predictions.csv").unlink()
     # what a rank that was killed left behind: two captions, and a line cut in two
     rows = before.decode().splitlines()[1:3]
-    kept = "".join(json.dumps(row.split(",", 1)) + "\n" for row in rows if '"' not in row)
+    pairs = [row.split(",", 1) for row in rows if '"' not in row]
+    kept = "".join(json.dumps([*pair, fingerprint(pair)]) + "\n" for pair in pairs)
     (step / "partial-1.jsonl").write_bytes(f'{kept}["phantom_te'.encode() + "é".encode()[:1])
     harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")
     assert (step / "predictions.csv").read_bytes() == before
@@ -191,6 +195,11 @@ def test_ranks_that_can_not_share_the_batch_are_not_started(tmp_path):
     assert "train.batch_size: got 16, which 3 devices with micro batches of 8 cannot share" in done.stderr
     assert done.stderr.rstrip().endswith("1 problem; nothing was run.")
     assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_share_any_batch_where_nothing_is_trained():
+    assert indivisible(TrainConfig(batch_size=16, micro_batch_size=8), 3)
+    assert indivisible(TrainConfig(batch_size=16, micro_batch_size=8, stages=()), 3) is None
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A trained model and a split to captions; what was captioned before an interruption is kept."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from harness.captions import PREDICTIONS, write_captions
 from harness.config.sections import PredictConfig
 from harness.machine import ranks
 from harness.models.loading import Loaded
+from harness.store import fingerprint
 
 PARTIALS = "partial-*.jsonl"
 
@@ -79,7 +81,8 @@ def predict_split(
         def keep(part: Sequence[int], texts: Sequence[str]) -> None:
             nonlocal done
             for i, text in zip(part, texts, strict=True):
-                file.write(json.dumps([ids[i], text], ensure_ascii=False) + "\n")
+                row = [ids[i], text]
+                file.write(json.dumps([*row, fingerprint(row)], ensure_ascii=False) + "\n")
             file.flush()
             done += len(part) * ranks.world_size()
             progress(min(done, len(ids)), len(ids))
@@ -94,12 +97,12 @@ def predict_split(
 
 
 def _read_partials(directory: Path) -> dict[str, str]:
+    """Captions by id; a row that an interruption cut, or a bit of which has changed, is left out."""
     known = {}
-    for file in sorted(directory.glob(PARTIALS)):
+    for file in sorted(filter(Path.is_file, directory.glob(PARTIALS))):
         for line in file.read_bytes().split(b"\n"):
-            try:
-                image, caption = json.loads(line)
-            except ValueError:  # the line that the interruption cut
-                continue
-            known[image] = caption
+            with contextlib.suppress(ValueError, RecursionError):
+                match json.loads(line):
+                    case [str(image), str(caption), digest] if digest == fingerprint([image, caption]):
+                        known[image] = caption
     return known
