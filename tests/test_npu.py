@@ -231,7 +231,7 @@ def test_the_first_ascend_910_is_not_taken_for_more_than_it_is(npu, tmp_path):
     assert not checks["fp16"]["ok"]
     refused = run(tmp_path, first, "run", *half)
     assert refused.returncode == 2
-    assert "train.precision: got fp16, but this npu cuts off what is too large" in refused.stderr
+    assert "train.precision: got fp16, but this npu saturates instead of overflowing" in refused.stderr
     code = "from harness.machine import device; device.probe(); print(device.scoring_device('npu'))"
     assert [run(tmp_path, each, code, program=("-c",)).stdout for each in (first, npu)] == [
         "cpu\n",
