@@ -1,10 +1,9 @@
-"""Which differences between systems remain if other images are drawn or captions are swapped.
+"""Significance tests for differences between systems that caption the same images; both tests are paired.
 
-All systems caption the same images, so both tests are paired. The paired bootstrap draws rows again, the same
-for both systems (Koehn 2004, section 5); paired approximate randomisation swaps the two systems' captions of
-random rows (Noreen 1989; Riezler and Maxwell 2005). Corpus metrics are computed anew from the summed
-statistics of each draw. The per-image scores of the others are taken as given: CIDEr's document frequencies
-stay those of the whole reference set.
+The paired bootstrap resamples images, the same for both systems (Koehn 2004, section 5). Paired approximate
+randomisation swaps the two systems' captions of random images (Noreen 1989; Riezler and Maxwell 2005). Corpus
+metrics are recomputed from the summed statistics of each draw. Other metrics keep their per-image scores, so
+CIDEr's document frequencies are always those of the whole reference set.
 """
 
 import zlib
@@ -27,15 +26,15 @@ LEVEL = 0.05
 PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time stay in memory
 ARRAYS = "arrays.npz"
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error)
-"""What numpy and zipfile raise for a file of arrays that is damaged."""
-TIE = 1e-12  # scores of order 1 that differ by less differ by rounding
+"""The exceptions of numpy and zipfile for a damaged file of arrays."""
+TIE = 1e-12  # smaller differences between scores of order 1 are rounding errors
 
 
 @dataclass(frozen=True)
 class System:
-    """The scores of one run or file: `ids` of its rows (n), in the order of the scores' arrays.
+    """The scores of one run or file; `ids` (n) are in the order of the scores' arrays.
 
-    `references` is the fingerprint of ids and references, `scores` has arrays where there is a value.
+    `references` is the fingerprint of ids and references. A score with a value also has arrays.
     """
 
     label: str
@@ -48,8 +47,8 @@ class System:
 class Difference:
     """`b` minus `a` in one metric, with its 95 % interval [`low`, `high`], `p` and Holm's `adjusted_p`.
 
-    `real` if `adjusted_p` < 0.05 and the interval is without 0. One image gives no interval. Where the two
-    were not compared there is a `reason` and no number.
+    `real` if `adjusted_p` < 0.05 and the interval excludes 0. With one image there is no interval. If the two
+    were not compared, there is a `reason` and no number.
     """
 
     metric: str
@@ -65,7 +64,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Which one is higher, in words; `not shown` does not mean that the two are equal."""
+        """Which system is higher, in words; `not shown` does not mean that the two are equal."""
         if self.reason:
             return "not compared"
         if not self.real:
@@ -75,7 +74,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Contrast:
-    """One metric of two systems: its rows for `a`, and by how much those of `b` exceed them, both (n, k)."""
+    """One metric of two systems: `rows` of `a`, and `excess`, the rows of `b` minus those of `a`; (n, k)."""
 
     metric: str
     a: str
@@ -100,11 +99,11 @@ def compare(
     resamples: int = PERMUTATIONS,
     seed: int = 0,
 ) -> list[Difference]:
-    """Every pair of systems in every metric, or in the given ones; rows are aligned by id.
+    """Compare every pair of systems in every metric, or in the given ones; rows are aligned by id.
 
-    The p value is two-sided, of `resamples` random swaps, or of all 2^n where those are no more. Raises
-    `UserError` where ids or references differ or no difference could be real with so few swaps, and (exit
-    code 1) where nothing can be compared.
+    The p value is two-sided, from `resamples` random swaps, or from all 2^n if there are no more. Raises
+    `UserError` if ids or references differ, if the swaps are too few for any real difference, and (exit code
+    1) if nothing can be compared.
     """
     check_rows(systems)
     check_resamples(systems, resamples)
@@ -125,7 +124,7 @@ def compare(
 
 
 def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]:
-    """The metrics to compare; one that is asked for brings its other reading along."""
+    """The metrics to compare; a wanted metric includes its other reading."""
     found = list(dict.fromkeys(name for system in systems for name in system.scores))
     if wanted is None:
         return found
@@ -134,29 +133,29 @@ def _names(systems: Sequence[System], wanted: Sequence[str] | None) -> list[str]
 
 
 def check_rows(systems: Sequence[System]) -> None:
-    """Raise `UserError` naming every system whose ids or references differ from those of the first."""
+    """Raise `UserError` naming every system whose ids or references differ from the first's."""
     first, *others = systems
     problems = []
     for other in others:
         missing, more = (sorted(set(one.ids) - set(two.ids)) for one, two in ((first, other), (other, first)))
         if missing or more:
             parts = [(missing, f"lacks ids of {first.label}"), (more, f"has ids that {first.label} lacks")]
-            said = [f"{words}: {len(ids)}, the first {ids[0]}" for ids, words in parts if ids]
-            problems.append(Problem("other images: " + "; ".join(said), other.label))
+            lines = [f"{words}: {len(ids)}, the first {ids[0]}" for ids, words in parts if ids]
+            problems.append(Problem("other images: " + "; ".join(lines), other.label))
         elif other.references != first.references:
             problems.append(Problem(f"other references than {first.label}, for the same ids", other.label))
     if problems:
-        raise UserError(problems, "Only scores of the same images against the same references compare.")
+        raise UserError(problems, "Compare scores of the same images against the same references only.")
 
 
 def check_resamples(systems: Sequence[System], resamples: int) -> None:
-    """Raise `UserError` where the least p of so few swaps, times the pairs (Holm), is not below 0.05."""
+    """Raise `UserError` if so few swaps can give no p below 0.05 after Holm's correction for all pairs."""
     pairs = comb(len(systems), 2)
     exact = 2 ** len(systems[0].ids) <= resamples
     if not exact and 2 * pairs / (resamples + 1) >= LEVEL:
         enough = round(2 * pairs / LEVEL)
         what = f"{resamples} are too few for any difference between {len(systems)} systems to be real"
-        hint = f"With {pairs} {'pair' if pairs == 1 else 'pairs'} it takes --resamples {enough} or more."
+        hint = f"With {pairs} {'pair' if pairs == 1 else 'pairs'}, use --resamples {enough} or more."
         raise UserError([Problem(what, key="--resamples", hint=hint)])
 
 
@@ -180,9 +179,9 @@ def _lacks(metric: str, system: System) -> str | None:
         return f"absent for {system.label}: {score.reason}"
     rows = _rows(score)
     if rows is None:
-        return f"{system.label} has no scores of single images"
+        return f"{system.label} has no scores per image"
     if bad := (~np.isfinite(rows).all(axis=1)).sum():
-        return f"{system.label} has {bad:,} of {len(rows):,} images with a score that is no number"
+        return f"{system.label} has {bad:,} of {len(rows):,} images with a score that is not finite"
     return None
 
 
@@ -192,7 +191,7 @@ def _rows(score: Score) -> np.ndarray | None:
 
 
 def signature_changes(a: str, b: str) -> str:
-    """The parts in which two signatures differ: `layer: 40 / 6; fp32 / bf16`; `-` for a part of one only."""
+    """The parts in which two signatures differ: `layer: 40 / 6; fp32 / bf16`; `-` is a missing part."""
     ours, theirs = a.split("|"), b.split("|")
     changes = []
     for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
@@ -207,7 +206,7 @@ def _change(one: str, two: str) -> str:
 
 
 def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Difference]:
-    """Both tests of all contrasts, on the same draws and the same swaps."""
+    """Do both tests for all contrasts, with the same draws and the same swaps."""
     both = {str(i): np.hstack([one.rows, one.excess]) for i, one in enumerate(contrasts)}
     drawn = bootstrap.resample(both, {str(i): c.drawn for i, c in enumerate(contrasts)}, DRAWS, seed)
     swapped = _swapped([one.excess for one in contrasts], resamples, seed)
@@ -218,7 +217,7 @@ def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Dif
         observed = float(one.score(b) - one.score(a))
         null = one.score(b - moved) - one.score(a + moved)
         if not all(np.isfinite(part).all() for part in (observed, draws, null)):
-            reason = "some draws of the images have a score that is no number"
+            reason = "some draws of the images have a score that is not finite"
             found.append(Difference(one.metric, one.a, one.b, reason=reason))
             continue
         ends = bootstrap.interval(draws) if len(one.rows) > 1 else (None, None)
@@ -228,13 +227,13 @@ def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Dif
 
 
 def adjust(one: Difference, p: float) -> Difference:
-    """The difference with an adjusted p, and whether it is real by that and by its interval."""
+    """The difference with its adjusted p, and with `real` from that p and the interval."""
     without_0 = one.low is not None and (one.low > 0 or one.high < 0)
     return replace(one, adjusted_p=p, real=p < LEVEL and without_0)
 
 
 def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
-    """The sums of the swapped rows of each contrast's excess (n, k), each (resamples, k)."""
+    """The sums of the swapped rows in each contrast's excess (n, k), each (resamples, k)."""
     together = np.hstack(excess)
     totals = [swaps.astype(float) @ together for swaps in _swaps(len(together), resamples, seed)]
     ends = np.cumsum([part.shape[1] for part in excess])
@@ -242,7 +241,7 @@ def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np
 
 
 def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Which rows are swapped: 0 or 1 (at most 100, rows), at random or every way there is."""
+    """Blocks of swaps, 1 for a swapped row, (at most `BLOCK`, rows): random, or all 2^rows if few enough."""
     if 2**rows <= resamples:
         yield np.arange(2**rows)[:, None] >> np.arange(rows) & 1
         return
@@ -252,10 +251,10 @@ def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def p_value(null: np.ndarray, observed: float, exact: bool) -> float:
-    """The two-sided p of a difference among those of swapped rows (r,), as scipy's `permutation_test` counts.
+    """The two-sided p of a difference against those of swapped rows (r,), as scipy's `permutation_test`.
 
-    Random swaps leave the observed one out, so it is added. Raises `ValueError` for numbers that are not
-    finite, which would count as extreme.
+    Random swaps do not include the observed difference, so it is added. Raises `ValueError` for numbers that
+    are not finite, because they would count as extreme.
     """
     if not (np.isfinite(null).all() and np.isfinite(observed)):
         raise ValueError("no p value of differences that are not finite")
@@ -265,7 +264,7 @@ def p_value(null: np.ndarray, observed: float, exact: bool) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p values of one family, adjusted (Holm 1979): 5 % of families have one below 0.05 by chance."""
+    """The p values of one family, adjusted (Holm 1979): by chance, 5 % of families have one below 0.05."""
     adjusted, least = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - rank) * p[i]))
@@ -274,7 +273,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _corrected(found: Sequence[Difference]) -> list[Difference]:
-    """Holm's correction over the pairs of each metric that were compared."""
+    """The differences with Holm's correction over the compared pairs of each metric."""
     corrected = list(found)
     for metric in {one.metric for one in found}:
         family = [i for i, one in enumerate(found) if one.metric == metric and not one.reason]
@@ -284,9 +283,9 @@ def _corrected(found: Sequence[Difference]) -> list[Difference]:
 
 
 def read_run(folder: Path, label: str) -> System:
-    """The validation scores of a run, after post-processing, as its score step left them.
+    """The validation scores of a run after post-processing, from its score step.
 
-    Raises `UserError` where the folder is no run, or its scores lack the numbers of single images.
+    Raises `UserError` if the folder is not a run, or if its scores lack the numbers per image.
     """
     record = records.read(folder)
     table = records.step_file(folder, record, "score-after", "scores.json")
@@ -295,7 +294,7 @@ def read_run(folder: Path, label: str) -> System:
         what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
         raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
     if (file := records.step_file(folder, record, "score-after", ARRAYS)) is None:
-        what = "scored by an older version, without the numbers of single images that a comparison needs"
+        what = "scored by an older version, without the numbers per image that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
     result = records.scores(table, record)
     try:
@@ -304,14 +303,14 @@ def read_run(folder: Path, label: str) -> System:
             name: _with_rows(Score(**e), arrays.get(name), len(ids)) for name, e in result["scores"].items()
         }
     except UNREADABLE as error:
-        # a seal says no more than what an earlier version has left here
-        hint = f"Delete {file.parent}, and the run makes it again: {record['command']}"
+        # the checksum can be right: an earlier version may have written this file
+        hint = f"Delete {file.parent}, then run again: {record['command']}"
         raise UserError([Problem(f"can't be read: {error}", file, hint=hint)]) from None
     return System(label, ids, result["references"], scores)
 
 
 def of_rows(found: Rows, label: str) -> System:
-    """A file of captions that was matched with its references, not scored yet."""
+    """The system of a file of captions, matched with its references but not scored yet."""
     return System(label, found.ids, references_fingerprint(found.ids, found.references), {})
 
 

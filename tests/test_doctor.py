@@ -150,7 +150,7 @@ def test_too_small_a_disk_for_the_pixel_cache_is_told_before_it_is_built(tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     fix, line = lack_of_room(competition, "pixel cache to build")
     assert line.startswith("pixel cache to build: train 24.2 GB, valid 4.1 GB, test 4.2 GB at 364 pixels; ")
-    assert "30.0 GB free, 2.5 GB too few" in line
+    assert "30.0 GB free, 2.5 GB missing" in line
     assert "--set data.cache=false" in line
     assert fix == "Free 2.5 GB, or decode in every epoch: --set data.cache=false"
     without = competition.model_copy(update={"data": competition.data.model_copy(update={"cache": False})})

@@ -181,5 +181,5 @@ def test_the_same_command_makes_whole_what_was_damaged(project, tmp_path, monkey
         assert code == 0, (case, done, err)
         assert outcome(folder) == wanted, (case, done)
         if changed and "steps" in file.parts:
-            assert f"{file} is not what the step left" in err, (case, done, err)
+            assert f"{file} has changed since the step" in err, (case, done, err)
         shutil.rmtree(folder)

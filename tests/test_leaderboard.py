@@ -51,11 +51,11 @@ APART = {
     "no score": ({"scores": {"valid": {"after": {"bertscore": score(None, reason="no Java")}}}}, "no Java"),
     "not scored": ({"scores": {}}, "not computed"),
     "only before": ({"scores": {"valid": {"before": {"bertscore": score(0.9)}}}}, "not computed"),
-    "edition without its metric": ({"edition": 2026}, "overall, which ranks, is absent"),
+    "edition without its metric": ({"edition": 2026}, "overall, the ranking score, is absent"),
     "edition without a rule": ({"edition": 2022}, "not established"),
     "another subtask": (
         {"edition": 2026, "scores": {"valid": {"after": {"overall": score(0.4, n=19_239)}}}},
-        "it has 19,239 images, as many as the subtask Synthetic, the validation split of 2026 19,240",
+        "it has 19,239 images (like the subtask Synthetic), but the validation split of 2026 has 19,240",
     ),
 }
 
@@ -166,7 +166,7 @@ def test_seeds_have_a_mean_and_a_standard_deviation_and_no_rank(project):
     seeds = {"scores": {"valid": {"after": {"bertscore": score_of_bf16()}}}}
     write_run(project, record(seed=5, **seeds))
     reason = leaderboard.over_seeds(board(project))[0]["scores"]["bertscore"]["reason"]
-    assert "not scored in the same way" in reason
+    assert "different signatures" in reason
 
 
 def score_of_bf16() -> dict:

@@ -286,7 +286,7 @@ def test_weights_of_another_width_are_named(published, source):
         own = name.startswith(("cls.", "embeddings.", "qformer."))
         other[name] = torch.cat([weight, weight], dim=-1) if own and weight.ndim else weight
     store(published[source], other)
-    with pytest.raises(UserError, match="no configured checkpoint holds these weights"):
+    with pytest.raises(UserError, match="no configured checkpoint has these weights"):
         load(published)
 
 

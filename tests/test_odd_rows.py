@@ -338,10 +338,8 @@ def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
         file = folder / f"caption_prediction_{split}.csv"
         assert check(file, ids, 2023) == []
         assert f"{image}|{constant}" in file.read_text().splitlines()
-        assert any(
-            f"{split}: no image that can be read for 1 id ({image})" in x for x in record["data"]["notes"]
-        )
-        assert f"{split}: no image that can be read" in done.stdout
+        assert any(f"{split}: no readable image for 1 id ({image})" in x for x in record["data"]["notes"])
+        assert f"{split}: no readable image" in done.stdout
         assert any(image in text for text in data_of(project / "runs/small/base-s42/report.html")["warnings"])
     assert {score["n"] for score in record["scores"]["valid"]["after"].values()} == {12}
     before = json.loads((project / "runs/before/base-s42/run.json").read_text())
@@ -365,7 +363,7 @@ def test_mlflow_and_a_later_submission_say_so_too(project):
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
     tags = [run.data.tags.get("data.notes", "") for run in client.search_runs([experiment.experiment_id])]
-    assert any("test: no image that can be read for 1 id (phantom_test_000003)" in tag for tag in tags)
+    assert any("test: no readable image for 1 id (phantom_test_000003)" in tag for tag in tags)
     harness(project, "submission", "make", "runs/small/base-s42", "--out", "made")
     made = json.loads((project / "made/caption-test/manifest.json").read_text())
     assert made["fallback"]["ids"] == ["phantom_test_000003"]

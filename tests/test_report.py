@@ -85,7 +85,7 @@ def test_a_run_without_scores_yet_has_its_captions_and_the_references_of_the_dat
     run = record(status="RUNNING", pid=2**22 + 1, scores={}, image_gap=None, baseline=None)
     run["steps"] = {"predict-valid": run["steps"]["predict-valid"]}
     page = data_of(report.write(write_run(tmp_path, run, found)))
-    assert page["facts"]["status"] == "KILLED (its process is gone)"
+    assert page["facts"]["status"] == "KILLED (its process has ended)"
     rows = page["captions"]["rows"]
     assert [(row["before"], row["reference"]) for row in rows] == [
         (c["before"], c["reference"]) for c in found

@@ -371,7 +371,7 @@ def test_betas_are_less_than_one():
 
 
 def test_fp16_without_a_scaled_loss_is_refused():
-    with pytest.raises(ValueError, match="precision is fp16, whose losses DeepSpeed scales at a zero_stage"):
+    with pytest.raises(ValueError, match="precision is fp16, which needs a zero_stage of 1, 2 or 3"):
         config(precision="fp16")
 
 

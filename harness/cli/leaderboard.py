@@ -1,4 +1,4 @@
-"""`harness leaderboard`: our runs beside the official standings."""
+"""`harness leaderboard`: our runs and the official standings."""
 
 import csv
 import io

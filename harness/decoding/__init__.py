@@ -1,1 +1,1 @@
-"""From weights to captions."""
+"""Decoding: from weights to captions, and post-processing."""

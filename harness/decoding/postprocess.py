@@ -1,4 +1,4 @@
-"""Between the model and the submission: repetitions removed, white space, capital letter, full stop."""
+"""Post-processing of captions before submission: repetitions, white space, capital letter, full stop."""
 
 import re
 import unicodedata
@@ -9,10 +9,10 @@ from operator import eq
 from harness.config.sections import Section
 
 VERSION = 2
-"""Raised whenever the same caption would come out differently; part of every step's fingerprint."""
+"""Increase it when the code gives another result for the same caption; part of the step's fingerprint."""
 
 _RUNS = (
-    # Digits are left alone (10000 is a number), and so are three in a row ("III", "...").
+    # Digits do not count (10000 is a number), and three in a row are allowed ("III", "...").
     re.compile(r"([^\w\s])\1{3,}"),
     re.compile(r"([^\W\d_]{1,8}?)\1{3,}"),
 )
@@ -24,15 +24,15 @@ _FUNCTION_WORDS = frozenset(
 )
 _ARTICLES = frozenset(["a", "an", "the"])
 _WORD = re.compile(r"(?<![^\W_])[^\W\d_]{2,}(?![^\W_])")
-_PERIOD = 64  # words in the longest phrase that is looked for side by side: half of the model's 128 tokens
-_PHRASE = 4  # words that make a repeated phrase more than chance: "end of the tibia"
-_COPIED = 12  # words that a tail made of copied phrases must have: two labels of one figure share fewer
-_LOOPS = 4  # copies after which a phrase at the end is a language model in a loop, not emphasis
-_DROP = 4  # how far below its best the walk back from a loop may fall before it stops
+_PERIOD = 64  # most words of a phrase that repeats directly: half of the model's 128 tokens
+_PHRASE = 4  # least words of a phrase that does not repeat by chance: "end of the tibia"
+_COPIED = 12  # least words of a tail of copied phrases: two labels of one figure share fewer
+_LOOPS = 4  # least copies at the end that mean a language model in a loop, not emphasis
+_DROP = 4  # the walk back from a loop stops when its sum is more than this below the best sum
 
 
 class PostprocessConfig(Section):
-    """What happens to a caption between the model and the submission."""
+    """Post-processing of captions before submission."""
 
     deduplicate: bool = False
     """Remove repeated characters, words, phrases and sentences (the paper's section 3.3)."""
@@ -43,9 +43,9 @@ class PostprocessConfig(Section):
 
 
 def postprocess(caption: str, config: PostprocessConfig) -> str:
-    """The caption as it is submitted: white space collapsed, then what `config` asks for.
+    """The caption as it is submitted: with collapsed white space and the changes that `config` asks for.
 
-    A caption of white space only becomes "": there is nothing to write, and nothing is made up.
+    A caption of white space only becomes "".
     """
     text = " ".join(caption.split())
     if config.deduplicate:
@@ -58,9 +58,9 @@ def postprocess(caption: str, config: PostprocessConfig) -> str:
 def deduplicate(caption: str, capitalise: bool = True, full_stop: bool = True) -> str:
     """The caption without repeated characters, words, phrases and sentences (closeAI2023, section 3.3).
 
-    White space is collapsed. `capitalise` raises the first letter. `full_stop` closes a sentence whose
-    repeating end was cut off; an end that was not touched stays as it is, and so does one where the cut went
-    through words said nowhere else: there the sentence broke off (Table 2, third row).
+    White space is collapsed. `capitalise` capitalises the first letter. `full_stop` ends a sentence whose
+    repetitive end was removed. There is no full stop if the end was not changed, or if the removed part has
+    words that are nowhere else: then the sentence is incomplete (Table 2, third row).
     Idempotent; never empty for a caption that is more than white space.
     """
     text = " ".join(caption.split())
@@ -74,7 +74,7 @@ def deduplicate(caption: str, capitalise: bool = True, full_stop: bool = True) -
 
 
 def _shortened(text: str, full_stop: bool) -> str:
-    """One pass over all kinds of repetition, from the smallest to the largest."""
+    """Do one pass over all kinds of repetition, from the smallest to the largest."""
     for run in _RUNS:
         text = run.sub(r"\1", text)
     words = text.split()
@@ -90,7 +90,7 @@ def _shortened(text: str, full_stop: bool) -> str:
 
 
 def _closed(words: Sequence[str], kept: Sequence[int], full_stop: bool) -> str:
-    """The words kept; where the end was cut off, no comma is left hanging and the full stop is put back."""
+    """The text of the kept words; if the end was removed, without a final comma and with a full stop."""
     text = " ".join(words[i] for i in kept)
     if not kept or kept[-1] == len(words) - 1:
         return text
@@ -99,23 +99,23 @@ def _closed(words: Sequence[str], kept: Sequence[int], full_stop: bool) -> str:
 
 
 def _capitalised(text: str) -> str:
-    """With a capital letter first, unless the word has its own capitals, as pH has."""
+    """The text with a capital first letter, unless the word has its own capitals, as in pH."""
     first, second = text[:1], text[1:2]
     capital = first.upper()
-    # Some letters have no capital, or one of two letters, or one that compares as another word.
+    # Some letters have no capital, a capital of two letters, or one that differs even if case is ignored.
     if second.isupper() or len(capital) != 1 or capital.casefold() != first.casefold():
         return text
     return capital + text[1:]
 
 
 def _stopped(text: str) -> str:
-    """With a full stop, unless the text ends in a mark already."""
+    """The text with a full stop, unless it already ends with a punctuation mark."""
     last = text.rstrip(_CLOSERS)[-1:]
     return text + "." if last.isalnum() or last in ("%", "°", "+") else text
 
 
 def _without_neighbours(words: Sequence[str], keys: Sequence[str]) -> list[int]:
-    """The places of the words that stay when each phrase that follows itself is written once."""
+    """The positions of the words that stay if each directly repeated phrase is written once."""
     kept = list(range(len(words)))
     for period in range(1, min(_PERIOD, len(words) // 2) + 1):
         same = bytes(map(eq, keys[period:], keys))
@@ -126,7 +126,7 @@ def _without_neighbours(words: Sequence[str], keys: Sequence[str]) -> list[int]:
 
 
 def _once(words: Sequence[str], same: bytes, period: int) -> list[int]:
-    """The places that stay; `same[i]` says whether word i comes again `period` words later."""
+    """The positions that stay; `same[i]` is 1 if word i is repeated `period` words later."""
     stay, done = [], 0
     at = same.find(b"\1" * period)
     while at >= 0:
@@ -136,20 +136,20 @@ def _once(words: Sequence[str], same: bytes, period: int) -> list[int]:
         middle, last = at + period, at + 2 * period
         before = words[at - 1] if at else None
         if copies > 1 or _is_slip(words[at:middle], words[middle:last], before, last == len(words)):
-            # Of "a, a mass" the last is kept, which has no comma.
+            # Of "a, a mass" the last copy is kept, because it has no comma.
             said = at + copies if _is_little(words[at:middle]) and words[at].endswith(",") else at
             stay += [*range(done, at), *range(said, said + period)]
-            # At the end of a caption the last copy may have been broken off: it goes too.
+            # At the end of a caption the last copy may be incomplete: remove it too.
             done = len(words) if end == len(same) and copies > 1 else middle + copies * period
         at = same.find(b"\1" * period, end)
     return [*stay, *range(done, len(words))]
 
 
 def _is_slip(phrase: Sequence[str], copy: Sequence[str], before: str | None, ends: bool) -> bool:
-    """Whether a phrase written twice is a slip of the writer; `ends` where the caption ends with it.
+    """Whether a phrase written twice is a mistake; `ends`: the caption ends with it.
 
-    Not so a size (3 × 3 cm), a level (L1 L1), an abbreviation given in brackets, a title that opens its first
-    sentence, or a word after a comma (light blue, blue). `before` is the word before the phrase.
+    These are no mistakes: a size (3 × 3 cm), a level (L1 L1), an abbreviation in brackets, a title that the
+    first sentence repeats, a word after a comma (light blue, blue). `before` is the word before the phrase.
     """
     if _is_little(phrase):
         return _is_little_twice(phrase[0], copy[0], before)
@@ -165,10 +165,11 @@ def _is_little(phrase: Sequence[str]) -> bool:
 
 
 def _is_little_twice(word: str, copy: str, before: str | None) -> bool:
-    """Whether an article or one letter follows itself: with a a mass, with a, a mass, A a mass.
+    """Whether an article or one letter is repeated by mistake: with a a mass, with a, a mass, A a mass.
 
-    A capital that comes second is a name (point A A, type I I), a letter after a number is a unit (3 m m),
-    an x is a sign, and what stands before a comma and opens a sentence names a panel (a, a mass is seen).
+    These are no mistakes: a capital as the second one is a name (point A A, type I I), a letter after a
+    number is a unit (3 m m), an x is a sign, and a letter with a comma at the start of a sentence is the name
+    of a panel (a, a mass is seen).
     """
     bare = word.casefold().rstrip(",")
     if copy.rstrip(",;.") != bare or bare == "x" or not bare.isalpha():
@@ -179,13 +180,13 @@ def _is_little_twice(word: str, copy: str, before: str | None) -> bool:
 
 
 def _is_word(text: str) -> bool:
-    """Whether a part of it has two letters or more and no digit; 5, L1, T2, 3mm and × have no such part."""
+    """Whether a part has two or more letters and no digit, without accents; false for 5, L1, T2, 3mm, ×."""
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return bool(_WORD.search(letters))
 
 
 def _without_sentences(words: Sequence[str], keys: Sequence[str], kept: Sequence[int]) -> list[int]:
-    """The places that stay when a sentence of three words or more is written once."""
+    """The positions that stay if each sentence of three or more words is written once."""
     stay: list[int] = []
     sentence: list[int] = []
     seen = set()
@@ -201,7 +202,7 @@ def _without_sentences(words: Sequence[str], keys: Sequence[str], kept: Sequence
 
 
 def _completed(keys: list[str]) -> list[str]:
-    """The keys, the last made whole where the token limit cut a word that an earlier phrase has in full."""
+    """The keys with the last one completed if the token limit cut a word that an earlier phrase has whole."""
     if len(keys) <= _PHRASE:
         return keys
     *phrase, last = keys[-_PHRASE:]
@@ -212,7 +213,7 @@ def _completed(keys: list[str]) -> list[str]:
 
 
 def _copied_tail(keys: list[str]) -> int:
-    """Where the caption begins to say only again, in whole phrases, what it has said; else its length."""
+    """The position from which a caption only repeats earlier phrases; its length if there is none."""
     phrases = list(zip(*(keys[i:] for i in range(_PHRASE)), strict=False))
     seen, copied = set(), [False] * len(keys)
     for i, phrase in enumerate(phrases):
@@ -231,7 +232,7 @@ def _copied_tail(keys: list[str]) -> int:
 
 
 def _unhung(keys: Sequence[str], end: int) -> int:
-    """The end moved back over words that can't end a sentence, unless there are no others."""
+    """The end moved back over words that can't end a sentence, unless there are no other words."""
     shorter = end
     while shorter and keys[shorter - 1] in _FUNCTION_WORDS:
         shorter -= 1
@@ -239,13 +240,13 @@ def _unhung(keys: Sequence[str], end: int) -> int:
 
 
 def _babble(keys: list[str]) -> int | None:
-    """Where a language model that ends in a loop began to babble, or None.
+    """The position where a language model that ends in a loop began to babble, or None.
 
-    A loop is a phrase `_LOOPS` times over at the end. A clean loop says its phrase once and repeats it; that
-    is left to `_without_neighbours`. Babble stumbles into the loop ("ao aneurysm aoa aneurysm aoa", "ap
-    patella ap patellar ligament ap patella ap patella") and none of it belongs to the caption. So walk back
-    from the loop: a word of the loop, or of what was walked over, counts 1, any other content word -2 (it is
-    the caption's own), and the babble begins where the sum is largest.
+    A loop is a phrase that the end repeats `_LOOPS` times or more. A clean loop only repeats its phrase;
+    `_without_neighbours` handles it. Babble is a distorted repetition before the loop ("ao aneurysm aoa
+    aneurysm aoa", "ap patella ap patellar ligament ap patella ap patella"); none of it belongs to the
+    caption. So walk back from the loop and sum: a word of the loop or of the words passed counts 1, any other
+    content word -2, because it belongs to the caption. The babble begins where the sum is largest.
     """
     loop = _loop_start(keys)
     keys = _stems(keys)
@@ -266,7 +267,7 @@ def _babble(keys: list[str]) -> int | None:
 
 
 def _loop_start(keys: Sequence[str]) -> int:
-    """The first word of the longest stretch at the end that is one phrase `_LOOPS` times over, or the end."""
+    """The start of the longest end that repeats one phrase `_LOOPS` or more times, else the length."""
     start = len(keys)
     for period in range(1, min(_PERIOD, len(keys) // _LOOPS) + 1):
         same = bytes(map(eq, keys[period:], keys))
@@ -277,7 +278,7 @@ def _loop_start(keys: Sequence[str]) -> int:
 
 
 def _stems(keys: Sequence[str]) -> list[str]:
-    """Words that a stumble lengthens by a letter, as one: ao and aoa, patella and patellar."""
+    """The keys, where words that differ only by added final letters become one: aoa ao, patellar patella."""
     words = {key for key in keys if len(key) > 1 and key not in _FUNCTION_WORDS}
 
     def stem(key: str) -> str:
@@ -289,7 +290,7 @@ def _stems(keys: Sequence[str]) -> list[str]:
 
 
 def _says_more(keys: Sequence[str], start: int) -> bool:
-    """Whether the words from `start` on include one that is said nowhere else."""
+    """Whether the words from `start` on include one that is nowhere else."""
     stems = _stems(keys)
     times = Counter(stems)
     return any(times[stem] == 1 for stem in stems[start:])

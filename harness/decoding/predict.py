@@ -1,4 +1,4 @@
-"""A trained model and a split to captions; what was captioned before an interruption is kept."""
+"""Captions of a split by a model; captions from before an interruption are kept."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def captions(
     config: PredictConfig,
     done: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, captions: None,
 ) -> list[str]:
-    """Caption `pixels[indices]` (uint8 (B, S, S, 3) each time); `done` hears of every finished batch."""
+    """Caption the images `pixels[indices]`, uint8 (B, S, S, 3); `done` is called after every batch."""
     model = loaded.model
     device = model.device
     was_training = model.training
@@ -65,17 +65,17 @@ def predict_split(
     progress: Callable[[int, int], None],
     given: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `predictions.csv` (ID, caption), going on after what any rank left in its `partial-*.jsonl`.
+    """Write `predictions.csv` (ID, caption), with captions from `partial-*.jsonl` of an interrupted call.
 
-    `given` are captions of ids whose images can't be read; `pixels` (N, S, S, 3) are those of the others.
-    Each rank captions its share of the images that are left; rank 0 writes.
+    `given` are the captions of ids whose images can't be read; `pixels` (N, S, S, 3) are the other images.
+    Each rank captions its share of the remaining images; rank 0 writes.
     """
     given = given or {}
     every, ids = ids, [image for image in ids if image not in given]
     known = ranks.agree(_read_partials(directory))
     waiting = ranks.share([i for i, image in enumerate(ids) if image not in known])
     with (directory / f"partial-{ranks.rank()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n")  # ends a line that an interruption cut
+        file.write("\n")  # ends a line that an interruption left incomplete
         done = len(known)
 
         def keep(part: Sequence[int], texts: Sequence[str]) -> None:
@@ -101,8 +101,9 @@ def _read_partials(directory: Path) -> dict[str, str]:
     known = {}
     for file in sorted(filter(Path.is_file, directory.glob(PARTIALS))):
         for line in file.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                match json.loads(line):
-                    case [str(image), str(caption), digest] if digest == fingerprint([image, caption]):
-                        known[image] = caption
+            try:
+                image, caption = json.loads(line)
+            except ValueError:  # a line that an interruption left incomplete
+                continue
+            known[image] = caption
     return known

@@ -1,4 +1,4 @@
-"""Our runs beside the official standings, as values for tables, files and a page."""
+"""The leaderboard: our runs and the official standings, as values for tables, files and a page."""
 
 import os
 import statistics
@@ -60,9 +60,9 @@ def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
 
 
 def over_seeds(board: Board) -> list[dict[str, Any]]:
-    """Mean and standard deviation (n - 1) over runs that differ in their seed alone, at least two.
+    """Mean and standard deviation (n - 1) over two or more runs that differ only in their seed.
 
-    A metric that some run lacks, or that was not computed in the same way for all, has a `reason` instead.
+    A metric has a `reason` instead if a run lacks it or if the runs did not compute it in the same way.
     """
     groups: dict[Any, list[Entry]] = {}
     for entry in board.entries:
@@ -88,10 +88,7 @@ def _spread(group: Sequence[Entry], metric: str) -> dict[str, Any]:
         return {"mean": None, "reason": f"absent for seed {', '.join(map(str, lacking))}"}
     scores = [entry.scores[metric] for entry in group]
     if len({(score["signature"], score["n"]) for score in scores}) > 1:
-        return {
-            "mean": None,
-            "reason": "the seeds were not scored in the same way: other signatures or images",
-        }
+        return {"mean": None, "reason": "the seeds have different signatures or numbers of images"}
     values = [score["value"] for score in scores]
     found = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
     return found | {key: scores[0][key] for key in ("n", "official", "signature")}
@@ -126,7 +123,7 @@ def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
 
 
 def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
-    """Where the run is mirrored: server, run id and, where the server has pages, a link."""
+    """Where the run is mirrored: server, run id and, if the server has web pages, a link."""
     found = []
     for server, run in mirrored_as(entry.folder).items():
         local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
@@ -142,7 +139,7 @@ _COLUMNS += ("config.yaml", "report.html", "mlflow", "source")
 
 
 def rows(boards: Sequence[Board]) -> list[list[Any]]:
-    """The boards as CSV rows with a header: one for each metric of a team, a run, or several seeds.
+    """The boards as CSV rows with a header: one row for each metric of a team, a run or a group of seeds.
 
     Links are relative to the working folder.
     """
@@ -175,7 +172,7 @@ def _rows(board: Board) -> Iterator[dict[str, Any]]:
 
 
 def write_page(boards: Sequence[Board], folder: Path = STANDINGS) -> Path:
-    """Write `index.html`: one file that needs neither network nor server."""
+    """Write `index.html`, one file that needs neither network nor server -> its path."""
     data = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "boards": [as_dict(board, folder) for board in boards],

@@ -1,8 +1,8 @@
-"""Official standings and our runs: what may be ranked, what may not, and why.
+"""Official standings and our runs: which runs get a rank, and why the others get none.
 
-Official standings are scores on the test split, whose captions the organisers keep; a run scores itself on
-validation. The two are never ranked together. A run has a rank only where the edition's primary score is
-computed by the official checkpoint, on the edition's own images, for captions by a real model.
+Official standings are scores on the test split; the organisers keep its captions. Runs score themselves on
+validation. The two are never ranked together. A run gets a rank only if the official checkpoint computed the
+edition's primary score, on the edition's own images, for captions by a real model.
 """
 
 import csv
@@ -36,7 +36,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run's scores on one split; `apart` says why it has no rank."""
+    """One run's scores on one split; `apart` is the reason why it has no rank, or None."""
 
     record: Mapping[str, Any]
     folder: Path
@@ -50,24 +50,24 @@ class Entry:
 
     @property
     def run(self) -> str:
-        """`<variant>-s<seed>`, or what the user has renamed the folder to."""
+        """The name of the run's folder, `<variant>-s<seed>` unless the user renamed it."""
         return self.folder.resolve().name
 
     def score(self, metric: str) -> dict[str, Any] | None:
-        """What pages and files show of a score; None where it was not wanted."""
+        """The fields of a score that pages and files show; None if the run does not have the metric."""
         score = self.scores.get(metric)
         return {key: score.get(key) for key in SCORE_KEYS} if score else None
 
     def value(self, metric: str | None) -> float | None:
-        """The score, official or not; None where it is absent."""
+        """The score's value, official or not; None if it is absent."""
         return self.scores.get(metric or "", {}).get("value")
 
 
 @dataclass(frozen=True)
 class Board:
-    """One edition: its official standings and our runs, each in their order.
+    """One edition: its official standings and our runs, both in order.
 
-    `left_out` are the records of runs, of whatever edition, that can't be read.
+    `left_out` are the problems of records that can't be read, of runs of any edition.
     """
 
     edition: int
@@ -77,19 +77,19 @@ class Board:
 
     @property
     def primary(self) -> str | None:
-        """The score that ranks."""
+        """The metric that determines the rank."""
         return EDITIONS[self.edition].primary
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the standings and of our runs, the official ones first."""
+        """The metrics of the standings, then other metrics of our runs."""
         names = dict.fromkeys(name for row in self.standings for name in row.scores)
         return list(names | dict.fromkeys(name for entry in self.entries for name in entry.scores))
 
     def rank(self, entry: Entry) -> int | None:
-        """On test the place that the entry would take in the standings; on validation that among our runs.
+        """The entry's rank: on test the one it would have in the standings, on validation among our runs.
 
-        None for an entry apart, and for one on test below all standings, which end before the last team.
+        None if the entry is `apart`. Also None on test below all standings, because they lack the last teams.
         """
         if entry.apart:
             return None
@@ -103,9 +103,9 @@ class Board:
         return None if entry.split == "test" and above == len(others) else above + 1
 
     def beats(self, entry: Entry) -> dict[str, list[str]]:
-        """By metric, the teams whose test score the entry exceeds; only by official scores, never if apart.
+        """By metric, the teams whose test score the entry exceeds; official scores only, empty if `apart`.
 
-        For an entry on validation this compares across splits, and every table that shows it must say so.
+        A validation entry is compared across splits; the caller must tell the reader.
         """
         if entry.apart or not self.standings:
             return {}
@@ -123,9 +123,9 @@ def editions(runs: Path, standings: Path = STANDINGS, trials: bool = False) -> l
 
 
 def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = False) -> Board:
-    """Read an edition's standings and our runs of it, with the trials of studies where `trials` says so.
+    """Read an edition's standings and our runs of it, with the trials of studies if `trials`.
 
-    Raises `UserError` where a file can't be read.
+    Raises `UserError` for an unknown edition or faulty standings.
     """
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
@@ -138,15 +138,15 @@ def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = 
         for split in record["scores"] or ("valid",)
     ]
     primary = EDITIONS[edition].primary
-    # those apart are not put in the order of scores that can't be compared
+    # entries apart are not sorted by score, because their scores can't be compared
     entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
     return Board(edition, read_standings(standings / f"{edition}.csv"), entries, left_out)
 
 
 def read_standings(file: Path) -> list[Standing]:
-    """The official rows of an edition, none where there is no file.
+    """The official rows of an edition; empty if there is no file.
 
-    Raises `UserError` naming every row that has no source or a score that is no number.
+    Raises `UserError` naming every row without a source or with a score that is not a number.
     """
     if not file.exists():
         return []
@@ -160,28 +160,25 @@ def read_standings(file: Path) -> list[Standing]:
                 problems.append(Problem(f"not a standing: {error}", file, line))
                 continue
             if not row["source"]:
-                problems.append(Problem("has no source", file, line, hint="Say where the row is from."))
+                problems.append(Problem("has no source", file, line, hint="State where the row is from."))
     if problems:
         raise UserError(problems)
     return rows
 
 
 def _records(runs: Path, trials: bool) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
-    """Folder and record of every run; without `trials` but those of studies, which are many.
-
-    Also what is wrong with the records that are left out.
-    """
+    """Folder and record of every run, with trials of studies if `trials`; and problems of faulty records."""
     found, left_out = records.read_all(records.below(runs), _NEEDS)
     return [one for one in found if trials or one[1].get("trial") is None], left_out
 
 
 def _apart(record: Mapping[str, Any], split: str, edition: int) -> str | None:
-    """Every reason for which a run must not be ranked on a split; None where there is none."""
+    """All reasons not to rank a run on a split, or None."""
     return "; ".join(_reasons(record, split, edition)) or None
 
 
 def _because(failure: Mapping[str, Any] | None) -> str:
-    """Where and why a run ended, after its status."""
+    """Step and reason of a failure, as text that follows the status."""
     if failure is None:
         return ""
     return (f" in {failure['step']}" if failure["step"] else "") + f": {failure['reason']}"
@@ -203,14 +200,14 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         return
     score = record["scores"].get(split, {}).get("after", {}).get(primary)
     if score is None or score["value"] is None:
-        yield f"{primary}, which ranks, is absent: {(score or {}).get('reason') or 'not computed'}"
+        yield f"{primary}, the ranking score, is absent: {(score or {}).get('reason') or 'not computed'}"
         return
     if not score["official"]:
-        yield f"{primary}, which ranks, is not the official one: {score['signature']}"
+        yield f"{primary}, the ranking score, is not the official one: {score['signature']}"
     wanted = year.images.get(split)
     if wanted is None:
         yield f"the size of the {SPLITS[split]} split of {edition} is not established"
     elif score["n"] != wanted:
         alike = [name for name, images in year.subtasks.items() if images.get(split) == score["n"]]
-        of = f", as many as the subtask {alike[0]}" if alike else ""
-        yield f"it has {score['n']:,} images{of}, the {SPLITS[split]} split of {edition} {wanted:,}"
+        of = f" (like the subtask {alike[0]})" if alike else ""
+        yield f"it has {score['n']:,} images{of}, but the {SPLITS[split]} split of {edition} has {wanted:,}"

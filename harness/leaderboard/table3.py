@@ -1,4 +1,4 @@
-"""Table 3 of the paper beside our runs: each row by itself, and what each row changes over the one above."""
+"""Table 3 of the paper next to our runs: the score of each row, and the change from the row above."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
@@ -20,10 +20,10 @@ _KIND = ("model.language_model", "model.image_size", "postprocess.deduplicate")
 
 
 def table_3(board: Board) -> list[dict[str, Any]]:
-    """The paper's Table 3 beside our runs of the same kind on validation, with differences where comparable.
+    """The rows of the paper's Table 3 with our runs of the same kind on validation, and their differences.
 
-    A difference is significant where the paper's value, which has no interval, lies outside the 95 % interval
-    of ours. A run that stands apart has no difference.
+    A difference is significant if the paper's value, which has no interval, lies outside our 95 % interval. A
+    run that is `apart` has no difference.
     """
     if board.edition != 2023:
         return []
@@ -54,12 +54,11 @@ def _beside(paper: float, entry: Entry | None, metric: str) -> dict[str, Any]:
 
 
 def steps(board: Board) -> list[dict[str, Any]]:
-    """What each row of Table 3 changes over the one above: the paper's difference and that of our runs.
+    """The change of each row of Table 3 from the row above: the paper's difference and ours.
 
-    Runs of one experiment and seed whose configs differ in this alone are compared by `harness.compare`,
-    whether they may be ranked or not: `difference`, its interval, `p`, and `adjusted_p`, Holm's over the
-    steps of that experiment and seed; where that can't be, there is a `reason`. A step without such runs is
-    there once, without names.
+    `harness.compare` compares runs of one experiment and seed that differ only in this step, ranked or not.
+    It gives `difference`, its interval, `p` and `adjusted_p` (Holm's, over the steps of that experiment and
+    seed), or a `reason`. A step without such runs appears once, without names.
     """
     if board.edition != 2023:
         return []
@@ -82,7 +81,7 @@ def _by_experiment_and_seed(board: Board) -> Iterator[list[Entry]]:
 
 
 def _family(entries: Sequence[Entry]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The place in the table and the content of each step that one experiment and seed has."""
+    """The index and content of each step of the table for one experiment and seed."""
     pairs = [
         (at, a, b)
         for at, kinds in enumerate(pairwise(kind for _, kind, _ in TABLE_3))
@@ -105,7 +104,7 @@ def _shown(one: Difference, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _rest(entry: Entry) -> dict[str, Any]:
-    """The config without the keys that differ between the rows of Table 3."""
+    """The config without the keys in which the rows of Table 3 differ."""
     return {key: value for key, value in entry.record["parameters"].items() if key not in ("variant", *_KIND)}
 
 

@@ -1,4 +1,4 @@
-"""The captioning models by family, and the small checkpoints that stand in where no weights are at hand."""
+"""The captioning models by family, and small checkpoints that replace weights that are not at hand."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 FAMILIES = {
     "blip2": "harness.models.blip2",
 }
-"""The module of each `model.family`; what it holds is stated by `base.Family`."""
+"""The module of each `model.family`; `base.Family` describes its functions."""
 
 
 def family(model: "ModelConfig") -> "Family":
-    """The family of the configured model. Its module is imported here, without torch."""
+    """The family of the configured model; imports its module, without torch."""
     return importlib.import_module(FAMILIES[model.family])

@@ -1,7 +1,7 @@
-"""Where weights lie: a local folder or the Hugging Face cache; no silent download, no unmarked stand-in.
+"""Finding weights in a local folder or the Hugging Face cache; no silent download, no unmarked stand-in.
 
-Weights are known by their contents. Those of the hub are official where they are the files that the hub's
-client has fetched; those of a local file or folder where the user has listed their SHA-256.
+Weights are identified by their contents. Hub weights are official if the hub's client fetched these files;
+weights of a local file or folder are official if the user has listed their SHA-256.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
 STANDIN_VERSION = 1
-"""Raise it when `standins` trains another model of the same captions."""
+"""Increase it when `standins` trains another model from the same captions."""
 _UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
-"""Files in model folders of other frameworks, and of people."""
+"""Files in model folders that no model reads here: of other frameworks, and documents."""
 _SETTLED = 2_000_000_000
-"""Nanoseconds after which a change of a file shows in its dates."""
+"""Nanoseconds after which every change of a file is visible in its dates."""
 _hashed: dict[str, str] = {}
 LAYOUT = (
     "a folder in the layout of transformers: config.json, *.safetensors or pytorch_model.bin, a tokenizer"
@@ -39,12 +39,12 @@ _FILES = {
     ".gz": "an archive",
     ".tar": "an archive",
 }
-"""What files are that people name in place of a folder."""
+"""What a file is that a user gives instead of a folder, by its suffix."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at hand; `local` where a folder was named and not a hub name, so that anything may be in it."""
+    """Weights at hand; `local`: the user gave a folder, not a hub name, so its contents can be anything."""
 
     name: str
     folder: Path
@@ -53,9 +53,9 @@ class Checkpoint:
 
 
 def find(name: str | Path) -> Checkpoint | None:
-    """The checkpoint of a hub name or a local folder, or None where its weights are not on this machine.
+    """The checkpoint of a hub name or a local folder, or None if its weights are not on this machine.
 
-    A folder that holds `standin.json` (see `mark_standin`) is a stand-in wherever it is moved to.
+    A folder with `standin.json` (see `mark_standin`) is a stand-in, also after it is moved.
     """
     folder = Path(name)
     try:
@@ -71,7 +71,7 @@ def find(name: str | Path) -> Checkpoint | None:
 
 
 def standin_name(folder: Path) -> str | None:
-    """The name in a folder's `standin.json`, or None where there is no such file."""
+    """The name in a folder's `standin.json`, or None if there is no such file."""
     try:
         return str(json.loads((folder / STANDIN_FILE).read_text(encoding="utf-8"))["name"])
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +85,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether there are weights, and every part that an index names; a broken download has neither."""
+    """Whether a folder has weights with all parts that an index names; an incomplete download does not."""
     for index in folder.glob("*.index.json"):
         parts = _parts(index)
         if parts and all((folder / part).exists() for part in parts):
@@ -100,10 +100,10 @@ def _parts(index: Path) -> set[str]:
 
 
 def flaws(checkpoint: Checkpoint, key: str, config: bool = True, tokenizer: bool = True) -> list[Problem]:
-    """What keeps the files of a checkpoint from being loaded, found without torch.
+    """The problems that prevent loading the files of a checkpoint, found without torch.
 
-    A `config.json` that is no mapping, no files of a `tokenizer`, weights that are of another kind, cut short
-    or packed. `key` is the config's that names the checkpoint.
+    Such as a `config.json` that is not a mapping, no tokenizer files, or weights that are of another kind,
+    truncated or compressed. `key` is the config key of the checkpoint.
     """
     folder = checkpoint.folder
     found = []
@@ -128,19 +128,19 @@ def _config_flaw(folder: Path) -> str | None:
         return "no config.json"
     except (OSError, ValueError, RecursionError) as error:
         return f"config.json can't be read ({error})"
-    return None if isinstance(settings, dict) else "config.json is no mapping"
+    return None if isinstance(settings, dict) else "config.json is not a mapping"
 
 
 def contents(folder: Path, cache: Path | None) -> list[list[str]]:
-    """Name and SHA-256 of each file that a model in this folder depends on.
+    """Name and SHA-256 of each file that determines the results of a model: weights, config, tokenizer.
 
-    Weights, config and tokenizer; known hashes stay in the folder `cache`.
+    The folder `cache` keeps known hashes.
     """
     return [[name, _sha256(file, cache)] for name, file in _model_files(folder)]
 
 
 def _model_files(folder: Path) -> list[tuple[str, Path]]:
-    """The files of a folder that a model may be read from, by name; of inner folders the small ones."""
+    """The files that a model may read from a folder, by name; from inner folders only .json and .txt."""
     return [
         (name, file)
         for name, file in walk(folder)
@@ -151,21 +151,21 @@ def _model_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def digest(checkpoint: Checkpoint, cache: Path | None) -> str:
-    """8 hex digits that name its contents: the first of `sha256`; for a stand-in by `contents`."""
+    """8 hex digits that identify a checkpoint: the first of `sha256`, or of `contents` for a stand-in."""
     if checkpoint.standin:
         return fingerprint(contents(checkpoint.folder, cache))[:8]
     return sha256(checkpoint.folder, cache)[:8]
 
 
 def walk(folder: Path) -> list[tuple[str, Path]]:
-    """The files of a folder and of those in it by their relative names, in the order of these as bytes.
+    """All files of a folder, recursively, with their relative names, sorted by the bytes of the names.
 
-    Without what begins with a dot, and without `__pycache__`.
+    Without names that begin with a dot, and without `__pycache__`.
     """
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
+        if real in seen:  # a link to a parent folder
             folders.clear()
             continue
         folders[:] = [name for name in folders if not (name.startswith(".") or name == "__pycache__")]
@@ -182,7 +182,7 @@ def sums(path: Path, cache: Path | None) -> list[list[str]]:
 
 
 def sha256(path: Path, cache: Path | None) -> str:
-    """The SHA-256 of a file; of a folder that of what `sha256sum` prints of its files (docs/scoring.md)."""
+    """The SHA-256 of a file; for a folder, of the output of `sha256sum` for its files (docs/scoring.md)."""
     if not path.is_dir():
         return _sha256(path, cache)
     lines = b"".join(_line(name, of_file) for name, of_file in sums(path, cache))
@@ -190,7 +190,7 @@ def sha256(path: Path, cache: Path | None) -> str:
 
 
 def _line(name: str, of_file: str) -> bytes:
-    """A file in the output of `sha256sum`, which marks and escapes names with line breaks."""
+    """The line of a file in the output of `sha256sum`, which escapes backslashes and line breaks."""
     escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     mark = "\\" if escaped != name else ""
     return os.fsencode(f"{mark}{of_file}  ./{escaped}\n")
@@ -205,17 +205,17 @@ def is_trusted(path: Path, trusted: Collection[str], cache: Path | None) -> bool
 
 
 def untrusted(key: str, path: Path, cache: Path | None) -> str:
-    """Says that contents are not known as the published ones, and what to compare and list if they are."""
+    """The message for contents that `trusted` does not list, with the SHA-256 to compare and list."""
     found = sha256(path, cache)
     what = f"{key}: the SHA-256 of {path} is {found}, which score.trusted does not list, so it has a star"
     return f"{what}. If it is the published one: --set 'score.trusted=[{found}]'"
 
 
 def is_fetched(checkpoint: Checkpoint, cache: Path | None) -> bool:
-    """Whether each file is one that the hub's client has fetched: the cache names those by their hashes.
+    """Whether the hub's client fetched every file: its cache names files by their hashes.
 
-    A SHA-256 for weights, for small files that of git. A folder that was made by hand has no such names, and
-    a file that was changed has another one.
+    The hash is SHA-256 for weights, and git's for small files. A folder made by hand has no such names, and a
+    changed file has another hash.
     """
     blobs = checkpoint.folder.parents[1] / "blobs"
     names = {blob.name for blob in blobs.iterdir()} if blobs.is_dir() else set()
@@ -232,7 +232,7 @@ def _git_hash(file: Path) -> str:
 
 
 def _sha256(file: Path, cache: Path | None) -> str:
-    """Known ones stay in memory and in the folder `cache`, by all that changes with a file's contents."""
+    """The SHA-256 of a file; known ones are kept in memory and in `cache`, by the file's state (`_state`)."""
     kept = cache / "weights.json" if cache else None
     state, key = _state(file)
     if key not in _hashed:
@@ -242,7 +242,7 @@ def _sha256(file: Path, cache: Path | None) -> str:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if state > time.time_ns() - _SETTLED or _state(file)[1] != key:
                 return found
-            with contextlib.suppress(OSError):  # a read-only or full disk: it is hashed again the next time
+            with contextlib.suppress(OSError):  # a read-only or full disk: hash it again next time
                 if kept:
                     write_checked(kept, _known(kept) | {key: found})
         _hashed[key] = found
@@ -250,14 +250,14 @@ def _sha256(file: Path, cache: Path | None) -> str:
 
 
 def _state(file: Path) -> tuple[int, str]:
-    """When a file changed last, and a text that identifies its state."""
+    """When a file last changed (ns), and a key that changes with its contents."""
     state = file.stat()
     dates = (state.st_mtime_ns, state.st_ctime_ns)
     return max(dates), ":".join(map(str, (file.resolve(), state.st_dev, state.st_ino, state.st_size, *dates)))
 
 
 def _known(kept: Path | None) -> dict[str, Any]:
-    """Hashes that are known; none where the file is damaged, so that the weights are hashed again."""
+    """The known hashes; none if the file is damaged, so weights are hashed again."""
     known = read_checked(kept) if kept else None
     whole = isinstance(known, dict) and all(isinstance(one, str) and len(one) == 64 for one in known.values())
     return known if whole else {}
@@ -266,7 +266,7 @@ def _known(kept: Path | None) -> dict[str, Any]:
 def _cached(name: str) -> Path | None:
     from huggingface_hub import constants
 
-    # the library's own look-up takes a third of a second to import, too long for every command to pay
+    # importing the library's own look-up takes a third of a second, too long for every command
     if not Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--")).is_dir():
         return None
     from huggingface_hub import snapshot_download
@@ -279,12 +279,12 @@ def _cached(name: str) -> Path | None:
 
 
 def mark_standin(folder: Path, name: str) -> None:
-    """Mark a checkpoint folder as a stand-in; every score made with it says so, under `name`."""
+    """Mark a checkpoint folder as a stand-in; the signature of its scores shows `name`."""
     (folder / STANDIN_FILE).write_text(json.dumps({"name": name}) + "\n", "utf-8")
 
 
 def missing(name: str, key: str) -> Problem:
-    """The problem to report when `find(name)` gave None for the config key `key`."""
+    """The problem if `find(name)` gives None for the config key `key`."""
     path = Path(name)
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
         if path.is_dir():
@@ -292,7 +292,7 @@ def missing(name: str, key: str) -> Problem:
         if path.exists():
             return _no_folder(path, key)
         if name.startswith("~") and path.expanduser().exists():
-            return Problem(f"~ is not read as a home folder here; write {path.expanduser()}", key=key)
+            return Problem(f"~ is not expanded to a home folder here; write {path.expanduser()}", key=key)
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     looks_like_path = looks_like_path or path.suffix in _FILES
     hint = (
@@ -305,7 +305,7 @@ def missing(name: str, key: str) -> Problem:
 
 
 def _no_folder(path: Path, key: str) -> Problem:
-    """What a file is, and how to come from it to a folder."""
+    """The problem of a file instead of a folder, with a hint how to get a folder."""
     kind = _FILES.get(path.suffix, "a file") if path.is_file() else "neither a file nor a folder"
     hint = f"Wanted is {LAYOUT}, or a hub name."
     if path.suffix in (".safetensors", ".bin") and (path.parent / "config.json").is_file():
@@ -321,7 +321,7 @@ def _no_folder(path: Path, key: str) -> Problem:
 
 
 def _not_whole(folder: Path, key: str) -> Problem:
-    """What a folder lacks."""
+    """The problem of an incomplete folder: what it lacks."""
     others = [file.name for file in sorted(folder.iterdir()) if file.suffix in (".pth", ".pt", ".ckpt")]
     if others:
         found = _no_folder(folder / others[0], key)
@@ -330,12 +330,12 @@ def _not_whole(folder: Path, key: str) -> Problem:
         )
     for index in sorted(folder.glob("*.index.json")):
         what = f"{folder} lacks parts that {index.name} names"
-        return Problem(what, key=key, hint="The download was cut short; the same `hf download` continues.")
+        return Problem(what, key=key, hint="The download is incomplete; the same `hf download` continues it.")
     return Problem(f"{folder} has no weights", key=key, hint=f"Wanted is {LAYOUT}.")
 
 
 def other_kind(found: Checkpoint, wanted: str, key: str) -> Problem | None:
-    """What is wrong with the `config.json` of a checkpoint that should be of the model type `wanted`."""
+    """The problem of a checkpoint whose `config.json` is not of the model type `wanted`, or None."""
     file = found.folder / "config.json"
     try:
         kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]

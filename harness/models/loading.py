@@ -1,4 +1,4 @@
-"""A loaded model with its inputs' units and codecs; and the weights that training changes, in a file."""
+"""A loaded model with its codecs and pixel statistics; and the file of the weights that training changes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from harness.models.text import Codec
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what turns images and texts into its inputs; `caption` is the codec that it speaks."""
+    """A model with the codecs and pixel mean and std of its inputs; it writes captions by `caption`."""
 
     model: Captioner
     caption: Codec
@@ -24,7 +24,7 @@ class Loaded:
     std: tuple[float, ...]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) -> float (B, 3, S, S), in the checkpoint's units."""
+        """Normalise uint8 (B, S, S, 3) -> float (B, 3, S, S), by the checkpoint's mean and std."""
         mean = 255 * torch.tensor(self.mean, device=pixels.device)[:, None, None]
         std = 255 * torch.tensor(self.std, device=pixels.device)[:, None, None]
         planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -32,29 +32,29 @@ class Loaded:
 
 
 def trained_weights(model: Captioner) -> dict[str, Tensor]:
-    """What fine-tuning may change."""
+    """The weights that fine-tuning may change, by name."""
     return {name: weight for name, weight in model.state_dict().items() if model.is_saved(name)}
 
 
 def save_trained(model: Captioner, path: Path) -> None:
-    """Write what fine-tuning may change, whole or nothing; raises `UserError` for what is not finite."""
+    """Write the weights that fine-tuning may change, atomically; raises `UserError` if one is not finite."""
     temporary = path.with_suffix(".tmp")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(model).items()}
     if bad := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
-        what = f"{len(bad)} weights are not finite and are not saved, the first {bad[0]}"
-        hint = "Lower train.learning_rate. Before the first step, they are those of model.checkpoint."
+        what = f"{len(bad)} weights are not finite and are not saved; the first is {bad[0]}"
+        hint = "Lower train.learning_rate. Before the first step, the weights are model.checkpoint's."
         raise UserError([Problem(what, path, hint=hint)], None, 1)
     try:
         save_file(weights, temporary)
-    except SafetensorError as error:  # a full disk, which it does not tell by an OSError
+    except SafetensorError as error:  # raised for a full disk instead of OSError
         temporary.unlink(missing_ok=True)
-        hint = "Free some space, and the same command continues."
+        hint = "Free some space; then the same command continues."
         raise UserError([Problem(f"could not be written: {error}", path, hint=hint)], None, 1) from None
     temporary.replace(path)
 
 
 def load_trained(model: Captioner, path: Path) -> None:
-    """Read what `save_trained` wrote into a model of the same shape, one weight after the other."""
+    """Read a file of `save_trained` into a model of the same shape, one weight at a time."""
     own = trained_weights(model)
     with safe_open(path, "pt") as weights, torch.no_grad():
         found = set(weights.keys())
@@ -63,8 +63,8 @@ def load_trained(model: Captioner, path: Path) -> None:
         for name, weight in own.items():
             read = weights.get_tensor(name)
             if read.shape != weight.shape:
-                raise ValueError(f"{path}: {name} is {tuple(read.shape)}, and not {tuple(weight.shape)}")
+                raise ValueError(f"{path}: {name} is {tuple(read.shape)}, not {tuple(weight.shape)}")
             if not torch.isfinite(read).all():
-                hint = f"The training diverged; to train again, delete {path.parent}."
+                hint = f"The training diverged. To train again, delete {path.parent}."
                 raise UserError([Problem(f"{name} is not finite", path, hint=hint)], None, 1)
             weight.copy_(read)

@@ -1,4 +1,4 @@
-"""What a file of weights holds, read without torch and without running or allocating what it says."""
+"""Checks of files of weights without torch, and without running code or allocating memory for them."""
 
 import io
 import json
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 OUTLINE_BYTES = 200_000_000
-"""More than the names and shapes of any model take."""
+"""Maximum size of an outline; names and shapes of every model need less."""
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How files of `torch.save` before 1.6 begin, which are no zip."""
+"""The first bytes of files of `torch.save` before 1.6, which are not zip files."""
 
 
 class Flawed(Exception):
-    """A file that is none of weights, or not whole; the message says why."""
+    """Raised for a file that is incomplete or does not hold weights; the message is the reason."""
 
 
 def check_weights(file: Path) -> None:
-    """Raise `Flawed` where a `.safetensors` or `.bin` file is not a whole mapping of names to weights."""
+    """Raise `Flawed` if a `.safetensors` or `.bin` file is not a complete mapping of names to weights."""
     if file.suffix == ".safetensors":
         _check_safetensors(file)
     elif not _is_legacy(file):
@@ -32,9 +32,9 @@ def check_weights(file: Path) -> None:
 
 
 def read_pickle(file: Path) -> Any:
-    """The plain values of a file of `torch.save`, with `Stored` in the place of every object.
+    """The plain values of a file of `torch.save`, with `Stored` in place of every object.
 
-    Nothing that the file names is imported or called. Raises `Flawed`.
+    Imports and calls nothing that the file names. Raises `Flawed`.
     """
     try:
         with zipfile.ZipFile(file) as parts:
@@ -48,15 +48,15 @@ def read_pickle(file: Path) -> Any:
                 raise Flawed("has an outline of more than 200 MB")
             content = parts.read(outlines[0])
     except zipfile.BadZipFile:
-        raise Flawed("is no whole file of torch.save") from None
+        raise Flawed("is not a complete file of torch.save") from None
     try:
         return _Outline(io.BytesIO(content)).load()
-    except Exception as error:  # what hostile bytes make of a pickle has no end of kinds
+    except Exception as error:  # hostile bytes can raise any exception
         raise Flawed(f"has a damaged outline ({type(error).__name__})") from None
 
 
 class Stored(dict):
-    """Stands for any object in a pickle; as a dict it keeps the names of weights."""
+    """Replaces any object in a pickle; as a dict it keeps the names of weights."""
 
     def __init__(self, *_: Any):
         pass
@@ -68,17 +68,17 @@ class Stored(dict):
         pass
 
     def extend(self, _: Any) -> None:
-        """What a list would keep."""
+        """Ignore the items of a list."""
 
     append = extend
     __hash__ = object.__hash__
 
 
 class _Mapping(dict):
-    """Stands for `OrderedDict`, which may have attributes, too."""
+    """Replaces `OrderedDict`; it can have attributes too."""
 
 
-# the unpickler in C makes room for as many entries as a file claims to have
+# in Python, because the unpickler in C allocates as many entries as a file claims to have
 class _Outline(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return _Mapping if (module, name) == ("collections", "OrderedDict") else Stored
@@ -97,7 +97,7 @@ def _check_safetensors(file: Path) -> None:
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
         if length > min(size - 8, OUTLINE_BYTES):
-            raise Flawed("is no whole safetensors file")
+            raise Flawed("is not a complete safetensors file")
         header = content.read(length)
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}

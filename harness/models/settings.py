@@ -1,4 +1,4 @@
-"""The section `model:`, and with it the sizes of the model that is built here."""
+"""The section `model:`, with the sizes of the `tiny` model."""
 
 from typing import Literal
 
@@ -6,14 +6,14 @@ from harness.config.sections import Entries, Epochs, Layers, Section, Seed, Side
 from harness.models import FAMILIES
 
 TINY = "tiny"
-"""The name of a captioning model that is built here."""
+"""The name of the captioning model that is built from the training captions."""
 
 
 class TinyConfig(Section):
     """Sizes of the BLIP-2 that `model.checkpoint: tiny` builds from the training captions."""
 
     patch_size: Side = 28
-    """Side of a ViT patch in pixels; `model.image_size` must be a multiple."""
+    """Side of a ViT patch in pixels; `model.image_size` must be a multiple of it."""
     hidden_size: Width = 128
     """Width of ViT and Q-Former."""
     vision_layers: Layers = 4
@@ -21,15 +21,15 @@ class TinyConfig(Section):
     qformer_layers: Layers = 4
     """Layers of the Q-Former."""
     num_query_tokens: Tokens = 16
-    """Queries of the Q-Former: the language model sees an image as this many tokens."""
+    """Number of queries of the Q-Former: the language model sees an image as this many tokens."""
     text_hidden_size: Width = 192
     """Width of the OPT language model."""
     text_layers: Layers = 3
     """Layers of the OPT language model."""
     vocab_size: Entries = 2000
-    """Most entries in each of the two tokenizers."""
+    """Maximum number of entries in each of the two tokenizers."""
     text_epochs: whole(1, 100_000) = 12
-    """Epochs of language modelling before the OPT is frozen."""
+    """Epochs of language modelling before OPT is frozen."""
     vision_epochs: Epochs = 10
     """Epochs in which the ViT learns to predict the concepts of an image, before fine-tuning."""
     seed: Seed = 0
@@ -40,18 +40,18 @@ class ModelConfig(Section):
     """The captioning model to fine-tune."""
 
     family: Literal[*FAMILIES] = "blip2"
-    """The kind of model that `checkpoint` is: how it is built, trained and decoded."""
+    """The kind of model in `checkpoint`: how it is built, trained and decoded."""
     checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
     """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
     image_size: Side = 364
-    """Side in pixels of the square that images are resized to; the position table is resized to match."""
+    """Side in pixels of the square to which images are resized; the position table is resized too."""
     language_model: bool = True
-    """false: no language model. The Q-Former's own head is trained on captions and decodes them."""
+    """false: no language model; the Q-Former's own head is trained on captions and decodes them."""
     text_checkpoint: str | None = None
     """Source of the Q-Former's text path if `checkpoint` lacks it, such as Salesforce/blip2-itm-vit-g."""
     text_head_checkpoint: str | None = None
     """Source of the Q-Former's language-model head if `checkpoint` lacks it, such as bert-base-uncased."""
     prompt: str = "a photo of"
-    """Text before every caption. The loss leaves it out, as in LAVIS."""
+    """Text before every caption. The loss ignores it, as in LAVIS."""
     tiny: TinyConfig = TinyConfig()
     """Sizes of the `tiny` checkpoint."""

@@ -1,7 +1,7 @@
-"""Small BLEURT and CLIP for where no weights are at hand: trained in seconds on the training split.
+"""Small BLEURT and CLIP models for machines without weights, trained in seconds on the training split.
 
-They have the classes and files of real checkpoints, so that the metrics load them the same way, and are
-marked, so that no score of theirs passes for an official one.
+They have the classes and files of real checkpoints, so metrics load them in the same way. They are marked, so
+their scores never count as official.
 """
 
 import random
@@ -27,11 +27,11 @@ IMAGE_SIZE, PATCH_SIZE = 112, 16
 
 
 def build_bleurt(captions: Sequence[str], folder: Path, seed: int = 0) -> None:
-    """Train a BLEURT on made-up pairs of captions towards their overlap, and save it in `folder`.
+    """Train a BLEURT to predict the overlap of made-up pairs of captions, and save it in `folder`.
 
-    As in BLEURT's own pre-training (Sellam et al. 2020, section 4) a caption is paired with itself after
-    words were dropped, swapped or replaced; also with another caption. The target is the mean of unigram and
-    bigram F1. The same captions and seed train the same model.
+    As in BLEURT's own pre-training (Sellam et al. 2020, section 4), a caption is paired with a copy in which
+    words are dropped, swapped or replaced; also with another caption. The target is the mean of unigram and
+    bigram F1. The same captions and seed give the same model.
     """
     from bleurt_pytorch import BleurtConfig, BleurtForSequenceClassification
     from bleurt_pytorch.bleurt.tokenization_bleurt_fast import BleurtTokenizerFast
@@ -60,7 +60,7 @@ def build_bleurt(captions: Sequence[str], folder: Path, seed: int = 0) -> None:
 def build_clip(images: Sequence[Path], captions: Sequence[str], folder: Path, seed: int = 0) -> None:
     """Train a CLIP contrastively on images and their captions, and save it in `folder`.
 
-    The same images, captions and seed train the same model.
+    The same images, captions and seed give the same model.
     """
     from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -99,9 +99,9 @@ def build_clip(images: Sequence[Path], captions: Sequence[str], folder: Path, se
 
 
 def _tokenizer(kind: type, texts: Sequence[str], folder: Path) -> Any:
-    """A WordPiece tokenizer of the commonest words and of all characters, saved in `folder`.
+    """Save a WordPiece tokenizer of the most frequent words and of all characters in `folder` -> it.
 
-    Not trained by `tokenizers`, whose trainers break ties differently in every process.
+    The trainers of `tokenizers` are not used, because they break ties differently in every process.
     """
     words = Counter(word for caption in texts for word in _words(caption))
     characters = sorted(set("".join(words)))
@@ -123,7 +123,7 @@ def _words(caption: str) -> list[str]:
 
 
 def _attend_to_equals(encoder: Any) -> None:
-    """Start with words that attend to equal words; to find that out from pairs alone takes minutes."""
+    """Initialise attention so that equal words attend to each other; learning that takes minutes."""
     torch.nn.init.normal_(encoder.embeddings.word_embeddings.weight, std=1.0)
     torch.nn.init.normal_(encoder.embeddings.token_type_embeddings.weight, std=0.5)
     attention = encoder.encoder.layer[0].attention.self
@@ -189,7 +189,7 @@ def _clip_losses(model: Any, tokenizer: Any, pixels: Tensor, texts: Sequence[str
         if len(order) < min(CLIP_BATCH, len(texts)):
             order[:] = torch.randperm(len(texts)).tolist()
         rows = [order.pop() for _ in range(min(CLIP_BATCH, len(texts)))]
-        # the prefix is CLIPScore's, which the model will see before every caption
+        # CLIPScore puts the same prefix before every caption
         captions = [f"a photo depicts {texts[row]}" for row in rows]
         batch = tokenizer(captions, padding=True, truncation=True, max_length=77, return_tensors="pt")
         out = model(
@@ -197,7 +197,7 @@ def _clip_losses(model: Any, tokenizer: Any, pixels: Tensor, texts: Sequence[str
             attention_mask=batch["attention_mask"],
             pixel_values=_jitter(pixels[rows]),
         )
-        # images with the same caption are all right answers to it
+        # every image with the same caption is a right answer
         right = (same[rows][:, None] == same[rows]).float()
         right /= right.sum(1, keepdim=True)
         logits = out.logits_per_text
@@ -207,7 +207,7 @@ def _clip_losses(model: Any, tokenizer: Any, pixels: Tensor, texts: Sequence[str
 
 
 def _jitter(pixels: Tensor) -> Tensor:
-    """Shifts by some pixels and other contrast, so that a few hundred images are not learnt by heart."""
+    """Shift the images by a few pixels and change their contrast, against overfitting to few images."""
     shift = torch.randint(-6, 7, (2,)).tolist()
     contrast = 1 + 0.2 * torch.randn(len(pixels), 1, 1, 1)
     return torch.roll(pixels, shift, (2, 3)) * contrast

@@ -1,4 +1,4 @@
-"""Captions and concept sentences as token ids and back, masked and ended as LAVIS does."""
+"""Encoding and decoding of captions and concept sentences, with masks and end tokens as in LAVIS."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-"""The label of a token that counts in no loss."""
+"""The label of a token without a loss."""
 _LAVIS_STRIPPED = re.compile(r"[.!\"()*#:;~]")
 
 
@@ -30,20 +30,20 @@ def concept_sentence(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids (T,). The first `prompt` of them count in no loss."""
+    """Token ids (T,); the first `prompt` ids have no loss."""
 
     ids: list[int]
     prompt: int
 
     @property
     def predicted(self) -> int:
-        """How many tokens the loss is summed over; the first of a sequence is never predicted."""
+        """The number of tokens with a loss; the first of a sequence is never predicted."""
         return len(self.ids) - max(self.prompt, 1)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Text to ids for one side of the model: `start` and the prompt before the text, `end` after it."""
+    """Text to ids and back for one part of the model; `prompt`, with the start token, precedes the text."""
 
     tokenizer: "PreTrainedTokenizerBase"
     prompt: tuple[int, ...]
@@ -53,19 +53,19 @@ class Codec:
     separator: str = ""
 
     def encode(self, text: str) -> Text:
-        """Cut to `max_tokens`, then ended: long captions keep their end token, which LAVIS's lose."""
+        """The ids of a text, cut to `max_tokens` with the end token; in LAVIS long captions lose it."""
         ids = self.tokenizer(self.separator + text, add_special_tokens=False, verbose=False).input_ids
         return Text([*self.prompt, *ids[: self.max_tokens - 1], self.end], len(self.prompt))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """New token ids up to the first end token -> text."""
+        """The text of new token ids up to the first end token."""
         kept = list(ids)
         if self.end in kept:
             kept = kept[: kept.index(self.end)]
         return " ".join(self.tokenizer.decode(kept, skip_special_tokens=True).split())
 
     def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """Texts -> ids, mask and labels, each (B, longest T), padded on the right."""
+        """Batch texts -> ids, mask and labels, each (B, longest T), padded on the right."""
         width = max(len(text.ids) for text in texts)
         ids = torch.full((len(texts), width), self.pad)
         labels = torch.full((len(texts), width), IGNORE)
@@ -79,7 +79,7 @@ class Codec:
 
 
 def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
-    """The tensors of a collated batch on another device."""
+    """A collated batch with its tensors on another device."""
     return (
         None if batch is None else {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     )

@@ -1,6 +1,6 @@
-"""A small BLIP-2 made here, for machines without weights; like the real one, of parts that know something.
+"""A small BLIP-2 for machines without weights; like the real one, it consists of pre-trained parts.
 
-Its OPT learns the training captions, and is then frozen; its ViT learns to tell the concepts of an image.
+Its OPT learns the training captions and is then frozen; its ViT learns to predict the concepts of an image.
 """
 
 import math
@@ -51,9 +51,9 @@ def build(
     """Build and save a small BLIP-2 that `blip2.load` reads like a published one.
 
     texts: (concept sentence, caption) of the training split, as the model will see them. The language model
-    learns to continue a concept sentence with the caption, so that what the Q-Former puts before it can steer
-    it. `pixels[indices]`: uint8 (B, S, S, 3), S = `image_side(config)`, of the same images; concepts: (N, C),
-    1 where an image has the concept. The same arguments give the same weights.
+    learns to continue a concept sentence with the caption, so the Q-Former's output before the caption can
+    control it. `pixels[indices]`: uint8 (B, S, S, 3), S = `image_side(config)`, of the same images. concepts:
+    (N, C), 1 if an image has the concept. The same arguments give the same weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -75,14 +75,14 @@ def build(
 
 
 def _save_tokenizers(config: TinyConfig, texts: Sequence[tuple[str, str]], folder: Path) -> None:
-    """Train both tokenizers; the same texts give the same files."""
+    """Train and save both tokenizers; the same texts give the same files."""
     corpus = [text for pair in texts for text in pair]
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer(lowercase=True)
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DEC]
-    # the trainer numbers letters within words in the order of a hash map, another one in every process, and
-    # breaks ties by these numbers (tokenizers issue 1794); special tokens it numbers as they are given
+    # the trainer numbers letters within words in the order of a hash map, which differs in every process, and
+    # breaks ties by these numbers (tokenizers issue 1794); it numbers special tokens in the given order
     within = sorted({"##" + letter for text in corpus for word in _words(words, text) for letter in word[1:]})
     words.train_from_iterator(
         corpus,
@@ -173,7 +173,7 @@ def _pretrain_text(
     config: TinyConfig,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Language modelling of `<concepts> </s> <prompt> <caption> <end>`, with a loss on the caption only."""
+    """Train language modelling of `<concepts> </s> <prompt> <caption> <end>`; only the caption has a loss."""
     sequences = [
         (codec.tokenizer(concepts, add_special_tokens=False).input_ids[:64], codec.encode(caption))
         for concepts, caption in texts
@@ -181,7 +181,7 @@ def _pretrain_text(
     steps_per_epoch = math.ceil(len(sequences) / BATCH_SIZE)
     steps = config.text_epochs * steps_per_epoch
     update = _optimiser(model, steps, LEARNING_RATE)
-    # batches of like length, in an order drawn anew each epoch: padding would be half of the work
+    # batches of similar length, shuffled in each epoch; else padding would be half of the work
     sequences.sort(key=lambda item: len(item[0]) + len(item[1].ids))
     order = torch.Generator().manual_seed(config.seed)
     bf16 = device.has_bf16("cpu")
@@ -207,7 +207,7 @@ def _pretrain_vision(
     config: TinyConfig,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Multi-label classification of the concepts from the mean of the patches; its head is thrown away."""
+    """Train multi-label classification of the concepts from the mean of the patches; drop its head."""
     steps_per_epoch = math.ceil(len(concepts) / BATCH_SIZE)
     steps = config.vision_epochs * steps_per_epoch
     if not steps or not concepts.shape[1]:
@@ -234,7 +234,7 @@ def _pretrain_vision(
 
 
 class _Mean(nn.Module):
-    """A ViT's mean over class token and patches, (B, D)."""
+    """The mean of a ViT's output over class token and patches, (B, D)."""
 
     def __init__(self, vision: nn.Module) -> None:
         super().__init__()
@@ -245,8 +245,8 @@ class _Mean(nn.Module):
 
 
 def _optimiser(model: nn.Module, steps: int, rate: float) -> Callable[[torch.Tensor], None]:
-    """A function that takes one AdamW step for a loss, along a one-cycle schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
+    """A function that does one AdamW step for a loss, with a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
 
     def update(loss: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""One run as a page: how it was made, how it trained, what it scores, and every caption beside its image.
+"""One run as a page: its origin, training curves, scores, and every caption with its image.
 
 The page is one file that needs neither network nor server. Captions, ids and names of concepts are untrusted
-text: they travel as JSON, and the page only sets them as text. The page of an unfinished run says what is
+text: the page gets them as JSON and inserts them only as text. The page of an unfinished run states what is
 missing.
 """
 
@@ -18,12 +18,11 @@ __all__ = ["REPORT", "SIDE", "as_dict", "write"]
 
 
 def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Write the page of the run in `folder`, by default to its `report.html`, and return the page's path.
+    """Write the page of the run in `folder`, by default to its `report.html` -> the page's path.
 
-    `say` hears of each file that the page leaves out, since it is not what the run left.
-
-    A page in its default place is listed among the artifacts of a run that has ended, so that the next mirror
-    takes it to MLflow. Raises `UserError` where there is no run.
+    `say` gets a line for each file that the page omits because it can't be read or has changed. The page in
+    its default place becomes an artifact of a finished run, so the next mirror copies it to MLflow. Raises
+    `UserError` if there is no run.
     """
     run = sources.of(folder)
     page = out or folder / REPORT

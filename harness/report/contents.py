@@ -1,4 +1,4 @@
-"""What the page of a run shows, as JSON-like values."""
+"""The content of a run's page, as JSON-like values."""
 
 import math
 from collections import Counter
@@ -19,13 +19,13 @@ from harness.tracking.server import failure_of, status_of
 from harness.training.resume import LOSSES, losses_of, rows_of
 
 REPORT = "report.html"
-_POINTS = 400  # of a curve's stage: more than a screen can tell apart
+_POINTS = 400  # of one stage of a curve; a screen does not show more
 _WHY = {"failed in": "step", "why": "reason", "what helps": "hint"}
 _NO_SETTING = ("variant", "seed", "name")
 
 
 def as_dict(run: Run, page: Path) -> dict[str, Any]:
-    """All that the page shows, as JSON-like values; links are relative to the folder `page`."""
+    """The whole content of the page, as JSON-like values; links are relative to the folder `page`."""
     record = run.record
     images = sources.images(run)
     captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
@@ -58,11 +58,11 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader asks first, by name."""
+    """The main facts of a run, by name."""
     git = record["git"]
     changed = " (with changes that were not committed)" if git["dirty"] else ""
     status = status_of(record, None)
-    gone = " (its process is gone)" if status != record["status"] else ""
+    gone = " (its process has ended)" if status != record["status"] else ""
     return {
         "status": status + gone,
         **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
@@ -83,7 +83,7 @@ def _moment(text: str | None) -> str | None:
 
 
 def _scores(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a metric: the validation score before and after post-processing, and that of the constant."""
+    """One row per metric: validation scores before and after post-processing, and of the constant caption."""
     before, after = scores(record, "before"), scores(record, "after")
     baseline = record["baseline"] or {}
     return [
@@ -99,9 +99,9 @@ def _scores(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def differences(record: Mapping[str, Any]) -> list[list[Any]]:
-    """[key, the run's value, the schema's default] where the two differ, in the schema's order.
+    """[key, the run's value, the schema's default] for each difference, in the schema's order.
 
-    A required key has the default None, as have the keys of a section that is null by default.
+    The default is None for a required key and for the keys of a section that is null by default.
     """
     required = {"name": "any", "edition": record["edition"], "data": {"root": ""}}
     defaults = flat(Config.model_validate(required)) | {"data.root": None}
@@ -117,7 +117,7 @@ def differences(record: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The base experiment's file and [key, the run's value, the base's] where they differ, if it has one."""
+    """The base's file and [key, the run's value, the base's] for each difference; None without a base."""
     base = record.get("base")
     if not base:
         return None
@@ -131,7 +131,7 @@ def from_base(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _siblings(run: Run, page: Path) -> dict[str, Any]:
-    """The runs of the same experiment that lie beside this one, and the keys in which they differ."""
+    """All runs in this experiment's folder, and the keys in which they differ."""
     files = sorted(run.folder.resolve().parent.glob(f"*/{records.FILE}"))
     beside, left_out = records.read_all(files, sources.NEEDS)
     run.left_out.extend(map(str, left_out))
@@ -157,7 +157,7 @@ def _siblings(run: Run, page: Path) -> dict[str, Any]:
 
 
 def _curves(run: Run) -> dict[str, Any]:
-    """Points (step, value) of training from `losses.jsonl`, its validation rows, and its stages."""
+    """From `losses.jsonl`: training curves as points (step, value), validation rows, and stages."""
     rows = run.read("train", LOSSES, lambda file, _: rows_of(file))
     found = [{key: value for key, value in row.items() if value is not None} for row in rows]
     steps = [row for row in found if "loss" in row and "stage" in row]
@@ -180,7 +180,7 @@ def _curves(run: Run) -> dict[str, Any]:
 
 
 def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterator[list[float]]:
-    """Means of `size` steps each of one stage."""
+    """One stage's curve as means of `size` steps each."""
     points = [(row["step"], row[name]) for row in part if name in row]
     for at in range(0, len(points), size):
         group = points[at : at + size]
@@ -188,7 +188,7 @@ def _thinned(part: Sequence[Mapping[str, Any]], name: str, size: int) -> Iterato
 
 
 def _lengths(captions: Captions) -> dict[str, Any] | None:
-    """How many captions have how many words, in bins of `width` words from 0 on; None without captions."""
+    """A histogram of words per caption, in bins of `width` words from 0; None without captions."""
     texts = {"references": captions.references, "predictions": captions.after or captions.before}
     words = {name: [len(text.split()) for text in found.values()] for name, found in texts.items() if found}
     if not words:
@@ -204,7 +204,7 @@ def _lengths(captions: Captions) -> dict[str, Any] | None:
 
 
 def _steps(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each step, its folder, its seconds, and by whom it was made: a run takes over what others made."""
+    """Each step with folder, seconds, and the run that built it; a run reuses steps of earlier runs."""
     for name, folder in record["steps"].items():
         made = record["made"].get(name)
         own = name in record["seconds"]

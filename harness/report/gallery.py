@@ -1,4 +1,4 @@
-"""The captions of a page, each beside its image, and what to know of those that are not shown."""
+"""The captions of a page with their images, and notes on images that are not shown."""
 
 import base64
 import io
@@ -16,11 +16,11 @@ from harness.report.sources import Captions, Images, Run
 SIDE = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 1_000
-"""Images that a page holds, 6 to 10 kB each; those of a larger set are shown from their files."""
+"""Maximum number of images in a page, 6 to 10 kB each; the page of a larger set links to the files."""
 
 
 def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> dict[str, Any]:
-    """The captions as the page lists them: absent things left out, concepts by their place in a list."""
+    """The captions as the page lists them: without absent fields, and with concepts as list positions."""
     examples, files = (images.examples, images.files) if images else ({}, {})
     files = {key: files[key] for key in captions.ids if key in files}
     thumbnails = _thumbnails(files) if len(files) <= MOST_EMBEDDED else {}
@@ -50,13 +50,13 @@ def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> di
 
 
 def _notes(captions: Captions, images: Images | None, run: Run, found: int, embedded: int) -> Iterator[str]:
-    """What to know of the captions and images shown, and of those that are not."""
+    """Notes on captions and images that are missing or changed."""
     if not captions.ids:
         yield "This run has no validation captions yet."
         return
     if images is None:
         root = run.record["data"]["root"]
-        yield f"The data folder {root} is not here, and with it images and names of concepts."
+        yield f"The data folder {root} is not here, so there are no images or names of concepts."
         return
     now = {key: example.caption for key, example in images.examples.items()}
     if changed := sum(now.get(key) != caption for key, caption in captions.references.items()):
@@ -64,15 +64,15 @@ def _notes(captions: Captions, images: Images | None, run: Run, found: int, embe
         yield f"The data folder has changed since the run: {changed:,} of {total:,} captions differ."
     if found > MOST_EMBEDDED:
         yield (
-            f"{found:,} images are more than a page holds ({MOST_EMBEDDED:,}): they are shown from their "
-            "files, as long as this page and the data stay where they are."
+            f"{found:,} images are too many to embed (at most {MOST_EMBEDDED:,}). The page shows them from "
+            "their files, as long as you do not move the page or the data."
         )
     if missing := len(captions.ids) - (embedded if found <= MOST_EMBEDDED else found):
         yield f"{missing:,} of {len(captions.ids):,} images are missing or damaged."
 
 
 def _numbers(row: Mapping[str, str] | None, metrics: Sequence[str]) -> list[float | None] | None:
-    """Scores of one image with the digits that the page shows; None for one that is no number."""
+    """Scores of one image, rounded for the page; None for a score that is not a finite number."""
     if row is None:
         return None
     values = [_number(row.get(metric)) for metric in metrics]
@@ -87,7 +87,7 @@ def _number(text: str | None) -> float:
 
 
 def _thumbnails(files: Mapping[str, Path]) -> dict[str, str]:
-    """Small JPEGs in base64 by id, of the images that can be read."""
+    """Base64 JPEG thumbnails by id, for the readable images."""
     made = each(_thumbnail, list(files.values()))
     return {key: image for key, image in zip(files, made, strict=True) if image}
 

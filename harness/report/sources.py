@@ -1,4 +1,4 @@
-"""What a run and its data folder hold for a page: its record, captions, scores and images."""
+"""The data of a run's page: its record, captions, scores and images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ NEEDS = (
     *("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "environment", "data"),
     *("steps", "made", "seconds", "scores", "image_gap", "baseline", "warnings", "artifacts", "submissions"),
 )
-"""What a page shows of a record."""
+"""The fields of a record that a page needs."""
 _CAPTION_COLUMNS = ("ID", "reference", "prediction")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, what `run.json` says in it, and what can't be read and is left out."""
+    """A run's folder, its `run.json`, and the problems of files that the page omits."""
 
     folder: Path
     record: Mapping[str, Any]
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`<variant>-s<seed>`, or what the user has renamed the folder to."""
+        """The name of the run's folder, `<variant>-s<seed>` unless the user renamed it."""
         return self.folder.resolve().name
 
     @cached_property
@@ -39,7 +39,7 @@ class Run:
         return records.root(self.folder, self.record)
 
     def read(self, step: str, name: str, reader: Callable[[Path, records.Record], Any]) -> Any:
-        """What a reader finds in a file of a step; empty where there is none that can be read."""
+        """The result of `reader` for a file of a step; empty if the file is absent or can't be read."""
         try:
             file = records.step_file(self.folder, self.record, step, name)
             return reader(file, self.record) if file else {}
@@ -48,7 +48,7 @@ class Run:
             return {}
 
     def main_metric(self) -> str | None:
-        """The score that ranks in the run's edition, else the first one that it has."""
+        """The ranking metric of the run's edition, or the first metric with a value."""
         found = {m: s for m, s in scores(self.record, "after").items() if s["value"] is not None}
         primary = EDITIONS[self.record["edition"]].primary
         return primary if primary in found else next(iter(found), None)
@@ -56,9 +56,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Captions:
-    """The validation captions of a run by id; what the run has not come to is empty.
+    """The validation captions of a run by id, before and after post-processing.
 
-    Before and after post-processing, the rows of `per_image.csv` for each, and the references.
+    `scored_before` and `scored_after` are the rows of `per_image.csv`. A stage that has not run is empty.
     """
 
     before: Mapping[str, str]
@@ -69,23 +69,23 @@ class Captions:
 
     @property
     def scored(self) -> Mapping[str, Mapping[str, str]]:
-        """The rows of the last stage that was scored."""
+        """The rows of the last scored stage."""
         return self.scored_after or self.scored_before
 
     @property
     def ids(self) -> list[str]:
-        """In the order of the data set."""
+        """The ids in the order of the data set."""
         return list(self.scored or self.after or self.before)
 
     @property
     def metrics(self) -> list[str]:
-        """Those that have a number for each image."""
+        """The metrics with a score for each image."""
         return [name for name in next(iter(self.scored.values()), {}) if name not in _CAPTION_COLUMNS]
 
 
 @dataclass(frozen=True)
 class Images:
-    """What the data folder says of the validation images as it lies there now: labels by id, and files."""
+    """The validation images in the data folder as it is now: labels and files by id."""
 
     examples: Mapping[str, Example]
     files: Mapping[str, Path]
@@ -93,7 +93,7 @@ class Images:
 
 
 def of(folder: Path) -> Run:
-    """The run in a folder. Raises `UserError` where there is none."""
+    """The run in a folder; raises `UserError` if there is none."""
     return Run(folder, records.read(folder, NEEDS))
 
 
@@ -103,7 +103,7 @@ def scores(record: Mapping[str, Any], stage: str) -> Mapping[str, Mapping[str, A
 
 
 def captions(run: Run, images: Images | None) -> Captions:
-    """The captions; those of the data folder are the references of a run that was not scored."""
+    """The captions of a run; for a run without scores, the references come from the data folder."""
     steps = ("predict-valid", "postprocess-valid")
     texts = [run.read(step, PREDICTIONS, records.captions) for step in steps]
     steps = ("score-before", "score-after")
@@ -116,7 +116,7 @@ def captions(run: Run, images: Images | None) -> Captions:
 
 
 def images(run: Run) -> Images | None:
-    """The images, looked for from here and from the folder in which runs/ lies; None where there are none."""
+    """The validation images; None if the data folder is neither here nor in the parent folder of runs/."""
     data = run.record["data"]
     for root in (Path(data["root"]), run.root.parent / data["root"]):
         listing = read(root, data["layout"]) if root.is_dir() else None

@@ -1,4 +1,4 @@
-"""The steps of a run, one file each, in the order in which they are planned and run."""
+"""The steps of a run, one file each, in the order of planning and running."""
 
 from harness.steps.base import Step
 from harness.steps.postprocess import Postprocess

@@ -1,4 +1,4 @@
-"""What every step of a run has."""
+"""The base class of all steps of a run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -15,22 +15,21 @@ if TYPE_CHECKING:
 
 
 class Step(ABC):
-    """One step of a run: what determines it, how it is built, what it leaves.
+    """One step of a run: its inputs, how to build it, and its output.
 
-    `inputs` are all that it reads. `part` tells steps of one kind apart, such as the split that is captioned.
-    A step's output lies in the directory that the fingerprint of its `canonical` form names, so that two runs
-    share the steps that are determined alike.
+    `inputs` are all that the step may read. `part` distinguishes steps of one kind, such as the split to
+    caption. The fingerprint of the `canonical` form names the output's directory, so runs share equal steps.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    """Raised when the code makes something else of the same inputs: earlier output is then built anew."""
+    """Increase it when the code gives another output for the same inputs; old output is then not reused."""
     shared: ClassVar[bool] = False
-    """Whether all ranks of a launch build it together; rank 0 alone builds the others."""
+    """Whether all ranks of a launch build the step together; otherwise only rank 0 does."""
     section: ClassVar[tuple[str, Any, Any] | None] = None
-    """Its section of an experiment file, if it has one of its own: key, type and default."""
+    """Key, type and default of the step's own section of an experiment file, or None."""
     captions: str | None = None
-    """The split whose captions it leaves in `predictions.csv`, as `captions.read_captions` reads them."""
+    """The split whose captions the step writes to `predictions.csv` (see `captions.read_captions`)."""
 
     def __init__(self, inputs: Inputs, part: str = "") -> None:
         self.inputs, self.part = inputs, part
@@ -38,24 +37,24 @@ class Step(ABC):
     @classmethod
     @abstractmethod
     def of(cls, plan: "Plan", before: Mapping[str, "Step"]) -> Iterator["Step"]:
-        """The steps of this kind in a run, by its config and data; `before` are the steps before them."""
+        """The steps of this kind in a run, from its config and data; `before` are the earlier steps."""
 
     @abstractmethod
     def build(self, work: "Work", directory: Path) -> bool | None:
-        """Write the output into `directory`; False where something is absent that another try may give."""
+        """Write the output into `directory`; False if it is incomplete and a retry may complete it."""
 
     @property
     def artifacts(self) -> Mapping[str, str]:
-        """The files that it leaves for readers, by the name that they have in the run's record."""
+        """The output files for readers, by their name in the run's record."""
         return {}
 
     @property
     def decodes(self) -> Mapping[str, int]:
-        """The splits whose images it decodes, and the side in pixels to which it does."""
+        """The splits whose images the step decodes, with the side in pixels."""
         return {}
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The keys of the run's record that change with what it found."""
+        """The step's results as keys of the run's record."""
         return {}
 
     @cached_property
@@ -65,19 +64,19 @@ class Step(ABC):
 
     @cached_property
     def canonical(self) -> dict[str, Any]:
-        """All that determines the output, as JSON-like values."""
+        """Everything that determines the output, as JSON-like values."""
         return {"version": self.version, **self.inputs.canonical}
 
     @cached_property
     def directory(self) -> Path:
-        """Where the output lies, or will lie."""
+        """The output's directory, also before the step is built."""
         return step_directory(self.inputs.root, self.kind, self.canonical)
 
     def made_from(self) -> dict[str, str]:
-        """SHA-256 of the files that it reads, where the steps before it have sealed theirs."""
+        """SHA-256 of the files that the step reads, as far as earlier steps have recorded them."""
         found = (products(step.directory, files) for step, files in self.inputs.steps.items())
         return {file: digest for one in found for file, digest in one.items()}
 
     def is_done(self) -> bool:
-        """Whether it ran to its end, has its files, and read those that the steps before it hold now."""
+        """Whether the step finished, its files exist, and its inputs have not changed since."""
         return is_done(self.directory, self.made_from())

@@ -1,4 +1,4 @@
-"""What a step may read. The canonical form of this one object is the step's fingerprint."""
+"""What a step may read. The step's fingerprint is computed from the canonical form of `Inputs`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Undeclared(Exception):
-    """A step reads what is no part of its fingerprint: a mistake in the step's code."""
+    """Raised if a step reads something outside its fingerprint: a bug in the step's code."""
 
 
 class Settings:
-    """A part of the config of which only declared keys can be read."""
+    """A section of the config; only declared keys can be read."""
 
     def __init__(self, section: Section, keys: frozenset[str], path: str = "") -> None:
         self._section, self._keys, self._path = section, keys, path
@@ -34,14 +34,14 @@ class Settings:
 
 
 class Rows:
-    """The declared splits of a data set."""
+    """A data set; only declared splits can be read."""
 
     def __init__(self, data: Dataset, splits: frozenset[str]) -> None:
         self._data, self._splits = data, splits
 
     @property
     def concept_names(self) -> Mapping[str, str]:
-        """The name of each concept; the fingerprint of every split covers those that it has."""
+        """The name of each concept; the fingerprint of a split covers the names of its concepts."""
         return self._data.concept_names
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -60,12 +60,13 @@ class Rows:
 
 
 class Inputs:
-    """What one step of a run reads, and what of it determines the step's output.
+    """What one step of a run reads, and which part of it determines the step's output.
 
-    `config` says by dotted key what counts of a part of the config, which may then be read. Keys in `besides`
-    may be read too and change nothing of the output. `data` are splits. `steps` are earlier steps with those
-    of their files that are read, None for all; what they may read, this step may read too. `facts` are what
-    else counts, such as the contents of weights. `canonical` is all that counts, as JSON-like values.
+    `config`: parts of the config that determine the output, by dotted key; their keys can be read. `besides`:
+    keys that can also be read but do not affect the output. `data`: splits. `steps`: earlier steps with the
+    files that are read, None for all; this step can read what they can read. `facts`: other facts that
+    determine the output, such as the contents of weights. `canonical`: all that determines the output, as
+    JSON-like values.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Inputs:
         }
 
     def directory(self, name: str) -> Path:
-        """Where an earlier step's output lies."""
+        """The output directory of an earlier step."""
         for step in self.steps:
             if step.name == name:
                 return step.directory

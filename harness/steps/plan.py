@@ -1,7 +1,7 @@
-"""What a run will do: its steps, and what is missing before it may start.
+"""The plan of a run: its steps, and what is missing before it can start.
 
-Two variants that differ in de-duplication only share training and generation. The same command after a crash
-goes on where it stopped. Nothing here imports torch, so that `--dry-run` answers at once.
+Two variants that differ only in de-duplication share training and captioning. After a crash the same command
+continues where it stopped. Nothing here imports torch, so `--dry-run` is fast.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one run and where they lie; made from config and data alone, without torch."""
+    """The steps of one run and their folders, from config and data alone, without torch."""
 
     config: "Config"
     data: Dataset
@@ -57,14 +57,14 @@ class Plan:
 
     @property
     def submitted(self) -> dict[str, Step]:
-        """By split, the step whose captions are submitted: the last one that has captions of it."""
+        """By split, the step whose captions are submitted: the last one with captions of that split."""
         return {step.captions: step for step in self.steps.values() if step.captions}
 
     @cached_property
     def fallback(self) -> dict[str, dict[str, Any]]:
-        """By split, the `ids` of images that can't be read, if any, and the `caption` that they get.
+        """By split, the `ids` of unreadable images, if any, and the `caption` that they get.
 
-        It is the constant caption of `metrics.constant_baseline`, and nothing of the model's.
+        The caption is the constant one of `metrics.constant_baseline`; the model does not write it.
         """
         unreadable = {split: [e.id for e in self.data.unreadable(split)] for split in self.splits}
         if not any(unreadable.values()):
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the results has to know of rows that are used for a part only, or not at all."""
+        """Notes for readers of the results: rows that are used only in part, or not at all."""
         found = []
         if left := len(self.data.left_out):
             found.append(f"data.skip_bad: rows with {left:,} problems are left out")
@@ -86,13 +86,13 @@ class Plan:
             if unscored:
                 found.append(f"{split}: the caption of {some(unscored)} can't be read; not scored")
         for split, given in self.fallback.items():
-            what = f"{some(given['ids'])}; captioned by the constant caption: {given['caption']}"
-            found.append(f"{split}: no image that can be read for {what}")
+            what = f"{some(given['ids'])}; it gets the constant caption: {given['caption']}"
+            found.append(f"{split}: no readable image for {what}")
         return found
 
 
 def problems(config: "Config") -> list[Problem]:
-    """What is missing on this machine for a run: checkpoints that would otherwise be missed hours later."""
+    """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
     chosen_by = choosing(config).metrics if config.train.stages else ()
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by])
     found = metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
@@ -100,11 +100,11 @@ def problems(config: "Config") -> list[Problem]:
 
 
 def unscalable(config: "Config", kind: device.Kind) -> Problem | None:
-    """What is wrong with fp16 on a device that does not overflow where losses are scaled too far."""
+    """The problem of fp16 on a device that saturates; loss scaling needs overflows. None if there is none."""
     if config.train.precision != "fp16" or device.overflows(kind):
         return None
     what = f"got fp16, but this {kind} saturates instead of overflowing, so the loss scale would grow forever"
-    hint = "Use auto or fp32; this device rounds the inputs of products to fp16, but gradients stay fp32."
+    hint = "Use auto or fp32; this device rounds factors to fp16, but gradients stay fp32."
     return Problem(what, key="train.precision", hint=hint)
 
 
@@ -114,7 +114,7 @@ def prepare(
     root: Path = RUNS,
     loaded: dict[str, Dataset] | None = None,
 ) -> list[Plan]:
-    """Check all that can be checked before any training; raises `UserError` with all problems at once.
+    """Do all checks before any training -> a plan for each config; raises `UserError` with all problems.
 
     `loaded` keeps the data between calls.
     """
@@ -147,7 +147,7 @@ def prepare(
 
 
 def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
-    """A disk that can't hold the decoded images of all that is left to build."""
+    """The problem of a disk that is too small for the decoded images of all unfinished steps."""
     wanted = {}
     for plan in (plan for plan in plans if plan.config.data.cache):
         left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
@@ -160,11 +160,12 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     if need <= room:
         return []
     what = f"decoded images need {gb(need)} in {plans[0].root}/cache, {gb(room)} are free"
-    return [Problem(what, key="data.cache", hint="Or decode in every epoch: --set data.cache=false")]
+    hint = "Free some space, or decode again in every epoch: --set data.cache=false"
+    return [Problem(what, key="data.cache", hint=hint)]
 
 
 def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
-    """The steps of a run and whether they are done, found without drawing data or importing torch."""
+    """The steps of a run and their states, without drawing data or importing torch."""
     if config.data.phantom and not config.data.root.exists():
         return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}
     if (images := unchecked(config.data, root)) > QUICK_IMAGES:

@@ -1,4 +1,4 @@
-"""What happens to captions between the model and the submission: repetitions, capital letter, full stop."""
+"""Post-processing of captions before submission: repetitions, capital letter, full stop."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Postprocess(Step):
-    """Leaves the captions of one split as they are submitted."""
+    """Writes the captions of one split as they are submitted."""
 
     kind, version = "postprocess", postprocess.VERSION
     section = ("postprocess", postprocess.PostprocessConfig, postprocess.PostprocessConfig())

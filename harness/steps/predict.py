@@ -1,4 +1,4 @@
-"""Captions of a split by the model: the fine-tuned one, or the checkpoint itself where nothing is trained."""
+"""Captions of a split by the fine-tuned model, or by the checkpoint itself if nothing is trained."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Predict(Step):
-    """Leaves the captions of one split, as the model writes them."""
+    """Writes the model's captions of one split."""
 
     kind, version, shared = "predict", 1, True
     section = ("predict", PredictConfig, PredictConfig())
@@ -63,7 +63,7 @@ class Predict(Step):
             )
 
     def _model(self, work: "Work") -> "Loaded":
-        """The model that training has left in memory, or else from its files."""
+        """The trained model, from memory or from its files."""
         if work.model is None:
             from harness.models.loading import load_trained
             from harness.training import engine
@@ -76,6 +76,6 @@ class Predict(Step):
 
 
 def given_captions(inputs: Inputs) -> dict[str, str]:
-    """The captions of images that can't be read, by id."""
+    """The captions of unreadable images, by id."""
     given = inputs.facts["fallback"]
     return dict.fromkeys(given["ids"], given["caption"]) if given else {}

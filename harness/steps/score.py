@@ -1,4 +1,4 @@
-"""Scores of the validation captions before and after post-processing, by all metrics of the config."""
+"""Scores of the validation captions before and after post-processing, with all configured metrics."""
 
 import contextlib
 import re
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 SCORES, PER_IMAGE, ARRAYS, LENGTHS = "scores.json", "per_image.csv", "arrays.npz", "caption_lengths.png"
 FILES = (SCORES, PER_IMAGE, ARRAYS, LENGTHS)
-"""What a score step leaves."""
+"""The output files of a score step."""
 
 
 class Score(Step):
-    """Leaves scores with their signatures, and the score of every image; `part` is before or after."""
+    """Writes scores with their signatures, and the score of every image; `part` is before or after."""
 
     kind, version, shared = "score", 3, True
     section = ("score", ScoreConfig, ScoreConfig())
@@ -56,8 +56,8 @@ class Score(Step):
         return {"scores": record["scores"] | {"valid": valid}, **{key: result[key] for key in about}}
 
     def build(self, work: "Work", directory: Path) -> bool:
-        """Score captions, or take the scores of the same captions from the step that has them."""
-        work.drop_model()  # the neural metrics want its memory
+        """Score captions, or copy the scores of the same captions from another step."""
+        work.drop_model()  # the neural metrics need its memory
         index = self.inputs.root / "cache" / "scored" / self._same_captions()
         with _alone(index):
             if earlier := ranks.agree(self._scored(index, directory)):
@@ -78,13 +78,13 @@ class Score(Step):
         return source.directory / PREDICTIONS
 
     def _same_captions(self) -> str:
-        """The fingerprint of this step with the captions themselves in place of the step that made them."""
+        """The fingerprint of this step with the captions' text instead of the step that wrote them."""
         steps = {step.name: step.canonical for step in self.inputs.steps if not step.captions}
-        text = self._captions.read_bytes().decode()  # line breaks as they are
+        text = self._captions.read_bytes().decode()  # keeps the line breaks
         return fingerprint(self.canonical | {"steps": steps, "captions": text})
 
     def _scored(self, index: Path, directory: Path) -> Path | None:
-        """The other step that an entry of the index names, if it is there and whole."""
+        """The other step that an entry of the index names, if it exists and is undamaged."""
         name = index.read_bytes().decode(errors="replace") if index.is_file() else ""
         if name == directory.name or not re.fullmatch(f"{self.kind}-[0-9a-f]{{12}}", name):
             return None
@@ -127,7 +127,7 @@ class Score(Step):
 
 @contextlib.contextmanager
 def _alone(index: Path) -> Iterator[None]:
-    """Keep other processes from scoring the same captions meanwhile."""
+    """Lock out other processes that score the same captions."""
     from filelock import FileLock
 
     if ranks.rank():

@@ -1,4 +1,4 @@
-"""A small model in place of a metric's own, trained on the training split where the config says `standin`."""
+"""A small model that replaces a metric's own if the config says `standin`, trained on the training split."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Standin(Step):
-    """Leaves the weights of one stand-in; `part` is the section of `score:` that they belong to."""
+    """Writes the weights of one stand-in; `part` is its section of `score:`."""
 
     kind, version = "standin", checkpoints.STANDIN_VERSION
 
@@ -33,12 +33,12 @@ class Standin(Step):
 
 
 def trained_here(config: ScoreConfig) -> list[str]:
-    """The sections of wanted metrics whose stand-ins are trained on the training split."""
+    """The sections of configured metrics whose stand-ins are trained on the training split."""
     return [name for name, weights in metrics.weights_of(config).items() if weights.is_trained_here(config)]
 
 
 def with_standins(config: ScoreConfig, inputs: Inputs) -> ScoreConfig:
-    """The config with the folders of the stand-ins that a step reads in place of the word `standin`."""
+    """The config in which the word `standin` is replaced by the folder of the stand-in that a step reads."""
     for step in inputs.steps:
         if isinstance(step, Standin):
             config = metrics.all_weights()[step.part].renamed(config, str(step.directory))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Tiny(Step):
-    """Leaves a checkpoint as transformers writes one."""
+    """Writes a checkpoint in the layout of transformers."""
 
     kind, version = "tiny", 3
 

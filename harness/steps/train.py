@@ -1,4 +1,4 @@
-"""Fine-tuning: the stages of `train:`, and the validation that chooses the best weights."""
+"""Fine-tuning in the stages of `train:`, with the validation that chooses the best weights."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from harness.training import train
 
 INDIFFERENT = ("zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints")
-"""Keys of `train` that change how training is done, and not what comes out."""
+"""Keys of `train` that do not affect the result."""
 CURVES = "curves.png"
 
 
 class Train(Step):
-    """Leaves the best weights and `losses.jsonl`, the losses and validation scores."""
+    """Writes the best weights, and losses and validation scores in `losses.jsonl`."""
 
     kind, version, shared = "train", 3, True
     section = ("train", TrainConfig, TrainConfig())
@@ -69,9 +69,7 @@ class Train(Step):
 
         config = self.inputs.config
         if not device.computes_fp32(work.kind):
-            work.reporter.say(
-                f"this {work.kind} rounds the inputs of products to fp16, whatever the precision"
-            )
+            work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
         with work.reporter.progress(f"Training {work.run_name}") as advance:
@@ -108,16 +106,16 @@ class Train(Step):
         pairs, examples = texts(self.inputs, name), self.inputs.data.readable(name)
         captions = [caption.encode(text) for _, text in pairs]
         for i, example in enumerate(examples):
-            if not example.trains:  # its tokens count in no loss
+            if not example.trains:  # all tokens become prompt, which has no loss
                 captions[i] = Text(captions[i].ids, len(captions[i].ids))
         pixels = work.pixels(self.inputs, name, model.image_size)
         concepts = [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
         return train.Split([e.id for e in examples], pixels, captions, concepts)
 
     def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
-        """Scores of the model as it is, on the images that the config sets aside for choosing the best.
+        """Score the current model on `train.evaluate_images` validation images.
 
-        Decoded greedily whatever `predict` says, so that a study of decoding trains once.
+        Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
         """
         import numpy as np
 
@@ -150,7 +148,7 @@ class Train(Step):
         primary = self.inputs.facts["primary"]
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
         if f"valid_{primary}" not in row:
-            what = f"{primary} chooses the best checkpoint, and {scores[primary].reason}"
+            what = f"{primary} must choose the best checkpoint, but is absent: {scores[primary].reason}"
             raise UserError(what, exit_code=1)
         self.starred = {f"valid_{name}" for name, score in scores.items() if not score.official}
         return row | {train.PRIMARY: row[f"valid_{primary}"]}
@@ -162,12 +160,12 @@ class Train(Step):
 
 
 def model_of(plan: "Plan") -> dict[str, Any]:
-    """What counts of `model:`, for the steps that load the model."""
+    """The part of `model:` that determines the output of steps that load the model."""
     return {"model": family(plan.config.model).settings(plan.config.model)}
 
 
 def contents_of(plan: "Plan") -> list[Any]:
-    """The contents of the checkpoints' files, which differ even if their names are the same."""
+    """Key, name and file contents of each checkpoint; contents distinguish checkpoints of the same name."""
     named = family(plan.config.model).checkpoints(plan.config.model)
     found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
     cache = plan.root / "cache"
@@ -175,9 +173,9 @@ def contents_of(plan: "Plan") -> list[Any]:
 
 
 def primary_metric(config: "Config") -> str:
-    """The score that chooses the best checkpoint: the edition's primary one where it can be computed.
+    """The score that chooses the best checkpoint: the edition's primary score, or BERTScore.
 
-    That is where all its parts are among the metrics and have weights; else it is BERTScore.
+    It is BERTScore if a part of the primary score is not among the metrics or lacks weights.
     """
     edition = EDITIONS[config.edition]
     if edition.primary is None:
@@ -187,13 +185,13 @@ def primary_metric(config: "Config") -> str:
 
 
 def choosing(config: "Config") -> ScoreConfig:
-    """How validation scores, by the metrics alone that choose the best weights."""
+    """The score config of validation, with only the metrics that choose the best weights."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
     return config.score.model_copy(update={"metrics": parts})
 
 
 def _scoring(config: "Config") -> tuple[dict[str, Any], list[Any]]:
-    """What counts of `score:` and of the edition for the metrics that choose the best weights."""
+    """The parts of `score:` and of the edition that affect the metrics that choose the best weights."""
     name, edition, only = primary_metric(config), EDITIONS[config.edition], choosing(config)
     sections = {"precision", *metrics.weights_of(only)}
     settings = {key: value for key, value in only.model_dump().items() if key in sections}

@@ -1,4 +1,4 @@
-"""What the steps of one run share while they are built: the device, the model in memory, the reporter."""
+"""What the steps of one run share while they are built: device, model in memory, reporter."""
 
 import contextlib
 import gc
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from harness.models.loading import Loaded
 
 LESS_MEMORY = (
-    "Other processes may have it. `python -m harness doctor EXPERIMENT` says what training needs, and with "
-    "what it needs less; captioning does with a lower predict.batch_size. The same command continues."
+    "Other processes may use it. `python -m harness doctor EXPERIMENT` shows what training needs, and which "
+    "options need less; for captioning, lower predict.batch_size. Then the same command continues."
 )
 Watch = Callable[[Mapping[str, Any]], None]
-"""Hears of every validation of a training, on every rank; may raise `Pruned` on all."""
+"""Called with every validation of a training, on every rank; may raise `Pruned` on all."""
 
 
 class Reporter(Protocol):
-    """What a run shows on the terminal."""
+    """Reports progress to the user."""
 
     def say(self, text: str) -> None:
-        """One line of what is going on."""
+        """Print one line."""
 
     def progress(self, label: str) -> contextlib.AbstractContextManager[Callable[..., None]]:
-        """A bar for long work: the context gives `advance(done, total, note="")`."""
+        """Show a bar for long work; the context gives `advance(done, total, note="")`."""
 
 
 class Work:
-    """Builds the steps of one run; `model` is the captioner that training leaves to captioning."""
+    """Builds the steps of one run; `model` is the captioner that training passes to captioning."""
 
     def __init__(self, config: "Config", reporter: Reporter, watch: Watch | None = None) -> None:
         self.run_name, self.reporter, self.watch = config.run_name, reporter, watch
@@ -50,11 +50,11 @@ class Work:
         return device.scoring_device(self.kind)
 
     def say(self, text: str) -> None:
-        """One line of what goes on in this run."""
+        """Print one line with the run's name."""
         self.reporter.say(f"{self.run_name}: {text}")
 
     def build(self, step: Step, directory: Path) -> bool:
-        """Build a step into its directory; False where something is absent that another try may give.
+        """Build a step into its directory; False if the output is incomplete and a retry may complete it.
 
         Every rank of a launch calls this. Rank 0 alone builds the steps that are not shared.
         """
@@ -79,16 +79,16 @@ class Work:
             return open_pixels(inputs.data.readable(split), side, cache, progress=advance)
 
     def load(self, inputs: Inputs) -> "Loaded":
-        """The model as training finds it; metrics' models leave a device that it needs for itself."""
+        """Load the model as it is before training; first unload metrics' models from an accelerator."""
         from harness.training import engine
 
         self.unload_metrics()
-        gc.collect()  # the model of an earlier run, whose parts refer to each other in circles
+        gc.collect()  # frees the model of an earlier run, which has reference cycles
         model, config = inputs.config.model, inputs.config.train
         return family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
 
     def unload_metrics(self) -> None:
-        """Take the metrics' models from a device that the captioner needs for itself."""
+        """Unload the metrics' models from an accelerator, because the captioner needs its memory."""
         if self.kind != "cpu":
             metrics.unload()
             gc.collect()

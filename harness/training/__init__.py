@@ -1,1 +1,1 @@
-"""From loaded weights to the best checkpoint."""
+"""Training: from loaded weights to the best checkpoint."""

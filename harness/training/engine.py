@@ -27,9 +27,9 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
-    """Put a model on its device, weights that are never trained in the precision that it computes in."""
+    """Put a model on its device; weights that are never trained get the precision of the computation."""
     model.compute_in(precision(config, kind), config.vision_precision == "fp32")
-    if kind == "cpu":  # torch's fused attention is slower there than plain products, backwards above all
+    if kind == "cpu":  # torch's fused attention is slower there than plain products, mainly backwards
         model.use_plain_attention()
     model.to(devices.torch_device(kind))
     if config.gradient_checkpointing:
@@ -37,23 +37,23 @@ def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
 
 
 def precision(config: TrainConfig, kind: devices.Kind) -> torch.dtype | None:
-    """The autocast dtype: as asked for; `auto` is bf16 where the device has it. None is fp32."""
+    """The configured autocast dtype; `auto` is bf16 if the device has it. None is fp32."""
     if config.precision == "auto":
         return torch.bfloat16 if devices.has_bf16(kind) else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
 
 
 def frozen_dtype(config: TrainConfig, kind: devices.Kind) -> torch.dtype:
-    """What weights that are never trained are kept in: the precision that they compute in."""
+    """The dtype of weights that are never trained: the precision of the computation."""
     return precision(config, kind) or torch.float32
 
 
 def engine(
     model: Captioner, config: TrainConfig, kind: devices.Kind, directory: Path, universal: bool = False
 ) -> Any:
-    """The engine that trains what `model` has not frozen; its config is left in `directory`.
+    """The engine that trains the parameters of `model` that are not frozen; writes its config to `directory`.
 
-    `universal` is for loading a checkpoint in DeepSpeed's universal format.
+    `universal` prepares it to load a checkpoint in DeepSpeed's universal format.
     """
     deepspeed = _import_deepspeed(kind)
     optimizer = torch.optim.AdamW(
@@ -70,16 +70,16 @@ def engine(
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if config.precision == "fp16":
         _scale_losses(made.optimizer)
-    if not config.zero_stage and ranks.world_size() == 1:  # it would copy all gradients, for nobody
+    if not config.zero_stage and ranks.world_size() == 1:  # avoids a useless copy of all gradients
         made.enable_backward_allreduce = False
     return made
 
 
 def _scale_losses(optimizer: Any) -> None:
-    """Give a ZeRO optimiser of fp32 weights the dynamic loss scale that DeepSpeed has for fp16 ones.
+    """Give a ZeRO optimiser of fp32 weights DeepSpeed's dynamic loss scale, which is meant for fp16 weights.
 
-    A step whose gradients overflow is left out on all ranks and halves the scale; its state is part of
-    checkpoints. (DeepSpeed's `torch_autocast` clips gradients before it unscales them.)
+    If gradients overflow, all ranks skip the step and halve the scale. Checkpoints save the scaler's state.
+    DeepSpeed's own `torch_autocast` is no alternative: it clips gradients before it unscales them.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -95,11 +95,11 @@ def _scale_losses(optimizer: Any) -> None:
 
 
 def release(trainer: Any) -> None:
-    """Let go of an engine, with its optimiser, once the caller has dropped its names for it and collected.
+    """Free an engine and its optimiser; the caller must then delete its references and collect garbage.
 
-    `destroy` of DeepSpeed 0.19.8 leaves hooks on the model that keep the engine, and at stage 3 two lists of
-    its own module that keep the model: the next stage would stand on the device beside what this one left.
-    Stage 3 also leaves its own `linear` in torch, for all that this process computes from then on.
+    `destroy` of DeepSpeed 0.19.8 leaves hooks on the model that keep the engine alive, and at ZeRO stage 3
+    two module-level containers that keep the model alive. The next stage would need memory for both.
+    ZeRO stage 3 also leaves its own `linear` in torch for the rest of the process.
     """
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
 
@@ -116,7 +116,7 @@ def release(trainer: Any) -> None:
 
 
 def to_universal(source: Path, target: Path) -> None:
-    """Rewrite a checkpoint that each rank wrote its part of so that any number of ranks can load it."""
+    """Convert a checkpoint with one part per rank to a format that any number of ranks can load."""
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
@@ -140,9 +140,9 @@ def to_universal(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Torch takes no class from a checkpoint but DeepSpeed's, which itself would run whatever is in there.
+    """Let torch load only weights and DeepSpeed's own classes; DeepSpeed would run any code in a checkpoint.
 
-    Raises `UserError` where a checkpoint holds anything else.
+    Raises `UserError` if a checkpoint holds anything else.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -157,7 +157,7 @@ def weights_only() -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         what = f"a checkpoint of this training holds more than weights: {str(error).splitlines()[0]}"
-        hint = "Delete the folder train-... of this run in runs/steps, and the training begins anew."
+        hint = "Delete the folder train-... of this run in runs/steps; the training then starts again."
         raise UserError([Problem(what, hint=hint)], exit_code=1) from None
     finally:
         if before is None:
@@ -169,8 +169,8 @@ def weights_only() -> Iterator[None]:
 def resume(trainer: Any, path: Path, universal: bool) -> None:
     """Load a checkpoint into an engine that was made for it.
 
-    After a universal one at stage 3, DeepSpeed 0.19.8 gives all groups the first one's weight decay, and all
-    parts of the optimiser one and the same counter of steps, which each of them then counts up.
+    After a universal checkpoint at ZeRO stage 3, DeepSpeed 0.19.8 gives all groups the first group's weight
+    decay, and one shared step counter to all parts of the optimiser, so it would count too fast.
     """
     optimizer = trainer.optimizer
     decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -201,7 +201,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def accumulation(config: TrainConfig) -> int:
-    """Micro-batches of one optimiser step on each rank."""
+    """Number of micro-batches of one optimiser step on each rank."""
     return config.batch_size // (config.micro_batch_size * ranks.world_size())
 
 
@@ -214,7 +214,7 @@ def _merged(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
-    """All weights that fine-tuning may change on every rank, where ZeRO-3 has taken them apart."""
+    """A context in which every rank has whole the trainable weights that ZeRO-3 has sharded."""
     import deepspeed
 
     own = [p for name, p in model.named_parameters() if model.is_saved(name)]
@@ -222,19 +222,19 @@ def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
 
 
 def _import_deepspeed(kind: devices.Kind) -> Any:
-    """Import deepspeed and join the process group, alone if no launcher started us."""
+    """Import deepspeed and join the process group, or make one of a single process without a launcher."""
     os.environ.setdefault("DS_ACCELERATOR", kind)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed uses
-    if kind == "cpu":  # or it compiles a shared-memory kernel for 40 s; gloo does without
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # about names DeepSpeed uses
+    if kind == "cpu":  # else it compiles a shared-memory kernel for 40 s, which gloo does not need
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks.start(kind)
     os.environ.setdefault("LOCAL_RANK", "0")
-    if not torch.distributed.is_initialized():  # alone: through no port, which other processes might take
+    if not torch.distributed.is_initialized():  # one process: needs no port, which might be in use
         backend = deepspeed.get_accelerator().communication_backend_name()
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

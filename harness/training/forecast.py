@@ -1,4 +1,4 @@
-"""What a run will take, known before it starts and without torch: steps, pixel cache, memory per device."""
+"""A forecast of what a run needs, without torch: steps, pixel cache, memory per device."""
 
 import functools
 import math
@@ -25,9 +25,9 @@ Caches = dict[tuple[str, int], int]
 
 
 def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
-    """Images per split that the run decodes, and the pixel caches that it has yet to build, at most.
+    """Images per split that the run decodes, and an upper bound of the pixel caches still to build.
 
-    As far as they can be counted without opening more than a few; a run whose steps are done needs no cache.
+    Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
     trained = ("train", "valid") if config.train.stages else ()
@@ -47,9 +47,9 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     return counts, {key: size for key, size in sized.items() if size and source.cache}
 
 
-@functools.lru_cache(maxsize=1)  # each variant of an experiment asks anew
+@functools.lru_cache(maxsize=1)  # called for each variant of an experiment
 def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
-    """The images of each split that are there, without those that `data.skip_bad` is known to leave out."""
+    """The existing images of each split, without those that `data.skip_bad` is known to exclude."""
     listing = readers.read(source.root, source.layout)
     if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:
         checked = data.load(source, RUNS)
@@ -61,9 +61,9 @@ def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
 
 
 def forecast(config: "Config") -> dict[str, Any]:
-    """Steps, pixel cache and memory of a run; what is not known is None, its reason under `unknown`.
+    """Steps, pixel cache and memory of a run; an unknown part is None, with its reason under `unknown`.
 
-    Memory is that of the configured kind of device; where that is left open, of an accelerator in bf16.
+    Memory is for the configured kind of device; if that is `auto`, for an accelerator.
     """
     unknown = []
     counts, to_build = pixels(config)
@@ -91,7 +91,7 @@ def _disk(to_build: Caches) -> dict[str, Any]:
 
 
 def steps(config: TrainConfig, count: int) -> list[dict[str, int]]:
-    """For each stage its epochs, optimiser steps and micro batches, over all devices, for `count` images."""
+    """Epochs, optimiser steps and micro batches (over all devices) of each stage, for `count` images."""
     per_epoch = math.ceil(count / config.batch_size)
     return [
         {
@@ -105,7 +105,7 @@ def steps(config: TrainConfig, count: int) -> list[dict[str, int]]:
 
 
 def accumulation(config: TrainConfig) -> dict[int, int]:
-    """Micro batches that each of N devices accumulates for one optimiser step, for every N that divides."""
+    """By number of devices, the micro batches that each accumulates for one optimiser step."""
     parts = config.batch_size // config.micro_batch_size
     return {devices: parts // devices for devices in memory.DEVICES if parts % devices == 0}
 
@@ -133,7 +133,7 @@ def _memory(model: Model) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """A forecast as lines to read."""
+    """A forecast as lines of text."""
     out = [
         f"stage {row['stage']}: {row['epochs']} epochs, {row['optimiser_steps']} optimiser steps, "
         f"{row['micro_batches']} micro batches over all devices"
@@ -148,7 +148,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
-    return out + [f"not told: {reason}" for reason in found["unknown"]]
+    return out + [f"unknown: {reason}" for reason in found["unknown"]]
 
 
 def _cache_line(found: dict[str, Any]) -> str:
@@ -158,11 +158,11 @@ def _cache_line(found: dict[str, Any]) -> str:
     line = f"pixel cache to build: {listed(to_build)}; {gb(found['free'])} free"
     if (lacking := sum(to_build.values()) - found["free"]) <= 0:
         return line
-    return f"{line}, {gb(lacking)} too few: free some, or decode in every epoch: --set data.cache=false"
+    return f"{line}, {gb(lacking)} missing: free some, or decode in every epoch: --set data.cache=false"
 
 
 def listed(caches: Caches) -> str:
-    """The sizes of pixel caches in words."""
+    """The sizes of pixel caches as text."""
     return "; ".join(
         ", ".join(f"{split} {gb(size)}" for (split, n), size in caches.items() if n == side)
         + f" at {side} pixels"
@@ -186,7 +186,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
 
 
 def fits(setup: Setup | None, model: Model) -> str:
-    """A smallest set-up in words, with the options that it takes."""
+    """A set-up from `memory.smallest` as text: its number of devices and options."""
     if setup is None:
         return f"not on {memory.DEVICES[-1]} devices, whatever the options"
     return _worded(setup.devices, setup.options(model.config))
@@ -197,5 +197,5 @@ def _worded(devices: int, options: str) -> str:
 
 
 def largest(models: Sequence[Model]) -> Model:
-    """The model whose configured training takes the most memory on one device."""
+    """The model whose configured training needs the most memory on one device."""
     return max(models, key=lambda model: memory.needed(model, memory.configured(model.config, 1)))

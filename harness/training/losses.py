@@ -1,7 +1,7 @@
 """The losses of training by name.
 
-A loss is what one micro-batch adds to a weighted mean over a whole optimiser step. Its weights in each stage
-are `train.stages`; its column in `losses.jsonl` is `<name>_loss`. The first paragraph of its docstring
+A loss function gives one micro-batch's share of a weighted mean over a whole optimiser step. Its weights are
+in `train.stages`; its column in `losses.jsonl` is `<name>_loss`. The first paragraph of its docstring
 describes its key in the reference.
 """
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from harness.models.base import Losses
 
 Loss = Callable[["Losses", Mapping[str, int], float], "Tensor"]
-"""(what the model computed of a micro-batch, tokens of the whole step by loss, weight) -> scalar."""
+"""(the model's losses of a micro-batch, tokens of the whole step by loss, weight) -> scalar."""
 
 
 def caption(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
-    """Next token of the caption, by the language model or, without one, by the Q-Former.
+    """Next token of the caption, from the language model or, without one, from the Q-Former.
 
     Mean over the tokens of captions, in nats.
     """
@@ -26,9 +26,9 @@ def caption(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Te
 
 
 def concept(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
-    """Next token of the sentence of concepts, by the Q-Former; without it, its text path is frozen.
+    """Next token of the concept sentence, from the Q-Former; without this loss its text path is frozen.
 
-    Mean over the tokens of sentences of concepts, in nats.
+    Mean over the tokens of concept sentences, in nats.
     """
     return weight * computed.concept / max(tokens["concept"], 1)
 

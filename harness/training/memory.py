@@ -1,8 +1,8 @@
-"""The memory that training takes on each device, and the smallest set-up that fits; no torch.
+"""The memory that training needs on each device, and the smallest set-up that fits; no torch.
 
-Weights, gradients and optimiser are counted as DeepSpeed 0.19.8 lays them out for our config (fp32 weights
-that autocast reads, torch's AdamW, no master copy in half precision); parameters and activations
-by the family of the model (`models.base.Shape`).
+Weights, gradients and optimiser are counted as DeepSpeed 0.19.8 stores them for our config: fp32 weights that
+autocast reads, torch's AdamW, no copy in half precision. The family of the model counts parameters and
+activations (`models.base.Shape`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,20 @@ from harness.training.settings import TrainConfig
 
 GB = 1e9
 CARDS = (24, 32, 40, 64, 80)
-"""GB of the cards that are asked about where there is none."""
+"""Memory in GB of typical cards, for machines without one."""
 DEVICES = (1, 2, 4, 8, 16)
 MOMENTS = 2 * FLOAT
-"""Bytes of AdamW's two moments of a trained parameter."""
-_CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries, and the device's and collective's buffers
-# An allowance for what the allocator keeps; glibc holds on to freed blocks (benchmarks/memory.py).
+"""Bytes of AdamW's two moments for each trained parameter."""
+_CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
+# An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
 _FRAGMENTED = {"cpu": 0.3, "cuda": 0.05, "npu": 0.05}
 _BUCKET = 500_000_000  # numbers in DeepSpeed's buffers for reducing gradients
-_LIVE = 1_000_000_000  # numbers that ZeRO-3 gathers at a time
+_LIVE = 1_000_000_000  # numbers that ZeRO-3 gathers at once
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides over memory: devices, micro batch and the means against a shortage."""
+    """The settings that determine memory: devices, micro batch and options that save memory."""
 
     devices: int
     micro_batch: int
@@ -37,7 +37,7 @@ class Setup:
     offload: bool
 
     def options(self, config: TrainConfig) -> str:
-        """The options that turn a config into this set-up, as the command line takes them."""
+        """The command-line options that change a config to this set-up."""
         wanted = {
             "gradient_checkpointing": self.checkpointing,
             "micro_batch_size": self.micro_batch,
@@ -50,7 +50,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes on each device at the fullest moment of training; `host`: in the CPU's memory, per device."""
+    """Peak bytes on each device during training; `host`: bytes in CPU memory per device."""
 
     weights: int
     gradients: int
@@ -62,13 +62,13 @@ class Usage:
 
     @property
     def total(self) -> int:
-        """All that the device must hold."""
+        """The sum of all parts on the device."""
         return self.weights + self.gradients + self.optimiser + self.buffers + self.activations + self.rest
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be trained on one kind of device: parameters, and what is computed in half precision."""
+    """A model to train on one kind of device; `half`: it computes in half precision."""
 
     shape: Shape
     config: TrainConfig
@@ -77,7 +77,7 @@ class Model:
 
     @property
     def trained(self) -> int:
-        """Parameters that a stage with every loss trains; no stage trains more."""
+        """Number of parameters that a stage with every loss trains; no stage trains more."""
         return self.shape.trained(self.config.train_vision)
 
     @property
@@ -87,18 +87,18 @@ class Model:
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights, which every rank loads whole."""
+        """Bytes of all weights; every rank loads all of them."""
         return FLOAT * self.trained + self.frozen
 
     def activations(self, micro_batch: int) -> Activations:
-        """Those of the stage that takes more, with every text as long as the config allows."""
+        """The activations of the stage that needs most, with texts of maximum length."""
         return max(
             (self.shape.activations(self._work(stage, micro_batch)) for stage in stages(self.config)),
             key=lambda found: found.kept,
         )
 
     def without_vision(self) -> "Model":
-        """The same, with the ViT frozen."""
+        """The same model with a frozen ViT."""
         return replace(self, config=self.config.model_copy(update={"train_vision": False}))
 
     def _work(self, stage: Stage, micro_batch: int) -> Work:
@@ -116,7 +116,7 @@ class Model:
 
 
 def needed(model: Model, setup: Setup) -> int:
-    """Bytes that one device must have; a CPU holds what it computes and what is offloaded to it."""
+    """Bytes that one device must have; a CPU also holds what is offloaded."""
     used = usage(model, setup)
     return used.total + (used.host if model.kind == "cpu" else 0)
 
@@ -129,16 +129,16 @@ def configured(config: TrainConfig, devices: int) -> Setup:
 
 
 def usage(model: Model, setup: Setup) -> Usage:
-    """What a set-up takes on each device.
+    """The memory that a set-up needs on each device.
 
-    Gradients of earlier micro batches are there while the next one computes, so that everything is held at
-    once; an optimiser step, whose AdamW needs the trained weights once more, comes when activations are gone.
+    Gradients of earlier micro batches are in memory together with the activations of the next one. In the
+    optimiser step AdamW needs temporaries as large as the trained weights, but activations are freed by then.
     """
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
     whole, shard = FLOAT * numbers, FLOAT * numbers // shards
     weights = model.weights if stage < 3 else model.weights // shards
     bucket = FLOAT * _bucket(model.config)
-    copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 step a flat copy of their part of the weights
+    copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 update a flat copy of their part of the weights
     moments = (MOMENTS * numbers) // (shards if stage else 1)
     gradients = whole if stage < 2 else shard
     buffers = bucket if stage else 0
@@ -151,15 +151,15 @@ def usage(model: Model, setup: Setup) -> Usage:
         buffers += min(_gathered(model), model.weights)
     host = 0
     if setup.offload:
-        # gradients twice, and what AdamW needs to step a tensor as large as the shard
+        # gradients twice, and AdamW's temporaries for a tensor as large as the shard
         host = copy + moments + 4 * shard + (shard if stage < 3 else 0)
         copy = moments = 0
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)
     computing, stepping = _computing(held, setup.checkpointing), _stepping(model, setup, whole, shard)
-    # glibc keeps what the activations took, in pieces too small for the optimiser's flat tensors
+    # glibc keeps the activations' memory, in pieces too small for the optimiser's flat tensors
     moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
-    if stage == 3:  # validation captions with a whole copy
+    if stage == 3:  # validation captions with a whole copy of the model
         moment = max(moment, model.weights)
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
@@ -172,7 +172,7 @@ def _bucket(config: TrainConfig) -> int:
 
 
 def _gathered(model: Model) -> int:
-    """Bytes of the weights that ZeRO-3 holds whole at a time: the trained ones first, which are larger."""
+    """Bytes of weights that ZeRO-3 gathers at once; assumes trained ones first, because they are larger."""
     zero: Any = model.config.deepspeed.get("zero_optimization", {})
     live = int(zero.get("stage3_max_live_parameters", _LIVE))
     return FLOAT * min(live, model.trained) + 2 * max(live - model.trained, 0)
@@ -183,18 +183,18 @@ def _accumulates(config: TrainConfig, setup: Setup) -> bool:
 
 
 def _computing(held: Activations, checkpointing: bool) -> int:
-    """The peak of forward and backward pass: at the loss, or in a layer that is computed again."""
+    """Peak bytes of forward and backward pass: at the loss, or in a layer that is recomputed."""
     if not checkpointing:
         return held.kept + held.casts + held.loss
     return held.kept_checkpointed + max(held.casts + held.loss, 2 * held.layer)
 
 
 def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
-    """Temporaries of an optimiser step: AdamW's own and, without ZeRO, gradients joined to be averaged."""
+    """Bytes of an optimiser step's temporaries: AdamW's and, without ZeRO, gradients joined for averaging."""
     if setup.offload:
         return 0
     own = shard if setup.zero_stage else whole
-    if model.kind == "cpu":  # AdamW steps one tensor after the other there; ZeRO's are as large as the shard
+    if model.kind == "cpu":  # AdamW updates one tensor at a time there; ZeRO's tensors are whole shards
         own = 2 * shard if setup.zero_stage else 0
     if setup.zero_stage in (1, 2):
         return own + shard
@@ -203,8 +203,8 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
 
 
 def means(config: TrainConfig, devices: int) -> Iterator[Setup]:
-    """Set-ups for so many devices from the simplest on: as configured, checkpointing, smaller micro batches,
-    ZeRO 1 to 3, offloading."""
+    """Set-ups for this number of devices, simplest first: as configured, smaller micro batches with
+    checkpointing, ZeRO 1 to 3, offloading."""
     first = configured(config, devices)
     sizes = [first.micro_batch]
     while sizes[-1] > 1:
@@ -218,7 +218,7 @@ def means(config: TrainConfig, devices: int) -> Iterator[Setup]:
 
 
 def smallest(model: Model, free: float, most: int = DEVICES[-1]) -> Setup | None:
-    """The fewest devices with `free` bytes each, and the simplest means on them, that fit; None: none do."""
+    """The set-up with the fewest devices of `free` bytes, and the simplest one on them; None if none fits."""
     for devices in DEVICES:
         for setup in means(model.config, devices) if devices <= most else ():
             if needed(model, setup) <= free:

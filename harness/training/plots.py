@@ -28,7 +28,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def curves(losses: Path, path: Path) -> None:
-    """Losses, learning rate and validation scores by optimiser step, from a `losses.jsonl`."""
+    """Plot losses, learning rate and validation scores of a `losses.jsonl` by optimiser step."""
     rows = list(rows_of(losses))
     panels = {
         "loss (nats per token)": [*losses_of(rows), "valid_loss"],
@@ -53,7 +53,7 @@ def curves(losses: Path, path: Path) -> None:
 
 
 def caption_lengths(predictions: Sequence[str], references: Sequence[str], path: Path) -> None:
-    """Histogram of words per caption, predictions beside references."""
+    """Plot a histogram of words per caption for predictions and references."""
     lengths = [[len(caption.split()) for caption in captions] for captions in (predictions, references)]
     figure, axes = _axes(1)
     top = max(map(max, lengths))

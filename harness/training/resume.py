@@ -1,4 +1,4 @@
-"""The state of a training on disk: checkpoints, which count only if they are whole, and their rows."""
+"""The state of a training on disk: its complete checkpoints and the rows of its losses."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
 
 @dataclass
 class State:
-    """Where training stands.
+    """The progress of a training.
 
-    `done` optimiser steps of `stage` and `step` of all stages are behind; `validated` is false where the
-    validation that is due after them is not; `ranks` trained so far, at a ZeRO stage; `ended` is true where
-    nothing is left to train.
+    `done` optimiser steps of `stage` are finished, and `step` steps of all stages. `validated` is false if
+    the validation after them is still due. `ranks` and `zero_stage` are those of the last checkpoint. `ended`
+    is true if nothing is left to train.
     """
 
     stage: int = 1
@@ -36,23 +36,23 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one training, each a folder that is sealed last; only a sealed, whole one counts."""
+    """The checkpoints of one training; each is a folder, and counts only after `seal` and with all files."""
 
     def __init__(self, directory: Path, keep: int):
         self.directory, self.folder, self.keep = directory, directory / "checkpoints", keep
 
     def path(self, state: State) -> Path:
-        """The folder of the checkpoint of a state."""
+        """The folder of a state's checkpoint."""
         return self.folder / f"step{state.step:08d}"
 
     def start(self, stage: int) -> Path:
-        """The weights that a stage starts from: its checkpoints hold only what it trains."""
+        """The file of the weights that a stage starts from; checkpoints hold only what their stage trains."""
         return self.folder / f"stage{stage}.safetensors"
 
     def newest(self) -> State:
-        """The state of the newest whole checkpoint, or the first; one that was cut short is passed over.
+        """The state of the newest complete checkpoint, or the initial state; incomplete ones are ignored.
 
-        A training that has ended starts again if its weights or its losses are gone.
+        A training that has ended starts again if its weights or its losses are missing.
         """
         ended = _state(_read(self.directory / FINISHED))
         if ended and all((self.directory / name).is_file() for name in (BEST, LOSSES)):
@@ -65,21 +65,21 @@ class Checkpoints:
         return State()
 
     def seal(self, state: State) -> None:
-        """Say that a state's checkpoint is whole, or what happened since; drop all but the last ones."""
+        """Mark a state's checkpoint as complete, or update its state; delete all but the last ones."""
         folder = self.path(state)
         write_json(folder / STATE, {"state": asdict(state), "files": _sizes(folder)})
         for old in sorted(self.folder.glob("step*"), reverse=True)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, state: State) -> None:
-        """Say that nothing is left to train, and delete them all."""
+        """Record that nothing is left to train, and delete all checkpoints."""
         state.ended = True
         write_json(self.directory / FINISHED, asdict(state))
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON mapping; an empty one where the file is not there or damaged."""
+    """The JSON mapping in a file; empty if the file is missing or damaged."""
     try:
         content = json.loads(bytes_of(file))
     except (OSError, ValueError, RecursionError):
@@ -88,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _state(values: Any) -> State | None:
-    """The state that `asdict` made these values of; None for any others."""
+    """The state with these values of `asdict`; None if they are not valid."""
     known = asdict(State())
     if not values or not isinstance(values, dict) or not values.keys() <= known.keys():
         return None
@@ -106,7 +106,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `losses.jsonl`, numbers by name; one that is half written or damaged is left out."""
+    """The rows of a `losses.jsonl`, numbers by name, without incomplete or damaged rows."""
     for line in file.read_bytes().splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = parsed(line)
@@ -116,13 +116,13 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def losses_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of the training losses in rows of a `losses.jsonl`: `loss`, their sum, is the first."""
+    """The names of the training losses in rows of a `losses.jsonl`; the first is `loss`, their sum."""
     names = dict.fromkeys(name for row in rows if "loss" in row for name in row if name.endswith("_loss"))
     return ["loss", *names]
 
 
 def forget_rows_after(file: Path, state: State) -> None:
-    """Drop the rows of what will be done again, and a row that an interruption cut in two."""
+    """Delete the rows of steps that will be repeated, and a row that an interruption left incomplete."""
     if file.exists():
         rows = list(rows_of(file))
         last = state.step if state.validated else state.step - 0.5

@@ -11,12 +11,12 @@ from harness.models.base import Losses
 from harness.training.settings import TrainConfig
 
 _GROUPED = 50
-"""Optimiser steps whose images are sorted by length together."""
+"""Number of optimiser steps whose images are sorted by length together."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, its numbers resolved: `losses` are the weights above 0 by name, `number` counts from 1."""
+    """A stage with resolved numbers: `losses` are the weights above 0 by name, `number` counts from 1."""
 
     number: int
     epochs: int
@@ -31,7 +31,7 @@ class Stage:
 
 
 def stages(config: TrainConfig) -> list[Stage]:
-    """The stages that have epochs, in order; each keeps the number that it has in the config."""
+    """The stages that have epochs, in order, with their numbers in the config."""
     return [
         Stage(
             number,
@@ -45,10 +45,10 @@ def stages(config: TrainConfig) -> list[Stage]:
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimiser step `step` (from 0) of a stage of `steps`: linear warm-up, then cosine.
+    """The learning rate at optimiser step `step` (from 0) of a stage of `steps`: linear warm-up, then cosine.
 
-    With `warmup_first_epoch_only`, as LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0 however
-    far it got, and the cosine moves by whole epochs over all of them.
+    `warmup_first_epoch_only` follows LAVIS's linear_warmup_cosine_lr: the warm-up ends with epoch 0, finished
+    or not, and the cosine is over all epochs and changes once per epoch.
     """
     warmup = config.warmup_steps
     if config.warmup_first_epoch_only:
@@ -71,11 +71,11 @@ def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, seed: int, stage: int, epoch: int, group_by_length: bool = False
 ) -> list[np.ndarray]:
-    """The images of each optimiser step of an epoch, the last step filled up from the epoch's beginning.
+    """The images of each optimiser step of an epoch; images from the epoch's start fill up the last step.
 
-    `lengths` (N,) are those of the texts. Within a step longer texts come first, so that a micro-batch holds
-    texts of like length and pads little, which changes no gradient. `group_by_length` does so across steps
-    too: of every `_GROUPED` steps' images the longest share a step, and the longest of all come first, where
+    `lengths` (N,) are text lengths. Within a step longer texts come first, so the texts of a micro-batch have
+    similar lengths and need little padding; this changes no gradient. `group_by_length` also sorts across
+    steps: the images of `_GROUPED` steps are sorted together. The step with the longest text comes first, so
     a lack of memory shows at once.
     """
     draws = np.random.default_rng([seed, stage, epoch])
@@ -97,8 +97,8 @@ def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def indivisible(config: TrainConfig, devices: int) -> Problem | None:
-    """What is wrong where so many devices can't share an optimiser step's batch."""
-    if not config.stages or config.batch_size % (config.micro_batch_size * devices) == 0:
+    """The problem if this number of devices can't share an optimiser step's batch equally, or None."""
+    if config.batch_size % (config.micro_batch_size * devices) == 0:
         return None
     return Problem(
         f"got {config.batch_size}, which {devices} devices with micro batches of {config.micro_batch_size} "
@@ -108,5 +108,5 @@ def indivisible(config: TrainConfig, devices: int) -> Problem | None:
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
-    """Optimiser steps of all stages together."""
+    """The number of optimiser steps of all stages."""
     return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)

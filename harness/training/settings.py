@@ -26,7 +26,7 @@ from harness.training.losses import LOSSES
 LossesConfig = create_model(
     "LossesConfig",
     __base__=Section,
-    __doc__="The weight of each loss of a stage; 0 leaves a loss out.",
+    __doc__="The weight of each loss of a stage; 0 turns a loss off.",
     **{name: (NonNegative, Field(0.0, description=summary(loss))) for name, loss in LOSSES.items()},
 )
 
@@ -35,11 +35,11 @@ class StageConfig(Section):
     """One stage: it starts from the weights of the stage before."""
 
     epochs: Epochs
-    """0 leaves the stage out."""
+    """0 skips the stage."""
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
     losses: LossesConfig
-    """What it learns from: the weight of each loss by name; at least one is above 0."""
+    """The weight of each loss by name; at least one must be above 0."""
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "StageConfig":
@@ -58,9 +58,9 @@ class TrainConfig(Section):
     """Fine-tuning in stages."""
 
     stages: tuple[StageConfig, ...] = PAPERS_STAGES
-    """Trained in this order, each with an optimiser and a schedule of its own.
+    """The stages in order of training; each has its own optimiser and schedule.
 
-    With an empty list nothing is trained, and the checkpoint captions as it is.
+    With an empty list nothing is trained: the checkpoint captions as it is.
     """
     batch_size: Batch = 128
     """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
@@ -77,7 +77,7 @@ class TrainConfig(Section):
     warmup_learning_rate: NonNegative = 1e-8
     """Learning rate at the start of the warm-up."""
     warmup_first_epoch_only: bool = False
-    """true: as LAVIS, warm up within epoch 0 only and move the cosine by whole epochs."""
+    """true: as in LAVIS, warm up only in epoch 0 and change the cosine once per epoch."""
     weight_decay: NonNegative = 0.05
     """Weight decay of AdamW. It applies to matrices, not to biases and norms."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -91,7 +91,7 @@ class TrainConfig(Section):
     language_dropout: Fraction | None = None
     """Every dropout of the frozen language model; by default the checkpoint's (OPT: 0.1).
 
-    Each rank draws its own: 1 and 2 ranks train alike only if this and `dropout` are 0.
+    Each rank draws its own dropout: 1 and 2 ranks give equal results only if this and `dropout` are 0.
     """
     train_vision: bool = True
     """false freezes the ViT."""
@@ -104,14 +104,14 @@ class TrainConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_bool)] = 0
     """What DeepSpeed shards over the ranks. 0: nothing; 1: the optimiser; 2: gradients too; 3: weights too.
 
-    Results are the same.
+    It does not affect the results.
     """
     offload: bool = False
-    """Keep the optimiser in the memory of the CPU; needs a zero_stage of 1 or more."""
+    """Keep the optimiser in CPU memory; needs a zero_stage of 1 or more."""
     checkpoint_every_steps: Steps = 0
     """Optimiser steps between checkpoints within an epoch; 0: none. Each epoch ends with a checkpoint."""
     keep_checkpoints: whole(1, 1000) = 2
-    """How many of the last checkpoints are kept, in case the newest is damaged."""
+    """Number of last checkpoints to keep, in case the newest is damaged."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
     """lavis: lower case, without .!\"()*#:;~ ; none: only white space is collapsed."""
     max_words: Tokens = 50
@@ -123,7 +123,7 @@ class TrainConfig(Section):
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
     deepspeed: dict[str, Any] = Field({})
-    """Merged over the generated DeepSpeed config. Takes the keys of DeepSpeed 0.19.8."""
+    """Overrides keys of the generated DeepSpeed config; the keys are those of DeepSpeed 0.19.8."""
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +143,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _offloads_what_is_sharded(self) -> "TrainConfig":
         if self.offload and not self.zero_stage:
-            what = "offload is true, and zero_stage 0 keeps the optimiser whole; use 1, 2 or 3"
+            what = "offload is true, but zero_stage 0 does not shard the optimiser; use 1, 2 or 3"
             raise AcrossKeys(what, "offload", "zero_stage")
         return self
 
@@ -157,7 +157,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":
         if self.precision == "fp16" and not self.zero_stage:
-            what = "precision is fp16, whose losses DeepSpeed scales at a zero_stage of 1, 2 or 3; got 0"
+            what = "precision is fp16, which needs a zero_stage of 1, 2 or 3 for loss scaling; got 0"
             raise AcrossKeys(what, "precision", "zero_stage")
         return self
 

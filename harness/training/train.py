@@ -1,7 +1,7 @@
-"""Fine-tuning in stages: loop, losses, validation, and going on after an interruption.
+"""Fine-tuning in stages: loop, losses, validation, and resuming after an interruption.
 
-It knows neither metrics nor MLflow: `log` gets what happened, and `evaluate` turns the model into validation
-scores. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
+It is independent of metrics and MLflow: `log` gets each row of results, and `evaluate` scores the model on
+validation. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
 import gc
@@ -55,11 +55,11 @@ class Split:
 
 @dataclass
 class Training:
-    """One training, to be `run`: it leaves `best.safetensors` and `losses.jsonl` in `directory`.
+    """One training; `run` writes `best.safetensors` and `losses.jsonl` to `directory`.
 
-    `load` gives the model as training finds it. `log` gets every row of `losses.jsonl`. `evaluate(loaded)`
-    scores the model as it is and returns `valid_*` numbers, with `valid_primary`, which chooses the best
-    weights, among them; rank 0's count.
+    `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
+    the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
+    ranks use rank 0's numbers.
     """
 
     config: TrainConfig
@@ -83,10 +83,10 @@ class Training:
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
 
     def run(self) -> Loaded:
-        """Train from the newest checkpoint on; returns the model with its best weights.
+        """Train from the newest checkpoint -> the model with its best weights.
 
-        An interrupted training gives the same weights as if never interrupted, since order and randomness of
-        a step depend on nothing but seed, stage, step and rank.
+        An interruption does not change the weights, because order and randomness of a step depend only on
+        seed, stage, step and rank.
         """
         self.loaded = self._placed()
         self.state = ranks.agree(self.checkpoints.newest())
@@ -97,7 +97,7 @@ class Training:
                 self._stage(stage)
         if ranks.rank() == 0:
             self.checkpoints.finish(self.state)
-        ranks.agree(None)  # what rank 0 wrote is there
+        ranks.agree(None)  # waits until rank 0 has written
         load_trained(self.loaded.model, self.directory / BEST)
         return self.loaded
 
@@ -107,7 +107,7 @@ class Training:
         return loaded
 
     def _stage(self, stage: Stage) -> None:
-        """Train one stage from where the state says, with a fresh optimiser and schedule."""
+        """Train one stage from the current state, with its own optimiser and schedule."""
         resumed = self.state.stage == stage.number and self.state.step > 0
         universal = self._for_these_ranks() if resumed else None
         start = self.checkpoints.start(stage.number)
@@ -116,8 +116,8 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(stage.texts, self.config.train_vision)
-        ranks.every(None)  # all have loaded: devices wait for each other for minutes only
+        self.loaded.model.freeze(list(stage.losses), self.config.train_vision)
+        ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
             if resumed:
@@ -135,9 +135,9 @@ class Training:
         self._end(stage)
 
     def _steps(self, trainer: Any, stage: Stage) -> None:
-        """The steps of a stage that are left, with checkpoints, and validation after each epoch.
+        """Do the remaining steps of a stage, with checkpoints, and validation after each epoch.
 
-        An interruption on any rank waits for the end of a step, after which all ranks save and stop.
+        After an interruption on any rank, all ranks finish the step, save and stop.
         """
         begun = self.state.done
         self._check_weights(trainer, stage)
@@ -157,14 +157,14 @@ class Training:
                 self._validate(stage)
 
     def _for_these_ranks(self) -> Path | None:
-        """The checkpoint in a form for another number of ranks; None if the number is the same.
+        """The checkpoint converted for another number of ranks; None if no conversion is needed.
 
-        Each rank's checkpoint holds its part of the optimiser; only stage 0 keeps it whole on each.
+        Each rank's checkpoint holds its part of the optimiser; only at ZeRO stage 0 it holds all of it.
         """
         was, now = self.state.zero_stage, self.config.zero_stage
         if was != now and {was, now} != {1, 2}:
             what = f"it was interrupted at ZeRO stage {was}, whose checkpoints can't be read at stage {now}"
-            hint = f"Continue with the same stage: --set train.zero_stage={was}"
+            hint = f"Continue at the same stage: --set train.zero_stage={was}"
             raise UserError([Problem(what, self.checkpoints.folder, hint=hint)])
         if now == 0 or (was, self.state.ranks) == (now, ranks.world_size()):
             return None
@@ -175,7 +175,7 @@ class Training:
         return target
 
     def _forget(self, universal: Path | None) -> None:
-        """Delete what `_for_these_ranks` made, once all ranks have read it."""
+        """Delete the output of `_for_these_ranks` after all ranks have read it."""
         ranks.agree(None)
         if universal is not None and ranks.rank() == 0:
             shutil.rmtree(universal)
@@ -185,13 +185,13 @@ class Training:
         return every > 0 and steps % every == 0
 
     def _end(self, stage: Stage) -> None:
-        """Put ZeRO-3's parts together again: the next stage takes the model apart in another way."""
+        """Reassemble the weights that ZeRO-3 sharded, because the next stage shards them in another way."""
         if self.config.zero_stage == 3:
             self.loaded = self._copy(self.checkpoints.start(stage.number + 1))
-            ranks.agree(None)  # or rank 0 might go on to delete what others still read
+            ranks.agree(None)  # else rank 0 might delete what others still read
 
     def _copy(self, file: Path) -> Loaded:
-        """The model that ZeRO-3 has taken apart, whole on every rank; what is trained goes through `file`."""
+        """A whole copy, on every rank, of the model that ZeRO-3 sharded; `file` passes trained weights."""
         with whole(self.loaded.model):
             if ranks.rank() == 0:
                 save_trained(self.loaded.model, file)
@@ -201,7 +201,7 @@ class Training:
         return loaded
 
     def _step(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> None:
-        """Optimiser step `step` of a stage, from 0, on these images."""
+        """Do optimiser step `step` (from 0) of a stage on these images."""
         begun = time.perf_counter()
         steps = stage.epochs * self.per_epoch
         rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
@@ -221,7 +221,7 @@ class Training:
         return epoch_batches(self.lengths, self.config.batch_size, self.seed, stage, epoch, grouped)
 
     def _randomise(self, stage: Stage, step: int) -> None:
-        """Dropout and augmentation of a step, the same whether or not training was interrupted before it."""
+        """Seed dropout and augmentation of a step, so that interruptions do not change them."""
         one, two = np.random.SeedSequence([self.seed, stage.number, step, ranks.rank()]).generate_state(2)
         devices.seed_everything(int(one))
         self.draw = torch.Generator().manual_seed(int(two))
@@ -250,7 +250,7 @@ class Training:
                 for name, loss in losses.LOSSES.items()
             ]
             found.append(torch.stack(shares).detach())
-            # the engine averages over micro-batches and ranks, and these terms are shares of a sum
+            # the engine averages over micro-batches and ranks, but these terms are shares of a sum
             trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
             trainer.step()
         terms = self._summed(torch.stack(found), own).tolist()
@@ -260,23 +260,23 @@ class Training:
         return row | self._gradients(trainer)
 
     def _gradients(self, trainer: Any) -> Row:
-        """Norm of the gradients before clipping, where ZeRO computes it, and in fp16 the scale of the losses.
+        """Norm of the gradients before clipping, if ZeRO computes it, and in fp16 the loss scale.
 
-        Only in fp16 may gradients overflow, at a scale that is then halved; the step is left out.
+        Only in fp16 gradients may overflow: the step is skipped and the scale is halved.
         """
         scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
         norm = trainer.get_global_grad_norm()
         finite = norm is not None and math.isfinite(norm)
         if norm is not None and not finite and scale in (None, 1):
-            what = f"the gradients of step {self.state.step + 1} are not finite, though its loss is"
+            what = f"the gradients of step {self.state.step + 1} are not finite, although its loss is"
             raise UserError([Problem(what, hint=DIVERGED)], None, 1)
         row: Row = {"grad_norm": float(norm)} if finite else {}
         return row | ({} if scale is None else {"loss_scale": scale})
 
     def _summed(self, found: Tensor, own: Sequence[np.ndarray]) -> Tensor:
-        """The loss terms (L,) over all ranks' micro-batches (M, L); stops all where one is not finite.
+        """Sum loss terms (M, L) over all ranks' micro-batches -> (L,); stop all ranks if one is not finite.
 
-        On the way the ranks tell each other whether one was interrupted.
+        The same collective tells all ranks whether one was interrupted.
         """
         came = found.new_tensor([float(self.interrupts.came is not None)])
         total, interrupted = ranks.total(torch.cat([found.sum(0), came])).split([len(TERMS), 1])
@@ -294,7 +294,7 @@ class Training:
         return total
 
     def _batches(self, split: Split, parts: Sequence[np.ndarray], stage: Stage) -> Iterator[dict[str, Any]]:
-        """Collated micro-batches, the next one prepared while the device works on this one."""
+        """Collated micro-batches; a thread prepares the next one while the device works on this one."""
 
         def collate(indices: np.ndarray) -> dict[str, Any]:
             batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
@@ -315,11 +315,11 @@ class Training:
                 yield batch
 
     def _validate(self, stage: Stage) -> None:
-        """Validation loss and, where due after this epoch, scores; the best weights so far are kept."""
+        """Compute validation loss and, if due after this epoch, scores; keep the best weights so far."""
         every, epoch = self.config.evaluate_every, self.state.done // self.per_epoch
         last = stage is self.plan[-1] and epoch == stage.epochs
         scores = last or (every > 0 and epoch % every == 0)
-        # at ZeRO-3 no rank could caption alone: every layer's forward pass gathers its weights from all
+        # at ZeRO-3 no rank can caption alone: each layer's forward pass gathers weights from all ranks
         zero3 = self.config.zero_stage == 3
         loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
         loaded.model.eval()
@@ -338,14 +338,14 @@ class Training:
             self.checkpoints.seal(self.state)
 
     def _check_validation(self, row: Row, stage: Stage) -> None:
-        """Stop all ranks where a validation gave a number that is not finite."""
+        """Stop all ranks if a validation gave a number that is not finite."""
         for name, value in row.items():
             if not math.isfinite(value):
                 what = f"{name} became {value} in the validation after {self._where(stage)}"
                 raise UserError([Problem(what, hint=DIVERGED)], None, 1)
 
     def _check_weights(self, trainer: Any, stage: Stage) -> None:
-        """Stop all ranks before weights or moments that are not finite are saved, or trained any further."""
+        """Stop all ranks if weights or moments are not finite, before they are saved or trained further."""
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         parts = [weight for group in optimizer.param_groups for weight in group["params"]]  # of ZeRO-3
         moments = [part for state in optimizer.state.values() for part in state.values()]
@@ -375,19 +375,19 @@ class Training:
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
 
     def _save(self, trainer: Any, validated: bool) -> None:
-        """A checkpoint of everything that training needs to go on; sealed last."""
+        """Write a checkpoint of everything that training needs to resume; seal it last."""
         self.state.validated = validated
         self.state.ranks, self.state.zero_stage = ranks.world_size(), self.config.zero_stage
         path = self.checkpoints.path(self.state)
-        if ranks.rank() == 0:  # what another number of ranks left when it was killed here
+        if ranks.rank() == 0:  # a killed launch with another number of ranks may have left a part here
             shutil.rmtree(path, ignore_errors=True)
         ranks.agree(None)
         try:
             trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk by a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             room = gb(free(self.directory))
-            what = f"the checkpoint after step {self.state.step} could not be written, {room} are free"
-            hint = f"Earlier ones are kept. Free some space, and the same command continues. ({error})"
+            what = f"the checkpoint after step {self.state.step} could not be written; {room} are free"
+            hint = f"Earlier ones are kept. Free some space; then the same command continues. ({error})"
             raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
         ranks.agree(None)  # all ranks have written their part
         if ranks.rank() == 0:

@@ -20,14 +20,14 @@ _KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
 
 
 def checkpoints(model: ModelConfig) -> dict[str, str]:
-    """The checkpoints that are loaded, by their key in `model:`; a tiny model has all parts in one."""
+    """The checkpoints to load, by their key in `model:`; empty for a tiny model, which is built here."""
     if model.checkpoint == TINY:
         return {}
     return {key: name for key in _KEYS if (name := getattr(model, key))}
 
 
 def problems(model: ModelConfig) -> list[Problem]:
-    """What keeps these checkpoints from being loaded: files that are missing, damaged or of another model."""
+    """The problems of loading these checkpoints: files that are missing, damaged or of another model."""
     found = []
     for key, name in checkpoints(model).items():
         at_hand, main = files.find(name), key == "checkpoint"
@@ -42,16 +42,16 @@ def problems(model: ModelConfig) -> list[Problem]:
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
-    """What of `model:` training depends on.
+    """The part of `model:` that affects training.
 
-    The family's name is left out: trainings from before there were families keep their fingerprints.
+    It has no family name, so trainings from before there were families keep their fingerprints.
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
     return model.model_dump(exclude={"family", "tiny"} | unused)
 
 
 def built_from(model: ModelConfig) -> int | None:
-    """Side in pixels of the training images that a tiny model is built from; None where it is loaded."""
+    """Side in pixels of the training images that a tiny model is built from; None if it is loaded."""
     return sizes.image_side(model.tiny) if model.checkpoint == TINY else None
 
 

@@ -1,7 +1,7 @@
 """The bytes that autograd keeps of one micro batch, from the shape of a BLIP-2 alone: no torch.
 
-Each term counts the tensors that one module of transformers' BLIP-2 saves for its backward pass; a test
-compares the sum with what torch's saved-tensor hooks see on the real 3.8B model without weights.
+Each term counts the tensors that one module of transformers' BLIP-2 saves for its backward pass. A test
+compares the sum with torch's saved-tensor hooks on the real 3.8B model without weights.
 """
 
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def of(shape: "Shape", work: Work) -> Activations:
 
 
 def _image(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
-    """The ViT: bytes outside its layers, of one layer, of each layer's input; if frozen, of its output."""
+    """Bytes of the ViT: outside its layers, of one layer, of each layer's input; if frozen, of its output."""
     c, size = shape.vision, HALF if work.vision_half else FLOAT
     tokens, width, mlp = work.batch * shape.patches, c["hidden_size"], c["intermediate_size"]
     if not work.train_vision:
@@ -56,7 +56,7 @@ def _image(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
 
 
 def _seen(shape: "Shape", work: Work) -> int:
-    """Copies of the ViT's output in half precision, for the keys and the values of each crossing."""
+    """Bytes of the ViT's output in half precision, copied for keys and values of each cross-attention."""
     c = shape.qformer
     crossings = -(-c["num_hidden_layers"] // c["cross_attention_frequency"])
     copies = 2 * crossings if work.half else 0
@@ -64,19 +64,19 @@ def _seen(shape: "Shape", work: Work) -> int:
 
 
 def _queries_in(shape: "Shape", work: Work) -> int:
-    """The queries before the first layer and, for the language model, after the last."""
+    """Bytes of the queries before the first layer and, for the language model, after the last."""
     tokens, width = work.batch * shape.queries, shape.qformer["hidden_size"]
     projected = work.bytes * tokens * width if shape.language and work.captions else 0
     return 2 * FLOAT * tokens + _dropped(work, shape, tokens * width, FLOAT) + projected
 
 
 def _states(shape: "Shape", work: Work) -> int:
-    """What the keys and values that text attends to keep, in one layer."""
+    """Bytes kept for the keys and values of the queries in one layer; text attends to them."""
     return 2 * 2 * work.batch * shape.queries * shape.qformer["hidden_size"] if work.half else 0
 
 
 def _query_layer(shape: "Shape", work: Work, number: int) -> int:
-    """One Q-Former layer of the queries, of which every second attends to the image."""
+    """Bytes of one Q-Former layer of the queries; by default every second layer attends to the image."""
     c, size = shape.qformer, work.bytes
     tokens, width, mlp = work.batch * shape.queries, c["hidden_size"], c["intermediate_size"]
     inputs = (3 if work.half else 1) * size * tokens * width
@@ -89,7 +89,7 @@ def _query_layer(shape: "Shape", work: Work, number: int) -> int:
 
 
 def _attention(shape: "Shape", work: Work, keys: int) -> int:
-    """Queries attending to `keys` tokens: q, k, v, the softmax, its dropout mask, and what is left of it."""
+    """Bytes of queries attending to `keys` tokens: q, k, v, the softmax, its dropout mask and its result."""
     c, size = shape.qformer, work.bytes
     softmax = FLOAT if work.accelerator else size
     cells = work.batch * c["num_attention_heads"] * shape.queries * keys
@@ -100,25 +100,25 @@ def _attention(shape: "Shape", work: Work, keys: int) -> int:
 
 
 def _output(shape: "Shape", work: Work, tokens: int, inner: int) -> int:
-    """BERT's dense (from `inner`), dropout and norm over the residual stream in fp32."""
+    """Bytes of BERT's dense layer (from `inner`), dropout and norm over the residual stream in fp32."""
     width = shape.qformer["hidden_size"]
     dropped = _dropped(work, shape, tokens * width, work.bytes)
     return work.bytes * tokens * inner + dropped + _norm(tokens, width, FLOAT)
 
 
 def _dropped(work: Work, shape: "Shape", numbers: int, size: int) -> int:
-    """The mask of a Q-Former dropout: a byte per number on an accelerator, as large as they on a CPU."""
+    """Bytes of a Q-Former dropout's mask: 1 per number on an accelerator, `size` per number on a CPU."""
     rate = shape.qformer["hidden_dropout_prob"] if work.dropout is None else work.dropout
     return numbers * (1 if work.accelerator else size) if rate else 0
 
 
 def _norm(tokens: int, width: int, size: int) -> int:
-    """A layer norm's input, mean and deviation."""
+    """Bytes of a layer norm's input, mean and deviation."""
     return size * tokens * (width + 2)
 
 
 def _text(shape: "Shape", work: Work) -> int:
-    """One reading of a text by the Q-Former, and the loss over its vocabulary."""
+    """Bytes of one pass of a text through the Q-Former, with the loss over its vocabulary."""
     c, size = shape.qformer, work.bytes
     tokens, width, mlp = work.batch * work.tokens, c["hidden_size"], c["intermediate_size"]
     keys = work.batch * (shape.queries + work.tokens)
@@ -140,14 +140,14 @@ def _text(shape: "Shape", work: Work) -> int:
 
 
 def _cross_entropy(work: Work, vocabulary: int) -> int:
-    """The log softmax in fp32 over the next tokens, and their labels."""
+    """Bytes of the log softmax in fp32 over the next tokens, and of their labels."""
     return work.batch * (work.tokens - 1) * (FLOAT * vocabulary + INDEX)
 
 
 def _speech(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
-    """The frozen OPT: bytes outside its layers with the loss, of one layer, and of each layer's input.
+    """Bytes of the frozen OPT: outside its layers with the loss, of one layer, and of each layer's input.
 
-    Its weights have no gradient, so that the inputs of its linear layers are not kept.
+    Its weights have no gradient, so the inputs of its linear layers are not kept.
     """
     c, size = shape.language or {}, work.bytes
     length = shape.queries + work.tokens

@@ -1,4 +1,4 @@
-"""From checkpoint folders to a BLIP-2 ready to train: every weight from a file, none left random."""
+"""Loading a BLIP-2 from checkpoint folders: every weight comes from a file, none stays random."""
 
 import json
 import re
@@ -28,9 +28,9 @@ _VOCABULARY = {"embeddings.word_embeddings.weight", "cls.predictions.bias"}
 
 
 def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, Codec]:
-    """The codecs of captions and of concept sentences, without any weights.
+    """The codecs of captions and of concept sentences, without weights.
 
-    Raises `UserError` where no configured checkpoint has a tokenizer for the Q-Former's text path.
+    Raises `UserError` if no configured checkpoint has a tokenizer for the Q-Former's text path.
     """
     text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
     concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
@@ -51,10 +51,10 @@ def load(
     language_dtype: torch.dtype = torch.float32,
     language_dropout: float | None = None,
 ) -> Loaded:
-    """Load BLIP-2 from `folder`, and from the other configured checkpoints the text path that it lacks.
+    """Load BLIP-2 from `folder`, and a missing text path from the other configured checkpoints.
 
-    Weights are fp32; those of the frozen language model, two thirds of all, are read as `language_dtype`.
-    Raises `UserError` naming the weights that no configured checkpoint holds.
+    Weights are fp32; those of the frozen language model, two thirds of all, are loaded as `language_dtype`.
+    Raises `UserError` naming the weights that no configured checkpoint has.
     """
     caption, concept = codecs(config, folder, max_tokens)
     blip2 = Blip2Config.from_pretrained(folder)
@@ -64,7 +64,7 @@ def load(
         blip2.qformer_config.attention_probs_dropout_prob = dropout
     if language_dropout is not None:
         _set_dropout(blip2.text_config, language_dropout)
-    # what is missing is reported below, as an error; what is not needed is no news
+    # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
     if device.rank():
         logging.disable_progress_bar()
@@ -88,7 +88,7 @@ def load(
 
 
 def _set_dropout(config: PretrainedConfig, share: float) -> None:
-    """The dropout of a language model's layers; without it, nothing else is left out at random either."""
+    """Set the dropout of a language model's layers; 0 also turns off all its other dropouts."""
     for name in ("dropout", "dropout_rate", "resid_pdrop", "hidden_dropout"):  # OPT, T5, GPT-2, NeoX
         if hasattr(config, name):
             setattr(config, name, share)
@@ -121,9 +121,9 @@ def _qformer_tokenizer(folders: Iterable[Path | None]) -> PreTrainedTokenizerBas
 
 
 def _fill(model: Captioner, lacking: set[str], folders: Iterable[Path]) -> set[str]:
-    """Copy lacking weights of text path and head from the first folder that has them; returns what is left.
+    """Copy missing weights of text path and head from the first folder that has them -> those still missing.
 
-    Those of ViT and query path must be `model.checkpoint`'s own, which were trained together.
+    ViT and query path must come from `model.checkpoint`, because they were trained together.
     """
     parameters = dict(model.named_parameters())
     wanted = {name for name in lacking if _TEXT_PATH.match(name)}
@@ -135,7 +135,7 @@ def _fill(model: Captioner, lacking: set[str], folders: Iterable[Path]) -> set[s
                 continue
             with torch.no_grad():
                 target[:rows] = weight.to(target.dtype)
-                if without_dec:  # BERT lacks it: start where the known words lie
+                if without_dec:  # BERT lacks [DEC]: start from the mean of the known words
                     target[rows:] = weight.float().mean(0)
             wanted.discard(name)
             lacking = lacking - {name}
@@ -156,7 +156,7 @@ def _weights(folder: Path, wanted: set[str]) -> Iterable[tuple[str, Tensor]]:
 
 
 def _own_name(key: str) -> str:
-    """Old BERT checkpoints write LayerNorm's weight and bias as gamma and beta."""
+    """Our name of a weight; old BERT checkpoints call LayerNorm's weight and bias gamma and beta."""
     return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
@@ -164,7 +164,7 @@ def _unfilled(lacking: set[str], folder: Path) -> Problem:
     names = sorted(lacking)
     shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
     return Problem(
-        f"no configured checkpoint holds these weights, and random ones would go unnoticed: {shown}",
+        f"no configured checkpoint has these weights, and they can't stay random: {shown}",
         folder,
         key="model.checkpoint",
         hint="The Q-Former's text path: model.text_checkpoint: Salesforce/blip2-itm-vit-g; its head: "

@@ -1,6 +1,6 @@
 """BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model; losses and decoding.
 
-Parameters carry the names of transformers' Blip2 classes, so that `from_pretrained` reads the published
+Parameters have the names of transformers' Blip2 classes, so `from_pretrained` reads the published
 checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text path, `embeddings`) and
 `bert-base-uncased` (`cls`, the head of the text path).
 """
@@ -30,14 +30,14 @@ QueryStates = list[tuple[Tensor, Tensor]]
 TIED = frozenset(
     ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight")
 )
-"""Weights that are tied to others and not saved."""
+"""Weights that are not saved because they are tied to others."""
 
 
 class Captioner(Blip2PreTrainedModel):
-    """BLIP-2 with the Q-Former's own language model, with or without OPT behind it.
+    """BLIP-2 with the Q-Former's own language model, with or without OPT after it.
 
-    Text attends to the queries and, causally, to itself; queries never see text. The query outputs are
-    therefore the same with and without text, and one pass of ViT and queries serves both losses.
+    Text attends to the queries and, causally, to itself; queries never attend to text. So the query outputs
+    do not depend on text, and one pass of ViT and queries serves both losses.
     """
 
     config: Blip2Config
@@ -107,7 +107,7 @@ class Captioner(Blip2PreTrainedModel):
         return hidden, states
 
     def read(self, ids: Tensor, states: QueryStates, cache: Cache | None = None) -> Tensor:
-        """Run the Q-Former's text path over ids (B, T) that follow what `cache` holds -> logits (B, T, V)."""
+        """Run the Q-Former's text path on ids (B, T) that follow the ids in `cache` -> logits (B, T, V)."""
         past = cache.get_seq_length() if cache is not None else 0
         length = ids.shape[1]
         positions = torch.arange(past, past + length, device=ids.device)[None]
@@ -136,7 +136,7 @@ class Captioner(Blip2PreTrainedModel):
         return self.cls(hidden)
 
     def _speak(self, queries: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The language model on [projected queries; ids (B, T)] -> logits (B, T, V) of the ids."""
+        """Run the language model on [projected queries; ids (B, T)] -> logits (B, T, V) of the ids."""
         prefix = self.language_projection(queries)
         embeds = self.language_model.get_input_embeddings()(ids)
         everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
@@ -156,9 +156,9 @@ class Captioner(Blip2PreTrainedModel):
     ) -> Losses:
         """Training losses of one micro-batch.
 
-        pixels (B, 3, S, S). `caption` and `concept` hold ids, mask and labels, each (B, T), labels -100 where
-        no loss is wanted; caption ids are the language model's when there is one, else the Q-Former's. Label
-        smoothing acts on the Q-Former's losses only, as in LAVIS.
+        pixels (B, 3, S, S). `caption` and `concept` hold ids, mask and labels, each (B, T), labels -100 for
+        tokens without a loss. Caption ids are the language model's if there is one, else the Q-Former's.
+        Label smoothing affects only the Q-Former's losses, as in LAVIS.
         """
         with self.autocast():
             queries, states = self.see(pixels)
@@ -196,7 +196,7 @@ class Captioner(Blip2PreTrainedModel):
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The query outputs for pixels (B, 3, S, S) -> (B, Q, D)."""
+        """The query outputs: pixels (B, 3, S, S) -> (B, Q, D)."""
         with self.autocast():
             return self.see(pixels)[0]
 
@@ -212,23 +212,23 @@ class Captioner(Blip2PreTrainedModel):
         embeddings.image_size = self.config.vision_config.image_size = size
 
     def compute_in(self, dtype: torch.dtype | None, vision_in_fp32: bool) -> None:
-        """Set the precision of every forward pass; the frozen language model's weights are kept in it."""
+        """Set the precision of every forward pass, and of the frozen language model's weights."""
         self.autocast_dtype, self.vision_in_fp32 = dtype, vision_in_fp32
         if self.language_model is not None:
             self.language_model.to(dtype or torch.float32)
 
     def use_plain_attention(self) -> None:
-        """Attend by plain products in ViT and language model; the Q-Former's queries always do."""
+        """Use plain products for attention in ViT and language model; the Q-Former's queries always do."""
         for part in (self.vision_model, self.language_model):
             if part is not None:
                 part.set_attn_implementation("eager")
 
     def is_saved(self, name: str) -> bool:
-        """Whether fine-tuning may change a weight: all but the frozen language model, tied weights once."""
+        """Whether fine-tuning may change a weight: all but the frozen language model; tied weights once."""
         return not name.startswith("language_model.") and name not in TIED
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The trained parameters: matrices, which decay, and biases and norms, which do not."""
+        """The trained parameters in two groups: matrices with weight decay; biases and norms without."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -236,7 +236,7 @@ class Captioner(Blip2PreTrainedModel):
         ]
 
     def freeze(self, losses: Collection[str], train_vision: bool) -> None:
-        """Freeze the language model, and the Q-Former's text path where none of these losses needs it."""
+        """Freeze the language model, and the Q-Former's text path if none of these losses needs it."""
         text_path = "concept" in losses or self.language_model is None
         self.requires_grad_(False)
         self.vision_model.requires_grad_(train_vision)
@@ -251,14 +251,14 @@ class Captioner(Blip2PreTrainedModel):
         if self.language_projection is not None:
             self.language_projection.requires_grad_(True)
         else:
-            # text attends to the queries as they enter a layer: nothing reads what the last one makes of them
+            # text attends to the queries at a layer's input, so nothing uses the last layer's query output
             for name in ("crossattention", "intermediate_query", "output_query"):
                 if hasattr(layers[-1], name):
                     getattr(layers[-1], name).requires_grad_(False)
 
 
 class _QFormerDecoder(PreTrainedModel, GenerationMixin):
-    """The Q-Former's text path as transformers' `generate` wants a decoder: cached, with beams."""
+    """The Q-Former's text path as a decoder for transformers' `generate`, with cache and beams."""
 
     _supports_cache_class = True
 
@@ -278,14 +278,14 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         **_: object,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, T); query_states (B, layers, 2, heads, Q, D / heads), equal among beams."""
+        """input_ids (B, T); query_states (B, layers, 2, heads, Q, D / heads), equal in all beams."""
         states = [tuple(pair.unbind(1)) for pair in query_states.unbind(1)]
         logits = self.captioner[0].read(input_ids, states, past_key_values)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of the next token, summed over the labels that count; logits (B, T, V), labels (B, T)."""
+    """Cross-entropy of the next token, summed over labels except -100; logits (B, T, V), labels (B, T)."""
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         labels[:, 1:].flatten(),

@@ -1,4 +1,4 @@
-"""The shape of a BLIP-2 and how many parameters it has, from its config alone: no torch, no weights."""
+"""The shape of a BLIP-2 and its number of parameters, from its config alone: no torch, no weights."""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from harness.models.blip2 import activations
 from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 MODEL_TYPE = "blip-2"
-"""What the `config.json` of a BLIP-2 calls it."""
+"""The model type in the `config.json` of a BLIP-2."""
 GRID = 8
-"""Patches on a side of a tiny model's position table as built; loading resizes it to the image size."""
+"""Patches per side of a tiny model's position table when built; loading resizes it to the image size."""
 
-# transformers' Blip2Config writes only what differs from these, which are those of Salesforce/blip2-opt-2.7b
+# transformers' Blip2Config writes only what differs from these defaults, those of Salesforce/blip2-opt-2.7b
 _VISION = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
@@ -54,12 +54,12 @@ OPT_2_7B = {
     "word_embed_proj_dim": 2560,
 }
 PUBLISHED = ("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b-coco")
-"""Checkpoints whose sizes are known where their config is not at hand."""
+"""Checkpoints whose sizes are known without their config."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the parts of a captioner; tied weights count once."""
+    """Number of parameters of each part of a captioner; tied weights count once."""
 
     vision: int
     qformer: int
@@ -72,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shape:
-    """What determines the tensors of a captioner: its config's three parts, with every default filled in."""
+    """The sizes of a captioner's tensors: the three parts of its config with all defaults."""
 
     vision: Mapping[str, Any]
     qformer: Mapping[str, Any]
@@ -83,12 +83,12 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """Tokens of the ViT: the patches of an image and the class token."""
+        """Number of tokens of the ViT: the patches of an image and the class token."""
         return (self.image_size // self.vision["patch_size"]) ** 2 + 1
 
     @property
     def sizes(self) -> Sizes:
-        """Parameters of each part."""
+        """Number of parameters of each part."""
         qformer, language = self.qformer, self.language
         width = qformer["hidden_size"]
         return Sizes(
@@ -103,12 +103,12 @@ class Shape:
         )
 
     def trained(self, train_vision: bool) -> int:
-        """Parameters that training may change: all but the language model, and the ViT where it is frozen."""
+        """Number of parameters that training may change: not the language model, nor a frozen ViT."""
         parts = self.sizes
         return parts.qformer + parts.text + parts.projection + (parts.vision if train_vision else 0)
 
     def frozen(self, train_vision: bool, half: bool) -> int:
-        """Bytes of the weights that are never trained; the language model is kept as it computes."""
+        """Bytes of the weights that are never trained; `half`: the language model is in half precision."""
         parts = self.sizes
         vision = 0 if train_vision else parts.vision
         return FLOAT * vision + (HALF if half else FLOAT) * parts.language_model
@@ -119,7 +119,7 @@ class Shape:
 
 
 def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shape | None:
-    """The shape for the contents of a `config.json`; None where its language model is no OPT."""
+    """The shape for the contents of a `config.json`; None if its language model is not OPT."""
     language = _OPT | values.get("text_config", {})
     if language_model and language.get("model_type", "opt") != "opt":
         return None
@@ -133,7 +133,7 @@ def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shap
 
 
 def of_model(model: ModelConfig) -> Shape | None:
-    """The shape of the configured model; None where its checkpoint is neither at hand nor known."""
+    """The shape of the configured model; None if its checkpoint is neither at hand nor known."""
     if model.checkpoint == TINY:
         return of_tiny(model.tiny, model.image_size, model.language_model)
     found = checkpoints.find(model.checkpoint)
@@ -143,7 +143,7 @@ def of_model(model: ModelConfig) -> Shape | None:
 
 
 def of_checkpoint(folder: Path | None, name: str, image_size: int, language_model: bool) -> Shape | None:
-    """The shape of a checkpoint folder, or of a published one that is not at hand; None where unknown."""
+    """The shape of a checkpoint in a folder, or of a published one that is not at hand; None if unknown."""
     file = folder / "config.json" if folder else None
     if file and file.exists():
         return of(json.loads(file.read_text(encoding="utf-8")), image_size, language_model)
@@ -151,12 +151,12 @@ def of_checkpoint(folder: Path | None, name: str, image_size: int, language_mode
 
 
 def image_side(tiny: TinyConfig) -> int:
-    """The image size in pixels at which the ViT is built; loading resizes its position table to another."""
+    """The image size in pixels for which the ViT is built; loading resizes its position table."""
     return GRID * tiny.patch_size
 
 
 def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:
-    """The most that a `model.checkpoint: tiny` can have: its vocabularies may turn out smaller."""
+    """The largest shape of `model.checkpoint: tiny`; its vocabularies can be smaller."""
     width, text = tiny.hidden_size, tiny.text_hidden_size
     heads = max(width // 32, 1)
     values = {

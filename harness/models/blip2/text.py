@@ -1,4 +1,4 @@
-"""The two codecs of BLIP-2: for its language model, and for the Q-Former's own text path."""
+"""The two codecs of BLIP-2: one for its language model, one for the Q-Former's text path."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ DEC = "[DEC]"
 def language_codec(
     tokenizer: "PreTrainedTokenizerBase", text_config: Any, prompt: str, max_tokens: int
 ) -> Codec:
-    """Captions for the language model: start, prompt, caption, end (a line break, for OPT in BLIP-2)."""
+    """The codec of captions for the language model: start, prompt, caption, end (a line break for OPT)."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
     ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
@@ -22,6 +22,6 @@ def language_codec(
 
 
 def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:
-    """Text for the Q-Former's own language model: [DEC] in the place of [CLS], text, [SEP]."""
+    """The codec of text for the Q-Former's own language model: [DEC] in place of [CLS], text, [SEP]."""
     start = tokenizer.convert_tokens_to_ids(DEC)
     return Codec(tokenizer, (start,), tokenizer.sep_token_id, tokenizer.pad_token_id, max_tokens)
