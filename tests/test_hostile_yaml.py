@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (messages stand whole)
-"""YAML that is too much, too deep, ambiguous or out of range: refused with file and line, at once."""
+"""YAML that is too large, too deep, ambiguous or out of range is refused at once with file and line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What `harness score` reads: every official format by looking, mistakes in sentences, images."""
+"""What `harness score` reads: it recognises every official format, explains mistakes, finds images."""
 
 import csv
 import random
