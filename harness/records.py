@@ -261,7 +261,7 @@ def _next(record: Record, name: str) -> str:
     """A hint with the command that makes a missing file; a finished run has not captioned this split."""
     command = record["command"]
     if record.get("trial"):
-        return "A trial captions valid alone: write the best one with harness study best, and run that."
+        return "A trial captions only valid: write the best one with harness study best, and run that."
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"

@@ -163,7 +163,7 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[KeyPath, Place], list[Problem]]:
     if what := no_file(file):
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
+        hint = f"There: {', '.join(near)}" if near else "Experiments are in experiments/."
         raise UserError([Problem(what, file, hint=hint)])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])

@@ -38,12 +38,12 @@ class Device:
 
 
 def rank() -> int:
-    """This process's number among all ranks, 0 when alone."""
+    """This process's number among all ranks; 0 if it is the only one."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many ranks there are, 1 when alone."""
+    """The number of ranks; 1 if this process is the only one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -83,7 +83,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
             raise UserError(message.removeprefix("error: "), exit_code=code) from None
         if first.exitcode < 0:
             what = f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
-            hint = "SIGKILL is what the system sends when memory is short. The same command goes on."
+            hint = "The system sends SIGKILL when memory is short. The same command goes on."
             raise UserError([Problem(what, hint=hint)], exit_code=FAILED) from None
         return code
     except (SignalException, KeyboardInterrupt):

@@ -85,7 +85,7 @@ def _found_each_other() -> Any:
             why = str(error).strip().splitlines()[0]
             raise UserError([Problem(f"the ranks can't meet at {address}: {why}")], exit_code=1) from error
         minutes = f"{_SEARCH.total_seconds() / 60:g} minutes"
-        what = f"not all of the {world_size()} ranks came to {address}, where rank 0 is, within {minutes}"
+        what = f"not all of the {world_size()} ranks reached rank 0 at {address} within {minutes}"
         hint = "Start that many ranks, and check that all of them can reach that address."
         raise UserError([Problem(what, hint=hint)], exit_code=1) from error
     return store
