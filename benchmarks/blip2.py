@@ -32,7 +32,7 @@ SIZES = TinyConfig(
 
 
 def texts() -> list[tuple[str, str]]:
-    """(concept sentence, caption) of each image; captions have 4 to 60 words, the median being 15."""
+    """(concept sentence, caption) of each image; captions have 4 to 60 words, with a median of 15."""
     draw = random.Random(0)
     words = ["".join(draw.choices("aeiourstlnmcd", k=draw.randint(2, 9))) for _ in range(3000)]
     lengths = [min(4 + int(draw.lognormvariate(2.4, 0.8)), 60) for _ in range(IMAGES)]
@@ -44,7 +44,7 @@ def texts() -> list[tuple[str, str]]:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A checkpoint of the model, as published ones are saved."""
+    """A checkpoint of the model, saved like a published one."""
     with tempfile.TemporaryDirectory() as place:
         small = np.zeros((IMAGES, *2 * [tiny.image_side(SIZES)], 3), np.uint8)
         small[::2] = 255
@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 
 def load(place: Path) -> Loaded:
-    """The model as training finds it, without dropout."""
+    """The model as training loads it, but without dropout."""
     config = ModelConfig(checkpoint=str(place), image_size=IMAGE_SIZE, tiny=SIZES)
     loaded = loading.load(config, place, MAX_TOKENS, dropout=0.0)
     loaded.model.language_model.config.dropout = 0.0

@@ -1,12 +1,12 @@
-"""How fast images come to a training step from epoch 2 on, beside decoding and resizing them in every epoch.
+"""How fast a training step gets images from epoch 2 on, compared with decoding them in every epoch.
 
     python benchmarks/data.py
 
-Draws 300 JPEGs of about 120 KB. Both ways run on one core and end in normalised batches of 16, in a new
-random order each epoch, without augmentation: PIL's decode and bicubic resize, and rows of the memory-mapped
-cache. Each figure is the median of the epochs, which alternate; `by its own time` is that for which the core
-worked for us, so that other processes don't count. A set this small stays in memory; `from the disk` drops
-both the JPEGs and the cache from it before every epoch.
+Draws 300 JPEGs of about 120 KB. One way is PIL's decode and bicubic resize, the other is reading rows of the
+memory-mapped cache. Both run on one core and give normalised batches of 16, in a new random order each epoch,
+without augmentation. Epochs of both ways alternate, and each figure is a median. `by its own time` counts
+only the time of this process. A set this small stays in memory; `from the disk` drops both the JPEGs and the
+cache from memory before every epoch.
 """
 
 import os
@@ -29,7 +29,7 @@ COUNT, BATCH, EPOCHS = 300, 16, 5
 
 
 def draw(folder: Path) -> list[Path]:
-    """Grey images of the size of published radiographs: soft shapes under the noise of a scanner."""
+    """Grey images of the size of published radiographs: soft shapes with scanner noise."""
     random = np.random.default_rng(0)
     paths = []
     for number in range(COUNT):
@@ -50,7 +50,7 @@ def batches(random: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def decoded(paths: list[Path], size: int, indices: Iterable[int]) -> torch.Tensor:
-    """A batch by PIL alone: uint8 (B, S, S, 3)."""
+    """A batch decoded by PIL alone: uint8 (B, S, S, 3)."""
     images = []
     for i in indices:
         with Image.open(paths[i]) as image:
@@ -65,7 +65,7 @@ def cached(pixels: np.ndarray, indices: np.ndarray) -> torch.Tensor:
 
 
 def rates(batch: Callable[[np.ndarray], torch.Tensor], random: np.random.Generator) -> tuple[float, float]:
-    """Normalised images a second over one epoch: by the clock, and of the core's time."""
+    """Normalised images per second over one epoch: by the clock, and by this process's CPU time."""
     units = Loaded(None, None, None, CLIP_MEAN, CLIP_STD)
     begun, worked = time.perf_counter(), time.process_time()
     for indices in batches(random):
@@ -74,7 +74,7 @@ def rates(batch: Callable[[np.ndarray], torch.Tensor], random: np.random.Generat
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Drop files from the memory in which the system keeps them."""
+    """Drop files from the system's page cache."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -83,13 +83,13 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def read_from_disk() -> int:
-    """Bytes that this process has had read from a disk so far."""
+    """Bytes that this process has read from disks so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
 def compare(paths: list[Path], size: int, cache: Path, warm: bool) -> None:
-    """Print images a second of both ways, and their ratio."""
+    """Print images per second of both ways, and their ratio."""
     random = np.random.default_rng(1)
     examples = [Example(path.stem, path, None, (), None) for path in paths]
     (file,) = cache.glob("*.npy")
@@ -101,7 +101,7 @@ def compare(paths: list[Path], size: int, cache: Path, warm: bool) -> None:
         pil.append(rates(lambda indices: decoded(paths, size, indices), random))
         if not warm:
             forget([file])
-        pixels = open_pixels(examples, size, cache)  # anew, since what is mapped can't be dropped
+        pixels = open_pixels(examples, size, cache)  # again, since mapped pages can't be dropped
         ours.append(rates(lambda indices, pixels=pixels: cached(pixels, indices), random))
         del pixels
     read = (read_from_disk() - before) / EPOCHS / 1e6

@@ -1,9 +1,9 @@
-"""Predicted memory beside the peak that a training process reaches, on this machine's CPU.
+"""Predicted memory compared with the peak of a training process, on this machine's CPU.
 
     python benchmarks/memory.py
 
-Trains a BLIP-2 of 0.3 B parameters with random weights for two steps of two micro batches, each set-up in a
-process of its own, and prints what `doctor` predicts, the peak resident memory, and their ratio.
+Trains a BLIP-2 of 0.3 B parameters with random weights for two steps of two micro batches. Each set-up runs
+in its own process. Prints the prediction of `doctor`, the peak resident memory, and their ratio.
 """
 
 import json
@@ -46,7 +46,7 @@ SETUPS = (
 
 
 def settings(changes: dict) -> TrainConfig:
-    """The training of one set-up: two micro batches a step, and buckets small beside the model."""
+    """The training of one set-up: two micro batches per step, and buckets that are small for the model."""
     values = {"micro_batch_size": 4, "precision": "fp32", "max_caption_tokens": TEXT} | changes
     buckets = {"zero_optimization": {"reduce_bucket_size": 50_000_000}}
     return TrainConfig(**values, batch_size=2 * values["micro_batch_size"], deepspeed=buckets)
@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> float:
 
 
 def predicted(config: TrainConfig) -> int:
-    """Bytes that `doctor` says this training takes."""
+    """The bytes that `doctor` predicts for this training."""
     shape = sizes.of_model(MODEL)
     assert shape is not None
     return memory.needed(Model(shape, config, "cpu", False), memory.configured(config, 1))

@@ -1,10 +1,9 @@
-"""Captioning a split beside `generate` one image at a time, with beams and without.
+"""Captioning a split compared with `generate` for one image at a time, with and without beams.
 
     python benchmarks/predict.py
 
-The same model (20 M parameters, random weights) and images, decoded to the same number of tokens, in one
-process and in turns. Ours writes predictions as a run does; the other is the usual loop: one image,
-`generate`, decode.
+Both use the same model (20 M parameters, random weights), images and number of tokens. They alternate in one
+process. Ours writes predictions as a run does. The other is the usual loop: one image, `generate`, decode.
 """
 
 import statistics
@@ -27,7 +26,7 @@ IMAGES, ROUNDS = 32, 3
 
 
 def one_at_a_time(loaded: Loaded, pixels: np.ndarray, config: PredictConfig) -> list[str]:
-    """Each image through BLIP-2 and the language model's own `generate`."""
+    """Captions of each image with BLIP-2 and the language model's own `generate`."""
     model, texts = loaded.model, []
     prompt = torch.tensor([loaded.caption.prompt])
     for image in pixels:
@@ -49,7 +48,7 @@ def one_at_a_time(loaded: Loaded, pixels: np.ndarray, config: PredictConfig) -> 
 
 
 def ours(loaded: Loaded, pixels: np.ndarray, config: PredictConfig) -> list[str]:
-    """As the step of a run does it, with its files."""
+    """Captions as the step of a run makes them, with its files."""
     ids = [f"image_{i}" for i in range(len(pixels))]
     with tempfile.TemporaryDirectory() as folder:
         predict.predict_split(loaded, ids, pixels, config, Path(folder), lambda done, total: None)

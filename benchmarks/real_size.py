@@ -3,10 +3,10 @@
     python benchmarks/real_size.py                                                  # as the paper trains it
     python benchmarks/real_size.py --image-size 224 --micro-batch 2 --frozen-vit    # on a laptop with 20 GB
 
-Two micro batches a step, texts of 48 tokens, gradient checkpointing. Prints images/s of training and of
-captioning (32 new tokens, greedy), the peak of memory while training beside what `doctor` predicts, and which
-part of the device's own rate for matrix products a training step reaches. Its FLOPs are those of one forward
-and backward pass as torch counts them; what checkpointing computes again is no progress, and is left out.
+A step has two micro batches with texts of 48 tokens and uses gradient checkpointing. Prints images/s of
+training and of captioning (32 new tokens, greedy), the peak memory of training with the prediction of
+`doctor`, and the share of the device's rate for matrix products that a training step reaches. FLOPs are of
+one forward and backward pass, as torch counts them, without what checkpointing computes again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TEXT, NEW, STEPS = 48, 32, 2
 
 
 def captioner(config: TrainConfig, image_size: int, kind: device.Kind):
-    """The model with random weights, its frozen language model in the precision that it computes in."""
+    """The model with random weights; its frozen language model has the precision in which it computes."""
     import torch
     from transformers import Blip2Config
 
@@ -70,7 +70,7 @@ def image_flops(model, inputs: tuple) -> int:
 
 
 def seconds(act: Callable[[], object], kind: device.Kind, times: int) -> float:
-    """Seconds that one of `times` calls takes, after one that does not count."""
+    """Mean seconds of `times` calls, after a first call that does not count."""
     wait = getattr(device.module(kind), "synchronize", lambda: None)
     act()
     wait()
@@ -82,7 +82,7 @@ def seconds(act: Callable[[], object], kind: device.Kind, times: int) -> float:
 
 
 def rate(config: TrainConfig, kind: device.Kind) -> float:
-    """FLOPs a second of the device's matrix products, in the precision of training."""
+    """FLOPs per second of the device's matrix products, in the precision of training."""
     import torch
 
     from harness.training.engine import frozen_dtype
@@ -92,7 +92,7 @@ def rate(config: TrainConfig, kind: device.Kind) -> float:
 
 
 def peak(kind: device.Kind) -> int:
-    """Bytes: of this process on a CPU, else what the device had allocated."""
+    """Peak memory in bytes: of this process on a CPU, else allocated on the device."""
     if kind == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return device.module(kind).max_memory_allocated()

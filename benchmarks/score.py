@@ -1,12 +1,11 @@
-"""How soon captions are scored, beside the organisers' way: one pair at a time, bert-score and rouge-score.
+"""Time to score captions, compared with the organisers' way: bert-score and rouge-score, pair by pair.
 
     python benchmarks/score.py [FOLDER]
 
-FOLDER holds references.tsv, predictions_dropped.tsv and predictions_shifted.tsv (ID, caption); by default
-../shared/data/roco_captions. The encoder is the one in a wheel (MiniLM, layer 6). The organisers' way is
-measured on a sample and extrapolated; everything else runs in full, each line a process of its own, from the
-start of Python to its end, as `harness score` does it. Ratios are of one run on one machine; leave it alone
-meanwhile.
+FOLDER holds references.tsv, predictions_dropped.tsv and predictions_shifted.tsv (ID, caption); by default it
+is ../shared/data/roco_captions. The encoder is MiniLM from a wheel, at layer 6. The organisers' way is
+measured on a sample and extrapolated. Everything else runs in full: each line is a `harness score` process,
+from the start of Python to its end. Ratios are of one run on one machine, so run nothing else meanwhile.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def captions(path: Path) -> list[str]:
 
 
 def encoder() -> tuple[Path, int]:
-    """The encoder in a wheel, and its layer."""
+    """The encoder from the wheel, and its layer."""
     from harness.metrics import bertscore
     from harness.metrics.bertscore import BertScoreConfig
 
@@ -46,7 +45,7 @@ def encoder() -> tuple[Path, int]:
 def official(
     predictions: list[str], references: list[str], folder: Path, layer: int
 ) -> tuple[float, list[float], list[float]]:
-    """Seconds, BERTScore F1 and ROUGE-1 of pairs scored one at a time, models loaded before."""
+    """Seconds, BERTScore F1 and ROUGE-1 of pairs scored one at a time, without loading the models."""
     from bert_score import BERTScorer
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -62,7 +61,7 @@ def official(
 
 
 def ours(folder: Path, predictions: Path, references: Path, *options: str) -> dict[str, Any]:
-    """What `harness score` prints in `folder`, whose runs/cache it fills; its seconds and peak memory too."""
+    """The output of `harness score` in `folder`, with its seconds and peak memory; fills runs/cache there."""
     command = [sys.executable, "-m", "harness", "score", str(predictions), "--references", str(references)]
     begun = time.perf_counter()
     process = subprocess.Popen(
@@ -79,7 +78,7 @@ def ours(folder: Path, predictions: Path, references: Path, *options: str) -> di
 
 
 def cider(predictions: list[str], references: list[str], copies: int) -> None:
-    """Print both ways to CIDEr side by side, and ours of `copies` times the rows with its peak memory."""
+    """Print both CIDErs, and ours for `copies` times the rows with its peak memory."""
     import resource
 
     from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -106,7 +105,7 @@ def cider(predictions: list[str], references: list[str], copies: int) -> None:
 
 
 def where_the_time_goes(predictions: list[str], references: list[str]) -> None:
-    """Print the seconds of each part of BERTScore, and its arithmetic beside the machine's products."""
+    """Print the seconds of each part of BERTScore, and its FLOP/s compared with matrix products."""
     from harness.metrics import bertscore, text
     from harness.metrics.cache import TextCache
 
@@ -170,7 +169,7 @@ def matrix_rate(seconds: float = 3.0) -> float:
 
 
 def at_the_official_size(predictions: list[str], references: list[str]) -> None:
-    """Print both ways per pair with an encoder of the official one's size, of random weights."""
+    """Print seconds per pair of both ways, with an encoder of the official size and random weights."""
     import torch
     from transformers import AutoTokenizer, DebertaConfig, DebertaModel
 
@@ -244,13 +243,13 @@ def main(data: Path) -> None:
 
 
 def alone(call: Any, *arguments: Any) -> Any:
-    """Run a function in a process of its own: what it loads is not counted in the peak memory of the next."""
+    """Run a function in its own process, so that its memory does not count in the next peak."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(call, *arguments).result()
 
 
 def line(name: str, result: dict[str, Any], whole: float | None) -> dict[str, Any]:
-    """Print one measurement; the ratio is to the organisers' way."""
+    """Print one measurement, with its ratio to the organisers' way."""
     scoring = max(score["seconds"] for score in result["scores"].values())
     ratio = f"{whole / result['wall']:6.1f} x" if whole else ""
     print(
@@ -260,7 +259,7 @@ def line(name: str, result: dict[str, Any], whole: float | None) -> dict[str, An
 
 
 def compare(table: Path, rows: list[int], f1: list[float], rouge1: list[float]) -> None:
-    """Print how far our per-image scores are from the organisers' on the sample."""
+    """Print the largest differences of per-image scores from the organisers' on the sample."""
     import csv
 
     with table.open(encoding="utf-8", newline="") as file:

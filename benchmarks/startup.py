@@ -1,8 +1,8 @@
-"""How soon the command line answers: `--help`, and `run --dry-run` on a data set that was checked before.
+"""Time until the command line answers: `--help`, and `run --dry-run` on a data set that is already checked.
 
     python benchmarks/startup.py
 
-Prints the best of five, beside an empty Python on the same machine.
+Prints the best of five, and the ratio to an empty Python on the same machine.
 """
 
 import subprocess

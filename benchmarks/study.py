@@ -1,8 +1,8 @@
-"""Studies of decoding on the quickstart's model: gain, cost, two workers against one, killed workers.
+"""Studies of decoding on the quickstart's model: gain, cost, two workers or one, killed workers.
 
     OMP_NUM_THREADS=1 python benchmarks/study.py [--folder FOLDER] [--kills 10]
 
-Works in FOLDER, by default a temporary one; where the quickstart has run there, its training is not repeated.
+Works in FOLDER, by default a temporary one. If the quickstart has run there, its training is not repeated.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def command(file: str, *more: str) -> list[str]:
 def study(
     folder: Path, name: str, *more: str, sampler: str = "random", trials: int = TRIALS
 ) -> tuple[list[dict], float]:
-    """Run a study of the shipped space under a name; its rows, and the seconds of the command."""
+    """Run a study of the shipped space under a name; returns its rows and the seconds of the command."""
     file = folder / "experiments" / f"{name}.yaml"
     text = yaml.safe_load((EXPERIMENTS / "study_decoding.yaml").read_text())
     file.write_text(yaml.safe_dump(text | {"sampler": {"name": sampler, "seed": 1}, "retries": 20}))
@@ -48,7 +48,7 @@ def study(
 
 
 def forget(folder: Path) -> None:
-    """Remove captions and scores, so that the next study makes them itself."""
+    """Remove captions and scores, so that the next study makes them again."""
     for step in (folder / "runs" / "steps").iterdir():
         if step.name.startswith(("predict-", "postprocess-", "score-")):
             shutil.rmtree(step) if step.is_dir() else step.unlink()
@@ -61,7 +61,7 @@ def forget(folder: Path) -> None:
 def by_slot(rows: list[dict]) -> list[tuple[dict, dict]]:
     """Parameters and scores of the finished trials, in the order of their first tries.
 
-    Scores to 6 digits: which texts are embedded together, and so the last bits, depends on what was before.
+    Scores have 6 digits, since the last bits depend on which texts were embedded before.
     """
     done = [row for row in rows if row["state"] == "COMPLETE"]
     done.sort(key=lambda row: row["number"] if row["retry_of"] is None else row["retry_of"])
@@ -69,14 +69,14 @@ def by_slot(rows: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def finished(folder: Path, name: str) -> dict[int, dict]:
-    """The scores of trials that a study has finished, by number."""
+    """The scores of a study's finished trials, by number."""
     files = (folder / "runs" / "quickstart" / name).glob("trial-*/run.json")
     trials = [json.loads(file.read_text())["trial"] for file in files]
     return {trial["number"]: trial["values"] for trial in trials if trial["state"] == "COMPLETE"}
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The workers of a study command that are alive."""
+    """The live workers of a study command."""
     found = []
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(process.pid).children():
@@ -86,9 +86,9 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def killed(folder: Path, name: str, kills: int) -> tuple[list[dict], int]:
-    """A study of two workers of which `kills` are killed at random, with as many trials as that takes.
+    """Run a study of two workers and kill workers at random, `kills` times in total.
 
-    Returns its rows at the end, and how many finished trials were lost on the way.
+    Trials are added until all kills are done. Returns the final rows, and how many finished trials were lost.
     """
     draw, seen, lost, done, trials = random.Random(0), {}, 0, 0, TRIALS
     (folder / "experiments" / f"{name}.yaml").write_text((folder / "experiments" / "one.yaml").read_text())
@@ -110,7 +110,7 @@ def killed(folder: Path, name: str, kills: int) -> tuple[list[dict], int]:
 
 
 def main(folder: Path, kills: int) -> None:
-    """Run everything and print it."""
+    """Run everything and print the results."""
     (folder / "experiments").mkdir(exist_ok=True, parents=True)
     for file in EXPERIMENTS.glob("*.yaml"):
         shutil.copy(file, folder / "experiments")

@@ -1,8 +1,8 @@
-"""How long `submission check` takes for the whole test set of 2023: 10,473 rows, as pipe file and as zip.
+"""Time of `submission check` for the whole test set of 2023: 10,473 rows, as pipe file and as zip.
 
     python benchmarks/submission.py
 
-Prints the best of five of the check alone, and of the command in a process of its own beside an empty Python.
+Prints the best of five for the check alone and for the command, with its ratio to an empty Python.
 """
 
 import subprocess

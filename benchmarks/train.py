@@ -1,11 +1,11 @@
-"""A training step of ours beside a bare PyTorch loop and transformers' Trainer, and two ranks beside one.
+"""Our training step compared with a bare PyTorch loop and transformers' Trainer; two ranks and one.
 
     python benchmarks/train.py
 
-The same model (20 M parameters, random weights), batches, AdamW, clipping and precision everywhere, in one
-process and in turns: a step of ours, one of the bare loop, and so on, so that a busy machine slows both.
-Ours times everything from step to step: fetching the next images, DeepSpeed, the row of losses.jsonl. The
-bare loop has its batches ready in memory, and logs nothing. Trainer runs in blocks between blocks of ours.
+All use the same model (20 M parameters, random weights), batches, AdamW, clipping and precision, in one
+process. Steps of ours and of the bare loop alternate, so that a busy machine slows both. Our time includes
+everything from step to step: the next images, DeepSpeed, and the row of losses.jsonl. The bare loop has its
+batches in memory and logs nothing. Blocks of Trainer alternate with blocks of ours.
 """
 
 import json
@@ -41,10 +41,10 @@ CONFIG = TrainConfig(batch_size=BATCH, micro_batch_size=MICRO, learning_rate=1e-
 
 
 class Ours(train.Training):
-    """A training that is stepped from outside."""
+    """A training whose steps are called from outside."""
 
     def begin(self) -> None:
-        """What comes before the first step of a stage."""
+        """Do what precedes the first step of a stage."""
         self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
         self.loaded.model.freeze(LOSSES, True)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
@@ -56,7 +56,7 @@ class Ours(train.Training):
 
 
 def ours(folder: Path, directory: Path) -> Ours:
-    """Our training at its first step."""
+    """Our training, ready for its first step."""
     data = blip2.split(blip2.load(folder))
     training = Ours(
         CONFIG,
@@ -100,7 +100,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def bare(folder: Path, batches: list[list[dict[str, Any]]]) -> Iterator[float]:
-    """The loss of one optimiser step after the other, in plain PyTorch."""
+    """The losses of successive optimiser steps in plain PyTorch."""
     model = blip2.load(folder).model
     place(model, CONFIG, "cpu")
     model.freeze(LOSSES, True)
@@ -121,7 +121,7 @@ def bare(folder: Path, batches: list[list[dict[str, Any]]]) -> Iterator[float]:
 
 
 class Shares(nn.Module):
-    """The model as Trainer wants it: from a collated batch to a loss."""
+    """The model in the form for Trainer: from a collated batch to a loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def timed(step: Any) -> float:
 
 
 def beside_others(folder: Path) -> None:
-    """Ours in turns with the bare loop and with Trainer."""
+    """Alternate ours with the bare loop and with Trainer, and print the times."""
     with tempfile.TemporaryDirectory() as directory:
         training = ours(folder, Path(directory))
         loop = bare(folder, ready(training, training.loaded))
@@ -209,7 +209,7 @@ def beside_others(folder: Path) -> None:
 
 
 def one_rank(folder: Path) -> None:
-    """Steps of ours as a rank of a launch; rank 0 prints the images per second."""
+    """Run our steps as a rank of a launch; rank 0 prints the images per second."""
     ranks.start()
     with tempfile.TemporaryDirectory() as directory:
         training = ours(folder, Path(directory))
@@ -221,7 +221,7 @@ def one_rank(folder: Path) -> None:
 
 
 def on_ranks(folder: Path, count: int, threads: int) -> float:
-    """Images per second over so many ranks."""
+    """Images per second with `count` ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *(launcher if count > 1 else []), __file__, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -1,4 +1,4 @@
-"""The files of captions that steps hand to each other."""
+"""Files of captions that steps pass to each other."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.store import bytes_of, write
 
 PREDICTIONS = "predictions.csv"
-_MOSTLY = 0.9  # of all captions; people write the same one for 1 % of the images
+_MOSTLY = 0.9  # share of the captions; in human captions the most common one has 1 %
 _SHOWN = 80  # characters
 
 
@@ -21,24 +21,24 @@ def write_captions(path: Path, captions: Mapping[str, str]) -> Path:
 def write_table(path: Path, rows: Iterable[Sequence[str]]) -> Path:
     """Write rows as CSV (RFC 4180, with CRLF), whole or nothing."""
     text = io.StringIO()
-    # with "\n" as its end of line, the writer would leave a "\r" in a caption unquoted, which ends lines too
+    # with "\n" as line end, the writer would not quote a "\r" in a caption, which also ends lines
     csv.writer(text, lineterminator="\r\n").writerows(rows)
     return write(path, text.getvalue())
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` where it is anything else."""
+    """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` for anything else."""
     rows = list(csv.reader(io.StringIO(bytes_of(path).decode(), newline=""), strict=True))
     if rows[:1] != [["ID", "caption"]] or any(len(row) != 2 for row in rows):
-        raise ValueError("the rows are not those of an ID and a caption")
+        raise ValueError("not every row has an ID and a caption")
     found = dict(rows[1:])
     if len(found) < len(rows) - 1:
-        raise ValueError("an id stands there twice")
+        raise ValueError("an id occurs twice")
     return found
 
 
 def sameness(values: Iterable[str], name: str = "captions") -> str | None:
-    """What to warn of where more than 90 % of the captions (or concept lists) are empty or the same."""
+    """A warning if more than 90 % of the captions (or concept lists) are empty or the same, else None."""
     texts = [" ".join(text.split()) for text in values]
     if not texts or (len(texts) == 1 and texts[0]):
         return None

@@ -1,4 +1,4 @@
-"""Errors for people: what is wrong, where, what was got, what is allowed, the next command."""
+"""Errors for users: what is wrong, where, what was got, what is allowed, the next command."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ from typing import NamedTuple
 from harness.visible import one_line
 
 _NAMED = 3  # of many rows with the same fault
-_LONGEST = 200  # characters of what is shown of a row
+_LONGEST = 200  # characters of a row that are shown
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and the place to repair it."""
+    """One mistake, and the place to correct it."""
 
     what: str
     file: str | Path | None = None
@@ -27,7 +27,7 @@ class Problem:
 
 
 class Flaw(NamedTuple):
-    """One of possibly many rows with the same thing wrong; `subject` is what there, e.g. an id."""
+    """A faulty row; many rows may share the fault `what`. `subject` is the faulty content, e.g. an id."""
 
     line: int | None
     what: str
@@ -36,7 +36,7 @@ class Flaw(NamedTuple):
 
 
 def grouped(file: str | Path, flaws: Iterable[Flaw]) -> list[Problem]:
-    """One problem for each cause, at its first line: how many rows have it, and the first few of them."""
+    """One problem for each cause, at its first line, with the number of its rows and the first few."""
     causes: dict[tuple[str, str | None], list[Flaw]] = {}
     for flaw in flaws:
         causes.setdefault((flaw.what, flaw.hint), []).append(flaw)
@@ -47,7 +47,7 @@ def grouped(file: str | Path, flaws: Iterable[Flaw]) -> list[Problem]:
 
 
 def places(flaws: Sequence[Flaw]) -> str:
-    """Where flaws of one cause are: ` (17,237 rows): line 1, line 2, line 3 and 17,234 more`."""
+    """The places of flaws of one cause: ` (17,237 rows): line 1, line 2, line 3 and 17,234 more`."""
     if len(flaws) == 1:
         return f": {_cut(flaws[0].subject)}" if flaws[0].subject else ""
     count = f" ({len(flaws):,} rows)" if len(flaws) > _NAMED else ""
@@ -67,7 +67,7 @@ def _cut(text: str) -> str:
 
 @dataclass
 class UserError(Exception):
-    """A mistake that the user can repair; the command line prints it without a traceback.
+    """A mistake that the user can correct; the command line prints it without a traceback.
 
     `exit_code` is 1 for a failed run, 2 for usage, config and data, 3 for an invalid submission.
     """
@@ -93,7 +93,7 @@ class UserError(Exception):
 
 
 class AcrossKeys(ValueError):
-    """Keys of an experiment that do not go together; `keys` are below the section that found it."""
+    """Keys of an experiment that conflict; `keys` are paths below the section that raises this."""
 
     def __init__(self, what: str, *keys: str) -> None:
         super().__init__(what)
@@ -101,4 +101,4 @@ class AcrossKeys(ValueError):
 
 
 class Pruned(Exception):
-    """A study ends this run early because others are better; the message names the score that decided."""
+    """A study ends this run early because other runs are better; the message says by which score."""

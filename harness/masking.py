@@ -1,4 +1,4 @@
-"""Removes passwords and tokens from text that is shown or kept; no other module does."""
+"""Removes passwords and tokens from text that is shown or stored; no other module does this."""
 
 import os
 import re
@@ -6,14 +6,14 @@ from urllib.parse import unquote, unquote_plus
 
 HIDDEN = "***"
 VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD", "HF_TOKEN")
-"""Environment variables whose value is hidden everywhere."""
+"""Environment variables whose value is hidden wherever it appears."""
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-"""Environment variables whose address may hold a password, which is hidden everywhere."""
-_SHORTEST = 4  # signs: a shorter secret would be found in ordinary words
+"""Environment variables with an address whose password is hidden wherever it appears."""
+_SHORTEST = 4  # characters; shorter secrets would also match ordinary words
 
 
 def _spelled(word: str) -> str:
-    """A pattern of the word in either case, each of its letters as it is or percent-encoded."""
+    """A pattern for the word in upper or lower case, each letter as it is or percent-encoded."""
     return "".join(f"(?:{c}|%{ord(c):02x}|%{ord(c.upper()):02x})" if c.isalpha() else "[_-]?" for c in word)
 
 
@@ -40,9 +40,9 @@ _USER = re.compile(rf"//([^\s/@:]*:\S*|{_WITH_BLANKS}|[^\s/]*)@")
 
 
 def masked(text: str) -> str:
-    """The text without passwords and tokens, whatever signs these have: `//user:password@`, `password=`.
+    """The text without passwords and tokens, such as in `//user:password@` or `password=`.
 
-    Addresses lose their user too. Also hidden is what `VARIABLES` and `ADDRESSES` hold, in any place.
+    Addresses also lose their user. The secrets in `VARIABLES` and `ADDRESSES` are hidden everywhere.
     """
     for secret in _known_secrets():
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
@@ -60,7 +60,7 @@ def _hide(found: re.Match[str]) -> str:
 
 
 def _known_secrets() -> list[str]:
-    """The secrets of the environment, the longest first."""
+    """The secrets in environment variables, the longest first."""
     found = {os.environ.get(name, "") for name in VARIABLES}
     for name in ADDRESSES:
         found |= _secrets_of(os.environ.get(name, ""))
@@ -69,7 +69,7 @@ def _known_secrets() -> list[str]:
 
 
 def _secrets_of(address: str) -> set[str]:
-    """The password of an address, and the parts in which a library may read and show it."""
+    """The password of an address, and the parts into which a library may split it."""
     authority = address.partition("//")[2].partition("?")[0]
     user, at, _ = authority.rpartition("@")
     secret = user.partition(":")[2] if at else ""

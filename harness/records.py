@@ -1,7 +1,7 @@
-"""A run's record: its folder, `run.json`, the files of its steps. The one place that reads them.
+"""Reads a run's record: its folder, `run.json` and the files of its steps. No other module reads them.
 
-A file on disk may be cut short, altered or of another kind. What can't be read is a `UserError` that
-names the file and says how to make it again; readers of many runs leave such a record out and name it.
+Files on disk may be cut short, altered or of another kind. An unreadable file is a `UserError` that names the
+file and says how to make it again. Readers of many runs leave such a record out and name it.
 """
 
 import csv
@@ -25,10 +25,10 @@ Record = Mapping[str, Any]
 
 
 def _inside(path: str) -> str:
-    """A path that does not lead out of the folder that it starts from."""
+    """The path, if it stays inside the folder that it starts from."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or "\0" in path or not parts.parts:
-        raise ValueError("a path inside runs/ is wanted")
+        raise ValueError("a path inside runs/ is allowed")
     return path
 
 
@@ -49,7 +49,7 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 
 class _Part(BaseModel):
-    """What a record may hold. Keys that earlier versions lacked may be absent, none is of another type."""
+    """A part of a record. Keys that earlier versions lacked may be absent; types are strict."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -157,8 +157,8 @@ _SCORES = TypeAdapter(dict[str, _Score])
 def read(folder: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
     """The record of the run in a folder.
 
-    Raises `UserError` where there is none, where it can't be read, or where one of the keys is absent that
-    its reader `needs` beside name, status, edition, command and config.
+    Raises `UserError` if there is none, if it can't be read, or if it lacks a key that its reader `needs`
+    besides name, status, edition, command and config.
     """
     file = folder / FILE
     if not file.is_file():
@@ -170,14 +170,14 @@ def read(folder: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def below(root: Path) -> list[Path]:
-    """The `run.json` of every run in a folder, also where it is gone and the run's config is still there."""
+    """The `run.json` of every run in a folder; also a missing one, if the run's config is still there."""
     return sorted({file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)})
 
 
 def read_all(
     files: Iterable[Path], needs: Iterable[str] = ()
 ) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
-    """Folder and record of each `run.json`, and what is wrong with those that are left out."""
+    """Folder and record of each `run.json`, and the problems of those that are left out."""
     found, left_out = [], []
     for file in files:
         record = _problem(file, needs)
@@ -190,12 +190,12 @@ def read_all(
 
 def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
     """A record, or what is wrong with it."""
-    hint = "The run's command writes it again. Or delete this folder: finished steps are kept."
+    hint = "Run the same command to write it again, or delete this folder. Finished steps are kept."
     try:
         if not file.is_file():
             raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
         record = parsed(file.read_bytes())
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written anywhere
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written to any file
         _Run.model_validate(record)
         if missing := [key for key in needs if key not in record]:
             raise ValueError(f"{', '.join(missing)} is missing")
@@ -215,7 +215,7 @@ def _said(error: Exception) -> str:
 
 
 def _runs_near(folder: Path) -> str:
-    """The runs below the folder, or below runs/ if it has none."""
+    """A hint with the runs below the folder, or else below runs/."""
     for place in (folder, Path("runs")):
         files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
         if found := sorted(str(file.parent) for file in files):
@@ -225,30 +225,30 @@ def _runs_near(folder: Path) -> str:
 
 
 def name_of(record: Record) -> str:
-    """The name of a run in its experiment."""
+    """The name of a run within its experiment."""
     return run_name(record["variant"], record["seed"])
 
 
 def full_name(record: Record) -> str:
-    """The name of a run with that of its experiment, as under runs/ and submissions/."""
+    """The name of a run with its experiment's name, as under runs/ and submissions/."""
     return f"{record['name']}/{name_of(record)}"
 
 
 def root(folder: Path, record: Record) -> Path:
-    """The folder that a run's paths start from: `runs`, wherever it was moved to."""
+    """The folder that a run's paths start from: `runs`, even if it was moved."""
     return folder.resolve().parents[len(PurePosixPath(record["name"]).parts)]
 
 
 def artifact(folder: Path, record: Record, name: str) -> Path:
-    """A file of a run by its name in the record, as the step left it.
+    """A file of a run by its name in the record, unchanged since its step wrote it.
 
-    Raises `UserError` where the run has not come that far, or where the file is gone or altered.
+    Raises `UserError` if the run has no such file yet, or if the file is gone or altered.
     """
     return checked(place_of(folder, record, name), record)
 
 
 def place_of(folder: Path, record: Record, name: str) -> Path:
-    """Where a file of a run lies. Raises `UserError` where the run has not come that far."""
+    """The path of a file of a run. Raises `UserError` if the run has no such file yet."""
     if name not in record.get("artifacts", {}):
         kind = name.partition("/")[0]
         has = [other for other in record.get("artifacts", {}) if other.startswith(f"{kind}/")]
@@ -258,19 +258,19 @@ def place_of(folder: Path, record: Record, name: str) -> Path:
 
 
 def _next(record: Record, name: str) -> str:
-    """The command after which a run has a file; a finished run did not caption this split."""
+    """A hint with the command that makes a missing file; a finished run has not captioned this split."""
     command = record["command"]
     if record.get("trial"):
-        return "A trial captions valid alone: write the best one with harness study best, and run that."
+        return "A trial captions only valid: write the best one with harness study best, and run that."
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"
 
 
 def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None:
-    """A file that a step of the run has left; None where there is no step or no file yet.
+    """A file from a step of the run; None if there is no step or no file yet.
 
-    Raises `UserError` where the file is not what the step left.
+    Raises `UserError` if the file has changed since the step wrote it.
     """
     place = record.get("steps", {}).get(step)
     file = root(folder, record) / place / name if place else None
@@ -280,7 +280,7 @@ def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None
 
 
 def checked(file: Path, record: Record) -> Path:
-    """The file of a step. Raises `UserError` where it is gone or altered since the step left it."""
+    """The file of a step. Raises `UserError` if it is gone or altered since the step wrote it."""
     wrong = damage_of(file) or (None if file.is_file() else "it is gone")
     if wrong:
         raise damaged(file, record, f"not what the step left: {wrong}")
@@ -293,12 +293,12 @@ def damaged(file: Path, record: Record, what: str) -> UserError:
 
 
 def again(record: Record) -> str:
-    """What to do about a file of a step that can't be used: the run notices it and builds the step again."""
+    """What to do about an unusable file of a step: the run notices it and builds the step again."""
     return f"The run makes it again: {record['command']}"
 
 
 def captions(file: Path, record: Record) -> dict[str, str]:
-    """The captions by id that a step has left. Raises `UserError` where they can't be read."""
+    """The captions by id from a step. Raises `UserError` if they can't be read."""
     try:
         return read_captions(file)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -306,7 +306,7 @@ def captions(file: Path, record: Record) -> dict[str, str]:
 
 
 def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
-    """The rows of a `per_image.csv` by id. Raises `UserError` where they can't be read."""
+    """The rows of a `per_image.csv` by id. Raises `UserError` if they can't be read."""
     try:
         text = io.StringIO(bytes_of(file).decode(), newline="")
         rows = {row["ID"]: row for row in csv.DictReader(text)}
@@ -318,12 +318,12 @@ def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
 
 
 def scores(file: Path, record: Record) -> dict[str, Any]:
-    """What a score step says in its `scores.json`. Raises `UserError` where it can't be read."""
+    """The content of a score step's `scores.json`. Raises `UserError` if it can't be read."""
     try:
         content = parsed(bytes_of(file))
         _SCORES.validate_python(content["scores"])
         if not isinstance(content["references"], str):
-            raise ValueError("references is no text")
+            raise ValueError("references is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(file, record, f"is not what a score step writes: {_said(error)}") from None
     return content

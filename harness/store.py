@@ -1,4 +1,4 @@
-"""What lies on disk: fingerprints, whole-or-nothing writes, steps that are done once, and the room left."""
+"""Files on disk: fingerprints, atomic writes, steps that run once, and free space."""
 
 import contextlib
 import hashlib
@@ -12,35 +12,35 @@ from typing import Any
 
 DONE, INPUTS, READ, MADE = "DONE", "inputs.json", "read.json", "made.json"
 RUNS = Path("runs")
-"""The folder of records, steps and caches, in the folder where a command is called."""
+"""The folder of records, steps and caches, in the current folder."""
 LARGE = 64_000_000
-"""Bytes. The SHA-256 of a larger file of a step is checked only when it is read, of others by every run."""
+"""Bytes. Every run checks the SHA-256 of a step's files up to this size, but of larger ones only if read."""
 
 
 def run_name(variant: str, seed: int) -> str:
-    """The name of a run in its experiment, and of its folder."""
+    """The name of a run within its experiment, and of its folder."""
     return f"{variant}-s{seed}"
 
 
 def fingerprint(value: Any) -> str:
-    """12 hex digits that name a JSON-like value, the same in every process."""
+    """12 hex digits that identify a JSON-like value, the same in every process."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def gb(size: float) -> str:
-    """Bytes in words."""
+    """A number of bytes as text in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 def free(path: Path) -> int:
-    """Bytes that are free where a path lies, or will lie."""
+    """Free bytes on the disk of a path, which may not exist yet."""
     there = next(place for place in (path.resolve(), *path.resolve().parents) if place.exists())
     return shutil.disk_usage(there).free
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write the whole file or nothing: to a temporary name beside it, then rename."""
+    """Write the whole file or nothing: first a temporary file in the same folder, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,12 +58,12 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write a value as indented JSON, whole or nothing; NaN and infinity are refused."""
+    """Write a value as indented JSON, whole or nothing; raises `ValueError` for NaN and infinity."""
     return write(path, json.dumps(value, indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
 
 
 def parsed(text: str | bytes) -> Any:
-    """A value from JSON; NaN and infinity, which older versions wrote, are None. Raises `ValueError`."""
+    """A value from JSON; NaN and infinity, which older versions wrote, become None. Raises `ValueError`."""
     return finite(json.loads(text))
 
 
@@ -77,7 +77,7 @@ def finite(value: Any) -> Any:
 
 
 def bytes_of(path: Path) -> bytes:
-    """The bytes of a regular file; `OSError` for any other, where a pipe would never end."""
+    """The bytes of a regular file; raises `OSError` for others, since reading a pipe may never end."""
     if not path.is_file():
         raise FileNotFoundError(path)
     return path.read_bytes()
@@ -89,7 +89,7 @@ def write_checked(path: Path, value: Any) -> Path:
 
 
 def read_checked(path: Path) -> Any:
-    """The value that `write_checked` wrote; None where there is no such file or a bit of it has changed."""
+    """The value that `write_checked` wrote; None if the file is missing or changed."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None
         whole = isinstance(content, dict) and content.get("checksum") == fingerprint(content.get("value"))
@@ -99,15 +99,15 @@ def read_checked(path: Path) -> Any:
 
 
 def step_directory(root: Path, kind: str, inputs: Mapping[str, Any]) -> Path:
-    """The directory of the step whose output `inputs` determine: `root/steps/<kind>-<fingerprint>`."""
+    """The directory of the step with these inputs: `root/steps/<kind>-<fingerprint>`."""
     return root / "steps" / f"{kind}-{fingerprint(inputs)}"
 
 
 def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool:
-    """Whether the step in `directory` ran to its end, and its files are there with the sizes that they had.
+    """Whether the step in `directory` is finished, and its files still have their sizes.
 
-    `made_from` are the files that the step would read now, by `products`: a step that has read others is not
-    done. Cheap: no file but the seal is opened.
+    `made_from` are the files that the step would read now, from `products`. A step that has read other files
+    is not done. This is cheap: it opens only the seal.
     """
     seal = _seal(directory)
     if seal is None or any(_misfit(directory / name, size) for name, (size, _) in seal["files"].items()):
@@ -116,9 +116,10 @@ def is_done(directory: Path, made_from: Mapping[str, str] | None = None) -> bool
 
 
 def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
-    """What is wrong with each file of a done step that is not what the step left; files besides don't matter.
+    """What is wrong with each changed file of a done step; files that the step did not write don't matter.
 
-    All files are compared by size, and by SHA-256 those of at most `LARGE` bytes, or all if `thorough`.
+    All files are compared by size. Files of at most `LARGE` bytes, or all if `thorough`, are also compared by
+    SHA-256.
     """
     if not (directory / DONE).exists():
         return {}
@@ -136,7 +137,7 @@ def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
 
 
 def damage_of(file: Path) -> str | None:
-    """What is wrong with one file of a step, whatever its size; None for one that no step has sealed."""
+    """What is wrong with one file of a step, whatever its size; None if nothing, or if no step wrote it."""
     seal = _seal(file.parent)
     if seal is None or file.name not in seal["files"]:
         return None
@@ -145,7 +146,7 @@ def damage_of(file: Path) -> str | None:
 
 
 def products(directory: Path, names: Sequence[str] | None = None) -> dict[str, str]:
-    """SHA-256 of what a sealed step made for others, by `<step>/<file>`: `names`, or all but its notes."""
+    """SHA-256 by `<step>/<file>` of the files that a sealed step made for others: `names`, or all."""
     seal = _seal(directory) or {"files": {}}
     wanted = [name for name in seal["files"] if name not in (INPUTS, READ, MADE)] if names is None else names
     return {f"{directory.name}/{n}": seal["files"][n][1] for n in wanted if n in seal["files"]}
@@ -176,7 +177,7 @@ def _sha256(file: Path) -> str:
 
 
 def seal(directory: Path, made_from: Mapping[str, str]) -> None:
-    """Mark a step as done: the sizes and SHA-256 of what it left, and of what it read, go into `DONE`."""
+    """Mark a step as done: `DONE` gets the sizes and SHA-256 of its files, and what it read."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != DONE)
     known = {str(path.relative_to(directory)): [path.stat().st_size, _sha256(path)] for path in files}
     write_checked(directory / DONE, {"files": known, "from": dict(made_from)})
@@ -188,12 +189,11 @@ def once(
     build: Callable[[Path], bool],
     made_from: Mapping[str, str] | None = None,
 ) -> None:
-    """Call `build(directory)` for a step, unless it is done and nothing of it changed.
+    """Call `build(directory)` for a step, unless it is done and unchanged.
 
-    `build` tells whether all came out; a step that lacks something is built again the next time. An
-    interrupted step finds its directory as it left it, one that is damaged finds what is whole. One that read
-    other files than `made_from`, or whose seal is damaged, finds nothing. A second process that wants the
-    same step waits.
+    `build` returns whether its output is complete; if not, the step is built again the next time. An
+    interrupted step finds its directory unchanged. A damaged step finds its undamaged files. A step that read
+    other files than `made_from` finds an empty directory. A second process that needs the same step waits.
     """
     from filelock import FileLock
 
@@ -215,12 +215,10 @@ def once(
                 seal(directory, made_from)
 
 
-def _clear(directory: Path, made_from: Mapping[str, str]) -> None:
-    """Delete what can't be built upon. The seal goes first, so that the step does not count as done."""
-    damaged, sealed = damage(directory), (directory / DONE).exists()
-    other = not sealed and _differs(read_checked(directory / READ), made_from)
-    # A damaged seal can vouch for nothing. A whole one is of a step that read other files.
-    every = DONE in damaged or other or (sealed and not damaged)
+def _clear(directory: Path) -> None:
+    """Delete what can't be reused; the seal goes first, so that it never covers missing files."""
+    damaged = damage(directory)
+    stale = not damaged and (directory / DONE).exists()  # whole, but made from other files
     (directory / DONE).unlink(missing_ok=True)
     for path in directory.iterdir() if every else [directory / name for name in damaged]:
         with contextlib.suppress(FileNotFoundError):
@@ -234,7 +232,7 @@ def _differs(read: Any, made_from: Mapping[str, str]) -> bool:
 
 
 def _sync(directory: Path) -> None:
-    """Have the disk hold every file before the marker says so: a power cut must not leave it alone."""
+    """Sync every file to disk before the seal is written: after a power cut it must not be alone."""
     for path in [*directory.rglob("*"), directory]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

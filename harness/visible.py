@@ -1,7 +1,7 @@
-"""Text from outside on a terminal: characters that control the terminal or can't be seen are escaped.
+"""Makes outside text safe on a terminal: control characters and invisible ones are written as escapes.
 
-Ids, captions, file names, settings and messages of libraries come from anybody. `guard` puts one gate before
-the terminal, so that no command has to think of it.
+Ids, captions, file names, settings and messages of libraries can come from anyone. `guard` filters everything
+that goes to the terminal, so commands need not do it.
 """
 
 import json
@@ -13,38 +13,37 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 STANDARD_OUTPUT = "standard output"
-"""The `filename` of an error of writing there."""
+"""The `filename` of an error when writing there."""
 _OBEYED = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
-"""Categories of Unicode: controls, formats (bidirectional ones, zero width), lone surrogates, line ends."""
+"""Unicode categories: controls, formats (bidirectional, zero width), lone surrogates, line ends."""
 _INKLESS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-"""Letters and marks that show nothing."""
+"""Letters and marks without a visible shape."""
 _JOINERS = frozenset("\u200c\u200d")
 _STYLING = re.compile(r"(\r|\x1b\[(?:[0-9;]*m|[0-9]*[AK]|\?25[hl]))")
-"""What rich itself writes: colours, and the moves of a progress bar."""
+"""Sequences that rich itself writes: colours, and the moves of a progress bar."""
 
 
 def visible(text: str) -> str:
-    r"""The text with `\x1b`, `\u202e` and so on for every character that acts on a terminal or can't be seen.
+    r"""The text with escapes such as `\x1b` for characters that control a terminal or are invisible.
 
-    Line feeds, tabs and blanks of any width stay, and so do the joiners within Persian, Indic scripts and
-    emoji.
+    Line feeds, tabs and spaces of any width stay, and so do joiners within Persian, Indic scripts and emoji.
     """
     return _written_out(text, _as_python)
 
 
 def one_line(text: str) -> str:
-    r"""The text as `visible` shows it, with `\n` for a line feed: no value from outside forges a line."""
+    r"""The text as `visible` shows it, with `\n` for a line feed, so no outside value can fake a line."""
     return visible(text).replace("\n", r"\n")
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON for people and programs: letters as they are, `visible`'s characters as JSON's own escapes."""
+    """JSON with letters as they are, and JSON's own escapes for the characters that `visible` escapes."""
     plain = _encoding(sys.stdout).startswith("utf")
     return _written_out(json.dumps(value, indent=1, ensure_ascii=not plain, **options), _as_json)
 
 
 def print_csv(text: str) -> None:
-    """Print CSV: to a terminal as `visible` shows it, to a file or a program as it is."""
+    """Print CSV: as `visible` shows it to a terminal, unchanged to a file or program."""
     stream = sys.stdout if is_terminal(sys.stdout) else getattr(sys.stdout, "faithful", sys.stdout)
     stream.write(text)
 
@@ -55,7 +54,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def console(stderr: bool = False) -> Any:
-    """The rich console of every table: takes text literally (no markup, no emoji codes) and visibly."""
+    """The rich console for every table; it shows text literally (no markup, no emoji codes), as `visible`."""
     from rich.console import Console
 
     class Shown(Console):
@@ -68,15 +67,15 @@ def console(stderr: bool = False) -> Any:
 
 
 def guard() -> None:
-    """Put the gate before standard output and standard error of this process.
+    """Filter standard output and standard error of this process.
 
-    Text that is written there is made visible, and characters that the encoding lacks are written out. A
-    reader that is gone (`| head`) or a closed stream does not end the command. A full disk behind standard
-    output raises `OSError`; behind standard error nobody can be told.
+    Text is made visible, and characters that the encoding lacks become escapes. The command continues if the
+    reader is gone (`| head`) or a stream is closed. On a full disk, standard output raises `OSError`; errors
+    of standard error are ignored, since nobody could be told.
     """
     for number in range(3):
         _reserve(number)
-    os.environ.setdefault("PYTHON_COLORS", "0")  # from 3.13 on tracebacks are coloured, which we'd write out
+    os.environ.setdefault("PYTHON_COLORS", "0")  # Python 3.13 colours tracebacks, which would become escapes
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -85,7 +84,7 @@ def guard() -> None:
 
 
 def _reserve(number: int) -> None:
-    """Open a standard descriptor that is closed. Otherwise the next open file would receive output."""
+    """Open a closed standard descriptor, or output would go into the next file that is opened."""
     try:
         os.fstat(number)
     except OSError:
@@ -96,7 +95,7 @@ def _reserve(number: int) -> None:
 
 
 class _Door:
-    """A guarded standard stream: escapes what is written, and continues if its reader is gone."""
+    """Writes to a standard stream: cleans the text, and survives if the reader is gone."""
 
     def __init__(self, stream: TextIO, clean: Callable[[str], str], required: bool):
         self._stream, self._clean, self._required = stream, clean, required
@@ -121,7 +120,7 @@ class _Door:
                 raise OSError(error.errno, error.strerror, STANDARD_OUTPUT) from None
 
     def _drop(self) -> None:
-        """Discard all further output, also at the exit of Python."""
+        """Discard all further output, also at the interpreter's end."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError):
@@ -137,16 +136,15 @@ class _Door:
 
 
 class _Gate(_Door):
-    """What `sys.stdout` and `sys.stderr` are; libraries take it for no terminal, and write no colours.
+    """Replaces `sys.stdout` and `sys.stderr`; it is not a terminal for libraries, so they write no colours.
 
-    `rich_proxied_file` is where rich looks for the stream behind, which takes its colours; `faithful` takes
-    everything.
+    rich writes its colours to `rich_proxied_file`. `faithful` passes everything unchanged.
     """
 
     def __init__(self, stream: TextIO, required: bool):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        # tqdm's bars, on standard error, begin with a carriage return
+        # tqdm's bars on standard error begin with a carriage return
         super().__init__(stream, visible if required else _bar_or_text, required)
         self.rich_proxied_file = _Door(stream, _styled_text, required)
         self.faithful = _Door(stream, str, required)
@@ -193,7 +191,7 @@ def _shows(line: str, i: int) -> bool:
 
 
 def _joins(char: str) -> bool:
-    """Whether a joiner beside this character changes how it looks: not so in Latin, Greek or Cyrillic."""
+    """Whether a joiner next to this character changes its shape: not in Latin, Greek or Cyrillic."""
     return char >= "\u0590" and unicodedata.category(char)[0] in "LMS"
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: small phantom data, the folder shared/ where there is one."""
+"""Shared by the tests: small phantom data, and the folder shared/ if there is one."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""BERTScore against bert-score one pair at a time: any batch, any encoder, any text, from disk or not."""
+"""BERTScore equals bert-score, one pair at a time: any batch, encoder and text, with or without the disk."""
 
 import shutil
 import subprocess

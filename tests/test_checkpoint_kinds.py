@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (messages stand whole)
-"""What stands behind `model.checkpoint`: files and folders of other kinds are named, with what helps."""
+"""Wrong files and folders for `model.checkpoint`: the error names the kind and what to do."""
 
 import json
 import os

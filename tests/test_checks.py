@@ -1,4 +1,4 @@
-"""Every kind of damage is found in its place, all at once, and decoded once."""
+"""Every kind of damage in a data set is found in its place, all at once, with one decoding."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore against CLIP itself: pixels, byte pairs, formula; image features on disk."""
+"""CLIPScore and RefCLIPScore against CLIP itself: pixels, byte pairs, formula, and stored image features."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""COCO results, which captioning code usually writes: read, matched with ids where that is unambiguous."""
+"""COCO results, the usual output of captioning code: reading, and matching with ids if unambiguous."""
 
 import json
 import zipfile

@@ -1,4 +1,4 @@
-"""Comparisons against scipy's tests, against scoring the drawn captions anew, and under a known truth."""
+"""Comparisons against scipy's tests, against scoring the drawn captions again, and under a known truth."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Where `harness compare` has to refuse: too few swaps, scores that are no numbers, other checkpoints."""
+"""What `harness compare` must refuse: too few swaps, scores that are not numbers, other checkpoints."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""What must hold on a GPU: training against plain PyTorch, resume to the bit, captioning, metrics.
+"""Checks on a GPU: training against plain PyTorch, resume to the bit, captioning, metrics.
 
-Each test starts processes that see the GPU, since the process of pytest is one that sees none.
+Each test starts processes that see the GPU, since the process of pytest does not see it.
 """
 
 import json

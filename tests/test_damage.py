@@ -1,4 +1,4 @@
-"""What lies under runs/ and is not what was left there: noticed, named, made again; and what is kept."""
+"""Altered files under runs/ are noticed, named and made again; undamaged ones are kept."""
 
 import hashlib
 import json

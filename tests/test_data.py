@@ -1,4 +1,4 @@
-"""Data sets as they are read and counted: every layout against files written by other means."""
+"""Reading and counting data sets: every layout, against files written by other code."""
 
 import shutil
 import time

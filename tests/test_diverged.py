@@ -1,4 +1,4 @@
-"""Numbers that are not finite: no weights, score, record or page is made of them, and the reason is told."""
+"""Numbers that are not finite never become weights, scores, records or pages, and the reason is given."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The reference is what the code says, every key has its own docstring, and every link leads somewhere."""
+"""The reference agrees with the code, every key has its own docstring, and every link works."""
 
 import re
 from collections.abc import Iterator

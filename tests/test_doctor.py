@@ -1,4 +1,4 @@
-"""The doctor: it says what is there and what is missing, each with a fix, and its sizes are the model's."""
+"""The doctor: it reports what is there and what is missing, with a fix, and the right model sizes."""
 
 import json
 import os

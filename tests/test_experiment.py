@@ -1,4 +1,4 @@
-"""Experiment files: every shipped one loads, and every mistake is found with its place, all at once."""
+"""Experiment files: every shipped one loads, and all mistakes are found at once with their places."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What docs/extending.md shows is complete: its blocks, applied to a copy of the package, give a run."""
+"""The examples in docs/extending.md are complete: applied to a copy of the package, they give a run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Why a run ended: in its record, on its page, in MLflow, on the leaderboard and in comparisons."""
+"""The reason why a run ended: in its record, on its page, in MLflow, on the leaderboard, in comparisons."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every model family holds what the harness asks for, and nothing outside of it knows a family's parts."""
+"""Every model family fulfils the protocol, and no code outside `models/` knows a family's parts."""
 
 import inspect
 import re

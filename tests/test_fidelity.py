@@ -1,6 +1,6 @@
-"""What LAVIS does, written down from its source at 506965b and computed here by other means.
+"""The behaviour of LAVIS, taken from its source at 506965b and computed here by other means.
 
-Where the harness differs from LAVIS on purpose, the test says how.
+If the harness differs from LAVIS on purpose, the test says how.
 """
 
 import math

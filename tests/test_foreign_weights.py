@@ -1,4 +1,4 @@
-"""Files that are no weights, or others than wanted: one reason, no traceback, no memory taken."""
+"""Files that are not weights, or the wrong weights: one reason, no traceback, no memory used."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a run: it ends in a clear error, loses nothing, and goes on."""
+"""A disk that fills up during a run: a clear error, no loss, and the same command continues."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Data sets with random damage: a report or a data set, never a traceback, never a wait.
+"""Data sets with random damage: a report or a data set, never a traceback, never a hang.
 
 HARNESS_FUZZ_CASES=2000 python -m pytest tests/test_fuzz_data.py
 """

@@ -1,4 +1,4 @@
-"""Hostile captions, in memory, against the rules of the editions: no traceback, no hang, no shifted row.
+"""Hostile captions in memory against the rules of the editions: no traceback, no hang, no shifted row.
 
 HARNESS_FUZZ_CASES=2000 tries more of them.
 """

@@ -1,7 +1,7 @@
-"""Damaged files of runs: whatever lies under runs/, commands answer in words, and a run is made whole.
+"""Damaged files of runs: commands answer with a message, and the run is repaired.
 
-Seeded; `HARNESS_FUZZ_CASES=2000` tries as many. A case damages files of a finished run and calls commands in
-this process, as a user would after a power cut or a bad disk.
+It is seeded; `HARNESS_FUZZ_CASES=2000` tries 2000 cases. A case damages files of a finished run and calls
+commands in this process, like a user after a power cut or with a bad disk.
 """
 
 import io

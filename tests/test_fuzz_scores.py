@@ -1,6 +1,6 @@
-"""Damaged score inputs, thousands on request: each is read, or refused in a few sentences that name a file.
+"""Damaged score inputs: each is read, or refused in a few sentences that name a file.
 
-`HARNESS_FUZZ_CASES=2000` tries more.
+`HARNESS_FUZZ_CASES=2000` tries 2000 of them.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Damaged submission files, against the organisers' rules as organisers.py states them.
+"""Damaged submission files, against the organisers' rules in organisers.py.
 
-Where they refuse or misread a file, ours refuses it. Where ours alone refuses, the reason is one of the few
-that are meant to be stricter. Every reason is true. `HARNESS_FUZZ_CASES=2000` tries more.
+If the organisers refuse or misread a file, ours refuses it. If only ours refuses it, the reason is one of the
+few that are stricter on purpose. Every reason is true. `HARNESS_FUZZ_CASES=2000` tries more.
 """
 
 import contextlib

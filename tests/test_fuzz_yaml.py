@@ -1,4 +1,4 @@
-"""Experiment and study files that somebody broke: read or refused with file and line, within seconds."""
+"""Damaged experiment and study files: read, or refused with file and line, within seconds."""
 
 import random
 import re

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (messages stand whole)
-"""YAML that is too much, too deep, ambiguous or out of range: refused with file and line, at once."""
+"""YAML that is too large, too deep, ambiguous or out of range is refused at once with file and line."""
 
 import json
 import os
@@ -27,10 +27,10 @@ MERGED = "x0: &x0 {a: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (LAUGHS, "e.yaml:5: its aliases stand for more than 10,000 values"),
-        (MERGED, "e.yaml:5: its aliases stand for more than 10,000 values"),
-        ("name: &a [*a]\n", "e.yaml:1: an alias stands for what it is part of"),
-        (f"{HEAD}train: &t\n  deepspeed: {{a: *t}}\n", "e.yaml:3: an alias stands for what it is part of"),
+        (LAUGHS, "e.yaml:5: its aliases expand to more than 10,000 values"),
+        (MERGED, "e.yaml:5: its aliases expand to more than 10,000 values"),
+        ("name: &a [*a]\n", "e.yaml:1: an alias refers to a value that contains it"),
+        (f"{HEAD}train: &t\n  deepspeed: {{a: *t}}\n", "e.yaml:3: an alias refers to a value that contains it"),
         ("name: " + "[" * 100_000, "e.yaml:1: not YAML: nested more than 50 levels deep"),
         ("x:\n" + "\n".join(" " * n + "a:" for n in range(1, 300)), "e.yaml:50: not YAML: nested more than 50"),
         (f"{HEAD}train:\n  batch_size: 16\n  seed: 1\n  batch_size: 32\n", ":6: train.batch_size: written twice"),
@@ -61,8 +61,8 @@ MERGED = "x0: &x0 {a: 1}\n" + "".join(
         (f"{HEAD}1: x\n", "e.yaml:3: a key is text; got 1, which YAML takes for something else. Put it in quotes"),
         (f"{HEAD}variants: {{224: {{}}}}\n", "e.yaml:3: variants: a key is text; got 224"),
         (f"{HEAD}? [a]\n: b\n", "e.yaml:3: not YAML: found unhashable key"),
-        (f"{HEAD}seed: 7\nseeds: [1, 2]\n", "e.yaml:3: seed: is given beside seeds"),
-        (f"{HEAD}seeds: [1, 2]\nvariants:\n  a: {{seed: 7}}\n", "e.yaml:5: variants.a.seed: seeds gives every variant"),
+        (f"{HEAD}seed: 7\nseeds: [1, 2]\n", "e.yaml:3: seed: can't be used with seeds"),
+        (f"{HEAD}seeds: [1, 2]\nvariants:\n  a: {{seed: 7}}\n", "e.yaml:5: variants.a.seed: has no effect, since seeds"),
         (f"{HEAD}seeds: [1, 2, 1]\n", "e.yaml:3: seeds: two runs are called a/base-s1"),
         (f"{HEAD}seeds: [1, '1']\n", "e.yaml:3: seeds: two runs are called a/base-s1"),
         (f"{HEAD}seeds: {[*range(1001)]}\n", "1 variants and 1,001 seeds; at most 1,000 runs are allowed"),
@@ -210,7 +210,7 @@ def test_a_mistake_across_keys_of_two_sections_points_at_the_one_that_was_given(
         ("nonsense: 1", "deepspeed.nonsense: unknown key of DeepSpeed's config."),
         ("elasticity: {}", "deepspeed.elasticity: unknown key of DeepSpeed's config."),
         ("comms_logger: true", "deepspeed.comms_logger: got True; a mapping is allowed"),
-        ("scheduler: {}", "what train decides can't be set there; use train.warmup_steps for scheduler"),
+        ("scheduler: {}", "scheduler can't be set here; use train.warmup_steps instead"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_of_deepspeed_is_a_mistake_at_its_line(tmp_path, setting, expected):

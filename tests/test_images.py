@@ -1,4 +1,4 @@
-"""Pixels against PIL itself, and the cache under two processes, damage and a full disk."""
+"""Pixels against PIL itself; the cache with two processes, damage and a full disk."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Test files stand alone: what several of them use is in tests/support/."""
+"""Test files do not import each other; shared code is in tests/support/."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Signals that wait, sent to this very process; signals that end a command."""
+"""Delayed signals, sent to this process; signals that end a command."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The leaderboard: who is ranked, who stands apart and why; the page in a real browser."""
+"""The leaderboard: which runs are ranked, which are not and why; the page in a real browser."""
 
 import csv
 import io

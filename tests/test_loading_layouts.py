@@ -1,4 +1,4 @@
-"""Checkpoints as they are published: names and shapes at full size, and the ways in which they are stored."""
+"""Published checkpoints: names and shapes at full size, and the formats in which they are stored."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Passwords and tokens in addresses, connection strings, texts of libraries and the environment."""
+"""Passwords and tokens in addresses, connection strings, library messages and the environment."""
 
 import pytest
 

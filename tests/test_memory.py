@@ -1,4 +1,4 @@
-"""Predicted memory against what torch saves, what DeepSpeed allocates, and what fits."""
+"""Predicted memory against what torch saves and DeepSpeed allocates, and what fits."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Scores against the organisers' values, the original packages one pair at a time, and every known trap."""
+"""Scores against the organisers' values, the original packages pair by pair, and every known trap."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Scores that are kept, shared among ranks, in bf16, and means of other scores."""
+"""Stored scores, scores shared among ranks, scores in bf16, and means of other scores."""
 
 import csv
 import gc

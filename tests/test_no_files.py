@@ -1,4 +1,4 @@
-"""What stands in the place of a file and is none, such as a FIFO: it is told, and nothing waits."""
+"""Things in place of a file, such as a FIFO: they are reported, and nothing hangs."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The run command on a make-believe NPU with DeepSpeed's own NPU accelerator; nothing calls for CUDA."""
+"""The run command on a make-believe NPU with DeepSpeed's own NPU accelerator; nothing uses CUDA."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rows that are odd: each is used for what it is fit for, and no id of a split to submit is ever lost."""
+"""Odd rows: each is used as far as possible, and no id of a split to submit is lost."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The page of a run in a real browser: by mouse and keys, with hostile text, of large sets, on a phone."""
+"""The page of a run in a real browser: mouse and keys, hostile text, large sets, a phone."""
 
 import csv
 import time

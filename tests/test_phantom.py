@@ -1,4 +1,4 @@
-"""The made-up set: the same everywhere, whole or absent, learnable from the image and only from there."""
+"""The made-up set: the same everywhere, complete or absent, learnable only from the image."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""What a run depends on, and what must be at hand before it starts."""
+"""What a run depends on, and what must exist before it starts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""De-duplication against the paper's Table 2, 8,180 real captions, and anything Unicode can hold."""
+"""De-duplication against the paper's Table 2, 8,180 real captions, and any Unicode text."""
 
 import csv
 import time

@@ -350,7 +350,7 @@ def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
     told = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
-    assert f"error: not all of the 2 ranks came to localhost:{port}, where rank 0 is, within" in done.stdout
+    assert f"error: not all of the 2 ranks reached rank 0 at localhost:{port} within" in done.stdout
     if number == 0:
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last one may linger there

@@ -1,4 +1,4 @@
-"""The same scores to the bit, whatever was scored, kept, lost or killed before."""
+"""The same scores to the bit, whatever was scored, stored, lost or killed before."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The page of a run: what it holds, and what it says is missing. How it works in a browser: test_pages.py."""
+"""The page of a run: its contents, and what it reports as missing. For the browser see test_pages.py."""
 
 import json
 import re

@@ -1,7 +1,7 @@
-"""What stands in a dict of the harness is known to the schema, the reference, the fingerprints and `unload`.
+"""Every entry of a dict of the harness is known to the schema, the reference, fingerprints and `unload`.
 
-A metric, an edition, a loss or a family is added in one place. These tests fail for one that another room
-does not know.
+A metric, an edition, a loss or a family is added in one place. These tests fail if another package does not
+know one.
 """
 
 import ast

@@ -1,6 +1,6 @@
-"""The organisers' rules of each edition, written down again here and compared with what the harness scores.
+"""The organisers' rules of each edition, written again here and compared with the scores of the harness.
 
-Nothing of `harness` helps to say what is right: the rules are small functions over bert-score, rouge-score,
+No code of `harness` decides what is right: the rules are small functions over bert-score, rouge-score,
 scikit-learn and a published pre-processing. The encoders are small, since the rules do not depend on them.
 """
 

@@ -1,4 +1,4 @@
-"""The run command from YAML to submission, in a process of its own, on a small made-up set."""
+"""The run command from YAML to submission, in its own process, on a small made-up set."""
 
 import base64
 import csv

@@ -1,4 +1,4 @@
-"""Captions, records and numbers at the ends of what scoring takes: a value or a reason, never a traceback."""
+"""Captions, records and numbers at the limits of scoring: a value or a reason, never a traceback."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What `harness score` reads: every official format by looking, mistakes in sentences, images."""
+"""What `harness score` reads: it recognises every official format, explains mistakes, finds images."""
 
 import csv
 import random
@@ -281,7 +281,9 @@ def test_the_one_text_of_a_zip_is_read_with_a_warning(name, tmp_path):
         archive.writestr(name, "ID,Caption\na,x\n")
     found = read(tmp_path / "p.zip")
     assert dict(found.values) == {"a": "x"}
-    assert found.warnings == [f"reads {name}; the organisers want a zip of submission.csv and nothing else"]
+    assert found.warnings == [
+        f"reads {name}; the organisers require a zip of submission.csv and nothing else"
+    ]
 
 
 @pytest.mark.parametrize("names", [["a.csv", "b.csv"], ["submission.csv", "more.txt"], ["image.png"], []])

@@ -1,4 +1,4 @@
-"""Stand-in BLEURT and CLIP: they learn, load as real checkpoints do, and never pass for official."""
+"""Stand-in BLEURT and CLIP: they learn, load like real checkpoints, and never count as official."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The study command, in processes of its own, on the small made-up set of the run command's tests."""
+"""The study command, in its own processes, on the small made-up set of the run command's tests."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""Spaces that have an end: every point once, whoever takes it, by any sampler."""
+"""Finite spaces: every point is tried once, with any workers and sampler."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Study files: what is wrong with one is said at once and in its place, before any trial."""
+"""Study files: all mistakes are reported at once with their places, before any trial."""
 
 import itertools
 import json

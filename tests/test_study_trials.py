@@ -1,4 +1,4 @@
-"""Who has which trial: real storages, real processes, and SIGKILL at any moment."""
+"""Which worker has which trial: real storages, real processes, and SIGKILL at any moment."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Submission files: whatever the captions, what is made is accepted; what is damaged, is said or repaired."""
+"""Submission files: any captions give an accepted file; damage is reported or repaired."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""One message for each cause, and every advice in it followed to its end, on the command line."""
+"""One message for each cause, and each piece of advice followed on the command line."""
 
 import csv
 import gzip

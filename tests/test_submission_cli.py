@@ -1,4 +1,4 @@
-"""`harness submission` as a user calls it: in a process of its own, by exit code, output and files."""
+"""`harness submission` as a user calls it: in its own process, by exit code, output and files."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""A submission is whole or not there: refused, killed, made again; and a run's is all of its split."""
+"""A submission is complete or absent: refused, killed, made again; a run's has its whole split."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Table 3 of the paper beside our runs: differences, their significance, and the page that says them."""
+"""Table 3 of the paper and our runs: differences, their significance, and the page that shows them."""
 
 import json
 from itertools import pairwise

@@ -1,7 +1,7 @@
-"""A team on one server: PostgreSQL and `mlflow server` as the README starts them, workers, and what fails.
+"""A team on one server: PostgreSQL and `mlflow server` started as in the README, workers, and failures.
 
-A cluster of its own in a temporary folder; skipped where Debian's postgresql is not installed. Marked slow,
-and run by `.ci/run`.
+The cluster is in a temporary folder; the tests are skipped if Debian's postgresql is not installed. They are
+marked slow, and `.ci/run` runs them.
 """
 
 import json

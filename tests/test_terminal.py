@@ -1,4 +1,4 @@
-"""What reaches the terminal: hostile text through every command, and streams that are lost."""
+"""Output on the terminal: hostile text through every command, and lost streams."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""Stores that several processes make at once, are incomplete, or refuse; bookkeeping that is damaged."""
+"""Stores that several processes create at once, are incomplete, or refuse; damaged bookkeeping."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The training loop against plain PyTorch, its schedule, and what an interruption costs."""
+"""The training loop against plain PyTorch, its schedule, and the cost of an interruption."""
 
 import gc
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Which weights are official, what fingerprints hold of them, and that nothing runs before scoring."""
+"""Which weights are official, what fingerprints contain of them, and that nothing runs before scoring."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`score --verify`: our scores beside the original packages; and what reaches stderr meanwhile."""
+"""`score --verify`: our scores compared with the original packages', and what stderr gets meanwhile."""
 
 import csv
 import json

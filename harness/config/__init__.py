@@ -1,1 +1,1 @@
-"""What a user writes: the schema, experiment files, editions."""
+"""What users write: the schema, experiment files, editions."""

@@ -1,6 +1,6 @@
-"""The keys that DeepSpeed 0.19.8 reads from its config; it passes over others in silence.
+"""The keys that DeepSpeed 0.19.8 reads from its config; it silently ignores all others.
 
-A copy, since importing deepspeed takes seconds; a test compares it with the installed version.
+This is a copy, since importing deepspeed takes seconds. A test compares it with the installed version.
 """
 
 import difflib
@@ -23,7 +23,7 @@ DECIDED = {
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer": "offload",
 }
-"""Keys of DeepSpeed's config, and the keys of `train` that decide them."""
+"""Keys of DeepSpeed's config that a key of `train` decides."""
 VALUES = [
     "communication_data_type",
     "dataloader_drop_last",
@@ -44,7 +44,7 @@ VALUES = [
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 ]
-"""Keys at the top that are no section."""
+"""Top-level keys that are not sections."""
 OPEN = [
     "autotuning",
     "data_efficiency",
@@ -55,7 +55,7 @@ OPEN = [
     "tensor_parallel",
     "weight_quantization",
 ]
-"""Sections whose keys are not checked here: they have little to do with fine-tuning one model."""
+"""Sections whose keys are not checked: they matter little for fine-tuning one model."""
 SECTIONS: Mapping[str, list[str]] = {
     "activation_checkpointing": [
         "contiguous_memory_optimization",
@@ -195,7 +195,7 @@ SECTIONS: Mapping[str, list[str]] = {
 
 
 def mistakes(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with `train.deepspeed`, by the key: unknown, decided by `train`, or no value of JSON."""
+    """What is wrong with `train.deepspeed`, by key: unknown, decided by `train`, or not a JSON value."""
     return dict(_mistakes(settings, ""))
 
 
@@ -204,7 +204,7 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
     for name, value in section.items():
         key = f"{path}.{name}" if path else str(name)
         if key in DECIDED:
-            yield key, f"deepspeed: what train decides can't be set there; use train.{DECIDED[key]} for {key}"
+            yield key, f"deepspeed: {key} can't be set here; use train.{DECIDED[key]} instead"
         elif name not in known:
             near = difflib.get_close_matches(str(name)[:80], known, 1, 0.7)
             meant = f" Did you mean {path + '.' if path else ''}{near[0]}?" if near else ""
@@ -218,7 +218,7 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
 
 
 def top() -> list[str]:
-    """All keys at the top."""
+    """All top-level keys."""
     return [key for key in (*VALUES, *OPEN, *SECTIONS, *DECIDED) if "." not in key]
 
 

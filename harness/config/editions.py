@@ -1,6 +1,6 @@
-"""What differs between the editions of ImageCLEFmedical Caption: one value per year, nothing but data.
+"""What differs between the editions of ImageCLEFmedical Caption: one value per year, only data.
 
-What is not established by a file, a loader or an evaluator of the organisers is None or empty, never guessed.
+What no file, loader or evaluator of the organisers establishes is None or empty, never guessed.
 """
 
 from collections.abc import Mapping
@@ -12,23 +12,24 @@ SubmissionFormat = Literal["pipe", "csv-zip"]
 csv-zip: comma, header `ID,Caption` or `ID,CUIs`, as `submission.csv` at the root of a zip."""
 
 LayoutName = Literal["imageclef2023", "imageclef2024", "rocov2"]
-"""Names and form of the files of a data set."""
+"""Names and format of the files of a data set."""
 
 
 @dataclass(frozen=True)
 class Blanks:
-    """What an evaluator makes of captions that are empty or hold nothing but white space.
+    """How an evaluator scores captions that are empty or only white space.
 
-    BERTScore and ROUGE-1 are 1 where both captions have length 0, and 0 wherever else one of them is blank
-    after the pre-processing.
+    BERTScore and ROUGE-1 are 1 if both captions have length 0. They are 0 if one of them is blank after the
+    pre-processing in any other case.
     """
 
     length_of: Literal["raw", "clean"]
-    """The form whose length 0 counts: the captions as read, or after the pre-processing."""
+    """Which captions must have length 0: the captions as read, or after the pre-processing."""
     rule: str
-    """Whose rule it is, for warnings."""
+    """The source of the rule, for warnings."""
     similarity_embeds_empty: bool = False
-    """Whether Similarity embeds a prediction of length 0, and is 1 where both captions have it; else 0."""
+    """If true, Similarity embeds a prediction of length 0, and is 1 if both captions have length 0; if
+    false, a prediction of length 0 scores 0."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,41 @@ class Edition:
     """None: not established."""
     concept_format: SubmissionFormat | None
     max_cuis: int | None
-    """More concepts than this for one image are refused by the evaluator; None: not established."""
+    """The evaluator refuses more concepts than this for one image; None: not established."""
     metrics: tuple[str, ...]
-    """Every caption metric of that year that can be computed with public weights, by its name in harness;
-    where the year's own are not established (2022), those of 2023."""
+    """Every caption metric of that year that can be computed with public weights, by its name in harness.
+    For 2022 the metrics are not established, so the metrics of 2023 are used."""
     primary: str | None
-    """The score that ranks, and that chooses the best checkpoint."""
+    """The score that decides the ranking and the best checkpoint."""
     ranking: str
     """The ranking rule in words, for tables and pages."""
     weights: Mapping[str, str]
-    """The weights of a metric that are others in other years, by the metric's section of `score:`."""
+    """The weights of metrics that use other weights in other years, by the metric's section of `score:`."""
     blanks: Blanks
     strict_checker: bool = False
-    """Whether the organisers run a checker that wants the order of the ids file (2026)."""
+    """Whether the organisers run a checker that requires the order of the ids file (2026)."""
     skips_ids: bool = False
     """Whether the organisers' loader ignores rows whose id holds "ID" (2023)."""
     bertscore_idf: bool = False
     """Whether BERTScore weighs tokens by their rarity in the references."""
     bertscore_tokens: int | None = None
-    """Tokens after which BERTScore cuts a caption, the two special ones included; None: it does not.
-    That of 2024 is not established, and taken as in 2023."""
+    """Tokens after which BERTScore cuts a caption, the two special ones included; None: it does not cut.
+    The value of 2024 is not established; it is assumed to be the value of 2023."""
     aggregates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Scores that are the plain mean of other scores, in the order in which they can be computed."""
+    """Scores that are the unweighted mean of other scores, in an order in which they can be computed."""
     images: Mapping[str, int] = field(default_factory=dict)
-    """Images of each split as the organisers released them; empty: not established."""
+    """Number of images of each split as the organisers released them; empty: not established."""
     subtasks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Further caption subtasks, which have ids of their own, by name, with the images of their splits."""
+    """Further caption subtasks with their own ids: by name, the number of images of their splits."""
 
     def parts(self, score: str) -> tuple[str, ...]:
-        """The metrics that a score is a mean of, down to the last; a metric is its own part."""
+        """The metrics that a score is a mean of, means resolved into metrics; a metric is its own part."""
         means = self.aggregates.get(score)
         return (score,) if means is None else tuple(part for mean in means for part in self.parts(mean))
 
     @property
     def rules(self) -> list[Any]:
-        """What the edition decides of the values of its metrics beside the config."""
+        """What the edition decides about the values of its metrics, besides the config."""
         cut = [self.bertscore_idf, self.bertscore_tokens]
         return [*cut, self.blanks.length_of, self.blanks.similarity_embeds_empty]
 
@@ -145,4 +146,4 @@ _YEARS = (
 )
 EDITIONS: Mapping[int, Edition] = {edition.year: edition for edition in _YEARS}
 SPAN = f"{min(EDITIONS)} to {max(EDITIONS)}"
-"""The years that there are, for help texts."""
+"""The range of years, for help texts."""

@@ -1,4 +1,4 @@
-"""From an experiment file to its runs: base, variants, seeds, --set, and the place of every mistake."""
+"""Reads an experiment file into its runs: base, variants, seeds, --set, and the place of every mistake."""
 
 import copy
 import difflib
@@ -17,18 +17,19 @@ from harness.config.yamlfile import KeyPath, Place, no_file, parse, parse_text, 
 from harness.errors import AcrossKeys, Problem, UserError
 
 _BASES, _RUNS = 20, 1_000
-"""Files that may stand in one chain of bases, and runs of one file."""
+"""The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
-"""Mistakes of one run that are shown, and characters of a value."""
+"""The most mistakes of one run that are shown, and the most characters of a value."""
 
 
 def load(
     file: Path | str, sets: Sequence[str] = (), amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {})
 ) -> list[Config]:
-    """Read an experiment file into its runs, variants x seeds in the order written.
+    """Read an experiment file into its runs: variants x seeds, in the order written.
 
-    `amended` values, and where they were written, override the file in every run; `--set` overrides those.
-    Raises `UserError` with every problem of the file, its bases, what amends it and `--set` at once.
+    `amended` is a pair of values and their places. These values override the file in every run, and `--set`
+    overrides them. Raises `UserError` with all problems of the file, its bases, `amended` and `--set` at
+    once.
     """
     values, places, problems = _read_with_bases(Path(file), ())
     if "space" in values:
@@ -74,7 +75,7 @@ def load(
 def _variants(
     values: dict, places: Mapping[KeyPath, Place], file: Path | str, problems: list[Problem]
 ) -> Mapping[str | None, Mapping | None]:
-    """What each variant overrides, taken out of `values`; a file without variants has one without a name."""
+    """What each variant overrides, removed from `values`; a file without variants has one, named None."""
     variants = values.pop("variants", None) or {}
     if isinstance(variants, dict) and all(isinstance(v, dict | None) for v in variants.values()):
         return variants or {None: None}
@@ -90,7 +91,7 @@ def _seeds(
     file: Path | str,
     problems: list[Problem],
 ) -> list[Any]:
-    """The seeds of every variant, taken out of `values`; [None] leaves them as the keys `seed` say."""
+    """The seeds of every variant, removed from `values`; [None] means that the keys `seed` decide."""
     seeds = values.pop("seeds", None)
     if seeds is None:
         return [None]
@@ -100,7 +101,7 @@ def _seeds(
         return [None]
     for variant, changes in variants.items():
         if "seed" in (changes or {}):
-            what = "seeds gives every variant its seeds, and this one would not count; keep one of the two"
+            what = "has no effect, since seeds sets the seeds of every variant; keep one of the two"
             problems.append(problem_at(what, ("variants", str(variant), "seed"), places, file))
     return seeds
 
@@ -108,7 +109,7 @@ def _seeds(
 def _of_variant(
     values: dict, places: Mapping[KeyPath, Place], variant: str | None, changes: Mapping, file: Path | str
 ) -> tuple[dict, dict[KeyPath, Place]]:
-    """A copy of `values` with what a variant overrides, and where each key was written."""
+    """A copy of `values` with the changes of a variant, and where each key was written."""
     merged, where = copy.deepcopy(values), dict(places)
     if variant is not None:
         merge(merged, changes)
@@ -121,7 +122,7 @@ def _of_variant(
 
 
 def _overridden(places: Mapping[KeyPath, Place], own: Mapping[KeyPath, Place]) -> dict[KeyPath, Place]:
-    """The places of keys after others were merged over them; a list is replaced with all its entries."""
+    """The places of keys after `own` keys override them; a list is replaced with all its entries."""
     replaced = {path[:n] for path in own for n in range(1, len(path)) if path[n].isdigit()}
     kept = {
         path: place
@@ -132,15 +133,15 @@ def _overridden(places: Mapping[KeyPath, Place], own: Mapping[KeyPath, Place]) -
 
 
 def _placed(places: Mapping[KeyPath, Place], path: KeyPath, place: Place) -> dict[KeyPath, Place]:
-    """The places of keys after the one at `path` was set from elsewhere, with all that is below it."""
+    """The places of keys after the value at `path` was set from `place`, with everything below it."""
     kept = {known: where for known, where in places.items() if known[: len(path)] != path}
     return {path[:n]: place for n in range(1, len(path))} | kept | {path: place}
 
 
 def base_of(file: Path, variant: str) -> tuple[str, Config] | None:
-    """The base that an experiment file names, and its run of that variant, else its first.
+    """The base that an experiment file names, and the base's run of that variant, else its first run.
 
-    None where the file names no base, or one that does not run alone.
+    None if the file names no base, or a base that can't run alone.
     """
     _, values = parse(file, [])
     base = values.get("base") if isinstance(values, dict) else None
@@ -154,7 +155,7 @@ def base_of(file: Path, variant: str) -> tuple[str, Config] | None:
 
 
 def variant_of(file: Path, variant: str) -> dict[str, Any]:
-    """What a variant of an experiment file, or of the base that brings its variants, overrides."""
+    """What a variant of an experiment file overrides; the variants may come from its base."""
     values, _, _ = _read_with_bases(file, ())
     return copy.deepcopy((values.get("variants") or {}).get(variant) or {})
 
@@ -162,7 +163,7 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[KeyPath, Place], list[Problem]]:
     if what := no_file(file):
         near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Experiments lie in experiments/."
+        hint = f"There: {', '.join(near)}" if near else "Experiments are in experiments/."
         raise UserError([Problem(what, file, hint=hint)])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
@@ -174,7 +175,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[Key
         raise UserError([Problem("an experiment is a mapping of keys to values", file, 1)])
     places = dict(places_of(node, (), file))
     if "seed" in values and "seeds" in values:
-        what = "is given beside seeds; seed is for one run and seeds is for several. Keep one of the two"
+        what = "can't be used with seeds; seed is for one run and seeds is for several. Keep one of the two"
         problems.append(problem_at(what, ("seed",), places, file))
     base = values.pop("base", None)
     if base is None:
@@ -204,10 +205,10 @@ def merge(into: dict, changes: Mapping) -> dict:
 
 
 def set_value(values: dict, path: KeyPath, value: Any, defaults: Mapping | None = None) -> None:
-    """Set a key of nested mappings, making those that are not there; a number is an entry of a list, from 0.
+    """Set a key of nested mappings and create missing mappings; a number in `path` is a list entry, from 0.
 
-    A list that is not there is that of `defaults`, by default the schema's. Raises `UserError` for an entry
-    that there is not.
+    A missing list is copied from `defaults`, by default the schema's. Raises `UserError` for an entry that
+    does not exist.
     """
     inner: Any = values
     for n, key in enumerate(path[:-1]):
@@ -216,13 +217,13 @@ def set_value(values: dict, path: KeyPath, value: Any, defaults: Mapping | None 
         if not isinstance(found, dict | list):
             default = value_at(_defaults() if defaults is None else defaults, path[: n + 1])
             found = copy.deepcopy(default) if isinstance(default, list) else {}
-        inner[at] = copy.copy(found)  # by an alias it may stand elsewhere too
+        inner[at] = copy.copy(found)  # an alias may share it
         inner = inner[at]
     inner[_entry(inner, path, len(path) - 1)] = value
 
 
 def _entry(inner: dict | list, path: KeyPath, n: int) -> str | int:
-    """Name `n` of a path as a key of the mapping, or the number of an entry of the list, that it is in."""
+    """Name `n` of a path as a key of the mapping `inner`, or as the number of an entry of the list."""
     if isinstance(inner, dict):
         return path[n]
     if path[n] in map(str, range(len(inner))):
@@ -233,7 +234,7 @@ def _entry(inner: dict | list, path: KeyPath, n: int) -> str | int:
 
 
 def value_at(values: Any, path: KeyPath) -> Any:
-    """The value of a key of nested mappings and lists; None below what is not there."""
+    """The value of a key of nested mappings and lists; None if it does not exist."""
     for name in path:
         if isinstance(values, list):
             values = {str(number): value for number, value in enumerate(values)}
@@ -247,7 +248,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[KeyPath, Any]], list[Problem]]:
-    """The keys and values of `--set key=value`, values read as YAML, and what is wrong with them."""
+    """The keys and values of `--set key=value`, with values read as YAML, and what is wrong with them."""
     overrides: list[tuple[KeyPath, Any]] = []
     problems: list[Problem] = []
     for text in sets:
@@ -264,7 +265,7 @@ def parse_sets(sets: Sequence[str]) -> tuple[list[tuple[KeyPath, Any]], list[Pro
 
 
 def problem_at(what: str, path: KeyPath, places: Mapping[KeyPath, Place], file: Path | str) -> Problem:
-    """A problem with a key, at the line of it or of what it is part of."""
+    """A problem with a key, at the line of the key or of the nearest key above it."""
     place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), Place(str(file)))
     return Problem(what, place.file, place.line, ".".join(path) or None)
 
@@ -275,12 +276,12 @@ def explain(
     file: Path | str,
     known: Sequence[KeyPath] | None = None,
 ) -> list[Problem]:
-    """What pydantic found, in the words of a person, at the places where the keys were written.
+    """The errors of pydantic as problems in plain words, at the places where the keys were written.
 
-    `known` are the keys that there are, by default those of an experiment.
+    `known` are the valid keys, by default the keys of an experiment.
     """
     problems = []
-    found = [item for item in error.errors() if item["type"] != "invalid_key"]  # the reader names its line
+    found = [item for item in error.errors() if item["type"] != "invalid_key"]  # `yamlfile` reports those
     for item in found[:_SHOWN]:
         path = tuple(str(part) for part in item["loc"])
         what = _wrong(item, known)
@@ -304,20 +305,20 @@ def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """A value as a message shows it, cut if it is long."""
     text = f"the date {value}" if isinstance(value, date) else repr(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def _culprit(keys: Sequence[KeyPath], places: Mapping[KeyPath, Place]) -> KeyPath:
-    """Of keys that do not go together, the one to point at: what `--set` gave, else what was written."""
+    """The key to blame among conflicting keys: one from `--set`, else one that was written."""
     written = [key for key in keys if key in places]
     by_set = [key for key in written if places[key].line is None]
     return (by_set or written or list(keys))[0]
 
 
 def did_you_mean(path: KeyPath, known: Sequence[KeyPath] | None = None) -> str:
-    """The key that was meant, or those that are allowed there; empty where there is no telling."""
+    """A sentence with the key that was probably meant, or with the keys allowed there; else empty."""
     known = known or list(keys())
     above = tuple("0" if name.isdecimal() else name for name in path[:-1])
     here = [".".join((*path[:-1], key[-1])) for key in known if key[:-1] == above]

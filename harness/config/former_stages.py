@@ -1,4 +1,4 @@
-"""`train.stage1` and `train.stage2` of older files, and the entries of `train.stages` that replace them."""
+"""`train.stage1` and `train.stage2` of older files, and the entries of `train.stages` that replaced them."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ _LOSSES = {"caption_loss_weight": "caption", "concept_loss_weight": "concept"}
 
 
 def written(train: Any) -> list[str]:
-    """The former keys that a section `train` has."""
+    """The former keys in a section `train`."""
     return [key for key in _ENTRIES if isinstance(train, Mapping) and key in train]
 
 
 def renamed(path: Sequence[str]) -> tuple[str, ...] | None:
-    """The present path of a former one, such as `train.stage1.epochs`; None for any other path."""
+    """The present path of a former path such as `train.stage1.epochs`; None for any other path."""
     if len(path) != 3 or path[0] != "train" or path[1] not in _ENTRIES:
         return None
     key = ("losses", _LOSSES[path[2]]) if path[2] in _LOSSES else (path[2],)
@@ -24,7 +24,7 @@ def renamed(path: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def explained(train: Mapping[str, Any], default: list[dict[str, Any]]) -> str:
-    """What to write instead of the former keys in `train`, whose `stages` are `default` where it has none."""
+    """What to write instead of the former keys in `train`; `default` are its stages if it has none."""
     stages = copy.deepcopy(train.get("stages", default))
     if not isinstance(stages, list) or len(stages) < 2 or not all(isinstance(s, dict) for s in stages):
         stages = copy.deepcopy(default)
@@ -50,6 +50,6 @@ def _given(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def in_one_line(value: Any) -> str:
-    """A value as YAML writes it in one line."""
+    """A value as one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""The reference: every key, metric, edition, exit code and command as a Markdown page."""
+"""Writes the reference: every key, metric, edition, exit code and command as a Markdown page."""
 
 import json
 import types
@@ -33,7 +33,7 @@ _WORDS = {str: "text", bool: "true or false", Path: "path", int: "whole number",
 
 
 def page(commands: Mapping[str, str]) -> str:
-    """The whole page; `commands` are the names of all commands with what each does."""
+    """The whole page; `commands` maps the name of each command to what it does."""
     parts = [HEAD, "## Keys", *_sections(Config, ""), "## Metrics", _metrics(), "## Editions", _editions()]
     parts += ["## Exit codes", _table(["code", "meaning"], [[str(c), m] for c, m in EXIT_CODES.items()])]
     parts += ["## Commands", "`--help` after a command shows its options."]
@@ -42,7 +42,7 @@ def page(commands: Mapping[str, str]) -> str:
 
 
 def _sections(section: type[Section], path: str) -> Iterator[str]:
-    """Heading, docstring and table of a section, then those of the sections in it."""
+    """Heading, docstring and table of a section, then the same for the sections in it."""
     hints = get_type_hints(section, include_extras=True)
     yield f"### `{path.rstrip('.')}`" if path else "### The run"
     yield _line(section.__doc__)
@@ -58,7 +58,7 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
 
 
 def _inner(hint: Any) -> list[type[Section]]:
-    """The sections that a type holds."""
+    """The sections that a type contains."""
     if isinstance(hint, type) and issubclass(hint, Section):
         return [hint]
     return [section for part in get_args(hint) for section in _inner(part)]
@@ -82,7 +82,7 @@ def _type(hint: Any) -> str:
 
 
 def _range(base: Any, extra: Any) -> str | None:
-    """What an annotation says of a type: words, or the pattern and length of a text."""
+    """A type in words from its annotation: the words given there, or the pattern and length of a text."""
     if isinstance(extra, str):
         return extra
     if not isinstance(extra, FieldInfo):

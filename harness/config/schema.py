@@ -1,4 +1,4 @@
-"""The schema of an experiment: the sections of all rooms put together, and every key by its path."""
+"""The schema of an experiment: the sections of all packages, and every key by its path."""
 
 import json
 import types
@@ -26,7 +26,7 @@ class _Run(Section):
     edition: Literal[*EDITIONS] = 2023
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
-    """auto: the first that works of NPU, CUDA, CPU."""
+    """auto: the first of NPU, CUDA and CPU that works."""
     data: DataConfig
     """Where the images, captions and concepts are."""
     model: ModelConfig = ModelConfig()
@@ -72,7 +72,7 @@ class Config(_Steps):
 
 
 def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key that an experiment file may hold, as paths; entry 0 of a list stands for all of them."""
+    """Every key that an experiment file may have, as a path; 0 stands for any entry of a list."""
     for name, field in section.model_fields.items():
         yield (*path, name)
         entry = ("0",) if get_origin(field.annotation) is tuple else ()
@@ -87,7 +87,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def flat(config: Section) -> dict[str, Any]:
-    """The config as dotted keys and plain values, as tables and MLflow show it."""
+    """The config as dotted keys and plain values, for tables and MLflow."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):

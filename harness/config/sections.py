@@ -1,4 +1,4 @@
-"""What sections of an experiment are made of: base class and types of numbers; and those of no one room."""
+"""The base class of sections, the types of numbers in them, and the sections that no package owns."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from harness.config.editions import LayoutName
 
 
 def no_bool(value: Any) -> Any:
-    """Refuses true and false, which pydantic would take for 1 and 0."""
+    """Refuse true and false, which pydantic would take for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"got {str(value).lower()}; a number is allowed")
     return value
@@ -31,7 +31,7 @@ def whole(low: int, high: int) -> Any:
 
 
 def number(words: str, allowed: Callable[[float], bool]) -> Any:
-    """The type of a finite number that is `allowed`; an error and the metadata have it in `words`."""
+    """The type of a finite number that is `allowed`; errors and metadata describe it in `words`."""
 
     def check(value: float) -> float:
         if not (math.isfinite(value) and allowed(value)):
@@ -54,7 +54,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.
 
 
 class Section(BaseModel):
-    """A part of the experiment file; unknown keys are errors, values never change after loading."""
+    """A section of the experiment file; unknown keys are errors, and values never change after loading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), defer_build=True
@@ -67,7 +67,7 @@ def summary(documented: Any) -> str:
 
 
 class PhantomConfig(Section):
-    """The made-up data set that is drawn into `data.root` when nothing is there."""
+    """The made-up data set that is drawn into `data.root` if that folder does not exist."""
 
     train: Images = 700
     """Images in the training split."""
@@ -100,9 +100,9 @@ class DataConfig(Section):
     root: Path
     """Folder of the data set."""
     layout: LayoutName = "imageclef2023"
-    """Names and form of the files. imageclef2023 also reads 2022; imageclef2024 also later years."""
+    """Names and format of the files. imageclef2023 also reads 2022; imageclef2024 also reads later years."""
     skip_bad: bool = False
-    """Continue despite problems, and list them. Training skips such rows; validation and test keep theirs."""
+    """Continue despite problems, and list them. Training skips such rows; validation and test keep them."""
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""
     augment: AugmentConfig = AugmentConfig()
@@ -115,7 +115,7 @@ class PredictConfig(Section):
     """How captions are decoded."""
 
     splits: tuple[Literal["valid", "test"], ...] = ("valid", "test")
-    """Splits that are captioned. A split without images is skipped."""
+    """Splits to caption. A split without images is skipped."""
     num_beams: whole(1, 1000) = 5
     """Beams of the search; 1 is greedy."""
     max_new_tokens: Tokens = 128

@@ -1,7 +1,7 @@
-"""YAML as experiments and studies use it: small, flat, of plain values, every mistake with its line.
+"""Reads YAML of experiments and studies: small files of plain values, every mistake with its line.
 
-A file may come from anywhere. Size, depth and what aliases stand for are bounded before values are made of
-it, so that no file takes long to refuse.
+A file may come from anywhere. Size, depth and the expansion of aliases are limited before values are built,
+so every bad file is refused quickly.
 """
 
 import re
@@ -16,7 +16,7 @@ import yaml
 from harness.errors import Problem, UserError
 
 MOST_BYTES, MOST_DEPTH, MOST_VALUES, MOST_DIGITS = 256_000, 50, 10_000, 30
-"""Bounds of a file, many times those of any experiment: 10,000 values with all aliases followed."""
+"""Limits of a file, far above any real experiment; MOST_VALUES counts values with aliases expanded."""
 _TAG = "tag:yaml.org,2002:"
 _WRITABLE = {None, "!", *(_TAG + kind for kind in ("str", "map", "seq"))}
 _NOT_BASE_10 = re.compile(r"[-+]?(0[0-7_]+|.*:.*)")
@@ -35,7 +35,7 @@ KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops at the first thing that goes beyond the bounds, with its mark."""
+    """Raises an error with its position at the first thing beyond the limits."""
 
     depth = values = 0
 
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:  # 2024-99-99, which looks like a date; 0x_
+        except (ValueError, OverflowError) as error:  # e.g. 2024-99-99, which looks like a date, or 0x_
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
@@ -67,13 +67,13 @@ def _refuse(what: str, event: yaml.Event) -> None:
 
 
 def read_text(file: Path) -> str:
-    """The text of a YAML file. Raises `UserError` for what is no file, no UTF-8 or too large."""
+    """The text of a YAML file. Raises `UserError` if it is not a file, not UTF-8 or too large."""
     if what := no_file(file):
         raise UserError([Problem(what, file)])
     with file.open("rb") as opened:
         content = opened.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise UserError([Problem(f"larger than {MOST_BYTES // 1000} kB, which no experiment is", file)])
+        raise UserError([Problem(f"larger than {MOST_BYTES // 1000} kB; no experiment is that large", file)])
     for mark, name in _ENCODINGS.items():
         if content.startswith(mark):
             raise UserError([Problem(f"is {name}; UTF-8 is allowed", file, 1, hint="Save it as UTF-8.")])
@@ -85,28 +85,28 @@ def read_text(file: Path) -> str:
 
 
 def no_file(file: Path) -> str | None:
-    """Why a path is not the path of a file; None where it is one."""
+    """Why a path is not a regular file; None if it is one."""
     try:
         if file.is_file():
             return None
         if file.is_dir():
             return "a folder, not a file"
         return "not a regular file" if file.exists() else "no such file"
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+    except (OSError, ValueError) as error:  # a name that is too long or has a NUL
         return f"no such file: {getattr(error, 'strerror', None) or error}"
 
 
 def parse(file: Path, problems: list[Problem]) -> tuple[yaml.Node | None, Any]:
-    """The YAML of a file, as nodes that know their lines and as values.
+    """The YAML of a file, as nodes with lines and as values.
 
-    What is wrong with single keys and values is added to `problems`; raises `UserError` where no values can
-    be made of the file.
+    Mistakes in single keys and values are added to `problems`. Raises `UserError` if the file gives no values
+    at all.
     """
     return parse_text(read_text(file), file, problems)
 
 
 def parse_text(text: str, file: Path | str, problems: list[Problem]) -> tuple[yaml.Node | None, Any]:
-    """As `parse`, of a text that stands in `file`."""
+    """As `parse`, for a text from `file`."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -126,16 +126,16 @@ def parse_text(text: str, file: Path | str, problems: list[Problem]) -> tuple[ya
 
 
 def _expanded(node: yaml.Node, sizes: dict[int, int | None], file: Path | str) -> int:
-    """How many values a node stands for with its aliases followed; `sizes` has None for those above it."""
+    """How many values a node has with its aliases expanded; `sizes` has None for the nodes above it."""
     if id(node) in sizes:
         size = sizes[id(node)]
         if size is None:
-            raise UserError([Problem("an alias stands for what it is part of", file, _line(node))])
+            raise UserError([Problem("an alias refers to a value that contains it", file, _line(node))])
         return size
     sizes[id(node)] = None
     size = 1 + sum(_expanded(inner, sizes, file) for inner in _inner(node))
     if size > MOST_VALUES:
-        what = f"its aliases stand for more than {MOST_VALUES:,} values"
+        what = f"its aliases expand to more than {MOST_VALUES:,} values"
         raise UserError([Problem(what, file, _line(node))])
     sizes[id(node)] = size
     return size
@@ -154,7 +154,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def _mistakes(node: yaml.Node, path: KeyPath, file: Path | str, seen: set[int]) -> Iterator[Problem]:
-    """Keys that are written twice or are no text, and values that YAML takes for something else."""
+    """Keys that are repeated or are not text, and values that YAML reads as something else."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -198,14 +198,14 @@ def _scalar_mistake(node: yaml.ScalarNode) -> str | None:
 
 
 def _unprintable(sign: str) -> bool:
-    """Control characters, and halves of a pair that no file can hold."""
+    """Whether a character is a control character or half of a surrogate pair."""
     return unicodedata.category(sign) in ("Cc", "Cs")
 
 
 def places_of(node: yaml.Node, path: KeyPath, file: Path) -> Iterator[tuple[KeyPath, Place]]:
     """Where each key below `path` was written, and each entry of a list by its number.
 
-    It is for a node whose values were made: `<<` is resolved by then.
+    Call it after the values of `node` were built, since `<<` is resolved only then.
     """
     if isinstance(node, yaml.MappingNode):
         inner = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]

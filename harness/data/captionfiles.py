@@ -189,7 +189,7 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     warnings = []
     name = _only_text(path) if data is None and path.is_file() else None
     if name and (data := _member(path, name)) is not None:
-        warnings = [f"reads {name}; the organisers want a zip of {MEMBER} and nothing else"]
+        warnings = [f"reads {name}; the organisers require a zip of {MEMBER} and nothing else"]
     if data is None:
         is_workbook = path.is_file() and b"xl/workbook.xml" in path.read_bytes()
         problem = ("is an Excel workbook", filekinds.EXPORT_HINT) if is_workbook else (fault, _FILE_HINT)
@@ -198,7 +198,7 @@ def _text_of(path: Path) -> tuple[str, list[Flaw], list[str]]:
     has_mark = data.startswith(codecs.BOM_UTF8)
     text, flaws = decoded(data)
     warnings += ["starts with a byte order mark; a submission must not"] if has_mark else []
-    # CR alone ends lines where nothing else does
+    # CR ends lines only if nothing else does
     return text if "\n" in text else text.replace("\r", "\n"), flaws[has_mark:], warnings
 
 

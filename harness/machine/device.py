@@ -1,4 +1,4 @@
-"""NPU, CUDA or CPU: which one this run uses, why not the others, and its ranks, dtype and seeds."""
+"""NPU, CUDA or CPU: which one this run uses, why not the others, and its ranks, precision and seeds."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from harness.errors import Problem, UserError
 
 Kind = Literal["npu", "cuda", "cpu"]
 STEP = "HARNESS_SLURM_STEP"
-"""Set in the environment of a rank that is a task of SLURM: which step, of which job."""
+"""Environment variable of a rank that is a SLURM task: its job and step."""
 _PACKAGES: dict[Kind, str] = {"npu": "torch_npu", "cuda": "torch"}
 _SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 """Variables by which a user says how OpenMP's threads wait."""
@@ -30,8 +30,8 @@ _PROBE = (
 class Device:
     """The device of this process.
 
-    `kind` npu, cuda or cpu; `count` devices visible; `name` as the vendor calls it; `why_not` says of each
-    kind that was passed over what is missing.
+    `kind` is npu, cuda or cpu. `count` devices are visible. `name` is the vendor's name. `why_not` says for
+    each kind that was tried before why it is not usable.
     """
 
     kind: Kind
@@ -41,12 +41,12 @@ class Device:
 
 
 def rank() -> int:
-    """This process's number among all ranks, 0 when alone."""
+    """This process's number among all ranks; 0 if it is the only one."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many ranks there are, 1 when alone."""
+    """The number of ranks; 1 if this process is the only one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -59,9 +59,9 @@ def local_rank() -> int:
 def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
     """Find the device to use, and prepare the process so that `import torch` is safe.
 
-    Call it before torch is imported: a torch-npu without a usable NPU breaks that import, and takes
-    transformers and DeepSpeed with it, so each accelerator is tried in a subprocess first.
-    Raises `UserError` when the wanted kind is not usable.
+    Call it before torch is imported: torch-npu without a usable NPU breaks that import, and with it
+    transformers and DeepSpeed. So each accelerator is first tried in a subprocess. Raises `UserError` if the
+    wanted kind is not usable.
     """
     why_not: dict[str, str] = {}
     for kind in ("npu", "cuda") if wanted == "auto" else (wanted,):
@@ -82,7 +82,7 @@ def probe(wanted: Literal["auto", "npu", "cuda", "cpu"] = "auto") -> Device:
 
 
 def shortage(wanted: Literal["auto", "npu", "cuda", "cpu"], processes: int) -> Problem | None:
-    """What is wrong where a launch here wants more processes than there are devices; CPUs take any number."""
+    """The problem of a launch with more processes than devices, else None; CPUs allow any number."""
     found = probe(wanted)
     if found.kind == "cpu" or processes <= found.count:
         return None
@@ -94,7 +94,7 @@ def _try(kind: Kind) -> tuple[int, str]:
     package = _PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         return 0, "torch-npu is not installed (pip install '.[npu]')"
-    if kind == "npu" and "ASCEND_HOME_PATH" not in os.environ:  # DeepSpeed does not start without
+    if kind == "npu" and "ASCEND_HOME_PATH" not in os.environ:  # DeepSpeed does not start without it
         return 0, "ASCEND_HOME_PATH is not set (source CANN's set_env.sh)"
     if kind == "cuda" and not _has_nvidia_driver():
         return 0, "no NVIDIA driver is loaded"
@@ -129,14 +129,14 @@ def _prepare(kind: Kind) -> None:
     if "torch" not in sys.modules and not _SPINNING & os.environ.keys() and _is_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if kind == "npu":
-        # HCCL gives up after 2 minutes where ranks load 15 GB of weights at their own pace
+        # HCCL's default of 2 minutes is too short for ranks that load 15 GB of weights at different speeds
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1800")
-        importlib.import_module("torch_npu")  # torch does so itself where autoloading is not off
-        # the first Ascend 910 would compile its operators anew for every length of a text
+        importlib.import_module("torch_npu")  # torch does this itself unless autoloading is off
+        # the first Ascend 910 would compile its operators again for every text length
         module("npu").set_compile_mode(jit_compile=False)
     else:
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        sys.modules["torch_npu"] = None  # so that "is it installed?" says no
+        sys.modules["torch_npu"] = None  # so that libraries find it not installed
 
 
 def cores() -> int:
@@ -159,7 +159,7 @@ def _is_shared() -> bool:
 
 
 def _bind(count: int) -> None:
-    """Where SLURM shows each task one device, its own, that is the first one, and for DeepSpeed as well."""
+    """If SLURM shows each task only its own device, that is device 0, also for DeepSpeed."""
     if count == 1 and STEP in os.environ:
         os.environ["LOCAL_RANK"] = "0"
 
@@ -175,14 +175,14 @@ def _cpu_name() -> str:
 
 
 def module(kind: Kind) -> ModuleType:
-    """torch.npu, torch.cuda or torch.cpu: the same calls under each."""
+    """torch.npu, torch.cuda or torch.cpu, which have the same functions."""
     import torch
 
     return getattr(torch, kind)
 
 
 def torch_device(kind: Kind) -> Any:
-    """The `torch.device` of this rank, made current; fp32 is fp32 on it, in convolutions too."""
+    """The `torch.device` of this rank, set as the current one; fp32 is real fp32, also in convolutions."""
     import torch
 
     if kind == "cpu":
@@ -196,12 +196,12 @@ def torch_device(kind: Kind) -> Any:
 
 
 def scoring_device(kind: Kind) -> str:
-    """The torch device of the neural metrics: the CPU where the other one does not keep what they promise."""
+    """The torch device of the neural metrics: the CPU if the other device does not compute in fp32."""
     return str(torch_device(kind)) if kind != "cpu" and computes_fp32(kind) else "cpu"
 
 
 def has_bf16(kind: Kind) -> bool:
-    """Whether bf16 arithmetic is done by the hardware; emulated, it is slower than fp32."""
+    """Whether the hardware computes in bf16; emulated bf16 is slower than fp32."""
     import torch
 
     if kind == "cpu":
@@ -212,7 +212,7 @@ def has_bf16(kind: Kind) -> bool:
 
 
 def computes_fp32(kind: Kind) -> bool:
-    """Whether fp32 matrix products are of fp32 numbers: those without bf16 among the NPUs round to fp16.
+    """Whether fp32 matrix products use fp32 numbers: NPUs without bf16 round them to fp16.
 
     Source: `SetPrecisionMode` in torch-npu's npu_sys_ctrl.cpp (`allow_fp32_to_fp16` below Ascend 910B1).
     """
@@ -220,17 +220,17 @@ def computes_fp32(kind: Kind) -> bool:
 
 
 def overflows(kind: Kind) -> bool:
-    """Whether what is too large for fp16 becomes infinite, by which a loss scale is found to be too large."""
+    """Whether fp16 overflow gives infinity, which loss scaling relies on, or saturates."""
     return kind != "npu" or module(kind).utils.is_support_inf_nan()
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says by this that a device has no memory left."""
+    """Whether this error of torch means that a device has no memory left."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def ram() -> float:
-    """Bytes of memory that this process may still take: of the machine, or of its control group."""
+    """Bytes of memory that this process can still use, within the machine and its control group."""
     import psutil
 
     limits = [math.inf]

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on beside its config: versions, the device, the harness's own commit."""
+"""What a run's numbers depend on besides its config: versions, the device, the harness's own commit."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and dirtiness of the harness's own checkout; both None outside one."""
+    """Commit of the harness's own checkout, and whether it has changes; both None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -40,7 +40,7 @@ def git_state() -> dict[str, Any]:
 
 
 def environment(wanted: str) -> dict[str, str]:
-    """Versions of what the numbers depend on, and the device that is used where `wanted` is asked for."""
+    """Versions of the packages that the numbers depend on, and the device that `wanted` selects."""
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

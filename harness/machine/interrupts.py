@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait until what is done so far can be saved."""
+"""Delays Ctrl-C and SIGTERM until the work so far is saved."""
 
 import contextlib
 import signal
@@ -13,8 +13,8 @@ PATIENCE = 5.0
 class Interrupts:
     """Whether Ctrl-C or SIGTERM `came` while they had to `wait`.
 
-    Another one more than `PATIENCE` seconds after the first does not wait: until then it may be the same,
-    sent by the terminal and by a launcher.
+    A second one is not delayed if it comes more than `PATIENCE` seconds after the first. Before that it may
+    be the same one, sent by both the terminal and a launcher.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def wait(self) -> Iterator[None]:
-        """Hold them back in this block. A thread can't catch them, so there they act as usual."""
+        """Delay the signals in this block; not in a thread, which can't set handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""Several ranks: started here by torch's or DeepSpeed's launcher, or found to be started by SLURM."""
+"""Starts several ranks with torch's or DeepSpeed's launcher, and adopts ranks that SLURM started."""
 
 import contextlib
 import ctypes
@@ -21,10 +21,10 @@ from harness.machine.device import STEP, cores
 
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"
-"""Set in the environment of a rank or worker that a launcher here starts: the launcher's process."""
+"""Environment variable of a rank or worker that a launcher here started: the launcher's process id."""
 CARRIED = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "XDG_CACHE_HOME", "OMP_", "ASCEND", "HCCL_")
-"""How the names of variables begin that `--hostfile` carries to other hosts; tokens stay here."""
-_GRACE = 60  # seconds for the ranks to write down that they were interrupted
+"""Prefixes of the variables that `--hostfile` copies to other hosts; tokens are not copied."""
+_GRACE = 60  # seconds for the ranks to record that they were interrupted
 
 
 def is_rank() -> bool:
@@ -33,11 +33,12 @@ def is_rank() -> bool:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM when the launcher in this package that started this process dies, even by SIGKILL.
+    """Let this process receive SIGTERM when its launcher dies, even by SIGKILL.
 
-    On Linux only. Raises `KeyboardInterrupt` where it is gone already.
+    It works on Linux only, and for launchers of this package. Raises `KeyboardInterrupt` if the launcher is
+    already gone.
     """
-    parent = os.environ.pop(PARENT, None)  # what this process starts has another parent
+    parent = os.environ.pop(PARENT, None)  # child processes have another parent
     if parent is None or sys.platform != "linux":
         return
     set_death_signal = 1
@@ -47,10 +48,10 @@ def end_with_parent() -> None:
 
 
 def here(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m harness ARGUMENTS` as ranks on this machine by torch's elastic launcher.
+    """Run `python -m harness ARGUMENTS` as ranks on this machine with torch's elastic launcher.
 
-    Returns the exit code: that of the rank which failed first, 130 after Ctrl-C or SIGTERM. Raises
-    `UserError` with what a rank left by `report`, where rank 0, which speaks for itself, did not fail.
+    Returns the exit code of the first rank that failed, 130 after Ctrl-C or SIGTERM, else 0. Rank 0 prints
+    its own errors; if it did not fail, raises `UserError` with the error that another rank left by `report`.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -74,15 +75,15 @@ def here(arguments: Sequence[str], processes: int) -> int:
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         code = first.exitcode if first.exitcode > 0 else FAILED
-        told = first.error_file_data.get("message", "")
+        message = first.error_file_data.get("message", "")
         alone = all(
             failure.local_rank or failure.exitcode == INTERRUPTED for failure in error.failures.values()
         )
-        if alone and told.startswith("error: "):
-            raise UserError(told.removeprefix("error: "), exit_code=code) from None
+        if alone and message.startswith("error: "):
+            raise UserError(message.removeprefix("error: "), exit_code=code) from None
         if first.exitcode < 0:
             what = f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
-            hint = "SIGKILL is what the system sends when memory is short. The same command continues."
+            hint = "The system sends SIGKILL when memory is short. The same command goes on."
             raise UserError([Problem(what, hint=hint)], exit_code=FAILED) from None
         return code
     except (SignalException, KeyboardInterrupt):
@@ -93,7 +94,7 @@ def here(arguments: Sequence[str], processes: int) -> int:
 
 
 def report(text: str) -> bool:
-    """Hand an error to the launcher if it accepts errors; returns whether it does."""
+    """Leave an error for the launcher; returns whether there is one that takes it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
@@ -101,19 +102,20 @@ def report(text: str) -> bool:
 
 
 def share_cores(processes: int) -> None:
-    """Split the cores among the ranks. If each rank used all cores, all would be slower."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    """Split the cores among the ranks: with a thread per core in every rank, all would be slower."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
 def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:
-    """Run `python -m harness ARGUMENTS` on the hosts of a file by DeepSpeed's launcher -> its exit code.
+    """Run `python -m harness ARGUMENTS` on the hosts of a file with DeepSpeed's launcher -> its exit code.
 
-    The file has a line `name slots=N` for each host; they share this folder and are reached by ssh.
+    The file has a line `name slots=N` for each host. The hosts share this folder and are reached by ssh.
     """
     program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     problems = []
     if program is None:
-        problems.append(Problem("deepspeed is not installed beside this Python", key="--hostfile"))
+        problems.append(Problem("deepspeed is not installed with this Python", key="--hostfile"))
     if not hostfile.is_file():
         hint = "A line for each host: worker-1 slots=8"
         problems.append(Problem("no such file", hostfile, key="--hostfile", hint=hint))
@@ -129,27 +131,27 @@ def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) ->
         try:
             return running.wait()
         except KeyboardInterrupt:
-            running.terminate()  # and not SIGINT, which a process started in the background ignores
+            running.terminate()  # not SIGINT, which a process started in the background ignores
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(_GRACE)
             return INTERRUPTED
 
 
 def _carried(environment: Mapping[str, str]) -> Iterator[str]:
-    """The environment of ranks on other hosts, in addition to what DeepSpeed passes on."""
+    """The lines of environment variables for ranks on other hosts, besides those that DeepSpeed copies."""
     for name, value in environment.items():
         if name.startswith(CARRIED) and "TOKEN" not in name and not set(value) & set('\n\\"$`'):
-            yield f"{name}={value}\n"  # DeepSpeed puts it between double quotes
-    # where DeepSpeed itself looks
-    told = environment.get("DS_ENV_FILE")
-    for file in [Path(told)] if told else [folder / ".deepspeed_env" for folder in (Path.home(), Path())]:
+            yield f"{name}={value}\n"  # DeepSpeed puts the value in double quotes
+    # the files that DeepSpeed itself reads
+    given = environment.get("DS_ENV_FILE")
+    for file in [Path(given)] if given else [folder / ".deepspeed_env" for folder in (Path.home(), Path())]:
         lines = file.read_text("utf-8").splitlines() if file.is_file() else []
         yield from (f"{line}\n" for line in lines if "=" in line)
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Set torch's variables (RANK, WORLD_SIZE, ...) from SLURM's if `srun` started more than one task."""
-    # a batch script has SLURM_NTASKS and SLURM_PROCID too, but it is no task of a step
+    """Set torch's variables (RANK, WORLD_SIZE, ...) from SLURM's, if `srun` started more than one task."""
+    # not SLURM_NTASKS and SLURM_PROCID: a batch script also has them but is not a task of a step
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in environment or tasks < 2:
         return

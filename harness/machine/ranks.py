@@ -1,4 +1,4 @@
-"""How the processes of one launch communicate, from start to end. Does nothing for a single process."""
+"""How the processes of one launch communicate; does nothing when there is only one process."""
 
 import contextlib
 import os
@@ -42,11 +42,11 @@ Item = TypeVar("Item")
 _HERE, _INTERRUPTED, _FAILED, _WHY = "here-", "interrupted-", "failed", "why"
 _SEARCH = timedelta(minutes=10)
 _PATIENCE = 5  # seconds
-_RECORDING = 30  # seconds in which rank 0 has written down a failure, and MLflow has it
+_RECORDING = 30  # seconds for rank 0 to record a failure, on disk and in MLflow
 
 
 def start(kind: Kind = "cpu") -> None:
-    """Join the other ranks of a launch. `agree` and `gather` use gloo on every kind of device."""
+    """Join the other ranks of a launch; `agree` and `gather` use gloo on every kind of device."""
     if world_size() == 1:
         return
     import torch.distributed as distributed
@@ -56,7 +56,7 @@ def start(kind: Kind = "cpu") -> None:
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "29500")
         store = _found_each_other()
-        # others wait while rank 0 decodes images, or waits for a process that builds the same step
+        # other ranks wait while rank 0 decodes images or waits for a process that builds the same step
         patience = timedelta(days=7)
         distributed.init_process_group(
             backends[kind], store=store, rank=rank(), world_size=world_size(), timeout=patience
@@ -65,11 +65,11 @@ def start(kind: Kind = "cpu") -> None:
 
 
 def _found_each_other() -> Any:
-    """The store of a launch, once all its ranks have come to it; raises `UserError` after some minutes."""
+    """The store of a launch, after all its ranks have joined; raises `UserError` after `_SEARCH`."""
     import torch.distributed as distributed
 
-    # steps of SLURM that come to one store by mistake, and the attempts of torchrun, do not hear each other
-    # (which are counted by each node on its own)
+    # the prefix separates SLURM steps that share a store by mistake, and the attempts of torchrun, which
+    # each node counts on its own
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
     launch = f"{os.environ.get(STEP, '')}-{attempt}"
@@ -85,15 +85,15 @@ def _found_each_other() -> Any:
             why = str(error).strip().splitlines()[0]
             raise UserError([Problem(f"the ranks can't meet at {address}: {why}")], exit_code=1) from error
         minutes = f"{_SEARCH.total_seconds() / 60:g} minutes"
-        what = f"not all of the {world_size()} ranks came to {address}, where rank 0 is, within {minutes}"
-        hint = "Start that many ranks, on hosts that can reach this address."
+        what = f"not all of the {world_size()} ranks reached rank 0 at {address} within {minutes}"
+        hint = "Start that many ranks, and check that all of them can reach that address."
         raise UserError([Problem(what, hint=hint)], exit_code=1) from error
     return store
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """In this block Ctrl-C and SIGTERM end the process: it waits where Python's own handlers don't run."""
+    """In this block Ctrl-C and SIGTERM end the process: while it waits, Python's own handlers don't run."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
@@ -107,14 +107,14 @@ def _ended_by_signals() -> Iterator[None]:
 
 def joined() -> bool:
     """Whether this process has joined the others of its launch."""
-    distributed = sys.modules.get("torch.distributed")  # importing torch is not always safe, and slow
+    distributed = sys.modules.get("torch.distributed")  # importing torch is slow and not always safe
     return world_size() > 1 and distributed is not None and distributed.is_initialized()
 
 
 def say_failed() -> None:
-    """On rank 0, after it printed why it fails: let the others know."""
+    """On rank 0, after it has reported its failure: tell the other ranks."""
     if joined():
-        with contextlib.suppress(RuntimeError):  # they are gone already
+        with contextlib.suppress(RuntimeError):  # they may be gone already
             _store().set(_FAILED, "")
 
 
@@ -126,7 +126,7 @@ def say_why(reason: str) -> None:
 
 
 def why_another_failed() -> str | None:
-    """On rank 0: the reason of another rank that failed; None where none has said one."""
+    """On rank 0: the reason of another rank that failed; None if no rank has given one."""
     if joined():
         with contextlib.suppress(RuntimeError):
             if _store().check([_WHY]):
@@ -135,9 +135,9 @@ def why_another_failed() -> str | None:
 
 
 def first_fails_too() -> bool:
-    """On another rank that fails: whether rank 0 has said why; waits for it.
+    """On another rank that fails: wait for rank 0; returns whether rank 0 has reported a failure.
 
-    A rank that left at once might have its launcher end rank 0 before it has written and said a word.
+    If this rank ended at once, its launcher could end rank 0 before rank 0 has recorded anything.
     """
     if not joined():
         time.sleep(_PATIENCE)
@@ -158,7 +158,7 @@ def _store() -> Any:
 
 
 def stop() -> None:
-    """Leave the other ranks, once all have come so far."""
+    """Leave the other ranks, after all have arrived here."""
     import torch.distributed as distributed
 
     if world_size() > 1 and distributed.is_initialized():
@@ -167,12 +167,12 @@ def stop() -> None:
 
 
 def leave(code: int = 0) -> NoReturn:
-    """End a process that was one of several, without what the interpreter does at its end.
+    """End a process that was one of several, without the interpreter's own shutdown.
 
-    A thread of gloo that still holds a tensor by then aborts the process now and then (pytorch 179291), and
-    so does what ZeRO-3 leaves.
+    In the shutdown, a gloo thread that still holds a tensor sometimes aborts the process (pytorch 179291),
+    and so do the remains of ZeRO-3.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's echo, when all is said and written
+    for number in (signal.SIGINT, signal.SIGTERM):  # from the launcher, when all is already saved
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,7 +180,7 @@ def leave(code: int = 0) -> NoReturn:
 
 
 def cut_off(error: BaseException) -> bool:
-    """Whether this is what a collective raises when another rank is gone."""
+    """Whether this error means that another rank is gone."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     import torch.distributed as distributed
@@ -190,15 +190,15 @@ def cut_off(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def say_when_interrupted() -> Iterator[None]:
-    """In this block, report Ctrl-C or SIGTERM to rank 0 at once, even while a collective waits."""
+    """In this block tell rank 0 of Ctrl-C or SIGTERM at once, even while a collective waits."""
     store = _store()
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    # a signal writes there when it comes; Python runs its handler once the collective has ended
-    signal.set_wakeup_fd(told)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # a signal writes to the pipe at once; Python runs its handler only after the collective has ended
+    signal.set_wakeup_fd(writer)
 
     def tell() -> None:
-        os.read(heard, 1)
+        os.read(reader, 1)
         store.set(f"{_INTERRUPTED}{rank()}", "")
 
     telling = threading.Thread(target=tell, daemon=True)
@@ -206,14 +206,15 @@ def say_when_interrupted() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        telling.join(_PATIENCE)  # or this process would be gone before it has told
+        telling.join(_PATIENCE)  # else this process could end before it has told rank 0
         raise
 
 
 def all_interrupted() -> bool:
-    """On rank 0, which was interrupted: whether all were, or just those that launchers end when one fails.
+    """On an interrupted rank 0: whether all ranks were interrupted.
 
-    Waits some seconds for what the others say by `say_when_interrupted`.
+    When one rank fails, launchers interrupt only the others. Waits `_PATIENCE` seconds for
+    `say_when_interrupted`.
     """
     if world_size() == 1:
         return True
@@ -240,7 +241,7 @@ def agree(value: Any) -> Any:
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This rank's part of the items; together the ranks have each once, in the order of `gather`."""
+    """This rank's part of the items; each item belongs to one rank, and `gather` restores the order."""
     return items[rank() :: world_size()]
 
 
@@ -256,7 +257,7 @@ def every(value: Any) -> list[Any]:
 
 
 def gather(part: Sequence[Any]) -> list[Any]:
-    """The parts of all ranks put together again, in the order before `share`, on every rank."""
+    """The parts of all ranks together, in the order before `share`, on every rank."""
     if world_size() == 1:
         return list(part)
     parts = every(list(part))

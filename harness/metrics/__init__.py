@@ -106,7 +106,7 @@ class Score:
     statistics: np.ndarray | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """The score as JSON-like values, without its arrays; `reason` only where there is one."""
+        """The score as JSON-like values, without its arrays; `reason` only if there is one."""
         arrays = ("per_image", "statistics")
         values = {key: value for key, value in vars(self).items() if key not in arrays}
         return values if self.reason else {key: v for key, v in values.items() if key != "reason"}
@@ -375,10 +375,10 @@ def uses_java(config: "ScoreConfig") -> bool:
 
 
 def identities_of(config: "ScoreConfig", cache: Path | None) -> dict[str, Any]:
-    """What determines the numbers of the wanted metrics beside settings and captions, by section.
+    """What determines the numbers of the requested metrics besides settings and captions, by section.
 
     The contents of their weights, found without running or loading anything; known hashes stay in `cache`.
-    Stand-ins that are trained here have none: they are what their steps make of the data.
+    Stand-ins that are trained here are left out: their steps and the data determine them.
     """
     return {
         section: weights.identity(weights.settings(config), cache)

@@ -238,7 +238,7 @@ class Weights:
         return trained and self.named(config) == STANDIN
 
     def missing(self, config: "ScoreConfig") -> list[Problem]:
-        """What is wrong with the named weights; nothing if none or a stand-in is named."""
+        """What is wrong with the named weights; empty if the config names none or a stand-in."""
         return [] if self.named(config) in (None, STANDIN) else self.problems(self.settings(config))
 
 

@@ -12,7 +12,7 @@ from harness.metrics import METRICS, all_weights
 # In three classes, since keys are listed class by class: the keys of METRICS come between the others.
 class _Chosen(Section):
     metrics: tuple[Literal[*METRICS], ...] | None = None
-    """The metrics that are computed; by default those of the edition."""
+    """The metrics to compute; by default the metrics of the edition."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster. Its scores differ in the third digit, are unofficial, and their signatures name it."""
 
@@ -28,15 +28,15 @@ _Weighted = create_model(
 
 
 class ScoreConfig(_Weighted):
-    """Which metrics are computed, and by which checkpoints."""
+    """Which metrics are computed, and with which checkpoints."""
 
     trusted: tuple[Sha256, ...] = ()
-    """SHA-256 sums of local weights, copied from where they are published. Their scores are official."""
+    """SHA-256 sums of local weights, copied from their publisher. Scores with these weights are official."""
     bootstrap: whole(0, 10**6) = 1000
     """Resamples of the rows for each 95 % interval; 0: no intervals."""
 
     def for_edition(self, year: int) -> "ScoreConfig":
-        """The config with the edition's metrics and names of weights where none are given."""
+        """The config with the edition's metrics and names of weights, if none are given."""
         edition = EDITIONS[year]
         metrics = edition.metrics if self.metrics is None else self.metrics
         config = self.model_copy(update={"metrics": metrics})

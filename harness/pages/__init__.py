@@ -1,4 +1,4 @@
-"""Pages of one file: a template, the style and scripts that all pages share, and data that stays data."""
+"""HTML pages in one file: a template, the common style and scripts, and data that can't become code."""
 
 import json
 from importlib.resources import files
@@ -11,9 +11,9 @@ from harness.visible import visible
 def filled(template: str, data: Any) -> str:
     """A template of this folder with the common style and scripts, and the data as JSON.
 
-    Nothing in the data can become markup: "</script>" in a JSON string would end the element, "<!--" hide its
-    end. Characters that turn text around or can't be seen are written out, as on a terminal. NaN and infinity
-    are shown as what is absent.
+    The data can't become markup: in a JSON string "</script>" would end the element, and "<!--" would hide
+    its end. Characters that reverse text or are invisible become escapes, as on a terminal. NaN and infinity
+    are shown as absent values.
     """
     text = json.dumps(_shown(finite(data)), allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -178,7 +178,7 @@ def _set_faults(rows: Sequence[Row], ids: Sequence[str], form: Rules) -> list[Fl
     wanted = [key for key in ids if key in first]
     if form.strict and (at := [i for i, (a, b) in enumerate(zip(first, wanted, strict=True)) if a != b]):
         got = list(first)[at[0]]
-        order = f"not in the order of the ids file: got {got} where it has {wanted[at[0]]}"
+        order = f"not in the order of the ids file: got {got} instead of {wanted[at[0]]}"
         flaws.append(Flaw(first[got], order, REPAIR))
     return flaws
 

@@ -1,10 +1,10 @@
-"""`python -m harness` in a process of its own, without ten seconds of imports each time.
+"""`python -m harness` in its own process, without ten seconds of imports each time.
 
 A server process imports torch, transformers and DeepSpeed once and forks for every command. Another one
-imports MLflow and forks for every process that mirrors runs to MLflow while a command goes on. What a test
-gives to a command (folder, environment, streams) reaches the fork; what could act on the imports themselves
-(another locale, device or thread count) gets a Python of its own. Quickstart and tests of start-up, signals,
-memory and terminals always use one.
+imports MLflow and forks for every process that mirrors runs while a command runs. The fork gets what a test
+gives a command (folder, environment, streams). A test that changes the imports themselves (another locale,
+device or thread count) gets a new Python. Quickstart and tests of start-up, signals, memory and terminals
+always use a new Python.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Systems of made-up scores, caption files, and `harness compare` on them."""
+"""Systems with made-up scores, caption files, and `harness compare` on them."""
 
 import csv
 import subprocess

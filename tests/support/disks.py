@@ -1,4 +1,4 @@
-"""Small disks that can really be full."""
+"""Small disks that can really fill up."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Experiment files: a small one that runs in seconds, and what a file with mistakes gets to read."""
+"""Experiment files: a small one that runs in seconds, and the messages for a file with mistakes."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the fuzzers share: how many cases they try, and how long one may take."""
+"""Shared by the fuzzers: how many cases they try, and the time limit of one case."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The golden pairs of captions, and how another program would write them to a file."""
+"""The golden pairs of captions, also as another program would write them to a file."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""A folder of runs beside an MLflow store of its own, and what the store holds."""
+"""A folder of runs with its own MLflow store, and the contents of the store."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What the organisers' code does with a submission, stated again from the known rules and nothing of ours.
+"""What the organisers' code does with a submission, written again from the known rules, without our code.
 
 Each function returns the captions (or concept lists) that their evaluator would score, and raises `Refused`
-where their loader, checker or evaluator would refuse the file. A file is bytes; ids are those of the split.
+if their loader, checker or evaluator would refuse the file. A file is bytes; ids are the ids of the split.
 """
 
 import csv

@@ -1,6 +1,6 @@
-"""Runs the command line where nothing in harness may touch CUDA: `poisoned_cuda.py run ...`; used by tests.
+"""Runs the command line and fails if harness touches CUDA: `poisoned_cuda.py run ...`; used by tests.
 
-What torch, DeepSpeed and transformers ask of torch.cuda for themselves goes through.
+torch, DeepSpeed and transformers may still use torch.cuda themselves.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Small models in the layouts of the published AlignScore and MedCAT packs, and Pythons for the latter."""
+"""Small models in the layouts of the published AlignScore and MedCAT packs, and Pythons for MedCAT."""
 
 import json
 import venv

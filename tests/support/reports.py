@@ -1,4 +1,4 @@
-"""What a run leaves for its page, written by other means than the run's; and the data in a page."""
+"""The files that a run leaves for its page, written by other code; and the data in a page."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The organisers' rules of single captions, written down again without anything of `harness`."""
+"""The organisers' rules for single captions, written again without `harness`."""
 
 import re
 import string

@@ -1,4 +1,4 @@
-"""Folders that take long to make: one process of the session makes each, and the others wait for it."""
+"""Folders that take long to make: one process of the session makes each, and the others wait."""
 
 import os
 import shutil

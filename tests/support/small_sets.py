@@ -1,4 +1,4 @@
-"""Small data sets for the tests, written by other means than the readers', and ways to change them."""
+"""Small data sets for the tests, written without our readers, and ways to change them."""
 
 import csv
 import shutil

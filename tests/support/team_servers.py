@@ -1,6 +1,6 @@
-"""Real servers for the tests of a team: a PostgreSQL cluster of their own, and `mlflow server` on it.
+"""Real servers for the tests of a team: their own PostgreSQL cluster, and `mlflow server` on it.
 
-Nothing of the system's own PostgreSQL is touched. All processes end with the tests, however these end.
+The system's PostgreSQL is not touched. All processes end with the tests, even if these are killed.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A model family as small as one can be: image encoder, projection, and a frozen recurrent language model."""
+"""The smallest possible model family: image encoder, projection, and a frozen recurrent language model."""
 
 from dataclasses import dataclass
 

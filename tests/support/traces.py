@@ -1,4 +1,4 @@
-"""What autograd keeps of one training pass, counted by torch itself on tensors without contents."""
+"""What autograd stores in one training pass, counted by torch itself on tensors without data."""
 
 import contextlib
 from collections.abc import Iterator

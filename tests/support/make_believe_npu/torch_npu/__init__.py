@@ -1,4 +1,4 @@
-"""Stands in for torch-npu where the environment has a built make-believe NPU; see npu.cpp."""
+"""Replaces torch-npu if the environment has a built make-believe NPU; see npu.cpp."""
 
 import torch
 

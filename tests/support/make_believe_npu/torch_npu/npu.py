@@ -1,4 +1,4 @@
-"""What torch, DeepSpeed and transformers ask of `torch.npu`; its memory is not counted: that says 0."""
+"""What torch, DeepSpeed and transformers need of `torch.npu`; its memory is not counted and reads 0."""
 
 import contextlib
 import functools
