@@ -215,10 +215,12 @@ def once(
                 seal(directory, made_from)
 
 
-def _clear(directory: Path) -> None:
-    """Delete what can't be reused; the seal goes first, so that it never covers missing files."""
-    damaged = damage(directory)
-    stale = not damaged and (directory / DONE).exists()  # whole, but made from other files
+def _clear(directory: Path, made_from: Mapping[str, str]) -> None:
+    """Delete what can't be built upon. The seal goes first, so that the step does not count as done."""
+    damaged, sealed = damage(directory), (directory / DONE).exists()
+    other = not sealed and _differs(read_checked(directory / READ), made_from)
+    # A damaged seal can vouch for nothing. A whole one is of a step that read other files.
+    every = DONE in damaged or other or (sealed and not damaged)
     (directory / DONE).unlink(missing_ok=True)
     for path in directory.iterdir() if every else [directory / name for name in damaged]:
         with contextlib.suppress(FileNotFoundError):

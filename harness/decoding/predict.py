@@ -101,9 +101,8 @@ def _read_partials(directory: Path) -> dict[str, str]:
     known = {}
     for file in sorted(filter(Path.is_file, directory.glob(PARTIALS))):
         for line in file.read_bytes().split(b"\n"):
-            try:
-                image, caption = json.loads(line)
-            except ValueError:  # a line that an interruption left incomplete
-                continue
-            known[image] = caption
+            with contextlib.suppress(ValueError, RecursionError):
+                match json.loads(line):
+                    case [str(image), str(caption), digest] if digest == fingerprint([image, caption]):
+                        known[image] = caption
     return known

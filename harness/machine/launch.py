@@ -103,8 +103,7 @@ def report(text: str) -> bool:
 
 def share_cores(processes: int) -> None:
     """Split the cores among the ranks: with a thread per core in every rank, all would be slower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
 def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:

@@ -246,7 +246,7 @@ class _Mean(nn.Module):
 
 def _optimiser(model: nn.Module, steps: int, rate: float) -> Callable[[torch.Tensor], None]:
     """A function that does one AdamW step for a loss, with a one-cycle schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
 
     def update(loss: torch.Tensor) -> None:

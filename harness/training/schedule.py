@@ -98,7 +98,7 @@ def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def indivisible(config: TrainConfig, devices: int) -> Problem | None:
     """The problem if this number of devices can't share an optimiser step's batch equally, or None."""
-    if config.batch_size % (config.micro_batch_size * devices) == 0:
+    if not config.stages or config.batch_size % (config.micro_batch_size * devices) == 0:
         return None
     return Problem(
         f"got {config.batch_size}, which {devices} devices with micro batches of {config.micro_batch_size} "

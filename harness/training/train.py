@@ -116,7 +116,7 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(list(stage.losses), self.config.train_vision)
+        self.loaded.model.freeze(stage.texts, self.config.train_vision)
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         try:
