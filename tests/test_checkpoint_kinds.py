@@ -8,9 +8,9 @@ import pytest
 from support.commands import harness
 from support.experiments import EXPERIMENT
 
-from harness import plan
 from harness.config.schema import Config
 from harness.models.blip2 import sizes
+from harness.steps import plan
 
 
 def configured(checkpoint: str) -> Config:

@@ -62,7 +62,7 @@ def golden(tmp_path_factory) -> Path:
     ):
         step = folder / "runs" / "steps" / f"standin-{name}"
         step.mkdir()
-        (step / "inputs.json").write_text(json.dumps({"metric": metric}))
+        (step / "inputs.json").write_text(json.dumps({"facts": {"metric": metric}}))
         if done:
             (step / "DONE").write_text("")
     os.utime(folder / "runs" / "steps" / "standin-own" / "DONE", (1, 1))
