@@ -18,10 +18,10 @@ from support.small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, 
 
 from harness import data, leaderboard, scoring
 from harness.captions import read_captions
+from harness.config.editions import EDITIONS
 from harness.data.captionfiles import read_ids
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
-from harness.leaderboard import entries
 from harness.submission import check
 
 whole, root = small_sets.whole, small_sets.root  # fixtures
@@ -351,10 +351,10 @@ def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
 @pytest.mark.parametrize(("images", "is_apart"), [(12, False), (11, True), (13, True)])
 def test_a_blank_caption_sets_no_run_apart(project, monkeypatch, name, images, is_apart):
     """A run of a whole split with such a row, as the real one of 2023, counts all its images."""
-    monkeypatch.setitem(entries.IMAGES[2023], "valid", images)
+    monkeypatch.setitem(EDITIONS[2023].images, "valid", images)
     found = leaderboard.board(2023, project / "runs").entries
     (entry,) = [entry for entry in found if entry.record["name"] == name]
-    assert (f"it has 12 images, the validation split of 2023 {images}" in entry.apart) == is_apart
+    assert (f"it has 12 images, but the validation split of 2023 has {images}" in entry.apart) == is_apart
 
 
 def test_mlflow_and_a_later_submission_say_so_too(project):
