@@ -266,3 +266,10 @@ def test_an_alias_for_a_stage_is_not_changed_with_the_other(tmp_path):
 def test_a_list_and_a_mapping_are_asked_for_in_words_of_yaml(tmp_path, stages, expected):
     file = write(tmp_path, "name: x\ndata: {root: x}\n")
     assert messages(file, f"train.stages={stages}") == [f"--set train.stages: {expected}"]
+
+
+def test_a_run_that_would_do_nothing_is_refused(tmp_path):
+    file = write(tmp_path, "name: x\ndata: {root: x}\ntrain: {stages: []}\npredict:\n  splits: []\n")
+    what = "predict.splits: train.stages and predict.splits are both empty; there is nothing to do"
+    assert messages(file) == [f"{file}:5: {what}"]
+    assert load(file, ["predict.splits=[test]"])
