@@ -139,6 +139,8 @@ def damage(directory: Path, thorough: bool = True) -> dict[str, str]:
 def damage_of(file: Path) -> str | None:
     """What is wrong with one file of a step, whatever its size; None if nothing, or if no step wrote it."""
     seal = _seal(file.parent)
+    if seal is None and (file.parent / DONE).exists():
+        return f"the {DONE} beside it, which has its checksum, is damaged"
     if seal is None or file.name not in seal["files"]:
         return None
     size, digest = seal["files"][file.name]

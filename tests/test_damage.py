@@ -20,6 +20,7 @@ from harness.models import checkpoints
 from harness.store import (
     DONE,
     damage,
+    damage_of,
     fingerprint,
     is_done,
     once,
@@ -93,6 +94,7 @@ def test_a_step_whose_seal_is_damaged_is_built_again(tmp_path, how):
     flip(directory / DONE) if how == "bit" else (directory / DONE).write_text("")
     assert not is_done(directory)
     assert list(damage(directory)) == [DONE]
+    assert "DONE beside it" in damage_of(directory / "predictions.csv")
     build()
     assert is_done(directory)
     assert build.found == [NOTES, NOTES]  # nothing vouches for the files that were there

@@ -253,3 +253,23 @@ def test_an_alias_for_a_stage_is_not_changed_with_the_other(tmp_path):
     )
     (run,) = load(file, ["train.stages.0.epochs=3", "train.stages.0.losses.caption=2"])
     assert [(stage.epochs, stage.losses.caption) for stage in run.train.stages] == [(3, 2), (7, 1)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ("null", "train.stages: got None; a list is allowed"),
+        ("{}", "train.stages: got {}; a list is allowed"),
+        ("[[]]", "train.stages.0: got []; a mapping of keys to values is allowed"),
+    ],
+)
+def test_a_list_and_a_mapping_are_asked_for_in_words_of_yaml(tmp_path, stages, expected):
+    file = write(tmp_path, "name: x\ndata: {root: x}\n")
+    assert messages(file, f"train.stages={stages}") == [f"--set train.stages: {expected}"]
+
+
+def test_a_run_that_would_do_nothing_is_refused(tmp_path):
+    file = write(tmp_path, "name: x\ndata: {root: x}\ntrain: {stages: []}\npredict:\n  splits: []\n")
+    what = "predict.splits: train.stages and predict.splits are both empty; there is nothing to do"
+    assert messages(file) == [f"{file}:5: {what}"]
+    assert load(file, ["predict.splits=[test]"])

@@ -20,6 +20,8 @@ _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
 """The most mistakes of one run that are shown, and the most characters of a value."""
+_WANTED = {"tuple_type": "a list", "model_type": "a mapping of keys to values"}
+"""What is allowed, by the name of a pydantic mistake whose message has Python's words."""
 
 
 def load(
@@ -301,6 +303,8 @@ def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
         return "is missing"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
+    if item["type"] in _WANTED:
+        return f"got {_shown(item['input'])}; {_WANTED[item['type']]} is allowed"
     return f"got {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

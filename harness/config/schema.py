@@ -63,6 +63,9 @@ class Config(_Steps):
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
+        if not self.train.stages and not self.predict.splits:
+            what = "train.stages and predict.splits are both empty; there is nothing to do"
+            raise AcrossKeys(what, "predict.splits", "train.stages")
         return self
 
     @property
