@@ -354,8 +354,14 @@ def alive():
 @pytest.mark.parametrize(
     ("given", "instead"),
     [
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps can't be set here; use train.batch_size"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage can't be set here; use train.zero_stage"),
+        (
+            {"gradient_accumulation_steps": 1},
+            "gradient_accumulation_steps can't be set here; use train.batch_size",
+        ),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage can't be set here; use train.zero_stage",
+        ),
         ({"fp16": {"enabled": True}}, "fp16 can't be set here; use train.precision"),
         ({"zero_optimization": 2}, "zero_optimization: got 2; a mapping is allowed"),
     ],
