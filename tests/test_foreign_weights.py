@@ -254,3 +254,38 @@ def test_the_captioners_weights_are_looked_at_before_anything_starts(key, encode
     values = {"name": "x", "data": {"root": tmp_path}, "model": model}
     values["score"] = {"metrics": ["rouge1"], "bertscore": {"checkpoint": "standin"}}
     assert f"model.{key}" in [problem.key for problem in problems(Config.model_validate(values))]
+
+
+class ByGetattr:
+    """What Python 3.11.0 to 3.11.3 pickle in place of a member of an enum."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_checkpoint_by_an_older_python_names_the_zero_stage_by_getattr(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from harness.training import engine
+
+    file = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"zero_stage": ByGetattr(ZeroStageEnum, "gradients"), "a": TENSOR}, file)
+    with engine.weights_only():
+        found = torch.load(file, weights_only=False)
+    assert found["zero_stage"] is ZeroStageEnum.gradients
+    assert found["a"].equal(TENSOR)
+
+
+@pytest.mark.parametrize("name", ["mro", "__subclasses__", "__init__"])
+def test_no_other_getattr_is_called_by_a_checkpoint(tmp_path, name):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from harness.training import engine
+
+    file = tmp_path / "states.pt"
+    torch.save({"zero_stage": ByGetattr(ZeroStageEnum, name)}, file)
+    with pytest.raises(UserError, match=f"more than weights: getattr of .*{name}"), engine.weights_only():
+        torch.load(file, weights_only=False)

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -148,15 +149,22 @@ def weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def member(kind: Any, name: str) -> Any:
+        """What `getattr` may do in a checkpoint: Python 3.11.0 to 3.11.3 pickle a member of an enum by it."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"Unsupported global: getattr of {kind}, {name!r}")
+        return ZeroStageEnum[name]
+
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(
-            [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        ):
+        classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals([*classes, (member, "builtins.getattr")]):
             yield
     except pickle.UnpicklingError as error:
-        what = f"a checkpoint of this training holds more than weights: {str(error).splitlines()[0]}"
+        named = re.search(r"(?:GLOBAL|getattr of) .*?(?= was not an allowed|$)", str(error), re.MULTILINE)
+        why = named[0] if named else str(error).splitlines()[0]
+        what = f"a checkpoint of this training holds more than weights: {why}"
         hint = "Delete the folder train-... of this run in runs/steps; the training then starts again."
         raise UserError([Problem(what, hint=hint)], exit_code=1) from None
     finally:
