@@ -5,7 +5,8 @@
 FOLDER holds references.tsv, predictions_dropped.tsv and predictions_shifted.tsv (ID, caption); by default it
 is ../shared/data/roco_captions. The encoder is MiniLM from a wheel, at layer 6. The organisers' way is
 measured on a sample and extrapolated. Everything else runs in full: each line is a `harness score` process,
-from the start of Python to its end. Ratios are of one run on one machine, so run nothing else meanwhile.
+from the start of Python to its end. Ratios are of one run on one machine, so do not run
+anything else at the same time.
 """
 
 import argparse

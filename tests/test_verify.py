@@ -1,4 +1,4 @@
-"""`score --verify`: our scores compared with the original packages', and what stderr gets meanwhile."""
+"""`score --verify`: our scores compared with those of the original packages; stderr stays quiet."""
 
 import csv
 import json

@@ -154,8 +154,10 @@ def _is_shared() -> bool:
 
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     wanted = int(threads) if threads.isdecimal() else cores()
+    if wanted < 2:  # one thread waits for no other
+        return False
     idle = (1 - psutil.cpu_percent(interval=_LOOK) / 100) * (os.cpu_count() or 1)
-    return wanted > 1 and idle < 0.75 * wanted
+    return idle < 0.75 * wanted
 
 
 def _bind(count: int) -> None:

@@ -169,8 +169,8 @@ def stop() -> None:
 def leave(code: int = 0) -> NoReturn:
     """End a process that was one of several, without the interpreter's own shutdown.
 
-    In the shutdown, a gloo thread that still holds a tensor sometimes aborts the process (pytorch 179291),
-    and so do the remains of ZeRO-3.
+    In the shutdown, a gloo thread that still holds a tensor sometimes aborts the process (pytorch 179291).
+    What ZeRO-3 leaves in memory can do the same.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # from the launcher, when all is already saved
         signal.signal(number, signal.SIG_IGN)

@@ -61,8 +61,8 @@ def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[
     """Rows in batches, and the width of each batch in tokens, the widest first.
 
     Kernels round differently for batches of another shape. So the width depends on a row's own length only:
-    the next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have the same number of rows,
-    as many as fit `budget` tokens. The last batch is filled up by repeating its last row.
+    the next multiple of `WIDTH_STEP`, at most `limit`. All batches of one width have the same number of rows:
+    the most that fit `budget` tokens. The last batch is filled up by repeating its last row.
     """
     by_width: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
