@@ -1,11 +1,13 @@
 """Checks of this machine for an experiment: each is ok or tells how to repair it."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import metrics
 from harness.config.schema import Config
@@ -13,15 +15,21 @@ from harness.errors import UserError
 from harness.machine import device
 from harness.metrics import java
 from harness.metrics.base import STANDIN, Absent
-from harness.models import checkpoints, family
+from harness.models import FAMILIES, checkpoints, family
 from harness.models.base import FLOAT, Shape
 from harness.models.settings import TINY
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
 from harness.training import forecast, memory
 from harness.training.memory import Model, Setup
+from harness.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from harness.training.selftest import Finding
 
 DISTRIBUTION = "imageclef-harness"
+OLDEST_CANN = (9, 1)
+"""What torch-npu 2.12 needs, the version before ours (COMPATIBILITY.md of github.com/Ascend/pytorch)."""
 VERIFY = "verify them with the original packages: python -m harness score FILE --references FILE --verify 20"
 
 
@@ -35,14 +43,16 @@ class Check:
     fix: str | None = None
 
 
-def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
+def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = False) -> list[Check]:
     """Check the machine and, for `configs`, their weights, data, disk and memory -> all checks, ok or not.
 
-    `device` (auto, npu, cuda or cpu) is the wanted device if there is no config.
+    `device` (auto, npu, cuda or cpu) is the wanted device if there is no config. `selftest` also compares
+    what it computes with fp32 on the CPU.
     """
     wanted = dict.fromkeys(config.device for config in configs) or [device]
     kinds: dict[str, str] = {}
     checks = [_python(), *_packages()]
+    checks += _npu_versions()
     for want in wanted:
         checks += _device(want, configs, kinds)
     if not configs or any(metrics.uses_java(config.score) for config in configs):
@@ -54,6 +64,8 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
         checks.append(_disk(configs))
         trained = [config for config in configs if config.train.stages and config.device in kinds]
         checks += _memory([(config, kinds[config.device]) for config in trained])
+    if selftest:
+        checks += _selftest(configs, kinds)
     return list(dict.fromkeys(checks))
 
 
@@ -96,6 +108,27 @@ def _packages() -> Iterator[Check]:
     yield Check("packages", True, f"{len(good)} as pinned: {', '.join(good)}")
 
 
+def _npu_versions() -> Iterator[Check]:
+    """Check that torch, torch-npu and CANN belong together, if torch-npu is installed."""
+    from packaging.version import Version
+
+    try:
+        torch, npu = Version(metadata.version("torch")), Version(metadata.version("torch-npu"))
+    except metadata.PackageNotFoundError:
+        return
+    cann = device.cann_version()
+    found = f"torch {torch}, torch-npu {npu}, CANN {cann or 'unknown'}"
+    if torch.release != npu.release:
+        fix = f"python -m pip install 'torch-npu=={torch.base_version}.*'"
+        yield Check("npu versions", False, f"{found}; torch-npu must have the version of torch", fix)
+    elif cann and tuple(map(int, cann.split(".")[:2])) < OLDEST_CANN:
+        oldest = ".".join(map(str, OLDEST_CANN))
+        what = f"{found}; this torch-npu needs at least CANN {oldest}"
+        yield Check("npu versions", False, what, f"Install CANN {oldest} or newer and source its set_env.sh")
+    else:
+        yield Check("npu versions", True, found)
+
+
 def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> Iterator[Check]:
     """Check the device that `wanted` gives and list why others are not used; adds its kind to `kinds`."""
     try:
@@ -122,6 +155,28 @@ def _device(wanted: str, configs: Sequence[Config], kinds: dict[str, str]) -> It
     unscaled = (unscalable(config, found.kind) for config in configs if config.device == wanted)
     for problem in dict.fromkeys(filter(None, unscaled)):
         yield Check("fp16", False, problem.what, "--set train.precision=auto")
+
+
+def _selftest(configs: Sequence[Config], kinds: dict[str, str]) -> Iterator[Check]:
+    """Compare each device with fp32 on the CPU, in fp32 and in the precision of its trainings."""
+    from harness.training import selftest
+
+    for want, kind in kinds.items():
+        trainings = [config.train for config in configs if config.device == want] or [TrainConfig()]
+        names = dict.fromkeys(config.model.family for config in configs if config.device == want) or FAMILIES
+        precisions = dict.fromkeys(["fp32", *(selftest.named(train, kind) for train in trainings)])
+        for name in names:
+            for precision in precisions:
+                for finding in selftest.findings(importlib.import_module(FAMILIES[name]), precision, kind):
+                    yield _compared(finding, kind, precision)
+
+
+def _compared(finding: "Finding", kind: str, precision: str) -> Check:
+    differs = f"differs from fp32 on the CPU by {finding.difference:.1e}"
+    what = finding.error or f"{differs}; the precision explains {finding.allowed:.1e}"
+    fix = "Do not trust its results. Try other versions of its driver and of torch, or --device cpu."
+    name = f"selftest {precision} {finding.name}"
+    return Check(name, finding.ok, f"{kind}: {what}", None if finding.ok else fix)
 
 
 def _java() -> Check:

@@ -255,3 +255,29 @@ def test_sizes_of_a_tiny_model_with_full_vocabularies():
     settings = TinyConfig(hidden_size=64, vision_layers=2, qformer_layers=3, text_hidden_size=96)
     built = tiny._blip2_config(settings, Vocabulary([0] * settings.vocab_size), settings.vocab_size)
     assert sizes.of_tiny(settings, 224, True).sizes == captioner_sizes(built, 224, True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "cann", "wrong"),
+    [
+        ("2.13.0.post2", "9.1.0", None),
+        ("2.13.0", None, None),
+        ("2.12.0", "9.1.0", "torch-npu must have the version of torch"),
+        ("2.13.0", "8.3.RC1", "needs at least CANN 9.1"),
+    ],
+)
+def test_versions_of_torch_npu_and_cann_that_do_not_belong_together(
+    tmp_path, monkeypatch, installed, cann, wrong
+):
+    true_version = metadata.version
+    known = {"torch": "2.13.0+cpu", "torch-npu": installed}
+    monkeypatch.setattr(metadata, "version", lambda name: known.get(name) or true_version(name))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    if cann:
+        (tmp_path / "aarch64-linux").mkdir()
+        text = f"package_name=Ascend-cann-toolkit\nversion={cann}\ninnerversion=V100\n"
+        (tmp_path / "aarch64-linux" / "ascend_toolkit_install.info").write_text(text)
+    check = named(examine([], "cpu"), "npu versions")
+    assert check.found.startswith(f"torch 2.13.0+cpu, torch-npu {installed}, CANN {cann or 'unknown'}")
+    assert check.ok == (wrong is None)
+    assert wrong is None or (wrong in check.found and check.fix)

@@ -201,6 +201,29 @@ def test_the_doctor_names_the_npu(npu, tmp_path):
     assert "of npu free" in checks["memory of the npu"]["found"]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", ["as torch", "inverted"])
+def test_the_selftest_names_what_an_npu_computes_otherwise(npu, tmp_path, masks):
+    """Transformers gives the language model a boolean mask; the text path adds its own mask to the scores."""
+    environment = npu | {"MAKE_BELIEVE_NPU_MASKS": masks}
+    done = run(tmp_path, environment, "doctor", "--selftest", "--device", "npu", "--format", "json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    compared = {name.removeprefix("selftest "): check for name, check in checks.items() if "selftest" in name}
+    assert {name.split()[0] for name in compared} == {"fp32", "bf16"}
+    wrong = {name for name, check in compared.items() if not check["ok"]}
+    needs = ("boolean mask", "language model", "gradients", "training step")
+    if masks == "inverted":
+        assert wrong >= {f"fp32 {name}" for name in needs}
+        assert wrong >= {"bf16 boolean mask", "bf16 language model"}
+        assert not {name for name in wrong if name.endswith(("text path", "ViT", "queries", "additive mask"))}
+        assert "differs from fp32 on the CPU by" in compared["bf16 boolean mask"]["found"]
+        assert done.returncode == 1
+    else:
+        assert not wrong, compared
+        assert "decoding" in str(compared)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "reason"),
@@ -245,10 +268,11 @@ def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, t
     told |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     code = (
         "import os\nfrom harness.machine import device, launch\nlaunch.adopt_slurm(os.environ)\n"
-        "print(device.torch_device(device.probe().kind))\nimport torch\nprint(torch.npu.conv.allow_hf32)"
+        "print(device.torch_device(device.probe().kind))\nimport torch\n"
+        "print(torch.npu.conv.allow_hf32, torch.npu.config.allow_internal_format)"
     )
     done = run(tmp_path, told, code, program=("-c",))
-    assert done.stdout == "npu:0\nFalse\n", done.stderr
+    assert done.stdout == "npu:0\nFalse False\n", done.stderr
 
 
 @pytest.mark.ci

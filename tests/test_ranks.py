@@ -367,6 +367,7 @@ def test_other_hosts_hear_where_weights_are_and_no_token(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".deepspeed_env").write_text("\nNCCL_SOCKET_IFNAME=ib0")
     given = {"HF_HOME": "/disk/our models", "HF_TOKEN": "secret", "LANG": "C", "HCCL_IF_IP": "10.0.0.1"}
+    given |= {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "GLOO_SOCKET_IFNAME": "eth1"}
     runner = PDSHRunner(argparse.Namespace(user_args=[], user_script="", launcher_args=""), "")
     for line in launch._carried(given | {"HF_ODD": "$HOME", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}):
         runner.add_export(*line.split("=", maxsplit=1))
@@ -378,6 +379,8 @@ def test_other_hosts_hear_where_weights_are_and_no_token(tmp_path, monkeypatch):
         "HCCL_IF_IP": "10.0.0.1",
         "TORCH_CUDA_ARCH_LIST": "8.0;9.0",
         "NCCL_SOCKET_IFNAME": "ib0",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "GLOO_SOCKET_IFNAME": "eth1",
     }
 
 

@@ -416,6 +416,10 @@ def doctor(
     ] = None,
     sets: Sets = None,
     device: DeviceOption = None,
+    selftest: Annotated[
+        bool,
+        typer.Option("--selftest", help="Also compare the device's results with the CPU's (a minute)."),
+    ] = False,
     output: ReportFormat = Report.table,
 ) -> None:
     """Show what this machine has and lacks: device, versions, weights, Java, disk and memory.
@@ -425,7 +429,7 @@ def doctor(
     from harness import doctor as diagnosis
 
     configs = [config for file in experiments or () for config in _configs(file, sets, device)]
-    checks = diagnosis.examine(configs, device or "auto")
+    checks = diagnosis.examine(configs, device or "auto", selftest)
     if output is Report.json:
         print(json_text([vars(check) for check in checks]))
     else:

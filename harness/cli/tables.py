@@ -130,7 +130,7 @@ def show_checks(checks: Sequence[Any]) -> None:
     screen = console()
     for check in checks:
         screen.print("ok  " if check.ok else "FIX ", style="green" if check.ok else "red", end="")
-        screen.print(f"{check.name:<28}", end="")
+        screen.print(f"{check.name:<27} ", end="")
         screen.print(check.found)
         if check.fix:
             screen.print(f"     {check.fix}")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -117,6 +118,16 @@ def _try(kind: Kind) -> tuple[int, str]:
     return int(count), name if int(count) else f"torch sees no {kind}"
 
 
+def cann_version() -> str | None:
+    """The version of CANN in `ASCEND_HOME_PATH`, such as 9.1.0 or 8.3.RC1; None if no file says it."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    for file in sorted(Path(home).glob("*-linux/ascend_toolkit_install.info")) if home else ():
+        text = file.read_text("utf-8", errors="replace")
+        if named := re.search(r"^version=(\d+\.\d+[\w.-]*)", text, re.MULTILINE):
+            return named[1]
+    return None
+
+
 def _has_nvidia_driver() -> bool:
     return any(os.path.exists(path) for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
 
@@ -132,8 +143,12 @@ def _prepare(kind: Kind) -> None:
         # HCCL's default of 2 minutes is too short for ranks that load 15 GB of weights at different speeds
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1800")
         importlib.import_module("torch_npu")  # torch does this itself unless autoloading is off
+        npu = module("npu")
         # the first Ascend 910 would compile its operators again for every text length
-        module("npu").set_compile_mode(jit_compile=False)
+        npu.set_compile_mode(jit_compile=False)
+        # else weights get a layout of the NPU's own, which other operators convert back at each use
+        if hasattr(npu, "config"):
+            npu.config.allow_internal_format = False
     else:
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         sys.modules["torch_npu"] = None  # so that libraries find it not installed

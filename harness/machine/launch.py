@@ -22,7 +22,8 @@ from harness.machine.device import STEP, cores
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"
 """Environment variable of a rank or worker that a launcher here started: the launcher's process id."""
-CARRIED = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "XDG_CACHE_HOME", "OMP_", "ASCEND", "HCCL_")
+CARRIED = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_CACHE_HOME", "TORCH", "PYTORCH_", "OMP_", "GOMP_")
+CARRIED += ("ASCEND", "HCCL_", "TASK_QUEUE_ENABLE", "NCCL_", "GLOO_")
 """Prefixes of the variables that `--hostfile` copies to other hosts; tokens are not copied."""
 _GRACE = 60  # seconds for the ranks to record that they were interrupted
 

@@ -1,11 +1,11 @@
 """The protocol of a model family: what the harness needs from a captioning model and from its module.
 
-A family is a module in `FAMILIES` with the functions of `Family`. Only `load` and `codecs` may import torch,
-so `--dry-run` and the memory forecast are fast. `load` gives a `Loaded`, whose `model` is a
+A family is a module in `FAMILIES` with the functions of `Family`. Only `load`, `codecs` and `sample` may
+import torch, so `--dry-run` and the memory forecast are fast. `load` gives a `Loaded`, whose `model` is a
 `torch.nn.Module` with the methods of `Captioner`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -94,6 +94,22 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A small model with random weights and without dropout; it compares a device with the CPU.
+
+    pixels (B, 3, S, S). `texts` are `caption` and `concept` as from `Codec.collate`. `paths` are the parts of
+    the forward pass by name: the number of layers, and a function that runs the part on fixed inputs.
+    `logits(model, ids)` are those of the token after each of the caption ids (B, T), as (B, T, V).
+    """
+
+    model: "Captioner"
+    pixels: "Tensor"
+    texts: "Mapping[str, Mapping[str, Tensor]]"
+    paths: "Mapping[str, tuple[int, Callable[[Captioner], Tensor]]]"
+    logits: "Callable[[Captioner, Tensor], Tensor]"
+
+
+@dataclass(frozen=True)
 class Work:
     """One micro batch: `batch` images, each with a caption and a concept sentence of `tokens` tokens.
 
@@ -174,6 +190,9 @@ class Family(Protocol):
 
         `folder` is that of `model.checkpoint`. Raises `UserError` if a tokenizer is missing.
         """
+
+    def sample(self) -> Sample | None:
+        """The small model for `doctor --selftest`, equal in every call; None if the family has none."""
 
     def load(
         self, model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype"

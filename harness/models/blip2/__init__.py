@@ -11,6 +11,7 @@ from harness.models.settings import TINY, ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from harness.models.base import Sample
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -53,6 +54,13 @@ def settings(model: ModelConfig) -> dict[str, Any]:
 def built_from(model: ModelConfig) -> int | None:
     """Side in pixels of the training images that a tiny model is built from; None if it is loaded."""
     return sizes.image_side(model.tiny) if model.checkpoint == TINY else None
+
+
+def sample() -> "Sample":
+    """A small model with every part, for `doctor --selftest`; see `small.make`."""
+    from harness.models.blip2 import small
+
+    return small.make()
 
 
 def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, Codec]":

@@ -114,8 +114,9 @@ class Captioner(Blip2PreTrainedModel):
         hidden = self.qformer.layernorm(self.embeddings(ids, position_ids=positions))
         hidden = self.qformer.dropout(hidden)
         queries = states[0][0].shape[2]
-        mask = torch.ones(length, queries + past + length, dtype=torch.bool, device=ids.device)
-        mask = mask.tril(queries + past)
+        # added to the scores: some NPUs read boolean masks the other way round (Ascend/pytorch issue 88)
+        size, like = (length, queries + past + length), {"dtype": states[0][0].dtype, "device": ids.device}
+        mask = torch.full(size, -torch.inf, **like).triu(queries + past + 1)
         for number, (layer, (query_keys, query_values)) in enumerate(
             zip(self.qformer.encoder.layer, states, strict=True)
         ):

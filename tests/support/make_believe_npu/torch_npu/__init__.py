@@ -1,5 +1,7 @@
 """Replaces torch-npu if the environment has a built make-believe NPU; see npu.cpp."""
 
+import os
+
 import torch
 
 from torch_npu import npu
@@ -15,6 +17,21 @@ def _hccl(store, rank, size, timeout):
 
 
 torch.distributed.Backend.register_backend("hccl", _hccl, devices=["npu"])
+
+
+def _reading_masks_inverted(attention):
+    """Attention that attends where a boolean mask is False, as users reported it of torch-npu."""
+
+    def attend(query, key, value, attn_mask=None, *args, **options):
+        boolean = attn_mask is not None and attn_mask.dtype == torch.bool and query.device.type == "npu"
+        return attention(query, key, value, ~attn_mask if boolean else attn_mask, *args, **options)
+
+    return attend
+
+
+if os.environ.get("MAKE_BELIEVE_NPU_MASKS") == "inverted":
+    functional = torch.nn.functional
+    functional.scaled_dot_product_attention = _reading_masks_inverted(functional.scaled_dot_product_attention)
 
 
 def npu_fusion_attention(*_, **__):

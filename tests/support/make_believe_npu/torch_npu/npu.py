@@ -68,6 +68,7 @@ def get_device_properties(index=None):
 # the first Ascend 910 has neither bf16 nor numbers beyond the largest
 FIRST = os.environ.get("MAKE_BELIEVE_NPU_FIRST") == "1"
 conv = SimpleNamespace(allow_hf32=True)
+config = SimpleNamespace(allow_internal_format=True)
 utils = SimpleNamespace(is_support_inf_nan=lambda: not FIRST)
 
 
