@@ -1,12 +1,13 @@
 """Time to score captions, compared with the organisers' way: bert-score and rouge-score, pair by pair.
 
-    python benchmarks/score.py [FOLDER]
+    python benchmarks/score.py [FOLDER] [--device cuda]
 
 FOLDER holds references.tsv, predictions_dropped.tsv and predictions_shifted.tsv (ID, caption); by default it
 is ../shared/data/roco_captions. The encoder is MiniLM from a wheel, at layer 6. The organisers' way is
 measured on a sample and extrapolated. Everything else runs in full: each line is a `harness score` process,
 from the start of Python to its end. Ratios are of one run on one machine, so do not run
-anything else at the same time.
+anything else at the same time. With --device, only an encoder of the official size is measured, on that
+device and with all pairs: how much faster than one pair at a time, and how much slower than its arithmetic.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def encoder() -> tuple[Path, int]:
 
 
 def official(
-    predictions: list[str], references: list[str], folder: Path, layer: int
+    predictions: list[str], references: list[str], folder: Path, layer: int, device: str = "cpu"
 ) -> tuple[float, list[float], list[float]]:
     """Seconds, BERTScore F1 and ROUGE-1 of pairs scored one at a time, without loading the models."""
     from bert_score import BERTScorer
@@ -52,7 +53,10 @@ def official(
 
     from harness.metrics import text
 
-    neural, counted = BERTScorer(model_type=str(folder), num_layers=layer), RougeScorer(["rouge1"])
+    neural, counted = (
+        BERTScorer(model_type=str(folder), num_layers=layer, device=device),
+        RougeScorer(["rouge1"]),
+    )
     neural.score(["warm"], ["up"])
     begun = time.perf_counter()
     pairs = [(text.official(a), text.official(b)) for a, b in zip(predictions, references, strict=True)]
@@ -169,8 +173,11 @@ def matrix_rate(seconds: float = 3.0) -> float:
     return count * 2 * 1024 * 384 * 1536 / (time.perf_counter() - begun) / 1e9
 
 
-def at_the_official_size(predictions: list[str], references: list[str]) -> None:
+def at_the_official_size(predictions: list[str], references: list[str], kind: str = "cpu") -> None:
     """Print seconds per pair of both ways, with an encoder of the official size and random weights."""
+    from harness.machine import device as devices
+
+    device = str(devices.torch_device(devices.probe(kind).kind))
     import torch
     from transformers import AutoTokenizer, DebertaConfig, DebertaModel
 
@@ -192,26 +199,64 @@ def at_the_official_size(predictions: list[str], references: list[str]) -> None:
         )
         DebertaModel(config).to(torch.float32).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        one = (
-            official(predictions[:LARGE_SAMPLE], references[:LARGE_SAMPLE], folder, layers)[0] / LARGE_SAMPLE
-        )
-        print(f"an encoder of the official one's size, {LARGE_SAMPLE} pairs against {len(predictions)}")
-        print(f"  one pair at a time    {one:7.2f} s a pair")
+        few = LARGE_SAMPLE if device == "cpu" else SAMPLE
+        one = official(predictions[:few], references[:few], folder, layers, device)[0] / few
+        print(f"an encoder of the official one's size, {few} pairs against {len(predictions)}, {device}")
+        print(f"  one pair at a time    {one:9.4f} s a pair")
         for precision in ("fp32", "bf16"):
-            store = bertscore.Embeddings(folder, layers, "cpu", precision)
+            store = bertscore.Embeddings(folder, layers, device, precision)
             sides = [[text.official(caption) for caption in side] for side in (predictions, references)]
+            bertscore.f1(["warm"], ["up"], store, store.uniform)
+            given: list[tuple] = []
+            store.encoded = recording(store.encoded, given)
             begun = time.perf_counter()
             bertscore.f1(*sides, store, store.uniform)
-            each = (time.perf_counter() - begun) / len(predictions)
-            print(f"  harness, {precision}         {each:7.2f} s a pair {one / each:6.1f} x")
+            whole = time.perf_counter() - begun
+            each = whole / len(predictions)
+            print(f"  harness, {precision}         {each:9.4f} s a pair {one / each:6.1f} x")
+            if device != "cpu":
+                bare = arithmetic(store.model, given, device)
+                per = bare / len(predictions)
+                print(f"  its encoder alone     {per:9.4f} s a pair; the whole takes {whole / bare:.2f} x")
 
 
-def main(data: Path) -> None:
+def recording(call: Any, given: list[tuple]) -> Any:
+    """The call, which also appends its arguments to `given`."""
+
+    def recorded(*arguments: Any) -> Any:
+        given.append(arguments)
+        return call(*arguments)
+
+    return recorded
+
+
+def arithmetic(model: Any, batches: list[tuple], device: str) -> float:
+    """Seconds of the encoder on padded batches that are on the device already."""
+    import numpy as np
+    import torch
+
+    from harness.machine.device import module
+
+    ready = [torch.from_numpy(np.stack(batch)).to(device) for batch in batches]
+    wait = module(device.partition(":")[0]).synchronize
+    wait()
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for ids, mask in ready:
+            model(ids, attention_mask=mask)
+        wait()
+    return time.perf_counter() - begun
+
+
+def main(data: Path, device: str) -> None:
     """Measure and print."""
     references, dropped, shifted = (
         data / f"{name}.tsv" for name in ("references", "predictions_dropped", "predictions_shifted")
     )
     truth, guesses = captions(references), captions(dropped)
+    if device != "cpu":
+        alone(at_the_official_size, guesses, truth, device)
+        return
     rows = sorted(random.Random(0).sample(range(len(truth)), SAMPLE))
     some = [guesses[i] for i in rows], [truth[i] for i in rows]
     sampled, f1, rouge1 = alone(official, *some, *encoder())
@@ -277,4 +322,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=SHARED)
-    main(parser.parse_args().folder)
+    parser.add_argument("--device", default="cpu", help="cuda or npu (default: cpu)")
+    given = parser.parse_args()
+    main(given.folder, given.device)

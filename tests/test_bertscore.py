@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics
-from harness.metrics import bertscore, text
+from harness.metrics import bertscore, matching, text
 from harness.metrics.cache import Embedded, TextCache
 from harness.metrics.settings import ScoreConfig
 
@@ -206,6 +207,96 @@ def test_two_processes_share_a_cache(tmp_path):
     assert [process.wait(60) for process in running] == [0, 0]
     texts = [f"{name} {i}" for name in ("one", "two") for i in range(100)]
     assert len(TextCache(tmp_path, checkpoint.folder, layer).get(texts)) == 200
+
+
+@pytest.fixture(scope="module")
+def stored(deberta) -> Callable[..., bertscore.Embeddings]:
+    """A new store each, with a small encoder."""
+    return lambda tokens=300: bertscore.Embeddings(deberta, 3, "cpu", batch_tokens=tokens)
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[str]:
+    """The texts that the encoder gets on an accelerator's way."""
+    seen: list[str] = []
+    start = matching.Encoded._start
+
+    def spy(self, texts, width):
+        seen.extend(text for text, _ in texts)
+        return start(self, texts, width)
+
+    monkeypatch.setattr(matching.Encoded, "_start", spy)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def clean_pairs(golden) -> list[tuple[str, str]]:
+    """The golden pairs without blank ones."""
+    sides = [[text.official(caption) for caption in golden[key]] for key in ("prediction", "reference")]
+    return [pair for pair in zip(*sides, strict=True) if not any(map(text.is_empty, pair))]
+
+
+@pytest.mark.parametrize(("batch_tokens", "weighed"), [(1, "uniform"), (300, "idf"), (None, "uniform")])
+def test_pairs_matched_as_on_an_accelerator_score_as_on_a_cpu(stored, clean_pairs, batch_tokens, weighed):
+    store = stored(batch_tokens)
+    sides = list(zip(*clean_pairs, strict=True))
+    weigh = store.uniform if weighed == "uniform" else store.idf(sides[1])
+    expected = bertscore.f1(*sides, stored(), weigh)
+    np.testing.assert_allclose(matching.f1(clean_pairs, store, weigh), expected, atol=1e-6)
+
+
+def test_a_pair_matched_as_on_an_accelerator_scores_alike_to_the_bit_beside_any_others(stored, clean_pairs):
+    store = stored()
+    whole = matching.f1(clean_pairs, store, store.uniform)
+    order = np.random.default_rng(1).permutation(len(clean_pairs))
+    fresh = stored()
+    found = matching.f1([clean_pairs[row] for row in order], fresh, fresh.uniform)
+    np.testing.assert_array_equal(found, whole[order])
+    np.testing.assert_array_equal(matching.f1(clean_pairs[3:5], stored(), store.uniform), whole[3:5])
+    assert matching.f1([], store, store.uniform).shape == (0,)
+
+
+def test_a_text_is_embedded_once_on_an_accelerator_and_read_from_memory_and_disk(
+    stored, deberta, clean_pairs, embedded, tmp_path, monkeypatch
+):
+    pairs = [*clean_pairs, *((clean_pairs[0][0], reference) for _, reference in clean_pairs)]
+    pairs.append(("lesion " * 600, "lesion"))
+    store = stored()
+    store.disk = TextCache(tmp_path, deberta, 3)
+    monkeypatch.setattr(matching, "PIECE", 7)
+    first = matching.f1(pairs, store, store.uniform)
+    texts = {text for pair in pairs for text in pair}
+    assert sorted(embedded) == sorted(texts)
+    assert store.is_cut("lesion " * 600)
+    again = stored()
+    again.disk = store.disk
+    for holder, there in ((store, texts), (again, set(store.disk.get(list(texts))))):
+        assert len(there) > len(texts) / 2
+        embedded.clear()
+        np.testing.assert_array_equal(matching.f1(pairs, holder, holder.uniform), first)
+        assert set(embedded) == texts - there
+        assert holder.is_cut("lesion " * 600)
+
+
+def test_an_accelerator_with_little_memory_takes_the_pairs_in_groups(stored, clean_pairs, monkeypatch):
+    store = stored()
+    whole = matching.f1(clean_pairs, store, store.uniform)
+    monkeypatch.setattr(matching, "ram", lambda: matching.SHARE * 4 * 32 * 400)
+    monkeypatch.setattr(bertscore, "STORE_BYTES", 5_000)
+    small = stored()
+    assert len(list(matching._groups(clean_pairs, small))) > 5
+    np.testing.assert_array_equal(matching.f1(clean_pairs, small, small.uniform), whole)
+    assert small._bytes <= 5_000
+
+
+def test_what_fails_beside_the_encoder_is_not_lost(stored, clean_pairs, monkeypatch):
+    store = stored()
+    monkeypatch.setattr(store, "keep", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        matching.f1(clean_pairs, store, store.uniform)
+    monkeypatch.setattr(store, "encode", lambda _: 1 % 0)
+    with pytest.raises(ZeroDivisionError):
+        matching.f1(clean_pairs, store, store.uniform)
 
 
 WORDS = st.lists(st.text("abcdefgh0123456789xyz", min_size=1, max_size=12) | st.just("a" * 120), min_size=1)

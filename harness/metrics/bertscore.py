@@ -158,6 +158,11 @@ def f1(
     scores = np.zeros(len(predictions))
     pairs = enumerate(zip(predictions, references, strict=True))
     rows = [row for row, pair in pairs if not any(map(text.is_empty, pair))]
+    if store.device != "cpu":
+        from harness.metrics import matching
+
+        scores[rows] = matching.f1([(predictions[row], references[row]) for row in rows], store, weigh)
+        return scores
     rows.sort(key=lambda row: len(predictions[row]) + len(references[row]))
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
@@ -273,11 +278,25 @@ class Embeddings:
                 self._kept[caption] = self._kept.pop(caption)
         read = self.disk.get(new) if self.disk else {}
         made = self._embed([caption for caption in new if caption not in read])
-        for caption, embedded in (read | made).items():
+        for caption, embedded in read.items():
             self._keep(caption, embedded)
-        if self.disk and made:
+        self.keep(made, len(set(captions)))
+
+    def known(self, captions: Sequence[str]) -> dict[str, Embedded]:
+        """The texts that are in memory or on disk."""
+        kept = {caption: self._kept[caption] for caption in captions if caption in self._kept}
+        found = {c: Embedded(ids.tolist(), v.numpy(), c in self._cut) for c, (ids, v) in kept.items()}
+        read = self.disk.get([c for c in captions if c not in kept]) if self.disk else {}
+        self._cut |= {caption for caption, embedded in read.items() if embedded.cut}
+        return found | read
+
+    def keep(self, made: dict[str, Embedded], needed: int = 0, on_disk: bool = True) -> None:
+        """Keep new texts in memory and on disk; at least the last `needed` ones stay in memory."""
+        for caption, embedded in made.items():
+            self._keep(caption, embedded)
+        if self.disk and made and on_disk:
             self.disk.put(made)
-        while self._bytes > STORE_BYTES and len(self._kept) > len(set(captions)):
+        while self._bytes > STORE_BYTES and len(self._kept) > needed:
             _, vectors = self._kept.pop(next(iter(self._kept)))
             self._bytes -= vectors.nbytes
 
@@ -310,7 +329,7 @@ class Embeddings:
 
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:
         encoded = self.encode(captions)
-        self._check_memory(max(map(len, encoded), default=0))
+        self.check_memory(max(map(len, encoded), default=0))
         vectors = by_length(
             lambda rows, width: self._forward([encoded[row] for row in rows], width),
             [len(ids) for ids in encoded],
@@ -321,7 +340,7 @@ class Embeddings:
         cut = [caption in self._cut for caption in captions]
         return {c: Embedded(*made) for c, *made in zip(captions, encoded, vectors, cut, strict=True)}
 
-    def _check_memory(self, tokens: int) -> None:
+    def check_memory(self, tokens: int) -> None:
         """Raise `Absent` if attention over this many tokens takes more memory than is free."""
         if tokens <= WIDE:
             return
@@ -341,18 +360,29 @@ class Embeddings:
             self._cut.add(caption)
 
     def _forward(self, ids: list[list[int]], width: int) -> list[np.ndarray]:
+        hidden = self.encoded(*self.padded(ids, width)).cpu().numpy()
+        return [hidden[row, : len(tokens)] for row, tokens in enumerate(ids)]
+
+    def padded(self, ids: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask (b, width) of a batch."""
+        padded = np.full((len(ids), width), self.tokenizer.pad_token_id)
+        mask = np.zeros_like(padded)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return padded, mask
+
+    def encoded(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        """Start the encoder on a padded batch -> unit-length embeddings (b, width, d) on the device."""
         import torch
         from torch.nn.functional import normalize
 
-        padded = torch.full((len(ids), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(padded)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        inputs = torch.from_numpy(np.stack([ids, mask]))
+        if self.device != "cpu":
+            inputs = inputs.pin_memory()
         with torch.inference_mode():
-            hidden = self.model(padded.to(self.device), attention_mask=mask.to(self.device))[0]
-            hidden = normalize(hidden.float(), dim=-1).cpu().numpy()
-        return [hidden[row, : len(tokens)] for row, tokens in enumerate(ids)]
+            ids, mask = inputs.to(self.device, non_blocking=True)
+            return normalize(self.model(ids, attention_mask=mask)[0].float(), dim=-1)
 
 
 def _encoder(folder: Path, layer: int, precision: str) -> Any:

@@ -66,10 +66,15 @@ def batches(lengths: Sequence[int], limit: int | None, budget: int) -> Iterator[
     """
     by_width: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
-        width = -(-length // WIDTH_STEP) * WIDTH_STEP
-        by_width.setdefault(max(length, min(width, limit or width)), []).append(row)
+        by_width.setdefault(padded(length, limit), []).append(row)
     for width in sorted(by_width, reverse=True):
         yield from ((rows, width) for rows in filled(by_width[width], max(1, budget // width)))
+
+
+def padded(length: int, limit: int | None) -> int:
+    """The width to which a text of this many tokens is padded."""
+    width = -(-length // WIDTH_STEP) * WIDTH_STEP
+    return max(length, min(width, limit or width))
 
 
 def filled(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
