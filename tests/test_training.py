@@ -348,7 +348,8 @@ def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monk
 
 
 def alive():
-    return [kept for kept in gc.get_objects() if isinstance(kept, torch.optim.AdamW | Captioner)]
+    """By type: to ask a weak proxy of the compiler's for its class fails when its object is gone."""
+    return [kept for kept in gc.get_objects() if issubclass(type(kept), torch.optim.AdamW | Captioner)]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ so `--dry-run` and the memory forecast are fast. `load` gives a `Loaded`, whose 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from harness.errors import Problem
 from harness.models.settings import ModelConfig
@@ -91,6 +91,12 @@ class Captioner(Protocol):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         """Keep only the inputs of layers, and recompute the rest in the backward pass."""
+
+    def parts_to_compile(self, how: Literal["layers", "whole"]) -> "list[torch.nn.Module]":
+        """The parts whose forward pass torch.compile should compile, with inputs of one shape in training.
+
+        `layers`: layers that are built alike; compiling is quick. `whole`: few large parts. May be empty.
+        """
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from harness.machine import device as devices
 from harness.machine import ranks
 from harness.models.base import Captioner
 from harness.store import write_json
+from harness.training.compiling import compiled_parts
 from harness.training.settings import TrainConfig
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -68,6 +69,8 @@ def engine(
         write_json(directory / "ds_config.json", settings)
     if universal:
         settings = _merged(settings, {"checkpoint": {"load_universal": True}})
+    for part in compiled_parts(model):  # ZeRO-3 gathers its weights at once, with no hook in compiled code
+        deepspeed.utils.set_z3_leaf_module(part, True)
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if config.precision == "fp16":
         _scale_losses(made.optimizer)

@@ -29,6 +29,7 @@ from harness.models.loading import Loaded, load_trained, save_trained, trained_w
 from harness.models.text import Text, to_device
 from harness.store import free, gb
 from harness.training import losses
+from harness.training.compiling import OFF, Compiler, chosen
 from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
 from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
@@ -59,7 +60,7 @@ class Training:
 
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
-    ranks use rank 0's numbers.
+    ranks use rank 0's numbers. `say` prints a line.
     """
 
     config: TrainConfig
@@ -71,12 +72,14 @@ class Training:
     directory: Path
     log: Callable[[Row], None]
     evaluate: Callable[[Loaded], dict[str, float]]
+    say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):
             raise UserError([problem])
         self.device = devices.torch_device(self.kind)
         self.interrupts, self.interrupted = Interrupts(), False
+        self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
@@ -104,6 +107,8 @@ class Training:
     def _placed(self) -> Loaded:
         loaded = self.load()
         place(loaded.model, self.config, self.kind)
+        if self.compiler.used != OFF:
+            self.compiler.add(loaded.model.parts_to_compile(self.compiler.used))
         return loaded
 
     def _stage(self, stage: Stage) -> None:
