@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from harness.machine.device import moved
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -80,6 +82,4 @@ class Codec:
 
 def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
     """A collated batch with its tensors on another device."""
-    return (
-        None if batch is None else {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    )
+    return None if batch is None else {key: moved(value, device) for key, value in batch.items()}
