@@ -292,6 +292,34 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     assert scales[-1] == 2.0 ** (40 - moved.count(False))  # halved as often as a step was left out
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on_fused(folder, tmp_path, zero_stage):
+    """A fused one counts its steps beside each weight; the others count on the CPU."""
+    from harness.training.engine import engine, place, release, resume
+
+    settings, seen = config(zero_stage=zero_stage, micro_batch_size=8), []
+    for round_ in range(2):
+        loaded = load_tiny(folder)
+        place(loaded.model, settings, "cpu")
+        loaded.model.freeze(["caption"], True)
+        trainer = engine(loaded.model, settings, "cpu", tmp_path)
+        if round_:
+            resume(trainer, tmp_path / "step", universal=False)
+        assert {group["fused"] for group in trainer.optimizer.param_groups} == {True}
+        split = splits(loaded)["train"]
+        captions = loaded.caption.collate(split.captions[:8])
+        trainer.backward(trainer(loaded.normalise(torch.from_numpy(split.pixels[:8])), captions).caption / 50)
+        trainer.step()
+        counted = [state["step"] for state in trainer.optimizer.state.values()]
+        seen.append(set(map(float, counted)))
+        assert len({step.data_ptr() for step in counted}) == len(counted)
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = None
+        trainer.save_checkpoint(tmp_path, tag="step", exclude_frozen_parameters=True)
+        release(trainer)
+    assert seen[1] == {steps + 1 for steps in seen[0]}
+
+
 @pytest.mark.parametrize(
     "zero_stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )

@@ -62,7 +62,7 @@ def engine(
         model.parameter_groups(config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
-        fused=kind == "cpu",
+        fused=kind != "npu",  # torch-npu has a fused AdamW of its own, which no test compares with this one
     )
     settings = _merged(_settings(config), config.deepspeed)
     if ranks.rank() == 0:
@@ -180,19 +180,20 @@ def weights_only() -> Iterator[None]:
 def resume(trainer: Any, path: Path, universal: bool) -> None:
     """Load a checkpoint into an engine that was made for it.
 
+    A fused optimiser counts steps on the device, and goes on fused after a checkpoint of one that was not.
     After a universal checkpoint at ZeRO stage 3, DeepSpeed 0.19.8 gives all groups the first group's weight
     decay, and one shared step counter to all parts of the optimiser, so it would count too fast.
     """
     optimizer = trainer.optimizer
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    kept = [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups]
     with weights_only():
         trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
-    if universal:
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        for state in optimizer.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
+    for group, (decay, fused) in zip(optimizer.param_groups, kept, strict=True):
+        group["weight_decay"], group["fused"] = decay, fused
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            place = parameter.device if kept[0][1] else "cpu"
+            state["step"] = state["step"].to(place, torch.float32, copy=True)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
