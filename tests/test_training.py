@@ -1,5 +1,6 @@
 """The training loop against plain PyTorch, its schedule, and the cost of an interruption."""
 
+import contextlib
 import gc
 from collections import Counter
 
@@ -252,6 +253,73 @@ def test_sorting_within_a_step_leaves_its_images_alone():
 def test_grouping_by_length_trains(folder, tmp_path):
     _, rows = run(folder, tmp_path / "run", config(group_by_length=True, evaluate_every=0))
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_stage": 1, "gradient_checkpointing": True},
+        pytest.param({"zero_stage": 2}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 3}, marks=pytest.mark.slow),
+        pytest.param({"vision_precision": "fp32", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_casts_of_a_step_are_those_of_each_micro_batch(folder, tmp_path, monkeypatch, changes):
+    """To the bit: losses and weights of two epochs of 3 steps, each of 4 micro-batches in bf16."""
+    half = {"precision": "bf16", "micro_batch_size": 2, "evaluate_every": 0, "stages": stages(2, 0)}
+    settings = config(**half | changes)
+    kept, rows = run(folder, tmp_path / "kept", settings)
+    monkeypatch.setattr(train, "casts_kept", lambda *_: contextlib.nullcontext())
+    each, others = run(folder, tmp_path / "each", settings)
+    assert losses_of(rows) == losses_of(others)
+    for name, weight in each.model.state_dict().items():
+        assert torch.equal(weight, kept.model.state_dict()[name]), name
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_casts_that_outlive_their_step_would_be_seen(folder, tmp_path, monkeypatch):
+    """The losses of step 2 and later, whose weights moved after they were cast."""
+    settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), learning_rate=1e-2)
+    _, rows = run(folder, tmp_path / "right", settings)
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    _, stale = run(folder, tmp_path / "stale", settings)
+    clear()
+    right, wrong = losses_of(rows), losses_of(stale)
+    assert right[0] == wrong[0]
+    assert right[2] != wrong[2]
+
+
+def test_a_weight_is_cast_once_in_a_step(folder, tmp_path, monkeypatch):
+    """The matrix of a ViT layer that both micro-batches of a step use, forwards and in the recomputation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        shape, count = None, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+                self.count += (kwargs or {}).get("dtype") is torch.bfloat16
+            return function(*args, **(kwargs or {}))
+
+    settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), gradient_checkpointing=True)
+    counts = []
+    for keeps in (train.casts_kept, lambda *_: contextlib.nullcontext()):
+        monkeypatch.setattr(train, "casts_kept", keeps)
+        casts = Casts()
+        casts.shape = load_tiny(folder).model.vision_model.encoder.layers[0].mlp.fc1.weight.shape
+        with casts, pytest.raises(Interrupted):
+            run(folder, tmp_path / str(len(counts)), settings, log=interrupt)
+        counts.append(casts.count)
+    assert counts[0] < counts[1] / 1.5
+
+
+def interrupt(row):
+    raise Interrupted
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])

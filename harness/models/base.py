@@ -130,8 +130,8 @@ class Activations:
     """Bytes of one micro batch.
 
     `kept`: saved for the backward pass without gradient checkpointing, `kept_checkpointed` with it. `casts`:
-    the trained weights that autocast holds in half precision during the forward pass. `loss`: temporaries of
-    computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
+    the trained weights that autocast holds in half precision until the optimiser's step. `loss`: temporaries
+    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
     """
 
     kept: int

@@ -196,6 +196,15 @@ def resume(trainer: Any, path: Path, universal: bool) -> None:
             state["step"] = state["step"].to(place, torch.float32, copy=True)
 
 
+def casts_kept(config: TrainConfig, kind: devices.Kind) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast casts each weight once; it must end before the weights change.
+
+    Autocast keeps casts until its outermost context ends. This one is not enabled, because backward passes
+    must not be. ZeRO-3 frees weights after each use, so their casts are not kept.
+    """
+    return contextlib.nullcontext() if config.zero_stage == 3 else torch.autocast(kind, enabled=False)
+
+
 def _settings(config: TrainConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:

@@ -30,7 +30,16 @@ from harness.models.text import Text, to_device
 from harness.store import free, gb
 from harness.training import losses
 from harness.training.compiling import OFF, Compiler, chosen
-from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
+from harness.training.engine import (
+    accumulation,
+    casts_kept,
+    engine,
+    place,
+    release,
+    resume,
+    to_universal,
+    whole,
+)
 from harness.training.outstanding import Learnt, Numbers, Outstanding
 from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
@@ -267,23 +276,26 @@ class Training:
         micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
         own = micro_batches[ranks.rank() :: ranks.world_size()]
         found = []
-        for batch in self._batches(split, own, stage):
-            pixels = devices.moved(batch.pop("pixels"), self.device)
-            computed = trainer(
-                self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
-                to_device(batch["caption"], self.device),
-                to_device(batch["concept"], self.device),
-                self.config.label_smoothing,
-            )
-            none = torch.zeros((), device=self.device)
-            shares = [
-                loss(computed, tokens, stage.losses[name]) if name in stage.losses else none
-                for name, loss in losses.LOSSES.items()
-            ]
-            found.append(torch.stack(shares).detach())
-            # the engine averages over micro-batches and ranks, but these terms are shares of a sum
-            trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
-            trainer.step()
+        with casts_kept(self.config, self.kind):
+            for number, batch in enumerate(self._batches(split, own, stage)):
+                if number:
+                    trainer.step()  # of the micro-batch before
+                pixels = devices.moved(batch.pop("pixels"), self.device)
+                computed = trainer(
+                    self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
+                    to_device(batch["caption"], self.device),
+                    to_device(batch["concept"], self.device),
+                    self.config.label_smoothing,
+                )
+                none = torch.zeros((), device=self.device)
+                shares = [
+                    loss(computed, tokens, stage.losses[name]) if name in stage.losses else none
+                    for name, loss in losses.LOSSES.items()
+                ]
+                found.append(torch.stack(shares).detach())
+                # the engine averages over micro-batches and ranks, but these terms are shares of a sum
+                trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
+        trainer.step()
         terms, norm = torch.stack(found), trainer.get_global_grad_norm()
         scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
         numbers = Numbers(self._summed(terms, norm), self.kind)
