@@ -17,6 +17,7 @@ from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.blip2.model import Captioner
+from harness.models.text import Codec
 from harness.training import losses, schedule, train
 from harness.training.settings import LossesConfig
 
@@ -179,6 +180,35 @@ def test_gradient_checkpointing_changes_no_loss(folder, plain, tmp_path):
     _, saved = run(folder, tmp_path / "saved", config(evaluate_every=0, gradient_checkpointing=True))
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (saved, plain[1])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_texts_padded_to_a_multiple_change_no_loss(folder, tmp_path, monkeypatch, language_model):
+    """As on accelerators; on a CPU texts are as wide as the longest."""
+    settings = config(evaluate_every=0, stages=stages(2, 0))
+    collate, added = Codec.collate, []
+
+    def padded(codec, texts, multiple):
+        batch = collate(codec, texts, max(multiple, least))
+        added.append(batch["ids"].shape[1] - max(len(text.ids) for text in texts))
+        return batch
+
+    monkeypatch.setattr(Codec, "collate", padded)
+    found = []
+    for least in (1, 8):
+        _, rows = run(folder, tmp_path / str(least), settings, language_model=language_model)
+        found.append((losses_of(rows), max(added)))
+    assert found[0][1] == 0 < found[1][1]
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+
+
+def test_no_text_is_padded_beyond_the_longest_that_is_allowed(folder):
+    codec = load_tiny(folder, max_tokens=13).caption
+    texts = [codec.encode("lung " * words) for words in range(1, 40)]
+    for text in texts:
+        width = codec.collate([text], 8)["ids"].shape[1]
+        assert width >= len(text.ids)
+        assert width % 8 == 0 or width == len(codec.prompt) + 13
 
 
 def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):

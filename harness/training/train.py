@@ -51,6 +51,8 @@ DIVERGED = (
     "Training diverged. Lower train.learning_rate, raise train.warmup_steps, set train.max_grad_norm to 1, "
     "or set train.precision: fp32."
 )
+_WIDTHS = 8
+"""Texts are padded to a multiple of this on accelerators, whose matrix products are faster for it."""
 Row = dict[str, Any]
 
 
@@ -88,6 +90,7 @@ class Training:
         if problem := indivisible(self.config, ranks.world_size()):
             raise UserError([problem])
         self.device = devices.torch_device(self.kind)
+        self.multiple = 1 if self.kind == "cpu" else _WIDTHS
         self.interrupts, self.interrupted = Interrupts(), False
         self.outstanding: Outstanding | None = None
         self.arrived = -math.inf  # when the numbers of the last step that was read were there
@@ -342,8 +345,9 @@ class Training:
             batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
             concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
             captions = [split.captions[i] for i in indices]
-            batch["caption"] = self.loaded.caption.collate(captions) if "caption" in stage.texts else None
-            batch["concept"] = self.loaded.concept.collate(concepts) if "concept" in stage.texts else None
+            for name, texts in (("caption", captions), ("concept", concepts)):
+                codec = getattr(self.loaded, name)
+                batch[name] = codec.collate(texts, self.multiple) if name in stage.texts else None
             return batch
 
         if not parts:
