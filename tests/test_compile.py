@@ -10,8 +10,7 @@ from support.commands import harness
 from support.experiments import EXPERIMENT
 from support.models import batch, load_tiny, stages
 from support.ranks import TRAIN, rows, train
-from support.training import config, run
-from test_training import Interrupted, alive
+from support.training import Interrupted, alive, config, run
 
 from harness.machine import device
 from harness.training.compiling import Compiler, chosen, keep_code_in

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.models import load_tiny, pixels, stages
-from support.training import by_hand, config, run, splits
+from support.training import Interrupted, alive, by_hand, config, run, splits
 
 from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
-from harness.models.blip2.model import Captioner
 from harness.models.text import Codec
 from harness.training import losses, schedule, train
 from harness.training.settings import LossesConfig
@@ -60,10 +59,6 @@ def test_frozen_parts_do_not_change_by_a_bit(folder, plain, tmp_path):
             assert torch.equal(after_two[name], before[name]), name
         if name.startswith(("embeddings.", "cls.")):
             assert torch.equal(after_two[name], after_one[name]), name
-
-
-class Interrupted(Exception):
-    pass
 
 
 def rising():
@@ -471,11 +466,6 @@ def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monk
     monkeypatch.setattr(trainer, "destroy", lambda: None)  # it was called
     release(trainer)
     assert left() == [False] * 4
-
-
-def alive():
-    """By type: to ask a weak proxy of the compiler's for its class fails when its object is gone."""
-    return [kept for kept in gc.get_objects() if issubclass(type(kept), torch.optim.AdamW | Captioner)]
 
 
 @pytest.mark.parametrize(
