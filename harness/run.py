@@ -103,7 +103,7 @@ class _Steps:
         begun = time.perf_counter()
         complete = self.work.build(step, directory)
         made = {key: self.record[key] for key in ("git", "environment", "command")}
-        made["ranks"] = ranks.world_size()
+        made |= {"ranks": ranks.world_size()} | step.made
         write_json(directory / MADE, made | {"seconds": round(time.perf_counter() - begun, 1)})
         return complete
 

@@ -49,8 +49,9 @@ def test_training_equals_plain_pytorch(cuda, folder, tmp_path):
     assert differences.max() < TRAIN["learning_rate"]
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(cuda, folder, tmp_path):
-    how = {"train": TRAIN | {"checkpoint_every_steps": 2}, "dropout": 0.1}
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_killed_training_goes_on_to_the_same_bits(cuda, folder, tmp_path, zero_stage):
+    how = {"train": TRAIN | {"checkpoint_every_steps": 2, "zero_stage": zero_stage}, "dropout": 0.1}
     train(cuda, folder, tmp_path / "whole", **how)
     assert train(cuda, folder, tmp_path / "parts", check=False, kill_at=8, **how) != 0
     train(cuda, folder, tmp_path / "parts", **how)

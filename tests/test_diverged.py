@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from harness.models.blip2 import loading
 from harness.models.loading import load_trained, save_trained
 from harness.models.settings import ModelConfig
 from harness.pages import filled
-from harness.training import plots, train
+from harness.training import losses, plots, schedule, train
 
 device.probe("cpu")
 LAST_STEP = {
@@ -54,6 +55,33 @@ def test_divergence_in_the_last_step_fails_with_its_place_however_often_it_is_tr
     rows = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize(("call", "step"), [(2, 2), (5, 3), (9, 5)])
+def test_a_loss_is_read_one_step_later_and_named_by_its_own_step(folder, tmp_path, monkeypatch, call, step):
+    """An epoch has 3 steps of 2 micro-batches. Step 3 ends one, and a checkpoint follows step 4."""
+    calls, seen = iter(range(100)), []
+    count = [0]
+
+    def caption(computed, tokens, weight):
+        count[0] = next(calls) + 1
+        return computed.caption * (math.nan if count[0] == call + 1 else weight) / tokens["caption"]
+
+    monkeypatch.setitem(losses.LOSSES, "caption", caption)
+    settings = config(stages=stages(2, 0), checkpoint_every_steps=4)
+    log = lambda row: seen.append((row["step"], count[0])) if "loss" in row else None  # noqa: E731
+    with pytest.raises(UserError) as caught:
+        run(folder, tmp_path / "run", settings, log=log)
+    split = splits(load_tiny(folder))["train"]
+    lengths = np.array([len(text.ids) for text in split.captions])
+    epoch, number = divmod(step - 1, 3)
+    images = np.split(schedule.epoch_batches(lengths, 8, 42, 1, epoch)[number], 2)[call % 2]
+    what = f"caption_loss became nan at step {step}; images of that batch: "
+    assert what + ", ".join(split.ids[i] for i in images) + "\n" in str(caught.value)
+    assert seen == [(1, 4), (2, 6), (3, 6), (4, 8)][: step - 1]
+    done = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step*"))]
+    assert done == ["step00000003", "step00000004"][: max(0, step - 3)]
+    assert (tmp_path / "run" / train.BEST).exists() == (step > 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,5 +1,6 @@
 """The training loop against plain PyTorch, its schedule, and the cost of an interruption."""
 
+import contextlib
 import gc
 from collections import Counter
 
@@ -9,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.models import load_tiny, pixels, stages
-from support.training import by_hand, config, run, splits
+from support.training import Interrupted, alive, by_hand, config, run, splits
 
 from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
-from harness.models.blip2.model import Captioner
+from harness.models.text import Codec
 from harness.training import losses, schedule, train
 from harness.training.settings import LossesConfig
 
@@ -58,10 +59,6 @@ def test_frozen_parts_do_not_change_by_a_bit(folder, plain, tmp_path):
             assert torch.equal(after_two[name], before[name]), name
         if name.startswith(("embeddings.", "cls.")):
             assert torch.equal(after_two[name], after_one[name]), name
-
-
-class Interrupted(Exception):
-    pass
 
 
 def rising():
@@ -180,6 +177,35 @@ def test_gradient_checkpointing_changes_no_loss(folder, plain, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("language_model", [True, False])
+def test_texts_padded_to_a_multiple_change_no_loss(folder, tmp_path, monkeypatch, language_model):
+    """As on accelerators; on a CPU texts are as wide as the longest."""
+    settings = config(evaluate_every=0, stages=stages(2, 0))
+    collate, added = Codec.collate, []
+
+    def padded(codec, texts, multiple):
+        batch = collate(codec, texts, max(multiple, least))
+        added.append(batch["ids"].shape[1] - max(len(text.ids) for text in texts))
+        return batch
+
+    monkeypatch.setattr(Codec, "collate", padded)
+    found = []
+    for least in (1, 8):
+        _, rows = run(folder, tmp_path / str(least), settings, language_model=language_model)
+        found.append((losses_of(rows), max(added)))
+    assert found[0][1] == 0 < found[1][1]
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+
+
+def test_no_text_is_padded_beyond_the_longest_that_is_allowed(folder):
+    codec = load_tiny(folder, max_tokens=13).caption
+    texts = [codec.encode("lung " * words) for words in range(1, 40)]
+    for text in texts:
+        width = codec.collate([text], 8)["ids"].shape[1]
+        assert width >= len(text.ids)
+        assert width % 8 == 0 or width == len(codec.prompt) + 13
+
+
 def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):
     """As strings, 9.5 would beat 10.2."""
     scores = iter([9.5, 10.2, 10.1])
@@ -254,6 +280,73 @@ def test_grouping_by_length_trains(folder, tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_stage": 1, "gradient_checkpointing": True},
+        pytest.param({"zero_stage": 2}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 3}, marks=pytest.mark.slow),
+        pytest.param({"vision_precision": "fp32", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_casts_of_a_step_are_those_of_each_micro_batch(folder, tmp_path, monkeypatch, changes):
+    """To the bit: losses and weights of two epochs of 3 steps, each of 4 micro-batches in bf16."""
+    half = {"precision": "bf16", "micro_batch_size": 2, "evaluate_every": 0, "stages": stages(2, 0)}
+    settings = config(**half | changes)
+    kept, rows = run(folder, tmp_path / "kept", settings)
+    monkeypatch.setattr(train, "casts_kept", lambda *_: contextlib.nullcontext())
+    each, others = run(folder, tmp_path / "each", settings)
+    assert losses_of(rows) == losses_of(others)
+    for name, weight in each.model.state_dict().items():
+        assert torch.equal(weight, kept.model.state_dict()[name]), name
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_casts_that_outlive_their_step_would_be_seen(folder, tmp_path, monkeypatch):
+    """The losses of step 2 and later, whose weights moved after they were cast."""
+    settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), learning_rate=1e-2)
+    _, rows = run(folder, tmp_path / "right", settings)
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    _, stale = run(folder, tmp_path / "stale", settings)
+    clear()
+    right, wrong = losses_of(rows), losses_of(stale)
+    assert right[0] == wrong[0]
+    assert right[2] != wrong[2]
+
+
+def test_a_weight_is_cast_once_in_a_step(folder, tmp_path, monkeypatch):
+    """The matrix of a ViT layer that both micro-batches of a step use, forwards and in the recomputation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        shape, count = None, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+                self.count += (kwargs or {}).get("dtype") is torch.bfloat16
+            return function(*args, **(kwargs or {}))
+
+    settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), gradient_checkpointing=True)
+    counts = []
+    for keeps in (train.casts_kept, lambda *_: contextlib.nullcontext()):
+        monkeypatch.setattr(train, "casts_kept", keeps)
+        casts = Casts()
+        casts.shape = load_tiny(folder).model.vision_model.encoder.layers[0].mlp.fc1.weight.shape
+        with casts, pytest.raises(Interrupted):
+            run(folder, tmp_path / str(len(counts)), settings, log=interrupt)
+        counts.append(casts.count)
+    assert counts[0] < counts[1] / 1.5
+
+
+def interrupt(row):
+    raise Interrupted
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_fp16_trains_as_fp32_does(folder, plain, tmp_path, zero_stage):
     half = config(precision="fp16", zero_stage=zero_stage, evaluate_every=0)
@@ -290,6 +383,34 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     assert not moved[0]
     assert moved[-1]
     assert scales[-1] == 2.0 ** (40 - moved.count(False))  # halved as often as a step was left out
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on_fused(folder, tmp_path, zero_stage):
+    """A fused one counts its steps beside each weight; the others count on the CPU."""
+    from harness.training.engine import engine, place, release, resume
+
+    settings, seen = config(zero_stage=zero_stage, micro_batch_size=8), []
+    for round_ in range(2):
+        loaded = load_tiny(folder)
+        place(loaded.model, settings, "cpu")
+        loaded.model.freeze(["caption"], True)
+        trainer = engine(loaded.model, settings, "cpu", tmp_path)
+        if round_:
+            resume(trainer, tmp_path / "step", universal=False)
+        assert {group["fused"] for group in trainer.optimizer.param_groups} == {True}
+        split = splits(loaded)["train"]
+        captions = loaded.caption.collate(split.captions[:8])
+        trainer.backward(trainer(loaded.normalise(torch.from_numpy(split.pixels[:8])), captions).caption / 50)
+        trainer.step()
+        counted = [state["step"] for state in trainer.optimizer.state.values()]
+        seen.append(set(map(float, counted)))
+        assert len({step.data_ptr() for step in counted}) == len(counted)
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = None
+        trainer.save_checkpoint(tmp_path, tag="step", exclude_frozen_parameters=True)
+        release(trainer)
+    assert seen[1] == {steps + 1 for steps in seen[0]}
 
 
 @pytest.mark.parametrize(
@@ -345,10 +466,6 @@ def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monk
     monkeypatch.setattr(trainer, "destroy", lambda: None)  # it was called
     release(trainer)
     assert left() == [False] * 4
-
-
-def alive():
-    return [kept for kept in gc.get_objects() if isinstance(kept, torch.optim.AdamW | Captioner)]
 
 
 @pytest.mark.parametrize(

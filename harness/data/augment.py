@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.config.sections import AugmentConfig
+from harness.machine import device
 
 _TRIES = 10
 
@@ -24,14 +25,14 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -
     images = pixels.permute(0, 3, 1, 2).float()
     if moved:
         grid = F.affine_grid(
-            _transforms(len(images), images.shape[2], config, generator).to(images.device),
+            device.moved(_transforms(len(images), images.shape[2], config, generator), images.device),
             images.shape,
             align_corners=False,
         )
         images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     if config.brightness:
         factors = 1 + config.brightness * (2 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 1)
-        gain, contrast = factors.to(images.device)
+        gain, contrast = device.moved(factors, images.device)
         mean = images.mean((1, 2, 3), keepdim=True)
         images = ((images - mean) * contrast + mean) * gain
     return images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -212,6 +212,11 @@ def torch_device(kind: Kind) -> Any:
     return torch.device(kind, local_rank())
 
 
+def moved(tensor: Any, place: Any) -> Any:
+    """A CPU tensor on another device; on CUDA from pinned memory, else the copy waits for earlier work."""
+    return (tensor.pin_memory() if place.type == "cuda" else tensor).to(place, non_blocking=True)
+
+
 def scoring_device(kind: Kind) -> str:
     """The torch device of the neural metrics: the CPU if the other device does not compute in fp32."""
     return str(torch_device(kind)) if kind != "cpu" and computes_fp32(kind) else "cpu"

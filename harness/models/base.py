@@ -8,7 +8,7 @@ import torch, so `--dry-run` and the memory forecast are fast. `load` gives a `L
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from harness.errors import Problem
 from harness.models.settings import ModelConfig
@@ -92,6 +92,12 @@ class Captioner(Protocol):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         """Keep only the inputs of layers, and recompute the rest in the backward pass."""
 
+    def parts_to_compile(self, how: Literal["layers", "whole"]) -> "list[torch.nn.Module]":
+        """The parts whose forward pass torch.compile should compile, with inputs of one shape in training.
+
+        `layers`: layers that are built alike; compiling is quick. `whole`: few large parts. May be empty.
+        """
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -140,8 +146,8 @@ class Activations:
     """Bytes of one micro batch.
 
     `kept`: saved for the backward pass without gradient checkpointing, `kept_checkpointed` with it. `casts`:
-    the trained weights that autocast holds in half precision during the forward pass. `loss`: temporaries of
-    computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
+    the trained weights that autocast holds in half precision until the optimiser's step. `loss`: temporaries
+    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
     """
 
     kept: int

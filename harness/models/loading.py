@@ -1,5 +1,6 @@
 """A loaded model with its codecs and pixel statistics; and the file of the weights that training changes."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,15 @@ class Loaded:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalise uint8 (B, S, S, 3) -> float (B, 3, S, S), by the checkpoint's mean and std."""
-        mean = 255 * torch.tensor(self.mean, device=pixels.device)[:, None, None]
-        std = 255 * torch.tensor(self.std, device=pixels.device)[:, None, None]
+        mean, std = _levels(self.mean, pixels.device), _levels(self.std, pixels.device)
         planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return planes.sub_(mean).div_(std)
+
+
+@functools.cache
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Channels of 0 to 1 in grey levels, (3, 1, 1); kept, because a copy to a device waits for it."""
+    return 255 * torch.tensor(values, device=device)[:, None, None]
 
 
 def trained_weights(model: Captioner) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Encoding and decoding of captions and concept sentences, with masks and end tokens as in LAVIS."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from harness.machine.device import moved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,9 +67,14 @@ class Codec:
             kept = kept[: kept.index(self.end)]
         return " ".join(self.tokenizer.decode(kept, skip_special_tokens=True).split())
 
-    def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """Batch texts -> ids, mask and labels, each (B, longest T), padded on the right."""
-        width = max(len(text.ids) for text in texts)
+    def collate(self, texts: Sequence[Text], multiple: int = 1) -> dict[str, Tensor]:
+        """Batch texts -> ids, mask and labels, each (B, T), padded on the right.
+
+        T is the longest length, rounded up to a multiple but not beyond the longest text that `encode` gives.
+        """
+        longest = max(len(text.ids) for text in texts)
+        rounded = multiple * math.ceil(longest / multiple)
+        width = max(longest, min(rounded, len(self.prompt) + self.max_tokens))
         ids = torch.full((len(texts), width), self.pad)
         labels = torch.full((len(texts), width), IGNORE)
         mask = torch.zeros((len(texts), width), dtype=torch.long)
@@ -80,6 +88,4 @@ class Codec:
 
 def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
     """A collated batch with its tensors on another device."""
-    return (
-        None if batch is None else {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    )
+    return None if batch is None else {key: moved(value, device) for key, value in batch.items()}

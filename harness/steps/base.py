@@ -33,6 +33,8 @@ class Step(ABC):
 
     def __init__(self, inputs: Inputs, part: str = "") -> None:
         self.inputs, self.part = inputs, part
+        self.made: dict[str, Any] = {}
+        """What `build` adds to the record of how the step was built."""
 
     @classmethod
     @abstractmethod

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from harness.steps.work import Work
     from harness.training import train
 
-INDIFFERENT = ("zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints")
-"""Keys of `train` that do not affect the result."""
+INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints")
+"""Keys of `train` that do not affect the result, except by rounding."""
 CURVES = "curves.png"
 
 
@@ -65,11 +65,13 @@ class Train(Step):
         return dict.fromkeys(("train", "valid"), self.inputs.config.model.image_size)
 
     def build(self, work: "Work", directory: Path) -> None:
-        from harness.training import plots, schedule, train
+        from harness.training import compiling, plots, schedule, train
 
         config = self.inputs.config
         if not device.computes_fp32(work.kind):
             work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
+        if compiling.chosen(config.train, work.kind) != compiling.OFF:
+            compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
         with work.reporter.progress(f"Training {work.run_name}") as advance:
@@ -82,7 +84,7 @@ class Train(Step):
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
 
-            work.model = train.Training(
+            training = train.Training(
                 config.train,
                 config.data.augment,
                 lambda: work.load(self.inputs),
@@ -92,7 +94,10 @@ class Train(Step):
                 directory,
                 log,
                 lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
-            ).run()
+                work.say,
+            )
+            work.model = training.run()
+        self.made["compile"] = training.compiler.used
         if ranks.rank() == 0:
             plots.curves(directory / LOSSES, directory / CURVES)
 

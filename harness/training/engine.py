@@ -22,6 +22,7 @@ from harness.machine import device as devices
 from harness.machine import ranks
 from harness.models.base import Captioner
 from harness.store import write_json
+from harness.training.compiling import compiled_parts
 from harness.training.settings import TrainConfig
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -61,13 +62,15 @@ def engine(
         model.parameter_groups(config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
-        fused=kind == "cpu",
+        fused=kind != "npu",  # torch-npu has a fused AdamW of its own, which no test compares with this one
     )
     settings = _merged(_settings(config), config.deepspeed)
     if ranks.rank() == 0:
         write_json(directory / "ds_config.json", settings)
     if universal:
         settings = _merged(settings, {"checkpoint": {"load_universal": True}})
+    for part in compiled_parts(model):  # ZeRO-3 gathers its weights at once, with no hook in compiled code
+        deepspeed.utils.set_z3_leaf_module(part, True)
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if config.precision == "fp16":
         _scale_losses(made.optimizer)
@@ -177,19 +180,29 @@ def weights_only() -> Iterator[None]:
 def resume(trainer: Any, path: Path, universal: bool) -> None:
     """Load a checkpoint into an engine that was made for it.
 
+    A fused optimiser counts steps on the device, and goes on fused after a checkpoint of one that was not.
     After a universal checkpoint at ZeRO stage 3, DeepSpeed 0.19.8 gives all groups the first group's weight
     decay, and one shared step counter to all parts of the optimiser, so it would count too fast.
     """
     optimizer = trainer.optimizer
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    kept = [(group["weight_decay"], group["fused"]) for group in optimizer.param_groups]
     with weights_only():
         trainer.load_checkpoint(path.parent, tag=path.name, load_module_strict=False)
-    if universal:
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        for state in optimizer.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
+    for group, (decay, fused) in zip(optimizer.param_groups, kept, strict=True):
+        group["weight_decay"], group["fused"] = decay, fused
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            place = parameter.device if kept[0][1] else "cpu"
+            state["step"] = state["step"].to(place, torch.float32, copy=True)
+
+
+def casts_kept(config: TrainConfig, kind: devices.Kind) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast casts each weight once; it must end before the weights change.
+
+    Autocast keeps casts until its outermost context ends. This one is not enabled, because backward passes
+    must not be. ZeRO-3 frees weights after each use, so their casts are not kept.
+    """
+    return contextlib.nullcontext() if config.zero_stage == 3 else torch.autocast(kind, enabled=False)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _computing(held: Activations, checkpointing: bool) -> int:
     """Peak bytes of forward and backward pass: at the loss, or in a layer that is recomputed."""
     if not checkpointing:
         return held.kept + held.casts + held.loss
-    return held.kept_checkpointed + max(held.casts + held.loss, 2 * held.layer)
+    return held.kept_checkpointed + max(held.casts + max(held.loss, held.layer), 2 * held.layer)
 
 
 def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:

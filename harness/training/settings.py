@@ -97,6 +97,13 @@ class TrainConfig(Section):
     """false freezes the ViT."""
     gradient_checkpointing: bool = False
     """Use less memory and more time in the ViT, Q-Former and language model."""
+    compile: Literal["auto", "off", "layers", "whole"] = "auto"
+    """What torch.compile compiles while training: each layer of the image encoder, or the encoder as a whole.
+
+    `auto`: the layers on CUDA, nothing on other devices. If the compiler fails, nothing is compiled. Compiled
+    code rounds in other ways, as another device does. It is kept in `runs/cache/compiled`, unless
+    `TORCHINDUCTOR_CACHE_DIR` names another folder.
+    """
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 autocast if the device has it, else fp32. fp16 needs ZeRO. Trained weights stay fp32."""
     vision_precision: Literal["auto", "fp32"] = "auto"

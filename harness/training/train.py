@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +29,18 @@ from harness.models.loading import Loaded, load_trained, save_trained, trained_w
 from harness.models.text import Text, to_device
 from harness.store import free, gb
 from harness.training import losses
-from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
+from harness.training.compiling import OFF, Compiler, chosen
+from harness.training.engine import (
+    accumulation,
+    casts_kept,
+    engine,
+    place,
+    release,
+    resume,
+    to_universal,
+    whole,
+)
+from harness.training.outstanding import Learnt, Numbers, Outstanding
 from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.training.settings import TrainConfig
@@ -40,6 +51,8 @@ DIVERGED = (
     "Training diverged. Lower train.learning_rate, raise train.warmup_steps, set train.max_grad_norm to 1, "
     "or set train.precision: fp32."
 )
+_WIDTHS = 8
+"""Texts are padded to a multiple of this on accelerators, whose matrix products are faster for it."""
 Row = dict[str, Any]
 
 
@@ -59,7 +72,7 @@ class Training:
 
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
-    ranks use rank 0's numbers.
+    ranks use rank 0's numbers. `say` prints a line.
     """
 
     config: TrainConfig
@@ -71,12 +84,17 @@ class Training:
     directory: Path
     log: Callable[[Row], None]
     evaluate: Callable[[Loaded], dict[str, float]]
+    say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):
             raise UserError([problem])
         self.device = devices.torch_device(self.kind)
+        self.multiple = 1 if self.kind == "cpu" else _WIDTHS
         self.interrupts, self.interrupted = Interrupts(), False
+        self.outstanding: Outstanding | None = None
+        self.arrived = -math.inf  # when the numbers of the last step that was read were there
+        self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
@@ -104,6 +122,8 @@ class Training:
     def _placed(self) -> Loaded:
         loaded = self.load()
         place(loaded.model, self.config, self.kind)
+        if self.compiler.used != OFF:
+            self.compiler.add(loaded.model.parts_to_compile(self.compiler.used))
         return loaded
 
     def _stage(self, stage: Stage) -> None:
@@ -149,6 +169,7 @@ class Training:
             with self.interrupts.wait():
                 self._step(trainer, stage, step, order[number])
                 if ended or self.interrupted or self._due(step + 1):
+                    self._read()
                     self._check_weights(trainer, stage)
                     self._save(trainer, validated=not ended)
             if self.interrupted or (ended and self.interrupts.came):
@@ -201,7 +222,7 @@ class Training:
         return loaded
 
     def _step(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> None:
-        """Do optimiser step `step` (from 0) of a stage on these images."""
+        """Give optimiser step `step` (from 0) of a stage to the device, and read the step before it."""
         begun = time.perf_counter()
         steps = stage.epochs * self.per_epoch
         rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
@@ -209,11 +230,30 @@ class Training:
             group["lr"] = rate
         self._randomise(stage, step)
         trainer.train()
-        row = self._losses(trainer, stage, indices)
+        learnt = self._learn(trainer, stage, indices)
         self.state.step, self.state.done = self.state.step + 1, step + 1
-        speed = len(indices) / (time.perf_counter() - begun)
-        where = {"step": self.state.step, "stage": stage.number, "epoch": (step + 1) / self.per_epoch}
-        self._log({**where, **row, "learning_rate": rate, "images_per_second": speed})
+        epoch = (step + 1) / self.per_epoch
+        given = Outstanding(self.state.step, stage, epoch, rate, begun, learnt)
+        self._read()
+        self.outstanding = given
+
+    def _read(self) -> None:
+        """Log the outstanding step, if there is one; stop all ranks if its numbers are not finite."""
+        step, self.outstanding = self.outstanding, None
+        if step is None:
+            return
+        numbers, arrived = step.learnt.numbers.read()
+        terms, (interrupted, *norms) = numbers[: len(TERMS)], numbers[len(TERMS) :]
+        self.interrupted = bool(interrupted)
+        if not all(map(math.isfinite, terms)):
+            self._diverged(step)
+        row: Row = {"step": step.step, "stage": step.stage.number, "epoch": step.epoch, "loss": sum(terms)}
+        shown = zip(losses.LOSSES, TERMS, terms, strict=True)
+        row |= {term: value for name, term, value in shown if name in step.stage.losses}
+        row |= self._gradients(step, norms[0] if norms else step.learnt.norm)
+        speed = self.config.batch_size / step.seconds(arrived, self.arrived)
+        self.arrived = arrived
+        self._log({**row, "learning_rate": step.learning_rate, "images_per_second": speed})
 
     def _order(self, stage: int, epoch: int) -> list[np.ndarray]:
         """The images of each optimiser step of an epoch."""
@@ -226,8 +266,11 @@ class Training:
         devices.seed_everything(int(one))
         self.draw = torch.Generator().manual_seed(int(two))
 
-    def _losses(self, trainer: Any, stage: Stage, indices: np.ndarray) -> Row:
-        """Learn from a global batch; each loss is the mean over all its tokens in that batch."""
+    def _learn(self, trainer: Any, stage: Stage, indices: np.ndarray) -> Learnt:
+        """Learn from a global batch; each loss is the mean over all its tokens in that batch.
+
+        Nothing here waits for the device, but ZeRO does where it looks for an overflow.
+        """
         split = self.splits["train"]
         tokens = {
             "caption": sum(split.captions[i].predicted for i in indices),
@@ -236,62 +279,64 @@ class Training:
         micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
         own = micro_batches[ranks.rank() :: ranks.world_size()]
         found = []
-        for batch in self._batches(split, own, stage):
-            pixels = batch.pop("pixels").to(self.device, non_blocking=True)
-            computed = trainer(
-                self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
-                to_device(batch["caption"], self.device),
-                to_device(batch["concept"], self.device),
-                self.config.label_smoothing,
-            )
-            none = torch.zeros((), device=self.device)
-            shares = [
-                loss(computed, tokens, stage.losses[name]) if name in stage.losses else none
-                for name, loss in losses.LOSSES.items()
-            ]
-            found.append(torch.stack(shares).detach())
-            # the engine averages over micro-batches and ranks, but these terms are shares of a sum
-            trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
-            trainer.step()
-        terms = self._summed(torch.stack(found), own).tolist()
-        row: Row = {"loss": sum(terms)}
-        shown = zip(losses.LOSSES, TERMS, terms, strict=True)
-        row |= {term: value for name, term, value in shown if name in stage.losses}
-        return row | self._gradients(trainer)
+        with casts_kept(self.config, self.kind):
+            for number, batch in enumerate(self._batches(split, own, stage)):
+                if number:
+                    trainer.step()  # of the micro-batch before
+                pixels = devices.moved(batch.pop("pixels"), self.device)
+                computed = trainer(
+                    self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
+                    to_device(batch["caption"], self.device),
+                    to_device(batch["concept"], self.device),
+                    self.config.label_smoothing,
+                )
+                none = torch.zeros((), device=self.device)
+                shares = [
+                    loss(computed, tokens, stage.losses[name]) if name in stage.losses else none
+                    for name, loss in losses.LOSSES.items()
+                ]
+                found.append(torch.stack(shares).detach())
+                # the engine averages over micro-batches and ranks, but these terms are shares of a sum
+                trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
+        trainer.step()
+        terms, norm = torch.stack(found), trainer.get_global_grad_norm()
+        scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
+        numbers = Numbers(self._summed(terms, norm), self.kind)
+        on_host = None if norm is None or torch.is_tensor(norm) else float(norm)
+        return Learnt(own, terms, numbers, on_host, scale)
 
-    def _gradients(self, trainer: Any) -> Row:
+    def _summed(self, found: Tensor, norm: Any) -> Tensor:
+        """Sum loss terms (M, L) over all ranks' micro-batches; the norm of gradients follows if a tensor.
+
+        The same collective tells all ranks whether one was interrupted.
+        """
+        came = found.new_full((1,), float(self.interrupts.came is not None))
+        total = ranks.total(torch.cat([found.sum(0), came]))
+        norms = [norm.detach().reshape(1).to(total.device)] if torch.is_tensor(norm) else []
+        return torch.cat([total, *norms])
+
+    def _gradients(self, step: Outstanding, norm: float | None) -> Row:
         """Norm of the gradients before clipping, if ZeRO computes it, and in fp16 the loss scale.
 
         Only in fp16 gradients may overflow: the step is skipped and the scale is halved.
         """
-        scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
-        norm = trainer.get_global_grad_norm()
         finite = norm is not None and math.isfinite(norm)
-        if norm is not None and not finite and scale in (None, 1):
-            what = f"the gradients of step {self.state.step + 1} are not finite, although its loss is"
+        if norm is not None and not finite and step.learnt.scale in (None, 1):
+            what = f"the gradients of step {step.step} are not finite, although its loss is"
             raise UserError([Problem(what, hint=DIVERGED)], None, 1)
-        row: Row = {"grad_norm": float(norm)} if finite else {}
-        return row | ({} if scale is None else {"loss_scale": scale})
+        row: Row = {"grad_norm": norm} if finite else {}
+        return row | ({} if step.learnt.scale is None else {"loss_scale": step.learnt.scale})
 
-    def _summed(self, found: Tensor, own: Sequence[np.ndarray]) -> Tensor:
-        """Sum loss terms (M, L) over all ranks' micro-batches -> (L,); stop all ranks if one is not finite.
-
-        The same collective tells all ranks whether one was interrupted.
-        """
-        came = found.new_tensor([float(self.interrupts.came is not None)])
-        total, interrupted = ranks.total(torch.cat([found.sum(0), came])).split([len(TERMS), 1])
-        self.interrupted = bool(interrupted)
-        if not torch.isfinite(total).all():
-            ids = self.splits["train"].ids
-            bad = [
-                (TERMS[term], float(found[row, term]), [ids[i] for i in own[row]])
-                for row, term in (~torch.isfinite(found)).nonzero().tolist()
-            ]
-            name, value, images = sorted(ranks.gather(bad))[0]
-            what = f"{name} became {value} at step {self.state.step + 1}"
-            what += f"; images of that batch: {', '.join(images)}"
-            raise UserError([Problem(what, hint=DIVERGED)], None, 1)
-        return total
+    def _diverged(self, step: Outstanding) -> NoReturn:
+        """Stop all ranks and name the images of the first loss that is not finite."""
+        ids, learnt = self.splits["train"].ids, step.learnt
+        bad = [
+            (TERMS[term], float(learnt.losses[row, term]), [ids[i] for i in learnt.images[row]])
+            for row, term in (~torch.isfinite(learnt.losses)).nonzero().tolist()
+        ]
+        name, value, images = sorted(ranks.gather(bad))[0]
+        what = f"{name} became {value} at step {step.step}; images of that batch: {', '.join(images)}"
+        raise UserError([Problem(what, hint=DIVERGED)], None, 1)
 
     def _batches(self, split: Split, parts: Sequence[np.ndarray], stage: Stage) -> Iterator[dict[str, Any]]:
         """Collated micro-batches; a thread prepares the next one while the device works on this one."""
@@ -300,8 +345,9 @@ class Training:
             batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
             concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
             captions = [split.captions[i] for i in indices]
-            batch["caption"] = self.loaded.caption.collate(captions) if "caption" in stage.texts else None
-            batch["concept"] = self.loaded.concept.collate(concepts) if "concept" in stage.texts else None
+            for name, texts in (("caption", captions), ("concept", concepts)):
+                codec = getattr(self.loaded, name)
+                batch[name] = codec.collate(texts, self.multiple) if name in stage.texts else None
             return batch
 
         if not parts:

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.config.sections import AugmentConfig
 from harness.machine import device, ranks
 from harness.models.loading import save_trained
+from harness.store import write_json
 from harness.training import train
 from harness.training.settings import TrainConfig
 from support.models import load_tiny
@@ -30,7 +31,7 @@ def main(given):
 
     directory = Path(given["directory"])
     directory.mkdir(exist_ok=True)
-    loaded = train.Training(
+    training = train.Training(
         TrainConfig.model_validate(given["train"]),
         AugmentConfig(),
         load,
@@ -40,8 +41,10 @@ def main(given):
         directory,
         log,
         lambda loaded: {"valid_primary": float(next(count))},
-    ).run()
+    )
+    loaded = training.run()
     if ranks.rank() == 0:
+        write_json(directory / "compiled.json", training.compiler.used)
         save_trained(loaded.model, directory / "final.safetensors")
     ranks.stop()
 

@@ -1,5 +1,6 @@
 """Training of a tiny checkpoint in this process, and the same steps in plain PyTorch."""
 
+import gc
 import json
 
 import numpy as np
@@ -7,10 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from harness.config.sections import AugmentConfig
+from harness.models.blip2.model import Captioner
 from harness.models.text import IGNORE
 from harness.training import schedule, train
 from harness.training.settings import TrainConfig
 from support.models import TEXTS, load_tiny, pixels, stages
+
+
+class Interrupted(Exception):
+    """What a test raises to stop a training."""
+
+
+def alive():
+    """The optimisers and models in memory, by type: a weak proxy whose object is gone has no class."""
+    return [kept for kept in gc.get_objects() if issubclass(type(kept), torch.optim.AdamW | Captioner)]
 
 
 def config(**changes):

@@ -7,7 +7,7 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +223,11 @@ class Captioner(Blip2PreTrainedModel):
         for part in (self.vision_model, self.language_model):
             if part is not None:
                 part.set_attn_implementation("eager")
+
+    def parts_to_compile(self, how: Literal["layers", "whole"]) -> list[nn.Module]:
+        """The ViT's layers or its encoder; text differs in length, so its layers would be compiled often."""
+        encoder = self.vision_model.encoder
+        return list(encoder.layers) if how == "layers" else [encoder]
 
     def is_saved(self, name: str) -> bool:
         """Whether fine-tuning may change a weight: all but the frozen language model; tied weights once."""
