@@ -4,6 +4,7 @@ It is independent of metrics and MLflow: `log` gets each row of results, and `ev
 validation. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,21 @@ from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
-from harness.store import free, gb
+from harness.store import free, gb, write
 from harness.training import losses
-from harness.training.engine import accumulation, engine, place, release, resume, to_universal, whole
-from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
+from harness.training.engine import accumulation, engine, place, release, resume, save, to_universal, whole
+from harness.training.resume import (
+    BEST,
+    LATEST,
+    LOSSES,
+    UNIVERSAL,
+    VALIDATED,
+    Checkpoints,
+    forget_rows_after,
+)
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.training.settings import TrainConfig
+from harness.training.writer import Writer
 
 PRIMARY = "valid_primary"
 TERMS = tuple(f"{name}_loss" for name in losses.LOSSES)
@@ -78,6 +88,7 @@ class Training:
         self.device = devices.torch_device(self.kind)
         self.interrupts, self.interrupted = Interrupts(), False
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
+        self.writer = Writer()
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
@@ -92,9 +103,13 @@ class Training:
         self.state = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
-        for stage in self.plan:
-            if stage.number >= self.state.stage and not self.state.ended:
-                self._stage(stage)
+        try:
+            for stage in self.plan:
+                if stage.number >= self.state.stage and not self.state.ended:
+                    self._stage(stage)
+        finally:
+            with self.interrupts.wait():
+                self.writer.leave()
         if ranks.rank() == 0:
             self.checkpoints.finish(self.state)
         ranks.agree(None)  # waits until rank 0 has written
@@ -151,6 +166,8 @@ class Training:
                 if ended or self.interrupted or self._due(step + 1):
                     self._check_weights(trainer, stage)
                     self._save(trainer, validated=not ended)
+                if self.interrupted:
+                    self._written()
             if self.interrupted or (ended and self.interrupts.came):
                 raise KeyboardInterrupt
             if ended:
@@ -327,6 +344,7 @@ class Training:
         self._check_validation(row, stage)
         row |= ranks.agree(self.evaluate(loaded)) if scores else {}
         self._check_validation(row, stage)
+        self._written()  # else the best weights could be of a later step than the checkpoint
         loaded.model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
@@ -375,23 +393,42 @@ class Training:
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
 
     def _save(self, trainer: Any, validated: bool) -> None:
-        """Write a checkpoint of everything that training needs to resume; seal it last."""
+        """Begin to write a checkpoint of everything that training needs to resume; it is sealed last."""
+        self._written()  # the one before
         self.state.validated = validated
         self.state.ranks, self.state.zero_stage = ranks.world_size(), self.config.zero_stage
-        path = self.checkpoints.path(self.state)
+        self.saved = replace(self.state)
+        path = self.checkpoints.path(self.saved)
         if ranks.rank() == 0:  # a killed launch with another number of ranks may have left a part here
             shutil.rmtree(path, ignore_errors=True)
         ranks.agree(None)
-        try:
-            trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-            room = gb(free(self.directory))
-            what = f"the checkpoint after step {self.state.step} could not be written; {room} are free"
-            hint = f"Earlier ones are kept. Free some space; then the same command continues. ({error})"
-            raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
-        ranks.agree(None)  # all ranks have written their part
+        with self._has_room():
+            save(trainer, path, self.writer.write)
+        files = [file for own in ranks.every(self.writer.files) for file in own]
         if ranks.rank() == 0:
-            self.checkpoints.seal(self.state)
+            self.writer.seal(files, self._seal)
+
+    def _seal(self) -> None:
+        self.checkpoints.seal(self.saved)
+        write(self.checkpoints.folder / LATEST, self.checkpoints.path(self.saved).name)
+
+    def _written(self) -> None:
+        """Wait until the last checkpoint is written and sealed."""
+        with self._has_room():
+            self.writer.wait()
+        ranks.every(None)  # unlike the look for files, this ends if another rank is gone
+        with self._has_room():
+            self.writer.wait_for_seal()
+
+    @contextlib.contextmanager
+    def _has_room(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            step, room = self.saved.step, gb(free(self.directory))
+            what = f"the checkpoint after step {step} could not be written; {room} are free"
+            hint = f"Earlier ones are kept. Free some space; then the same command continues. ({error})"
+            raise UserError([Problem(what, self.checkpoints.folder, hint=hint)], None, 1) from error
 
     def _log(self, row: Row) -> None:
         row["time"] = time.time()
