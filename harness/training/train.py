@@ -31,6 +31,7 @@ from harness.models.text import Text, to_device
 from harness.store import free, gb, write
 from harness.training import losses
 from harness.training.engine import accumulation, engine, place, release, resume, save, to_universal, whole
+from harness.training.profile import Profiler
 from harness.training.resume import (
     BEST,
     LATEST,
@@ -89,6 +90,8 @@ class Training:
         self.interrupts, self.interrupted = Interrupts(), False
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
         self.writer = Writer()
+        profiled = self.config.profile if ranks.rank() == 0 else 0
+        self.profiler = Profiler(profiled, self.kind, self.directory)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
@@ -162,7 +165,8 @@ class Training:
                 order = self._order(stage.number, epoch)
             ended = number + 1 == self.per_epoch
             with self.interrupts.wait():
-                self._step(trainer, stage, step, order[number])
+                with self.profiler.step(self.state.step, ended):
+                    self._step(trainer, stage, step, order[number])
                 if ended or self.interrupted or self._due(step + 1):
                     self._check_weights(trainer, stage)
                     self._save(trainer, validated=not ended)
