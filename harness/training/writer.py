@@ -109,7 +109,7 @@ def _fits(state: Any) -> bool:
     import psutil
 
     copied = sum(tensor.nbytes for tensor in _tensors(state))
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size()))  # SLURM does not say how many
     return copied + psutil.Process().memory_info().rss < device.ram() / beside
 
 
