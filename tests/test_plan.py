@@ -54,6 +54,7 @@ def test_what_does_not_change_the_weights_repeats_no_training(data, tmp_path):
         {"name": "b", "variant": "other"},
         {"edition": 2024},
         {"device": "cpu"},
+        {"train": {"profile": 3}},
     ):
         assert plan(data, tmp_path, **same).steps["train"].directory == base, same
 

@@ -404,6 +404,38 @@ def test_what_stops_all_ranks_is_said_once(tmp_path):
     assert "error" not in said[1]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_process_group_is_left_to_the_interpreter(tmp_path, processes):
+    """A single process trains in a group of its own. Ranks end by `os._exit`, without exit handlers."""
+    (tmp_path / "command.py").write_text(
+        "import atexit, os\n"
+        "from harness import cli\n"
+        "from harness.machine import device\n"
+        "def command(**_):\n"
+        "    device.probe('cpu')\n"
+        "    from harness.training.engine import _import_deepspeed\n"
+        "    _import_deepspeed('cpu')\n"
+        "    say('began')\n"
+        "    return 0\n"
+        "def say(word):\n"
+        "    import torch\n"
+        "    print(word, torch.distributed.is_initialized(), flush=True)\n"
+        "leave = os._exit\n"
+        "os._exit = lambda code: (say('ended'), leave(code))\n"
+        "atexit.register(say, 'ended')\n"
+        "cli.app = command\n"
+        "cli.main()\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "command.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith(("began", "ended")))
+    assert said == ["began True"] * processes + ["ended False"] * processes
+
+
 @pytest.mark.slow
 def test_a_rank_that_a_signal_ended_is_told(tmp_path):
     """As when memory is short: rank 0, which speaks for all, can't say it."""

@@ -111,6 +111,8 @@ def main() -> None:
     code = _all_written(code)
     if code == INTERRUPTED:
         _end_children()
+    if not code:
+        ranks.end()
     if ranks.world_size() > 1 or code == INTERRUPTED:
         ranks.leave(code)
     sys.exit(code)

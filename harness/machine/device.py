@@ -273,3 +273,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def profiler(kind: Kind) -> Any:
+    """A profiler of this process's CPU and device, with the names that torch and torch-npu share."""
+    import torch
+
+    profilers = importlib.import_module("torch_npu").profiler if kind == "npu" else torch.profiler
+    names = ("CPU",) if kind == "cpu" else ("CPU", kind.upper())
+    activities = [getattr(profilers.ProfilerActivity, name) for name in names]
+    return profilers.profile(activities=activities)

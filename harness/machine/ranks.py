@@ -18,6 +18,7 @@ __all__ = [
     "agree",
     "all_interrupted",
     "cut_off",
+    "end",
     "every",
     "first_fails_too",
     "gather",
@@ -158,12 +159,19 @@ def _store() -> Any:
 
 
 def stop() -> None:
-    """Leave the other ranks, after all have arrived here."""
-    import torch.distributed as distributed
-
-    if world_size() > 1 and distributed.is_initialized():
-        distributed.barrier()
+    """Leave the process group, after all ranks have arrived here; also that of a single process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        every(None)
         distributed.destroy_process_group()
+
+
+def end() -> None:
+    """Leave the process group at a clean end; NCCL warns of a group that is left to the interpreter."""
+    if world_size() > 1:
+        _ignore_signals()
+    with contextlib.suppress(RuntimeError):  # another rank has failed, and says so
+        stop()
 
 
 def leave(code: int = 0) -> NoReturn:
@@ -172,11 +180,15 @@ def leave(code: int = 0) -> NoReturn:
     In the shutdown, a gloo thread that still holds a tensor sometimes aborts the process (pytorch 179291).
     What ZeRO-3 leaves in memory can do the same.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # from the launcher, when all is already saved
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # from the launcher, when all is already saved
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cut_off(error: BaseException) -> bool:

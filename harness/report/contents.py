@@ -16,6 +16,7 @@ from harness.report import gallery, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
+from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES, losses_of, rows_of
 
 REPORT = "report.html"
@@ -51,6 +52,11 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "untrained": (record["config"].get("train") or {}).get("stages") == [],
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
+        "profile": {
+            name: link(run.root / record["artifacts"][name], page)
+            for name in (TABLE, TRACE)
+            if name in record["artifacts"]
+        },
         "data": _data_facts(record),
         "environment": record["environment"],
         "captions": gallery.shown(captions, images, run, page),

@@ -16,6 +16,7 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
+from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES
 from harness.training.settings import TrainConfig
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from harness.steps.work import Work
     from harness.training import train
 
-INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints")
+INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
 CURVES = "curves.png"
 
@@ -58,7 +59,8 @@ class Train(Step):
 
     @property
     def artifacts(self) -> Mapping[str, str]:
-        return {LOSSES: LOSSES, f"plots/{CURVES}": CURVES}
+        profile = {name: name for name in (TRACE, TABLE) if (self.directory / name).is_file()}
+        return {LOSSES: LOSSES, f"plots/{CURVES}": CURVES, **profile}
 
     @property
     def decodes(self) -> Mapping[str, int]:

@@ -5,13 +5,14 @@ The only room that imports deepspeed.
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def release(trainer: Any) -> None:
         cell.cell_contents.cache_clear()
     patches = partition_parameters.InsertPostInitMethodToModuleSubClasses
     torch.nn.functional.linear = getattr(patches, "linear_bk", torch.nn.functional.linear)
+
+
+def save(trainer: Any, path: Path, write: Callable[[Callable[[Any, Path], None], Any, Path], None]) -> None:
+    """Have DeepSpeed make a checkpoint in a folder; `write(save, state, file)` gets each of its files.
+
+    A user's own checkpoint engine, and storage that other nodes don't see, write in DeepSpeed's way.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    files = trainer.checkpoint_engine
+    if type(files) is TorchCheckpointEngine and not trainer.use_node_local_storage():
+        plain = functools.partial(TorchCheckpointEngine.save, files)
+        files.save = lambda state_dict, path: write(plain, state_dict, Path(path))
+    # `latest` would name it before it is whole
+    trainer.save_checkpoint(path.parent, path.name, save_latest=False, exclude_frozen_parameters=True)
 
 
 def to_universal(source: Path, target: Path) -> None:

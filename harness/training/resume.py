@@ -13,6 +13,8 @@ from harness.store import bytes_of, parsed, write, write_json
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
+LATEST = "latest"
+"""The file that names the newest checkpoint for DeepSpeed's own tools."""
 
 
 @dataclass
@@ -68,7 +70,9 @@ class Checkpoints:
         """Mark a state's checkpoint as complete, or update its state; delete all but the last ones."""
         folder = self.path(state)
         write_json(folder / STATE, {"state": asdict(state), "files": _sizes(folder)})
-        for old in sorted(self.folder.glob("step*"), reverse=True)[self.keep :]:
+        # later ones are what a killed process left; they are written again
+        found = sorted(path for path in self.folder.glob("step*") if path.name <= folder.name)
+        for old in found[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, state: State) -> None:

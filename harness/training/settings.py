@@ -129,6 +129,11 @@ class TrainConfig(Section):
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
+    profile: whole(0, 1000) = 0
+    """Profile this number of steps, after the first three and within one epoch; 0: none.
+
+    The trace and a table of the top operators are linked from the report. A trace has about 1 MB a step.
+    """
     deepspeed: dict[str, Any] = Field({})
     """Overrides keys of the generated DeepSpeed config; the keys are those of DeepSpeed 0.19.8."""
 

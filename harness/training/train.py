@@ -4,6 +4,7 @@ It is independent of metrics and MLflow: `log` gets each row of results, and `ev
 validation. Every rank of a launch runs the same training on its share of each batch; rank 0 writes.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
-from harness.store import free, gb
+from harness.store import free, gb, write
 from harness.training import losses
 from harness.training.compiling import OFF, Compiler, chosen
 from harness.training.engine import (
@@ -37,13 +38,24 @@ from harness.training.engine import (
     place,
     release,
     resume,
+    save,
     to_universal,
     whole,
 )
 from harness.training.outstanding import Learnt, Numbers, Outstanding
-from harness.training.resume import BEST, LOSSES, UNIVERSAL, VALIDATED, Checkpoints, forget_rows_after
+from harness.training.profile import Profiler
+from harness.training.resume import (
+    BEST,
+    LATEST,
+    LOSSES,
+    UNIVERSAL,
+    VALIDATED,
+    Checkpoints,
+    forget_rows_after,
+)
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
 from harness.training.settings import TrainConfig
+from harness.training.writer import Writer
 
 PRIMARY = "valid_primary"
 TERMS = tuple(f"{name}_loss" for name in losses.LOSSES)
@@ -96,6 +108,9 @@ class Training:
         self.arrived = -math.inf  # when the numbers of the last step that was read were there
         self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
+        self.writer = Writer()
+        profiled = self.config.profile if ranks.rank() == 0 else 0
+        self.profiler = Profiler(profiled, self.kind, self.directory)
         self.plan = stages(self.config)
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
@@ -110,9 +125,13 @@ class Training:
         self.state = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
-        for stage in self.plan:
-            if stage.number >= self.state.stage and not self.state.ended:
-                self._stage(stage)
+        try:
+            for stage in self.plan:
+                if stage.number >= self.state.stage and not self.state.ended:
+                    self._stage(stage)
+        finally:
+            with self.interrupts.wait():
+                self.writer.leave()
         if ranks.rank() == 0:
             self.checkpoints.finish(self.state)
         ranks.agree(None)  # waits until rank 0 has written
@@ -167,11 +186,14 @@ class Training:
                 order = self._order(stage.number, epoch)
             ended = number + 1 == self.per_epoch
             with self.interrupts.wait():
-                self._step(trainer, stage, step, order[number])
+                with self.profiler.step(self.state.step, ended):
+                    self._step(trainer, stage, step, order[number])
                 if ended or self.interrupted or self._due(step + 1):
                     self._read()
                     self._check_weights(trainer, stage)
                     self._save(trainer, validated=not ended)
+                if self.interrupted:
+                    self._written()
             if self.interrupted or (ended and self.interrupts.came):
                 raise KeyboardInterrupt
             if ended:
@@ -373,6 +395,7 @@ class Training:
         self._check_validation(row, stage)
         row |= ranks.agree(self.evaluate(loaded)) if scores else {}
         self._check_validation(row, stage)
+        self._written()  # else the best weights could be of a later step than the checkpoint
         loaded.model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
@@ -421,23 +444,42 @@ class Training:
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
 
     def _save(self, trainer: Any, validated: bool) -> None:
-        """Write a checkpoint of everything that training needs to resume; seal it last."""
+        """Begin to write a checkpoint of everything that training needs to resume; it is sealed last."""
+        self._written()  # the one before
         self.state.validated = validated
         self.state.ranks, self.state.zero_stage = ranks.world_size(), self.config.zero_stage
-        path = self.checkpoints.path(self.state)
+        self.saved = replace(self.state)
+        path = self.checkpoints.path(self.saved)
         if ranks.rank() == 0:  # a killed launch with another number of ranks may have left a part here
             shutil.rmtree(path, ignore_errors=True)
         ranks.agree(None)
-        try:
-            trainer.save_checkpoint(path.parent, tag=path.name, exclude_frozen_parameters=True)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-            room = gb(free(self.directory))
-            what = f"the checkpoint after step {self.state.step} could not be written; {room} are free"
-            hint = f"Earlier ones are kept. Free some space; then the same command continues. ({error})"
-            raise UserError([Problem(what, path.parent, hint=hint)], None, 1) from error
-        ranks.agree(None)  # all ranks have written their part
+        with self._has_room():
+            save(trainer, path, self.writer.write)
+        files = [file for own in ranks.every(self.writer.files) for file in own]
         if ranks.rank() == 0:
-            self.checkpoints.seal(self.state)
+            self.writer.seal(files, self._seal)
+
+    def _seal(self) -> None:
+        self.checkpoints.seal(self.saved)
+        write(self.checkpoints.folder / LATEST, self.checkpoints.path(self.saved).name)
+
+    def _written(self) -> None:
+        """Wait until the last checkpoint is written and sealed."""
+        with self._has_room():
+            self.writer.wait()
+        ranks.every(None)  # unlike the look for files, this ends if another rank is gone
+        with self._has_room():
+            self.writer.wait_for_seal()
+
+    @contextlib.contextmanager
+    def _has_room(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            step, room = self.saved.step, gb(free(self.directory))
+            what = f"the checkpoint after step {step} could not be written; {room} are free"
+            hint = f"Earlier ones are kept. Free some space; then the same command continues. ({error})"
+            raise UserError([Problem(what, self.checkpoints.folder, hint=hint)], None, 1) from error
 
     def _log(self, row: Row) -> None:
         row["time"] = time.time()

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from harness.config.sections import AugmentConfig
 from harness.machine import device, ranks
 from harness.models.loading import save_trained
@@ -13,6 +15,7 @@ from harness.store import write_json
 from harness.training import train
 from harness.training.settings import TrainConfig
 from support.models import load_tiny
+from support.slow_saves import SlowSave
 from support.training import splits
 
 
@@ -29,6 +32,8 @@ def main(given):
         if row["step"] == given.get("kill_at") and "valid_loss" not in row:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if given.get("slow"):
+        torch.save = SlowSave(given["slow"])
     directory = Path(given["directory"])
     directory.mkdir(exist_ok=True)
     training = train.Training(
