@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from harness.machine import launch
 from harness.machine.device import cores
 
 CODE = """
@@ -43,3 +44,23 @@ def test_threads_sleep_beside_others_unless_the_user_chose(busy_machine):
     assert chosen(OMP_WAIT_POLICY="ACTIVE") == ("ACTIVE", f"{cores()}, active waiting")
     assert chosen(GOMP_SPINCOUNT="10000")[0] == "None"
     assert chosen(OMP_NUM_THREADS="1") == ("None", "1, active waiting")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({"RANK": "3", "LOCAL_SIZE": "4"}, "2"),
+        ({"RANK": "3", "LOCAL_SIZE": "16"}, "1"),
+        ({"RANK": "3", "LOCAL_SIZE": "4", "OMP_NUM_THREADS": "5"}, "5"),
+        ({"RANK": "0", "LOCAL_SIZE": "1"}, None),
+        ({"LOCAL_SIZE": "4"}, None),
+    ],
+)
+def test_ranks_of_deepspeeds_launcher_share_the_cores_of_their_host(monkeypatch, given, threads):
+    for name in ("RANK", "LOCAL_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "cores", lambda: 8)
+    launch.share_host()
+    assert os.environ.pop("OMP_NUM_THREADS", None) == threads

@@ -94,6 +94,7 @@ def main() -> None:
         guard()
         _hear_signals()
         launch.adopt_slurm(os.environ)
+        launch.share_host()
         _run_command()
     except SystemExit as end:
         code = end.code

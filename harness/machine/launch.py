@@ -107,6 +107,13 @@ def share_cores(processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
 
 
+def share_host() -> None:
+    """On a rank of DeepSpeed's launcher, which does not split the cores of its host: split them."""
+    ranks = int(os.environ.get("LOCAL_SIZE", "1"))
+    if is_rank() and ranks > 1:
+        share_cores(ranks)
+
+
 def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:
     """Run `python -m harness ARGUMENTS` on the hosts of a file with DeepSpeed's launcher -> its exit code.
 
