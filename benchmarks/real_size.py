@@ -116,6 +116,8 @@ def main() -> None:
     )
     import torch
 
+    from harness.config.sections import PredictConfig
+    from harness.decoding.search import search
     from harness.training.engine import engine, precision
 
     kind, size = found.kind, given.image_size
@@ -139,8 +141,9 @@ def main() -> None:
     per_image = image_flops(model, inputs)
     model.eval()
     prompt = torch.ones(4, dtype=torch.long, device=inputs[0].device)
-    decoding = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1}
-    captioning = seconds(lambda: model.caption(inputs[0], prompt, 2, 1, **decoding), kind, 1)
+    greedy = PredictConfig(max_new_tokens=NEW, min_new_tokens=NEW, num_beams=1)
+    with torch.inference_mode(), model.decoder(prompt, 1, NEW) as begin:
+        captioning = seconds(lambda: search(begin(inputs[0]), greedy, 2, 1), kind, 1)
 
     numbers = sum(p.numel() for p in model.parameters()) / 1e9
     which = "frozen" if given.frozen_vit else "trained"
