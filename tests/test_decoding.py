@@ -8,6 +8,7 @@ from support.generate import SIDE, WORDS, captioner, generated
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from harness.config.sections import PredictConfig
+from harness.decoding import batches
 from harness.decoding.search import penalised, search
 from harness.models.cache import CachedDecoding
 
@@ -172,3 +173,48 @@ def test_a_batch_of_a_decoder_leaves_nothing_to_the_next():
     given = {"num_beams": 3, "max_new_tokens": 12, "min_new_tokens": 0}
     for part, found in zip((pixels[:5], pixels[5:], pixels[:5]), parts, strict=True):
         assert torch.equal(found, ours(model, part, given, end, 1).ids)
+
+
+class Memory:
+    """A device with 4,000 bytes free, of which a batch of 16 takes `taken` more than before."""
+
+    def __init__(self, taken: int) -> None:
+        self.taken = taken
+
+    def reset_peak_memory_stats(self) -> None: ...
+    def memory_allocated(self) -> int:
+        return 1000
+
+    def max_memory_allocated(self) -> int:
+        return 1000 + self.taken
+
+    def memory_reserved(self) -> int:
+        return 1500
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 3500, 9000
+
+
+@pytest.mark.parametrize(
+    ("taken", "beams", "sizes"),
+    [
+        (160, 1, [16, 256, 228]),  # 320 images fit
+        (160, 5, [16, 64, 64, 64, 64, 64, 64, 64, 36]),  # 512 rows
+        (800, 1, [16, 64, 64, 64, 64, 64, 64, 64, 36]),  # just 64 images fit
+        (801, 1, [16] + [32] * 15 + [4]),
+        (90000, 1, [16] * 31 + [4]),
+    ],
+)
+def test_an_automatic_batch_fits_the_memory(taken, beams, sizes, monkeypatch):
+    monkeypatch.setattr(batches.device, "module", lambda kind: Memory(taken))
+    config = PredictConfig(num_beams=beams, batch_size="auto")
+    found = list(batches.slices(500, config, "cuda"))
+    assert [part.stop - part.start for part in found] == sizes
+    assert [i for part in found for i in range(500)[part]] == list(range(500))
+
+
+def test_an_automatic_batch_on_a_cpu_is_that_of_the_default():
+    parts = [
+        list(batches.slices(40, PredictConfig(**given), "cpu")) for given in ({}, {"batch_size": "auto"})
+    ]
+    assert parts[0] == parts[1]

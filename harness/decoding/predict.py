@@ -11,6 +11,7 @@ import torch
 
 from harness.captions import PREDICTIONS, write_captions
 from harness.config.sections import PredictConfig
+from harness.decoding.batches import slices
 from harness.decoding.search import search
 from harness.machine import ranks
 from harness.models.loading import Loaded
@@ -35,8 +36,7 @@ def captions(
     prompt = torch.tensor(loaded.caption.prompt, device=device)
     result: list[str] = []
     with model.decoder(prompt, config.num_beams, config.max_new_tokens) as begin:
-        for start in range(0, len(indices), config.batch_size):
-            part = np.asarray(indices[start : start + config.batch_size])
+        for part in map(np.asarray(indices).__getitem__, slices(len(indices), config, device.type)):
             batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device)
             decoding = begin(loaded.normalise(batch))
             found = search(decoding, config, loaded.caption.end, loaded.caption.pad)

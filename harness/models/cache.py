@@ -9,11 +9,14 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+
+from harness.machine.device import module
 
 States = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of each layer, (B, heads, T, D)."""
@@ -106,7 +109,7 @@ class CachedDecoding(Cache):
         self.room = self.prefix + self.new
         if self.captured:
             self.room = -8 * (-self.room // 8)  # fused attention pads other masks in each step
-        self.graphs.clear()
+        self.graphs, self.stores = {}, []  # before new memory is taken
         self.stores = [
             tuple(one.new_zeros(self.rows, one.shape[1], self.room, one.shape[3]) for one in pair)
             for pair in states
@@ -134,16 +137,17 @@ class CachedDecoding(Cache):
             enabled=torch.is_autocast_enabled(device),
             cache_enabled=False,
         )
+        cuda = module("cuda")
         try:
             with casts:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+                side = cuda.Stream()
+                side.wait_stream(cuda.current_stream())
+                with cuda.stream(side):
                     for _ in range(_WARM_UPS):
                         self.forward(tokens)
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                cuda.current_stream().wait_stream(side)
+                graph = cuda.CUDAGraph()
+                with cuda.graph(graph):
                     logits = self.forward(tokens)
         except RuntimeError as error:
             first = str(error).partition("\n")[0]
@@ -156,7 +160,7 @@ class CachedDecoding(Cache):
 class _Graph:
     """A captured step with the tensors that it reads and writes."""
 
-    graph: "torch.cuda.CUDAGraph"
+    graph: Any
     tokens: Tensor
     logits: Tensor
 
