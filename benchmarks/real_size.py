@@ -115,6 +115,8 @@ def facts(config: TrainConfig, given: argparse.Namespace, kind: device.Kind) -> 
     """What all rows share: FLOPs of an image, the rate of matrix products, the speed of captioning."""
     import torch
 
+    from harness.config.sections import PredictConfig
+    from harness.decoding.search import search
     from harness.training.engine import frozen_dtype
 
     square = torch.rand(4096, 4096, device=device.torch_device(kind), dtype=frozen_dtype(config, kind))
@@ -123,9 +125,11 @@ def facts(config: TrainConfig, given: argparse.Namespace, kind: device.Kind) -> 
     count = sum(p.numel() for p in model.parameters())
     flops = image_flops(model, batch(config, given, device.torch_device(kind)))
     prompt = torch.ones(4, dtype=torch.long, device=square.device)
-    decoding = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1}
+    greedy = PredictConfig(max_new_tokens=NEW, min_new_tokens=NEW, num_beams=1)
     pixels = batch(config, given, square.device)[0]
-    captioning = seconds(lambda: model.eval().caption(pixels, prompt, 2, 1, **decoding), kind, 1)
+    model.eval()
+    with torch.inference_mode(), model.decoder(prompt, 1, NEW) as begin:
+        captioning = seconds(lambda: search(begin(pixels), greedy, 2, 1), kind, 1)
     names = {"rate": rate, "flops": flops, "parameters": count, "dtype": str(square.dtype)}
     return names | {"captioning": config.micro_batch_size / captioning}
 

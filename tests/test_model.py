@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from support.models import TEXTS, batch, load_tiny, pixels
 from transformers import Blip2ForConditionalGeneration
 
+from harness.config.sections import PredictConfig
+from harness.decoding.search import search
 from harness.models import loading
 from harness.models.text import IGNORE
 
@@ -63,7 +65,9 @@ def test_greedy_decoding_equals_the_argmax_of_the_training_path(tiny_folder, lan
     images, _, _ = batch(loaded)
     prompt = torch.tensor(loaded.caption.prompt)
     # no token ends the sequence, so that every row has all its steps
-    ids = model.caption(images, prompt, -1, loaded.caption.pad, num_beams=1, max_new_tokens=7)
+    options = PredictConfig(num_beams=1, max_new_tokens=7)
+    with model.decoder(prompt, 1, 7) as begin:
+        ids = search(begin(images), options, -1, loaded.caption.pad).ids[:, 0]
     sequence = prompt.expand(len(images), -1)
     with torch.no_grad():
         queries, states = model.see(images)
@@ -99,7 +103,9 @@ def test_beam_search_finds_the_best_of_all_short_sequences(tiny_folder, language
         pairs = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], dim=1)
         total = first[:, None] + log_probabilities(pairs)
     best = divmod(int(total.argmax()), vocabulary)
-    ids = model.caption(image, prompt, -1, loaded.caption.pad, num_beams=vocabulary, max_new_tokens=2)
+    options = PredictConfig(num_beams=vocabulary, max_new_tokens=2)
+    with model.decoder(prompt, vocabulary, 2) as begin:
+        ids = search(begin(image), options, -1, loaded.caption.pad).ids[:, 0]
     assert tuple(ids[0].tolist()) == best
 
 

@@ -8,6 +8,7 @@ from harness import doctor
 from harness.models import blip2
 from harness.models.blip2 import model as blip2_model
 from harness.models.blip2 import small
+from harness.models.cache import Speaker
 from harness.training import selftest
 
 PARTS = {"boolean mask", "additive mask", "masked rows", "ViT", "queries", "text path", "language model"}
@@ -83,10 +84,10 @@ def test_an_optimiser_that_does_otherwise_is_found(monkeypatch):
     assert not {"ViT", "gradients", "decoding"} & found
 
 
-def test_decoding_that_loses_its_place_is_found():
+def test_decoding_that_loses_its_place_is_found(monkeypatch):
     def confused(sample) -> None:
-        true = sample.model.language_model.generate
-        sample.model.language_model.generate = lambda *_, **options: true(*_, **options).roll(1, 1)
+        true = Speaker.step
+        monkeypatch.setattr(Speaker, "step", lambda decoding, tokens: true(decoding, tokens).roll(1, 0))
 
     assert wrong(confused, "bf16") == {"decoding"}
 

@@ -11,6 +11,8 @@ import torch
 
 from harness.captions import PREDICTIONS, write_captions
 from harness.config.sections import PredictConfig
+from harness.decoding.batches import slices
+from harness.decoding.search import search
 from harness.machine import ranks
 from harness.models.loading import Loaded
 from harness.store import fingerprint
@@ -32,26 +34,15 @@ def captions(
     was_training = model.training
     model.eval()
     prompt = torch.tensor(loaded.caption.prompt, device=device)
-    options = {
-        "num_beams": config.num_beams,
-        "max_new_tokens": config.max_new_tokens,
-        "min_new_tokens": config.min_new_tokens,
-        "length_penalty": config.length_penalty,
-        "repetition_penalty": config.repetition_penalty,
-        "no_repeat_ngram_size": config.no_repeat_ngram_size,
-    }
-    if config.num_beams == 1:
-        del options["length_penalty"]
     result: list[str] = []
-    for start in range(0, len(indices), config.batch_size):
-        part = np.asarray(indices[start : start + config.batch_size])
-        batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device)
-        ids = model.caption(
-            loaded.normalise(batch), prompt, loaded.caption.end, loaded.caption.pad, **options
-        )
-        texts = [loaded.caption.decode(row) for row in ids.tolist()]
-        done([int(i) for i in part], texts)
-        result += texts
+    with model.decoder(prompt, config.num_beams, config.max_new_tokens) as begin:
+        for part in map(np.asarray(indices).__getitem__, slices(len(indices), config, device.type)):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device)
+            decoding = begin(loaded.normalise(batch))
+            found = search(decoding, config, loaded.caption.end, loaded.caption.pad)
+            texts = [loaded.caption.decode(row) for row in found.ids[:, 0].tolist()]
+            done([int(i) for i in part], texts)
+            result += texts
     model.train(was_training)
     return result
 

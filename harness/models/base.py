@@ -6,6 +6,7 @@ import torch, so `--dry-run` and the memory forecast are fast. `load` gives a `L
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -36,6 +37,29 @@ class Losses(NamedTuple):
     concept: "Tensor | None"
 
 
+class Decoding(Protocol):
+    """The captions of a batch of images while they are decoded: R rows, several for each image.
+
+    It begins with `width` rows for each of B images, in the order of images.
+    """
+
+    logits: "Tensor"
+    """(B, V): the scores of the first token of each image's captions."""
+    context: "Tensor"
+    """The ids (P,) before the captions that count as said, for penalties of repetition."""
+    captured: bool
+    """Whether steps are captured for a number of rows, so that changing it is slow and waiting is too."""
+
+    def step(self, tokens: "Tensor") -> "Tensor":
+        """The logits (R, V) that follow these tokens (R,); the next step may overwrite them."""
+
+    def reorder(self, rows: "Tensor") -> None:
+        """Let each row go on from one of `rows` (R,), which is a row of the same image."""
+
+    def keep(self, rows: "Tensor") -> None:
+        """Go on from these rows only, in this order."""
+
+
 class Captioner(Protocol):
     """A model of a family; it is also a `torch.nn.Module`."""
 
@@ -54,10 +78,13 @@ class Captioner(Protocol):
         ids, mask and labels, each (B, T), labels -100 for tokens without a loss.
         """
 
-    def caption(self, pixels: "Tensor", prompt: "Tensor", end: int, pad: int, **options: float) -> "Tensor":
-        """The best caption of each image: pixels (B, 3, S, S), prompt ids (P,) -> new token ids (B, T).
+    def decoder(
+        self, prompt: "Tensor", width: int, length: int
+    ) -> "AbstractContextManager[Callable[[Tensor], Decoding]]":
+        """A function that begins the captions of a batch of images, for as long as the context is open.
 
-        `options` are those of transformers' `generate`: num_beams, max_new_tokens, ...
+        The function takes pixels (B, 3, S, S). Captions follow the prompt ids (P,). Each image has `width`
+        rows and room for `length` new tokens. A batch ends when the next one begins.
         """
 
     def image_features(self, pixels: "Tensor") -> "Tensor":

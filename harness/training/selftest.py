@@ -146,14 +146,17 @@ def _path(name: str, ours: Sample, theirs: Sample) -> float:
 def _regret(ours: Sample, theirs: Sample) -> float:
     """By how much the device's tokens miss the largest logit of the CPU: close calls may differ."""
     prompt = theirs.texts["caption"]["ids"][0, :2]
-    end, pad, how = 0, 1, {"num_beams": 1, "max_new_tokens": _NEW_TOKENS}
     device = ours.model.device
-    found = ours.model.caption(ours.pixels.to(device), prompt.to(device), end, pad, **how).cpu()
+    with ours.model.decoder(prompt.to(device), 1, _NEW_TOKENS) as begin:
+        decoding = begin(ours.pixels.to(device))
+        tokens = [decoding.logits.argmax(-1)]
+        for _ in range(_NEW_TOKENS - 1):
+            tokens.append(decoding.step(tokens[-1]).argmax(-1))
+    found = torch.stack(tokens, 1).cpu()
     ids = torch.cat([prompt.expand(len(found), -1), found], 1)
     logits = theirs.logits(theirs.model, ids)[:, len(prompt) - 1 : -1]
     missed = logits.amax(-1) - logits.gather(-1, found[..., None])[..., 0]
-    ended = (found == end).long()
-    return float(missed[ended.cumsum(1) == ended].max() / logits.std())
+    return float(missed.max() / logits.std())
 
 
 def _cross_entropy(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """The smallest possible model family: image encoder, projection, and a frozen recurrent language model."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,24 +33,24 @@ class Toy(nn.Module):
     def image_features(self, pixels):
         return self.encoder(pixels).flatten(2).transpose(1, 2)
 
-    def _logits(self, pixels, ids):
-        first = self.projection(self.image_features(pixels).mean(1))
-        hidden, _ = self.speaker.memory(self.speaker.words(ids), first[None])
-        return hidden @ self.speaker.words.weight.T
+    def first(self, pixels):
+        return self.projection(self.image_features(pixels).mean(1))[None]
+
+    def read(self, ids, memory):
+        hidden, memory = self.speaker.memory(self.speaker.words(ids), memory)
+        return hidden @ self.speaker.words.weight.T, memory
 
     def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0):
         def loss(text):
-            logits = self._logits(pixels, text["ids"])[:, :-1].flatten(0, 1)
+            logits = self.read(text["ids"], self.first(pixels))[0][:, :-1].flatten(0, 1)
             counts = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}
             return F.cross_entropy(logits, text["labels"][:, 1:].flatten(), **counts)
 
         return Losses(*(text and loss(text) for text in (caption, concept)))
 
-    def caption(self, pixels, prompt, end, pad, **options):
-        ids = prompt.expand(len(pixels), -1)
-        for _ in range(options["max_new_tokens"]):
-            ids = torch.cat([ids, self._logits(pixels, ids)[:, -1:].argmax(-1)], dim=1)
-        return ids[:, len(prompt) :]
+    @contextmanager
+    def decoder(self, prompt, width, length):
+        yield lambda pixels: Decoding(self, pixels, prompt, width)
 
     def freeze(self, losses, train_vision):
         self.requires_grad_(False)
@@ -73,6 +74,26 @@ class Toy(nn.Module):
 
     def parts_to_compile(self, how):
         return []
+
+
+class Decoding:
+    """`base.Decoding`; its memory (1, R, D) does not grow."""
+
+    captured = False
+
+    def __init__(self, model, pixels, prompt, width):
+        self.model, self.context = model, prompt
+        logits, memory = model.read(prompt.expand(len(pixels), -1), model.first(pixels))
+        self.logits, self.memory = logits[:, -1], memory.repeat_interleave(width, 1)
+
+    def step(self, tokens):
+        logits, self.memory = self.model.read(tokens[:, None], self.memory)
+        return logits[:, -1]
+
+    def reorder(self, rows):
+        self.memory = self.memory[:, rows]
+
+    keep = reorder
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Blip2Config, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoModelForCausalLM, Blip2Config
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2PreTrainedModel,
@@ -24,6 +22,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 )
 
 from harness.models.base import Losses
+from harness.models.cache import CachedDecoding, Speaker
 from harness.models.text import IGNORE
 
 QueryStates = list[tuple[Tensor, Tensor]]
@@ -106,29 +105,46 @@ class Captioner(Blip2PreTrainedModel):
             hidden = layer(hidden, encoder_hidden_states=image, query_length=hidden.shape[1])
         return hidden, states
 
-    def read(self, ids: Tensor, states: QueryStates, cache: Cache | None = None) -> Tensor:
-        """Run the Q-Former's text path on ids (B, T) that follow the ids in `cache` -> logits (B, T, V)."""
-        past = cache.get_seq_length() if cache is not None else 0
-        length = ids.shape[1]
-        positions = torch.arange(past, past + length, device=ids.device)[None]
+    def read(self, ids: Tensor, states: QueryStates, kept: QueryStates | None = None) -> Tensor:
+        """Run the Q-Former's text path on ids (B, T) -> logits (B, T, V).
+
+        `kept` gets the keys and values of queries and text, (B, heads, Q + T, D / heads), of each layer.
+        """
+        length, queries = ids.shape[1], states[0][0].shape[2]
+        # added to the scores: some NPUs read boolean masks the other way round (Ascend/pytorch issue 88)
+        size, like = (length, queries + length), {"dtype": states[0][0].dtype, "device": ids.device}
+        mask = torch.full(size, -torch.inf, **like).triu(queries + 1)
+
+        def attended(keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            pairs = zip(states[number], (keys, values), strict=True)
+            both = tuple(torch.cat(pair, dim=2) for pair in pairs)
+            if kept is not None:
+                kept.append(both)
+            return both
+
+        return self._read(ids, torch.arange(length, device=ids.device)[None], mask, attended)
+
+    def _read(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        attended: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """The text path; `attended` gives all keys and values of a layer from those of ids (B, T)."""
         hidden = self.qformer.layernorm(self.embeddings(ids, position_ids=positions))
         hidden = self.qformer.dropout(hidden)
-        queries = states[0][0].shape[2]
-        # added to the scores: some NPUs read boolean masks the other way round (Ascend/pytorch issue 88)
-        size, like = (length, queries + past + length), {"dtype": states[0][0].dtype, "device": ids.device}
-        mask = torch.full(size, -torch.inf, **like).triu(queries + past + 1)
-        for number, (layer, (query_keys, query_values)) in enumerate(
-            zip(self.qformer.encoder.layer, states, strict=True)
-        ):
+        for number, layer in enumerate(self.qformer.encoder.layer):
             attention = layer.attention.attention
-            keys = attention.transpose_for_scores(attention.key(hidden))
-            values = attention.transpose_for_scores(attention.value(hidden))
-            if cache is not None:
-                keys, values = cache.update(keys, values, number)
+            keys, values = attended(
+                attention.transpose_for_scores(attention.key(hidden)),
+                attention.transpose_for_scores(attention.value(hidden)),
+                number,
+            )
             context = F.scaled_dot_product_attention(
                 attention.transpose_for_scores(attention.query(hidden)),
-                torch.cat([query_keys, keys], dim=2),
-                torch.cat([query_values, values], dim=2),
+                keys,
+                values,
                 attn_mask=mask,
                 dropout_p=attention.dropout.p if self.training else 0.0,
             )
@@ -175,25 +191,26 @@ class Captioner(Blip2PreTrainedModel):
                 caption_loss = _summed_loss(logits, caption["labels"], label_smoothing)
         return Losses(caption_loss, concept_loss)
 
-    @torch.no_grad()
-    def caption(self, pixels: Tensor, prompt: Tensor, end: int, pad: int, **options: float) -> Tensor:
-        """Decode captions for pixels (B, 3, S, S) after prompt ids (P,) -> new token ids (B, T).
+    @contextlib.contextmanager
+    def decoder(
+        self, prompt: Tensor, width: int, length: int
+    ) -> Iterator[Callable[[Tensor], CachedDecoding]]:
+        """A function that begins the captions of pixels (B, 3, S, S), which follow the prompt ids (P,).
 
-        `options` are those of transformers' `generate`: num_beams, max_new_tokens, ...
+        Each image has `width` rows and room for `length` new tokens.
         """
-        options |= {"eos_token_id": end, "pad_token_id": pad, "do_sample": False}
-        ids = prompt.expand(len(pixels), -1)
-        with self.autocast():
-            queries, states = self.see(pixels)
+        with torch.no_grad(), self.autocast():
             if self.language_model is None:
-                stacked = torch.stack([torch.stack(pair, dim=1) for pair in states], dim=1)
-                decoder = _QFormerDecoder(self)
-                return decoder.generate(input_ids=ids, query_states=stacked, **options)[:, ids.shape[1] :]
-            prefix = self.language_projection(queries)
-            embeds = self.language_model.get_input_embeddings()(ids)
-            everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
-            ones = torch.ones(everything.shape[:2], dtype=torch.long, device=pixels.device)
-            return self.language_model.generate(inputs_embeds=everything, attention_mask=ones, **options)
+                yield _Reader(self, prompt, width, length)
+            else:
+                speaker = Speaker(self.language_model, width, length)
+                yield lambda pixels: speaker(self._prefix(pixels, prompt))
+
+    def _prefix(self, pixels: Tensor, prompt: Tensor) -> Tensor:
+        """What the language model goes on from: projected queries and words of the prompt (P,), (B, T, D)."""
+        queries = self.language_projection(self.see(pixels)[0])
+        words = self.language_model.get_input_embeddings()(prompt).expand(len(pixels), -1, -1)
+        return torch.cat([queries.to(words.dtype), words], dim=1)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -263,31 +280,22 @@ class Captioner(Blip2PreTrainedModel):
                     getattr(layers[-1], name).requires_grad_(False)
 
 
-class _QFormerDecoder(PreTrainedModel, GenerationMixin):
-    """The Q-Former's text path as a decoder for transformers' `generate`, with cache and beams."""
+class _Reader(CachedDecoding):
+    """Decoding with the Q-Former's text path."""
 
-    _supports_cache_class = True
+    def __init__(self, model: Captioner, prompt: Tensor, width: int, length: int) -> None:
+        super().__init__(width, length, model.device.type)
+        self.model, self.prompt = model, prompt
 
-    def __init__(self, captioner: Captioner) -> None:
-        super().__init__(captioner.config.qformer_config)
-        self.captioner = [captioner]  # in a list, so that it doesn't become a submodule
+    def __call__(self, pixels: Tensor) -> CachedDecoding:
+        kept: QueryStates = []
+        states = self.model.see(pixels)[1]
+        logits = self.model.read(self.prompt.expand(len(pixels), -1), states, kept)
+        return self.begin(logits[:, -1], kept, self.prompt)
 
-    @property
-    def device(self) -> torch.device:
-        return self.captioner[0].device
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        query_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        **_: object,
-    ) -> CausalLMOutputWithPast:
-        """input_ids (B, T); query_states (B, layers, 2, heads, Q, D / heads), equal in all beams."""
-        states = [tuple(pair.unbind(1)) for pair in query_states.unbind(1)]
-        logits = self.captioner[0].read(input_ids, states, past_key_values)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = (self.position - self.model.config.num_query_tokens)[None]
+        return self.model._read(tokens[:, None], positions, self.mask, self.update)[:, -1]
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -1,0 +1,39 @@
+"""How many images are decoded together."""
+
+from collections.abc import Iterator
+
+from harness.config.sections import AUTO, PredictConfig
+from harness.machine import device
+
+FIRST = 16
+"""Images of the first batch of `auto`, and of every batch on a CPU."""
+_ROWS = 512  # more rows than this do not read the weights any better
+_SHARE = 0.8  # of the free memory; the rest is for fragments
+
+
+def slices(count: int, config: PredictConfig, kind: device.Kind) -> Iterator[slice]:
+    """The batches of `count` images; the next one is asked for when one is decoded.
+
+    `auto` measures the memory of the first batch on an accelerator, and then takes a power of two.
+    """
+    size, start = config.batch_size, 0
+    if size == AUTO:
+        size = FIRST
+        if kind != "cpu" and count > size:
+            memory = device.module(kind)
+            memory.reset_peak_memory_stats()
+            held = memory.memory_allocated()
+            yield slice(0, size)
+            start, used = size, memory.max_memory_allocated() - held
+            free = memory.mem_get_info()[0] + memory.memory_reserved() - memory.memory_allocated()
+            size = fitting(used / size, free, config.num_beams)
+    for first in range(start, count, size):
+        yield slice(first, min(first + size, count))
+
+
+def fitting(image: float, free: float, beams: int) -> int:
+    """The largest power of two of images of so many bytes that fit into `free` bytes; at least `FIRST`."""
+    size = FIRST
+    while 2 * size * beams <= _ROWS and 2 * size * image <= _SHARE * free:
+        size *= 2
+    return size
