@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import core_schema
 
 from harness.config.editions import LayoutName
 
@@ -39,6 +40,29 @@ def number(words: str, allowed: Callable[[float], bool]) -> Any:
         return value
 
     return Annotated[float, BeforeValidator(no_bool), AfterValidator(check), words]
+
+
+AUTO = "auto"
+
+
+class _OrAuto:
+    """Validates like `kind`, and lets `auto` pass; errors name the key and not a branch of a union."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, check: value if value == AUTO else check(value),
+            handler.generate_schema(self.kind),
+            serialization=core_schema.simple_ser_schema("any"),
+        )
+
+
+def or_auto(kind: Any) -> Any:
+    """The type of `auto` or a value of `kind`, a number or bool; its metadata has both in words."""
+    words = ", true or false" if kind is bool else f" or {kind.__metadata__[-1]}"
+    return Annotated[kind | Literal["auto"], _OrAuto(kind), f"`{AUTO}`{words}"]
 
 
 Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)

@@ -243,6 +243,14 @@ def ram() -> float:
     return min(psutil.virtual_memory().available, *limits)
 
 
+def memory(kind: Kind) -> float:
+    """Bytes of memory that this rank can still use: of its device, or its share of the machine's RAM."""
+    if kind == "cpu":
+        return ram() / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    module(kind).empty_cache()
+    return module(kind).mem_get_info(local_rank())[0]
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
     import random

@@ -87,6 +87,12 @@ class Work:
         model, config = inputs.config.model, inputs.config.train
         return family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
 
+    def free_memory(self) -> float:
+        """Bytes of memory that this rank can use for the captioner."""
+        self.drop_model()
+        self.unload_metrics()
+        return device.memory(self.kind)
+
     def unload_metrics(self) -> None:
         """Unload the metrics' models from an accelerator, because the captioner needs its memory."""
         if self.kind != "cpu":
