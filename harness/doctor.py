@@ -54,6 +54,7 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
         checks.append(_disk(configs))
         trained = [config for config in configs if config.train.stages and config.device in kinds]
         checks += _memory([(config, kinds[config.device]) for config in trained])
+        checks += _times([config for config in configs if config.device in kinds])
     return list(dict.fromkeys(checks))
 
 
@@ -248,6 +249,18 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
         yield _fits(f"memory of the {kind}", kind, model, free, count)
         host = memory.usage(model, memory.chosen(model, count, free)).host
         yield _loads(device.ram(), model.weights + host, count)
+
+
+def _times(configs: Sequence[Config]) -> Iterator[Check]:
+    """The time of each run on one device, and on all devices of this machine if there are several."""
+    for config in configs:
+        found, counts = device.probe(config.device), forecast.pixels(config)[0]
+        shape, free = _shape(config), device.memory(found.kind)
+        for count in dict.fromkeys((1, found.count)) if counts else ():
+            setup = memory.chosen(_model(config, found.kind), count, free) if shape else None
+            time = forecast.time(config, counts, RUNS, setup)
+            if time and time["parts"]:
+                yield Check("time", True, f"{config.run_name} on {count} x {found}: {forecast.timed(time)}")
 
 
 def _model(config: Config, kind: str) -> Model:

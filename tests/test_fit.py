@@ -43,7 +43,7 @@ def test_the_order_of_speed_is_the_measured_one():
     measured = {(32, False): 61, (16, False): 53, (16, True): 39}
     found = [(s.micro_batch, s.checkpointing) for s in memory.choices(TrainConfig(**AUTO), 1, "cuda")]
     assert [one for one in found if one in measured] == sorted(measured, key=measured.get, reverse=True)
-    times = {one: memory._time(Setup(1, *one, 0, False), "cuda") for one in measured}
+    times = {one: memory.relative_time(Setup(1, *one, 0, False), "cuda") for one in measured}
     for one in measured:
         ratio = times[32, False] / times[one] * measured[32, False]
         assert ratio == pytest.approx(measured[one], rel=0.02)
@@ -59,7 +59,7 @@ def test_the_fastest_that_fits_is_chosen(devices, free):
     every = [Setup(devices, n, way, 0, False) for n in (1, 2, 4, 8, 16, 32, 64) for way in (True, False)]
     for other in every:
         if model.config.batch_size % (other.micro_batch * devices) == 0 and other != found:
-            slower = memory._time(other, "cuda") > memory._time(found, "cuda")
+            slower = memory.relative_time(other, "cuda") > memory.relative_time(found, "cuda")
             assert slower or memory.needed(model, other) > free, other
 
 

@@ -39,6 +39,9 @@ class Device:
     name: str
     why_not: dict[str, str]
 
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.name})"
+
 
 def rank() -> int:
     """This process's number among all ranks; 0 if it is the only one."""

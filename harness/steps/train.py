@@ -17,7 +17,7 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
-from harness.training import fit, forecast, memory
+from harness.training import fit, forecast, memory, speed
 from harness.training.memory import Model, Setup
 from harness.training.resume import LOSSES
 from harness.training.settings import TrainConfig
@@ -36,7 +36,7 @@ INDIFFERENT = ("zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoi
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
 CURVES = "curves.png"
 FIRST_STEPS = 20
-"""Optimiser steps of a process in which a lack of memory halves the micro batch."""
+"""Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
 
 class Train(Step):
@@ -80,12 +80,17 @@ class Train(Step):
             work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
-        setup, seen = self._setup(work, directory), 0
+        setup, seen, speeds = self._setup(work, directory, len(splits["train"].ids)), 0, []
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
             def log(row: train.Row) -> None:
                 nonlocal seen
                 seen += 1
+                if "loss" in row and len(speeds) < FIRST_STEPS:
+                    speeds.append(row["images_per_second"])
+                    if len(speeds) == FIRST_STEPS:
+                        left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
+                        work.say(f"training steps that are left: {left}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
@@ -119,8 +124,8 @@ class Train(Step):
         if ranks.rank() == 0:
             plots.curves(directory / LOSSES, directory / CURVES)
 
-    def _setup(self, work: "Work", directory: Path) -> Setup:
-        """The set-up of the training, the same on all ranks."""
+    def _setup(self, work: "Work", directory: Path, images: int) -> Setup:
+        """The set-up of the training, the same on all ranks; says the time that it takes, if known."""
         from harness.training import engine
 
         config, devices = self.inputs.config, ranks.world_size()
@@ -130,6 +135,10 @@ class Train(Step):
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
+        if model and ranks.rank() == 0:
+            guess = speed.training(model, images, setup, work.device, self.inputs.root)
+            if guess.seconds is not None:
+                work.say(f"training steps: {guess}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:

@@ -41,7 +41,8 @@ class Work:
 
     def __init__(self, config: "Config", reporter: Reporter, watch: Watch | None = None) -> None:
         self.run_name, self.reporter, self.watch = config.run_name, reporter, watch
-        self.kind = device.probe(config.device).kind
+        found = device.probe(config.device)
+        self.kind, self.device = found.kind, str(found)
         self.model: Loaded | None = None
 
     @property

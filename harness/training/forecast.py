@@ -3,15 +3,18 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import data
 from harness.config.sections import AUTO, DataConfig
 from harness.data import readers
 from harness.data.images import unbuilt
+from harness.errors import UserError
+from harness.machine import device
 from harness.models import family
 from harness.store import RUNS, free, gb
-from harness.training import memory
+from harness.training import memory, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -81,8 +84,28 @@ def forecast(config: "Config") -> dict[str, Any]:
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": model and _memory(model),
+        "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def time(
+    config: "Config", counts: Mapping[str, int], root: Path, setup: Setup | None = None
+) -> dict[str, Any] | None:
+    """The time of each part of a run on this machine's device; None if the configured one can't be used.
+
+    Without `setup`: on one device, in the fastest set-up that the config allows.
+    """
+    try:
+        found = device.probe(config.device)
+    except UserError:
+        return None
+    shape = family(config.model).shape(config.model) if config.train.stages else None
+    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
+    if model and not setup:
+        setup = memory.choices(config.train, 1, found.kind)[0]
+    parts = speed.of_run(config, model, setup, counts, str(found), root)
+    return {"device": str(found), "parts": {part: vars(guess) for part, guess in parts.items()}}
 
 
 def _disk(to_build: Caches) -> dict[str, Any]:
@@ -156,7 +179,14 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
+    if found["time"]:
+        out.append(f"time on one {found['time']['device']}: {timed(found['time'])}")
     return out + [f"unknown: {reason}" for reason in found["unknown"]]
+
+
+def timed(found: dict[str, Any]) -> str:
+    """What `time` found, as text."""
+    return "; ".join(f"{part} {speed.Guess(**guess)}" for part, guess in found["parts"].items())
 
 
 def _cache_line(found: dict[str, Any]) -> str:

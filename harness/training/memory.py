@@ -20,8 +20,10 @@ CARDS = (24, 32, 40, 64, 80)
 DEVICES = (1, 2, 4, 8, 16)
 MOMENTS = 2 * FLOAT
 """Bytes of AdamW's two moments for each trained parameter."""
+TOKENS = 48
+"""Tokens of a text in forecasts of time, as in the measurements on an H200."""
 MOST = {"cpu": 16, "cuda": 64, "npu": 64}
-"""Largest micro batch that `auto` takes. More gains little, and RAM is shared with other processes."""
+"""Largest micro batch that `auto` takes; more gains little. On a CPU 32 took as long an image as 16."""
 _STARTING = {"cpu": 1, "cuda": 6, "npu": 6}
 """Images whose arithmetic takes as long as starting the kernels of one micro batch.
 
@@ -106,6 +108,11 @@ class Model:
             key=lambda found: found.kept,
         )
 
+    def flops(self, stage: Stage) -> int:
+        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum."""
+        work = self._work(stage, 1)
+        return self.shape.flops(replace(work, tokens=min(work.tokens, TOKENS)))
+
     def without_vision(self) -> "Model":
         """The same model with a frozen ViT."""
         return replace(self, config=self.config.model_copy(update={"train_vision": False}))
@@ -156,7 +163,7 @@ def choices(config: TrainConfig, devices: int, kind: str) -> list[Setup]:
     if config.gradient_checkpointing == AUTO:
         ways = [False, True]
     found = [configured(resolved(config, size, way), devices) for way in ways for size in sizes]
-    return sorted(found, key=lambda setup: _time(setup, kind))
+    return sorted(found, key=lambda setup: relative_time(setup, kind))
 
 
 def _shares(config: TrainConfig, devices: int, most: int) -> list[int]:
@@ -168,7 +175,7 @@ def _shares(config: TrainConfig, devices: int, most: int) -> list[int]:
     return [1] if rest else [size for size in range(min(most, share), 0, -1) if share % size == 0]
 
 
-def _time(setup: Setup, kind: str) -> float:
+def relative_time(setup: Setup, kind: str) -> float:
     """The time of one image in a training step, in units of its arithmetic."""
     return (1 + _STARTING[kind] / setup.micro_batch) * (_REPEATED if setup.checkpointing else 1)
 
