@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from harness.training.settings import TrainConfig
 device.probe("cpu")
 from support.traces import captioner, without_contents  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 H200 = "cuda (NVIDIA H200)"
 COMPETITION = {"train": 60918, "valid": 10437, "test": 10473}
 
@@ -214,6 +216,24 @@ def test_bytes_sent_are_those_of_rings():
     assert sent[2] == pytest.approx(0.875 * 3 * numbers)  # two micro batches
     assert sent[3] == pytest.approx(0.875 * 2 * (2 * model.weights + numbers))
     assert speed.sent(model, Setup(1, 16, False, 0, False)) == 0
+
+
+def script():
+    return runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
+
+
+def test_the_page_has_the_figures_of_the_function():
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for table in script()["tables"]().strip().split("\n\n"):
+        assert table in page, "docs/scaling.md is stale; run: python benchmarks/scaling.py"
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_ranks_reduce_in_about_the_forecast_time():
+    """The machine may be busy: this finds a wrong unit or a tensor that is sent too often."""
+    for said, found in script()["measured"]().values():
+        assert 0.1 < found / said < 10
 
 
 def test_the_slowest_link_decides():

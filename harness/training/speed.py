@@ -232,20 +232,27 @@ def duration(seconds: float) -> str:
 # several devices
 
 
+def passed_on(size: float, devices: int) -> float:
+    """Bytes that each device of a ring sends to reduce a tensor of `size` bytes, or to gather it.
+
+    An all-reduce does both, so it sends twice as much.
+    """
+    return size * (devices - 1) / devices
+
+
 def sent(model: Model, setup: Setup) -> float:
     """Bytes that each device sends in one optimiser step.
 
-    A ring of N devices moves a tensor (N-1)/N times to reduce or gather it, and twice that to do both. ZeRO 0
-    and 1 reduce the fp32 gradients and gather the sums or the new weights. ZeRO 2 reduces after each micro
-    batch. ZeRO 3 also gathers all weights for each forward and each backward pass.
+    ZeRO 0 and 1 reduce the fp32 gradients and gather the sums or the new weights. ZeRO 2 reduces after each
+    micro batch. ZeRO 3 also gathers all weights for each forward and each backward pass.
     """
-    numbers, once = FLOAT * model.trained, (setup.devices - 1) / setup.devices
+    gradients = passed_on(FLOAT * model.trained, setup.devices)
     parts = model.config.batch_size // (setup.micro_batch * setup.devices)
     if setup.zero_stage < 2:
-        return once * 2 * numbers
+        return 2 * gradients
     if setup.zero_stage == 2:
-        return once * (parts + 1) * numbers
-    return once * parts * (2 * model.weights + numbers)
+        return (parts + 1) * gradients
+    return parts * (2 * passed_on(model.weights, setup.devices) + gradients)
 
 
 def bandwidth(inside: float, between: float | None = None) -> float:
