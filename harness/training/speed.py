@@ -243,15 +243,14 @@ def passed_on(size: float, devices: int) -> float:
 def sent(model: Model, setup: Setup) -> float:
     """Bytes that each device sends in one optimiser step.
 
-    ZeRO 0 and 1 reduce the fp32 gradients and gather the sums or the new weights. ZeRO 2 reduces after each
-    micro batch. ZeRO 3 also gathers all weights for each forward and each backward pass.
+    As DeepSpeed 0.19.8 does it: without ZeRO one all-reduce of the fp32 gradients. ZeRO 1 also gathers the
+    new weights. ZeRO 2 does the all-reduce after each micro batch. ZeRO 3 only reduces, after each micro
+    batch, and gathers all weights for each forward and each backward pass.
     """
     gradients = passed_on(FLOAT * model.trained, setup.devices)
     parts = model.config.batch_size // (setup.micro_batch * setup.devices)
-    if setup.zero_stage < 2:
-        return 2 * gradients
-    if setup.zero_stage == 2:
-        return (parts + 1) * gradients
+    if setup.zero_stage < 3:
+        return 2 * gradients * (parts if setup.zero_stage == 2 else 1) + gradients * (setup.zero_stage > 0)
     return parts * (2 * passed_on(model.weights, setup.devices) + gradients)
 
 
