@@ -255,7 +255,8 @@ def _times(configs: Sequence[Config]) -> Iterator[Check]:
     """The time of each run on one device, and on all devices of this machine if there are several."""
     for config in configs:
         found, counts = device.probe(config.device), forecast.pixels(config)[0]
-        shape, free = _shape(config), device.memory(found.kind)
+        shape = _shape(config) if config.train.stages else None
+        free = device.memory(found.kind)
         for count in dict.fromkeys((1, found.count)) if counts else ():
             setup = memory.chosen(_model(config, found.kind), count, free) if shape else None
             time = forecast.time(config, counts, RUNS, setup)

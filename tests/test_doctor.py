@@ -205,6 +205,13 @@ def test_what_does_not_fit_as_configured_comes_with_options_that_do(tmp_path, mo
     assert named(examine([cured], "cpu"), "memory").ok
 
 
+def test_a_run_that_trains_nothing_has_no_time_of_training(tmp_path):
+    phantom = {"root": tmp_path / "drawn", "phantom": {"train": 10, "valid": 10, "test": 5}}
+    found = named(examine([config(tmp_path, data=phantom, train={"stages": []})], "cpu"), "time").found
+    assert "prediction not known" in found
+    assert "training not known" not in found
+
+
 def test_auto_is_said_with_what_it_takes_here(tmp_path, monkeypatch):
     from harness import doctor
 
