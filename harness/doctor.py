@@ -64,6 +64,7 @@ def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = Fa
         checks.append(_disk(configs))
         trained = [config for config in configs if config.train.stages and config.device in kinds]
         checks += _memory([(config, kinds[config.device]) for config in trained])
+        checks += _times([config for config in configs if config.device in kinds])
     if selftest:
         checks += _selftest(configs, kinds)
     return list(dict.fromkeys(checks))
@@ -299,10 +300,23 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
             yield _fits("memory", "RAM", model, device.ram(), 1)
             yield Check("memory of typical cards", True, _on_cards(configs))
             continue
-        count, free = device.probe(configs[0].device).count, device.module(kind).mem_get_info(0)[0]
+        count, free = device.probe(configs[0].device).count, device.memory(kind)
         yield _fits(f"memory of the {kind}", kind, model, free, count)
-        host = memory.usage(model, memory.configured(model.config, count)).host
+        host = memory.usage(model, memory.chosen(model, count, free)).host
         yield _loads(device.ram(), model.weights + host, count)
+
+
+def _times(configs: Sequence[Config]) -> Iterator[Check]:
+    """The time of each run on one device, and on all devices of this machine if there are several."""
+    for config in configs:
+        found, counts = device.probe(config.device), forecast.pixels(config)[0]
+        shape = _shape(config) if config.train.stages else None
+        free = device.memory(found.kind)
+        for count in dict.fromkeys((1, found.count)) if counts else ():
+            setup = memory.chosen(_model(config, found.kind), count, free) if shape else None
+            time = forecast.time(config, counts, RUNS, setup)
+            if time and time["parts"]:
+                yield Check("time", True, f"{config.run_name} on {count} x {found}: {forecast.timed(time)}")
 
 
 def _model(config: Config, kind: str) -> Model:
@@ -321,9 +335,12 @@ def _on_cards(configs: Sequence[Config]) -> str:
 
 def _fits(name: str, what: str, model: Model, free: float, most: int) -> Check:
     """Check that the configured training fits one device; else give a set-up for at most `most` devices."""
-    setup = memory.configured(model.config, 1)
+    setup = memory.chosen(model, 1, free)
     need = memory.needed(model, setup)
     found = f"{gb(free)} of {what} free; {gb(need)} needed: {_parts(model, setup)}"
+    if memory.is_auto(model.config):
+        which = "the fastest that fits" if need <= free else "the smallest"
+        found += f"; auto: {forecast.worded(setup)}, {which}"
     if need <= free:
         return Check(name, True, found)
     return Check(name, False, found, _cure(model, free, most))
@@ -337,7 +354,7 @@ def _cure(model: Model, free: float, most: int) -> str:
         fix = f"Use more devices of this size: {forecast.fits(more, model)}"
     if model.config.train_vision:
         frozen = model.without_vision()
-        least = memory.needed(frozen, memory.configured(frozen.config, 1))
+        least = memory.needed(frozen, memory.chosen(frozen, 1, free))
         fix += f"; with --set train.train_vision=false it needs {gb(least)}"
     return f"{fix}."
 

@@ -79,6 +79,8 @@ class _Made(_Part):
     command: str
     git: _Git
     seconds: Number
+    ranks: Annotated[int, Field(ge=1)] = 1
+    environment: dict[str, str] = {}
 
 
 class _Data(_Part):

@@ -205,6 +205,35 @@ def test_what_does_not_fit_as_configured_comes_with_options_that_do(tmp_path, mo
     assert named(examine([cured], "cpu"), "memory").ok
 
 
+def test_a_run_that_trains_nothing_has_no_time_of_training(tmp_path):
+    phantom = {"root": tmp_path / "drawn", "phantom": {"train": 10, "valid": 10, "test": 5}}
+    found = named(examine([config(tmp_path, data=phantom, train={"stages": []})], "cpu"), "time").found
+    assert "prediction not known" in found
+    assert "training not known" not in found
+
+
+def test_auto_is_said_with_what_it_takes_here(tmp_path, monkeypatch):
+    from harness import doctor
+
+    large = {"checkpoint": "tiny", "image_size": 364, "tiny": {"hidden_size": 512, "vision_layers": 12}}
+    auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto", "precision": "fp32"}
+    sizes = []
+    for free in (60e9, 4e9):
+        monkeypatch.setattr(doctor.device, "ram", lambda free=free: free)
+        check = named(examine([config(tmp_path, model=large, train=auto)], "cpu"), "memory")
+        assert check.ok
+        sizes += re.findall(
+            r"auto: micro batch (\d+) without gradient checkpointing, the fastest", check.found
+        )
+    assert sizes[0] == "16"
+    assert int(sizes[1]) < 16
+    monkeypatch.setattr(doctor.device, "ram", lambda: 1e9)
+    check = named(examine([config(tmp_path, model=large, train=auto)], "cpu"), "memory")
+    assert not check.ok
+    assert "auto: micro batch 1 with gradient checkpointing, the smallest" in check.found
+    assert "gradient_checkpointing" not in check.fix
+
+
 def captioner_sizes(blip2, image_size: int, language_model: bool) -> sizes.Sizes:
     """The oracle: the model itself, without weights."""
     import torch

@@ -43,7 +43,7 @@ def test_the_base_is_the_papers_recipe():
     """Section 3.1 of the working notes, and LAVIS's caption_coco_ft where it says nothing."""
     (run,) = load(EXPERIMENTS / "ablation_364.yaml")
     assert [stage.epochs for stage in run.train.stages] == [50, 20]
-    assert (run.train.micro_batch_size, run.train.batch_size) == (16, 8 * 16)
+    assert (run.train.micro_batch_size, run.train.batch_size) == ("auto", 8 * 16)
     assert (run.train.learning_rate, run.train.warmup_learning_rate, run.train.warmup_steps) == (
         1e-5,
         1e-8,

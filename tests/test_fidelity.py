@@ -27,7 +27,7 @@ from harness.models.blip2 import loading
 from harness.models.blip2.model import IGNORE, _summed_loss
 from harness.models.blip2.text import language_codec
 from harness.models.text import clean_caption, concept_sentence
-from harness.training import schedule
+from harness.training import memory, schedule
 from harness.training.settings import TrainConfig
 
 device.probe("cpu")
@@ -42,13 +42,14 @@ def test_the_recipe_is_the_papers_and_otherwise_that_of_caption_coco_ft():
     train, crop = config.train, config.data.augment
     assert (config.model.image_size, config.model.prompt, config.predict.num_beams) == (364, "a photo of", 5)
     assert [stage.epochs for stage in train.stages] == [50, 20]
-    assert (train.batch_size, train.micro_batch_size) == (8 * 16, 16)
+    assert train.batch_size == 8 * 16
+    assert {setup.micro_batch for setup in memory.choices(train, 8, "npu")} == {1, 2, 4, 8, 16}
     assert (train.learning_rate, train.min_learning_rate) == (1e-5, 0)
     assert (train.warmup_steps, train.warmup_learning_rate) == (1000, 1e-8)
     assert (train.weight_decay, train.betas) == (0.05, (0.9, 0.999))
     assert (train.label_smoothing, train.max_words) == (0.1, 50)
     assert train.max_caption_tokens == config.predict.max_new_tokens == 128
-    assert (train.train_vision, train.gradient_checkpointing, config.seed) == (True, True, 42)
+    assert (train.train_vision, train.gradient_checkpointing, config.seed) == (True, "auto", 42)
     assert train.caption_cleaning == "lavis"
     assert (crop.random_crop, crop.horizontal_flip) == (0.5, False)
 

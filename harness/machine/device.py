@@ -40,6 +40,9 @@ class Device:
     name: str
     why_not: dict[str, str]
 
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.name})"
+
 
 def rank() -> int:
     """This process's number among all ranks; 0 if it is the only one."""
@@ -261,6 +264,14 @@ def ram() -> float:
         if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
             limits.append(float(text))
     return min(psutil.virtual_memory().available, *limits)
+
+
+def memory(kind: Kind) -> float:
+    """Bytes of memory that this rank can still use: of its device, or its share of the machine's RAM."""
+    if kind == "cpu":
+        return ram() / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    module(kind).empty_cache()
+    return module(kind).mem_get_info(local_rank())[0]
 
 
 def seed_everything(seed: int) -> None:

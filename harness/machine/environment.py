@@ -48,4 +48,4 @@ def environment(wanted: str) -> dict[str, str]:
     found = device.probe(wanted)
     threads = os.environ.get("OMP_NUM_THREADS", str(device.cores()))
     waiting = os.environ.get("OMP_WAIT_POLICY", "ACTIVE").lower()
-    return versions | {"device": f"{found.kind} ({found.name})", "threads": f"{threads}, {waiting} waiting"}
+    return versions | {"device": str(found), "threads": f"{threads}, {waiting} waiting"}

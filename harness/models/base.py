@@ -193,6 +193,9 @@ class Shape(Protocol):
     def frozen(self, train_vision: bool, half: bool) -> int:
         """Bytes of the weights that are never trained; `half`: the model computes in half precision."""
 
+    def flops(self, work: Work) -> int:
+        """FLOPs of forward and backward pass of one micro batch, without what checkpointing repeats."""
+
     def activations(self, work: Work) -> Activations:
         """The activations of one micro batch."""
 

@@ -1,14 +1,15 @@
 """Fine-tuning in the stages of `train:`, with the validation that chooses the best weights."""
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics
 from harness.config.editions import EDITIONS
-from harness.config.sections import PredictConfig
+from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
-from harness.errors import UserError
+from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
@@ -16,6 +17,8 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
+from harness.training import fit, forecast, memory, speed
+from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES
 from harness.training.settings import TrainConfig
@@ -29,7 +32,12 @@ if TYPE_CHECKING:
 
 INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
+# Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
+# recipe's values from before there was auto, and trainings made with them are found.
+_AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
 CURVES = "curves.png"
+FIRST_STEPS = 20
+"""Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
 
 class Train(Step):
@@ -46,7 +54,7 @@ class Train(Step):
             return
         config, only = plan.config, choosing(plan.config)
         read = model_of(plan) | values(config, "data.augment", "seed")
-        read["train"] = config.train.model_dump(exclude=set(INDIFFERENT))
+        read["train"] = _written(config.train)
         read["score"], read["edition"] = _scoring(config)
         facts = {
             "checkpoints": contents_of(plan),
@@ -76,9 +84,17 @@ class Train(Step):
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         splits = {name: self._split(work, name) for name in ("train", "valid")}
         steps = schedule.total_steps(config.train, len(splits["train"].ids))
+        setup, seen, speeds = self._setup(work, directory, len(splits["train"].ids)), 0, []
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
             def log(row: train.Row) -> None:
+                nonlocal seen
+                seen += 1
+                if "loss" in row and len(speeds) < FIRST_STEPS:
+                    speeds.append(row["images_per_second"])
+                    if len(speeds) == FIRST_STEPS:
+                        left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
+                        work.say(f"training steps that are left: {left}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
@@ -86,22 +102,78 @@ class Train(Step):
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
 
-            training = train.Training(
-                config.train,
-                config.data.augment,
-                lambda: work.load(self.inputs),
-                splits,
-                work.kind,
-                config.seed,
-                directory,
-                log,
-                lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
-                work.say,
-            )
-            work.model = training.run()
-        self.made["compile"] = training.compiler.used
+            def run(setup: Setup) -> "Loaded":
+                training = train.Training(
+                    memory.resolved(config.train, setup.micro_batch, setup.checkpointing),
+                    config.data.augment,
+                    lambda: work.load(self.inputs),
+                    splits,
+                    work.kind,
+                    config.seed,
+                    directory,
+                    log,
+                    lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
+                    work.say,
+                )
+                loaded = training.run()
+                self.made["compile"] = training.compiler.used
+                return loaded
+
+            try:
+                work.model = run(setup)
+            except RuntimeError as error:
+                if not device.out_of_memory(error) or seen > FIRST_STEPS:
+                    raise
+                setup = self._halved(work, directory, setup, error)
+                work.model = None
+            if work.model is None:  # not while the error is handled, because it keeps tensors in memory
+                gc.collect()
+                work.model = run(setup)
         if ranks.rank() == 0:
             plots.curves(directory / LOSSES, directory / CURVES)
+
+    def _setup(self, work: "Work", directory: Path, images: int) -> Setup:
+        """The set-up of the training, the same on all ranks; says the time that it takes, if known."""
+        from harness.training import engine
+
+        config, devices = self.inputs.config, ranks.world_size()
+        shape = family(config.model).shape(config.model)
+        half = engine.precision(config.train, work.kind) is not None
+        model = shape and Model(shape, config.train, work.kind, half)
+        free = min(ranks.every(work.free_memory()))
+        setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
+        self._record(work, directory, setup, why)
+        if model and ranks.rank() == 0:
+            guess = speed.training(model, images, setup, work.device, self.inputs.root)
+            if guess.seconds is not None:
+                work.say(f"training steps: {guess}")
+        return setup
+
+    def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
+        """The set-up with half the micro batch; raises the error, or `UserError`, if that can't go on.
+
+        The other ranks wait for this one in a collective, so a launch of several ranks ends.
+        """
+        less = fit.halved(setup)
+        if less is None:
+            raise error
+        what = f"the {work.kind} has not enough memory for micro batches of {setup.micro_batch}"
+        if ranks.world_size() > 1:
+            work.say(str(error).strip())
+            hint = f"Take smaller ones: --set train.micro_batch_size={less.micro_batch}"
+            raise UserError([Problem(what, key=self.name, hint=hint)], exit_code=1) from error
+        work.say(what)
+        self._record(work, directory, less, fit.HALVED)
+        return less
+
+    def _record(self, work: "Work", directory: Path, setup: Setup, why: str) -> None:
+        if memory.is_auto(self.inputs.config.train) or why == fit.HALVED:
+            work.say(f"{forecast.worded(setup)}, {why}")
+        if ranks.rank() == 0:
+            fit.record(directory, setup, why)
+
+    def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"training": dict(fit.recorded(self.directory))}
 
     def _split(self, work: "Work", name: str) -> "train.Split":
         """The images and encoded texts of a split."""
@@ -164,6 +236,12 @@ class Train(Step):
         """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
         shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
         return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in self.starred)}" for name in shown)
+
+
+def _written(config: TrainConfig) -> dict[str, Any]:
+    """The part of `train:` that determines the result."""
+    written = config.model_dump(exclude=set(INDIFFERENT))
+    return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
 def model_of(plan: "Plan") -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Work:
 
     def __init__(self, config: "Config", reporter: Reporter, watch: Watch | None = None) -> None:
         self.run_name, self.reporter, self.watch = config.run_name, reporter, watch
-        self.kind = device.probe(config.device).kind
+        found = device.probe(config.device)
+        self.kind, self.device = found.kind, str(found)
         self.model: Loaded | None = None
 
     @property
@@ -86,6 +87,12 @@ class Work:
         gc.collect()  # frees the model of an earlier run, which has reference cycles
         model, config = inputs.config.model, inputs.config.train
         return family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
+
+    def free_memory(self) -> float:
+        """Bytes of memory that this rank can use for the captioner."""
+        self.drop_model()
+        self.unload_metrics()
+        return device.memory(self.kind)
 
     def unload_metrics(self) -> None:
         """Unload the metrics' models from an accelerator, because the captioner needs its memory."""

@@ -35,7 +35,7 @@ def place(model: Captioner, config: TrainConfig, kind: devices.Kind) -> None:
     if kind == "cpu":  # torch's fused attention is slower there than plain products, mainly backwards
         model.use_plain_attention()
     model.to(devices.torch_device(kind))
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:  # it may be auto where nothing is trained
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 

@@ -3,15 +3,18 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import data
-from harness.config.sections import DataConfig
+from harness.config.sections import AUTO, DataConfig
 from harness.data import readers
 from harness.data.images import unbuilt
+from harness.errors import UserError
+from harness.machine import device
 from harness.models import family
 from harness.store import RUNS, free, gb
-from harness.training import memory
+from harness.training import memory, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -81,8 +84,28 @@ def forecast(config: "Config") -> dict[str, Any]:
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": model and _memory(model),
+        "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def time(
+    config: "Config", counts: Mapping[str, int], root: Path, setup: Setup | None = None
+) -> dict[str, Any] | None:
+    """The time of each part of a run on this machine's device; None if the configured one can't be used.
+
+    Without `setup`: on one device, in the fastest set-up that the config allows.
+    """
+    try:
+        found = device.probe(config.device)
+    except UserError:
+        return None
+    shape = family(config.model).shape(config.model) if config.train.stages else None
+    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
+    if model and not setup:
+        setup = memory.choices(config.train, 1, found.kind)[0]
+    parts = speed.of_run(config, model, setup, counts, str(found), root)
+    return {"device": str(found), "parts": {part: vars(guess) for part, guess in parts.items()}}
 
 
 def _disk(to_build: Caches) -> dict[str, Any]:
@@ -90,24 +113,32 @@ def _disk(to_build: Caches) -> dict[str, Any]:
     return {"to_build": rows, "free": free(RUNS)}
 
 
-def steps(config: TrainConfig, count: int) -> list[dict[str, int]]:
-    """Epochs, optimiser steps and micro batches (over all devices) of each stage, for `count` images."""
-    per_epoch = math.ceil(count / config.batch_size)
+def steps(config: TrainConfig, count: int) -> list[dict[str, int | None]]:
+    """Epochs, optimiser steps and micro batches (over all devices) of each stage, for `count` images.
+
+    Micro batches are None if their size is auto.
+    """
+    per_epoch, parts = math.ceil(count / config.batch_size), _parts(config)
     return [
         {
             "stage": stage.number,
             "epochs": stage.epochs,
             "optimiser_steps": stage.epochs * per_epoch,
-            "micro_batches": stage.epochs * per_epoch * (config.batch_size // config.micro_batch_size),
+            "micro_batches": parts and stage.epochs * per_epoch * parts,
         }
         for stage in stages(config)
     ]
 
 
 def accumulation(config: TrainConfig) -> dict[int, int]:
-    """By number of devices, the micro batches that each accumulates for one optimiser step."""
-    parts = config.batch_size // config.micro_batch_size
-    return {devices: parts // devices for devices in memory.DEVICES if parts % devices == 0}
+    """By number of devices, the micro batches that each accumulates for one optimiser step; {} for auto."""
+    parts = _parts(config)
+    return {devices: parts // devices for devices in memory.DEVICES if parts and parts % devices == 0}
+
+
+def _parts(config: TrainConfig) -> int | None:
+    """The micro batches of one optimiser step over all devices; None if their size is auto."""
+    return None if config.micro_batch_size == AUTO else config.batch_size // config.micro_batch_size
 
 
 def _half(config: TrainConfig, kind: str) -> bool:
@@ -135,20 +166,27 @@ def _memory(model: Model) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """A forecast as lines of text."""
     out = [
-        f"stage {row['stage']}: {row['epochs']} epochs, {row['optimiser_steps']} optimiser steps, "
-        f"{row['micro_batches']} micro batches over all devices"
+        f"stage {row['stage']}: {row['epochs']} epochs, {row['optimiser_steps']} optimiser steps"
+        + (f", {row['micro_batches']} micro batches over all devices" if row["micro_batches"] else "")
         for row in found["steps"] or ()
     ]
     if found["steps"] == []:
         out.append("nothing is trained: the checkpoint captions as it is")
-    else:
+    elif found["accumulation"]:
         parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
         out.append(f"micro batches that each device accumulates for a step: {parts}")
     if found["pixel_cache"]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
+    if found["time"]:
+        out.append(f"time on one {found['time']['device']}: {timed(found['time'])}")
     return out + [f"unknown: {reason}" for reason in found["unknown"]]
+
+
+def timed(found: dict[str, Any]) -> str:
+    """What `time` found, as text."""
+    return "; ".join(f"{part} {speed.Guess(**guess)}" for part, guess in found["parts"].items())
 
 
 def _cache_line(found: dict[str, Any]) -> str:
@@ -172,7 +210,10 @@ def listed(caches: Caches) -> str:
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     micro, computed = found["micro_batch_size"], found["computed_in"]
-    out = [f"memory per device in GB, micro batch {micro}, {computed}; with / without gradient checkpointing"]
+    ways = "with / without gradient checkpointing"
+    if micro == AUTO:
+        ways = "smallest with / largest without gradient checkpointing"
+    out = [f"memory per device in GB, micro batch {micro}, {computed}; {ways}"]
     out.append(f"{'devices':16}" + "".join(f"{devices:>15}" for devices in memory.DEVICES))
     cells = {(row["zero_stage"], row["offload"], row["devices"]): row for row in found["per_device"]}
     for stage, offload in dict.fromkeys(key[:2] for key in cells):
@@ -186,16 +227,24 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
 
 
 def fits(setup: Setup | None, model: Model) -> str:
-    """A set-up from `memory.smallest` as text: its number of devices and options."""
+    """A set-up from `memory.smallest` as text: its number of devices, options, and what auto chooses."""
     if setup is None:
         return f"not on {memory.DEVICES[-1]} devices, whatever the options"
-    return _worded(setup.devices, setup.options(model.config))
+    devices = f"{setup.devices} device{'s' if setup.devices > 1 else ''}"
+    words = f"{devices}, {setup.options(model.config) or 'as configured'}"
+    return (
+        f"{words} (auto: {worded(setup)}, {gb(memory.needed(model, setup))})"
+        if memory.is_auto(model.config)
+        else words
+    )
 
 
-def _worded(devices: int, options: str) -> str:
-    return f"{devices} device{'s' if devices > 1 else ''}, {options or 'as configured'}"
+def worded(setup: Setup) -> str:
+    """Micro batch and gradient checkpointing of a set-up as text."""
+    way = "with" if setup.checkpointing else "without"
+    return f"micro batch {setup.micro_batch} {way} gradient checkpointing"
 
 
 def largest(models: Sequence[Model]) -> Model:
-    """The model whose configured training needs the most memory on one device."""
-    return max(models, key=lambda model: memory.needed(model, memory.configured(model.config, 1)))
+    """The model whose configured training, the fastest if it says auto, needs the most memory on a device."""
+    return max(models, key=lambda model: memory.needed(model, memory.choices(model.config, 1, model.kind)[0]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from harness.config.sections import AUTO
 from harness.models.base import FLOAT, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
@@ -19,6 +20,16 @@ CARDS = (24, 32, 40, 64, 80)
 DEVICES = (1, 2, 4, 8, 16)
 MOMENTS = 2 * FLOAT
 """Bytes of AdamW's two moments for each trained parameter."""
+TOKENS = 48
+"""Tokens of a text in forecasts of time, as in the measurements on an H200."""
+MOST = {"cpu": 16, "cuda": 64, "npu": 64}
+"""Largest micro batch that `auto` takes; more gains little. On a CPU 32 took as long an image as 16."""
+_STARTING = {"cpu": 1, "cuda": 6, "npu": 6}
+"""Images whose arithmetic takes as long as starting the kernels of one micro batch.
+
+Measured on an H200 at 364 pixels: 53 images/s with micro batches of 16, 61 with 32.
+"""
+_REPEATED = 4 / 3  # gradient checkpointing computes the forward pass again: a third of the arithmetic
 _CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
 _FRAGMENTED = {"cpu": 0.3, "cuda": 0.05, "npu": 0.05}
@@ -37,14 +48,14 @@ class Setup:
     offload: bool
 
     def options(self, config: TrainConfig) -> str:
-        """The command-line options that change a config to this set-up."""
+        """The command-line options that change a config to this set-up; what is auto needs none."""
         wanted = {
             "gradient_checkpointing": self.checkpointing,
             "micro_batch_size": self.micro_batch,
             "zero_stage": self.zero_stage,
             "offload": self.offload,
         }
-        changed = {key: value for key, value in wanted.items() if getattr(config, key) != value}
+        changed = {key: value for key, value in wanted.items() if getattr(config, key) not in (value, AUTO)}
         return " ".join(f"--set train.{key}={str(value).lower()}" for key, value in changed.items())
 
 
@@ -97,6 +108,11 @@ class Model:
             key=lambda found: found.kept,
         )
 
+    def flops(self, stage: Stage) -> int:
+        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum."""
+        work = self._work(stage, 1)
+        return self.shape.flops(replace(work, tokens=min(work.tokens, TOKENS)))
+
     def without_vision(self) -> "Model":
         """The same model with a frozen ViT."""
         return replace(self, config=self.config.model_copy(update={"train_vision": False}))
@@ -122,10 +138,59 @@ def needed(model: Model, setup: Setup) -> int:
 
 
 def configured(config: TrainConfig, devices: int) -> Setup:
-    """The set-up that the config describes."""
+    """The set-up that a config without auto describes."""
     return Setup(
         devices, config.micro_batch_size, config.gradient_checkpointing, config.zero_stage, config.offload
     )
+
+
+def resolved(config: TrainConfig, micro_batch: int, checkpointing: bool) -> TrainConfig:
+    """The config with these values in place of auto."""
+    values = {"micro_batch_size": micro_batch, "gradient_checkpointing": checkpointing}
+    return config.model_copy(update=values)
+
+
+def is_auto(config: TrainConfig) -> bool:
+    """Whether the config leaves a choice to `chosen`."""
+    return AUTO in (config.micro_batch_size, config.gradient_checkpointing)
+
+
+def choices(config: TrainConfig, devices: int, kind: str) -> list[Setup]:
+    """The set-ups that a config allows, fastest first; more than one only if it says auto."""
+    sizes, ways = [config.micro_batch_size], [config.gradient_checkpointing]
+    if config.micro_batch_size == AUTO:
+        sizes = _shares(config, devices, MOST[kind])
+    if config.gradient_checkpointing == AUTO:
+        ways = [False, True]
+    found = [configured(resolved(config, size, way), devices) for way in ways for size in sizes]
+    return sorted(found, key=lambda setup: relative_time(setup, kind))
+
+
+def _shares(config: TrainConfig, devices: int, most: int) -> list[int]:
+    """The micro batches of at most `most` captions that divide a device's share of a batch, largest first.
+
+    Only 1 if the devices can't share a batch equally.
+    """
+    share, rest = divmod(config.batch_size, devices)
+    return [1] if rest else [size for size in range(min(most, share), 0, -1) if share % size == 0]
+
+
+def relative_time(setup: Setup, kind: str) -> float:
+    """The time of one image in a training step, in units of its arithmetic."""
+    return (1 + _STARTING[kind] / setup.micro_batch) * (_REPEATED if setup.checkpointing else 1)
+
+
+def chosen(model: Model, devices: int, free: float) -> Setup:
+    """The fastest set-up that the config allows and `free` bytes hold; if none fits, the smallest one."""
+    found = choices(model.config, devices, model.kind)
+    fitting = (setup for setup in found if needed(model, setup) <= free)
+    return next(fitting, None) or min(found, key=lambda setup: needed(model, setup))
+
+
+def safest(config: TrainConfig, devices: int, kind: str) -> Setup:
+    """The set-up that needs the least memory, whatever the sizes of the model."""
+    found = choices(config, devices, kind)
+    return min(found, key=lambda setup: (not setup.checkpointing, setup.micro_batch))
 
 
 def usage(model: Model, setup: Setup) -> Usage:
@@ -202,48 +267,55 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
     return max(own, joined) if not setup.zero_stage else own
 
 
-def means(config: TrainConfig, devices: int) -> Iterator[Setup]:
+def means(config: TrainConfig, devices: int, kind: str = "cuda") -> Iterator[Setup]:
     """Set-ups for this number of devices, simplest first: as configured, smaller micro batches with
     checkpointing, ZeRO 1 to 3, offloading."""
-    first = configured(config, devices)
-    sizes = [first.micro_batch]
+    allowed = choices(config, devices, kind)
+    sizes = [max(setup.micro_batch for setup in allowed)]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     sizes = [size for size in sizes if config.batch_size % (size * devices) == 0]
-    if sizes:
-        yield replace(first, micro_batch=sizes[0])
-    for offload in dict.fromkeys((first.offload, True)):
-        for stage in range(max(first.zero_stage, int(offload)), 4):
-            yield from (Setup(devices, size, True, stage, offload) for size in sizes)
+    if sizes and is_auto(config):
+        yield from allowed
+    elif sizes:
+        yield replace(allowed[0], micro_batch=sizes[0])
+    others = [replace(allowed[0], micro_batch=size, checkpointing=True) for size in sizes]
+    others = [*allowed, *others] if is_auto(config) and sizes else others
+    for offload in dict.fromkeys((config.offload, True)):
+        for stage in range(max(config.zero_stage, int(offload)), 4):
+            yield from (replace(setup, zero_stage=stage, offload=offload) for setup in others)
 
 
 def smallest(model: Model, free: float, most: int = DEVICES[-1]) -> Setup | None:
     """The set-up with the fewest devices of `free` bytes, and the simplest one on them; None if none fits."""
     for devices in DEVICES:
-        for setup in means(model.config, devices) if devices <= most else ():
+        for setup in means(model.config, devices, model.kind) if devices <= most else ():
             if needed(model, setup) <= free:
                 return setup
     return None
 
 
 def table(model: Model) -> list[dict[str, Any]]:
-    """Usage for each ZeRO stage, number of devices and offload, with and without checkpointing."""
-    micro = model.config.micro_batch_size
+    """Usage for each ZeRO stage, number of devices and offload, with and without checkpointing.
+
+    For a micro batch that is auto: with checkpointing of the smallest one, without it of the largest one.
+    """
     return [
-        _row(model, Setup(devices, micro, False, stage, offload))
+        _row(model, stage, devices, offload)
         for stage in range(4)
         for devices in DEVICES
         for offload in (False, True)[: 1 + bool(stage)]
     ]
 
 
-def _row(model: Model, setup: Setup) -> dict[str, Any]:
-    plain = usage(model, setup)
-    less = usage(model, Setup(setup.devices, setup.micro_batch, True, setup.zero_stage, setup.offload))
+def _row(model: Model, stage: int, devices: int, offload: bool) -> dict[str, Any]:
+    sizes = [setup.micro_batch for setup in choices(model.config, devices, model.kind)]
+    plain = usage(model, Setup(devices, max(sizes), False, stage, offload))
+    less = usage(model, Setup(devices, min(sizes), True, stage, offload))
     return {
-        "zero_stage": setup.zero_stage,
-        "offload": setup.offload,
-        "devices": setup.devices,
+        "zero_stage": stage,
+        "offload": offload,
+        "devices": devices,
         **{key: value for key, value in vars(plain).items() if key != "activations"},
         "activations": plain.activations,
         "activations_checkpointed": less.activations,

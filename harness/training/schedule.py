@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.config.sections import AUTO
 from harness.errors import Problem
 from harness.models.base import Losses
 from harness.training.settings import TrainConfig
@@ -98,11 +99,12 @@ def _longest_first(images: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def indivisible(config: TrainConfig, devices: int) -> Problem | None:
     """The problem if this number of devices can't share an optimiser step's batch equally, or None."""
-    if not config.stages or config.batch_size % (config.micro_batch_size * devices) == 0:
+    micro = 1 if config.micro_batch_size == AUTO else config.micro_batch_size
+    if not config.stages or config.batch_size % (micro * devices) == 0:
         return None
     return Problem(
-        f"got {config.batch_size}, which {devices} devices with micro batches of {config.micro_batch_size} "
-        f"cannot share; a multiple of {devices * config.micro_batch_size} is allowed",
+        f"got {config.batch_size}, which {devices} devices with micro batches of {micro} "
+        f"cannot share; a multiple of {devices * micro} is allowed",
         key="train.batch_size",
     )
 

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, create_model, field_validator, mode
 
 from harness.config import deepspeed_keys, former_stages
 from harness.config.sections import (
+    AUTO,
     Batch,
     Epochs,
     Fraction,
@@ -17,6 +18,7 @@ from harness.config.sections import (
     Steps,
     Tokens,
     no_bool,
+    or_auto,
     summary,
     whole,
 )
@@ -64,8 +66,11 @@ class TrainConfig(Section):
     """
     batch_size: Batch = 128
     """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
-    micro_batch_size: Batch = 16
-    """Captions per forward pass on one device."""
+    micro_batch_size: or_auto(Batch) = 16
+    """Captions per forward pass on one device. auto: with `gradient_checkpointing`, the fastest that fits.
+
+    It does not affect the results, except for the draws of dropout and for rounding.
+    """
     group_by_length: bool = False
     """Put captions of similar length into one optimiser step. This pads less and is less random."""
     learning_rate: Positive = 1e-5
@@ -95,8 +100,8 @@ class TrainConfig(Section):
     """
     train_vision: bool = True
     """false freezes the ViT."""
-    gradient_checkpointing: bool = False
-    """Use less memory and more time in the ViT, Q-Former and language model."""
+    gradient_checkpointing: or_auto(bool) = False
+    """Use less memory and more time in the ViT, Q-Former and language model. auto: only if it must be."""
     compile: Literal["auto", "off", "layers", "whole"] = "auto"
     """What torch.compile compiles while training: each layer of the image encoder, or the encoder as a whole.
 
@@ -175,7 +180,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != AUTO and self.batch_size % self.micro_batch_size:
             what = (
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )

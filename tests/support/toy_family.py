@@ -110,6 +110,9 @@ class Shape:
         vision = self.trained(True) - self.trained(train_vision)
         return FLOAT * vision + (HALF if half else FLOAT) * speaker
 
+    def flops(self, work):
+        return 1000 * work.batch
+
     def activations(self, work):
         return Activations(1000 * work.batch, 100 * work.batch, 0, 0, 0)
 

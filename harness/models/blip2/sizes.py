@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.models import checkpoints
 from harness.models.base import FLOAT, HALF, Activations, Work
-from harness.models.blip2 import activations
+from harness.models.blip2 import activations, flops
 from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 MODEL_TYPE = "blip-2"
@@ -112,6 +112,10 @@ class Shape:
         parts = self.sizes
         vision = 0 if train_vision else parts.vision
         return FLOAT * vision + (HALF if half else FLOAT) * parts.language_model
+
+    def flops(self, work: Work) -> int:
+        """The FLOPs of forward and backward pass of one micro batch."""
+        return flops.of(self, work)
 
     def activations(self, work: Work) -> Activations:
         """The bytes that autograd keeps of one micro batch."""
