@@ -52,7 +52,7 @@ def examine(configs: Sequence[Config], device: str = "auto") -> list[Check]:
         checks += _weights(configs)
         checks += _data(configs)
         checks.append(_disk(configs))
-        trained = [config for config in configs if config.train.stages and config.device in kinds]
+        trained = [config for config in configs if config.trains and config.device in kinds]
         checks += _memory([(config, kinds[config.device]) for config in trained])
     return list(dict.fromkeys(checks))
 
@@ -160,9 +160,10 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Key and name of each checkpoint, and its origin if the user need not fetch it."""
-    if config.model.checkpoint == TINY:
+    if config.has_model and config.model.checkpoint == TINY:
         yield "model.checkpoint", TINY, "made here"
-    for key, name in family(config.model).checkpoints(config.model).items():
+    named = family(config.model).checkpoints(config.model) if config.has_model else {}
+    for key, name in named.items():
         yield f"model.{key}", name, None
     for weights in metrics.weights_of(config.score).values():
         if (name := weights.named(config.score)) is not None:
@@ -190,7 +191,7 @@ def _disk(configs: Sequence[Config]) -> Check:
         counts, to_build = forecast.pixels(config)
         counted = counted and bool(counts)
         caches.setdefault(config.data.root, {}).update(to_build)
-        if config.train.stages:
+        if config.trains:
             trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
     cache = sum(sum(sizes.values()) for sizes in caches.values())

@@ -100,8 +100,8 @@ def consensus(
             advance(len(chosen), len(candidates))
     write_captions(out, {image: choice.candidate.caption for image, choice in chosen.items()})
     if per_image:
-        header = ("ID", "source", "utility", "distinct", "caption")
-        write_table(per_image, [header, *(_row(image, choice) for image, choice in chosen.items())])
+        rows = [(image, *choice.row) for image, choice in chosen.items()]
+        write_table(per_image, [("ID", *method.Choice.COLUMNS), *rows])
     _report(chosen, sources, measure.signatures, out, output)
 
 
@@ -206,11 +206,6 @@ def _device(wanted: Any) -> str:
     from harness.machine import device
 
     return device.scoring_device(device.probe(wanted.value if wanted else "auto").kind)
-
-
-def _row(image: str, choice: "Choice") -> tuple[str, ...]:
-    one = choice.candidate
-    return image, one.source, f"{choice.utility:.6f}", str(choice.distinct), one.caption
 
 
 def _report(

@@ -63,10 +63,24 @@ class Config(_Steps):
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
+        if not self.has_model and not self.consensus.runs:
+            raise AcrossKeys(
+                "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"
+            )
         if not self.train.stages and not self.predict.splits:
             what = "train.stages and predict.splits are both empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
         return self
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
+        return self.consensus is None or self.consensus.own > 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains its model."""
+        return self.has_model and bool(self.train.stages)
 
     @property
     def run_name(self) -> str:

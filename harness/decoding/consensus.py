@@ -7,11 +7,13 @@ rule is Eikema and Aziz's (2022): argmax over candidates c of the mean over cand
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, Field, field_validator
 
 from harness.config.editions import EDITIONS
+from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
 from harness.metrics import METRICS, Inputs
 from harness.metrics.base import Absent
@@ -23,6 +25,44 @@ TIE = 1e-6
 """Expected utilities that differ by less are equal: metrics are exact to about 1e-7."""
 TEXTS = 1024
 """Candidates of the images that are compared at a time; it bounds the memory for embeddings."""
+
+MEANS = tuple(dict.fromkeys(name for edition in EDITIONS.values() for name in edition.aggregates))
+"""The means of metrics that some edition ranks by."""
+
+
+class SourceConfig(Section):
+    """A finished run whose captions are candidates."""
+
+    run: str
+    """Its name, `<experiment>/<variant>-s<seed>`, as under runs/."""
+    weight: Positive = 1.0
+    """Its weight in the mean utility."""
+
+
+def _named(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) else value
+
+
+class ConsensusConfig(Section):
+    """Choose for each image the candidate that agrees best with all its candidates; `null` turns it off."""
+
+    runs: tuple[Annotated[SourceConfig, BeforeValidator(_named)], ...] = ()
+    """Finished runs with the same images whose captions, before post-processing, are candidates too.
+
+    A name alone has the weight 1.
+    """
+    own: NonNegative = 1.0
+    """Weight of this run's own captions. With 0 this run has no model: nothing is trained or captioned."""
+    utility: dict[Literal[*METRICS, *MEANS], Positive] = Field({})
+    """Metrics by which candidates are compared, with weights; by default the edition's primary metric."""
+
+    @field_validator("runs")
+    @classmethod
+    def _distinct(cls, runs: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.run for source in runs]
+        if again := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"{', '.join(again)} is named twice; give it a weight of 2 instead")
+        return runs
 
 
 @dataclass(frozen=True)
@@ -43,9 +83,17 @@ class Candidate:
 class Choice:
     """The chosen candidate of an image, its expected `utility`, and how many candidates are `distinct`."""
 
+    COLUMNS: ClassVar = ("source", "utility", "distinct", "caption")
+
     candidate: Candidate
     utility: float
     distinct: int
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The values of `COLUMNS`, for tables."""
+        one = self.candidate
+        return one.source, f"{self.utility:.6f}", str(self.distinct), one.caption
 
 
 Compare = Callable[[Sequence[str], Sequence[str], Sequence[Path | None] | None], np.ndarray]

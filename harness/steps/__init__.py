@@ -1,6 +1,7 @@
 """The steps of a run, one file each, in the order of planning and running."""
 
 from harness.steps.base import Step
+from harness.steps.consensus import Consensus
 from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
 from harness.steps.score import Score
@@ -13,6 +14,7 @@ STEPS: tuple[type[Step], ...] = (
     Standin,
     Train,
     Predict,
+    Consensus,
     Postprocess,
     Score,
 )

@@ -25,6 +25,8 @@ class Predict(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        if not plan.config.has_model:
+            return
         config = plan.config
         steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
         read: dict[str, Any] = {"predict": config.predict.model_dump(exclude={"splits", "batch_size"})}
