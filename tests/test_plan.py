@@ -198,7 +198,9 @@ def test_a_step_reads_what_it_declares_and_nothing_else(data, tmp_path):
 def test_every_kind_of_step_has_fingerprints_of_its_own(data, tmp_path):
     """A run of everything has each kind; what a step declares, and its version, are in its fingerprint."""
     standins = {name: {"checkpoint": "standin"} for name in ("bertscore", "bleurt")}
-    made = plan(data, tmp_path, score={"metrics": ["bleurt"], **standins})
+    made = plan(
+        data, tmp_path, score={"metrics": ["bleurt"], **standins}, consensus={"utility": {"rouge1": 1}}
+    )
     assert {type(step) for step in made.steps.values()} == set(STEPS)
     assert len({kind.kind for kind in STEPS}) == len(STEPS)
     assert len({step.directory for step in made.steps.values()}) == len(made.steps)

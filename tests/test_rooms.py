@@ -171,7 +171,8 @@ def test_a_steps_section_is_in_the_schema_and_the_reference(step):
 
 
 def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
-    found = made(model={"checkpoint": "tiny"}, score={"bleurt": {"checkpoint": STANDIN}})
+    everything = {"model": {"checkpoint": "tiny"}, "consensus": {"utility": {"rouge1": 1}}}
+    found = made(**everything, score={"bleurt": {"checkpoint": STANDIN}})
     assert {name.partition("-")[0] for name in found.values()} == {step.kind for step in STEPS}
 
 
