@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from harness.store import fingerprint
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
-    from harness.metrics.settings import ScoreConfig
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
@@ -45,22 +44,19 @@ class Consensus(Step):
         config = plan.config
         if config.consensus is None:
             return
-        read = values(config, "consensus.own", "consensus.runs", "consensus.utility")
-        read["score"], read["edition"] = scoring_of(config, compared_by(config))
-        standins = dict.fromkeys(step for step in before.values() if step.kind == "standin")
+        read, standins, facts = comparing(plan, before, config.consensus.utility)
+        read |= values(config, "consensus.own", "consensus.runs", "consensus.utility")
         for split in plan.splits:
             own = [step for step in before.values() if step.captions == split]
-            facts = {
+            own_facts = {
                 "runs": [_digest(plan, source.run, split) for source in config.consensus.runs],
                 "standin": any(
                     _record(plan, source.run)["standin_model"] for source in config.consensus.runs
                 ),
-                "weights": metrics.identities_of(_scored(config), plan.root / "cache"),
-                "utility": consensus.mixture(_utility(config), config.edition),
                 "fallback": plan.fallback.get(split),
             }
             steps = dict.fromkeys(own[-1:], (PREDICTIONS,)) | standins
-            yield cls(Inputs(plan, read, ("train", split), steps, facts), split)
+            yield cls(Inputs(plan, read, ("train", split), steps, facts | own_facts), split)
 
     @property
     def captions(self) -> str:
@@ -82,7 +78,7 @@ class Consensus(Step):
         waiting = {image: given for image, given in candidates.items() if image not in known}
         images = {example.id: example.image for example in self.inputs.data.readable(self.part)}
         with work.reporter.progress(f"Comparing captions of {self.part}") as advance:
-            for image, choice in consensus.choose(waiting, self._measure(work), images):
+            for image, choice in consensus.choose(waiting, utility_for(self.inputs, work), images):
                 known[image] = choice
                 _keep(directory / _PARTIAL, image, candidates[image].index(choice.candidate), choice)
                 advance(len(known), len(candidates))
@@ -114,42 +110,51 @@ class Consensus(Step):
             for image in ids
         }
 
-    def _measure(self, work: "Work") -> consensus.Utility:
-        training = [example.caption for example in self.inputs.data.examples("train")]
-        return consensus.Utility(
-            self.inputs.facts["utility"],
-            with_standins(self.inputs.config.score, self.inputs),
-            self.inputs.config.edition,
-            work.scoring_device,
-            Documents(training) if training else None,
-        )
+
+def comparing(
+    plan: "Plan", before: Mapping[str, Step], utility: Mapping[str, float]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that compares captions: parts of the config, earlier steps, and facts."""
+    config = plan.config
+    mixed = consensus.mixture(utility or {primary_metric(config): 1.0}, config.edition)
+    only = config.score.model_copy(update={"metrics": tuple(mixed)})
+    scored, edition = scoring_of(config, only.metrics)
+    steps = {step: None for step in before.values() if step.kind == "standin"}
+    facts = {"weights": metrics.identities_of(only, plan.root / "cache"), "utility": mixed}
+    return {"score": scored, "edition": edition}, steps, facts
+
+
+def utility_for(inputs: Inputs, work: "Work") -> consensus.Utility:
+    """The utility of a step that declares `comparing`; training captions give the document frequencies."""
+    training = [example.caption for example in inputs.data.examples("train") if example.caption]
+    return consensus.Utility(
+        inputs.facts["utility"],
+        with_standins(inputs.config.score, inputs),
+        inputs.config.edition,
+        work.scoring_device,
+        Documents(training) if training else None,
+    )
 
 
 def compared_by(config: "Config") -> tuple[str, ...]:
-    """The metrics by which a run's consensus compares captions; empty without a consensus."""
-    if config.consensus is None:
-        return ()
-    return tuple(consensus.mixture(_utility(config), config.edition))
+    """The metrics by which the steps of a run compare captions."""
+    sections = [section for section in (config.retrieval, config.consensus) if section]
+    mixed = [
+        consensus.mixture(section.utility or {primary_metric(config): 1.0}, config.edition)
+        for section in sections
+    ]
+    return tuple(dict.fromkeys(name for one in mixed for name in one))
 
 
 def problems(config: "Config") -> list[Problem]:
-    """What is wrong with the consensus of a run, found without its data."""
-    if config.consensus is None:
-        return []
+    """What is wrong with how the steps of a run compare captions, found without its data."""
     means = EDITIONS[config.edition].aggregates
     return [
-        Problem(f"{name} is no score of {config.edition}", key="consensus.utility")
-        for name in config.consensus.utility
+        Problem(f"{name} is no score of {config.edition}", key=f"{key}.utility")
+        for key, section in (("retrieval", config.retrieval), ("consensus", config.consensus))
+        for name in (section.utility if section else ())
         if name not in metrics.METRICS and name not in means
     ]
-
-
-def _utility(config: "Config") -> Mapping[str, float]:
-    return config.consensus.utility or {primary_metric(config): 1.0}
-
-
-def _scored(config: "Config") -> "ScoreConfig":
-    return config.score.model_copy(update={"metrics": compared_by(config)})
 
 
 def _record(plan: "Plan", run: str) -> dict[str, Any]:
