@@ -33,11 +33,16 @@ class _Run(Section):
     """The BLIP-2 to fine-tune."""
 
 
+def _section(annotation: Any) -> Any:
+    """The section of an annotation such as `Section | None`."""
+    return next(iter(get_args(annotation)), annotation)
+
+
 _Steps = create_model(
     "_Steps",
     __base__=_Run,
     **{
-        name: (kind, Field(default, description=summary(kind)))
+        name: (kind, Field(default, description=summary(_section(kind))))
         for name, kind, default in (step.section for step in STEPS if step.section)
     },
 )
