@@ -62,7 +62,7 @@ def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = Fa
         checks += _weights(configs)
         checks += _data(configs)
         checks.append(_disk(configs))
-        trained = [config for config in configs if config.train.stages and config.device in kinds]
+        trained = [config for config in configs if config.trains and config.device in kinds]
         checks += _memory([(config, kinds[config.device]) for config in trained])
         checks += _times([config for config in configs if config.device in kinds])
     if selftest:
@@ -216,9 +216,10 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Key and name of each checkpoint, and its origin if the user need not fetch it."""
-    if config.model.checkpoint == TINY:
+    if config.has_model and config.model.checkpoint == TINY:
         yield "model.checkpoint", TINY, "made here"
-    for key, name in family(config.model).checkpoints(config.model).items():
+    named = family(config.model).checkpoints(config.model) if config.has_model else {}
+    for key, name in named.items():
         yield f"model.{key}", name, None
     for weights in metrics.weights_of(config.score).values():
         if (name := weights.named(config.score)) is not None:
@@ -246,7 +247,7 @@ def _disk(configs: Sequence[Config]) -> Check:
         counts, to_build = forecast.pixels(config)
         counted = counted and bool(counts)
         caches.setdefault(config.data.root, {}).update(to_build)
-        if config.train.stages:
+        if config.trains:
             trainings[_training(config)] = _trained(config)
     known = [trained for trained in trainings.values() if trained is not None]
     cache = sum(sum(sizes.values()) for sizes in caches.values())
@@ -310,7 +311,7 @@ def _times(configs: Sequence[Config]) -> Iterator[Check]:
     """The time of each run on one device, and on all devices of this machine if there are several."""
     for config in configs:
         found, counts = device.probe(config.device), forecast.pixels(config)[0]
-        shape = _shape(config) if config.train.stages else None
+        shape = _shape(config) if config.trains else None
         free = device.memory(found.kind)
         for count in dict.fromkeys((1, found.count)) if counts else ():
             setup = memory.chosen(_model(config, found.kind), count, free) if shape else None

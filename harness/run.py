@@ -134,7 +134,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "edition": config.edition,
         "config": json.loads(config.model_dump_json()),
         "parameters": flat(config),
-        "standin_model": config.model.checkpoint == TINY or _is_standin(config.model.checkpoint),
+        "standin_model": config.has_model and _is_standin(config.model.checkpoint),
         "git": git_state(),
         "environment": environment(config.device),
         "data": {
@@ -159,6 +159,8 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
 
 
 def _is_standin(name: str) -> bool:
+    if name == TINY:
+        return True
     found = checkpoints.find(name)
     return found is not None and found.standin
 

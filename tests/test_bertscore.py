@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from harness import metrics
 from harness.metrics import bertscore, matching, text
+from harness.metrics.base import Documents
 from harness.metrics.cache import Embedded, TextCache
 from harness.metrics.settings import ScoreConfig
 
@@ -81,7 +82,8 @@ def test_bertscore_with_idf_equals_bert_score(golden, store):
         model_type=str(checkpoint.folder), num_layers=layer, idf=True, idf_sents=theirs, nthreads=0
     )
     expected = [oracle.score([a], [b])[2].item() for a, b in zip(ours, theirs, strict=True)]
-    np.testing.assert_allclose(bertscore.f1(ours, theirs, store, store.idf(theirs)), expected, atol=1e-6)
+    found = bertscore.f1(ours, theirs, store, store.idf(Documents(theirs)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

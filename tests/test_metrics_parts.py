@@ -116,6 +116,44 @@ def test_cider_of_random_captions_equals_pycocoevalcap():
         np.testing.assert_allclose(lexical.cider_scores(predictions, references), expected, rtol=0, atol=1e-9)
 
 
+def test_cider_with_other_documents_equals_pycocoevalcap_with_their_frequencies():
+    """Document frequencies of training captions, for rewards and for comparing candidates."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    draw = random.Random(1)
+
+    def words() -> str:
+        return " ".join(draw.choices("abcdefgh", k=draw.choice([0, 1, 2, 5, 9, 20])))
+
+    for _ in range(20):
+        documents = [words() for _ in range(draw.randint(1, 30))] + ["a b c"]
+        references = [words() for _ in range(draw.randint(1, 10))]
+        predictions = [draw.choice([words(), one, f"{one} zz zz"]) for one in references]
+        counted, oracle = CiderScorer(), CiderScorer()
+        for document in documents:
+            counted += (document, [document])
+        for prediction, reference in zip(predictions, references, strict=True):
+            oracle += (prediction, [reference])
+        counted.compute_doc_freq()
+        oracle.document_frequency = counted.document_frequency
+        oracle.ref_len = np.log(float(len(documents)))
+        # the original sets `ref_len` from its own references at the start of `compute_cider`
+        oracle.crefs = LengthOf(oracle.crefs, len(documents))
+        found = lexical.cider_scores(predictions, references, documents)
+        np.testing.assert_allclose(found, oracle.compute_cider(), rtol=0, atol=1e-9)
+
+
+class LengthOf(list):
+    """A list with another length."""
+
+    def __init__(self, content: list, length: int) -> None:
+        super().__init__(content)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
 def test_cider_of_real_captions_equals_pycocoevalcap_and_is_five_times_as_fast(shared):
     def captions(name: str) -> list[str]:
         lines = (shared / "data" / "roco_captions" / name).read_text(encoding="utf-8").split("\n")[1:2001]

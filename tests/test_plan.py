@@ -197,13 +197,16 @@ def test_a_step_reads_what_it_declares_and_nothing_else(data, tmp_path):
 
 
 def test_every_kind_of_step_has_fingerprints_of_its_own(data, tmp_path):
-    """A run of everything has each kind; what a step declares, and its version, are in its fingerprint."""
+    """Two runs have each kind; what a step declares, and its version, are in its fingerprint."""
     standins = {name: {"checkpoint": "standin"} for name in ("bertscore", "bleurt")}
-    made = plan(data, tmp_path, score={"metrics": ["bleurt"], **standins})
-    assert {type(step) for step in made.steps.values()} == set(STEPS)
+    score = {"metrics": ["bleurt"], **standins}
+    made = plan(data, tmp_path, score=score, consensus={"utility": {"rouge1": 1}})
+    retrieving = plan(data, tmp_path, score=score, retrieval={"utility": {"rouge1": 1}})
+    steps = [*made.steps.values(), *(s for s in retrieving.steps.values() if s.name not in made.steps)]
+    assert {type(step) for step in steps} == set(STEPS)
     assert len({kind.kind for kind in STEPS}) == len(STEPS)
-    assert len({step.directory for step in made.steps.values()}) == len(made.steps)
-    for step in made.steps.values():
+    assert len({step.directory for step in steps}) == len(steps)
+    for step in steps:
         later = type("Later", (type(step),), {"version": step.version + 1})(step.inputs, step.part)
         assert later.directory != step.directory, step.name
         assert set(step.canonical["steps"]) == {source.name for source in step.inputs.steps}, step.name

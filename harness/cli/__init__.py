@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException as ClickException
 
-from harness.cli import compare, data, leaderboard, reference, report, score, study, submission
+from harness.cli import compare, consensus, data, leaderboard, reference, report, score, study, submission
 from harness.cli.terminal import (
     DeviceName,
     DeviceOption,
@@ -77,6 +77,7 @@ app = typer.Typer(
 app.add_typer(study.app, name="study", rich_help_panel=_RUN)
 app.command("score", rich_help_panel=_SCORE)(score.score)
 app.command("compare", rich_help_panel=_SCORE)(compare.compare)
+app.command("consensus", rich_help_panel=_SCORE)(consensus.consensus)
 app.command("report", rich_help_panel=_SCORE)(report.report)
 app.command("leaderboard", rich_help_panel=_SCORE)(leaderboard.leaderboard)
 app.add_typer(submission.app, name="submission", rich_help_panel=_SUBMIT)

@@ -33,11 +33,16 @@ class _Run(Section):
     """The BLIP-2 to fine-tune."""
 
 
+def _section(annotation: Any) -> Any:
+    """The section of an annotation such as `Section | None`."""
+    return next(iter(get_args(annotation)), annotation)
+
+
 _Steps = create_model(
     "_Steps",
     __base__=_Run,
     **{
-        name: (kind, Field(default, description=summary(kind)))
+        name: (kind, Field(default, description=summary(_section(kind))))
         for name, kind, default in (step.section for step in STEPS if step.section)
     },
 )
@@ -63,10 +68,24 @@ class Config(_Steps):
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
+        if not self.has_model and not self.consensus.runs:
+            raise AcrossKeys(
+                "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"
+            )
         if not self.train.stages and not self.predict.splits:
             what = "train.stages and predict.splits are both empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
         return self
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
+        return self.consensus is None or self.consensus.own > 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains its model."""
+        return self.has_model and bool(self.train.stages)
 
     @property
     def run_name(self) -> str:

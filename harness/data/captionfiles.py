@@ -6,7 +6,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from harness.data import coco, filekinds, files
@@ -35,6 +35,7 @@ class CaptionFile:
 
     `separator` and `kind` say how the file was read. `lines` is the line of each id. `cut` are the ids whose
     caption ended at a second pipe. `header` says whether there was one. JSON has neither separator nor lines.
+    `further` are the other captions of an id that may have several (`read_candidates`).
     """
 
     path: Path
@@ -45,12 +46,20 @@ class CaptionFile:
     cut: Sequence[str] = ()
     warnings: Sequence[str] = ()
     header: bool = True
+    further: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> dict[str, list[str]]:
+        """All captions of each id, in the order of the file."""
+        return {key: [value, *self.further.get(key, ())] for key, value in self.values.items()}
 
     def described(self, values: str = "captions") -> str:
         """How the file was read, in one line of text."""
-        if len(self.values) == 1:
+        count = len(self.values) + sum(map(len, self.further.values()))
+        if count == 1:
             values = values.replace("captions", "caption").replace("lists", "list")
-        return f"{self.path.name}: {len(self.values):,} {values}, {self.kind}"
+        images = f" of {len(self.values):,} images" if self.further else ""
+        return f"{self.path.name}: {count:,} {values}{images}, {self.kind}"
 
 
 def read(path: Path) -> CaptionFile:
@@ -62,12 +71,24 @@ def read(path: Path) -> CaptionFile:
     ignored; line breaks inside quotes stay. COCO results (JSON) keep their image ids: see `with_ids`.
     A zip may hold one text of any name. Raises `UserError` with every row that can't be read.
     """
+    return _read(path, most=1)
+
+
+def read_candidates(path: Path) -> CaptionFile:
+    """As `read`, but an id may have several captions."""
+    return _read(path, most=None)
+
+
+def _read(path: Path, most: int | None) -> CaptionFile:
     text, flaws, warnings = _text_of(path)
     if coco.is_json(text) or path.suffix.lower() == ".json":
         if flaws:
             raise UserError(grouped(path, flaws))
-        return CaptionFile(path, "", coco.KIND, coco.captions(text, path), {}, warnings=warnings)
-    return _read_table(path, text, flaws, warnings)
+        found = coco.candidates(text, path, most)
+        first = {key: given[0] for key, given in found.items()}
+        further = {key: given[1:] for key, given in found.items() if given[1:]}
+        return CaptionFile(path, "", coco.KIND, first, {}, warnings=warnings, further=further)
+    return _read_table(path, text, flaws, warnings, most)
 
 
 def with_ids(file: CaptionFile, ids: Iterable[str]) -> CaptionFile:
@@ -79,17 +100,23 @@ def with_ids(file: CaptionFile, ids: Iterable[str]) -> CaptionFile:
     if file.separator:
         return file
     names, how = coco.named(file.values, ids, file.path)
-    values = {names.get(key, key): caption for key, caption in file.values.items()}
-    return replace(file, values=values, warnings=[*file.warnings, *([how] if how else [])])
+    values, further = (
+        {names.get(key, key): given for key, given in every.items()} for every in (file.values, file.further)
+    )
+    warnings = [*file.warnings, *([how] if how else [])]
+    return replace(file, values=values, further=further, warnings=warnings)
 
 
-def _read_table(path: Path, text: str, flaws: list[Flaw], warnings: list[str]) -> CaptionFile:
+def _read_table(
+    path: Path, text: str, flaws: list[Flaw], warnings: list[str], most: int | None
+) -> CaptionFile:
     separator = _separator(text, path)
     if separator == "|":
         text = _lines_at_cr(text)
     rows = comma_rows(text) if separator == "," else unquoted_rows(text, separator)
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
+    further: dict[str, list[str]] = {}
     cut, blank, again = [], [], []
     first, header = True, False
     for line, fields in rows:
@@ -99,8 +126,11 @@ def _read_table(path: Path, text: str, flaws: list[Flaw], warnings: list[str]) -
         if not isinstance(fields, str) and _is_header(fields, first, separator):
             header = header or first
             again += [] if first else [Flaw(None, "again", subject=f"line {line}")]
-        elif (flaw := _flaw(line, fields, separator, lines)) is not None:
+        elif (flaw := _flaw(line, fields, separator, lines if most == 1 else {})) is not None:
             flaws.append(flaw)
+        elif fields[0] in values:
+            further.setdefault(fields[0], []).append(fields[1])
+            cut += [fields[0]] if len(fields) > 2 else []
         else:
             values[fields[0]], lines[fields[0]] = fields[1], line
             cut += [fields[0]] if len(fields) > 2 else []
@@ -113,7 +143,8 @@ def _read_table(path: Path, text: str, flaws: list[Flaw], warnings: list[str]) -
         warnings.append(f"blank lines are passed over; a submission must not have any{places(blank)}")
     if again:
         warnings.append(f"rows with the id ID are passed over, as in the organisers' loader{places(again)}")
-    return CaptionFile(path, separator, _FORMATS[separator, header], values, lines, cut, warnings, header)
+    kind = _FORMATS[separator, header]
+    return CaptionFile(path, separator, kind, values, lines, cut, warnings, header, further)
 
 
 def _lines_at_cr(text: str) -> str:

@@ -32,8 +32,13 @@ def captions(text: str, path: Path) -> dict[str, str]:
     COCO annotations (`{"images": [...], "annotations": [...]}`) are read too, with the file names of the
     images as ids. Raises `UserError` for other JSON, and with every entry that can't be read.
     """
+    return {key: given for key, (given,) in candidates(text, path, most=1).items()}
+
+
+def candidates(text: str, path: Path, most: int | None = None) -> dict[str, list[str]]:
+    """All captions of each image id, at most `most`; otherwise as `captions`."""
     entries, names = _entries(text, path)
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     places: dict[str, int] = {}
     flaws = []
     for number, entry in enumerate(entries, 1):
@@ -45,11 +50,12 @@ def captions(text: str, path: Path) -> dict[str, str]:
             flaws.append(Flaw(None, what, WANTED, place))
         elif not isinstance(caption, str):
             flaws.append(Flaw(None, "has no caption that is a text", WANTED, f"{place}, {key[:80]}"))
-        elif key in found:
+        elif len(found.get(key, ())) == most:
             subject = f"{key[:80]}, entries {places[key]} and {number}"
             flaws.append(Flaw(None, "a repeated image_id", "Give each image once.", subject))
         else:
-            found[key], places[key] = re.sub("[\ud800-\udfff]", "\ufffd", caption), number
+            found.setdefault(key, []).append(re.sub("[\ud800-\udfff]", "\ufffd", caption))
+            places[key] = number
     if flaws:
         raise UserError(grouped(path, flaws))
     if not found:

@@ -16,6 +16,7 @@ from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
+from harness.store import fingerprint
 
 if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
@@ -31,11 +32,28 @@ class Absent(Exception):
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Captions, as read, that give the document frequencies of words; made once for many calls."""
+
+    captions: Sequence[str]
+
+    @cached_property
+    def clean(self) -> list[str]:
+        """The captions after the official pre-processing."""
+        return [text.official(caption) for caption in self.captions]
+
+    @cached_property
+    def identity(self) -> str:
+        """A fingerprint of the pre-processed captions."""
+        return fingerprint(self.clean)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Captions to score, row by row: `predictions[i]` against `references[i]` and `images[i]`.
 
     `predictions` and `references` are exactly as read. `images` is None if there are no images; an image is
-    None if it can't be read.
+    None if it can't be read. `documents` give the document frequencies, by default the references do.
     """
 
     predictions: Sequence[str]
@@ -45,6 +63,7 @@ class Inputs:
     edition: int
     device: str = "cpu"
     cache: Path | None = None
+    documents: Documents | None = None
 
     @cached_property
     def pairs(self) -> list[Row]:
@@ -60,6 +79,11 @@ class Inputs:
     def clean_references(self) -> list[str]:
         """The references after the official pre-processing."""
         return [text.official(caption) for caption in self.references]
+
+    @cached_property
+    def counted(self) -> Documents:
+        """The captions whose words are counted for document frequencies."""
+        return Documents(self.references) if self.documents is None else self.documents
 
     @cached_property
     def clean_pairs(self) -> list[Row]:

@@ -26,6 +26,7 @@ from harness.metrics import cache, text
 from harness.metrics.base import (
     STANDIN,
     Absent,
+    Documents,
     Inputs,
     Measured,
     Metric,
@@ -51,7 +52,6 @@ from harness.metrics.neural import (
 )
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
-from harness.store import fingerprint
 
 OFFICIAL = ("microsoft/deberta-xlarge-mnli", 40)
 KEY = "score.bertscore.checkpoint"
@@ -130,12 +130,12 @@ def measure(inputs: Inputs) -> Measured:
         store = embeddings(checkpoint.folder, layer, inputs.device, precision, limit)
         how = (layer, precision, limit, cache.made_by(inputs.device))
         store.disk = TextCache(inputs.cache, checkpoint.folder, *how) if inputs.cache else None
-        weigh = store.idf(inputs.clean_references) if idf else store.uniform
+        weigh = store.idf(inputs.counted) if idf else store.uniform
         scores = f1(*zip(*pairs, strict=True), store, weigh)
         return np.column_stack([scores, [(limit or 0) * any(map(store.is_cut, pair)) for pair in pairs]])
 
     weights = checkpoints.contents(checkpoint.folder, inputs.cache)
-    what = [signature, weights, fingerprint(inputs.clean_references) if idf else None]
+    what = [signature, weights, inputs.counted.identity if idf else None]
     per_image, cut = inputs.scored_by_all(what, inputs.clean_pairs, compute).T
     as_official = (layer, precision) == (OFFICIAL[1], "fp32")
     official, doubts = inputs.official(checkpoint, OFFICIAL[0], KEY) if as_official else (False, [])
@@ -260,6 +260,7 @@ class Embeddings:
         self._kept: dict[str, tuple] = {}
         self._cut: set[str] = set()
         self._bytes = 0
+        self._idf: tuple[str, Any] | None = None
         self.disk: TextCache | None = None
         self.special = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
 
@@ -316,15 +317,18 @@ class Embeddings:
         """Weight 1 for every token but [CLS] and [SEP]."""
         return ((ids != self.special[0]) & (ids != self.special[1])).float()
 
-    def idf(self, references: Sequence[str]) -> Any:
-        """A function from token ids to inverse document frequencies over the references."""
+    def idf(self, documents: Documents) -> Any:
+        """A function from token ids to inverse document frequencies over the documents."""
         import torch
 
-        counts = Counter(token for ids in self.encode(references) for token in set(ids))
-        documents = len(references)
-        table = torch.full((max(len(self.tokenizer), *counts) + 1,), math.log(documents + 1))
-        for token, count in counts.items():
-            table[token] = math.log((documents + 1) / (count + 1))
+        if self._idf is None or self._idf[0] != documents.identity:
+            counts = Counter(token for ids in self.encode(documents.clean) for token in set(ids))
+            most = len(documents.clean) + 1
+            table = torch.full((max(len(self.tokenizer), *counts) + 1,), math.log(most))
+            for token, count in counts.items():
+                table[token] = math.log(most / (count + 1))
+            self._idf = documents.identity, table
+        table = self._idf[1]
         return lambda ids: table[ids]
 
     def _embed(self, captions: list[str]) -> dict[str, Embedded]:

@@ -65,39 +65,49 @@ def bleu1_aggregate(totals: np.ndarray) -> np.ndarray:
 def cider(inputs: Inputs) -> Measured:
     """CIDEr-D of each row after the official pre-processing, without PTB; its mean is the score."""
     signature = sign("cider", inputs.edition, "ptb:no", "like:pycocoevalcap:1.2")
-    return Measured(_cider(inputs, signature, inputs.clean_pairs, list), signature)
+    documents = inputs.counted.clean
+    return Measured(_cider(inputs, signature, inputs.clean_pairs, documents, list), signature)
 
 
 def cider_ptb(inputs: Inputs) -> Measured:
     """CIDEr-D of the raw captions after PTB; the organisers may compute this instead of `cider`."""
     signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "like:pycocoevalcap:1.2")
-    return Measured(_cider(inputs, signature, inputs.pairs, java.ptb), signature)
+    documents = inputs.counted.captions
+    return Measured(_cider(inputs, signature, inputs.pairs, documents, java.ptb), signature)
 
 
 def _cider(
-    inputs: Inputs, signature: str, pairs: list[Row], tokenise: Callable[[list[str]], list[str]]
+    inputs: Inputs,
+    signature: str,
+    pairs: list[Row],
+    documents: Sequence[str],
+    tokenise: Callable[[list[str]], list[str]],
 ) -> np.ndarray:
-    """CIDEr-D (n,); a cached row is used only with the same set of references."""
-    references = [reference for _, reference in pairs]
+    """CIDEr-D (n,); a cached row is used only with the same documents."""
+    n = len(pairs)
 
     def compute(new: list[Row]) -> np.ndarray:
-        tokenised = tokenise([*(prediction for prediction, _ in pairs), *references])
-        scores = cider_scores(tokenised[: len(pairs)], tokenised[len(pairs) :])
+        further = [] if inputs.documents is None else documents  # else they are the references
+        tokenised = tokenise([*(text for side in zip(*pairs, strict=True) for text in side), *further])
+        scores = cider_scores(tokenised[:n], tokenised[n : 2 * n], tokenised[2 * n :] or None)
         of_row = dict(zip(pairs, scores, strict=True))
         return np.array([[of_row[row]] for row in new])
 
-    return inputs.scored([signature, fingerprint(references)], pairs, compute)[:, 0]
+    return inputs.scored([signature, fingerprint(list(documents))], pairs, compute)[:, 0]
 
 
-def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+def cider_scores(
+    predictions: Sequence[str], references: Sequence[str], documents: Sequence[str] | None = None
+) -> np.ndarray:
     """CIDEr-D (n,), in 0 to 10, as pycocoevalcap's `cider_scorer.py` with one reference for each prediction.
 
-    These references give the document frequencies. A row's score depends on the references and the row only:
-    sums run over the n-grams of the references in an order that other predictions do not change.
+    The documents, by default the references, give the document frequencies. A row's score depends on these
+    and the row only: sums run over n-grams in an order that other predictions do not change.
     """
     count = len(references)
-    words, document = _words([*references, *predictions])
-    log_count = math.log(count)
+    words, document = _words([*references, *predictions, *(documents or ())])
+    log_count = math.log(len(documents or references))
+    counted = 2 * count if documents else 0, 2 * count + len(documents) if documents else count
     starts = grams = np.arange(0)
     total, lengths = np.zeros(count), np.zeros(2 * count)
     for order in range(1, CIDER_ORDERS + 1):
@@ -111,8 +121,8 @@ def cider_scores(predictions: Sequence[str], references: Sequence[str]) -> np.nd
             grams = _ranks(grams * (words.max(initial=0) + 1) + words[starts + order - 1])
         if order == 2:  # the original takes the number of bigrams as a caption's length
             lengths = np.bincount(document[starts], minlength=2 * count).astype(float)
-        total += _cosines(document[starts], grams, count, log_count)
-    gap = lengths[count:] - lengths[:count]
+        total += _cosines(document[starts], grams, count, log_count, counted)
+    gap = lengths[count : 2 * count] - lengths[:count]
     return 10 * total / CIDER_ORDERS * np.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
 
 
@@ -132,12 +142,19 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
     return np.unique(keys, return_inverse=True)[1]
 
 
-def _cosines(document: np.ndarray, grams: np.ndarray, count: int, log_count: float) -> np.ndarray:
-    """Clipped cosines (count,) of n-grams of one order; documents from `count` on are the predictions."""
+def _cosines(
+    document: np.ndarray, grams: np.ndarray, count: int, log_count: float, counted: tuple[int, int]
+) -> np.ndarray:
+    """Clipped cosines (count,) of n-grams of one order; documents from `count` on are the predictions.
+
+    The documents `counted`, from the first to below the second number, give the frequencies.
+    """
     size = int(grams.max(initial=0)) + 1
     pairs, times = np.unique(document * size + grams, return_counts=True)
     document, grams = np.divmod(pairs, size)
-    frequency = np.bincount(grams[document < count], minlength=size)
+    frequency = np.bincount(grams[(document >= counted[0]) & (document < counted[1])], minlength=size)
+    scored = document < 2 * count
+    pairs, times, document, grams = pairs[scored], times[scored], document[scored], grams[scored]
     weights = times * (log_count - np.log(np.maximum(frequency, 1)))[grams]
     # n-grams that no reference has are summed separately, in whole numbers, so exactly
     known = frequency[grams] > 0

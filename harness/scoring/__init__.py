@@ -85,7 +85,7 @@ def rows(
     problems = [*_misplaced(predicted, task), *_misplaced(known, task)] or _mismatches(predicted, known)
     found = {}
     if images is not None:
-        found, more = _images(images, known)
+        found, more = images_of(images, known)
         problems += more
     if problems:
         raise UserError(problems)
@@ -192,7 +192,7 @@ def _warnings(file: CaptionFile, known: CaptionFile) -> Iterator[str]:
         yield f"{name}: {few(kept)} {what}"
 
 
-def _images(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Problem]]:
+def images_of(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[Problem]]:
     """The image of each id, in the folder or one folder deeper, and what is wrong with ids without one."""
     if not folder.is_dir():
         return {}, [Problem("no such folder", folder, key="--images")]

@@ -1,8 +1,10 @@
 """The steps of a run, one file each, in the order of planning and running."""
 
 from harness.steps.base import Step
+from harness.steps.consensus import Consensus
 from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
+from harness.steps.retrieve import Features, Retrieve
 from harness.steps.score import Score
 from harness.steps.standin import Standin
 from harness.steps.tiny import Tiny
@@ -12,7 +14,10 @@ STEPS: tuple[type[Step], ...] = (
     Tiny,
     Standin,
     Train,
+    Features,
+    Retrieve,
     Predict,
+    Consensus,
     Postprocess,
     Score,
 )

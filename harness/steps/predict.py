@@ -25,16 +25,10 @@ class Predict(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        config = plan.config
-        steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-        read: dict[str, Any] = {"predict": config.predict.model_dump(exclude={"splits", "batch_size"})}
-        facts: dict[str, Any] = {}
-        if "train" in before:
-            steps[before["train"]] = (BEST,)
-        else:
-            read |= model_of(plan)
-            read["train"] = config.train.model_dump(include={"precision", "vision_precision"})
-            facts["checkpoints"] = contents_of(plan)
+        if not plan.config.has_model or plan.config.retrieval:
+            return
+        read, steps, facts = reads_model(plan, before)
+        read["predict"] = plan.config.predict.model_dump(exclude={"splits", "batch_size"})
         for split in plan.splits:
             given = {"fallback": plan.fallback.get(split)}
             yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
@@ -59,20 +53,38 @@ class Predict(Step):
         given = given_captions(self.inputs)
         with work.reporter.progress(f"Captioning {self.part}") as advance:
             predict.predict_split(
-                self._model(work), ids, pixels, self.inputs.config.predict, directory, advance, given
+                model_for(self.inputs, work),
+                ids,
+                pixels,
+                self.inputs.config.predict,
+                directory,
+                advance,
+                given,
             )
 
-    def _model(self, work: "Work") -> "Loaded":
-        """The trained model, from memory or from its files."""
-        if work.model is None:
-            from harness.models.loading import load_trained
-            from harness.training import engine
 
-            work.model = work.load(self.inputs)
-            if any(step.name == "train" for step in self.inputs.steps):
-                load_trained(work.model.model, self.inputs.directory("train") / BEST)
-            engine.place(work.model.model, self.inputs.config.train, work.kind)
-        return work.model
+def reads_model(
+    plan: "Plan", before: Mapping[str, Step]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
+    steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
+    if "train" in before:
+        return {}, steps | {before["train"]: (BEST,)}, {}
+    precision = plan.config.train.model_dump(include={"precision", "vision_precision"})
+    return model_of(plan) | {"train": precision}, steps, {"checkpoints": contents_of(plan)}
+
+
+def model_for(inputs: Inputs, work: "Work") -> "Loaded":
+    """The trained model that a step reads, or the checkpoint; from memory if it is there."""
+    if work.model is None:
+        from harness.models.loading import load_trained
+        from harness.training import engine
+
+        work.model = work.load(inputs)
+        if any(step.name == "train" for step in inputs.steps):
+            load_trained(work.model.model, inputs.directory("train") / BEST)
+        engine.place(work.model.model, inputs.config.train, work.kind)
+    return work.model
 
 
 def given_captions(inputs: Inputs) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Tiny(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        if plan.config.model.checkpoint == TINY:
+        if plan.config.model.checkpoint == TINY and plan.config.has_model:
             read = ("model.tiny", "model.prompt", "data.augment", "train.caption_cleaning", "train.max_words")
             facts = {"built_from": family(plan.config.model).built_from(plan.config.model)}
             yield cls(Inputs(plan, values(plan.config, *read), ("train",), None, facts, ("data.cache",)))

@@ -50,12 +50,12 @@ class Train(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        if not plan.config.train.stages:
+        if not plan.config.trains:
             return
         config, only = plan.config, choosing(plan.config)
         read = model_of(plan) | values(config, "data.augment", "seed")
         read["train"] = _written(config.train)
-        read["score"], read["edition"] = _scoring(config)
+        read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
         facts = {
             "checkpoints": contents_of(plan),
             "primary": primary_metric(config),
@@ -275,10 +275,11 @@ def choosing(config: "Config") -> ScoreConfig:
     return config.score.model_copy(update={"metrics": parts})
 
 
-def _scoring(config: "Config") -> tuple[dict[str, Any], list[Any]]:
-    """The parts of `score:` and of the edition that affect the metrics that choose the best weights."""
-    name, edition, only = primary_metric(config), EDITIONS[config.edition], choosing(config)
+def scoring_of(
+    config: "Config", names: Sequence[str], mean: str | None = None
+) -> tuple[dict[str, Any], list[Any]]:
+    """The parts of `score:` and of the edition that affect metrics, and their `mean` if it is given."""
+    edition, only = EDITIONS[config.edition], config.score.model_copy(update={"metrics": tuple(names)})
     sections = {"precision", *metrics.weights_of(only)}
     settings = {key: value for key, value in only.model_dump().items() if key in sections}
-    means = edition.aggregates if name in edition.aggregates else None
-    return settings, [edition.rules, means]
+    return settings, [edition.rules, edition.aggregates if mean in edition.aggregates else None]

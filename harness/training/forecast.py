@@ -33,10 +33,11 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    trained = ("train", "valid") if config.train.stages else ()
-    wanted = dict.fromkeys([*trained, *config.predict.splits])
+    trained = ("train", "valid") if config.trains else ()
+    wanted = dict.fromkeys([*trained, *config.predict.splits] if config.has_model else ())
     sides = {split: [side] for split in wanted}
-    if built_from := family(config.model).built_from(config.model):
+    built_from = family(config.model).built_from(config.model) if config.has_model else None
+    if built_from:
         sides.setdefault("train", []).append(built_from)
     if source.root.is_dir():
         splits = _examples(source)
@@ -71,16 +72,17 @@ def forecast(config: "Config") -> dict[str, Any]:
     unknown = []
     counts, to_build = pixels(config)
     count = counts.get("train")
-    if not counts:
+    if not counts and config.has_model:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
-    trains = bool(config.train.stages)
+    trains = config.trains
     shape = family(config.model).shape(config.model) if trains else None
     if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
-        "steps": None if trains and count is None else steps(config.train, count or 0),
+        "steps": (None if count is None else steps(config.train, count)) if trains else [],
+        "has_model": config.has_model,
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": model and _memory(model),
@@ -100,7 +102,7 @@ def time(
         found = device.probe(config.device)
     except UserError:
         return None
-    shape = family(config.model).shape(config.model) if config.train.stages else None
+    shape = family(config.model).shape(config.model) if config.trains else None
     model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
     if model and not setup:
         setup = memory.choices(config.train, 1, found.kind)[0]
@@ -171,7 +173,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         for row in found["steps"] or ()
     ]
     if found["steps"] == []:
-        out.append("nothing is trained: the checkpoint captions as it is")
+        model = "the checkpoint captions as it is" if found["has_model"] else "the captions are of other runs"
+        out.append(f"nothing is trained: {model}")
     elif found["accumulation"]:
         parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
         out.append(f"micro batches that each device accumulates for a step: {parts}")

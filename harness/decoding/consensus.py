@@ -1,0 +1,218 @@
+"""Consensus: the candidate of each image that agrees best with all its candidates (minimum Bayes risk).
+
+Candidates are samples, beams, or captions of several systems. With several systems this is an ensemble. The
+rule is Eikema and Aziz's (2022): argmax over candidates c of the mean over candidates r of utility(c, r).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, field_validator
+
+from harness.config.editions import EDITIONS
+from harness.config.sections import NonNegative, Positive, Section
+from harness.errors import UserError
+from harness.metrics import METRICS, Inputs
+from harness.metrics.base import Absent
+
+if TYPE_CHECKING:
+    from harness.metrics.settings import ScoreConfig
+
+TIE = 1e-6
+"""Expected utilities that differ by less are equal: metrics are exact to about 1e-7."""
+TEXTS = 1024
+"""Candidates of the images that are compared at a time; it bounds the memory for embeddings."""
+
+MEANS = tuple(dict.fromkeys(name for edition in EDITIONS.values() for name in edition.aggregates))
+"""The means of metrics that some edition ranks by."""
+
+
+class SourceConfig(Section):
+    """A finished run whose captions are candidates."""
+
+    run: str
+    """Its name, `<experiment>/<variant>-s<seed>`, as under runs/."""
+    weight: Positive = 1.0
+    """Its weight in the mean utility."""
+
+
+def _named(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) else value
+
+
+class ConsensusConfig(Section):
+    """Choose for each image the candidate that agrees best with all its candidates; `null` turns it off."""
+
+    runs: tuple[Annotated[SourceConfig, BeforeValidator(_named)], ...] = ()
+    """Finished runs with the same images whose captions, before post-processing, are candidates too.
+
+    A name alone has the weight 1.
+    """
+    own: NonNegative = 1.0
+    """Weight of this run's own captions. With 0 this run has no model: nothing is trained or captioned."""
+    utility: dict[Literal[*METRICS, *MEANS], Positive] = Field({})
+    """Metrics by which candidates are compared, with weights; by default the edition's primary metric."""
+
+    @field_validator("runs")
+    @classmethod
+    def _distinct(cls, runs: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.run for source in runs]
+        if again := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"{', '.join(again)} is named twice; give it a weight of 2 instead")
+        return runs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption that an image may get.
+
+    `weight` is its share in the mean of utilities. `log_probability` breaks ties. `source` says where it is
+    from.
+    """
+
+    caption: str
+    weight: float = 1.0
+    log_probability: float = -np.inf
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate of an image, its expected `utility`, and how many candidates are `distinct`."""
+
+    COLUMNS: ClassVar = ("source", "utility", "distinct", "caption")
+
+    candidate: Candidate
+    utility: float
+    distinct: int
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The values of `COLUMNS`, for tables."""
+        one = self.candidate
+        return one.source, f"{self.utility:.6f}", str(self.distinct), one.caption
+
+
+Compare = Callable[[Sequence[str], Sequence[str], Sequence[Path | None] | None], np.ndarray]
+"""(candidates (n,), references (n,), images (n,) or None) -> utility of each row (n,)."""
+
+
+@dataclass
+class Utility:
+    """A weighted mixture of metrics, each per image and after its official pre-processing.
+
+    `weights` are by metric; `mixture` makes them. `documents` give the document frequencies of metrics that
+    weigh words, such as CIDEr. `signatures` has the signature of each metric after the first call. Raises
+    `UserError` if a metric can't be computed.
+    """
+
+    weights: Mapping[str, float]
+    config: "ScoreConfig"
+    edition: int
+    device: str = "cpu"
+    documents: Sequence[str] | None = None
+    signatures: dict[str, str] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        candidates: Sequence[str],
+        references: Sequence[str],
+        images: Sequence[Path | None] | None = None,
+    ) -> np.ndarray:
+        # no cache on disk: the embeddings of all candidates would fill it
+        inputs = Inputs(
+            candidates, references, images, self.config, self.edition, self.device, documents=self.documents
+        )
+        total = np.zeros(len(candidates))
+        for name, weight in self.weights.items():
+            try:
+                measured = METRICS[name].measure(inputs)
+            except Absent as absence:
+                raise UserError(f"the consensus needs {name}: {absence}", exit_code=1) from None
+            self.signatures[name] = measured.signature
+            total += weight * measured.per_image
+        return total
+
+
+def mixture(weights: Mapping[str, float], edition: int) -> dict[str, float]:
+    """Weights by metric that sum to 1; a mean of the edition, such as `overall`, becomes its metrics."""
+    found: dict[str, float] = {}
+    for name, weight in weights.items():
+        parts = EDITIONS[edition].aggregates.get(name)
+        inner = {name: 1.0} if parts is None else mixture(dict.fromkeys(parts, 1.0), edition)
+        for metric, share in inner.items():
+            found[metric] = found.get(metric, 0.0) + weight * share
+    total = sum(found.values())
+    return {name: weight / total for name, weight in found.items()}
+
+
+def choose(
+    candidates: Mapping[str, Sequence[Candidate]],
+    utility: Compare,
+    images: Mapping[str, Path | None] | None = None,
+    texts: int = TEXTS,
+) -> Iterator[tuple[str, Choice]]:
+    """The choice of each image, in the order of `candidates`.
+
+    Each distinct caption is compared once with each other one and with itself. Ties go to the higher
+    log-probability, then to the first candidate. `texts` does not affect the choice.
+    """
+    for part in _parts(candidates, texts):
+        yield from zip(part, _choices(part, candidates, utility, images), strict=True)
+
+
+def cost(candidates: Mapping[str, Sequence[Candidate]]) -> tuple[int, int]:
+    """How many distinct captions are embedded, and how many pairs of captions are compared."""
+    counts = [len(_distinct(given)) for given in candidates.values()]
+    return sum(counts), sum(count**2 for count in counts)
+
+
+def _parts(candidates: Mapping[str, Sequence[Candidate]], texts: int) -> Iterator[list[str]]:
+    part: list[str] = []
+    held = 0
+    for image, given in candidates.items():
+        if part and held + len(given) > texts:
+            yield part
+            part, held = [], 0
+        part.append(image)
+        held += len(given)
+    if part:
+        yield part
+
+
+def _choices(
+    part: Sequence[str],
+    candidates: Mapping[str, Sequence[Candidate]],
+    utility: Compare,
+    images: Mapping[str, Path | None] | None,
+) -> Iterator[Choice]:
+    ours, theirs, seen = [], [], []
+    for image in part:
+        captions = _distinct(candidates[image])
+        ours += [caption for caption in captions for _ in captions]
+        theirs += captions * len(captions)
+        seen += [images[image] if images else None] * len(captions) ** 2
+    values, start = utility(ours, theirs, seen if images else None), 0
+    for image in part:
+        count = len(_distinct(candidates[image]))
+        yield _choice(candidates[image], values[start : start + count**2].reshape(count, count))
+        start += count**2
+
+
+def _choice(given: Sequence[Candidate], utilities: np.ndarray) -> Choice:
+    """The best of an image's candidates; `utilities` (m, m) are of its distinct captions."""
+    place = {caption: row for row, caption in enumerate(_distinct(given))}
+    shares = np.zeros(len(place))
+    for one in given:
+        shares[place[one.caption]] += one.weight
+    expected = utilities @ shares / shares.sum()
+    tied = [n for n, one in enumerate(given) if expected[place[one.caption]] >= expected.max() - TIE]
+    best = given[max(tied, key=lambda n: (given[n].log_probability, -n))]
+    return Choice(best, float(expected[place[best.caption]]), len(place))
+
+
+def _distinct(given: Sequence[Candidate]) -> list[str]:
+    return list(dict.fromkeys(one.caption for one in given))

@@ -1,0 +1,88 @@
+"""Captions from the training images that are most alike: the honest baseline of every captioner."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from harness.config.sections import Fraction, Positive, Section, whole
+from harness.decoding.consensus import MEANS
+from harness.machine import ranks
+from harness.metrics import METRICS
+from harness.store import write
+
+if TYPE_CHECKING:
+    from harness.models.loading import Loaded
+
+_BATCH = 16
+_QUERIES = 256  # compared at a time with all training images
+
+
+class RetrievalConfig(Section):
+    """Caption an image as the training images with the most similar features; `null` turns it off.
+
+    The features are those of this run's trained model, or of the checkpoint if nothing is trained.
+    """
+
+    neighbours: whole(1, 10_000) = 32
+    """Number of training images whose captions are candidates; consensus chooses among them."""
+    threshold: Fraction | None = None
+    """From this cosine on, the nearest image's caption is taken without a consensus; `null`: never."""
+    utility: dict[Literal[*METRICS, *MEANS], Positive] = Field({})
+    """Metrics by which candidates are compared, with weights; by default the edition's primary metric."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest images of each query, best first: `rows` (N, k) of the database, and cosines (N, k)."""
+
+    rows: np.ndarray
+    cosines: np.ndarray
+
+
+def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int, int], None]) -> np.ndarray:
+    """Mean image features of unit length (N, D) float32 of pixels (N, S, S, 3); all ranks get them."""
+    import torch
+
+    model, found = loaded.model, []
+    was_training = model.training
+    model.eval()
+    own = ranks.share(list(range(count)))
+    with torch.inference_mode():
+        for start in range(0, len(own), _BATCH):
+            part = np.asarray(own[start : start + _BATCH])
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(model.device)
+            pooled = model.image_features(loaded.normalise(batch)).float().mean(1)
+            found.extend(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
+            progress(min((start + _BATCH) * ranks.world_size(), count), count)
+    model.train(was_training)
+    return np.stack(ranks.gather(found))
+
+
+def nearest(queries: np.ndarray, database: np.ndarray, count: int) -> Neighbours:
+    """The `count` nearest rows of a database (M, D) for each query (N, D), by the cosine of unit vectors.
+
+    The search is exact. Equal cosines are in the order of the database.
+    """
+    count = min(count, len(database))
+    rows, cosines = [], []
+    for start in range(0, len(queries), _QUERIES):
+        found = queries[start : start + _QUERIES] @ database.T
+        least = np.partition(found, -count, axis=1)[:, -count]
+        for row, low in zip(found, least, strict=True):
+            (hits,) = np.nonzero(row >= low)
+            best = hits[np.argsort(-row[hits], kind="stable")][:count]
+            rows.append(best)
+            cosines.append(row[best])
+    return Neighbours(np.array(rows), np.array(cosines))
+
+
+def write_features(path: Path, found: np.ndarray) -> None:
+    """Write features (N, D) as .npy, whole or nothing."""
+    content = io.BytesIO()
+    np.save(content, found)
+    write(path, content.getvalue())

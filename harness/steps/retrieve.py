@@ -1,0 +1,115 @@
+"""Captions from the most similar training images; see `decoding.retrieval`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.captions import PREDICTIONS, write_captions, write_table
+from harness.decoding import consensus, retrieval
+from harness.decoding.consensus import Candidate, Choice
+from harness.decoding.retrieval import RetrievalConfig
+from harness.machine import ranks
+from harness.steps.base import Step
+from harness.steps.consensus import comparing, utility_for
+from harness.steps.inputs import Inputs, values
+from harness.steps.predict import given_captions, model_for, reads_model
+
+if TYPE_CHECKING:
+    from harness.steps.plan import Plan
+    from harness.steps.work import Work
+
+FEATURES, TABLE = "features.npy", "neighbours.csv"
+
+
+class Features(Step):
+    """Writes the image features of one split, in the order of its readable images."""
+
+    kind, version, shared = "features", 1, True
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        if plan.config.retrieval is None or not plan.config.has_model:
+            return
+        read, steps, facts = reads_model(plan, before)
+        for split in dict.fromkeys(["train", *plan.splits]):
+            yield cls(Inputs(plan, read, (split,), steps, facts, ("data.cache",)), split)
+
+    @property
+    def decodes(self) -> Mapping[str, int]:
+        return {self.part: self.inputs.config.model.image_size}
+
+    def build(self, work: "Work", directory: Path) -> None:
+        pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
+        count = len(self.inputs.data.readable(self.part))
+        with work.reporter.progress(f"Features of {self.part}") as advance:
+            found = retrieval.features(model_for(self.inputs, work), pixels, count, advance)
+        if ranks.rank() == 0:
+            retrieval.write_features(directory / FEATURES, found)
+
+
+class Retrieve(Step):
+    """Writes for each image of a split a caption of its nearest training images."""
+
+    kind, version, shared = "retrieve", 1, True
+    section = ("retrieval", RetrievalConfig | None, None)
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        found = {step.part: step for step in before.values() if step.kind == Features.kind}
+        if not found:
+            return
+        read, steps, facts = comparing(plan, before, plan.config.retrieval.utility)
+        read |= values(plan.config, "retrieval")
+        for split in plan.splits:
+            files = {found["train"]: (FEATURES,), found[split]: (FEATURES,)}
+            given = {"fallback": plan.fallback.get(split)}
+            yield cls(Inputs(plan, read, ("train", split), files | steps, facts | given), split)
+
+    @property
+    def captions(self) -> str:
+        return self.part
+
+    @property
+    def artifacts(self) -> Mapping[str, str]:
+        return {f"predictions/{self.part}_before.csv": PREDICTIONS, f"retrieval/{self.part}.csv": TABLE}
+
+    def build(self, work: "Work", directory: Path) -> None:
+        import numpy as np
+
+        work.drop_model()  # the neural metrics need its memory
+        config, part = self.inputs.config.retrieval, self.part
+        training = self.inputs.data.readable("train")
+        usable = [row for row, example in enumerate(training) if example.trains]
+        database = np.load(self.inputs.directory("features-train") / FEATURES)[usable]
+        queries = np.load(self.inputs.directory(f"features-{part}") / FEATURES)
+        found = retrieval.nearest(queries, database, config.neighbours)
+        examples = self.inputs.data.readable(part)
+        candidates = {
+            example.id: [
+                Candidate(training[usable[row]].caption or "", source=training[usable[row]].id)
+                for row in (rows[:1] if _is_near(cosines, config.threshold) else rows)
+            ]
+            for example, rows, cosines in zip(examples, found.rows, found.cosines, strict=True)
+        }
+        texts, pairs = consensus.cost(candidates)
+        work.say(f"{len(candidates):,} images, {texts:,} distinct candidates, {pairs:,} comparisons")
+        images = {example.id: example.image for example in examples}
+        chosen: dict[str, Choice] = {}
+        with work.reporter.progress(f"Comparing captions for {part}") as advance:
+            for image, choice in consensus.choose(candidates, utility_for(self.inputs, work), images):
+                chosen[image] = choice
+                advance(len(chosen), len(candidates))
+        if ranks.rank() == 0:
+            cosines = {
+                example.id: f"{best[0]:.6f}" for example, best in zip(examples, found.cosines, strict=True)
+            }
+            rows = [(image, cosines[image], *choice.row) for image, choice in chosen.items()]
+            write_table(directory / TABLE, [("ID", "cosine", *Choice.COLUMNS), *rows])
+            captions = {image: choice.candidate.caption for image, choice in chosen.items()}
+            captions |= given_captions(self.inputs)
+            every = self.inputs.data.examples(part)
+            write_captions(directory / PREDICTIONS, {example.id: captions[example.id] for example in every})
+
+
+def _is_near(cosines: Any, threshold: float | None) -> bool:
+    return threshold is not None and bool(cosines[0] >= threshold)

@@ -1,0 +1,138 @@
+"""Consensus as a step of a run: own captions, captions of other runs, resuming, and what it refuses."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.commands import harness
+from support.experiments import EXPERIMENT
+
+from harness.captions import read_captions
+from harness.decoding import consensus
+from harness.decoding.consensus import Candidate
+from harness.metrics.settings import ScoreConfig
+from harness.steps import consensus as step
+
+ALONE = """
+  rouge: {consensus: {own: 0, runs: [small/opt-s42, {run: greedy/opt-s42, weight: 2}, odd/opt-s42],
+          utility: {rouge1: 1}}}
+"""
+WITH_OWN = """
+  own: {consensus: {own: 1.5, runs: [greedy/opt-s42, odd/opt-s42], utility: {rouge1: 1, bleu1: 1}}}
+"""
+
+
+def variants(text: str) -> str:
+    return EXPERIMENT.partition("variants:")[0].replace("name: small", "name: both") + f"variants:{text}"
+
+
+@pytest.fixture(scope="module")
+def project(small_run, tmp_path_factory) -> Path:
+    """The small run, and two runs that caption with its weights in other ways."""
+    place = tmp_path_factory.mktemp("project")
+    for name in ("data", "runs", "submissions"):
+        shutil.copytree(small_run / "kept" / name, place / name)
+    text = EXPERIMENT.replace("  opt_dedup: {postprocess: {deduplicate: true}}\n", "")
+    for name, how in (
+        ("greedy", "num_beams: 1, max_new_tokens: 16"),
+        ("odd", "num_beams: 3, max_new_tokens: 9"),
+    ):
+        changed = text.replace("name: small", f"name: {name}").replace(
+            "num_beams: 2, max_new_tokens: 24", how
+        )
+        (place / f"{name}.yaml").write_text(changed)
+        harness(place, "run", f"{name}.yaml")
+    return place
+
+
+def before(project: Path, run: str, split: str = "valid") -> dict[str, str]:
+    record = json.loads((project / "runs" / run / "run.json").read_text())
+    return read_captions(project / "runs" / record["artifacts"][f"predictions/{split}_before.csv"])
+
+
+def expected(project: Path, weights: dict[str, float], metrics: dict[str, float]) -> dict[str, str]:
+    """The choice from the captions of these runs."""
+    captions = {run: before(project, run) for run in weights}
+    candidates = {
+        image: [Candidate(captions[run][image], weight, source=run) for run, weight in weights.items()]
+        for image in before(project, "small/opt-s42")
+    }
+    utility = consensus.Utility(consensus.mixture(metrics, 2023), ScoreConfig(), 2023)
+    return {image: choice.candidate.caption for image, choice in consensus.choose(candidates, utility)}
+
+
+def test_a_consensus_of_runs_has_no_model_and_is_scored_and_submitted(project):
+    (project / "alone.yaml").write_text(variants(ALONE))
+    shown = harness(project, "run", "alone.yaml", "--dry-run").stdout
+    assert "the captions are of other runs" in shown
+    assert "train" not in {line.split()[1] for line in shown.splitlines() if line.startswith("#   ")}
+    found = harness(project, "run", "alone.yaml")
+    assert "12 images, " in found.stderr
+    record = json.loads((project / "runs" / "both" / "rouge-s42" / "run.json").read_text())
+    assert record["status"] == "FINISHED"
+    assert record["standin_model"] is True  # its sources are
+    assert not [name for name in record["steps"] if name.startswith(("tiny", "train", "predict"))]
+    wanted = expected(project, {"small/opt-s42": 1, "greedy/opt-s42": 2, "odd/opt-s42": 1}, {"rouge1": 1})
+    assert before(project, "both/rouge-s42") == wanted
+    assert record["scores"]["valid"]["before"]["rouge1"]["n"] == 12
+    assert len(record["submissions"]) == 2
+    table = project / "runs" / record["artifacts"]["consensus/valid.csv"]
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert {row["source"] for row in rows} <= {"small/opt-s42", "greedy/opt-s42", "odd/opt-s42"}
+    assert {row["ID"]: row["caption"] for row in rows} == wanted
+    again = harness(project, "run", "alone.yaml")
+    assert "consensus-valid" not in again.stderr
+
+
+def test_own_captions_are_candidates_too(project):
+    (project / "own.yaml").write_text(variants(WITH_OWN))
+    harness(project, "run", "own.yaml")
+    record = json.loads((project / "runs" / "both" / "own-s42" / "run.json").read_text())
+    assert "train" in record["steps"]
+    weights = {"small/opt-s42": 1.5, "greedy/opt-s42": 1, "odd/opt-s42": 1}
+    assert before(project, "both/own-s42") == expected(project, weights, {"rouge1": 1, "bleu1": 1})
+
+
+def test_other_captions_of_a_source_give_another_step(project, tmp_path):
+    place = shutil.copytree(project, tmp_path / "project")
+    (place / "alone.yaml").write_text(variants(ALONE))
+
+    def names() -> list[str]:
+        shown = harness(place, "run", "alone.yaml", "--dry-run").stdout
+        return [line.split()[-1] for line in shown.splitlines() if "consensus-" in line]
+
+    first = names()
+    text = (place / "greedy.yaml").read_text().replace("max_new_tokens: 16", "max_new_tokens: 5")
+    (place / "greedy.yaml").write_text(text)
+    harness(place, "run", "greedy.yaml")
+    assert not set(first) & set(names())
+
+
+def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
+    def said(text: str) -> str:
+        (project / "bad.yaml").write_text(variants(text))
+        found = harness(project, "run", "bad.yaml", code=2)
+        assert "Traceback" not in found.stderr
+        return found.stderr
+
+    run = "{own: 0, runs: [small/none-s42]}"
+    assert "runs/small/none-s42: not a run" in said(f"\n  a: {{consensus: {run}}}\n")
+    assert "there are no candidates" in said("\n  a: {consensus: {own: 0}}\n")
+    assert "is named twice" in said("\n  a: {consensus: {runs: [a/b-s1, {run: a/b-s1, weight: 2}]}}\n")
+    assert "overall is no score of 2023" in said("\n  a: {consensus: {utility: {overall: 1}}}\n")
+    assert "weights are not on this machine" in said("\n  a: {consensus: {utility: {bleurt: 1}}}\n")
+    other = "{consensus: {own: 0, runs: [small/opt-s42]}, data: {root: data/other, phantom: {valid: 5}}}"
+    assert "among the 5 here" in said(f"\n  a: {other}\n")
+
+
+def test_choices_of_an_interrupted_step_are_kept_and_damaged_ones_are_not(tmp_path):
+    file = tmp_path / "partial.jsonl"
+    candidates = {image: [Candidate("a"), Candidate("b")] for image in "xyz"}
+    for image in "xyz":
+        step._keep(file, image, 1, consensus.Choice(candidates[image][1], 0.25, 2))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1].replace("0.25", "0.75"), lines[2][:-9]]))
+    assert list(step._read(file, candidates)) == ["x"]
+    assert step._read(file, candidates)["x"].candidate.caption == "b"
