@@ -184,7 +184,11 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
         raise
     finally:
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(folder / records.FILE, record)
+        try:
+            write_json(folder / records.FILE, record)
+        except OSError:  # a full disk may be the cause of the failure, which says more
+            if record["status"] == "FINISHED":
+                raise
 
 
 def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]:

@@ -122,7 +122,7 @@ class Training:
         seed, stage, step and rank.
         """
         self.loaded = self._placed()
-        self.state = ranks.agree(self.checkpoints.newest())
+        self.state = self.saved = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
         try:
@@ -404,7 +404,8 @@ class Training:
                 save_trained(loaded.model, self.directory / BEST)
         self.state.validated = True
         if ranks.rank() == 0:
-            self.checkpoints.seal(self.state)
+            with self._has_room():
+                self.checkpoints.seal(self.state)
 
     def _check_validation(self, row: Row, stage: Stage) -> None:
         """Stop all ranks if a validation gave a number that is not finite."""
