@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def light_collections() -> None:
     """Garbage collections pass over what imports have made: that took a second, hundreds of times."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_process_group() -> Iterator[None]:
+    """A command that a test runs in this process does not end the process, so its process group stays."""
+    from harness.machine import ranks
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ranks, "end", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

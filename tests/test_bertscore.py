@@ -242,7 +242,7 @@ def clean_pairs(golden) -> list[tuple[str, str]]:
 def test_pairs_matched_as_on_an_accelerator_score_as_on_a_cpu(stored, clean_pairs, batch_tokens, weighed):
     store = stored(batch_tokens)
     sides = list(zip(*clean_pairs, strict=True))
-    weigh = store.uniform if weighed == "uniform" else store.idf(sides[1])
+    weigh = store.uniform if weighed == "uniform" else store.idf(Documents(sides[1]))
     expected = bertscore.f1(*sides, stored(), weigh)
     np.testing.assert_allclose(matching.f1(clean_pairs, store, weigh), expected, atol=1e-6)
 

@@ -133,7 +133,7 @@ def test_set_wins_over_a_variant(tmp_path):
 
 
 def test_every_key_has_a_type_and_shows_up_flat():
-    given = {"name": "a", "data": {"root": "x"}, "consensus": {"runs": ["a/b-s1"]}}
+    given = {"name": "a", "data": {"root": "x"}, "consensus": {"runs": ["a/b-s1"]}, "retrieval": {}}
     config = Config.model_validate(given)
     shown = set(flat(config))
     for path in keys():

@@ -42,11 +42,11 @@ def test_a_caption_too_long_for_the_memory_is_a_reason(monkeypatch):
     store = bertscore.Embeddings(checkpoint.folder, layer, "cpu", limit=None)
     heads = store.model.config.num_attention_heads
     monkeypatch.setattr(bertscore, "ram", lambda: 8 * 4 * heads * 3000**2)
-    store._check_memory(3000)
+    store.check_memory(3000)
     with pytest.raises(Absent, match=r"3,001 tokens, whose attention takes \d+\.\d GB; \d+\.\d GB are free"):
-        store._check_memory(3001)
+        store.check_memory(3001)
     monkeypatch.setattr(bertscore, "ram", lambda: 0)
-    store._check_memory(neural.WIDE)
+    store.check_memory(neural.WIDE)
 
 
 STANDIN = {"bertscore": {"checkpoint": "standin"}}
