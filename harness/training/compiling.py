@@ -52,6 +52,8 @@ class Compiler:
         """Compile no further part."""
         if self.used != OFF:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, ImportError):  # a process was killed while it wrote compiled code
+                why += f"; if it is damaged, delete {os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'it')}"
             self.say(f"train.compile: {self.used} does not work here, so nothing is compiled ({why})")
         self.used = OFF
 
