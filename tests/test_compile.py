@@ -115,8 +115,7 @@ def test_an_error_of_the_model_itself_is_raised(folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.ci)])
 def test_a_compiled_training_goes_on_to_the_same_bits_and_leaves_nothing(folder, tmp_path, zero_stage):
     """With dropout, and stopped in either stage; the losses are those of eager training but for rounding."""
     plain = {"evaluate_every": 0, "zero_stage": zero_stage}
@@ -156,7 +155,6 @@ def test_compiled_ranks_train_as_eager_ones(folder, tmp_path, zero_stage):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_without_a_compiler_says_so_in_one_line_and_records_it(tmp_path):
     (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("variants:\n  opt: {}\n  opt_dedup", "#"))
     done = harness(tmp_path, "run", "small.yaml", "--set", "train.compile=layers", env={"CXX": "/bin/false"})
