@@ -1,6 +1,7 @@
 """Checks of this machine for an experiment: each is ok or tells how to repair it."""
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,7 +123,7 @@ def _npu_versions() -> Iterator[Check]:
     if torch.release != npu.release:
         fix = f"python -m pip install 'torch-npu=={torch.base_version}.*'"
         yield Check("npu versions", False, f"{found}; torch-npu must have the version of torch", fix)
-    elif cann and tuple(map(int, cann.split(".")[:2])) < OLDEST_CANN:
+    elif cann and tuple(map(int, re.findall(r"\d+", cann)[:2])) < OLDEST_CANN:
         oldest = ".".join(map(str, OLDEST_CANN))
         what = f"{found}; this torch-npu needs at least CANN {oldest}"
         yield Check("npu versions", False, what, f"Install CANN {oldest} or newer and source its set_env.sh")
@@ -245,7 +246,7 @@ def _disk(configs: Sequence[Config]) -> Check:
     counted = True
     for config in configs:
         counts, to_build = forecast.pixels(config)
-        counted = counted and bool(counts)
+        counted = counted and (bool(counts) or not config.has_model)
         caches.setdefault(config.data.root, {}).update(to_build)
         if config.trains:
             trainings[_training(config)] = _trained(config)

@@ -14,7 +14,7 @@ from harness.decoding import consensus
 from harness.decoding.consensus import Candidate
 from harness.errors import UserError
 from harness.metrics import lexical, text
-from harness.metrics.base import Documents
+from harness.metrics.base import Documents, Measured, Metric
 from harness.metrics.settings import ScoreConfig
 
 WORDS = ["a", "the", "chest", "ct", "x-ray", "shows", "nodule", "in", "of", "left", "lung", "mass"]
@@ -121,6 +121,39 @@ def test_ties_go_to_the_log_probability_and_then_to_the_first():
     assert chosen(first, Candidate("y", 1, -3, "2"), Candidate("y", 1, -2, "3")) == "3"
 
 
+def test_a_blank_caption_is_chosen_only_if_all_are_blank():
+    candidates = {
+        "a": [Candidate(""), Candidate("."), Candidate("a chest")],
+        "b": [Candidate(""), Candidate(" ")],
+    }
+    utility = consensus.Utility({"rouge1": 1.0}, ScoreConfig(), 2023)
+    found = dict(consensus.choose(candidates, utility))
+    assert [choice.candidate.caption for choice in found.values()] == ["a chest", ""]
+
+
+def test_many_candidates_of_an_image_are_compared_in_blocks(monkeypatch):
+    candidates = {"a": [Candidate(f"word{n} chest word{n % 7}") for n in range(60)]}
+    utility = consensus.Utility({"rouge1": 1.0}, ScoreConfig(), 2023)
+    whole = dict(consensus.choose(candidates, utility))
+    sizes = []
+
+    def compare(ours, theirs, images=None):
+        sizes.append(len(ours))
+        return utility(ours, theirs, images)
+
+    monkeypatch.setattr(consensus, "_ROWS", 1000)
+    assert dict(consensus.choose(candidates, compare)) == whole
+    assert max(sizes) == 1000
+
+
+def test_a_number_that_is_not_finite_is_a_reason(monkeypatch):
+    broken = Metric(lambda inputs: Measured(np.full(len(inputs.predictions), np.nan), "rouge1|x"))
+    monkeypatch.setitem(consensus.METRICS, "rouge1", broken)
+    utility = consensus.Utility({"rouge1": 1.0}, ScoreConfig(), 2023)
+    with pytest.raises(UserError, match="the consensus needs rouge1: gave no finite number"):
+        utility(["a"], ["b"])
+
+
 def test_a_mean_of_an_edition_becomes_its_metrics():
     assert consensus.mixture({"rouge1": 2, "bleu1": 6}, 2023) == {"rouge1": 0.25, "bleu1": 0.75}
     relevance = {"bertscore": 1 / 6, "rouge1": 1 / 6, "similarity": 1 / 6}
@@ -180,6 +213,7 @@ def test_the_command_writes_the_consensus_of_files(files):
     how = ("--utility", "rouge1", "--per-image", "why.csv", "--format", "json")
     found = harness(files, "consensus", *sources, "--out", "run.csv", *how)
     assert "c.json: 3 captions of 2 images" in found.stderr
+    assert "warning: c.json: 2 image_ids matched by number" in found.stderr
     assert "2 images, 6 distinct candidates, 18 comparisons" in found.stderr
     printed = json.loads(found.stdout)
     assert printed["sources"] == {"a.csv": 0, "b.csv": 2, "c.json": 0}
@@ -212,6 +246,11 @@ def test_mistakes_of_the_command_are_explained(files):
     assert "2 numbers above 0" in failed("a.csv", "b.csv", "--utility", "rouge1", "--weights", "1,nan")
     assert "got 'rouge=1'" in failed("a.csv", "b.csv", "--utility", "rouge=1")
     assert "weights are not on this machine" in failed("a.csv", "b.csv")
+    assert "would overwrite an input" in failed("a.csv", "b.csv", "--per-image", "a.csv")
+    assert "the same file as --out" in failed("a.csv", "b.csv", "--per-image", "run.csv")
+    assert "is given twice" in failed("a.csv", "a.csv", "--utility", "rouge1")
+    assert "can't be written" in failed("a.csv", "b.csv", "--per-image", ".")
+    assert "got 'rouge1=3'" in failed("a.csv", "b.csv", "--utility", "rouge1=2,rouge1=3")
     (files / "d.csv").write_text("ImageCLEF_1|a\nImageCLEF_3|b\n", encoding="utf-8")
     said = failed("a.csv", "d.csv", "--utility", "rouge1")
     for part in ("no caption in d.csv", "ImageCLEF_2", "no caption in a.csv", "ImageCLEF_3"):

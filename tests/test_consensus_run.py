@@ -123,6 +123,11 @@ def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
     assert "is named twice" in said("\n  a: {consensus: {runs: [a/b-s1, {run: a/b-s1, weight: 2}]}}\n")
     assert "overall is no score of 2023" in said("\n  a: {consensus: {utility: {overall: 1}}}\n")
     assert "weights are not on this machine" in said("\n  a: {consensus: {utility: {bleurt: 1}}}\n")
+    assert "no weights are named" in said("\n  a: {consensus: {utility: {medcat: 1}}}\n")
+    standin = "{consensus: {utility: {clipscore: 1}}, score: {clipscore: {checkpoint: standin}}}"
+    assert "its stand-in is not trained" in said(f"\n  a: {standin}\n")
+    both = "{consensus: {own: 0, runs: [small/opt-s42]}, retrieval: {}}"
+    assert "retrieval needs this run's model" in said(f"\n  a: {both}\n")
     other = "{consensus: {own: 0, runs: [small/opt-s42]}, data: {root: data/other, phantom: {valid: 5}}}"
     assert "among the 5 here" in said(f"\n  a: {other}\n")
 

@@ -271,6 +271,6 @@ def test_a_list_and_a_mapping_are_asked_for_in_words_of_yaml(tmp_path, stages, e
 
 def test_a_run_that_would_do_nothing_is_refused(tmp_path):
     file = write(tmp_path, "name: x\ndata: {root: x}\ntrain: {stages: []}\npredict:\n  splits: []\n")
-    what = "predict.splits: train.stages and predict.splits are both empty; there is nothing to do"
+    what = "predict.splits: nothing is trained and predict.splits is empty; there is nothing to do"
     assert messages(file) == [f"{file}:5: {what}"]
     assert load(file, ["predict.splits=[test]"])

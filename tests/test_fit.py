@@ -195,7 +195,7 @@ def test_a_lack_of_memory_halves_the_micro_batch_once(
     found = trained(data, tiny_folder, tmp_path / "halved", micro_batch_size=8, zero_stage=zero_stage)
     said = capsys.readouterr().err
     assert "the cpu has not enough memory for micro batches of 8\n" in said
-    assert "micro batch 4 without gradient checkpointing, half of what did not fit" in said
+    assert "micro batch 4 without gradient checkpointing, smaller, because more did not fit" in said
     assert same(found[0], expected[0])
     assert found[1] == expected[1]
     assert (found[2]["micro_batch_size"], found[2]["why"]) == (4, fit.HALVED)

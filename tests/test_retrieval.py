@@ -33,6 +33,19 @@ def test_the_search_is_exact_and_in_the_order_of_the_database_for_equal_cosines(
         np.testing.assert_array_equal(cosines, products[expected])
 
 
+def test_an_image_that_is_there_twice_is_found_first_where_it_is_first():
+    """Products of matrices round by the place of a row."""
+    random = np.random.default_rng(0)
+    database = random.standard_normal((1003, 768)).astype(np.float32)
+    database /= np.linalg.norm(database, axis=1, keepdims=True)
+    database[1002] = database[3]
+    queries = np.concatenate([database[3:4], database[:200]])
+    found = retrieval.nearest(queries, database, 2)
+    assert found.rows[0].tolist() == [3, 1002]
+    assert found.rows[4].tolist() == [3, 1002]
+    np.testing.assert_allclose(found.cosines[:, 0], 1, atol=1e-6)
+
+
 def test_a_small_database_gives_all_of_its_rows():
     found = retrieval.nearest(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)[:1], 9)
     assert found.rows.tolist() == [[0], [0]]
@@ -86,7 +99,7 @@ def test_the_nearest_image_gives_its_caption(project):
     }
     assert found["train"].shape == (48, 32)
     np.testing.assert_allclose(np.linalg.norm(found["valid"], axis=1), 1, atol=1e-6)
-    best = (found["valid"] @ found["train"].T).argmax(1)
+    best = (found["valid"].astype(float) @ found["train"].astype(float).T).argmax(1)
     ids = list(training)
     assert [row["source"] for row in rows] == [ids[row] for row in best]
     assert all(written[row["ID"]] == training[row["source"]] for row in rows)

@@ -283,7 +283,7 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
         return launch.on_hosts(sys.argv[1:], hostfile, nproc)
     count = nproc or 1
     found = [device.shortage(config.device, count) for config in configs]
-    found += [indivisible(config.train, count) for config in configs]
+    found += [indivisible(config.train, count) for config in configs if config.trains]
     if problems := list(dict.fromkeys(filter(None, found))):
         raise UserError(problems)
     return launch.here(sys.argv[1:], count)

@@ -14,11 +14,14 @@ from harness.cli.submission import Split
 from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal
 from harness.config.editions import SPAN
 from harness.errors import Flaw, Problem, UserError, grouped
-from harness.visible import json_text
+from harness.visible import json_text, one_line
 
 if TYPE_CHECKING:
     from harness.data.captionfiles import CaptionFile
     from harness.decoding.consensus import Candidate, Choice
+
+_MOST = 1e6
+"""The largest weight."""
 
 
 def consensus(
@@ -79,6 +82,7 @@ def consensus(
     from harness.metrics.base import Documents
 
     year = edition_of(edition, None)
+    _check_outputs(out, per_image, sources)
     files = _same_ids([_read(source, split.value) for source in sources])
     candidates = _candidates(files, sources, _weights(weights, len(sources)))
     mixed = method.mixture(_mixture(utility, year), year)
@@ -90,6 +94,8 @@ def consensus(
     say = Terminal().say
     for file in files:
         say(file.described())
+        for warning in file.warnings:
+            say(f"warning: {file.path.name}: {warning}")
     say(f"{len(candidates):,} images, {texts:,} distinct candidates, {pairs:,} comparisons")
     counted = _documents(documents, candidates)
     measure = method.Utility(mixed, config, year, _device(device), Documents(counted))
@@ -103,6 +109,24 @@ def consensus(
         rows = [(image, *choice.row) for image, choice in chosen.items()]
         write_table(per_image, [("ID", *method.Choice.COLUMNS), *rows])
     _report(chosen, sources, measure.signatures, out, output)
+
+
+def _check_outputs(out: Path, per_image: Path | None, sources: Sequence[Path]) -> None:
+    """Raise `UserError`, before hours of comparing, for an output that can't be written or is an input."""
+    problems = []
+    for key, path in (("--out", out), ("--per-image", per_image)):
+        if path is None:
+            continue
+        if path.is_dir() or any(parent.exists() and not parent.is_dir() for parent in path.parents):
+            problems.append(Problem(f"can't be written: {path}", key=key, hint="Name a new file."))
+        elif any(path.resolve() == source.resolve() for source in sources):
+            problems.append(Problem(f"would overwrite an input: {path}", key=key))
+    if per_image is not None and per_image.resolve() == out.resolve():
+        problems.append(Problem(f"is the same file as --out: {per_image}", key="--per-image"))
+    again = [source for number, source in enumerate(sources) if source in sources[:number]]
+    problems += [Problem("is given twice; give it a weight of 2 instead", source) for source in again]
+    if problems:
+        raise UserError(problems)
 
 
 def _read(source: Path, split: str) -> "CaptionFile":
@@ -145,8 +169,8 @@ def _weights(given: str | None, count: int) -> list[float]:
         found = [float(one) for one in given.split(",")] if given is not None else [1.0] * count
     except ValueError:
         found = []
-    if len(found) != count or not all(0 < one < float("inf") for one in found):
-        what = f"got {given!r}; {count} numbers above 0 are needed, one for each source"
+    if len(found) != count or not all(0 < one <= _MOST for one in found):
+        what = f"got {given!r}; {count} numbers above 0 and up to {_MOST:.0e} are needed, one for each source"
         raise UserError([Problem(what, key="--weights")])
     return found
 
@@ -162,12 +186,13 @@ def _mixture(given: str | None, year: int) -> dict[str, float]:
     for part in given.split(","):
         name, _, weight = part.strip().partition("=")
         try:
-            found[name] = float(weight or 1)
+            value = float(weight or 1)
         except ValueError:
-            found[name] = 0.0
-        if name not in known or not 0 < found[name] < float("inf"):
+            value = 0.0
+        if name not in known or name in found or not 0 < value <= _MOST:
             what = f"got {part.strip()!r}; metrics with weights above 0 are allowed: bertscore=2,rouge1=1"
             raise UserError([Problem(what, key="--utility", hint=f"Metrics: {', '.join(known)}.")])
+        found[name] = value
     return found
 
 
@@ -181,7 +206,7 @@ def _candidates(
     for file, source, weight in zip(files, sources, weights, strict=True):
         for key, captions in file.candidates.items():
             share = weight / len(captions)
-            found[key] += [Candidate(caption, share, source=str(source)) for caption in captions]
+            found[key] += [Candidate(caption, share, source=one_line(str(source))) for caption in captions]
     return found
 
 
@@ -195,10 +220,10 @@ def _images(folder: Path | None, file: "CaptionFile", scoring: Any) -> Mapping[s
 
 
 def _documents(file: Path | None, candidates: Mapping[str, Sequence["Candidate"]]) -> list[str]:
-    from harness.data.captionfiles import read
+    from harness.data.captionfiles import read_candidates
 
     if file is not None:
-        return list(read(file).values.values())
+        return [caption for given in read_candidates(file).candidates.values() for caption in given]
     return [one.caption for given in candidates.values() for one in given]
 
 
@@ -216,14 +241,15 @@ def _report(
     output: Report,
 ) -> None:
     """Print how many captions are from each source, and the mean expected utility."""
-    counts = Counter(choice.candidate.source for choice in chosen.values())
+    taken = Counter(choice.candidate.source for choice in chosen.values())
+    counts = {name: taken[name] for name in map(one_line, map(str, sources))}
     mean = sum(choice.utility for choice in chosen.values()) / len(chosen)
     if output is Report.json:
         found = {"images": len(chosen), "utility": mean, "signatures": signatures, "out": str(out)}
-        print(json_text(found | {"sources": {str(source): counts[str(source)] for source in sources}}))
+        print(json_text(found | {"sources": counts}))
         return
-    for source in sources:
-        print(f"{counts[str(source)]:>7,}  {source}")
+    for name, count in counts.items():
+        print(f"{count:>7,}  {name}")
     print(f"expected utility {mean:.4f}: {', '.join(signatures.values())}")
     print(out)
     print("The expected utility is no score: it measures agreement among the candidates.", file=sys.stderr)

@@ -162,7 +162,8 @@ def _run_ranks(spec: "Study", ranks: int) -> int:
     from harness.study.storage import read_record
     from harness.training.schedule import indivisible
 
-    found = [device.shortage(spec.base.device, ranks), indivisible(spec.base.train, ranks)]
+    found = [device.shortage(spec.base.device, ranks)]
+    found += [indivisible(spec.base.train, ranks)] if spec.base.trains else []
     if problems := list(filter(None, found)):
         raise UserError(problems)
     prepare([spec.base], Terminal())  # reports problems of the base once, not once per rank

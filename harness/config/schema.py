@@ -72,8 +72,11 @@ class Config(_Steps):
             raise AcrossKeys(
                 "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"
             )
-        if not self.train.stages and not self.predict.splits:
-            what = "train.stages and predict.splits are both empty; there is nothing to do"
+        if not self.has_model and self.retrieval:
+            what = "retrieval needs this run's model, but own is 0; use 1 or more"
+            raise AcrossKeys(what, "consensus.own", "retrieval")
+        if not self.trains and not self.predict.splits:
+            what = "nothing is trained and predict.splits is empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
         return self
 

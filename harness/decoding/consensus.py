@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, Field, field_validator
 from harness.config.editions import EDITIONS
 from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
-from harness.metrics import METRICS, Inputs
-from harness.metrics.base import Absent
+from harness.metrics import METRICS, Inputs, finite, text
+from harness.metrics.base import Absent, Documents
 
 if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
@@ -25,6 +25,7 @@ TIE = 1e-6
 """Expected utilities that differ by less are equal: metrics are exact to about 1e-7."""
 TEXTS = 1024
 """Candidates of the images that are compared at a time; it bounds the memory for embeddings."""
+_ROWS = 1 << 16  # comparisons in one call of a metric
 
 MEANS = tuple(dict.fromkeys(name for edition in EDITIONS.values() for name in edition.aggregates))
 """The means of metrics that some edition ranks by."""
@@ -113,7 +114,7 @@ class Utility:
     config: "ScoreConfig"
     edition: int
     device: str = "cpu"
-    documents: Sequence[str] | None = None
+    documents: Documents | None = None
     signatures: dict[str, str] = field(default_factory=dict)
 
     def __call__(
@@ -129,7 +130,7 @@ class Utility:
         total = np.zeros(len(candidates))
         for name, weight in self.weights.items():
             try:
-                measured = METRICS[name].measure(inputs)
+                measured = finite(METRICS[name].measure(inputs))
             except Absent as absence:
                 raise UserError(f"the consensus needs {name}: {absence}", exit_code=1) from None
             self.signatures[name] = measured.signature
@@ -158,8 +159,10 @@ def choose(
     """The choice of each image, in the order of `candidates`.
 
     Each distinct caption is compared once with each other one and with itself. Ties go to the higher
-    log-probability, then to the first candidate. `texts` does not affect the choice.
+    log-probability, then to the first candidate. A blank caption is chosen only if all are blank. `texts`
+    does not affect the choice.
     """
+    candidates = {image: _worded(given) for image, given in candidates.items()}
     for part in _parts(candidates, texts):
         yield from zip(part, _choices(part, candidates, utility, images), strict=True)
 
@@ -168,6 +171,11 @@ def cost(candidates: Mapping[str, Sequence[Candidate]]) -> tuple[int, int]:
     """How many distinct captions are embedded, and how many pairs of captions are compared."""
     counts = [len(_distinct(given)) for given in candidates.values()]
     return sum(counts), sum(count**2 for count in counts)
+
+
+def _worded(given: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The candidates that are not blank after the official pre-processing; all of them if none is left."""
+    return [one for one in given if not text.is_empty(text.official(one.caption))] or given
 
 
 def _parts(candidates: Mapping[str, Sequence[Candidate]], texts: int) -> Iterator[list[str]]:
@@ -195,11 +203,19 @@ def _choices(
         ours += [caption for caption in captions for _ in captions]
         theirs += captions * len(captions)
         seen += [images[image] if images else None] * len(captions) ** 2
-    values, start = utility(ours, theirs, seen if images else None), 0
+    values, start = _in_blocks(utility, ours, theirs, seen if images else None), 0
     for image in part:
         count = len(_distinct(candidates[image]))
         yield _choice(candidates[image], values[start : start + count**2].reshape(count, count))
         start += count**2
+
+
+def _in_blocks(
+    utility: Compare, ours: list[str], theirs: list[str], seen: list[Path | None] | None
+) -> np.ndarray:
+    """The utility of each row; `_ROWS` rows at a time, which bounds the memory of any metric."""
+    parts = [slice(start, start + _ROWS) for start in range(0, len(ours), _ROWS)]
+    return np.concatenate([utility(ours[part], theirs[part], seen[part] if seen else None) for part in parts])
 
 
 def _choice(given: Sequence[Candidate], utilities: np.ndarray) -> Choice:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _QUERIES = 256  # compared at a time with all training images
+_ROUNDED = 1e-5  # more than products of unit vectors in fp32 round
 
 
 class RetrievalConfig(Section):
@@ -28,7 +29,7 @@ class RetrievalConfig(Section):
     The features are those of this run's trained model, or of the checkpoint if nothing is trained.
     """
 
-    neighbours: whole(1, 10_000) = 32
+    neighbours: whole(1, 1000) = 32
     """Number of training images whose captions are candidates; consensus chooses among them."""
     threshold: Fraction | None = None
     """From this cosine on, the nearest image's caption is taken without a consensus; `null`: never."""
@@ -66,18 +67,20 @@ def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int,
 def nearest(queries: np.ndarray, database: np.ndarray, count: int) -> Neighbours:
     """The `count` nearest rows of a database (M, D) for each query (N, D), by the cosine of unit vectors.
 
-    The search is exact. Equal cosines are in the order of the database.
+    The search is exact. Equal rows of the database are in its order: products of matrices round by the place
+    of a row, so the cosines of all rows that may count are computed again one by one.
     """
     count = min(count, len(database))
     rows, cosines = [], []
     for start in range(0, len(queries), _QUERIES):
         found = queries[start : start + _QUERIES] @ database.T
         least = np.partition(found, -count, axis=1)[:, -count]
-        for row, low in zip(found, least, strict=True):
-            (hits,) = np.nonzero(row >= low)
-            best = hits[np.argsort(-row[hits], kind="stable")][:count]
-            rows.append(best)
-            cosines.append(row[best])
+        for query, row, low in zip(queries[start : start + _QUERIES], found, least, strict=True):
+            (hits,) = np.nonzero(row >= low - _ROUNDED)
+            exact = (database[hits].astype(np.float64) * query).sum(1)
+            best = np.argsort(-exact, kind="stable")[:count]
+            rows.append(hits[best])
+            cosines.append(exact[best])
     return Neighbours(np.array(rows), np.array(cosines))
 
 

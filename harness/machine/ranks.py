@@ -170,6 +170,10 @@ def end() -> None:
     """Leave the process group at a clean end; NCCL warns of a group that is left to the interpreter."""
     if world_size() > 1:
         _ignore_signals()
+        # all is saved; a host that is gone without a word would be waited for
+        timer = threading.Timer(_RECORDING, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
     with contextlib.suppress(RuntimeError):  # another rank has failed, and says so
         stop()
 

@@ -48,6 +48,7 @@ __all__ = [
     "all_weights",
     "constant_baseline",
     "constant_caption",
+    "finite",
     "identities_of",
     "image_gap",
     "is_absent",
@@ -57,6 +58,7 @@ __all__ = [
     "references_fingerprint",
     "score",
     "score_concepts",
+    "text",
     "unload",
     "uses_java",
     "versions",
@@ -191,7 +193,7 @@ def _same_weights(config: "ScoreConfig", edition: int) -> None:
 def _timed(name: str, metric: Metric, inputs: Inputs) -> _Found:
     started = time.perf_counter()
     try:
-        measured = _finite(metric.measure(inputs))
+        measured = finite(metric.measure(inputs))
     except Absent as absence:
         return _Found(None, time.perf_counter() - started, str(absence))
     if measured.signature.partition("|")[0] != name:
@@ -199,7 +201,8 @@ def _timed(name: str, metric: Metric, inputs: Inputs) -> _Found:
     return _Found(measured, time.perf_counter() - started)
 
 
-def _finite(measured: Measured) -> Measured:
+def finite(measured: Measured) -> Measured:
+    """The measurement; raises `Absent` if a number is not finite."""
     arrays = [measured.per_image, *([] if measured.statistics is None else [measured.statistics])]
     rows = sorted({int(row) for array in arrays for row in np.argwhere(~np.isfinite(array))[:, 0]})
     if rows:

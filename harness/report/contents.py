@@ -49,7 +49,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": curves,
-        "untrained": (record["config"].get("train") or {}).get("stages") == [],
+        "untrained": (record["config"].get("train") or {}).get("stages") == [] or not _has_model(record),
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "profile": {
@@ -63,6 +63,11 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     }
 
 
+def _has_model(record: Mapping[str, Any]) -> bool:
+    """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
+    return (record["config"].get("consensus") or {}).get("own") != 0
+
+
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """The main facts of a run, by name."""
     git = record["git"]
@@ -73,7 +78,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "status": status + gone,
         **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
-        "checkpoint": record["config"].get("model", {}).get("checkpoint"),
+        "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),

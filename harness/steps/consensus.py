@@ -149,12 +149,26 @@ def compared_by(config: "Config") -> tuple[str, ...]:
 def problems(config: "Config") -> list[Problem]:
     """What is wrong with how the steps of a run compare captions, found without its data."""
     means = EDITIONS[config.edition].aggregates
-    return [
+    unknown = [
         Problem(f"{name} is no score of {config.edition}", key=f"{key}.utility")
         for key, section in (("retrieval", config.retrieval), ("consensus", config.consensus))
         for name in (section.utility if section else ())
         if name not in metrics.METRICS and name not in means
     ]
+    return unknown or list(_lacking(config))
+
+
+def _lacking(config: "Config") -> Iterator[Problem]:
+    """The metrics that compare captions and have no weights, or whose stand-in is not trained in this run."""
+    for name in compared_by(config):
+        weights = metrics.METRICS[name].weights
+        if weights and weights.named(config.score) is None:
+            yield Problem(f"{name} compares captions, but no weights are named", key=weights.path)
+        elif weights and weights.is_trained_here(config.score) and name not in config.score.metrics:
+            hint = f"Add {name} to score.metrics: only stand-ins of those are trained."
+            yield Problem(
+                f"{name} compares captions, but its stand-in is not trained", key=weights.path, hint=hint
+            )
 
 
 def _record(plan: "Plan", run: str) -> dict[str, Any]:

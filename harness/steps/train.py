@@ -125,6 +125,7 @@ class Train(Step):
                 if not device.out_of_memory(error) or seen > FIRST_STEPS:
                     raise
                 setup = self._halved(work, directory, setup, error)
+                speeds.clear()
                 work.model = None
             if work.model is None:  # not while the error is handled, because it keeps tensors in memory
                 gc.collect()

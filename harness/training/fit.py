@@ -13,7 +13,7 @@ from harness.training.memory import Model, Setup
 from harness.training.settings import TrainConfig
 
 FILE = "setup.json"
-HALVED = "half of what did not fit into the memory"
+HALVED = "smaller, because more did not fit into the memory"
 
 
 def pick(

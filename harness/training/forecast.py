@@ -33,7 +33,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    trained = ("train", "valid") if config.trains else ()
+    trained = ("train", "valid") if config.trains else ("train",) if config.retrieval else ()
     wanted = dict.fromkeys([*trained, *config.predict.splits] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
@@ -82,7 +82,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
-        "has_model": config.has_model,
+        "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": model and _memory(model),
@@ -108,6 +108,13 @@ def time(
         setup = memory.choices(config.train, 1, found.kind)[0]
     parts = speed.of_run(config, model, setup, counts, str(found), root)
     return {"device": str(found), "parts": {part: vars(guess) for part, guess in parts.items()}}
+
+
+def _origin(config: "Config") -> str:
+    """Where captions are from if nothing is trained."""
+    if not config.has_model:
+        return "the captions are of other runs"
+    return "the captions are of similar images" if config.retrieval else "the checkpoint captions as it is"
 
 
 def _disk(to_build: Caches) -> dict[str, Any]:
@@ -173,8 +180,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         for row in found["steps"] or ()
     ]
     if found["steps"] == []:
-        model = "the checkpoint captions as it is" if found["has_model"] else "the captions are of other runs"
-        out.append(f"nothing is trained: {model}")
+        out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:
         parts = ", ".join(f"{count} on {devices}" for devices, count in found["accumulation"].items())
         out.append(f"micro batches that each device accumulates for a step: {parts}")
@@ -182,7 +188,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
-    if found["time"]:
+    if found["time"] and found["time"]["parts"]:
         out.append(f"time on one {found['time']['device']}: {timed(found['time'])}")
     return out + [f"unknown: {reason}" for reason in found["unknown"]]
 

@@ -52,9 +52,11 @@ class Profiler:
         profile.export_chrome_trace(str(plain))
         if not plain.exists():  # torch-npu only prints its errors
             return
-        with plain.open("rb") as trace, gzip.open(self._directory / TRACE, "wb") as packed:
-            shutil.copyfileobj(trace, packed)
-        plain.unlink()
+        try:
+            with plain.open("rb") as trace, gzip.open(self._directory / TRACE, "wb") as packed:
+                shutil.copyfileobj(trace, packed)
+        finally:
+            plain.unlink(missing_ok=True)
         if hasattr(profile, "key_averages"):  # torch-npu documents none
             order = f"self_{'cpu' if self._kind == 'cpu' else 'device'}_time_total"
             table = profile.key_averages().table(sort_by=order, row_limit=_ROWS)

@@ -121,8 +121,9 @@ def of_run(
         found["training"] = training(model, counts.get("train", 0), setup, device, root)
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
-    predicted = {f"predict-{split}": split for split in config.predict.splits if split in counts}
-    scored = dict.fromkeys(("score-before", "score-after"), "valid") if "valid" in predicted.values() else {}
+    splits = [split for split in config.predict.splits if split in counts]
+    predicted = {} if config.retrieval else {f"predict-{split}": split for split in splits}
+    scored = dict.fromkeys(("score-before", "score-after"), "valid") if "valid" in splits else {}
     parts = {
         "prediction": (predicted, ("model", "predict")),
         "scoring": (scored, ("score", "edition", "predict")),
@@ -131,7 +132,9 @@ def of_run(
         alike = [run for run in runs if all(run["config"].get(key) == same[key] for key in keys)]
         each = [seconds for run in alike for seconds in _per_image(run, steps)]
         if not each and steps:
-            found[part] = Guess(None, f"no run with the same {', '.join(keys)} has finished on this device")
+            found[part] = Guess(
+                None, f"no run with the same {' and '.join(keys)} has finished on this device"
+            )
         elif steps:
             images = sum(counts[split] for split in steps.values())
             devices = setup.devices if setup else 1

@@ -129,6 +129,10 @@ class Training:
             for stage in self.plan:
                 if stage.number >= self.state.stage and not self.state.ended:
                     self._stage(stage)
+        except RuntimeError as error:  # a step with less memory would not know of an interruption
+            if devices.out_of_memory(error) and self.interrupts.came is not None:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             with self.interrupts.wait():
                 self.writer.leave()

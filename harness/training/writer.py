@@ -57,7 +57,7 @@ class Writer:
         try:
             for part in parts:
                 part.result()
-        except BaseException:
+        except Exception:  # not an interruption: `leave` waits after it
             self._left.set()
             raise
 
