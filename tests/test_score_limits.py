@@ -110,8 +110,8 @@ def test_time_out_of_the_jar_is_told_from_its_other_failures(monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_no_number_is_absent(value):
     with pytest.raises(Absent, match="no finite number for all captions together"):
-        metrics._finite(Measured(np.ones(2), "x", value=value))
-    assert metrics._finite(Measured(np.ones(2), "x", value=0.5)).value == 0.5
+        metrics.finite(Measured(np.ones(2), "x", value=value))
+    assert metrics.finite(Measured(np.ones(2), "x", value=0.5)).value == 0.5
 
 
 def test_signatures_name_the_packages_that_are_installed():
