@@ -153,4 +153,7 @@ class PredictConfig(Section):
     no_repeat_ngram_size: whole(0, 10_000) = 0
     """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
     batch_size: or_auto(Batch) = 16
-    """Images decoded together on one device; auto: as many as fit, from what the first 16 need. CPU: 16."""
+    """Images decoded together on one device.
+
+    auto: on a CPU 16; else the first 16 are measured, and then as many as fit are taken.
+    """
