@@ -419,7 +419,7 @@ def test_no_process_group_is_left_to_the_interpreter(tmp_path, processes):
         "    return 0\n"
         "def say(word):\n"
         "    import torch\n"
-        "    os.write(1, f'{word} {torch.distributed.is_initialized()}\\n'.encode())  # whole, beside the other rank's\n"
+        "    os.write(1, f'{word} {torch.distributed.is_initialized()}\\n'.encode())  # not in parts\n"
         "leave = os._exit\n"
         "os._exit = lambda code: (say('ended'), leave(code))\n"
         "atexit.register(say, 'ended')\n"
