@@ -254,8 +254,10 @@ def _disk(configs: Sequence[Config]) -> Check:
     cache = sum(sum(sizes.values()) for sizes in caches.values())
     # checkpoints and the start weights of each stage are deleted when a training ends
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
-    during = (FLOAT + memory.MOMENTS) * kept + 2 * FLOAT
-    weights = sum(known) * FLOAT + max(known, default=0) * during
+    averages = FLOAT * any(config.train.ema is not None for config in configs)
+    during = (FLOAT + memory.MOMENTS + averages) * kept + 2 * FLOAT
+    files = max((config.train.keep_best for config in configs), default=1)
+    weights = sum(known) * FLOAT * files + max(known, default=0) * during
     room, need = free(RUNS), cache + weights
     what = f"{gb(room)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
     if cache:

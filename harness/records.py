@@ -102,6 +102,17 @@ class _Base(_Part):
     parameters: dict[str, Any]
 
 
+class _Weights(_Part):
+    step: int | None = None
+    stage: int | None = None
+    epoch: int | None = None
+    average: bool = False
+
+
+class _Training(_Part):
+    best: _Weights = _Weights()
+
+
 class _ModelConfig(_Part):
     checkpoint: str = ""
 
@@ -140,6 +151,7 @@ class _Run(_Part):
     environment: dict[str, str] = {}
     data: _Data = _Data(root="")
     fallback: dict[str, _Fallback] = {}
+    training: _Training = _Training()
     steps: dict[str, Inside] = {}
     made: dict[str, _Made | None] = {}
     seconds: dict[str, Number] = {}

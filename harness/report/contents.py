@@ -17,7 +17,7 @@ from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES, losses_of, rows_of
+from harness.training.resume import LOSSES, VALIDATION, described, losses_of, rows_of
 
 REPORT = "report.html"
 _POINTS = 400  # of one stage of a curve; a screen does not show more
@@ -79,6 +79,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
+        "best weights": described((record.get("training") or {}).get("best") or {}),
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),
@@ -183,7 +184,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "steps_per_point": size,
         "stages": [[stage, part[0]["step"]] for stage, part in sorted(stages.items())],
         "valid": [
-            {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
+            {key: row[key] for key in row if key.startswith(VALIDATION) or key in ("stage", "epoch", "step")}
             for row in found
             if "loss" not in row
         ],

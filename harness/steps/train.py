@@ -20,7 +20,7 @@ from harness.steps.work import base, texts
 from harness.training import fit, forecast, memory, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES
+from harness.training.resume import EMA, LOSSES, VALIDATION, kept
 from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
+_LATER = {"ema": None, "keep_best": 1}
+"""Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
@@ -174,7 +176,8 @@ class Train(Step):
             fit.record(directory, setup, why)
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"training": dict(fit.recorded(self.directory))}
+        first = {"best": kept(self.directory)[0]}
+        return {"training": dict(fit.recorded(self.directory)) | first}
 
     def _split(self, work: "Work", name: str) -> "train.Split":
         """The images and encoded texts of a split."""
@@ -235,13 +238,17 @@ class Train(Step):
 
     def _note(self, row: Mapping[str, Any]) -> str:
         """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
-        shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
-        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in self.starred)}" for name in shown)
+        shown = [n for n in row if n == "loss" or (n.startswith(VALIDATION) and not n.endswith("_primary"))]
+        starred = {name for name in shown if name.removeprefix(EMA) in self.starred}
+        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in starred)}" for name in shown)
 
 
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
     written = config.model_dump(exclude=set(INDIFFERENT))
+    for key, default in _LATER.items():
+        if written[key] == default:
+            del written[key]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 

@@ -202,6 +202,8 @@ def usage(model: Model, setup: Setup) -> Usage:
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
     whole, shard = FLOAT * numbers, FLOAT * numbers // shards
     weights = model.weights if stage < 3 else model.weights // shards
+    averages = 0 if model.config.ema is None else whole if stage < 3 else shard
+    weights += averages
     bucket = FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 update a flat copy of their part of the weights
     moments = (MOMENTS * numbers) // (shards if stage else 1)
@@ -225,7 +227,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     # glibc keeps the activations' memory, in pieces too small for the optimiser's flat tensors
     moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
     if stage == 3:  # validation captions with a whole copy of the model
-        moment = max(moment, model.weights)
+        moment = max(moment, model.weights + (whole if averages else 0))
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)

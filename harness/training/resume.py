@@ -8,11 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.store import bytes_of, parsed, write, write_json
+from harness.store import bytes_of, parsed, read_checked, write, write_json
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
+KEPT = "best.json"
+"""The list of the kept weights, best first: file, step, stage, epoch, score, and whether of `train.ema`."""
+EMA = "ema_"
+"""Begins the names of the average's validation scores."""
+VALIDATION = ("valid_", f"{EMA}valid_")
+"""Begin the names of validation scores in a `losses.jsonl`."""
 LATEST = "latest"
 """The file that names the newest checkpoint for DeepSpeed's own tools."""
 
@@ -23,7 +29,7 @@ class State:
 
     `done` optimiser steps of `stage` are finished, and `step` steps of all stages. `validated` is false if
     the validation after them is still due. `ranks` and `zero_stage` are those of the last checkpoint. `ended`
-    is true if nothing is left to train.
+    is true if nothing is left to train; then `kept` is the number of files of the best weights.
     """
 
     stage: int = 1
@@ -35,6 +41,7 @@ class State:
     ranks: int = 1
     zero_stage: int = 0
     ended: bool = False
+    kept: int = 1
 
 
 class Checkpoints:
@@ -57,7 +64,8 @@ class Checkpoints:
         A training that has ended starts again if its weights or its losses are missing.
         """
         ended = _state(_read(self.directory / FINISHED))
-        if ended and all((self.directory / name).is_file() for name in (BEST, LOSSES)):
+        files = [LOSSES, *(one["file"] for one in kept(self.directory))]
+        if ended and len(files) > ended.kept and all((self.directory / name).is_file() for name in files):
             return ended
         for folder in sorted(self.folder.glob("step*"), reverse=True):
             content = _read(folder / STATE)
@@ -80,6 +88,21 @@ class Checkpoints:
         state.ended = True
         write_json(self.directory / FINISHED, asdict(state))
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kept(directory: Path) -> list[dict[str, Any]]:
+    """The entries of `KEPT`; without it, as in earlier versions, one with the file of the best weights."""
+    found = read_checked(directory / KEPT)
+    whole = isinstance(found, list) and all(isinstance(one, dict) and "file" in one for one in found)
+    return found if whole and found else [{"file": BEST}]
+
+
+def described(best: Mapping[str, Any]) -> str | None:
+    """The origin of the best weights in words, from an entry of `kept`; None if it is not known."""
+    if best.get("step") is None:
+        return None
+    which = "the average of train.ema" if best.get("average") else "the trained weights"
+    return f"{which} after step {best['step']} (stage {best.get('stage')}, epoch {best.get('epoch')})"
 
 
 def _read(file: Path) -> dict[str, Any]:

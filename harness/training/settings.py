@@ -100,6 +100,13 @@ class TrainConfig(Section):
     """
     train_vision: bool = True
     """false freezes the ViT."""
+    ema: Share | None = None
+    """Decay of an exponential moving average of the trained weights after every step, such as 0.999.
+
+    The average starts anew with each stage, from the weights at its start. Each validation scores both, the
+    average as `ema_valid_*` in `losses.jsonl`; the best weights are those of the better score. The next stage
+    starts from the weights, not from their average.
+    """
     gradient_checkpointing: or_auto(bool) = False
     """Use less memory and more time in the ViT, Q-Former and language model. auto: only if it must be."""
     compile: Literal["auto", "off", "layers", "whole"] = "auto"
@@ -124,6 +131,8 @@ class TrainConfig(Section):
     """Optimiser steps between checkpoints within an epoch; 0: none. Each epoch ends with a checkpoint."""
     keep_checkpoints: whole(1, 1000) = 2
     """Number of last checkpoints to keep, in case the newest is damaged."""
+    keep_best: whole(1, 100) = 1
+    """Number of best validated weights to keep as files, for `soup`; `best.json` lists steps and scores."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
     """lavis: lower case, without .!\"()*#:;~ ; none: only white space is collapsed."""
     max_words: Tokens = 50

@@ -30,6 +30,8 @@ from harness.models.loading import Loaded, load_trained, save_trained, trained_w
 from harness.models.text import Text, to_device
 from harness.store import free, gb, write
 from harness.training import losses
+from harness.training.averages import Average
+from harness.training.best import Best, Validated
 from harness.training.compiling import OFF, Compiler, chosen
 from harness.training.engine import (
     accumulation,
@@ -46,6 +48,7 @@ from harness.training.outstanding import Learnt, Numbers, Outstanding
 from harness.training.profile import Profiler
 from harness.training.resume import (
     BEST,
+    EMA,
     LATEST,
     LOSSES,
     UNIVERSAL,
@@ -108,6 +111,8 @@ class Training:
         self.arrived = -math.inf  # when the numbers of the last step that was read were there
         self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
+        self.best = Best(self.directory, self.checkpoints.folder, self.config.keep_best)
+        self.average: Average | None = None
         self.writer = Writer()
         profiled = self.config.profile if ranks.rank() == 0 else 0
         self.profiler = Profiler(profiled, self.kind, self.directory)
@@ -125,6 +130,7 @@ class Training:
         self.state = self.saved = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
+        self.best.begin(self.state)
         try:
             for stage in self.plan:
                 if stage.number >= self.state.stage and not self.state.ended:
@@ -137,6 +143,9 @@ class Training:
             with self.interrupts.wait():
                 self.writer.leave()
         if ranks.rank() == 0:
+            if not self.state.ended:
+                self.best.finish()
+                self.state.kept = len(self.best.ranked)
             self.checkpoints.finish(self.state)
         ranks.agree(None)  # waits until rank 0 has written
         load_trained(self.loaded.model, self.directory / BEST)
@@ -162,9 +171,12 @@ class Training:
         self.loaded.model.freeze(stage.texts, self.config.train_vision)
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
+        self.average = None if self.config.ema is None else Average(self.loaded.model, self.config.ema)
         try:
             if resumed:
                 resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
+                if self.average:
+                    self.average.load(self.checkpoints.path(self.state))
                 self._forget(universal)
                 if not self.state.validated:
                     self._validate(stage)
@@ -173,6 +185,7 @@ class Training:
             self._steps(trainer, stage)
         finally:
             release(trainer)
+            self.average = None
             del trainer
             gc.collect()
         self._end(stage)
@@ -257,6 +270,8 @@ class Training:
         self._randomise(stage, step)
         trainer.train()
         learnt = self._learn(trainer, stage, indices)
+        if self.average:
+            self.average.follow(trainer)
         self.state.step, self.state.done = self.state.step + 1, step + 1
         epoch = (step + 1) / self.per_epoch
         given = Outstanding(self.state.step, stage, epoch, rate, begun, learnt)
@@ -395,21 +410,39 @@ class Training:
         zero3 = self.config.zero_stage == 3
         loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
         loaded.model.eval()
-        row = {"valid_loss": self._valid_loss(loaded)}
-        self._check_validation(row, stage)
-        row |= ranks.agree(self.evaluate(loaded)) if scores else {}
-        self._check_validation(row, stage)
+        row = self._measured(loaded, stage, scores)
+        found = [row.get(PRIMARY)]
+        if self.average:
+            with self.average.instead(loaded.model):
+                other = self._measured(loaded, stage, scores)
+            found.append(other.get(PRIMARY))
+            row |= {f"{EMA}{name}": value for name, value in other.items()}
+            row |= {PRIMARY: max(found)} if scores else {}
         self._written()  # else the best weights could be of a later step than the checkpoint
         loaded.model.train()
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
-        if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
-            self.state.best, self.state.best_step = row[PRIMARY], self.state.step
-            if ranks.rank() == 0:
-                save_trained(loaded.model, self.directory / BEST)
+        for average, score in enumerate(found if scores else ()):
+            self._keep(loaded, Validated(self.state.step, stage.number, epoch, score, bool(average)))
         self.state.validated = True
         if ranks.rank() == 0:
             with self._has_room():
                 self.checkpoints.seal(self.state)
+
+    def _measured(self, loaded: Loaded, stage: Stage, scores: bool) -> Row:
+        """The validation loss of the weights that the model has now, and their `scores` if due."""
+        row = {"valid_loss": self._valid_loss(loaded)}
+        self._check_validation(row, stage)
+        row |= ranks.agree(self.evaluate(loaded)) if scores else {}
+        self._check_validation(row, stage)
+        return row
+
+    def _keep(self, loaded: Loaded, new: Validated) -> None:
+        """Save weights that were validated just now, if they are among the best so far."""
+        if self.best.takes(new):
+            average = new.average and self.average
+            with average.instead(loaded.model) if average else contextlib.nullcontext():
+                self.best.add(new, lambda file: save_trained(loaded.model, file))
+        self.state.best, self.state.best_step = self.best.ranked[0].score, self.best.ranked[0].step
 
     def _check_validation(self, row: Row, stage: Stage) -> None:
         """Stop all ranks if a validation gave a number that is not finite."""
@@ -460,6 +493,8 @@ class Training:
         ranks.agree(None)
         with self._has_room():
             save(trainer, path, self.writer.write)
+            if self.average:
+                self.average.save(path, self.writer.write)
         files = [file for own in ranks.every(self.writer.files) for file in own]
         if ranks.rank() == 0:
             self.writer.seal(files, self._seal)
