@@ -106,6 +106,10 @@ class _ModelConfig(_Part):
     checkpoint: str = ""
 
 
+class _Training(_Part):
+    notes: list[str] = []
+
+
 class _Failure(_Part):
     reason: str
     step: str | None = None
@@ -139,6 +143,7 @@ class _Run(_Part):
     git: _Git = _Git(commit=None, dirty=None)
     environment: dict[str, str] = {}
     data: _Data = _Data(root="")
+    training: _Training = _Training()
     fallback: dict[str, _Fallback] = {}
     steps: dict[str, Inside] = {}
     made: dict[str, _Made | None] = {}

@@ -82,6 +82,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
+        "ends_early": trains and config.train.patience > 0,
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
@@ -179,6 +180,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         + (f", {row['micro_batches']} micro batches over all devices" if row["micro_batches"] else "")
         for row in found["steps"] or ()
     ]
+    if found["steps"] and found["ends_early"]:
+        out.append("at most these epochs, since train.patience may end a stage early")
     if found["steps"] == []:
         out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:
