@@ -117,6 +117,10 @@ class _ModelConfig(_Part):
     checkpoint: str = ""
 
 
+class _Training(_Part):
+    notes: list[str] = []
+
+
 class _Failure(_Part):
     reason: str
     step: str | None = None
@@ -150,6 +154,7 @@ class _Run(_Part):
     git: _Git = _Git(commit=None, dirty=None)
     environment: dict[str, str] = {}
     data: _Data = _Data(root="")
+    training: _Training = _Training()
     fallback: dict[str, _Fallback] = {}
     training: _Training = _Training()
     steps: dict[str, Inside] = {}

@@ -252,6 +252,7 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
             "command": record["command"],
             "config": record["config"],
             "fallback": plan.fallback.get(split),
+            "notes": [*plan.notes, *record.get("training", {}).get("notes", ())],
         }
         ids = [example.id for example in plan.data.splits[split]]
         made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))

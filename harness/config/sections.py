@@ -119,6 +119,15 @@ class AugmentConfig(Section):
     """Largest rotation in degrees."""
 
 
+class FractionConfig(Section):
+    """The share of the images of a split that is used; the test split is always whole."""
+
+    train: Mass = 1.0
+    """Share of the training images."""
+    valid: Mass = 1.0
+    """Share of the validation images. Scores on a share get no rank on the leaderboard."""
+
+
 class DataConfig(Section):
     """Where the images, captions and concepts are."""
 
@@ -128,6 +137,12 @@ class DataConfig(Section):
     """Names and format of the files. imageclef2023 also reads 2022; imageclef2024 also reads later years."""
     skip_bad: bool = False
     """Continue despite problems, and list them. Training skips such rows; validation and test keep them."""
+    fraction: FractionConfig = FractionConfig()
+    """Use only a share of the images, for a quick look. All results of such a run say so.
+
+    The hash of an image's id chooses. So the choice is the same everywhere, and 10 % of the images are among
+    20 % of them. Other images are neither checked nor decoded.
+    """
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""
     augment: AugmentConfig = AugmentConfig()

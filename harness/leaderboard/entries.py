@@ -13,6 +13,7 @@ from typing import Any
 
 from harness import records
 from harness.config.editions import EDITIONS
+from harness.data import fraction
 from harness.errors import Problem, UserError
 from harness.tracking.server import failure_of, status_of
 
@@ -193,6 +194,8 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield "its captions are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
+    if share := fraction.worded(record["config"].get("data", {}).get("fraction")):
+        yield f"it is a quick look at {share} (data.fraction)"
     year = EDITIONS[edition]
     primary = year.primary
     if primary is None:

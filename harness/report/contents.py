@@ -80,6 +80,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
         "best weights": described((record.get("training") or {}).get("best") or {}),
+        "training": "; ".join(record.get("training", {}).get("notes", ())) or None,
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics
-from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness.data import QUICK_IMAGES, Dataset, fraction, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
 from harness.data.readers import together
@@ -76,6 +76,8 @@ class Plan:
     def notes(self) -> list[str]:
         """Notes for readers of the results: rows that are used only in part, or not at all."""
         found = []
+        if share := fraction.worded(self.config.data.fraction):
+            found.append(f"data.fraction: a quick look at {share}; its scores get no rank")
         if left := len(self.data.left_out):
             found.append(f"data.skip_bad: rows with {left:,} problems are left out")
         for split, examples in self.data.splits.items():
@@ -154,7 +156,7 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     for plan in (plan for plan in plans if plan.config.data.cache):
         left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
         for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
-            key = (plan.config.data.root, split, side)
+            key = (plan.config.data.root, split, side, plan.data.fingerprints[split])
             if key not in wanted:
                 wanted[key] = unbuilt(plan.data.readable(split), side, plan.root / "cache")
     need = sum(wanted.values())

@@ -17,10 +17,10 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
-from harness.training import fit, forecast, memory, speed
+from harness.training import fit, forecast, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import EMA, LOSSES, VALIDATION, kept
+from harness.training.resume import EMA, LOSSES, VALIDATION, kept, rows_of
 from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
-_LATER = {"ema": None, "keep_best": 1}
+_LATER = {"ema": None, "keep_best": 1, "patience": 0}
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
 FIRST_STEPS = 20
@@ -85,22 +85,28 @@ class Train(Step):
         if compiling.chosen(config.train, work.kind) != compiling.OFF:
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         splits = {name: self._split(work, name) for name in ("train", "valid")}
-        steps = schedule.total_steps(config.train, len(splits["train"].ids))
-        setup, seen, speeds = self._setup(work, directory, len(splits["train"].ids)), 0, []
+        images = len(splits["train"].ids)
+        steps = schedule.total_steps(config.train, images, patience.saved(self._ended(directory)))
+        setup, seen, speeds = self._setup(work, directory, images), 0, []
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
             def log(row: train.Row) -> None:
-                nonlocal seen
+                nonlocal seen, steps
                 seen += 1
                 if "loss" in row and len(speeds) < FIRST_STEPS:
                     speeds.append(row["images_per_second"])
                     if len(speeds) == FIRST_STEPS:
                         left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
-                        work.say(f"training steps that are left: {left}")
+                        work.say(f"training steps that are left: {left}{patience.at_most(config.train)}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     work.say(f"{where}: {self._note(row)}")
+                if patience.ends_early(config.train, row):
+                    ended = self._ended(directory)
+                    steps = schedule.total_steps(config.train, images, patience.saved(ended))
+                    for text in patience.told(ended)[-1:]:  # none yet on a rank ahead of rank 0, which writes
+                        work.say(text)
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
 
@@ -149,7 +155,7 @@ class Train(Step):
         if model and ranks.rank() == 0:
             guess = speed.training(model, images, setup, work.device, self.inputs.root)
             if guess.seconds is not None:
-                work.say(f"training steps: {guess}")
+                work.say(f"training steps: {guess}{patience.at_most(config.train)}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
@@ -176,8 +182,17 @@ class Train(Step):
             fit.record(directory, setup, why)
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        first = {"best": kept(self.directory)[0]}
-        return {"training": dict(fit.recorded(self.directory)) | first}
+        training = dict(fit.recorded(self.directory)) | {"best": kept(self.directory)[0]}
+        config = self.inputs.config.train
+        if config.patience:
+            training["ended"] = self._ended(self.directory)
+            training["notes"] = patience.told(training["ended"])
+        return {"training": training}
+
+    def _ended(self, directory: Path) -> list[dict[str, Any]]:
+        """The stages that have ended, if `train.patience` may end them early."""
+        config, file = self.inputs.config.train, directory / LOSSES
+        return patience.ended(config, rows_of(file)) if config.patience and file.is_file() else []
 
     def _split(self, work: "Work", name: str) -> "train.Split":
         """The images and encoded texts of a split."""

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from harness.data import fraction
 from harness.masking import masked
 from harness.store import damage_of, fingerprint
 from harness.training.resume import LOSSES, described, rows_of
@@ -61,6 +62,8 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         **{f"absent/{metric}": reason for metric, reason in reasons.items()},
         **{f"environment/{name}": version for name, version in record["environment"].items()},
         "git.commit": record["git"]["commit"],
+        "training.notes": "\n".join(record.get("training", {}).get("notes", ())) or None,
+        "data.fraction": fraction.worded(record["config"].get("data", {}).get("fraction")) or None,
         "data.notes": "\n".join(record["data"].get("notes", ())) or None,
         **{f"trial/{key}": value for key, value in (record.get("trial") or {}).items()},
     }

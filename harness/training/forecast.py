@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import data
 from harness.config.sections import AUTO, DataConfig
-from harness.data import readers
+from harness.data import fraction, readers
 from harness.data.images import unbuilt
 from harness.errors import UserError
 from harness.machine import device
@@ -44,7 +44,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
         counts = {split: len(splits[split]) for split in sides if split in splits}
         sized = {(s, n): unbuilt(splits[s], n, RUNS / "cache") for s in counts for n in sides[s]}
     elif source.phantom:
-        counts = {split: getattr(source.phantom, split) for split in sides}
+        shares = {split: getattr(source.fraction, split, 1) for split in sides}
+        counts = {split: round(getattr(source.phantom, split) * shares[split]) for split in sides}
         sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
         counts, sized = {}, {}
@@ -54,7 +55,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
 @functools.lru_cache(maxsize=1)  # called for each variant of an experiment
 def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
     """The existing images of each split, without those that `data.skip_bad` is known to exclude."""
-    listing = readers.read(source.root, source.layout)
+    listing = data.listed(source)
     if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:
         checked = data.load(source, RUNS)
         return {split: checked.readable(split) for split in checked.splits}
@@ -82,6 +83,8 @@ def forecast(config: "Config") -> dict[str, Any]:
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
+        "ends_early": trains and config.train.patience > 0,
+        "notes": [f"a quick look at {share}"] if (share := fraction.worded(config.data.fraction)) else [],
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
@@ -174,11 +177,14 @@ def _memory(model: Model) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """A forecast as lines of text."""
-    out = [
+    out = [*found["notes"]]
+    out += [
         f"stage {row['stage']}: {row['epochs']} epochs, {row['optimiser_steps']} optimiser steps"
         + (f", {row['micro_batches']} micro batches over all devices" if row["micro_batches"] else "")
         for row in found["steps"] or ()
     ]
+    if found["steps"] and found["ends_early"]:
+        out.append("at most these epochs, since train.patience may end a stage early")
     if found["steps"] == []:
         out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:

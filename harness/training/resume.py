@@ -29,7 +29,8 @@ class State:
 
     `done` optimiser steps of `stage` are finished, and `step` steps of all stages. `validated` is false if
     the validation after them is still due. `ranks` and `zero_stage` are those of the last checkpoint. `ended`
-    is true if nothing is left to train; then `kept` is the number of files of the best weights.
+    is true if nothing is left to train; then `kept` is the number of files of the best weights. `stage_best` is
+    the best score of the stage, and `waited` counts the validations since then; see `patience`.
     """
 
     stage: int = 1
@@ -42,6 +43,8 @@ class State:
     zero_stage: int = 0
     ended: bool = False
     kept: int = 1
+    stage_best: float | None = None
+    waited: int = 0
 
 
 class Checkpoints:
@@ -119,7 +122,7 @@ def _state(values: Any) -> State | None:
     known = asdict(State())
     if not values or not isinstance(values, dict) or not values.keys() <= known.keys():
         return None
-    optional = {"best": float, "best_step": int}
+    optional = {"best": float, "best_step": int, "stage_best": float}
     for key, value in values.items():
         wanted = optional.get(key) or type(known[key])
         if type(value) is not wanted and not (key in optional and value is None):

@@ -109,6 +109,6 @@ def indivisible(config: TrainConfig, devices: int) -> Problem | None:
     )
 
 
-def total_steps(config: TrainConfig, images: int) -> int:
-    """The number of optimiser steps of all stages."""
-    return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)
+def total_steps(config: TrainConfig, images: int, left_out: int = 0) -> int:
+    """The number of optimiser steps of all stages, without `left_out` epochs."""
+    return (sum(stage.epochs for stage in stages(config)) - left_out) * math.ceil(images / config.batch_size)

@@ -141,6 +141,13 @@ class TrainConfig(Section):
     """Captions and concept sentences are cut to this many tokens. The end token is kept."""
     evaluate_every: Epochs = 1
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
+    patience: Epochs = 0
+    """A stage ends after this number of validations without a better primary score; 0: never.
+
+    Each stage counts its own validations, and only those with scores (see `evaluate_every`). The learning
+    rate follows the schedule of all planned epochs. The next stage starts from the last weights, as it does
+    without patience; the best weights of all stages are those that caption.
+    """
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
     profile: whole(0, 1000) = 0
@@ -164,6 +171,13 @@ class TrainConfig(Section):
         if self.stages and not any(stage.epochs for stage in self.stages):
             keys = [f"stages.{number}.epochs" for number in range(len(self.stages))]
             raise AcrossKeys("no stage has epochs; to train nothing, write stages: []", *keys)
+        return self
+
+    @model_validator(mode="after")
+    def _has_validations_to_count(self) -> "TrainConfig":
+        if self.patience and not self.evaluate_every:
+            what = "patience counts validations with scores, but evaluate_every is 0; use 1 or more"
+            raise AcrossKeys(what, "patience", "evaluate_every")
         return self
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from harness.machine.interrupts import Interrupts
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.store import free, gb, write
-from harness.training import losses
+from harness.training import losses, patience
 from harness.training.averages import Average
 from harness.training.best import Best, Validated
 from harness.training.compiling import OFF, Compiler, chosen
@@ -182,6 +182,7 @@ class Training:
                     self._validate(stage)
             else:
                 self.state.stage, self.state.done = stage.number, 0
+                patience.begin(self.state)
             self._steps(trainer, stage)
         finally:
             release(trainer)
@@ -198,6 +199,8 @@ class Training:
         begun = self.state.done
         self._check_weights(trainer, stage)
         for step in range(begun, stage.epochs * self.per_epoch):
+            if patience.is_over(self.config, self.state.waited):
+                break
             epoch, number = divmod(step, self.per_epoch)
             if number == 0 or step == begun:
                 order = self._order(stage.number, epoch)
@@ -420,6 +423,9 @@ class Training:
             row |= {PRIMARY: max(found)} if scores else {}
         self._written()  # else the best weights could be of a later step than the checkpoint
         loaded.model.train()
+        if scores and self.config.patience:
+            patience.count(self.state, row[PRIMARY])
+            row[patience.WAITED] = self.state.waited
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         for average, score in enumerate(found if scores else ()):
             self._keep(loaded, Validated(self.state.step, stage.number, epoch, score, bool(average)))
