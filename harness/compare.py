@@ -351,11 +351,12 @@ def record_on_half(folder: Path, record: records.Record, wanted: str) -> dict[st
     """
     system = on_half(read_run(folder, folder.name), wanted)
     scores = {name: score.as_dict() for name, score in system.scores.items()}
-    gap = _gap_on_half(folder, record, wanted)
+    gap = gap_on_half(folder, record, wanted)
     return {**record, "scores": {"valid": {"after": scores}}, "image_gap": gap, "half": wanted}
 
 
-def _gap_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
+def gap_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
+    """The image gap of a run's captions among the images of one half, as `metrics.image_gap` gives it."""
     table = records.step_file(folder, record, "score-after", "per_image.csv")
     if table is None:
         return {"rouge1": {"reason": "its scoring left no table of captions"}}

@@ -135,8 +135,8 @@ def board(
 ) -> Board:
     """Read an edition's standings and our runs of it, with the trials of studies if `trials`.
 
-    With a `half`, `tune` or `held`, our scores are those of this half of validation. Raises `UserError` for an
-    unknown edition or faulty standings.
+    With a `half`, `tune` or `held`, our scores are those of this half of validation. Raises `UserError` for
+    an unknown edition or faulty standings.
     """
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
