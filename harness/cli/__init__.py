@@ -18,7 +18,18 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException as ClickException
 
-from harness.cli import compare, consensus, data, leaderboard, reference, report, score, study, submission
+from harness.cli import (
+    best,
+    compare,
+    consensus,
+    data,
+    leaderboard,
+    reference,
+    report,
+    score,
+    study,
+    submission,
+)
 from harness.cli.terminal import (
     DeviceName,
     DeviceOption,
@@ -78,6 +89,7 @@ app.add_typer(study.app, name="study", rich_help_panel=_RUN)
 app.command("score", rich_help_panel=_SCORE)(score.score)
 app.command("compare", rich_help_panel=_SCORE)(compare.compare)
 app.command("consensus", rich_help_panel=_SCORE)(consensus.consensus)
+app.command("best", rich_help_panel=_SCORE)(best.best)
 app.command("report", rich_help_panel=_SCORE)(report.report)
 app.command("leaderboard", rich_help_panel=_SCORE)(leaderboard.leaderboard)
 app.add_typer(submission.app, name="submission", rich_help_panel=_SUBMIT)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal
+from harness.cli.terminal import DeviceName, DeviceOption, Format, Half, HalfOption, Output, Sets, Terminal
 from harness.errors import Problem, UserError
 from harness.visible import console, json_text, print_csv
 
@@ -45,6 +45,7 @@ def compare(
     ] = False,
     sets: Sets = None,
     device: DeviceOption = None,
+    half: HalfOption = None,
     resamples: Annotated[int, typer.Option(min=99, help="Number of random swaps for each p value.")] = 9_999,
     output: Output = Format.table,
 ) -> None:
@@ -73,16 +74,18 @@ def compare(
     if files:
         year, config = _settings(sources, edition, metrics, standins, sets or ())
         systems = [_scored(system, files, config, year, device) for system in systems]
+    if half:
+        systems = [comparison.on_half(system, half) for system in systems]
     found = comparison.compare(systems, metrics, resamples)
     if output is Format.json:
-        result = _as_dict(systems, found, resamples)
+        result = _as_dict(systems, found, resamples) | {"half": half}
         print(json_text(result, allow_nan=False))
     elif output is Format.csv:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(_csv(systems, found))
+        csv.writer(text, lineterminator="\n").writerows(_csv(systems, found, half))
         print_csv(text.getvalue())
     else:
-        _print(systems, found, resamples)
+        _print(systems, found, resamples, half)
 
 
 def _check(sources: Sequence[Path], references: Path | None) -> None:
@@ -186,28 +189,33 @@ def _as_dict(systems: Sequence["System"], found: Sequence["Difference"], resampl
     }
 
 
-def _csv(systems: Sequence["System"], found: Sequence["Difference"]) -> list[list[Any]]:
+def _csv(systems: Sequence["System"], found: Sequence["Difference"], half: Half | None) -> list[list[Any]]:
     """One row per metric and pair; absent numbers are empty."""
     scores = {system.label: system.scores for system in systems}
     numbers = ("difference", "low", "high", "p", "adjusted_p", "real")
     rows: list[list[Any]] = [
-        ["metric", "a", "b", "a_value", "b_value", *numbers, "verdict", "official", "reason"]
+        ["metric", "a", "b", "a_value", "b_value", *numbers, "verdict", "official", "reason", "half"]
     ]
     for one in found:
         sides = [scores[label].get(one.metric) for label in (one.a, one.b)]
         official = all(side is not None and side.official for side in sides)
         cells = [*(side and side.value for side in sides), *(getattr(one, key) for key in numbers)]
-        cells += [one.verdict, official, one.reason]
+        cells += [one.verdict, official, one.reason, half]
         rows.append([one.metric, one.a, one.b, *("" if cell is None else cell for cell in cells)])
     return rows
 
 
-def _print(systems: Sequence["System"], found: Sequence["Difference"], resamples: int) -> None:
+def _print(
+    systems: Sequence["System"], found: Sequence["Difference"], resamples: int, half: Half | None
+) -> None:
     from rich.table import Table
 
+    from harness.compare import few_images
+
     screen = console()
-    several = len(systems) > 2
-    title = f"{len(systems)} systems, {len(systems[0].ids)} images: scores and differences [95 % interval]"
+    several, n = len(systems) > 2, len(systems[0].ids)
+    images = f"{n} images" + (f" of the {half} half" if half else "")
+    title = f"{len(systems)} systems, {images}: scores and differences [95 % interval]"
     table = Table("metric", "system", title=title, title_justify="left")
     for name in ("score", "p", *(["p, Holm"] if several else [])):
         table.add_column(name, justify="right", no_wrap=True)
@@ -219,6 +227,8 @@ def _print(systems: Sequence["System"], found: Sequence["Difference"], resamples
     screen.print(table)
     for line in _notes(systems, found, resamples):
         screen.print(line)
+    if half and (few := few_images(n, half)):
+        screen.print(f"warning: {few}")
 
 
 def _section(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Terminal
+from harness.cli.terminal import HalfOption, Terminal
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def leaderboard(
         BoardFormat, typer.Option("--format", help="html writes leaderboard/index.html.")
     ] = BoardFormat.table,
     everything: Annotated[bool, typer.Option("--all", help="Include the trials of studies.")] = False,
+    half: HalfOption = None,
 ) -> None:
     """Show official standings (test) and our runs (validation), each with a rank or the reason for none.
 
@@ -41,7 +42,7 @@ def leaderboard(
     from harness.store import RUNS
 
     years = [edition] if edition is not None else boards.editions(RUNS, trials=everything)
-    found = [boards.board(year, RUNS, trials=everything) for year in years]
+    found = [boards.board(year, RUNS, trials=everything, half=half) for year in years]
     for problem in dict.fromkeys(problem for board in found for problem in board.left_out):
         Terminal().say(f"left out: {problem}")
     if output is BoardFormat.html:
@@ -65,11 +66,12 @@ def _print(boards: Sequence["Board"]) -> None:
         _standings(screen, board)
         ranked = [e for e in board.entries if not e.apart and e.split == "valid"]
         if ranked:
-            _runs(screen, board, ranked, f"{board.edition}: our runs, validation (ranked among each other)")
+            where = f"validation{_half(board)} (ranked among each other)"
+            _runs(screen, board, ranked, f"{board.edition}: our runs, {where}")
         for split, word in SPLITS.items():
             apart = [e for e in board.entries if e.apart and e.split == split]
             if apart:
-                _runs(screen, board, apart, f"{board.edition}: our runs, {word}, not ranked")
+                _runs(screen, board, apart, f"{board.edition}: our runs, {word}{_half(board)}, not ranked")
                 _why(screen, apart)
         _seeds(screen, board)
         for entry in board.entries:
@@ -79,7 +81,22 @@ def _print(boards: Sequence["Board"]) -> None:
             screen.print(f"{board.edition}: no runs yet")
     if any(_starred(entry) for board in boards for entry in board.entries):
         screen.print(NOT_COMPARABLE)
+    for warning in filter(None, dict.fromkeys(map(_few, boards))):
+        screen.print(warning)
     screen.print("As a page: python -m harness leaderboard --format html")
+
+
+def _half(board: "Board") -> str:
+    return f", the {board.half} half" if board.half else ""
+
+
+def _few(board: "Board") -> str | None:
+    """A warning if the smallest of the halves has few images."""
+    from harness.compare import few_images
+
+    counts = [score["n"] for entry in board.entries for score in entry.scores.values()]
+    few = few_images(min(counts), board.half) if board.half and counts else None
+    return few and f"warning: {few}"
 
 
 def _standings(screen: Any, board: "Board") -> None:
@@ -131,7 +148,7 @@ def _seeds(screen: Any, board: "Board") -> None:
     groups = over_seeds(board)
     if not groups:
         return
-    title = f"{board.edition}: over seeds, mean ± standard deviation (not ranked)"
+    title = f"{board.edition}: over seeds{_half(board)}, mean ± standard deviation (not ranked)"
     names = [name for name in board.metrics if any(name in group["scores"] for group in groups)]
     table = Table("name", "variant", "split", "seeds", title=title, title_justify="left")
     for name in names:

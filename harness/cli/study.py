@@ -263,10 +263,13 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from rich.table import Table
 
     from harness.cli import tables
+    from harness.compare import few_images
+    from harness.study import results
 
     screen = console()
     keys = [parameter.key for parameter in spec.space]
-    table = Table(title=f"{spec.name}: validation scores", title_justify="left")
+    where = f", the {spec.config.half} half" if spec.config.half else ""
+    table = Table(title=f"{spec.name}: validation scores{where}", title_justify="left")
     for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -279,6 +282,11 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     screen.print(table)
     if any(row["official"] is False for row in rows):
         screen.print(tables.NOT_COMPARABLE)
+    for row in rows:
+        if "held" in row:
+            screen.print(f"trial {row['number']} {results.on_held(row['held'])}")
+            few = [few_images(one["n"], "held") for one in row["held"].get("scores", {}).values()]
+            screen.print(*(f"warning: {warning}" for warning in dict.fromkeys(filter(None, few))))
     screen.print(f"Plots and records: runs/{spec.name}/")
     screen.print(f"The best as an experiment: python -m harness study best {_words(spec)}")
     screen.print(f"In a browser: optuna-dashboard {address}")

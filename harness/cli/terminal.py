@@ -50,6 +50,13 @@ class DeviceName(StrEnum):
     cpu = "cpu"
 
 
+class Half(StrEnum):
+    """A half of the validation images; an image's half depends on its id."""
+
+    tune = "tune"
+    held = "held"
+
+
 Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
 Sets = Annotated[
     list[str] | None,
@@ -57,6 +64,10 @@ Sets = Annotated[
 ]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
 ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]
+HalfOption = Annotated[
+    Half | None,
+    typer.Option("--half", help="Only half of the images: tune, to choose by, or held, to report."),
+]
 DeviceOption = Annotated[
     DeviceName | None, typer.Option("--device", help="Overrides the device of the experiment.")
 ]

@@ -48,6 +48,7 @@ def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
     return {
         "edition": board.edition,
         "primary": board.primary,
+        "half": board.half,
         "ranking": EDITIONS[board.edition].ranking,
         "metrics": board.metrics,
         "standings": [vars(row) for row in board.standings],
@@ -133,7 +134,21 @@ def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
     return found
 
 
-_COLUMNS = ("edition", "split", "kind", "rank", "name", "run", "metric", "value", "low", "high", "sd", "n")
+_COLUMNS = (
+    "edition",
+    "split",
+    "half",
+    "kind",
+    "rank",
+    "name",
+    "run",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "sd",
+    "n",
+)
 _COLUMNS += ("official", "signature", "reason", "apart", "seed", "date", "commit", "dirty", "command")
 _COLUMNS += ("config.yaml", "report.html", "mlflow", "source")
 
@@ -155,7 +170,8 @@ def _rows(board: Board) -> Iterator[dict[str, Any]]:
             yield team | {"metric": metric, "value": value}
     for entry in board.entries:
         run = _entry(board, entry, Path())
-        run |= {"edition": board.edition, "kind": "run", "name": run["experiment"], **run["links"]}
+        run |= {"edition": board.edition, "half": board.half, "kind": "run", "name": run["experiment"]}
+        run |= run["links"]
         run["mlflow"] = " ".join(place["link"] or place["run"] for place in run["mlflow"])
         for metric, score in run["scores"].items():
             yield run | score | {"metric": metric}
@@ -163,6 +179,7 @@ def _rows(board: Board) -> Iterator[dict[str, Any]]:
         mean = {
             "edition": board.edition,
             "split": group["split"],
+            "half": board.half,
             "kind": "seeds",
             "name": group["experiment"],
         }

@@ -7,11 +7,12 @@ edition's primary score, on the edition's own images, for captions by a real mod
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness import records
+from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.data import fraction
 from harness.errors import Problem, UserError
@@ -68,13 +69,15 @@ class Entry:
 class Board:
     """One edition: its official standings and our runs, both in order.
 
-    `left_out` are the problems of records that can't be read, of runs of any edition.
+    `left_out` are the problems of records that can't be read, of runs of any edition. With a `half`, `tune`
+    or `held`, all scores of our runs are those of this half of validation.
     """
 
     edition: int
     standings: Sequence[Standing]
     entries: Sequence[Entry]
     left_out: Sequence[Problem] = ()
+    half: str | None = None
 
     @property
     def primary(self) -> str | None:
@@ -104,11 +107,12 @@ class Board:
         return None if entry.split == "test" and above == len(others) else above + 1
 
     def beats(self, entry: Entry) -> dict[str, list[str]]:
-        """By metric, the teams whose test score the entry exceeds; official scores only, empty if `apart`.
+        """By metric, the teams whose test score the entry exceeds; official scores only.
 
+        Empty if `apart`, and for a half.
         A validation entry is compared across splits; the caller must tell the reader.
         """
-        if entry.apart or not self.standings:
+        if entry.apart or not self.standings or self.half:
             return {}
         return {
             metric: [row.team for row in self.standings if row.scores[metric] < score["value"]]
@@ -123,10 +127,17 @@ def editions(runs: Path, standings: Path = STANDINGS, trials: bool = False) -> l
     return [year for year in EDITIONS if year in with_runs or (standings / f"{year}.csv").exists()]
 
 
-def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = False) -> Board:
+def board(
+    edition: int,
+    runs: Path,
+    standings: Path = STANDINGS,
+    trials: bool = False,
+    half: str | None = None,
+) -> Board:
     """Read an edition's standings and our runs of it, with the trials of studies if `trials`.
 
-    Raises `UserError` for an unknown edition or faulty standings.
+    With a `half`, `tune` or `held`, our scores are those of this half of validation. Raises `UserError` for
+    an unknown edition or faulty standings.
     """
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
@@ -136,12 +147,28 @@ def board(edition: int, runs: Path, standings: Path = STANDINGS, trials: bool = 
         Entry(record, folder, split, _apart(record, split, edition))
         for folder, record in found
         if record["edition"] == edition
-        for split in record["scores"] or ("valid",)
+        for split in (record["scores"] if half is None else ()) or ("valid",)
     ]
+    if half is not None:
+        entries, more = _on_half(entries, half)
+        left_out += more
     primary = EDITIONS[edition].primary
     # entries apart are not sorted by score, because their scores can't be compared
     entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
-    return Board(edition, read_standings(standings / f"{edition}.csv"), entries, left_out)
+    return Board(edition, read_standings(standings / f"{edition}.csv"), entries, left_out, half)
+
+
+def _on_half(entries: Sequence[Entry], half: str) -> tuple[list[Entry], list[Problem]]:
+    """The entries with their scores on a half, and the problems of those that have none."""
+    found, problems = [], []
+    for entry in entries:
+        try:
+            record = record_on_half(entry.folder, entry.record, half) if entry.scores else entry.record
+        except UserError as error:
+            problems += error.problems
+            continue
+        found.append(replace(entry, record=record))
+    return found, problems
 
 
 def read_standings(file: Path) -> list[Standing]:

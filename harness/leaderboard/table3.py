@@ -23,9 +23,9 @@ def table_3(board: Board) -> list[dict[str, Any]]:
     """The rows of the paper's Table 3 with our runs of the same kind on validation, and their differences.
 
     A difference is significant if the paper's value, which has no interval, lies outside our 95 % interval. A
-    run that is `apart` has no difference.
+    run that is `apart` has no difference. A board of a half has no such table.
     """
-    if board.edition != 2023:
+    if board.edition != 2023 or board.half:
         return []
     rows: list[dict[str, Any]] = []
     for name, kind, paper in TABLE_3:
@@ -60,7 +60,7 @@ def steps(board: Board) -> list[dict[str, Any]]:
     It gives `difference`, its interval, `p` and `adjusted_p` (Holm's, over the steps of that experiment and
     seed), or a `reason`. A step without such runs appears once, without names.
     """
-    if board.edition != 2023:
+    if board.edition != 2023 or board.half:
         return []
     families = [list(_family(entries)) for entries in _by_experiment_and_seed(board)]
     found = []

@@ -11,7 +11,10 @@ import yaml
 
 from harness import records
 from harness.captions import same_in
+from harness.compare import few_images, record_on_half
 from harness.config.schema import Config, flat
+from harness.data.halves import HALVES
+from harness.errors import UserError
 from harness.report import gallery, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
@@ -30,6 +33,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     record = run.record
     images = sources.images(run)
     captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
+    halves = _halves(run)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
     same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
     return {
@@ -42,6 +46,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "image_gap": {
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
         },
+        "halves": halves,
         "baseline": record["baseline"],
         "warnings": list(dict.fromkeys([*record["warnings"], *same, *left_out])),
         "differences": differences(record),
@@ -60,6 +65,25 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "data": _data_facts(record),
         "environment": record["environment"],
         "captions": gallery.shown(captions, images, run, page),
+    }
+
+
+def _halves(run: Run) -> dict[str, Any] | None:
+    """The scores and image gap of each half of validation, with warnings; None if there are no scores."""
+    if not scores(run.record, "after"):
+        return None
+    try:
+        on = {half: record_on_half(run.folder, run.record, half) for half in HALVES}
+    except UserError as error:
+        run.left_out.extend(map(str, error.problems))
+        return None
+    return {
+        half: {
+            "scores": scores(record, "after"),
+            "image_gap": record["image_gap"]["rouge1"],
+            "few": few_images(next(iter(scores(record, "after").values()))["n"], half),
+        }
+        for half, record in on.items()
     }
 
 

@@ -226,7 +226,7 @@ def settings(
     encoder for bertscore; for the others the run's own stand-in, or the newest one of any run. Raises
     `UserError` with every unknown key and every value that is not allowed.
     """
-    values = _of_run(run, edition) if run else {}
+    values = of_run(run, edition) if run else {}
     if names is not None:
         values["metrics"] = list(names)
     config = _overridden(values, sets, run, _unknown_metrics(names or ())).for_edition(edition)
@@ -235,7 +235,7 @@ def settings(
     return _located(config, run).for_edition(edition)
 
 
-def _of_run(run: Run, edition: int) -> dict[str, Any]:
+def of_run(run: Run, edition: int) -> dict[str, Any]:
     """The run's own `score:` section, without what its edition decided if another edition is asked for.
 
     Sections that scoring would execute are left out, since a run's folder may come from elsewhere.

@@ -66,6 +66,10 @@ class Consensus(Step):
     def artifacts(self) -> Mapping[str, str]:
         return {f"predictions/{self.part}_before.csv": PREDICTIONS, f"consensus/{self.part}.csv": TABLE}
 
+    def cost(self) -> tuple[int, int]:
+        """How many distinct captions it embeds, and how many pairs of captions it compares."""
+        return consensus.cost(self._candidates())
+
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"standin_model": record["standin_model"] or self.inputs.facts["standin"]}
 

@@ -5,6 +5,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import yaml
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
+from harness import records
+from harness.compare import record_on_half
 from harness.config.experiment import merge, parse_sets, set_value, variant_of
+from harness.data.halves import HELD
 from harness.errors import Problem, UserError
-from harness.store import write, write_json
+from harness.store import RUNS, write, write_json
 from harness.study.spec import Study
 from harness.study.storage import RECORD, read_record
 from harness.study.trials import Trials
@@ -52,7 +56,10 @@ def _digits(trial: FrozenTrial, value: float) -> str:
 
 
 def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
-    """A row for each trial: number, state, scores, parameters, seconds, reason, and the trial it retries."""
+    """A row for each trial: number, state, scores, parameters, seconds, reason, and the trial it retries.
+
+    The best trials of a study on the tune half also have `held`, their results on the other half.
+    """
     best = {trial.number for trial in best_trials(study)}
     found = []
     for trial in study.get_trials(deepcopy=False):
@@ -71,7 +78,45 @@ def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
                 "retry_of": trial.user_attrs.get("retry_of"),
             }
         )
+        if trial.number in best and (on_held := held(spec, trial, RUNS / spec.name)):
+            found[-1]["held"] = on_held
     return found
+
+
+def held(spec: Study, trial: FrozenTrial, folder: Path) -> dict[str, Any] | None:
+    """A trial's objective scores and image gap on the held half; None if the study counts all images.
+
+    `folder` is the study's. If the scores can't be read, there is a `reason`.
+    """
+    if spec.config.half is None:
+        return None
+    try:
+        file = next(folder.glob(f"trial-{trial.number:04}-s*/{records.FILE}"))
+        record = record_on_half(file.parent, records.read(file.parent), HELD)
+    except StopIteration:
+        return {"reason": "its run is gone"}
+    except UserError as error:
+        return {"reason": "; ".join(map(str, error.problems))}
+    scores = {name: record["scores"]["valid"]["after"][name] for name in spec.objective}
+    return {"scores": scores, "image_gap": record["image_gap"]["rouge1"]}
+
+
+def on_held(found: Mapping[str, Any]) -> str:
+    """The results of `held` in one line."""
+    if "reason" in found:
+        return f"on the held half: {found['reason']}"
+    parts = [
+        f"{name} {one['value']:.4f}{'' if one['official'] else '*'}{_interval(one)} n={one['n']}"
+        for name, one in found["scores"].items()
+        if one["value"] is not None
+    ]
+    gap = found["image_gap"]
+    parts += [] if gap.get("gap") is None else [f"image gap {gap['gap']:+.4f}{_interval(gap, '+')}"]
+    return f"on the held half: {', '.join(parts)}"
+
+
+def _interval(one: Mapping[str, Any], sign: str = "") -> str:
+    return "" if one.get("low") is None else f" [{one['low']:{sign}.4f}, {one['high']:{sign}.4f}]"
 
 
 def publish(trials: Trials, draw: bool = False) -> None:
@@ -82,8 +127,10 @@ def publish(trials: Trials, draw: bool = False) -> None:
         best, states = best_trials(trials.study), [trial.state.name for trial in every]
         record["trials"] = {state: states.count(state) for state in sorted(set(states))}
         record["objective"] = list(trials.spec.objective)
+        record["half"] = trials.spec.config.half
         record["best"] = [
             {"number": one.number, "values": dict(zip(record["objective"], one.values, strict=True))}
+            | ({"held": on_held} if (on_held := held(trials.spec, one, trials.folder)) else {})
             for one in best
         ]
         slots = sum("slot" not in trial.user_attrs for trial in every)
@@ -179,6 +226,8 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
     named = zip(spec.objective, trial.values, strict=True)
     scores = ", ".join(f"{name} {_digits(trial, value)}" for name, value in named)
     star = "" if trial.user_attrs.get("official", True) else " (* by a stand-in)"
+    if found := held(spec, trial, RUNS / spec.name):
+        scores = f"{scores} on the tune half, by which it was chosen; {on_held(found)}"
     head = [
         f"# Question  How good is this trial of the study {spec.name}, by every score and on test?",
         f"# Command   python -m harness run {output}",

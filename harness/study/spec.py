@@ -79,6 +79,9 @@ class StudyConfig(Section):
     """The search space: keys of the experiment, such as `predict.num_beams`, and their values."""
     objective: tuple[str, ...] = ("bertscore",)
     """The validation score to maximise, after post-processing; several scores give a Pareto front."""
+    half: Literal["tune"] | None = None
+    """tune: the objective is the score on half of the validation images. The best trial is also reported on
+    the held half, which no choice has seen. By default all images count."""
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
     storage: str | None = None
@@ -184,7 +187,9 @@ class Study:
         base = {key: value for key, value in flat(self.base).items() if key not in INDIFFERENT}
         space = {p.key: p.how.model_dump(mode="json") for p in self.space}
         sampler = self.config.sampler.name
-        return {"base": base, "space": space, "objective": list(self.objective), "sampler": sampler}
+        return {"base": base, "space": space, "objective": list(self.objective), "sampler": sampler} | (
+            {"half": self.config.half} if self.config.half else {}
+        )
 
 
 def load(
@@ -403,6 +408,9 @@ def _objective_problems(
         problems.append(experiment.problem_at("name each score once", ("objective",), places, file))
     if len(config.objective) > 1 and config.pruner.name != "none":
         what = "a pruner can't rank trials with several objectives; use none"
+        problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
+    if config.half and config.pruner.name != "none":
+        what = "a pruner judges by validations on both halves; with half: tune use none"
         problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
     return problems
 

@@ -17,6 +17,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import records
+from harness.compare import record_on_half
+from harness.errors import UserError
 from harness.store import write_json
 from harness.study.space import Parameter, encode, name_of
 from harness.study.spec import Study
@@ -159,12 +161,23 @@ class Trials:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            record = self.read_run(trial.number)
-            if record and record["status"] == "FINISHED" and not absent(record, self.spec.objective):
-                self._tell(trial.number, "COMPLETE", scores_of(record, self.spec.objective))
+            scores = self._left(trial.number)
+            if scores:
+                self._tell(trial.number, "COMPLETE", scores)
             else:
                 self._retry(trial, "its process was gone")
             lock.release()
+
+    def _left(self, number: int) -> dict[str, float] | None:
+        """The scores that a lost trial left; None if its run has not finished or they can't be read."""
+        record = self.read_run(number)
+        if record is None or record["status"] != "FINISHED":
+            return None
+        try:
+            counted = counting(self.spec, self.run_file(number).parent, record)
+        except UserError:
+            return None
+        return None if absent(counted, self.spec.objective) else scores_of(counted, self.spec.objective)
 
     def _retry(self, trial: FrozenTrial, why: str) -> None:
         """Queue a lost trial again, unless it was lost too often."""
@@ -225,6 +238,7 @@ class Trials:
             record["trial"] = (record["trial"] or {}) | {
                 "state": state,
                 "values": values and dict(values),
+                "half": self.spec.config.half,
                 "reason": reason,
             }
             write_json(self.run_file(number), record)
@@ -272,6 +286,11 @@ def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:
         step = 1 if how.step is None else int(how.step)
         return asked.suggest_int(key, int(how.low), int(how.high), step=step, log=how.log)
     return asked.suggest_float(key, how.low, how.high, step=how.step, log=how.log)
+
+
+def counting(spec: Study, folder: Path, record: records.Record) -> records.Record:
+    """A finished trial's record with the scores that count: those of the study's half, or of all images."""
+    return record_on_half(folder, record, spec.config.half) if spec.config.half else record
 
 
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:

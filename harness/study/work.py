@@ -16,7 +16,7 @@ from harness.store import RUNS
 from harness.study import results
 from harness.study.spec import Study
 from harness.study.storage import failures, open_study, owned, reachable
-from harness.study.trials import ALIKE, Trial, Trials, absent, scores_of
+from harness.study.trials import ALIKE, Trial, Trials, absent, counting, scores_of
 from harness.training.resume import EMA
 
 WAIT = "wait"
@@ -108,6 +108,7 @@ class _Worker:
         base = (self.spec.base_file.name, self.spec.base)
         watch = _watch(self.spec, plan, lambda row: self._judge(trial, plan, row))
         record = runs.run(plan, self.reporter, self.command, base, trial.record, watch)
+        record = counting(self.spec, plan.folder, record)
         if reasons := absent(record, self.spec.objective):
             raise UserError([Problem(reason) for reason in reasons], exit_code=1)
         return scores_of(record, self.spec.objective)

@@ -108,6 +108,7 @@ def study_tags(study: Mapping[str, Any]) -> dict[str, Any]:
         "study": study["study"],
         "study/storage": study["storage"],
         "study/objective": ", ".join(study.get("objective", ())),
+        **({"study/half": study["half"]} if study.get("half") else {}),
         "study/best_trial": ", ".join(str(trial["number"]) for trial in best),
         **{f"study/{state}": count for state, count in study.get("trials", {}).items()},
     }

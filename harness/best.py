@@ -1,0 +1,408 @@
+"""What to submit of several finished runs: one alone, or an ensemble, and with or without de-duplication.
+
+Everything is chosen on the tune half of validation and reported on the held half. A difference that the
+paired test does not show goes to the simpler choice. nnU-Net's `find_best_configuration` works like this,
+without the halves and the tests.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from harness import records, report, scoring
+from harness.compare import (
+    Difference,
+    System,
+    compare,
+    few_images,
+    gap_on_half,
+    on_half,
+    read_run,
+    signature_changes,
+)
+from harness.config.editions import EDITIONS
+from harness.config.experiment import load
+from harness.config.schema import Config
+from harness.config.sections import PredictConfig
+from harness.data import Dataset
+from harness.data.halves import HALVES, HELD, TUNE
+from harness.errors import Problem, UserError
+from harness.run import run
+from harness.steps.plan import Plan, prepare
+from harness.steps.work import Reporter
+from harness.store import RUNS, fingerprint
+
+RECORD = "best.json"
+"""The last choice, in the folder of its ensembles."""
+_LONGEST = 80  # characters of a variant's name
+_DEDUPLICATED = "dedup"
+_CAPTIONING = ("train", "features", "retrieve", "predict", "consensus")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to caption: its `label`, its `runs` by name under runs/, and what makes it again.
+
+    `systems` and `gaps` are its scores and its image gap (ROUGE-1), by half. `same`: the label of an earlier
+    option with the same captions.
+    """
+
+    label: str
+    runs: tuple[str, ...]
+    config: Config
+    folder: Path
+    systems: Mapping[str, System]
+    gaps: Mapping[str, Mapping[str, Any]]
+    same: str | None = None
+
+    def value(self, metric: str, half: str = TUNE) -> float:
+        """Its score on a half."""
+        return self.systems[half].scores[metric].value
+
+
+@dataclass(frozen=True)
+class Field:
+    """The finished runs to choose from, by label, and the others with the reason why they are left out."""
+
+    name: str
+    metric: str
+    singles: Mapping[str, Option]
+    left_out: Mapping[str, str]
+    notes: Sequence[str] = ()
+
+    @property
+    def first(self) -> Config:
+        """The config whose data, scores and post-processing the ensembles have."""
+        return next(iter(self.singles.values())).config
+
+
+@dataclass
+class Choice:
+    """The winner and how it was found; `held` are the differences from the best single run on the held half.
+
+    `tuned` are the tests on the tune half, each with what it decided.
+    """
+
+    given: Field
+    options: list[Option]
+    single: Option
+    winner: Option
+    tuned: list[tuple[Difference, str]]
+    held: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Path = RUNS) -> Field:
+    """The finished runs of experiment files, or with these names under runs/, that can be compared.
+
+    All are compared with the first one that is finished. Raises `UserError` (exit code 1) if there is none,
+    with the reason for each run.
+    """
+    named = _named(sources, root)
+    left_out: dict[str, str] = {}
+    singles: dict[str, Option] = {}
+    notes: dict[str, None] = {}
+    for run_name, config in named.items():
+        try:
+            one = _single(str(len(singles) + 1), run_name, config, root, notes)
+            metric = metric or _primary(one.config)
+            if why := _apart(one, list(singles.values()), metric, root):
+                left_out[run_name] = why
+            else:
+                singles[one.label] = one
+        except UserError as error:
+            left_out[run_name] = "; ".join(problem.what for problem in error.problems)
+    if not singles:
+        problems = [Problem(why, root / run_name) for run_name, why in left_out.items()]
+        raise UserError(problems, "No run can be used.", exit_code=1)
+    return Field(name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes))
+
+
+def _named(sources: Sequence[Path], root: Path) -> dict[str, Config | None]:
+    """The runs by name under `root`, with the config of the experiment file that names them."""
+    found: dict[str, Config | None] = {}
+    problems = []
+    for source in sources:
+        if source.suffix in (".yaml", ".yml"):
+            found |= {f"{one.name}/{one.run_name}": one for one in load(source)}
+            continue
+        folder = next((place for place in (source, root / source) if (place / records.FILE).is_file()), None)
+        if folder is None or not folder.resolve().is_relative_to(root.resolve()):
+            what = f"no run in {root}/ and no experiment file"
+            problems.append(Problem(what, source, hint=f"Runs: {', '.join(_runs_of(root)) or 'none yet'}"))
+            continue
+        found.setdefault(folder.resolve().relative_to(root.resolve()).as_posix(), None)
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _runs_of(root: Path) -> list[str]:
+    return [file.parent.relative_to(root).as_posix() for file in records.below(root)][:8]
+
+
+def _primary(config: Config) -> str:
+    primary = EDITIONS[config.edition].primary
+    if primary is None:
+        what = f"the ranking rule of {config.edition} is not established; name a metric to choose by"
+        raise UserError([Problem(what, key="--metric")])
+    return primary
+
+
+def _single(label: str, name: str, given: Config | None, root: Path, notes: dict[str, None]) -> Option:
+    """A finished run as an option. Raises `UserError` if it can't be used."""
+    folder = root / name
+    if not (folder / records.FILE).is_file():
+        raise UserError([Problem("it has not run yet", folder)])
+    record = records.read(folder, ("variant", "seed", "scores"))
+    if record["status"] != "FINISHED":
+        raise UserError([Problem(f"its status is {record['status']}", folder)])
+    values = {**record["config"], "score": scoring.of_run((folder, record), record["edition"])}
+    if given is not None:  # the user named the file, so its programs and sums may be used
+        own = given.score.model_dump(mode="json", exclude_unset=True)
+        values["score"] |= {key: own[key] for key in own if key not in values["score"]}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError:
+        raise UserError([Problem("its config is of another version; run it again", folder)]) from None
+    if given is None:
+        notes |= dict.fromkeys(scoring.passed_over((folder, record), config.score))
+    return _option(label, (name,), config, folder)
+
+
+def _option(
+    label: str, runs: tuple[str, ...], config: Config, folder: Path, same: str | None = None
+) -> Option:
+    system, record = read_run(folder, label), records.read(folder)
+    systems = {half: on_half(system, half) for half in HALVES}
+    if empty := [half for half, one in systems.items() if not one.ids]:
+        raise UserError([Problem(f"the {empty[0]} half has no images", folder)])
+    gaps = {half: gap_on_half(folder, record, half)["rouge1"] for half in HALVES}
+    return Option(label, runs, config, folder, systems, gaps)
+
+
+def _apart(one: Option, others: Sequence[Option], metric: str, root: Path) -> str | None:
+    """Why a run can't be chosen together with the others, or None."""
+    score = one.systems[TUNE].scores.get(metric)
+    if score is None or score.value is None:
+        return f"{metric} is absent: {score.reason if score else 'not computed'}"
+    if not others:
+        return None
+    first = others[0]
+    if one.config.edition != first.config.edition:
+        return f"its edition is {one.config.edition}, that of {first.runs[0]} is {first.config.edition}"
+    mine, theirs = (option.systems[TUNE] for option in (one, first))
+    if set(mine.ids) != set(theirs.ids) or mine.references != theirs.references:
+        return f"it has other images or references than {first.runs[0]}"
+    wanted = first.systems[TUNE].scores[metric].signature
+    if score.signature != wanted:
+        return f"its {metric} is not that of {first.runs[0]}: {signature_changes(wanted, score.signature)}"
+    captions = _captions(one, "before")
+    twin = next((other for other in others if _captions(other, "before") == captions), None)
+    return twin and f"it has the captions of {twin.runs[0]}; de-duplication is decided on the winner"
+
+
+def _captions(option: Option, stage: str) -> bytes:
+    record = records.read(option.folder)
+    return records.artifact(option.folder, record, f"predictions/valid_{stage}.csv").read_bytes()
+
+
+def ensembles(given: Field, sizes: Sequence[int]) -> dict[str, Config]:
+    """The configs of consensus runs by label: of all pairs, and of the best few runs on the tune half.
+
+    The better run comes first, since ties between captions go to the first one.
+    """
+    ranked = sorted(given.singles.values(), key=lambda one: -one.value(given.metric))
+    groups = [
+        group for size in sizes for group in (combinations(ranked, 2) if size == 2 else [ranked[:size]])
+    ]
+    return {"+".join(one.label for one in group): _consensus(given, group) for group in groups}
+
+
+def _consensus(given: Field, group: Sequence[Option]) -> Config:
+    """The config of an ensemble: data, scores and post-processing are those of the first run."""
+    first = given.first
+    shared = first.model_dump(mode="json", include={"edition", "device", "seed", "data", "score"})
+    consensus: dict[str, Any] = {"own": 0, "runs": [one.runs[0] for one in group]}
+    if given.metric != EDITIONS[first.edition].primary:
+        consensus["utility"] = {given.metric: 1}
+    return Config.model_validate(
+        shared
+        | {
+            "name": f"best/{given.name}",
+            "variant": _variant([_names(given)[one.label] for one in group]),
+            "predict": {"splits": ["valid"]},
+            "postprocess": first.postprocess.model_dump() | {"deduplicate": False},
+            "consensus": consensus,
+        }
+    )
+
+
+def _names(given: Field) -> dict[str, str]:
+    """The shortest names that tell the runs apart, by label: variant, then with the seed, then all of it."""
+    kinds = (
+        [one.config.variant for one in given.singles.values()],
+        [one.config.run_name for one in given.singles.values()],
+        [one.runs[0].replace("/", ".") for one in given.singles.values()],
+    )
+    names = next((kind for kind in kinds if len(set(kind)) == len(kind)), kinds[-1])
+    return dict(zip(given.singles, names, strict=True))
+
+
+def _variant(names: Sequence[str]) -> str:
+    joined = "_".join(names)
+    return joined if len(joined) <= _LONGEST else f"{len(names)}-runs-{fingerprint(list(names))}"
+
+
+def cost(plans: Sequence[Plan]) -> str | None:
+    """The cost of the consensus steps that are still to do, in one line; None if there are none."""
+    steps = [step for plan in plans for step in plan.steps.values() if step.kind == "consensus"]
+    waiting = [step.cost() for step in steps if not step.is_done()]
+    if not waiting:
+        return None
+    texts, pairs = map(sum, zip(*waiting, strict=True))
+    return f"{len(waiting)} ensembles to do: {texts:,} captions embedded, {pairs:,} comparisons, and scoring"
+
+
+def planned(given: Field, sizes: Sequence[int], reporter: Reporter) -> dict[str, Any]:
+    """The `ensembles` by label, each with its folder and whether it is done; and the `cost` of the rest."""
+    configs = ensembles(given, sizes)
+    plans = prepare(list(configs.values()), reporter)
+    states = {
+        label: f"{'done ' if plan.steps['consensus-valid'].is_done() else 'to do'}  {plan.folder}"
+        for label, plan in zip(configs, plans, strict=True)
+    }
+    return {"ensembles": states, "cost": cost(plans)}
+
+
+def decide(given: Field, sizes: Sequence[int], reporter: Reporter, command: str) -> Choice:
+    """Make and score the ensembles, choose on the tune half, and test on the held half."""
+    loaded: dict[str, Dataset] = {}
+    configs = ensembles(given, sizes)
+    plans = dict(zip(configs, prepare(list(configs.values()), reporter, RUNS, loaded), strict=True))
+    if line := cost(list(plans.values())):
+        reporter.say(line)
+    options = list(given.singles.values())
+    for label, plan in plans.items():
+        options.append(_made(label, plan, options, reporter, command))
+    options.sort(key=lambda one: len(one.runs))
+    winner, tuned = choose(options, given.metric)
+    single = max(given.singles.values(), key=lambda one: one.value(given.metric))
+    choice = Choice(given, options, single, winner, tuned)
+    _decide_deduplication(choice, reporter, command, loaded)
+    systems = [one.systems[HELD] for one in options if one.same is None]
+    if len(systems) > 1:
+        choice.held = compare(systems, [given.metric], against=single.label)
+    n = len(single.systems[HELD].ids)
+    choice.notes += filter(None, [few_images(n, HELD), *_lacking_test(choice)])
+    return choice
+
+
+def _made(label: str, plan: Plan, before: Sequence[Option], reporter: Reporter, command: str) -> Option:
+    """Run a plan -> the option that it is."""
+    run(plan, reporter, command)
+    report.write(plan.folder)
+    sources = plan.config.consensus.runs if plan.config.consensus else ()
+    runs = tuple(source.run for source in sources) or before[0].runs
+    made = _option(label, runs, plan.config, plan.folder)
+    captions = _captions(made, "after")
+    same = next((one.label for one in before if _captions(one, "after") == captions), None)
+    return replace(made, same=same)
+
+
+def choose(options: Sequence[Option], metric: str) -> tuple[Option, list[tuple[Difference, str]]]:
+    """The winner on the tune half, and the tests that led to it.
+
+    The best of the simplest options is taken unless the best of all is shown to be better. Fewer runs are
+    simpler. Equal options go to the first.
+    """
+    best = max(options, key=lambda one: one.value(metric))
+    tests = []
+    for size in sorted({len(one.runs) for one in options}):
+        top = max((one for one in options if len(one.runs) == size), key=lambda one: one.value(metric))
+        if top is best:
+            break
+        test = _tested(top, best, metric)
+        if not test.real:
+            return top, [*tests, (test, f"{top.label} is simpler and is taken")]
+        tests.append((test, f"{top.label} is left"))
+    return best, tests
+
+
+def _tested(a: Option, b: Option, metric: str) -> Difference:
+    """The test of `b` minus `a` on the tune half."""
+    (found,) = compare([a.systems[TUNE], b.systems[TUNE]], [metric])
+    return found
+
+
+def _decide_deduplication(
+    choice: Choice, reporter: Reporter, command: str, loaded: dict[str, Dataset]
+) -> None:
+    """Replace the winner by the same captions with de-duplication if the tune half shows that it is better.
+
+    A run that was post-processed with it keeps it for the same reason only.
+    """
+    now, metric = choice.winner, choice.given.metric
+    on = not now.config.postprocess.deduplicate
+    config = now.config.model_copy(
+        update={
+            "name": f"best/{choice.given.name}",
+            "variant": f"{now.config.variant}_{_DEDUPLICATED if on else 'plain'}",
+            "predict": now.config.predict.model_copy(update={"splits": ("valid",)}),
+            "postprocess": now.config.postprocess.model_copy(update={"deduplicate": on}),
+        }
+    )
+    (plan,) = prepare([config], reporter, RUNS, loaded)
+    waiting = [s.name for s in plan.steps.values() if s.kind in _CAPTIONING and not s.is_done()]
+    if waiting:
+        choice.notes.append(f"de-duplication is not decided: {', '.join(waiting)} would have to run again")
+        return
+    label = f"{now.label} {_DEDUPLICATED if on else 'plain'}"
+    other = replace(_made(label, plan, [now], reporter, command), runs=now.runs)
+    choice.options.append(other)
+    without, with_it = (now, other) if on else (other, now)
+    test = _tested(without, with_it, metric)
+    better = bool(test.real and test.difference > 0)
+    choice.winner = with_it if better else without
+    choice.tuned.append((test, f"de-duplication is {'on' if better else 'off'}"))
+
+
+def _lacking_test(choice: Choice) -> list[str]:
+    """What must run first, so that the winner can caption the test split."""
+    if choice.winner.config.consensus is None:
+        return []
+    found = []
+    for name in choice.winner.runs:
+        folder = RUNS / name
+        try:
+            records.artifact(folder, records.read(folder), "predictions/test_before.csv")
+        except UserError as error:
+            found += [f"{name} has no test captions. {problem.hint or ''}" for problem in error.problems]
+    return found
+
+
+def as_experiment(choice: Choice, output: Path, command: str) -> str:
+    """The YAML of an experiment that makes the winner's captions, scores and submissions on every split."""
+    config, metric = choice.winner.config, choice.given.metric
+    splits = PredictConfig.model_fields["splits"].default
+    config = config.model_copy(update={"predict": config.predict.model_copy(update={"splits": splits})})
+    body = config.model_dump(mode="json", exclude_defaults=True)
+    variant, seed = body.pop("variant", "base"), body.pop("seed", config.seed)
+    tune, held = (choice.winner.systems[half].scores[metric] for half in HALVES)
+    star = "" if held.official else "*"
+    interval = "" if held.low is None else f" [{held.low:.4f}, {held.high:.4f}]"
+    head = [
+        f"# Question  How good is the best of {len(choice.options)} choices, by every score and on test?",
+        f"# Command   python -m harness run {output}",
+        f"# Expected  {metric} {held.value:.4f}{star}{interval} on the held half of validation (n={held.n});",
+        f"#           {tune.value:.4f}{star} on the tune half (n={tune.n}), by which it was chosen",
+        "# Cost      the captions of the test split; finished steps are not repeated",
+        f"# Made by   {command}",
+    ]
+    body |= {"seeds": [seed], "variants": {variant: {}}}
+    return "\n".join(head) + "\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
