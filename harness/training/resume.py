@@ -29,8 +29,8 @@ class State:
 
     `done` optimiser steps of `stage` are finished, and `step` steps of all stages. `validated` is false if
     the validation after them is still due. `ranks` and `zero_stage` are those of the last checkpoint. `ended`
-    is true if nothing is left to train; then `kept` is the number of files of the best weights. `stage_best` is
-    the best score of the stage, and `waited` counts the validations since then; see `patience`.
+    is true if nothing is left to train; then `kept` is the number of files of the best weights. `stage_best`
+    is the best score of the stage, and `waited` counts the validations since then; see `patience`.
     """
 
     stage: int = 1
