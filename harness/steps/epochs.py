@@ -128,8 +128,8 @@ def shortened(config: TrainConfig, until: Mapping[str, Any] | None) -> TrainConf
 def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
     """A sentence about the epochs of a training on train and valid."""
     if until is None:
-        return "trained on train and valid for all planned epochs; the last weights are kept"
+        return "learns from train and valid for all planned epochs; the last weights are kept"
     planned = config.stages[until["stage"] - 1].epochs
     where = f"stage {until['stage']}, epoch {until['epoch']} of {planned}"
     best = f"where {until['run']} has its best validation ({until['score']:.4f})"
-    return f"trained on train and valid up to {where}, {best}; the last weights are kept"
+    return f"learns from train and valid up to {where}, {best}; the last weights are kept"

@@ -36,7 +36,7 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
-_NONE_IF_OFF = ("patience", "epochs_of")  # so trainings made before these keys existed are found
+_NONE_IF_OFF = ("patience",)  # so trainings made before these keys existed are found
 CURVES = "curves.png"
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
@@ -49,6 +49,8 @@ class Train(Step):
     section = ("train", TrainConfig, TrainConfig())
     starred: Set[str] = frozenset()
     """The validation scores that are not official."""
+    epochs_of: Mapping[str, Any] | None = None
+    """The run that found for how long to train, and its best validation."""
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -65,13 +67,16 @@ class Train(Step):
         }
         names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
         steps = {step: None for name, step in before.items() if name in names}
+        found = epochs.found(plan)
         if config.full_fit:
             read |= values(config, "data.fit_on")
-            facts["until"] = epochs.found(plan)
-        yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
+            facts["until"] = found and {key: found[key] for key in ("stage", "epoch")}
+        step = cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
+        step.epochs_of = found
+        yield step
 
     @property
-    def _until(self) -> Mapping[str, Any] | None:
+    def _until(self) -> Mapping[str, int] | None:
         """The stage and the epoch after which the training ends, if another run found them."""
         return self.inputs.facts.get("until")
 
@@ -92,6 +97,8 @@ class Train(Step):
             work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
         if compiling.chosen(config.train, work.kind) != compiling.OFF:
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
+        if self._full_fit:
+            work.say(epochs.told(config.train, self.epochs_of))
         splits = self._splits(work)
         images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
         steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
@@ -192,12 +199,12 @@ class Train(Step):
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         ended = self._ended(self.directory)
-        notes = [epochs.told(self.inputs.config.train, self._until)] if self._full_fit else []
+        notes = [epochs.told(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
         notes += patience.told(ended)
         return {
             "training": {
                 **fit.recorded(self.directory),
-                **({"epochs_of": self._until} if self._until else {}),
+                **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
                 **({"ended": ended} if ended else {}),
                 **({"notes": notes} if notes else {}),
             }
@@ -292,7 +299,7 @@ class Train(Step):
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
     off = {key for key in _NONE_IF_OFF if not getattr(config, key)}
-    written = config.model_dump(exclude={*INDIFFERENT, *off})
+    written = config.model_dump(exclude={*INDIFFERENT, *off, "epochs_of"})  # `until` has what was found
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
