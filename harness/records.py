@@ -21,6 +21,8 @@ from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
+ON_VALID = "trained on validation images"
+"""Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
 Record = Mapping[str, Any]
 
 
@@ -161,6 +163,7 @@ class _Run(_Part):
     made: dict[str, _Made | None] = {}
     seconds: dict[str, Number] = {}
     scores: dict[str, dict[str, dict[str, _Score]]] = {}
+    unscored: dict[str, str] = {}
     image_gap: dict[str, _Gap | Number | str | None] | None = None
     baseline: dict[str, Number | str | list[str] | None] | None = None
     warnings: list[str] = []
@@ -281,6 +284,8 @@ def _next(record: Record, name: str) -> str:
     command = record["command"]
     if record.get("trial"):
         return "A trial captions only valid: write the best one with harness study best, and run that."
+    if why := record.get("unscored", {}).get(name.removeprefix("predictions/").partition("_")[0]):
+        return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"

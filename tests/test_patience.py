@@ -1,13 +1,11 @@
 """Early stopping: when a stage ends, what the next one starts from, and interruptions."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
 from support import ranks
-from support.commands import harness
-from support.experiments import EXPERIMENT, begin, messages, write
+from support.experiments import EXPERIMENT, messages, write
 from support.models import stages
 from support.training import Interrupted, config, run
 
@@ -125,22 +123,3 @@ def test_patience_without_validations_is_refused(tmp_path):
     file = write(tmp_path, EXPERIMENT)
     (problem,) = messages(file, "train.patience=2", "train.evaluate_every=0")
     assert "patience counts validations with scores, but evaluate_every is 0; use 1 or more" in problem
-
-
-def test_a_run_says_which_stage_ended_early(small_run, tmp_path):
-    """The learning rates are so large that the first validation is the best of its stage."""
-    begin(small_run, tmp_path)
-    how = ("--set", "train.patience=1", "--set", "train.stages.0.epochs=5", "--set", "train.learning_rate=1")
-    text = EXPERIMENT.replace("  opt_dedup: {postprocess: {deduplicate: true}}\n", "")
-    (tmp_path / "small.yaml").write_text(text)
-    done = harness(tmp_path, "run", "small.yaml", *how)
-    record = json.loads((tmp_path / "runs/small/opt-s42/run.json").read_text())
-    (note,) = record["training"]["notes"]
-    assert note in done.stderr
-    assert f"opt-s42: {note}" in " ".join(done.stdout.split())
-    one, two = record["training"]["ended"]
-    assert one["epoch"] < one["epochs"] == 5
-    assert two["why"] == "all epochs are done"
-    rows = [json.loads(line) for line in (tmp_path / "runs" / record["artifacts"]["losses.jsonl"]).open()]
-    assert [row["epoch"] for row in rows if "valid_loss" in row] == [*range(1, one["epoch"] + 1), 1]
-    assert all(a["step"] <= b["step"] for a, b in pairwise(rows))

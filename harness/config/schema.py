@@ -75,6 +75,15 @@ class Config(_Steps):
         if not self.has_model and self.retrieval:
             what = "retrieval needs this run's model, but own is 0; use 1 or more"
             raise AcrossKeys(what, "consensus.own", "retrieval")
+        if self.full_fit and not self.trains:
+            what = "data.fit_on has valid, but nothing is trained"
+            raise AcrossKeys(what, "data.fit_on", "train.stages")
+        if self.full_fit and self.train.patience and not self.train.epochs_of:
+            what = "patience counts validations, but data.fit_on has valid; name a run in train.epochs_of"
+            raise AcrossKeys(what, "train.patience", "data.fit_on")
+        if self.train.epochs_of and not self.full_fit:
+            what = "epochs_of needs data.fit_on: [train, valid]"
+            raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
         if not self.trains and not self.predict.splits:
             what = "nothing is trained and predict.splits is empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
@@ -89,6 +98,16 @@ class Config(_Steps):
     def trains(self) -> bool:
         """Whether the run trains its model."""
         return self.has_model and bool(self.train.stages)
+
+    @property
+    def full_fit(self) -> bool:
+        """Whether the run learns from validation images, so that no score on them is possible."""
+        return "valid" in self.data.fit_on
+
+    @property
+    def captioned(self) -> tuple[str, ...]:
+        """The splits of `predict.splits` that the run captions."""
+        return tuple(split for split in self.predict.splits if split != "valid" or not self.full_fit)
 
     @property
     def run_name(self) -> str:

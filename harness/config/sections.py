@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import core_schema
 
 from harness.config.editions import LayoutName
@@ -149,6 +149,20 @@ class DataConfig(Section):
     """Random changes of training images."""
     phantom: PhantomConfig | None = None
     """Draw this made-up set into `root` first, if that folder does not exist."""
+    fit_on: tuple[Literal["train", "valid"], ...] = ("train",)
+    """The splits that the model learns from: [train], or [train, valid] for a last run before a submission.
+
+    Such a last run has no validation: no scores, no captions of valid, and its last weights are kept.
+    `train.epochs_of` says for how long it trains. All else is from train alone: the tiny checkpoint,
+    stand-ins of metrics, neighbours, document frequencies, the constant caption.
+    """
+
+    @field_validator("fit_on")
+    @classmethod
+    def _has_train(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if given not in (("train",), ("train", "valid")):
+            raise ValueError(f"got [{', '.join(given)}]; [train] or [train, valid] is allowed")
+        return given
 
 
 class Truncation(Section):

@@ -229,6 +229,9 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield f"the ranking rule of {edition} is not established"
         return
     score = record["scores"].get(split, {}).get("after", {}).get(primary)
+    if score is None and (why := record.get("unscored", {}).get(split)):
+        yield f"it has no scores on {SPLITS[split]}: {why}"
+        return
     if score is None or score["value"] is None:
         yield f"{primary}, the ranking score, is absent: {(score or {}).get('reason') or 'not computed'}"
         return

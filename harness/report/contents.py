@@ -42,6 +42,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "run": run.name,
         "facts": _facts(record),
         "scores": _scores(record),
+        "unscored": record.get("unscored", {}).get("valid"),
         "main_metric": run.main_metric(),
         "image_gap": {
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)

@@ -13,6 +13,7 @@ from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
+from harness.steps import epochs
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
@@ -49,6 +50,8 @@ class Train(Step):
     section = ("train", TrainConfig, TrainConfig())
     starred: Set[str] = frozenset()
     """The validation scores that are not official."""
+    epochs_of: Mapping[str, Any] | None = None
+    """The run that found for how long to train, and its best validation."""
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -65,7 +68,18 @@ class Train(Step):
         }
         names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
         steps = {step: None for name, step in before.items() if name in names}
-        yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache",)))
+        found = epochs.found(plan)
+        if config.full_fit:
+            read |= values(config, "data.fit_on")
+            facts["until"] = found and {key: found[key] for key in ("stage", "epoch")}
+        step = cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
+        step.epochs_of = found
+        yield step
+
+    @property
+    def _until(self) -> Mapping[str, int] | None:
+        """The stage and the epoch after which the training ends, if another run found them."""
+        return self.inputs.facts.get("until")
 
     @property
     def artifacts(self) -> Mapping[str, str]:
@@ -84,9 +98,11 @@ class Train(Step):
             work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
         if compiling.chosen(config.train, work.kind) != compiling.OFF:
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
-        splits = {name: self._split(work, name) for name in ("train", "valid")}
-        images = len(splits["train"].ids)
-        steps = schedule.total_steps(config.train, images, patience.saved(self._ended(directory)))
+        if self._full_fit:
+            work.say(epochs.told(config.train, self.epochs_of))
+        splits = self._splits(work)
+        images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
+        steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
         setup, seen, speeds = self._setup(work, directory, images), 0, []
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
@@ -122,6 +138,7 @@ class Train(Step):
                     log,
                     lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
                     work.say,
+                    self._until,
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -148,7 +165,7 @@ class Train(Step):
         config, devices = self.inputs.config, ranks.world_size()
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
-        model = shape and Model(shape, config.train, work.kind, half)
+        model = shape and Model(shape, epochs.shortened(config.train, self._until), work.kind, half)
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
@@ -182,17 +199,41 @@ class Train(Step):
             fit.record(directory, setup, why)
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        training = dict(fit.recorded(self.directory)) | {"best": kept(self.directory)[0]}
-        config = self.inputs.config.train
-        if config.patience:
-            training["ended"] = self._ended(self.directory)
-            training["notes"] = patience.told(training["ended"])
-        return {"training": training}
+        ended = self._ended(self.directory)
+        notes = [epochs.told(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
+        notes += patience.told(ended)
+        return {
+            "training": {
+                **fit.recorded(self.directory),
+                "best": kept(self.directory)[0],
+                **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
+                **({"ended": ended} if ended else {}),
+                **({"notes": notes} if notes else {}),
+            }
+        }
 
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
         """The stages that have ended, if `train.patience` may end them early."""
         config, file = self.inputs.config.train, directory / LOSSES
-        return patience.ended(config, rows_of(file)) if config.patience and file.is_file() else []
+        counts = config.patience and not self._full_fit
+        return patience.ended(config, rows_of(file)) if counts and file.is_file() else []
+
+    @property
+    def _full_fit(self) -> bool:
+        return "valid" in self.inputs.config.data.fit_on
+
+    def _splits(self, work: "Work") -> dict[str, "train.Split"]:
+        """What is trained on, as `train`, and what is validated on, as `valid`, if anything is."""
+        if not self._full_fit:
+            return {name: self._split(work, name) for name in ("train", "valid")}
+        from harness.training.joined import joined
+
+        fit_on = {name: self._split(work, name) for name in self.inputs.config.data.fit_on}
+        used = {
+            name: [i for i, example in enumerate(self.inputs.data.readable(name)) if example.trains]
+            for name in fit_on
+        }
+        return {"train": joined([(split, used[name]) for name, split in fit_on.items()])}
 
     def _split(self, work: "Work", name: str) -> "train.Split":
         """The images and encoded texts of a split."""
@@ -260,7 +301,7 @@ class Train(Step):
 
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
-    written = config.model_dump(exclude=set(INDIFFERENT))
+    written = config.model_dump(exclude={*INDIFFERENT, "epochs_of"})  # `until` has what was found
     for key, default in _LATER.items():
         if written[key] == default:
             del written[key]

@@ -60,6 +60,7 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "command": masked(record["command"]),
         **{f"signature/{metric}": signature for metric, signature in signatures.items()},
         **{f"absent/{metric}": reason for metric, reason in reasons.items()},
+        **{f"absent/{split}": why for split, why in record.get("unscored", {}).items()},
         **{f"environment/{name}": version for name, version in record["environment"].items()},
         "git.commit": record["git"]["commit"],
         "training.notes": "\n".join(record.get("training", {}).get("notes", ())) or None,

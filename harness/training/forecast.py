@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     """
     source, side = config.data, config.model.image_size
     trained = ("train", "valid") if config.trains else ("train",) if config.retrieval else ()
-    wanted = dict.fromkeys([*trained, *config.predict.splits] if config.has_model else ())
+    wanted = dict.fromkeys([*trained, *config.captioned] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
     if built_from:
@@ -72,7 +72,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     """
     unknown = []
     counts, to_build = pixels(config)
-    count = counts.get("train")
+    count = sum(counts[split] for split in config.data.fit_on) if "train" in counts else None
     if not counts and config.has_model:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
     trains = config.trains
@@ -83,8 +83,8 @@ def forecast(config: "Config") -> dict[str, Any]:
     model = shape and Model(shape, config.train, kind, _half(config.train, kind))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
-        "ends_early": trains and config.train.patience > 0,
-        "notes": [f"a quick look at {share}"] if (share := fraction.worded(config.data.fraction)) else [],
+        "ends_early": trains and (config.train.patience > 0 or bool(config.train.epochs_of)),
+        "notes": list(_notes(config)),
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
@@ -92,6 +92,14 @@ def forecast(config: "Config") -> dict[str, Any]:
         "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def _notes(config: "Config") -> Iterator[str]:
+    if share := fraction.worded(config.data.fraction):
+        yield f"a quick look at {share}"
+    if config.full_fit:
+        epochs = f", for the epochs that {of} found" if (of := config.train.epochs_of) else ""
+        yield f"trains on train and valid{epochs}; there will be no scores"
 
 
 def time(
@@ -184,7 +192,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         for row in found["steps"] or ()
     ]
     if found["steps"] and found["ends_early"]:
-        out.append("at most these epochs, since train.patience may end a stage early")
+        out.append("at most these epochs, since train.patience or train.epochs_of may end a stage early")
     if found["steps"] == []:
         out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:

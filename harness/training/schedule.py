@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,12 +17,21 @@ _GROUPED = 50
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with resolved numbers: `losses` are the weights above 0 by name, `number` counts from 1."""
+    """A stage with resolved numbers: `losses` are the weights above 0 by name, `number` counts from 1.
+
+    With `until` the stage ends after that epoch.
+    """
 
     number: int
     epochs: int
     learning_rate: float
     losses: Mapping[str, float]
+    until: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The last epoch that is trained; the schedule of the learning rate is that of all `epochs`."""
+        return self.epochs if self.until is None else self.until
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -31,9 +40,12 @@ class Stage:
         return tuple(text for text in Losses._fields if others or text in self.losses)
 
 
-def stages(config: TrainConfig) -> list[Stage]:
-    """The stages that have epochs, in order, with their numbers in the config."""
-    return [
+def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[Stage]:
+    """The stages that have epochs, in order, with their numbers in the config.
+
+    With `until` (stage, epoch) the training ends after that epoch.
+    """
+    found = [
         Stage(
             number,
             stage.epochs,
@@ -43,6 +55,10 @@ def stages(config: TrainConfig) -> list[Stage]:
         for number, stage in enumerate(config.stages, 1)
         if stage.epochs
     ]
+    if until is None:
+        return found
+    *before, last = (stage for stage in found if stage.number <= until["stage"])
+    return [*before, replace(last, until=until["epoch"])]
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -148,6 +148,13 @@ class TrainConfig(Section):
     rate follows the schedule of all planned epochs. The next stage starts from the last weights, as it does
     without patience; the best weights of all stages are those that caption.
     """
+    epochs_of: str | None = None
+    """With `data.fit_on: [train, valid]`, train up to the best validation of this run, and no further.
+
+    A run of the same model, data and stages, such as full_fit/found-s42; it may be an earlier one of the same
+    file. Stages after the best validation are dropped. The learning rate follows the schedule of all planned
+    epochs, as in that run. null: all epochs are trained.
+    """
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
     profile: whole(0, 1000) = 0

@@ -87,7 +87,8 @@ class Training:
 
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
-    ranks use rank 0's numbers. `say` prints a line.
+    ranks use rank 0's numbers. `say` prints a line. Without a split `valid` there are no validations, and the
+    last weights are kept. With `until` (stage, epoch) the training ends after that epoch.
     """
 
     config: TrainConfig
@@ -100,6 +101,7 @@ class Training:
     log: Callable[[Row], None]
     evaluate: Callable[[Loaded], dict[str, float]]
     say: Callable[[str], None] = lambda text: None
+    until: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):
@@ -116,7 +118,7 @@ class Training:
         self.writer = Writer()
         profiled = self.config.profile if ranks.rank() == 0 else 0
         self.profiler = Profiler(profiled, self.kind, self.directory)
-        self.plan = stages(self.config)
+        self.plan, self.validates = stages(self.config, self.until), "valid" in self.splits
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
 
@@ -135,6 +137,8 @@ class Training:
             for stage in self.plan:
                 if stage.number >= self.state.stage and not self.state.ended:
                     self._stage(stage)
+            if not self.validates and not self.state.ended:
+                self._keep_last()
         except RuntimeError as error:  # a step with less memory would not know of an interruption
             if devices.out_of_memory(error) and self.interrupts.came is not None:
                 raise KeyboardInterrupt from error
@@ -150,6 +154,11 @@ class Training:
         ranks.agree(None)  # waits until rank 0 has written
         load_trained(self.loaded.model, self.directory / BEST)
         return self.loaded
+
+    def _keep_last(self) -> None:
+        self._written()
+        if ranks.rank() == 0:
+            save_trained(self.loaded.model, self.directory / BEST)
 
     def _placed(self) -> Loaded:
         loaded = self.load()
@@ -198,7 +207,7 @@ class Training:
         """
         begun = self.state.done
         self._check_weights(trainer, stage)
-        for step in range(begun, stage.epochs * self.per_epoch):
+        for step in range(begun, stage.last * self.per_epoch):
             if patience.is_over(self.config, self.state.waited):
                 break
             epoch, number = divmod(step, self.per_epoch)
@@ -211,12 +220,12 @@ class Training:
                 if ended or self.interrupted or self._due(step + 1):
                     self._read()
                     self._check_weights(trainer, stage)
-                    self._save(trainer, validated=not ended)
+                    self._save(trainer, validated=not (ended and self.validates))
                 if self.interrupted:
                     self._written()
             if self.interrupted or (ended and self.interrupts.came):
                 raise KeyboardInterrupt
-            if ended:
+            if ended and self.validates:
                 self._validate(stage)
 
     def _for_these_ranks(self) -> Path | None:

@@ -36,16 +36,20 @@ def main(given):
         torch.save = SlowSave(given["slow"])
     directory = Path(given["directory"])
     directory.mkdir(exist_ok=True)
+    images, until = splits(load()), given.get("until")
+    if until:  # no validation
+        images = {"train": images["train"]}
     training = train.Training(
         TrainConfig.model_validate(given["train"]),
         AugmentConfig(),
         load,
-        splits(load()),
+        images,
         str(device.torch_device(found.kind)),
         42,
         directory,
         log,
         lambda loaded: {"valid_primary": float(next(scores)) if ranks.rank() == 0 else -1.0},
+        until=until,
     )
     loaded = training.run()
     if ranks.rank() == 0:
