@@ -26,14 +26,17 @@ def slices(count: int, config: PredictConfig, kind: device.Kind) -> Iterator[sli
             yield slice(0, size)
             start, used = size, memory.max_memory_allocated() - held
             free = memory.mem_get_info()[0] + memory.memory_reserved() - memory.memory_allocated()
-            size = fitting(used / size, free, config.num_beams)
+            size = fitting(used / size, free, config.rows)
     for first in range(start, count, size):
         yield slice(first, min(first + size, count))
 
 
-def fitting(image: float, free: float, beams: int) -> int:
-    """The largest power of two of images of so many bytes that fit into `free` bytes; at least `FIRST`."""
+def fitting(image: float, free: float, rows: int) -> int:
+    """The largest power of two of images of so many bytes that fit into `free` bytes; at least `FIRST`.
+
+    `rows` are the captions of an image that grow at the same time.
+    """
     size = FIRST
-    while 2 * size * beams <= _ROWS and 2 * size * image <= _SHARE * free:
+    while 2 * size * rows <= _ROWS and 2 * size * image <= _SHARE * free:
         size *= 2
     return size
