@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from harness.captions import read_captions
+from harness.captions import Candidate, read_candidates, read_captions
 from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
@@ -327,6 +327,24 @@ def captions(file: Path, record: Record) -> dict[str, str]:
         return read_captions(file)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise damaged(file, record, f"can't be read as captions: {error}") from None
+
+
+def candidates(file: Path, record: Record) -> dict[str, list[Candidate]]:
+    """The candidates by id from a step, or its captions. Raises `UserError` if they can't be read."""
+    try:
+        return read_candidates(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read as candidates: {error}") from None
+
+
+def candidates_file(folder: Path, record: Record, split: str) -> Path:
+    """The file with all candidates of a split from a run, or else with its captions before post-processing.
+
+    Raises `UserError` if the run has neither yet, or if the file is gone or altered.
+    """
+    name = f"predictions/{split}_candidates.csv"
+    made = name in record.get("artifacts", {})
+    return artifact(folder, record, name if made else f"predictions/{split}_before.csv")
 
 
 def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:

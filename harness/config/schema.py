@@ -68,6 +68,10 @@ class Config(_Steps):
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
+        if self.predict.num_return_sequences > self.predict.num_beams:
+            what = f"num_return_sequences is {self.predict.num_return_sequences}, but there are only "
+            what += f"{self.predict.num_beams} beams"
+            raise AcrossKeys(what, "predict.num_return_sequences", "predict.num_beams")
         if not self.has_model and not self.consensus.runs:
             raise AcrossKeys(
                 "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"

@@ -178,6 +178,16 @@ class Truncation(Section):
     """Only tokens of at least this probability (`epsilon_cutoff` in transformers); 0: all."""
 
 
+class SamplesConfig(Truncation):
+    """Captions of each image that are sampled from the model besides the beams; `null` turns it off.
+
+    They depend on the run's seed, and on nothing else that a run draws.
+    """
+
+    count: whole(1, 1000) = 16
+    """Samples of an image. Its first ones stay the same if this changes."""
+
+
 class PredictConfig(Section):
     """How captions are decoded."""
 
@@ -195,8 +205,25 @@ class PredictConfig(Section):
     """As in transformers' `generate`; 1 is none."""
     no_repeat_ngram_size: whole(0, 10_000) = 0
     """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
+    num_return_sequences: whole(1, 1000) = 1
+    """Beams of each image that are candidates, best first. The best one is the caption."""
+    samples: SamplesConfig | None = None
+    """Captions of each image that are sampled from the model besides the beams; `null` turns it off.
+
+    They obey the lengths, the repetition penalty and the n-gram limit, as beams do.
+    """
     batch_size: or_auto(Batch) = 16
     """Images decoded together on one device.
 
     auto: on a CPU 16; else the first 16 are measured, and then as many as fit are taken.
     """
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether an image gets further captions besides the best beam."""
+        return self.samples is not None or self.num_return_sequences > 1
+
+    @property
+    def rows(self) -> int:
+        """The most captions of an image that grow at the same time."""
+        return max(self.num_beams, self.samples.count if self.samples else 1)

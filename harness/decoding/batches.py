@@ -31,15 +31,18 @@ def slices(
             yield slice(0, start)
             used = memory.max_memory_allocated() - held
             free = memory.mem_get_info()[0] + memory.memory_reserved() - memory.memory_allocated()
-            size = fitting(used / start, free, config.num_beams)
+            size = fitting(used / start, free, config.rows)
     while start < count:
         first, start = start, min(start + size, ends[bisect(ends, start)])
         yield slice(first, start)
 
 
-def fitting(image: float, free: float, beams: int) -> int:
-    """The largest power of two of images of so many bytes that fit into `free` bytes; at least `FIRST`."""
+def fitting(image: float, free: float, rows: int) -> int:
+    """The largest power of two of images of so many bytes that fit into `free` bytes; at least `FIRST`.
+
+    `rows` are the captions of an image that grow at the same time.
+    """
     size = FIRST
-    while 2 * size * beams <= _ROWS and 2 * size * image <= _SHARE * free:
+    while 2 * size * rows <= _ROWS and 2 * size * image <= _SHARE * free:
         size *= 2
     return size

@@ -5,13 +5,14 @@ rule is Eikema and Aziz's (2022): argmax over candidates c of the mean over cand
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
+from harness.captions import Candidate
 from harness.config.editions import EDITIONS
 from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
@@ -64,20 +65,6 @@ class ConsensusConfig(Section):
         if again := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(f"{', '.join(again)} is named twice; give it a weight of 2 instead")
         return runs
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A caption that an image may get.
-
-    `weight` is its share in the mean of utilities. `log_probability` breaks ties. `source` says where it is
-    from.
-    """
-
-    caption: str
-    weight: float = 1.0
-    log_probability: float = -np.inf
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +152,14 @@ def choose(
     candidates = {image: _worded(given) for image, given in candidates.items()}
     for part in _parts(candidates, texts):
         yield from zip(part, _choices(part, candidates, utility, images), strict=True)
+
+
+def of_source(given: Sequence[Candidate], name: str, weight: float) -> list[Candidate]:
+    """The candidates of one source of an image: they share its weight equally and bear its name."""
+    return [
+        replace(one, weight=weight / len(given), source=f"{name}/{one.source}" if one.source else name)
+        for one in given
+    ]
 
 
 def cost(candidates: Mapping[str, Sequence[Candidate]]) -> tuple[int, int]:

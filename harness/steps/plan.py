@@ -18,7 +18,7 @@ from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import family
-from harness.steps import STEPS, consensus, epochs
+from harness.steps import STEPS, comparing, epochs
 from harness.steps.base import Step
 from harness.steps.train import choosing
 from harness.steps.work import Reporter
@@ -98,8 +98,8 @@ class Plan:
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
     chosen_by = choosing(config).metrics if config.trains else ()
-    found = consensus.problems(config)
-    compared_by = () if found else consensus.compared_by(config)
+    found = comparing.problems(config)
+    compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])
     found += metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     return found + (family(config.model).problems(config.model) if config.has_model else [])

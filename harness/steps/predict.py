@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS
+from harness.captions import CANDIDATES, PREDICTIONS
 from harness.config.sections import PredictConfig
 from harness.steps.base import Step
-from harness.steps.inputs import Inputs
+from harness.steps.inputs import Inputs, values
 from harness.steps.train import contents_of, model_of
 from harness.training.resume import BEST
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
@@ -28,7 +29,7 @@ class Predict(Step):
         if not plan.config.has_model or plan.config.retrieval:
             return
         read, steps, facts = reads_model(plan, before)
-        read["predict"] = plan.config.predict.model_dump(exclude={"splits", "batch_size"})
+        read |= _written(plan.config)
         for split in plan.splits:
             given = {"fallback": plan.fallback.get(split)}
             yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
@@ -39,7 +40,10 @@ class Predict(Step):
 
     @property
     def artifacts(self) -> Mapping[str, str]:
-        return {f"predictions/{self.part}_before.csv": PREDICTIONS}
+        found = {f"predictions/{self.part}_before.csv": PREDICTIONS}
+        if self.inputs.config.predict.has_candidates:
+            found[f"predictions/{self.part}_candidates.csv"] = CANDIDATES
+        return found
 
     @property
     def decodes(self) -> Mapping[str, int]:
@@ -49,6 +53,7 @@ class Predict(Step):
         from harness.decoding import predict
 
         ids = [example.id for example in self.inputs.data.examples(self.part)]
+        config = self.inputs.config.predict
         pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
         given = given_captions(self.inputs)
         with work.reporter.progress(f"Captioning {self.part}") as advance:
@@ -56,11 +61,21 @@ class Predict(Step):
                 model_for(self.inputs, work),
                 ids,
                 pixels,
-                self.inputs.config.predict,
+                config,
                 directory,
                 advance,
                 given,
+                self.inputs.config.seed if config.samples else 0,
             )
+
+
+def _written(config: "Config") -> dict[str, Any]:
+    """The part of the config that determines captions; without candidates as it was before they existed."""
+    predict, indifferent = config.predict, {"splits", "batch_size"}
+    if not predict.has_candidates:
+        indifferent |= {"num_return_sequences", "samples"}
+    written = {"predict": predict.model_dump(exclude=indifferent)}
+    return written | (values(config, "seed") if predict.samples else {})
 
 
 def reads_model(

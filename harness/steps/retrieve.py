@@ -4,15 +4,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS, write_captions, write_table
-from harness.decoding import consensus, retrieval
-from harness.decoding.consensus import Candidate, Choice
+from harness.captions import PREDICTIONS, Candidate
+from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
+from harness.steps import comparing
 from harness.steps.base import Step
-from harness.steps.consensus import comparing, utility_for
 from harness.steps.inputs import Inputs, values
-from harness.steps.predict import given_captions, model_for, reads_model
+from harness.steps.predict import model_for, reads_model
 
 if TYPE_CHECKING:
     from harness.steps.plan import Plan
@@ -58,7 +57,7 @@ class Retrieve(Step):
         found = {step.part: step for step in before.values() if step.kind == Features.kind}
         if not found:
             return
-        read, steps, facts = comparing(plan, before, plan.config.retrieval.utility)
+        read, steps, facts = comparing.reads(plan, before, plan.config.retrieval.utility)
         read |= values(plan.config, "retrieval")
         for split in plan.splits:
             files = {found["train"]: (FEATURES,), found[split]: (FEATURES,)}
@@ -76,7 +75,6 @@ class Retrieve(Step):
     def build(self, work: "Work", directory: Path) -> None:
         import numpy as np
 
-        work.drop_model()  # the neural metrics need its memory
         config, part = self.inputs.config.retrieval, self.part
         training = self.inputs.data.readable("train")
         usable = [row for row, example in enumerate(training) if example.trains]
@@ -91,24 +89,11 @@ class Retrieve(Step):
             ]
             for example, rows, cosines in zip(examples, found.rows, found.cosines, strict=True)
         }
-        texts, pairs = consensus.cost(candidates)
-        work.say(f"{len(candidates):,} images, {texts:,} distinct candidates, {pairs:,} comparisons")
-        images = {example.id: example.image for example in examples}
-        chosen: dict[str, Choice] = {}
-        with work.reporter.progress(f"Comparing captions for {part}") as advance:
-            for image, choice in consensus.choose(candidates, utility_for(self.inputs, work), images):
-                chosen[image] = choice
-                advance(len(chosen), len(candidates))
-        if ranks.rank() == 0:
-            cosines = {
-                example.id: f"{best[0]:.6f}" for example, best in zip(examples, found.cosines, strict=True)
-            }
-            rows = [(image, cosines[image], *choice.row) for image, choice in chosen.items()]
-            write_table(directory / TABLE, [("ID", "cosine", *Choice.COLUMNS), *rows])
-            captions = {image: choice.candidate.caption for image, choice in chosen.items()}
-            captions |= given_captions(self.inputs)
-            every = self.inputs.data.examples(part)
-            write_captions(directory / PREDICTIONS, {example.id: captions[example.id] for example in every})
+        cosines = {
+            example.id: f"{best[0]:.6f}" for example, best in zip(examples, found.cosines, strict=True)
+        }
+        chosen = comparing.choose(self, work, candidates, directory)
+        comparing.write(self, chosen, directory, TABLE, {"cosine": cosines})
 
 
 def _is_near(cosines: Any, threshold: float | None) -> bool:
