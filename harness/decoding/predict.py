@@ -64,10 +64,12 @@ def predict_split(
     directory: Path,
     progress: Callable[[int, int], None],
     given: Mapping[str, str] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Write `predictions.csv` (ID, caption), with captions from `partial-*.jsonl` of an interrupted call.
 
-    `given` are the captions of ids whose images can't be read; `pixels` (N, S, S, 3) are the other images.
+    `given` are the captions of ids whose images can't be read; `pixels` (N, S, S, 3) are the other images,
+    and `prompts` the ids before their captions.
     Each rank captions its share of the remaining images; rank 0 writes.
     """
     given = given or {}
@@ -87,7 +89,7 @@ def predict_split(
             done += len(part) * ranks.world_size()
             progress(min(done, len(ids)), len(ids))
 
-        texts = captions(loaded, pixels, waiting, config, keep)
+        texts = captions(loaded, pixels, waiting, config, keep, prompts)
     known |= ranks.gather([(ids[i], text) for i, text in zip(waiting, texts, strict=True)])
     if ranks.rank() == 0:
         known |= given

@@ -8,6 +8,7 @@ from harness.captions import PREDICTIONS
 from harness.config.sections import PredictConfig
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
+from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.train import contents_of, model_of
 from harness.training.resume import BEST
 
@@ -31,7 +32,8 @@ class Predict(Step):
         read["predict"] = plan.config.predict.model_dump(exclude={"splits", "batch_size"})
         for split in plan.splits:
             given = {"fallback": plan.fallback.get(split)}
-            yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
+            own = steps | prompts_in(before, split)
+            yield cls(Inputs(plan, read, (split,), own, facts | given, ("data.cache",)), split)
 
     @property
     def captions(self) -> str:
@@ -51,15 +53,18 @@ class Predict(Step):
         ids = [example.id for example in self.inputs.data.examples(self.part)]
         pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
         given = given_captions(self.inputs)
+        loaded = model_for(self.inputs, work)
+        prompts = prompts_of(self.inputs, self.part, loaded.caption)
         with work.reporter.progress(f"Captioning {self.part}") as advance:
             predict.predict_split(
-                model_for(self.inputs, work),
+                loaded,
                 ids,
                 pixels,
                 self.inputs.config.predict,
                 directory,
                 advance,
                 given,
+                prompts,
             )
 
 
@@ -67,9 +72,17 @@ def reads_model(
     plan: "Plan", before: Mapping[str, Step]
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
     """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
+    if "train" not in before:
+        return reads_checkpoint(plan, before)
     steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-    if "train" in before:
-        return {}, steps | {before["train"]: (BEST,)}, {}
+    return {}, steps | {before["train"]: (BEST,)}, {}
+
+
+def reads_checkpoint(
+    plan: "Plan", before: Mapping[str, Step]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that uses `model.checkpoint` as it is."""
+    steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
     precision = plan.config.train.model_dump(include={"precision", "vision_precision"})
     return model_of(plan) | {"train": precision}, steps, {"checkpoints": contents_of(plan)}
 
