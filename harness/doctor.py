@@ -18,7 +18,7 @@ from harness.metrics import java
 from harness.metrics.base import STANDIN, Absent
 from harness.models import FAMILIES, checkpoints, family
 from harness.models.base import FLOAT, Shape
-from harness.models.settings import TINY
+from harness.models.settings import TINY, longest_prompt
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
 from harness.training import forecast, memory
@@ -326,7 +326,8 @@ def _times(configs: Sequence[Config]) -> Iterator[Check]:
 def _model(config: Config, kind: str) -> Model:
     shape = _shape(config)
     assert shape is not None
-    return Model(shape, config.train, kind, _in_bf16(config, kind))
+    prompt = longest_prompt(config.model.prompt)
+    return Model(shape, config.train, kind, _in_bf16(config, kind), prompt)
 
 
 def _on_cards(configs: Sequence[Config]) -> str:

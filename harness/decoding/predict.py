@@ -15,14 +15,23 @@ from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
 from harness.decoding.search import Captions, sample, search, uniforms
 from harness.machine import ranks
+from harness.models.base import Decoding
 from harness.models.loading import Loaded
 from harness.models.text import Codec
 from harness.store import fingerprint
 
 PARTIALS = "partial-*.jsonl"
+_Begin = Callable[[Tensor, Tensor], Decoding]
+_Speak = Callable[[Tensor, Tensor, Tensor | None], list[list[Candidate]]]
 
 
-def captions(loaded: Loaded, pixels: Any, indices: Sequence[int], config: PredictConfig, prompts: Sequence[Sequence[int]] | None = None) -> list[str]:
+def captions(
+    loaded: Loaded,
+    pixels: Any,
+    indices: Sequence[int],
+    config: PredictConfig,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> list[str]:
     """Caption the images `pixels[indices]`, uint8 (B, S, S, 3), by the best beam; see `candidates`."""
     found = candidates(loaded, pixels, indices, config, prompts=prompts)
     return [best.caption for best, *_ in found]
@@ -64,13 +73,11 @@ def candidates(
 
 
 @contextlib.contextmanager
-def _speaking(
-    loaded: Loaded, config: PredictConfig
-) -> Iterator[Callable[[Tensor, Tensor, Tensor | None], list[list[Candidate]]]]:
+def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
     """A function of pixels (B, 3, S, S), prompts (B, P) and draws -> the candidates of each image."""
     model, caption, most = loaded.model, loaded.caption, config.max_new_tokens
 
-    def begun(begin: Begin, pixels: Tensor, prompts: Tensor) -> Decoding:
+    def begun(begin: _Begin, pixels: Tensor, prompts: Tensor) -> Decoding:
         decoding = begin(pixels, prompts)
         # what an own prompt has more is no text of the caption, so penalties do not count it
         decoding.context = decoding.context[:, : len(caption.prompt)]

@@ -8,6 +8,7 @@ from harness.captions import CANDIDATES, PREDICTIONS
 from harness.config.sections import PredictConfig
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
+from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.train import contents_of, model_of
 from harness.training.resume import BEST
 
@@ -32,7 +33,8 @@ class Predict(Step):
         read |= _written(plan.config)
         for split in plan.splits:
             given = {"fallback": plan.fallback.get(split)}
-            yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
+            own = steps | prompts_in(before, split)
+            yield cls(Inputs(plan, read, (split,), own, facts | given, ("data.cache",)), split)
 
     @property
     def captions(self) -> str:
@@ -56,9 +58,11 @@ class Predict(Step):
         config = self.inputs.config.predict
         pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
         given = given_captions(self.inputs)
+        loaded = model_for(self.inputs, work)
+        prompts = prompts_of(self.inputs, self.part, loaded.caption)
         with work.reporter.progress(f"Captioning {self.part}") as advance:
             predict.predict_split(
-                model_for(self.inputs, work),
+                loaded,
                 ids,
                 pixels,
                 config,
@@ -66,6 +70,7 @@ class Predict(Step):
                 advance,
                 given,
                 self.inputs.config.seed if config.samples else 0,
+                prompts,
             )
 
 
@@ -82,9 +87,17 @@ def reads_model(
     plan: "Plan", before: Mapping[str, Step]
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
     """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
+    if "train" not in before:
+        return reads_checkpoint(plan, before)
     steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-    if "train" in before:
-        return {}, steps | {before["train"]: (BEST,)}, {}
+    return {}, steps | {before["train"]: (BEST,)}, {}
+
+
+def reads_checkpoint(
+    plan: "Plan", before: Mapping[str, Step]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that uses `model.checkpoint` as it is."""
+    steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
     precision = plan.config.train.model_dump(include={"precision", "vision_precision"})
     return model_of(plan) | {"train": precision}, steps, {"checkpoints": contents_of(plan)}
 

@@ -11,19 +11,20 @@ from harness.machine import ranks
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
-from harness.steps.predict import model_for, reads_model
+from harness.steps.predict import model_for, reads_checkpoint, reads_model
+from harness.steps.prompts import BASE, FEATURES, OWN, prompted
 
 if TYPE_CHECKING:
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
-FEATURES, TABLE = "features.npy", "neighbours.csv"
+TABLE = "neighbours.csv"
 
 
 class Features(Step):
     """Writes the image features of one split, in the order of its readable images."""
 
-    kind, version, shared = "features", 1, True
+    kind, version, shared = OWN, 1, True
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -46,6 +47,25 @@ class Features(Step):
             retrieval.write_features(directory / FEATURES, found)
 
 
+class BaseFeatures(Features):
+    """Writes the image features of one split by `model.checkpoint` as it is."""
+
+    kind = BASE
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        splits = prompted(plan)
+        if splits and plan.config.model.prompt.features is None:
+            read, steps, facts = reads_checkpoint(plan, before)
+            for split in dict.fromkeys(["train", *splits]):
+                yield cls(Inputs(plan, read, (split,), steps, facts, ("data.cache",)), split)
+
+    def build(self, work: "Work", directory: Path) -> None:
+        work.drop_model()  # it may be trained already
+        super().build(work, directory)
+        work.drop_model()
+
+
 class Retrieve(Step):
     """Writes for each image of a split a caption of its nearest training images."""
 
@@ -54,7 +74,7 @@ class Retrieve(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        found = {step.part: step for step in before.values() if step.kind == Features.kind}
+        found = {step.part: step for step in before.values() if step.kind == OWN}
         if not found:
             return
         read, steps, facts = comparing.reads(plan, before, plan.config.retrieval.utility)

@@ -13,9 +13,11 @@ from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
+from harness.models.settings import longest_prompt
 from harness.steps import epochs
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
+from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
 from harness.training import fit, forecast, memory, patience, speed
@@ -68,6 +70,7 @@ class Train(Step):
         }
         names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
         steps = {step: None for name, step in before.items() if name in names}
+        steps |= prompts_in(before, "train", "valid")
         found = epochs.found(plan)
         if config.full_fit:
             read |= values(config, "data.fit_on")
@@ -136,7 +139,7 @@ class Train(Step):
                     config.seed,
                     directory,
                     log,
-                    lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
+                    lambda loaded: self.validate(work, loaded, splits["valid"]),
                     work.say,
                     self._until,
                 )
@@ -165,7 +168,8 @@ class Train(Step):
         config, devices = self.inputs.config, ranks.world_size()
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
-        model = shape and Model(shape, epochs.shortened(config.train, self._until), work.kind, half)
+        prompt, shortened = longest_prompt(config.model.prompt), epochs.shortened(config.train, self._until)
+        model = shape and Model(shape, shortened, work.kind, half, prompt)
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
@@ -243,7 +247,8 @@ class Train(Step):
         model, most = self.inputs.config.model, self.inputs.config.train.max_caption_tokens
         caption, concept = family(model).codecs(model, base(self.inputs), most)
         pairs, examples = texts(self.inputs, name), self.inputs.data.readable(name)
-        captions = [caption.encode(text) for _, text in pairs]
+        prompts = prompts_of(self.inputs, name, caption)
+        captions = [caption.encode(text, own) for (_, text), own in zip(pairs, prompts, strict=True)]
         for i, example in enumerate(examples):
             if not example.trains:  # all tokens become prompt, which has no loss
                 captions[i] = Text(captions[i].ids, len(captions[i].ids))
@@ -251,7 +256,7 @@ class Train(Step):
         concepts = [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
         return train.Split([e.id for e in examples], pixels, captions, concepts)
 
-    def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
+    def validate(self, work: "Work", loaded: "Loaded", split: "train.Split") -> dict[str, float]:
         """Score the current model on `train.evaluate_images` validation images.
 
         Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
@@ -265,7 +270,9 @@ class Train(Step):
         count = min(config.train.evaluate_images, len(fit))
         chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
         greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
-        captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
+        prompts = [text.ids[: text.prompt] for text in split.captions]
+        own = predict.captions(loaded, split.pixels, ranks.share(chosen), greedy, prompts=prompts)
+        captions = ranks.gather(own)
         scores = self._scores(work, captions, [examples[i] for i in chosen])
         work.unload_metrics()
         return {} if ranks.rank() else self._row(scores)

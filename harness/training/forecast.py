@@ -13,6 +13,7 @@ from harness.data.images import unbuilt
 from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
+from harness.models.settings import longest_prompt
 from harness.store import RUNS, free, gb
 from harness.training import memory, speed
 from harness.training.memory import GB, Model, Setup
@@ -33,7 +34,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    trained = ("train", "valid") if config.trains else ("train",) if config.retrieval else ()
+    searched = config.retrieval or longest_prompt(config.model.prompt)
+    trained = ("train", "valid") if config.trains else ("train",) if searched else ()
     wanted = dict.fromkeys([*trained, *config.captioned] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
@@ -80,7 +82,8 @@ def forecast(config: "Config") -> dict[str, Any]:
     if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
-    model = shape and Model(shape, config.train, kind, _half(config.train, kind))
+    prompt = longest_prompt(config.model.prompt)
+    model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt)
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
         "ends_early": trains and (config.train.patience > 0 or bool(config.train.epochs_of)),
@@ -114,7 +117,8 @@ def time(
     except UserError:
         return None
     shape = family(config.model).shape(config.model) if config.trains else None
-    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
+    prompt = longest_prompt(config.model.prompt)
+    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind), prompt)
     if model and not setup:
         setup = memory.choices(config.train, 1, found.kind)[0]
     parts = speed.of_run(config, model, setup, counts, str(found), root)

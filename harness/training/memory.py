@@ -79,12 +79,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to train on one kind of device; `half`: it computes in half precision."""
+    """A model to train on one kind of device; `half`: it computes in half precision.
+
+    `prompt` is the most tokens of retrieved captions before a caption.
+    """
 
     shape: Shape
     config: TrainConfig
     kind: str
     half: bool
+    prompt: int = 0
 
     @property
     def trained(self) -> int:
@@ -109,9 +113,12 @@ class Model:
         )
 
     def flops(self, stage: Stage) -> int:
-        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum."""
-        work = self._work(stage, 1)
-        return self.shape.flops(replace(work, tokens=min(work.tokens, TOKENS)))
+        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum.
+
+        Half of the tokens of retrieved captions are taken to be in use.
+        """
+        tokens = min(self.config.max_caption_tokens, TOKENS) + self.prompt // 2
+        return self.shape.flops(replace(self._work(stage, 1), tokens=tokens))
 
     def without_vision(self) -> "Model":
         """The same model with a frozen ViT."""
@@ -120,7 +127,7 @@ class Model:
     def _work(self, stage: Stage, micro_batch: int) -> Work:
         return Work(
             batch=micro_batch,
-            tokens=self.config.max_caption_tokens,
+            tokens=self.config.max_caption_tokens + self.prompt,
             half=self.half,
             vision_half=self.half and self.config.vision_precision != "fp32",
             accelerator=self.kind != "cpu",
