@@ -67,6 +67,7 @@ def or_auto(kind: Any) -> Any:
 
 Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 Share = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+Mass = number("a number above 0 and up to 1", lambda value: 0 < value <= 1)
 Positive = number("a finite number above 0", lambda value: value > 0)
 NonNegative = number("a finite number of 0 or more", lambda value: value >= 0)
 Finite = number("a finite number", lambda value: True)
@@ -133,6 +134,19 @@ class DataConfig(Section):
     """Random changes of training images."""
     phantom: PhantomConfig | None = None
     """Draw this made-up set into `root` first, if that folder does not exist."""
+
+
+class Truncation(Section):
+    """The distribution that tokens are sampled from, as in transformers' `generate`."""
+
+    temperature: Positive = 1.0
+    """Logits are divided by this; below 1, probable tokens become more probable."""
+    top_k: whole(0, 10**6) = 0
+    """Only this many of the most probable tokens; 0: all."""
+    top_p: Mass = 1.0
+    """Only the most probable tokens, until their probabilities sum to this; 1: all."""
+    epsilon: Share = 0.0
+    """Only tokens of at least this probability (`epsilon_cutoff` in transformers); 0: all."""
 
 
 class PredictConfig(Section):
