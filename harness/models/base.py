@@ -29,12 +29,26 @@ FLOAT, HALF, INDEX = 4, 2, 8
 class Losses(NamedTuple):
     """Losses as sums over tokens, so that any split of a batch adds up to the same loss.
 
-    A sum divided by the number of predicted tokens is the mean loss in nats; None for a loss that was not
-    requested. This is a tuple because ZeRO-3 finds the start of the backward pass only in tuples.
+    A sum divided by the number of predicted tokens is the mean loss in nats; that of `reward` is divided by
+    the number of samples. None for a loss that was not requested. This is a tuple because ZeRO-3 finds the
+    start of the backward pass only in tuples.
     """
 
     caption: "Tensor | None"
     concept: "Tensor | None"
+    reward: "Tensor | None" = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Captions that the model has sampled, N for each image of a micro-batch, in the order of images.
+
+    `text` is from `Codec.collate`: ids, mask and labels, each (B * N, T). `loss` maps the logits (B * N, T, V)
+    of the tokens that follow each of the ids to the loss, a sum over samples.
+    """
+
+    text: "Mapping[str, Tensor]"
+    loss: "Callable[[Tensor], Tensor]"
 
 
 class Decoding(Protocol):
@@ -71,8 +85,9 @@ class Captioner(Protocol):
         caption: "Mapping[str, Tensor] | None" = None,
         concept: "Mapping[str, Tensor] | None" = None,
         label_smoothing: float = 0.0,
+        samples: Samples | None = None,
     ) -> Losses:
-        """Training losses of one micro-batch.
+        """Training losses of one micro-batch; the image encoder runs once for all of them.
 
         `pixels` (B, 3, S, S) are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
         ids, mask and labels, each (B, T), labels -100 for tokens without a loss.
