@@ -78,13 +78,13 @@ def _going(done: Tensor, new: int, captured: bool) -> Tensor | None:
 def _blank(decoding: Decoding, rows: int, most: int, fill: int) -> Tensor:
     """The ids (rows, T) before the first step: what was said before the caption, then `fill`."""
     said = decoding.context
-    ids = torch.full((rows, len(said) + most), fill, device=decoding.logits.device)
-    ids[:, : len(said)] = said
+    ids = torch.full((rows, said.shape[1] + most), fill, device=decoding.logits.device)
+    ids[:, : said.shape[1]] = said.repeat_interleave(rows // len(said), 0)
     return ids
 
 
 def _greedy(decoding: Decoding, config: PredictConfig, end: int, pad: int) -> Captions:
-    logits, said, most = decoding.logits, len(decoding.context), config.max_new_tokens
+    logits, said, most = decoding.logits, decoding.context.shape[1], config.max_new_tokens
     images = torch.arange(len(logits), device=logits.device)
     ids = _blank(decoding, len(images), most, pad)
     scores = torch.zeros(len(images), device=logits.device)
@@ -132,7 +132,7 @@ class _State(NamedTuple):
 
 
 def _beams(decoding: Decoding, config: PredictConfig, end: int, pad: int) -> Captions:
-    count, most, said = config.num_beams, config.max_new_tokens, len(decoding.context)
+    count, most, said = config.num_beams, config.max_new_tokens, decoding.context.shape[1]
     state = _first(decoding, config, pad or end)
     ids, scores = state.best.clone(), state.scores.clone()
     own = torch.arange(count * len(ids), device=ids.device).view(-1, count)
