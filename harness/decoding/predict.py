@@ -27,24 +27,33 @@ def captions(
     indices: Sequence[int],
     config: PredictConfig,
     done: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, captions: None,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[str]:
-    """Caption the images `pixels[indices]`, uint8 (B, S, S, 3); `done` is called after every batch."""
+    """Caption the images `pixels[indices]`, uint8 (B, S, S, 3); `done` is called after every batch.
+
+    `prompts` are the ids before the caption of each of `pixels`; by default, those of the codec. Images with
+    prompts of one length are decoded together, so that no caption depends on padding.
+    """
     model = loaded.model
     device = model.device
     was_training = model.training
     model.eval()
-    prompt = torch.tensor(loaded.caption.prompt, device=device)
-    result: list[str] = []
-    with model.decoder(prompt, config.num_beams, config.max_new_tokens) as begin:
-        for part in map(np.asarray(indices).__getitem__, slices(len(indices), config, device.type)):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device)
-            decoding = begin(loaded.normalise(batch))
+    own = {int(i): loaded.caption.prompt if prompts is None else prompts[i] for i in indices}
+    order = sorted(own, key=lambda i: -len(own[i]))  # the longest need the most memory
+    breaks = [n for n in range(1, len(order)) if len(own[order[n]]) != len(own[order[n - 1]])]
+    result: dict[int, str] = {}
+    with model.decoder(config.num_beams, config.max_new_tokens) as begin:
+        for part in map(order.__getitem__, slices(len(order), config, device.type, breaks)):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[np.array(part)])).to(device)
+            decoding = begin(loaded.normalise(batch), torch.tensor([own[i] for i in part], device=device))
+            # what an own prompt has more is no text of the caption, so penalties do not count it
+            decoding.context = decoding.context[:, : len(loaded.caption.prompt)]
             found = search(decoding, config, loaded.caption.end, loaded.caption.pad)
             texts = [loaded.caption.decode(row) for row in found.ids[:, 0].tolist()]
-            done([int(i) for i in part], texts)
-            result += texts
+            done(part, texts)
+            result |= zip(part, texts, strict=True)
     model.train(was_training)
-    return result
+    return [result[int(i)] for i in indices]
 
 
 def predict_split(

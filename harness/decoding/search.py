@@ -153,8 +153,8 @@ def _going(done: Tensor, new: int, captured: bool) -> Tensor | None:
 def _blank(decoding: Decoding, rows: int, most: int, fill: int) -> Tensor:
     """The ids (rows, T) before the first step: what was said before the caption, then `fill`."""
     said = decoding.context
-    ids = torch.full((rows, len(said) + most), fill, device=decoding.logits.device)
-    ids[:, : len(said)] = said
+    ids = torch.full((rows, said.shape[1] + most), fill, device=decoding.logits.device)
+    ids[:, : said.shape[1]] = said.repeat_interleave(rows // len(said), 0)
     return ids
 
 
@@ -179,7 +179,7 @@ def _row_by_row(
     `choose` gets the scores (R, V) after penalties, the rows (R,) that go on, and how many tokens they have.
     It gives the next tokens (R,) and what these add to the scores of the captions (R,).
     """
-    images, said, most = len(decoding.logits), len(decoding.context), config.max_new_tokens
+    images, said, most = len(decoding.logits), decoding.context.shape[1], config.max_new_tokens
     logits = decoding.logits.repeat_interleave(count, 0)
     rows = torch.arange(len(logits), device=logits.device)
     ids = _blank(decoding, len(rows), most, pad)
@@ -231,7 +231,7 @@ class _State(NamedTuple):
 
 
 def _beams(decoding: Decoding, config: PredictConfig, end: int, pad: int) -> Captions:
-    count, most, said = config.num_beams, config.max_new_tokens, len(decoding.context)
+    count, most, said = config.num_beams, config.max_new_tokens, decoding.context.shape[1]
     state = _first(decoding, config, pad or end)
     ids, scores, owns = state.best.clone(), state.scores.clone(), state.best_own.clone()
     first = torch.arange(0, count * len(ids), count, device=ids.device)[:, None]

@@ -60,7 +60,7 @@ class Decoding(Protocol):
     logits: "Tensor"
     """(B, V): the scores of the first token of each image's captions."""
     context: "Tensor"
-    """The ids (P,) before the captions that count as said, for penalties of repetition."""
+    """(B, P): the ids before each image's captions that count as said, for penalties of repetition."""
     captured: bool
     """Whether steps are captured for a number of rows, so that changing it is slow and waiting is too."""
 
@@ -94,12 +94,12 @@ class Captioner(Protocol):
         """
 
     def decoder(
-        self, prompt: "Tensor", width: int, length: int
-    ) -> "AbstractContextManager[Callable[[Tensor], Decoding]]":
+        self, width: int, length: int
+    ) -> "AbstractContextManager[Callable[[Tensor, Tensor], Decoding]]":
         """A function that begins the captions of a batch of images, for as long as the context is open.
 
-        The function takes pixels (B, 3, S, S). Captions follow the prompt ids (P,). Each image has `width`
-        rows and room for `length` new tokens. A batch ends when the next one begins.
+        The function takes pixels (B, 3, S, S) and prompts (B, P), ids that captions follow. Each image has
+        `width` rows and room for `length` new tokens. A batch ends when the next one begins.
         """
 
     def image_features(self, pixels: "Tensor") -> "Tensor":

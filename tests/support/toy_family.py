@@ -54,8 +54,8 @@ class Toy(nn.Module):
         return Losses(*(text and loss(text) for text in (caption, concept)), samples and reward())
 
     @contextmanager
-    def decoder(self, prompt, width, length):
-        yield lambda pixels: Decoding(self, pixels, prompt, width)
+    def decoder(self, width, length):
+        yield lambda pixels, prompts: Decoding(self, pixels, prompts, width)
 
     def freeze(self, losses, train_vision):
         self.requires_grad_(False)
@@ -86,9 +86,9 @@ class Decoding:
 
     captured = False
 
-    def __init__(self, model, pixels, prompt, width):
-        self.model, self.context = model, prompt
-        logits, memory = model.read(prompt.expand(len(pixels), -1), model.first(pixels))
+    def __init__(self, model, pixels, prompts, width):
+        self.model, self.context = model, prompts
+        logits, memory = model.read(prompts, model.first(pixels))
         self.logits, self.memory = logits[:, -1], memory.repeat_interleave(width, 1)
 
     def step(self, tokens):
