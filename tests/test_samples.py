@@ -70,8 +70,9 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 def sampled(model, pixels, cut: dict, given: dict, draws, end: int = 5, pad: int = 1):
     config, count = PredictConfig(**given), len(draws) // len(pixels)
+    prompts = PROMPT.expand(len(pixels), -1)
     with torch.inference_mode(), model.decoder(count, config.max_new_tokens) as begin:
-        return sample(begin(pixels, PROMPT.expand(len(pixels), -1)), Truncation(**cut), config, draws, end, pad)
+        return sample(begin(pixels, prompts), Truncation(**cut), config, draws, end, pad)
 
 
 def options(draw: random.Random) -> tuple[dict, dict]:

@@ -43,8 +43,8 @@ class Losses(NamedTuple):
 class Samples:
     """Captions that the model has sampled, N for each image of a micro-batch, in the order of images.
 
-    `text` is from `Codec.collate`: ids, mask and labels, each (B * N, T). `loss` maps the logits (B * N, T, V)
-    of the tokens that follow each of the ids to the loss, a sum over samples.
+    `text` is from `Codec.collate`: ids, mask and labels, each (B * N, T). `loss` gives the loss, a sum over
+    samples, from the logits (B * N, T, V) of the tokens that follow each of the ids.
     """
 
     text: "Mapping[str, Tensor]"

@@ -9,8 +9,10 @@ from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
+from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
+from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
 from harness.steps.base import Step
@@ -20,15 +22,18 @@ from harness.steps.work import base, texts
 from harness.training import fit, forecast, memory, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES
-from harness.training.settings import TrainConfig
+from harness.training.resume import FLOOR, LOSSES
+from harness.training.settings import IMAGE_GAP, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
     from harness.training import train
+    from harness.training.selfcritical import Measure
 
 INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
@@ -36,6 +41,7 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
 CURVES = "curves.png"
+_RESAMPLES = 1000  # of the intervals that may end a self-critical stage
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
@@ -114,6 +120,7 @@ class Train(Step):
                     log,
                     lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
                     work.say,
+                    self._measure(work),
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -209,18 +216,54 @@ class Train(Step):
         captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
         scores = self._scores(work, captions, [examples[i] for i in chosen])
         work.unload_metrics()
-        return {} if ranks.rank() else self._row(scores)
+        if ranks.rank():
+            return {}
+        return self._row(scores) | self._floors(scores, captions, [examples[i].caption for i in chosen])
 
     def _scores(
         self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
     ) -> dict[str, metrics.Score]:
         config = self.inputs.config
         parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
+        names = dict.fromkeys((*parts, "rouge1", *rewarded_by(config)))
+        wanted = {"metrics": tuple(names), "bootstrap": _RESAMPLES if watched(config.train) else 0}
         settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
         references = [example.caption for example in examples]
         images = [example.image for example in examples]
         return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+
+    def _floors(
+        self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float]:
+        """The floors that these scores set for a self-critical stage, and the image gap if it has one."""
+        config, names = self.inputs.config, watched(self.inputs.config.train)
+        row = {f"{FLOOR}{name}": scores[name].low for name in names if name in scores}
+        if IMAGE_GAP in names:
+            resampled = config.score.model_copy(update={"bootstrap": _RESAMPLES})
+            gaps = metrics.image_gap(captions, references, resampled, config.edition, names=["rouge1"])
+            row |= {f"valid_{IMAGE_GAP}": gaps["rouge1"].get("gap")}
+            row |= {f"{FLOOR}{IMAGE_GAP}": gaps["rouge1"].get("low")}
+        return {name: value for name, value in row.items() if value is not None}
+
+    def _measure(self, work: "Work") -> "Measure | None":
+        """How the loss `reward` measures captions of training images; None if no stage has it."""
+        config = self.inputs.config
+        if not rewarded_by(config):
+            return None
+        examples = self.inputs.data.readable("train")
+        documents = Documents([e.caption for e in self.inputs.data.examples("train") if e.caption])
+
+        def measure(
+            reward: Mapping[str, float], pairs: Sequence[tuple[int, str]]
+        ) -> tuple[dict[str, float], dict[str, "np.ndarray"]]:
+            score, weights = with_standins(config.score, self.inputs), mixture(reward, config.edition)
+            utility = Utility(weights, score, config.edition, work.scoring_device, documents)
+            utility.needed_by = "the loss reward"
+            own = [examples[image] for image, _ in pairs]
+            captions, references = [text for _, text in pairs], [example.caption or "" for example in own]
+            return weights, utility.each(captions, references, [example.image for example in own])
+
+        return measure
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
         from harness.training import train
@@ -242,6 +285,12 @@ class Train(Step):
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
     written = config.model_dump(exclude=set(INDIFFERENT))
+    for stage in written["stages"]:  # without keys at their defaults, so that earlier trainings are found
+        for part, key, default in ((stage, "reward", None), (stage, "schedule", "cosine")):
+            if part[key] == default:
+                del part[key]
+        if not stage["losses"]["reward"]:
+            del stage["losses"]["reward"]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
@@ -271,9 +320,21 @@ def primary_metric(config: "Config") -> str:
 
 
 def choosing(config: "Config") -> ScoreConfig:
-    """The score config of validation, with only the metrics that choose the best weights."""
+    """The score config of training, with only the metrics that choose the best weights, reward or watch."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
-    return config.score.model_copy(update={"metrics": parts})
+    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *rewarded_by(config))))})
+
+
+def rewarded_by(config: "Config") -> tuple[str, ...]:
+    """The metrics that reward captions in self-critical stages, or that may end these."""
+    rewards = [stage.reward.metrics for stage in config.train.stages if stage.reward]
+    parts = [part for one in rewards for name in one for part in EDITIONS[config.edition].parts(name)]
+    return tuple(dict.fromkeys(name for name in (*parts, *watched(config.train)) if name != IMAGE_GAP))
+
+
+def watched(config: TrainConfig) -> tuple[str, ...]:
+    """The validation scores that may end a self-critical stage."""
+    return tuple(dict.fromkeys(n for stage in config.stages if stage.reward for n in stage.reward.stop_when))
 
 
 def scoring_of(

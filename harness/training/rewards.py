@@ -16,8 +16,10 @@ from harness.decoding.search import truncated
 from harness.models.text import IGNORE
 
 
-def mixed(values: Mapping[str, np.ndarray], weights: Mapping[str, float], like: np.ndarray | None) -> np.ndarray:
-    """Weighted sum of metrics, each (n,); with `like` (n,) bool, each is standardised over these rows first.
+def mixed(
+    values: Mapping[str, np.ndarray], weights: Mapping[str, float], like: np.ndarray | None = None
+) -> np.ndarray:
+    """Weighted sum of metrics, each (n,); each is standardised first over the rows `like`, if there are any.
 
     A metric that is the same in all of these rows adds 0.
     """

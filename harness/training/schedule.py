@@ -29,7 +29,7 @@ class Stage:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to compute: `caption`, `concept` and `reward` need only their own, others the first two."""
+        """The texts to compute: those of `Losses` need only their own, any other loss the first two."""
         others = self.losses.keys() - set(Losses._fields)
         return tuple(
             text

@@ -28,6 +28,8 @@ from harness.errors import AcrossKeys
 from harness.metrics import METRICS
 from harness.training.losses import LOSSES
 
+IMAGE_GAP = "image_gap"
+"""What the ROUGE-1 of validation loses when its captions move to other images."""
 LossesConfig = create_model(
     "LossesConfig",
     __base__=Section,
@@ -53,10 +55,11 @@ class RewardConfig(Truncation):
     samples: whole(1, 1000) = 5
     """Captions that are sampled for each image."""
     baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
-    """What a reward is compared with: the mean of the image's other samples, or the greedy caption's reward."""
+    """A sample learns from its reward minus this: the mean of the image's other samples, or the reward of
+    its greedy caption."""
     max_new_tokens: Tokens = 64
     """Longest sample in tokens."""
-    stop_when: tuple[Literal["image_gap", *METRICS], ...] = ("image_gap",)
+    stop_when: tuple[Literal[IMAGE_GAP, *METRICS], ...] = (IMAGE_GAP,)
     """The stage ends if one of these validation scores falls below its 95 % interval at the stage's start.
 
     `image_gap` is what ROUGE-1 loses when captions move to other images: a reward may be had by one
