@@ -7,7 +7,7 @@ import torch, so `--dry-run` and the memory forecast are fast. `load` gives a `L
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -163,7 +163,8 @@ class Work:
 
     `half`: 2-byte autocast, else fp32; `vision_half`: the same for the ViT. `accelerator`: attention is fused
     and autocast computes norms and softmax in fp32; else as on a CPU. `captions`, `concepts`: whether the
-    stage has this loss.
+    stage has this loss. `samples`: how many captions of `sample_tokens` tokens each image has for the loss
+    `reward`.
     """
 
     batch: int
@@ -176,6 +177,19 @@ class Work:
     concepts: bool = True
     dropout: float | None = None
     """`train.dropout`; None: the checkpoint's."""
+    samples: int = 0
+    sample_tokens: int = 0
+
+    @property
+    def says(self) -> bool:
+        """Whether the part that writes captions is trained."""
+        return self.captions or self.samples > 0
+
+    @property
+    def of_samples(self) -> "Work":
+        """The work on the samples alone, as if each were the caption of an image."""
+        rows = self.batch * self.samples
+        return replace(self, batch=rows, tokens=self.sample_tokens, captions=True, concepts=False, samples=0)
 
     @property
     def bytes(self) -> int:

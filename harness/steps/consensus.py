@@ -19,8 +19,9 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predict import given_captions
 from harness.steps.standin import with_standins
-from harness.steps.train import primary_metric, rewarded_by, scoring_of
+from harness.steps.train import primary_metric, scoring_of
 from harness.store import fingerprint
+from harness.training import judges
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
@@ -166,7 +167,7 @@ def problems(config: "Config") -> list[Problem]:
 
 def _lacking(config: "Config") -> Iterator[Problem]:
     """The metrics that compare captions and have no weights, or whose stand-in is not trained in this run."""
-    rewards = rewarded_by(config) if config.trains else ()
+    rewards = judges.needed(config) if config.trains else ()
     for name in dict.fromkeys((*compared_by(config), *rewards)):
         weights = metrics.METRICS[name].weights
         if weights and weights.named(config.score) is None:

@@ -19,7 +19,7 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
-from harness.training import fit, forecast, memory, speed
+from harness.training import fit, forecast, judges, memory, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import FLOOR, LOSSES
@@ -147,7 +147,7 @@ class Train(Step):
         config, devices = self.inputs.config, ranks.world_size()
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
-        model = shape and Model(shape, config.train, work.kind, half)
+        model = shape and Model(shape, config.train, work.kind, half, judges.size(config))
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
@@ -225,8 +225,8 @@ class Train(Step):
     ) -> dict[str, metrics.Score]:
         config = self.inputs.config
         parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        names = dict.fromkeys((*parts, "rouge1", *rewarded_by(config)))
-        wanted = {"metrics": tuple(names), "bootstrap": _RESAMPLES if watched(config.train) else 0}
+        names = dict.fromkeys((*parts, "rouge1", *judges.needed(config)))
+        wanted = {"metrics": tuple(names), "bootstrap": _RESAMPLES if judges.watched(config.train) else 0}
         settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
         references = [example.caption for example in examples]
         images = [example.image for example in examples]
@@ -236,7 +236,7 @@ class Train(Step):
         self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
     ) -> dict[str, float]:
         """The floors that these scores set for a self-critical stage, and the image gap if it has one."""
-        config, names = self.inputs.config, watched(self.inputs.config.train)
+        config, names = self.inputs.config, judges.watched(self.inputs.config.train)
         row = {f"{FLOOR}{name}": scores[name].low for name in names if name in scores}
         if IMAGE_GAP in names:
             resampled = config.score.model_copy(update={"bootstrap": _RESAMPLES})
@@ -248,7 +248,7 @@ class Train(Step):
     def _measure(self, work: "Work") -> "Measure | None":
         """How the loss `reward` measures captions of training images; None if no stage has it."""
         config = self.inputs.config
-        if not rewarded_by(config):
+        if not judges.needed(config):
             return None
         examples = self.inputs.data.readable("train")
         documents = Documents([e.caption for e in self.inputs.data.examples("train") if e.caption])
@@ -322,19 +322,7 @@ def primary_metric(config: "Config") -> str:
 def choosing(config: "Config") -> ScoreConfig:
     """The score config of training, with only the metrics that choose the best weights, reward or watch."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
-    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *rewarded_by(config))))})
-
-
-def rewarded_by(config: "Config") -> tuple[str, ...]:
-    """The metrics that reward captions in self-critical stages, or that may end these."""
-    rewards = [stage.reward.metrics for stage in config.train.stages if stage.reward]
-    parts = [part for one in rewards for name in one for part in EDITIONS[config.edition].parts(name)]
-    return tuple(dict.fromkeys(name for name in (*parts, *watched(config.train)) if name != IMAGE_GAP))
-
-
-def watched(config: TrainConfig) -> tuple[str, ...]:
-    """The validation scores that may end a self-critical stage."""
-    return tuple(dict.fromkeys(n for stage in config.stages if stage.reward for n in stage.reward.stop_when))
+    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *judges.needed(config))))})
 
 
 def scoring_of(

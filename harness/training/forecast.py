@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
 from harness.store import RUNS, free, gb
-from harness.training import memory, speed
+from harness.training import judges, memory, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -79,7 +79,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
-    model = shape and Model(shape, config.train, kind, _half(config.train, kind))
+    model = shape and Model(shape, config.train, kind, _half(config.train, kind), judges.size(config))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
         "captions": _origin(config),
@@ -103,7 +103,9 @@ def time(
     except UserError:
         return None
     shape = family(config.model).shape(config.model) if config.trains else None
-    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
+    model = shape and Model(
+        shape, config.train, found.kind, _half(config.train, found.kind), judges.size(config)
+    )
     if model and not setup:
         setup = memory.choices(config.train, 1, found.kind)[0]
     parts = speed.of_run(config, model, setup, counts, str(found), root)

@@ -79,12 +79,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to train on one kind of device; `half`: it computes in half precision."""
+    """A model to train on one kind of device; `half`: it computes in half precision.
+
+    `judges`: bytes of the metrics' models that stay beside it for the loss `reward`.
+    """
 
     shape: Shape
     config: TrainConfig
     kind: str
     half: bool
+    judges: int = 0
 
     @property
     def trained(self) -> int:
@@ -127,7 +131,9 @@ class Model:
             train_vision=self.config.train_vision,
             captions="caption" in stage.texts,
             concepts="concept" in stage.texts,
-            dropout=self.config.dropout,
+            dropout=0.0 if stage.reward else self.config.dropout,
+            samples=stage.reward.samples if stage.reward else 0,
+            sample_tokens=stage.reward.max_new_tokens if stage.reward else 0,
         )
 
 
@@ -201,7 +207,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     """
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
     whole, shard = FLOAT * numbers, FLOAT * numbers // shards
-    weights = model.weights if stage < 3 else model.weights // shards
+    weights = model.judges + (model.weights if stage < 3 else model.weights // shards)
     bucket = FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 update a flat copy of their part of the weights
     moments = (MOMENTS * numbers) // (shards if stage else 1)
