@@ -21,7 +21,7 @@ from harness.models.base import FLOAT, Shape
 from harness.models.settings import TINY, longest_prompt
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
-from harness.training import forecast, memory
+from harness.training import forecast, judges, memory
 from harness.training.memory import Model, Setup
 from harness.training.settings import TrainConfig
 
@@ -327,7 +327,7 @@ def _model(config: Config, kind: str) -> Model:
     shape = _shape(config)
     assert shape is not None
     prompt = longest_prompt(config.model.prompt)
-    return Model(shape, config.train, kind, _in_bf16(config, kind), prompt)
+    return Model(shape, config.train, kind, _in_bf16(config, kind), prompt, judges.size(config))
 
 
 def _on_cards(configs: Sequence[Config]) -> str:

@@ -70,8 +70,9 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 def sampled(model, pixels, cut: dict, given: dict, draws, end: int = 5, pad: int = 1):
     config, count = PredictConfig(**given), len(draws) // len(pixels)
-    with torch.inference_mode(), model.decoder(PROMPT, count, config.max_new_tokens) as begin:
-        return sample(begin(pixels), Truncation(**cut), config, draws, end, pad)
+    prompts = PROMPT.expand(len(pixels), -1)
+    with torch.inference_mode(), model.decoder(count, config.max_new_tokens) as begin:
+        return sample(begin(pixels, prompts), Truncation(**cut), config, draws, end, pad)
 
 
 def options(draw: random.Random) -> tuple[dict, dict]:
@@ -129,8 +130,8 @@ def test_log_probabilities_of_beams_are_the_models_own(beams, language_model):
         given |= {"num_beams": beams, "length_penalty": draw.choice((0.0, 1.0, 2.0))}
         pixels, end = images(3, draw.randrange(1000)), draw.randrange(3, WORDS)
         config = PredictConfig(**given)
-        with torch.inference_mode(), model.decoder(PROMPT, beams, config.max_new_tokens) as begin:
-            found = search(begin(pixels), config, end, 1)
+        with torch.inference_mode(), model.decoder(beams, config.max_new_tokens) as begin:
+            found = search(begin(pixels, PROMPT.expand(len(pixels), -1)), config, end, 1)
         for image, captions in enumerate(found.ids):
             for ids, own in zip(captions.tolist(), found.log_probabilities[image].tolist(), strict=True):
                 caption = ids[: ids.index(end) + 1] if end in ids else ids

@@ -94,7 +94,7 @@ class Utility:
 
     `weights` are by metric; `mixture` makes them. `documents` give the document frequencies of metrics that
     weigh words, such as CIDEr. `signatures` has the signature of each metric after the first call. Raises
-    `UserError` if a metric can't be computed.
+    `UserError` if a metric can't be computed, which names what it is `needed_by`.
     """
 
     weights: Mapping[str, float]
@@ -103,6 +103,7 @@ class Utility:
     device: str = "cpu"
     documents: Documents | None = None
     signatures: dict[str, str] = field(default_factory=dict)
+    needed_by: str = "the consensus"
 
     def __call__(
         self,
@@ -110,19 +111,31 @@ class Utility:
         references: Sequence[str],
         images: Sequence[Path | None] | None = None,
     ) -> np.ndarray:
+        measured, total = self.each(candidates, references, images), np.zeros(len(candidates))
+        for name, weight in self.weights.items():
+            total += weight * measured[name]
+        return total
+
+    def each(
+        self,
+        candidates: Sequence[str],
+        references: Sequence[str],
+        images: Sequence[Path | None] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The numbers (n,) of each metric, before they are weighed."""
         # no cache on disk: the embeddings of all candidates would fill it
         inputs = Inputs(
             candidates, references, images, self.config, self.edition, self.device, documents=self.documents
         )
-        total = np.zeros(len(candidates))
-        for name, weight in self.weights.items():
+        found = {}
+        for name in self.weights:
             try:
                 measured = finite(METRICS[name].measure(inputs))
             except Absent as absence:
-                raise UserError(f"the consensus needs {name}: {absence}", exit_code=1) from None
+                raise UserError(f"{self.needed_by} needs {name}: {absence}", exit_code=1) from None
             self.signatures[name] = measured.signature
-            total += weight * measured.per_image
-        return total
+            found[name] = measured.per_image
+        return found
 
 
 def mixture(weights: Mapping[str, float], edition: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from harness.steps.predict import given_captions
 from harness.steps.standin import with_standins
 from harness.steps.train import primary_metric, scoring_of
 from harness.store import fingerprint
+from harness.training import judges
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
@@ -111,12 +112,19 @@ def problems(config: "Config") -> list[Problem]:
         for name in (section.utility if section else ())
         if name not in metrics.METRICS and name not in means
     ]
+    unknown += [
+        Problem(f"{name} is no score of {config.edition}", key=f"train.stages.{number}.reward.metrics")
+        for number, stage in enumerate(config.train.stages if config.trains else ())
+        for name in (stage.reward.metrics if stage.reward else ())
+        if name not in metrics.METRICS and name not in means
+    ]
     return unknown or list(_lacking(config))
 
 
 def _lacking(config: "Config") -> Iterator[Problem]:
     """The metrics that compare captions and have no weights, or whose stand-in is not trained in this run."""
-    for name in compared_by(config):
+    rewards = judges.needed(config) if config.trains else ()
+    for name in dict.fromkeys((*compared_by(config), *rewards)):
         weights = metrics.METRICS[name].weights
         if weights and weights.named(config.score) is None:
             yield Problem(f"{name} compares captions, but no weights are named", key=weights.path)

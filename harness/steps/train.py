@@ -9,8 +9,10 @@ from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
+from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
+from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
 from harness.models.settings import longest_prompt
@@ -20,18 +22,21 @@ from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
-from harness.training import fit, forecast, memory, patience, speed
+from harness.training import fit, forecast, judges, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import EMA, LOSSES, VALIDATION, kept, rows_of
-from harness.training.settings import TrainConfig
+from harness.training.resume import EMA, FLOOR, LOSSES, VALIDATION, kept, rows_of
+from harness.training.settings import IMAGE_GAP, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
     from harness.training import train
+    from harness.training.selfcritical import Measure
 
 INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
@@ -41,6 +46,7 @@ _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
 _LATER = {"ema": None, "keep_best": 1, "patience": 0}
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
+_RESAMPLES = 1000  # of the intervals that may end a self-critical stage
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
@@ -142,6 +148,7 @@ class Train(Step):
                     lambda loaded: self.validate(work, loaded, splits["valid"]),
                     work.say,
                     self._until,
+                    self._measure(work),
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -169,7 +176,7 @@ class Train(Step):
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
         prompt, shortened = longest_prompt(config.model.prompt), epochs.shortened(config.train, self._until)
-        model = shape and Model(shape, shortened, work.kind, half, prompt)
+        model = shape and Model(shape, shortened, work.kind, half, prompt, judges.size(config))
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
@@ -275,18 +282,54 @@ class Train(Step):
         captions = ranks.gather(own)
         scores = self._scores(work, captions, [examples[i] for i in chosen])
         work.unload_metrics()
-        return {} if ranks.rank() else self._row(scores)
+        if ranks.rank():
+            return {}
+        return self._row(scores) | self._floors(scores, captions, [examples[i].caption for i in chosen])
 
     def _scores(
         self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
     ) -> dict[str, metrics.Score]:
         config = self.inputs.config
         parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
+        names = dict.fromkeys((*parts, "rouge1", *judges.needed(config)))
+        wanted = {"metrics": tuple(names), "bootstrap": _RESAMPLES if judges.watched(config.train) else 0}
         settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
         references = [example.caption for example in examples]
         images = [example.image for example in examples]
         return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+
+    def _floors(
+        self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float]:
+        """The floors that these scores set for a self-critical stage, and the image gap if it has one."""
+        config, names = self.inputs.config, judges.watched(self.inputs.config.train)
+        row = {f"{FLOOR}{name}": scores[name].low for name in names if name in scores}
+        if IMAGE_GAP in names:
+            resampled = config.score.model_copy(update={"bootstrap": _RESAMPLES})
+            gaps = metrics.image_gap(captions, references, resampled, config.edition, names=["rouge1"])
+            row |= {f"valid_{IMAGE_GAP}": gaps["rouge1"].get("gap")}
+            row |= {f"{FLOOR}{IMAGE_GAP}": gaps["rouge1"].get("low")}
+        return {name: value for name, value in row.items() if value is not None}
+
+    def _measure(self, work: "Work") -> "Measure | None":
+        """How the loss `reward` measures captions of training images; None if no stage has it."""
+        config = self.inputs.config
+        if not judges.needed(config):
+            return None
+        examples = self.inputs.data.readable("train")
+        documents = Documents([e.caption for e in self.inputs.data.examples("train") if e.caption])
+
+        def measure(
+            reward: Mapping[str, float], pairs: Sequence[tuple[int, str]]
+        ) -> tuple[dict[str, float], dict[str, "np.ndarray"]]:
+            score, weights = with_standins(config.score, self.inputs), mixture(reward, config.edition)
+            utility = Utility(weights, score, config.edition, work.scoring_device, documents)
+            utility.needed_by = "the loss reward"
+            own = [examples[image] for image, _ in pairs]
+            captions, references = [text for _, text in pairs], [example.caption or "" for example in own]
+            return weights, utility.each(captions, references, [example.image for example in own])
+
+        return measure
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
         from harness.training import train
@@ -312,6 +355,12 @@ def _written(config: TrainConfig) -> dict[str, Any]:
     for key, default in _LATER.items():
         if written[key] == default:
             del written[key]
+    for stage in written["stages"]:  # without keys at their defaults, so that earlier trainings are found
+        for part, key, default in ((stage, "reward", None), (stage, "schedule", "cosine")):
+            if part[key] == default:
+                del part[key]
+        if not stage["losses"]["reward"]:
+            del stage["losses"]["reward"]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
@@ -341,9 +390,9 @@ def primary_metric(config: "Config") -> str:
 
 
 def choosing(config: "Config") -> ScoreConfig:
-    """The score config of validation, with only the metrics that choose the best weights."""
+    """The score config of training, with only the metrics that choose the best weights, reward or watch."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
-    return config.score.model_copy(update={"metrics": parts})
+    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *judges.needed(config))))})
 
 
 def scoring_of(

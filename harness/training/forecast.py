@@ -15,7 +15,7 @@ from harness.machine import device
 from harness.models import family
 from harness.models.settings import longest_prompt
 from harness.store import RUNS, free, gb
-from harness.training import memory, speed
+from harness.training import judges, memory, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -83,7 +83,7 @@ def forecast(config: "Config") -> dict[str, Any]:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
     prompt = longest_prompt(config.model.prompt)
-    model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt)
+    model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
         "ends_early": trains and (config.train.patience > 0 or bool(config.train.epochs_of)),
@@ -118,7 +118,9 @@ def time(
         return None
     shape = family(config.model).shape(config.model) if config.trains else None
     prompt = longest_prompt(config.model.prompt)
-    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind), prompt)
+    model = shape and Model(
+        shape, config.train, found.kind, _half(config.train, found.kind), prompt, judges.size(config)
+    )
     if model and not setup:
         setup = memory.choices(config.train, 1, found.kind)[0]
     parts = speed.of_run(config, model, setup, counts, str(found), root)

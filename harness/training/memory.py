@@ -81,7 +81,8 @@ class Usage:
 class Model:
     """A model to train on one kind of device; `half`: it computes in half precision.
 
-    `prompt` is the most tokens of retrieved captions before a caption.
+    `prompt` is the most tokens of retrieved captions before a caption. `judges`: bytes of the metrics' models
+    that stay beside it for the loss `reward`.
     """
 
     shape: Shape
@@ -89,6 +90,7 @@ class Model:
     kind: str
     half: bool
     prompt: int = 0
+    judges: int = 0
 
     @property
     def trained(self) -> int:
@@ -134,7 +136,9 @@ class Model:
             train_vision=self.config.train_vision,
             captions="caption" in stage.texts,
             concepts="concept" in stage.texts,
-            dropout=self.config.dropout,
+            dropout=0.0 if stage.reward else self.config.dropout,
+            samples=stage.reward.samples if stage.reward else 0,
+            sample_tokens=stage.reward.max_new_tokens if stage.reward else 0,
         )
 
 
@@ -210,7 +214,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     whole, shard = FLOAT * numbers, FLOAT * numbers // shards
     weights = model.weights if stage < 3 else model.weights // shards
     averages = 0 if model.config.ema is None else whole if stage < 3 else shard
-    weights += averages
+    weights += averages + model.judges
     bucket = FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 update a flat copy of their part of the weights
     moments = (MOMENTS * numbers) // (shards if stage else 1)

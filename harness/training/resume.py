@@ -19,6 +19,8 @@ EMA = "ema_"
 """Begins the names of the average's validation scores."""
 VALIDATION = ("valid_", f"{EMA}valid_")
 """Begin the names of validation scores in a `losses.jsonl`."""
+FLOOR = "floor_"
+"""In the row of a validation at the start of a stage: below this number, the score of that name ends it."""
 LATEST = "latest"
 """The file that names the newest checkpoint for DeepSpeed's own tools."""
 
@@ -135,6 +137,11 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
+def _begins_again(row: Mapping[str, Any], state: State) -> bool:
+    """Whether the stage that a validation was the start of has no checkpoint yet, so it starts once more."""
+    return (row.get("stage", 0), 1) > (state.stage, state.done)
+
+
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `losses.jsonl`, numbers by name, without incomplete or damaged rows."""
     for line in file.read_bytes().splitlines():
@@ -151,10 +158,19 @@ def losses_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return ["loss", *names]
 
 
+def fallen(rows: Iterable[Mapping[str, Any]], stage: int) -> list[tuple[str, float, float]]:
+    """The scores of a stage's last validation that are below their floors: name, value and floor."""
+    own = [row for row in rows if row.get("stage") == stage and "valid_loss" in row]
+    floors = {name.removeprefix(FLOOR): row[name] for row in own for name in row if name.startswith(FLOOR)}
+    found = [(name, own[-1].get(f"valid_{name}"), floor) for name, floor in floors.items()]
+    return [(name, value, floor) for name, value, floor in found if value is not None and value < floor]
+
+
 def forget_rows_after(file: Path, state: State) -> None:
     """Delete the rows of steps that will be repeated, and a row that an interruption left incomplete."""
     if file.exists():
         rows = list(rows_of(file))
         last = state.step if state.validated else state.step - 0.5
         kept = [row for row in rows if row["step"] <= (last if "valid_loss" in row else state.step)]
+        kept = [row for row in kept if row.get("epoch") != 0 or not _begins_again(row, state)]
         write(file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -9,7 +9,7 @@ import numpy as np
 from harness.config.sections import AUTO
 from harness.errors import Problem
 from harness.models.base import Losses
-from harness.training.settings import TrainConfig
+from harness.training.settings import RewardConfig, TrainConfig
 
 _GROUPED = 50
 """Number of optimiser steps whose images are sorted by length together."""
@@ -26,6 +26,9 @@ class Stage:
     epochs: int
     learning_rate: float
     losses: Mapping[str, float]
+    reward: RewardConfig | None = None
+    constant: bool = False
+    """Whether the learning rate stays as it is, without warm-up and cosine."""
     until: int | None = None
 
     @property
@@ -35,9 +38,13 @@ class Stage:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to compute: `caption` and `concept` need only their own, any other loss needs both."""
+        """The texts to compute: those of `Losses` need only their own, any other loss the first two."""
         others = self.losses.keys() - set(Losses._fields)
-        return tuple(text for text in Losses._fields if others or text in self.losses)
+        return tuple(
+            text
+            for text in Losses._fields
+            if text in self.losses or (others and text in ("caption", "concept"))
+        )
 
 
 def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[Stage]:
@@ -51,6 +58,8 @@ def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[
             stage.epochs,
             stage.learning_rate or config.learning_rate,
             {name: weight for name, weight in stage.losses if weight},
+            stage.reward,
+            stage.schedule == "constant",
         )
         for number, stage in enumerate(config.stages, 1)
         if stage.epochs

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,14 +49,18 @@ from harness.training.profile import Profiler
 from harness.training.resume import (
     BEST,
     EMA,
+    FLOOR,
     LATEST,
     LOSSES,
     UNIVERSAL,
     VALIDATED,
     Checkpoints,
+    fallen,
     forget_rows_after,
+    rows_of,
 )
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
+from harness.training.selfcritical import Measure, SelfCritical, without_dropout
 from harness.training.settings import TrainConfig
 from harness.training.writer import Writer
 
@@ -88,7 +92,8 @@ class Training:
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
     ranks use rank 0's numbers. `say` prints a line. Without a split `valid` there are no validations, and the
-    last weights are kept. With `until` (stage, epoch) the training ends after that epoch.
+    last weights are kept. With `until` (stage, epoch) the training ends after that epoch. `measure` is needed
+    for the loss `reward`.
     """
 
     config: TrainConfig
@@ -102,6 +107,7 @@ class Training:
     evaluate: Callable[[Loaded], dict[str, float]]
     say: Callable[[str], None] = lambda text: None
     until: Mapping[str, int] | None = None
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):
@@ -110,6 +116,7 @@ class Training:
         self.multiple = 1 if self.kind == "cpu" else _WIDTHS
         self.interrupts, self.interrupted = Interrupts(), False
         self.outstanding: Outstanding | None = None
+        self.critic: SelfCritical | None = None
         self.arrived = -math.inf  # when the numbers of the last step that was read were there
         self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
@@ -192,7 +199,10 @@ class Training:
             else:
                 self.state.stage, self.state.done = stage.number, 0
                 patience.begin(self.state)
-            self._steps(trainer, stage)
+                if stage.reward and self.validates:
+                    self._validate(stage, begins=True)
+            with self._sampling(stage):
+                self._steps(trainer, stage)
         finally:
             release(trainer)
             self.average = None
@@ -213,6 +223,8 @@ class Training:
             epoch, number = divmod(step, self.per_epoch)
             if number == 0 or step == begun:
                 order = self._order(stage.number, epoch)
+            if number == 0 and step and self._has_degenerated(stage):
+                break
             ended = number + 1 == self.per_epoch
             with self.interrupts.wait():
                 with self.profiler.step(self.state.step, ended):
@@ -276,12 +288,14 @@ class Training:
         """Give optimiser step `step` (from 0) of a stage to the device, and read the step before it."""
         begun = time.perf_counter()
         steps = stage.epochs * self.per_epoch
-        rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
+        rate = stage.learning_rate
+        if not stage.constant:
+            rate = learning_rate(self.config, rate, step, steps, self.per_epoch)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate
         self._randomise(stage, step)
         trainer.train()
-        learnt = self._learn(trainer, stage, indices)
+        learnt = self._learn(trainer, stage, step, indices)
         if self.average:
             self.average.follow(trainer)
         self.state.step, self.state.done = self.state.step + 1, step + 1
@@ -289,6 +303,8 @@ class Training:
         given = Outstanding(self.state.step, stage, epoch, rate, begun, learnt)
         self._read()
         self.outstanding = given
+        if self.critic:
+            self.critic.total += time.perf_counter() - begun
 
     def _read(self) -> None:
         """Log the outstanding step, if there is one; stop all ranks if its numbers are not finite."""
@@ -304,6 +320,7 @@ class Training:
         shown = zip(losses.LOSSES, TERMS, terms, strict=True)
         row |= {term: value for name, term, value in shown if name in step.stage.losses}
         row |= self._gradients(step, norms[0] if norms else step.learnt.norm)
+        row |= step.learnt.sampled
         speed = self.config.batch_size / step.seconds(arrived, self.arrived)
         self.arrived = arrived
         self._log({**row, "learning_rate": step.learning_rate, "images_per_second": speed})
@@ -319,7 +336,7 @@ class Training:
         devices.seed_everything(int(one))
         self.draw = torch.Generator().manual_seed(int(two))
 
-    def _learn(self, trainer: Any, stage: Stage, indices: np.ndarray) -> Learnt:
+    def _learn(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> Learnt:
         """Learn from a global batch; each loss is the mean over all its tokens in that batch.
 
         Nothing here waits for the device, but ZeRO does where it looks for an overflow.
@@ -329,19 +346,28 @@ class Training:
             "caption": sum(split.captions[i].predicted for i in indices),
             "concept": sum(split.concepts[i].predicted for i in indices if split.concepts[i]),
         }
+        if stage.reward:
+            tokens["reward"] = stage.reward.samples * sum(split.captions[i].predicted > 0 for i in indices)
         micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
         own = micro_batches[ranks.rank() :: ranks.world_size()]
         found = []
+        batches: Iterable[dict[str, Any]] = self._seen(self._batches(split, own, stage))
+        sampled: Row = {}
+        if self.critic:  # not below, where casts are kept: autocast would keep some without gradient
+            batches = list(batches)
+            samples, sampled = self.critic(step, micro_batches, [batch["pixels"] for batch in batches])
+            for batch, one in zip(batches, samples, strict=True):
+                batch["samples"] = one
         with casts_kept(self.config, self.kind):
-            for number, batch in enumerate(self._batches(split, own, stage)):
+            for number, batch in enumerate(batches):
                 if number:
                     trainer.step()  # of the micro-batch before
-                pixels = devices.moved(batch.pop("pixels"), self.device)
                 computed = trainer(
-                    self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
+                    batch.pop("pixels"),
                     to_device(batch["caption"], self.device),
                     to_device(batch["concept"], self.device),
                     self.config.label_smoothing,
+                    batch.pop("samples", None),
                 )
                 none = torch.zeros((), device=self.device)
                 shares = [
@@ -356,7 +382,43 @@ class Training:
         scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
         numbers = Numbers(self._summed(terms, norm), self.kind)
         on_host = None if norm is None or torch.is_tensor(norm) else float(norm)
-        return Learnt(own, terms, numbers, on_host, scale)
+        return Learnt(own, terms, numbers, on_host, scale, sampled)
+
+    def _seen(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Micro-batches with pixels as the model sees them: on its device, augmented and normalised."""
+        for batch in batches:
+            pixels = devices.moved(batch.pop("pixels"), self.device)
+            pixels = self.loaded.normalise(augment(pixels, self.augmentation, self.draw))
+            yield batch | {"pixels": pixels}
+
+    @contextlib.contextmanager
+    def _sampling(self, stage: Stage) -> Iterator[None]:
+        """The block of a stage's steps, which sample captions if the stage has the loss `reward`."""
+        if not stage.reward:
+            yield
+            return
+        if self.measure is None:
+            raise ValueError("the loss reward needs a function that measures captions")
+        split = self.splits["train"]
+        self.critic = SelfCritical(
+            stage, self.loaded, split.ids, split.captions, self.measure, self.seed, self.multiple
+        )
+        try:
+            with without_dropout(self.loaded.model):
+                yield
+            self.say(self.critic.worded())
+        finally:
+            self.critic = None
+
+    def _has_degenerated(self, stage: Stage) -> bool:
+        """Whether a validation score of the stage fell below its floor (`RewardConfig.stop_when`)."""
+        if not stage.reward:
+            return False
+        file = self.directory / LOSSES
+        found = ranks.agree(fallen(rows_of(file), stage.number) if ranks.rank() == 0 else None)
+        for name, value, floor in found:
+            self.say(f"stage {stage.number} ends: {name} fell to {value:.4f}, below {floor:.4f} (stop_when)")
+        return bool(found)
 
     def _summed(self, found: Tensor, norm: Any) -> Tensor:
         """Sum loss terms (M, L) over all ranks' micro-batches; the norm of gradients follows if a tensor.
@@ -413,16 +475,19 @@ class Training:
                     waiting = pool.submit(collate, part)
                 yield batch
 
-    def _validate(self, stage: Stage) -> None:
-        """Compute validation loss and, if due after this epoch, scores; keep the best weights so far."""
+    def _validate(self, stage: Stage, begins: bool = False) -> None:
+        """Compute validation loss and, if due after this epoch, scores; keep the best weights so far.
+
+        `begins`: the stage has not yet made a step; a checkpoint would be of the stage before.
+        """
         every, epoch = self.config.evaluate_every, self.state.done // self.per_epoch
         last = stage is self.plan[-1] and epoch == stage.epochs
-        scores = last or (every > 0 and epoch % every == 0)
+        scores = last or stage.reward is not None or (every > 0 and epoch % every == 0)
         # at ZeRO-3 no rank can caption alone: each layer's forward pass gathers weights from all ranks
         zero3 = self.config.zero_stage == 3
         loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
         loaded.model.eval()
-        row = self._measured(loaded, stage, scores)
+        row = self._measured(loaded, stage, scores, begins)
         found = [row.get(PRIMARY)]
         if self.average:
             with self.average.instead(loaded.model):
@@ -438,16 +503,19 @@ class Training:
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
         for average, score in enumerate(found if scores else ()):
             self._keep(loaded, Validated(self.state.step, stage.number, epoch, score, bool(average)))
+        if begins:
+            return
         self.state.validated = True
         if ranks.rank() == 0:
             with self._has_room():
                 self.checkpoints.seal(self.state)
 
-    def _measured(self, loaded: Loaded, stage: Stage, scores: bool) -> Row:
+    def _measured(self, loaded: Loaded, stage: Stage, scores: bool, floors: bool = False) -> Row:
         """The validation loss of the weights that the model has now, and their `scores` if due."""
         row = {"valid_loss": self._valid_loss(loaded)}
         self._check_validation(row, stage)
         row |= ranks.agree(self.evaluate(loaded)) if scores else {}
+        row = {name: value for name, value in row.items() if floors or not name.startswith(FLOOR)}
         self._check_validation(row, stage)
         return row
 

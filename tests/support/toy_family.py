@@ -40,13 +40,18 @@ class Toy(nn.Module):
         hidden, memory = self.speaker.memory(self.speaker.words(ids), memory)
         return hidden @ self.speaker.words.weight.T, memory
 
-    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0):
+    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0, samples=None):
         def loss(text):
             logits = self.read(text["ids"], self.first(pixels))[0][:, :-1].flatten(0, 1)
             counts = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}
             return F.cross_entropy(logits, text["labels"][:, 1:].flatten(), **counts)
 
-        return Losses(*(text and loss(text) for text in (caption, concept)))
+        def reward():
+            ids = samples.text["ids"]
+            memory = self.first(pixels).repeat_interleave(len(ids) // len(pixels), 1)
+            return samples.loss(self.read(ids, memory)[0])
+
+        return Losses(*(text and loss(text) for text in (caption, concept)), samples and reward())
 
     @contextmanager
     def decoder(self, width, length):

@@ -21,7 +21,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2VisionModel,
 )
 
-from harness.models.base import Losses
+from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker
 from harness.models.text import IGNORE
 
@@ -170,6 +170,7 @@ class Captioner(Blip2PreTrainedModel):
         caption: Mapping[str, Tensor] | None = None,
         concept: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
+        samples: Samples | None = None,
     ) -> Losses:
         """Training losses of one micro-batch.
 
@@ -179,7 +180,7 @@ class Captioner(Blip2PreTrainedModel):
         """
         with self.autocast():
             queries, states = self.see(pixels)
-            caption_loss = concept_loss = None
+            caption_loss = concept_loss = reward_loss = None
             if concept is not None:
                 logits = self.read(concept["ids"], states)
                 concept_loss = _summed_loss(logits, concept["labels"], label_smoothing)
@@ -189,7 +190,17 @@ class Captioner(Blip2PreTrainedModel):
             elif caption is not None:
                 logits = self.read(caption["ids"], states)
                 caption_loss = _summed_loss(logits, caption["labels"], label_smoothing)
-        return Losses(caption_loss, concept_loss)
+            if samples is not None:
+                reward_loss = samples.loss(self._say(queries, states, samples.text))
+        return Losses(caption_loss, concept_loss, reward_loss)
+
+    def _say(self, queries: Tensor, states: QueryStates, text: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B * N, T, V) of captions, N for each image; see `see` for `queries` and `states`."""
+        count = len(text["ids"]) // len(queries)
+        if self.language_model is not None:
+            return self._speak(queries.repeat_interleave(count, 0), text["ids"], text["mask"])
+        repeated = [tuple(one.repeat_interleave(count, 0) for one in pair) for pair in states]
+        return self.read(text["ids"], repeated)
 
     @contextlib.contextmanager
     def decoder(self, width: int, length: int) -> Iterator[Callable[[Tensor, Tensor], CachedDecoding]]:
