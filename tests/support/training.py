@@ -2,6 +2,7 @@
 
 import gc
 import json
+from functools import cache
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ def splits(loaded):
     return {"train": split("train", range(20), 1), "valid": split("valid", range(0, 20, 5), 2)}
 
 
+@cache
+def data_of(folder, **model):
+    """The splits for a checkpoint, which no training changes."""
+    return splits(load_tiny(folder, **model))
+
+
 def said(words, letter="i"):
     """Made-up measures of captions: the share of a letter, and a number that depends on the image too."""
     texts = ["".join(caption.split()) for _, caption in words]
@@ -73,7 +80,7 @@ def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dro
         return load_tiny(folder, dropout=dropout, **model)
 
     scores = evaluate or (lambda: {"valid_primary": 0.0})
-    data = splits(load())
+    data = data_of(folder, **model)
     training = train.Training(
         settings,
         AugmentConfig(),
