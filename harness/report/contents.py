@@ -16,6 +16,7 @@ from harness.report import gallery, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
+from harness.training import soups
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES, VALIDATION, described, losses_of, rows_of
 
@@ -49,7 +50,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": curves,
-        "untrained": (record["config"].get("train") or {}).get("stages") == [] or not _has_model(record),
+        "untrained": _is_untrained(record["config"]) or not _has_model(record),
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "profile": {
@@ -61,6 +62,11 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "environment": record["environment"],
         "captions": gallery.shown(captions, images, run, page),
     }
+
+
+def _is_untrained(config: Mapping[str, Any]) -> bool:
+    """Whether a run's model is the checkpoint as it is, or an average of weights of other runs."""
+    return (config.get("train") or {}).get("stages") == [] or bool(config.get("soup"))
 
 
 def _has_model(record: Mapping[str, Any]) -> bool:
@@ -80,6 +86,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
         "best weights": described((record.get("training") or {}).get("best") or {}),
+        "weights": soups.described(record["soup"]) if record.get("soup") else None,
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),

@@ -6,6 +6,7 @@ from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
 from harness.steps.retrieve import Features, Retrieve
 from harness.steps.score import Score
+from harness.steps.soup import Soup
 from harness.steps.standin import Standin
 from harness.steps.tiny import Tiny
 from harness.steps.train import Train
@@ -14,6 +15,7 @@ STEPS: tuple[type[Step], ...] = (
     Tiny,
     Standin,
     Train,
+    Soup,
     Features,
     Retrieve,
     Predict,

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from harness.steps.work import Work
 
 
+FINE_TUNED = ("train", "soup")
+"""The steps of which one gives the weights of a run."""
+
+
 class Predict(Step):
     """Writes the model's captions of one split."""
 
@@ -68,8 +72,8 @@ def reads_model(
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
     """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
     steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-    if "train" in before:
-        return {}, steps | {before["train"]: (BEST,)}, {}
+    for source in (before[name] for name in FINE_TUNED if name in before):
+        return {}, steps | {source: (BEST,)}, {}
     precision = plan.config.train.model_dump(include={"precision", "vision_precision"})
     return model_of(plan) | {"train": precision}, steps, {"checkpoints": contents_of(plan)}
 
@@ -81,8 +85,8 @@ def model_for(inputs: Inputs, work: "Work") -> "Loaded":
         from harness.training import engine
 
         work.model = work.load(inputs)
-        if any(step.name == "train" for step in inputs.steps):
-            load_trained(work.model.model, inputs.directory("train") / BEST)
+        for source in (step for step in inputs.steps if step.name in FINE_TUNED):
+            load_trained(work.model.model, source.directory / BEST)
         engine.place(work.model.model, inputs.config.train, work.kind)
     return work.model
 

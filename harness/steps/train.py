@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
-from harness.data.readers import Example
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.settings import ScoreConfig
@@ -202,28 +201,12 @@ class Train(Step):
         """
         import numpy as np
 
-        from harness.decoding import predict
-
         config, examples = self.inputs.config, self.inputs.data.readable("valid")
         fit = np.flatnonzero([example.trains for example in examples])
         count = min(config.train.evaluate_images, len(fit))
         chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
-        greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
-        captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
-        scores = self._scores(work, captions, [examples[i] for i in chosen])
-        work.unload_metrics()
+        scores = greedy_scores(self.inputs, work, loaded, pixels, chosen)
         return {} if ranks.rank() else self._row(scores)
-
-    def _scores(
-        self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
-    ) -> dict[str, metrics.Score]:
-        config = self.inputs.config
-        parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
-        settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
-        references = [example.caption for example in examples]
-        images = [example.image for example in examples]
-        return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
         from harness.training import train
@@ -241,6 +224,25 @@ class Train(Step):
         shown = [n for n in row if n == "loss" or (n.startswith(VALIDATION) and not n.endswith("_primary"))]
         starred = {name for name in shown if name.removeprefix(EMA) in self.starred}
         return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in starred)}" for name in shown)
+
+
+def greedy_scores(
+    inputs: Inputs, work: "Work", loaded: "Loaded", pixels: Any, chosen: Sequence[int]
+) -> dict[str, metrics.Score]:
+    """Scores of greedy captions of these validation images; each rank captions its share and scores all."""
+    from harness.decoding import predict
+
+    config, examples = inputs.config, inputs.data.readable("valid")
+    greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
+    captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
+    parts = EDITIONS[config.edition].parts(inputs.facts["primary"])
+    wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
+    settings = with_standins(config.score, inputs).model_copy(update=wanted)
+    references = [examples[i].caption for i in chosen]
+    images = [examples[i].image for i in chosen]
+    scores = metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+    work.unload_metrics()
+    return scores
 
 
 def _written(config: TrainConfig) -> dict[str, Any]:
