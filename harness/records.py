@@ -115,6 +115,20 @@ class _Training(_Part):
     best: _Weights = _Weights()
 
 
+class _Candidate(_Part):
+    name: str
+    score: Number
+
+
+class _Soup(_Part):
+    members: list[str]
+    candidates: list[_Candidate]
+    metric: str
+    n: int
+    half: str | None = None
+    official: bool = False
+
+
 class _ModelConfig(_Part):
     checkpoint: str = ""
 
@@ -159,6 +173,7 @@ class _Run(_Part):
     training: _Training = _Training()
     fallback: dict[str, _Fallback] = {}
     training: _Training = _Training()
+    soup: _Soup | None = None
     steps: dict[str, Inside] = {}
     made: dict[str, _Made | None] = {}
     seconds: dict[str, Number] = {}

@@ -88,6 +88,9 @@ class Config(_Steps):
         if self.train.epochs_of and not self.full_fit:
             what = "epochs_of needs data.fit_on: [train, valid]"
             raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
+        if not self.has_model and self.soup:
+            what = "soup gives this run a model, but own is 0; use 1 or more"
+            raise AcrossKeys(what, "consensus.own", "soup")
         if not self.trains and not self.predict.splits:
             what = "nothing is trained and predict.splits is empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
@@ -100,8 +103,8 @@ class Config(_Steps):
 
     @property
     def trains(self) -> bool:
-        """Whether the run trains its model."""
-        return self.has_model and bool(self.train.stages)
+        """Whether the run trains its model; a soup averages the weights of other runs instead."""
+        return self.has_model and self.soup is None and bool(self.train.stages)
 
     @property
     def full_fit(self) -> bool:

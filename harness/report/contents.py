@@ -19,6 +19,7 @@ from harness.report import gallery, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
+from harness.training import soups
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES, VALIDATION, described, losses_of, rows_of
 
@@ -55,7 +56,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": curves,
-        "untrained": (record["config"].get("train") or {}).get("stages") == [] or not _has_model(record),
+        "untrained": _is_untrained(record["config"]) or not _has_model(record),
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "profile": {
@@ -88,6 +89,11 @@ def _halves(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _is_untrained(config: Mapping[str, Any]) -> bool:
+    """Whether a run's model is the checkpoint as it is, or an average of weights of other runs."""
+    return (config.get("train") or {}).get("stages") == [] or bool(config.get("soup"))
+
+
 def _has_model(record: Mapping[str, Any]) -> bool:
     """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
     return (record["config"].get("consensus") or {}).get("own") != 0
@@ -106,6 +112,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
         "best weights": described((record.get("training") or {}).get("best") or {}),
         "training": "; ".join(record.get("training", {}).get("notes", ())) or None,
+        "weights": soups.described(record["soup"]) if record.get("soup") else None,
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),

@@ -7,6 +7,7 @@ from harness.steps.predict import Predict
 from harness.steps.prompts import Prompts
 from harness.steps.retrieve import BaseFeatures, Features, Retrieve
 from harness.steps.score import Score
+from harness.steps.soup import Soup
 from harness.steps.standin import Standin
 from harness.steps.tiny import Tiny
 from harness.steps.train import Train
@@ -17,6 +18,7 @@ STEPS: tuple[type[Step], ...] = (
     BaseFeatures,
     Prompts,
     Train,
+    Soup,
     Features,
     Retrieve,
     Predict,

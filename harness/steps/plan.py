@@ -97,7 +97,7 @@ class Plan:
 
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
-    chosen_by = choosing(config).metrics if config.trains else ()
+    chosen_by = choosing(config).metrics if config.trains or config.soup else ()
     found = comparing.problems(config)
     compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])

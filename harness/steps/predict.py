@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from harness.steps.work import Work
 
 
+FINE_TUNED = ("train", "soup")
+"""The steps of which one gives the weights of a run."""
+
+
 class Predict(Step):
     """Writes the model's captions of one split."""
 
@@ -87,10 +91,10 @@ def reads_model(
     plan: "Plan", before: Mapping[str, Step]
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
     """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
-    if "train" not in before:
-        return reads_checkpoint(plan, before)
     steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-    return {}, steps | {before["train"]: (BEST,)}, {}
+    for source in (before[name] for name in FINE_TUNED if name in before):
+        return {}, steps | {source: (BEST,)}, {}
+    return reads_checkpoint(plan, before)
 
 
 def reads_checkpoint(
@@ -109,8 +113,8 @@ def model_for(inputs: Inputs, work: "Work") -> "Loaded":
         from harness.training import engine
 
         work.model = work.load(inputs)
-        if any(step.name == "train" for step in inputs.steps):
-            load_trained(work.model.model, inputs.directory("train") / BEST)
+        for source in (step for step in inputs.steps if step.name in FINE_TUNED):
+            load_trained(work.model.model, source.directory / BEST)
         engine.place(work.model.model, inputs.config.train, work.kind)
     return work.model
 

@@ -123,7 +123,8 @@ def prompted(plan: "Plan") -> list[str]:
     if isinstance(config.model.prompt, str) or not config.has_model:
         return []
     captioned = [] if config.retrieval else plan.splits
-    return list(dict.fromkeys([*(("train", "valid") if config.trains else ()), *captioned]))
+    used = ("train", "valid") if config.trains else ("valid",) if config.soup else ()
+    return list(dict.fromkeys([*used, *captioned]))
 
 
 def _named(plan: "Plan", split: str) -> tuple[Path, str]:

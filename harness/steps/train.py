@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
-from harness.data.readers import Example
 from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
@@ -145,7 +144,7 @@ class Train(Step):
                     config.seed,
                     directory,
                     log,
-                    lambda loaded: self.validate(work, loaded, splits["valid"]),
+                    lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
                     work.say,
                     self._until,
                     self._measure(work),
@@ -233,6 +232,13 @@ class Train(Step):
     def _full_fit(self) -> bool:
         return "valid" in self.inputs.config.data.fit_on
 
+    def _examples(self) -> list[Example]:
+        """The rows that are trained on, in the order of the training split."""
+        if not self._full_fit:
+            return self.inputs.data.readable("train")
+        fit_on = [e for name in self.inputs.config.data.fit_on for e in self.inputs.data.readable(name)]
+        return [example for example in fit_on if example.trains]
+
     def _splits(self, work: "Work") -> dict[str, "train.Split"]:
         """What is trained on, as `train`, and what is validated on, as `valid`, if anything is."""
         if not self._full_fit:
@@ -263,40 +269,24 @@ class Train(Step):
         concepts = [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
         return train.Split([e.id for e in examples], pixels, captions, concepts)
 
-    def validate(self, work: "Work", loaded: "Loaded", split: "train.Split") -> dict[str, float]:
+    def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
         """Score the current model on `train.evaluate_images` validation images.
 
         Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
         """
         import numpy as np
 
-        from harness.decoding import predict
-
         config, examples = self.inputs.config, self.inputs.data.readable("valid")
         fit = np.flatnonzero([example.trains for example in examples])
         count = min(config.train.evaluate_images, len(fit))
         chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
-        greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
-        prompts = [text.ids[: text.prompt] for text in split.captions]
-        own = predict.captions(loaded, split.pixels, ranks.share(chosen), greedy, prompts=prompts)
-        captions = ranks.gather(own)
-        scores = self._scores(work, captions, [examples[i] for i in chosen])
-        work.unload_metrics()
+        names, watched = judges.needed(config), judges.watched(config.train)
+        scores, captions = greedy_scores(
+            self.inputs, work, loaded, pixels, chosen, names, _RESAMPLES if watched else 0
+        )
         if ranks.rank():
             return {}
         return self._row(scores) | self._floors(scores, captions, [examples[i].caption for i in chosen])
-
-    def _scores(
-        self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
-    ) -> dict[str, metrics.Score]:
-        config = self.inputs.config
-        parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        names = dict.fromkeys((*parts, "rouge1", *judges.needed(config)))
-        wanted = {"metrics": tuple(names), "bootstrap": _RESAMPLES if judges.watched(config.train) else 0}
-        settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
-        references = [example.caption for example in examples]
-        images = [example.image for example in examples]
-        return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
 
     def _floors(
         self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
@@ -316,7 +306,7 @@ class Train(Step):
         config = self.inputs.config
         if not judges.needed(config):
             return None
-        examples = self.inputs.data.readable("train")
+        examples = self._examples()
         documents = Documents([e.caption for e in self.inputs.data.examples("train") if e.caption])
 
         def measure(
@@ -347,6 +337,35 @@ class Train(Step):
         shown = [n for n in row if n == "loss" or (n.startswith(VALIDATION) and not n.endswith("_primary"))]
         starred = {name for name in shown if name.removeprefix(EMA) in self.starred}
         return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in starred)}" for name in shown)
+
+
+def greedy_scores(
+    inputs: Inputs,
+    work: "Work",
+    loaded: "Loaded",
+    pixels: Any,
+    chosen: Sequence[int],
+    names: Sequence[str] = (),
+    resamples: int = 0,
+) -> tuple[dict[str, metrics.Score], list[str]]:
+    """Scores of greedy captions of these validation images, and the captions, on every rank.
+
+    Each rank captions its share. `names` are metrics besides those that choose weights.
+    """
+    from harness.decoding import predict
+
+    config, examples = inputs.config, inputs.data.readable("valid")
+    greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
+    prompts = prompts_of(inputs, "valid", loaded.caption)
+    captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy, prompts))
+    parts = EDITIONS[config.edition].parts(inputs.facts["primary"])
+    wanted = {"metrics": tuple(dict.fromkeys((*parts, "rouge1", *names))), "bootstrap": resamples}
+    settings = with_standins(config.score, inputs).model_copy(update=wanted)
+    references = [examples[i].caption for i in chosen]
+    images = [examples[i].image for i in chosen]
+    scores = metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+    work.unload_metrics()
+    return scores, captions
 
 
 def _written(config: TrainConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from harness.data import fraction
 from harness.masking import masked
 from harness.store import damage_of, fingerprint
+from harness.training import soups
 from harness.training.resume import LOSSES, described, rows_of
 
 
@@ -55,6 +56,7 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "git.dirty": record["git"]["dirty"],
         "standin": ", ".join(made_by_standins) or None,
         "standin_model": record.get("standin_model"),
+        "soup": soups.described(record["soup"]) if record.get("soup") else None,
         "best_weights": described((record.get("training") or {}).get("best") or {}),
         **{key: record[key] for key in ("edition", "variant", "seed")},
         "command": masked(record["command"]),

@@ -36,6 +36,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     source, side = config.data, config.model.image_size
     searched = config.retrieval or longest_prompt(config.model.prompt)
     trained = ("train", "valid") if config.trains else ("train",) if searched else ()
+    trained = (*trained, "valid") if config.soup else trained
     wanted = dict.fromkeys([*trained, *config.captioned] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
@@ -131,6 +132,8 @@ def _origin(config: "Config") -> str:
     """Where captions are from if nothing is trained."""
     if not config.has_model:
         return "the captions are of other runs"
+    if config.soup:
+        return "the weights are an average of other runs'"
     return "the captions are of similar images" if config.retrieval else "the checkpoint captions as it is"
 
 
