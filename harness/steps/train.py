@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
+from harness.data.readers import Example
 from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
