@@ -70,6 +70,11 @@ class _Gap(_Part):
     high: Number | None = None
 
 
+class _OnHalf(_Part):
+    scores: dict[str, _Score]
+    image_gap: dict[str, _Gap | Number | str | None]
+
+
 class _Git(_Part):
     commit: str | None
     dirty: bool | None
@@ -145,6 +150,7 @@ class _Run(_Part):
     seconds: dict[str, Number] = {}
     scores: dict[str, dict[str, dict[str, _Score]]] = {}
     image_gap: dict[str, _Gap | Number | str | None] | None = None
+    halves: dict[str, _OnHalf] = {}
     baseline: dict[str, Number | str | list[str] | None] | None = None
     warnings: list[str] = []
     artifacts: dict[str, Inside] = {}
@@ -263,7 +269,7 @@ def _next(record: Record, name: str) -> str:
     """A hint with the command that makes a missing file; a finished run has not captioned this split."""
     command = record["command"]
     if record.get("trial"):
-        return "A trial captions only valid: write the best one with harness study best, and run that."
+        return "A trial captions only valid: run the experiment that study best, or best, wrote for it."
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"
