@@ -4,7 +4,8 @@
     python benchmarks/predict.py --device auto --images 128 --batch 64
 
 All use the same model (20 M parameters, random weights), images and number of tokens. They alternate in one
-process. Ours writes predictions as a run does. The others see the images, `generate` and decode.
+process. Ours writes predictions as a run does. The others see the images, `generate` and decode. The last row
+also has 16 samples of each image.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from harness.captions import read_captions
-from harness.config.sections import PredictConfig
+from harness.config.sections import PredictConfig, SamplesConfig
 from harness.decoding import predict
 from harness.machine import device
 from harness.models.loading import Loaded
@@ -81,6 +82,9 @@ def main() -> None:
             "in batches": lambda config=config: generated(loaded, pixels, config, given.batch),
             "harness": lambda config=config: ours(loaded, pixels, config),
         }
+        if beams > 1:
+            more = config.model_copy(update={"samples": SamplesConfig(top_k=50, top_p=0.9)})
+            ways["+ 16 samples"] = lambda config=more: ours(loaded, pixels, config)
         times: dict[str, list[float]] = {name: [] for name in ways}
         found = {}
         for _ in range(ROUNDS):

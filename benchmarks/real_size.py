@@ -124,12 +124,12 @@ def facts(config: TrainConfig, given: argparse.Namespace, kind: device.Kind) -> 
     model = captioner(config, given, kind)
     count = sum(p.numel() for p in model.parameters())
     flops = image_flops(model, batch(config, given, device.torch_device(kind)))
-    prompt = torch.ones(4, dtype=torch.long, device=square.device)
     greedy = PredictConfig(max_new_tokens=NEW, min_new_tokens=NEW, num_beams=1)
     pixels = batch(config, given, square.device)[0]
+    prompts = torch.ones(len(pixels), 4, dtype=torch.long, device=square.device)
     model.eval()
-    with torch.inference_mode(), model.decoder(prompt, 1, NEW) as begin:
-        captioning = seconds(lambda: search(begin(pixels), greedy, 2, 1), kind, 1)
+    with torch.inference_mode(), model.decoder(1, NEW) as begin:
+        captioning = seconds(lambda: search(begin(pixels, prompts), greedy, 2, 1), kind, 1)
     names = {"rate": rate, "flops": flops, "parameters": count, "dtype": str(square.dtype)}
     return names | {"captioning": config.micro_batch_size / captioning}
 

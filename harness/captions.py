@@ -2,15 +2,31 @@
 
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.store import bytes_of, write
 
-PREDICTIONS = "predictions.csv"
+PREDICTIONS, CANDIDATES = "predictions.csv", "candidates.csv"
 _MOSTLY = 0.9  # share of the captions; in human captions the most common one has 1 %
 _SHOWN = 80  # characters
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption that an image may get.
+
+    `weight` is its share in the mean of utilities. `log_probability` breaks ties: the natural logarithm, -inf
+    if it is not known. `source` says where it is from.
+    """
+
+    caption: str
+    weight: float = 1.0
+    log_probability: float = -math.inf
+    source: str = ""
 
 
 def write_captions(path: Path, captions: Mapping[str, str]) -> Path:
@@ -34,6 +50,36 @@ def read_captions(path: Path) -> dict[str, str]:
     found = dict(rows[1:])
     if len(found) < len(rows) - 1:
         raise ValueError("an id occurs twice")
+    return found
+
+
+_COLUMNS = ("ID", "source", "log_probability", "caption")
+
+
+def write_candidates(path: Path, candidates: Mapping[str, Sequence[Candidate]]) -> Path:
+    """Write the candidates of each image as CSV, whole or nothing; weights are not written."""
+    rows = [
+        (image, one.source, f"{one.log_probability:.4f}", one.caption)
+        for image, given in candidates.items()
+        for one in given
+    ]
+    return write_table(path, [_COLUMNS, *rows])
+
+
+def read_candidates(path: Path) -> dict[str, list[Candidate]]:
+    """Read what `write_candidates` or `write_captions` wrote.
+
+    Raises `ValueError` or `csv.Error` for anything else.
+    """
+    first, *rows = csv.reader(io.StringIO(bytes_of(path).decode(), newline=""), strict=True)
+    if first == ["ID", "caption"]:
+        return {image: [Candidate(caption)] for image, caption in read_captions(path).items()}
+    if tuple(first) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
+        raise ValueError(f"not every row has {', '.join(_COLUMNS)}")
+    found: dict[str, list[Candidate]] = {}
+    for image, source, log_probability, caption in rows:
+        one = Candidate(caption, log_probability=float(log_probability), source=source)
+        found.setdefault(image, []).append(one)
     return found
 
 

@@ -306,9 +306,11 @@ def read_run(folder: Path, label: str) -> System:
     record = records.read(folder)
     table = records.step_file(folder, record, "score-after", "scores.json")
     if table is None:
-        why = (record.get("failure") or {}).get("reason")
+        unscored = record.get("unscored", {}).get("valid")
+        why = unscored or (record.get("failure") or {}).get("reason")
         what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
-        raise UserError([Problem(what, folder, hint="Finish it: " + record["command"])])
+        hint = "Compare runs that learn from train alone." if unscored else f"Finish it: {record['command']}"
+        raise UserError([Problem(what, folder, hint=hint)])
     if (file := records.step_file(folder, record, "score-after", ARRAYS)) is None:
         what = "scored by an older version, without the numbers per image that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])

@@ -18,10 +18,10 @@ from harness.metrics import java
 from harness.metrics.base import STANDIN, Absent
 from harness.models import FAMILIES, checkpoints, family
 from harness.models.base import FLOAT, Shape
-from harness.models.settings import TINY
+from harness.models.settings import TINY, longest_prompt
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
-from harness.training import forecast, memory
+from harness.training import forecast, judges, memory
 from harness.training.memory import Model, Setup
 from harness.training.settings import TrainConfig
 
@@ -254,8 +254,10 @@ def _disk(configs: Sequence[Config]) -> Check:
     cache = sum(sum(sizes.values()) for sizes in caches.values())
     # checkpoints and the start weights of each stage are deleted when a training ends
     kept = max((config.train.keep_checkpoints for config in configs), default=0) + 1
-    during = (FLOAT + memory.MOMENTS) * kept + 2 * FLOAT
-    weights = sum(known) * FLOAT + max(known, default=0) * during
+    averages = FLOAT * any(config.train.ema is not None for config in configs)
+    during = (FLOAT + memory.MOMENTS + averages) * kept + 2 * FLOAT
+    files = max((config.train.keep_best for config in configs), default=1)
+    weights = sum(known) * FLOAT * files + max(known, default=0) * during
     room, need = free(RUNS), cache + weights
     what = f"{gb(room)} free; at most {gb(need)} needed: weights {gb(weights)}, pixel cache {gb(cache)}"
     if cache:
@@ -324,7 +326,8 @@ def _times(configs: Sequence[Config]) -> Iterator[Check]:
 def _model(config: Config, kind: str) -> Model:
     shape = _shape(config)
     assert shape is not None
-    return Model(shape, config.train, kind, _in_bf16(config, kind))
+    prompt = longest_prompt(config.model.prompt)
+    return Model(shape, config.train, kind, _in_bf16(config, kind), prompt, judges.size(config))
 
 
 def _on_cards(configs: Sequence[Config]) -> str:

@@ -15,12 +15,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from harness.captions import read_captions
+from harness.captions import Candidate, read_candidates, read_captions
 from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
+ON_VALID = "trained on validation images"
+"""Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
 Record = Mapping[str, Any]
 
 
@@ -107,8 +109,37 @@ class _Base(_Part):
     parameters: dict[str, Any]
 
 
+class _Weights(_Part):
+    step: int | None = None
+    stage: int | None = None
+    epoch: int | None = None
+    average: bool = False
+
+
+class _Training(_Part):
+    best: _Weights = _Weights()
+
+
+class _Candidate(_Part):
+    name: str
+    score: Number
+
+
+class _Soup(_Part):
+    members: list[str]
+    candidates: list[_Candidate]
+    metric: str
+    n: int
+    half: str | None = None
+    official: bool = False
+
+
 class _ModelConfig(_Part):
     checkpoint: str = ""
+
+
+class _Training(_Part):
+    notes: list[str] = []
 
 
 class _Failure(_Part):
@@ -144,11 +175,15 @@ class _Run(_Part):
     git: _Git = _Git(commit=None, dirty=None)
     environment: dict[str, str] = {}
     data: _Data = _Data(root="")
+    training: _Training = _Training()
     fallback: dict[str, _Fallback] = {}
+    training: _Training = _Training()
+    soup: _Soup | None = None
     steps: dict[str, Inside] = {}
     made: dict[str, _Made | None] = {}
     seconds: dict[str, Number] = {}
     scores: dict[str, dict[str, dict[str, _Score]]] = {}
+    unscored: dict[str, str] = {}
     image_gap: dict[str, _Gap | Number | str | None] | None = None
     halves: dict[str, _OnHalf] = {}
     baseline: dict[str, Number | str | list[str] | None] | None = None
@@ -270,6 +305,8 @@ def _next(record: Record, name: str) -> str:
     command = record["command"]
     if record.get("trial"):
         return "A trial captions only valid: run the experiment that study best, or best, wrote for it."
+    if why := record.get("unscored", {}).get(name.removeprefix("predictions/").partition("_")[0]):
+        return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
     if record["status"] == "FINISHED" and name.startswith("predictions/"):
         return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
     return f"Finish it: {command}"
@@ -311,6 +348,24 @@ def captions(file: Path, record: Record) -> dict[str, str]:
         return read_captions(file)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise damaged(file, record, f"can't be read as captions: {error}") from None
+
+
+def candidates(file: Path, record: Record) -> dict[str, list[Candidate]]:
+    """The candidates by id from a step, or its captions. Raises `UserError` if they can't be read."""
+    try:
+        return read_candidates(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read as candidates: {error}") from None
+
+
+def candidates_file(folder: Path, record: Record, split: str) -> Path:
+    """The file with all candidates of a split from a run, or else with its captions before post-processing.
+
+    Raises `UserError` if the run has neither yet, or if the file is gone or altered.
+    """
+    name = f"predictions/{split}_candidates.csv"
+    made = name in record.get("artifacts", {})
+    return artifact(folder, record, name if made else f"predictions/{split}_before.csv")
 
 
 def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:

@@ -154,6 +154,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "made": {},
         "seconds": {},
         "scores": {},
+        "unscored": {"valid": records.ON_VALID} if config.full_fit else {},
         "image_gap": None,
         "baseline": None,
         "warnings": [],
@@ -265,6 +266,7 @@ def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
             "command": record["command"],
             "config": record["config"],
             "fallback": plan.fallback.get(split),
+            "notes": [*plan.notes, *record.get("training", {}).get("notes", ())],
         }
         ids = [example.id for example in plan.data.splits[split]]
         made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))

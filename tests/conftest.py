@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.shared_folders import made_once
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,16 +26,34 @@ LONG = ("test_run", "test_training", "test_study", "test_terminal", "test_fuzz_r
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the servers of commands once for all workers of xdist, while these import and collect."""
+    if config.getoption("numprocesses", None):
+        commands.share()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of long files before the others."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def light_collections() -> None:
-    """Garbage collections pass over what imports have made: that took a second, hundreds of times."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(autouse=True)
+def light_collections(request: pytest.FixtureRequest, passed_over: dict) -> None:
+    """Garbage collections pass over what imports have made: that took a second, hundreds of times.
+
+    What is alive at the first test of a file is passed over, and again after tests that import much.
+    """
+    found = {"file": request.path, "imports": len(sys.modules) // 200}
+    if found != passed_over:
+        passed_over.update(found)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def passed_over() -> dict:
+    """The file and the number of imports at the last time that `light_collections` acted."""
+    return {}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -122,6 +122,27 @@ def test_ties_go_to_the_log_probability_and_then_to_the_first():
     assert chosen(first, Candidate("y", 1, -3, "2"), Candidate("y", 1, -2, "3")) == "3"
 
 
+def test_the_candidates_of_a_source_share_its_weight_and_its_name():
+    """A source of 18 samples does not drown one caption, and a caption that occurs often counts more."""
+    samples = [Candidate("y", source=f"sample{n}") for n in range(17)] + [Candidate("z", source="beam1")]
+    given = consensus.of_source(samples, "own", 2.0)
+    assert sum(one.weight for one in given) == pytest.approx(2.0)
+    assert [given[0].source, given[-1].source] == ["own/sample0", "own/beam1"]
+    (alone,) = consensus.of_source([Candidate("x")], "a/b-s1", 1.0)
+    assert (alone.weight, alone.source) == (1.0, "a/b-s1")
+
+    def same(ours, theirs, images=None):
+        return np.array([float(a == b) for a, b in zip(ours, theirs, strict=True)])
+
+    def chosen(weight: float) -> str:
+        given = [*consensus.of_source(samples, "own", weight), alone]
+        ((_, choice),) = consensus.choose({"a": given}, same)
+        return choice.candidate.caption
+
+    assert chosen(1.1) == "y"
+    assert chosen(1.0) == "x"
+
+
 def test_a_blank_caption_is_chosen_only_if_all_are_blank():
     candidates = {
         "a": [Candidate(""), Candidate("."), Candidate("a chest")],

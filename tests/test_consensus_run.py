@@ -1,19 +1,23 @@
 """Consensus as a step of a run: own captions, captions of other runs, resuming, and what it refuses."""
 
+import contextlib
 import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support.commands import harness
 from support.experiments import EXPERIMENT
 
-from harness.captions import read_captions
+from harness.captions import read_candidates, read_captions
 from harness.decoding import consensus
 from harness.decoding.consensus import Candidate
+from harness.metrics.lexical import rouge1_f
 from harness.metrics.settings import ScoreConfig
-from harness.steps import consensus as step
+from harness.steps import comparing
 
 ALONE = """
   rouge: {consensus: {own: 0, runs: [small/opt-s42, {run: greedy/opt-s42, weight: 2}, odd/opt-s42],
@@ -21,6 +25,16 @@ ALONE = """
 """
 WITH_OWN = """
   own: {consensus: {own: 1.5, runs: [greedy/opt-s42, odd/opt-s42], utility: {rouge1: 1, bleu1: 1}}}
+"""
+
+
+SAMPLED = """
+  sampled: {predict: {num_beams: 2, num_return_sequences: 2, samples: {count: 3}},
+            consensus: {runs: [greedy/opt-s42], utility: {rouge1: 1}}}
+"""
+OF_CANDIDATES = """
+  others: {consensus: {own: 0, runs: [{run: both/sampled-s42, weight: 3}, odd/opt-s42],
+           utility: {rouge1: 1}}}
 """
 
 
@@ -95,6 +109,95 @@ def test_own_captions_are_candidates_too(project):
     assert before(project, "both/own-s42") == expected(project, weights, {"rouge1": 1, "bleu1": 1})
 
 
+def by_hand(sources: list[tuple[str, float, dict]]) -> dict[str, tuple[str, str]]:
+    """Source and caption that a plain loop over all pairs chooses for each image."""
+    found = {}
+    for image in sources[0][2]:
+        given = [
+            (weight / len(every[image]), f"{name}/{one.source}".rstrip("/"), one.log_probability, one.caption)
+            for name, weight, every in sources
+            for one in every[image]
+        ]
+        means = [sum(w * rouge1_f(caption, other) for w, _, _, other in given) for *_, caption in given]
+        tied = [n for n, mean in enumerate(means) if mean >= max(means) - 1e-6 * sum(one[0] for one in given)]
+        best = given[max(tied, key=lambda n: (given[n][2], -n))]
+        found[image] = best[1], best[3]
+    return found
+
+
+def test_samples_and_beams_are_candidates_of_their_run_and_of_others(project):
+    (project / "sampled.yaml").write_text(variants(SAMPLED))
+    harness(project, "run", "sampled.yaml")
+    record = json.loads((project / "runs" / "both" / "sampled-s42" / "run.json").read_text())
+    own = read_candidates(project / "runs" / record["artifacts"]["predictions/valid_candidates.csv"])
+    sources = ["beam1", "beam2", "sample1", "sample2", "sample3"]
+    assert all([one.source for one in given] == sources for given in own.values())
+    greedy = {image: [Candidate(caption)] for image, caption in before(project, "greedy/opt-s42").items()}
+    expected = by_hand([("own", 1.0, own), ("greedy/opt-s42", 1.0, greedy)])
+    assert table(project, record) == expected
+    assert before(project, "both/sampled-s42") == {image: one[1] for image, one in expected.items()}
+    # another run takes all of them and not what this one chose
+    (project / "others.yaml").write_text(variants(OF_CANDIDATES))
+    harness(project, "run", "others.yaml")
+    other = json.loads((project / "runs" / "both" / "others-s42" / "run.json").read_text())
+    odd = {image: [Candidate(caption)] for image, caption in before(project, "odd/opt-s42").items()}
+    assert table(project, other) == by_hand([("both/sampled-s42", 3.0, own), ("odd/opt-s42", 1.0, odd)])
+    # and so does the command
+    runs, how = ("runs/both/sampled-s42", "runs/odd/opt-s42"), ("--utility", "rouge1", "--weights", "3,1")
+    said = harness(project, "consensus", *runs, *how, "--out", "all.csv", "--per-image", "why.csv")
+    assert "candidates.csv: 60 captions of 12 images, candidates of a run" in said.stderr
+    rows = csv.DictReader((project / "why.csv").read_text(encoding="utf-8").splitlines())
+    assert {row["ID"]: (row["source"].removeprefix("runs/"), row["caption"]) for row in rows} == table(
+        project, other
+    )
+    counts = [int(line.split()[0]) for line in said.stdout.splitlines() if line.endswith(runs)]
+    assert sum(counts) == 12
+
+
+def table(project: Path, record: dict) -> dict[str, tuple[str, str]]:
+    """Source and caption of each image, as a consensus step says."""
+    file = project / "runs" / record["artifacts"]["consensus/valid.csv"]
+    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    return {row["ID"]: (row["source"], row["caption"]) for row in rows}
+
+
+def test_an_interrupted_consensus_compares_only_what_is_left(tmp_path, monkeypatch):
+    """The choices of both calls are those of one, with samples among the candidates."""
+    random, compared = np.random.default_rng(0), []
+    candidates = {
+        f"image_{n}": [
+            Candidate(f"{word}", 0.2, -float(random.integers(3)), f"own/sample{place}")
+            for place, word in enumerate(random.integers(0, 3, 5))
+        ]
+        for n in range(20)
+    }
+
+    def same(ours, theirs, images=None):
+        compared.append(len(ours))
+        return np.array([float(a == b) for a, b in zip(ours, theirs, strict=True)])
+
+    def work(until: int) -> SimpleNamespace:
+        def advance(done, total):
+            if done == until:
+                raise KeyboardInterrupt
+
+        reporter = SimpleNamespace(progress=lambda label: contextlib.nullcontext(advance))
+        return SimpleNamespace(drop_model=lambda: None, say=lambda text: None, reporter=reporter)
+
+    step = SimpleNamespace(part="valid", inputs=SimpleNamespace(data=SimpleNamespace(readable=lambda _: [])))
+    monkeypatch.setattr(comparing, "_utility", lambda inputs, work: same)
+    monkeypatch.setattr(consensus.choose, "__defaults__", (None, 1))
+    (tmp_path / "whole").mkdir()
+    whole = comparing.choose(step, work(0), candidates, tmp_path / "whole")
+    each = list(compared)
+    compared.clear()
+    with pytest.raises(KeyboardInterrupt):
+        comparing.choose(step, work(8), candidates, tmp_path)
+    assert comparing.choose(step, work(0), candidates, tmp_path) == whole
+    assert compared == each
+    assert len(each) == 20
+
+
 def test_other_captions_of_a_source_give_another_step(project, tmp_path):
     place = shutil.copytree(project, tmp_path / "project")
     (place / "alone.yaml").write_text(variants(ALONE))
@@ -120,6 +223,8 @@ def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
     run = "{own: 0, runs: [small/none-s42]}"
     assert "runs/small/none-s42: not a run" in said(f"\n  a: {{consensus: {run}}}\n")
     assert "there are no candidates" in said("\n  a: {consensus: {own: 0}}\n")
+    beams = "{num_beams: 2, num_return_sequences: 3}"
+    assert "num_return_sequences is 3, but there are only 2 beams" in said(f"\n  a: {{predict: {beams}}}\n")
     assert "is named twice" in said("\n  a: {consensus: {runs: [a/b-s1, {run: a/b-s1, weight: 2}]}}\n")
     assert "overall is no score of 2023" in said("\n  a: {consensus: {utility: {overall: 1}}}\n")
     assert "weights are not on this machine" in said("\n  a: {consensus: {utility: {bleurt: 1}}}\n")
@@ -136,8 +241,8 @@ def test_choices_of_an_interrupted_step_are_kept_and_damaged_ones_are_not(tmp_pa
     file = tmp_path / "partial.jsonl"
     candidates = {image: [Candidate("a"), Candidate("b")] for image in "xyz"}
     for image in "xyz":
-        step._keep(file, image, 1, consensus.Choice(candidates[image][1], 0.25, 2))
+        comparing._keep(file, image, 1, consensus.Choice(candidates[image][1], 0.25, 2))
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1].replace("0.25", "0.75"), lines[2][:-9]]))
-    assert list(step._read(file, candidates)) == ["x"]
-    assert step._read(file, candidates)["x"].candidate.caption == "b"
+    assert list(comparing._read(file, candidates)) == ["x"]
+    assert comparing._read(file, candidates)["x"].candidate.caption == "b"

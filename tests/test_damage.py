@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from harness import records
+from harness.captions import Candidate
 from harness.data.images import open_pixels, resize, unbuilt
 from harness.data.readers import Example
 from harness.errors import UserError
@@ -131,15 +132,16 @@ def test_captions_of_an_interrupted_step_are_kept_only_as_they_were_written(tmp_
     from harness.decoding import predict
 
     def row(image, caption, digest=None):
-        return json.dumps([image, caption, digest or fingerprint([image, caption])]).encode()
+        found = [["beam1", -1.5, caption]]
+        return json.dumps([image, found, digest or fingerprint([image, found])]).encode()
 
-    altered = row("b", "large mass", fingerprint(["b", "large masr"]))
+    altered = row("b", "large mass", fingerprint(["b", [["beam1", -1.5, "large masr"]]]))
     odd = [b"5", b"null", b'"abc"', b'["a", "an older version"]', b'{"a": 1, "b": 2, "c": 3}', b"[" * 99_999]
     lines = [row("a", "mass"), altered, *odd, row("c", "no mass")[:-9], row("d", "é").replace(b"d", b"\xff")]
     (tmp_path / "partial-0.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "partial-1.jsonl").mkdir()
     os.mkfifo(tmp_path / "partial-2.jsonl")
-    assert predict._read_partials(tmp_path) == {"a": "mass"}
+    assert predict._read_partials(tmp_path) == {"a": [Candidate("mass", 1.0, -1.5, "beam1")]}
 
 
 def test_large_files_are_read_only_when_asked(tmp_path, monkeypatch):

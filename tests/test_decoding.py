@@ -35,8 +35,8 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 def ours(model, pixels, given: dict, end: int, pad: int):
     config = PredictConfig(**given)
-    with torch.inference_mode(), model.decoder(PROMPT, config.num_beams, config.max_new_tokens) as begin:
-        return search(begin(pixels), config, end, pad)
+    with torch.inference_mode(), model.decoder(config.num_beams, config.max_new_tokens) as begin:
+        return search(begin(pixels, PROMPT.expand(len(pixels), -1)), config, end, pad)
 
 
 def theirs(model, pixels, given: dict, end: int, pad: int):
@@ -124,13 +124,13 @@ def ending() -> tuple:
 def test_images_leave_the_batch_when_their_captions_are_done(beams):
     model, pixels, end = ending()
     config = PredictConfig(num_beams=beams, max_new_tokens=24, min_new_tokens=0)
-    with torch.inference_mode(), model.decoder(PROMPT, beams, 24) as begin:
-        found = Rows(begin(pixels))
+    with torch.inference_mode(), model.decoder(beams, 24) as begin:
+        found = Rows(begin(pixels, PROMPT.expand(len(pixels), -1)))
         search(found, config, end, 1)
     alone = []
     for image in pixels:
-        with torch.inference_mode(), model.decoder(PROMPT, beams, 24) as begin:
-            one = Rows(begin(image[None]))
+        with torch.inference_mode(), model.decoder(beams, 24) as begin:
+            one = Rows(begin(image[None], PROMPT[None]))
             search(one, config, end, 1)
             alone.append(len(one.rows))
     assert len(set(alone)) > 2
@@ -168,8 +168,12 @@ def test_a_batch_of_a_decoder_leaves_nothing_to_the_next():
     """Batches share memory; a smaller one, whose captions are shorter, comes after a larger one."""
     model, pixels, end = ending()
     config = PredictConfig(num_beams=3, max_new_tokens=12, min_new_tokens=0)
-    with torch.inference_mode(), model.decoder(PROMPT, 3, 12) as begin:
-        parts = [search(begin(part), config, end, 1).ids for part in (pixels[:5], pixels[5:], pixels[:5])]
+    with torch.inference_mode(), model.decoder(3, 12) as begin:
+        every = PROMPT.expand(len(pixels), -1)
+        parts = [
+            search(begin(pixels[part], every[part]), config, end, 1).ids
+            for part in (slice(5), slice(5, 8), slice(5))
+        ]
     given = {"num_beams": 3, "max_new_tokens": 12, "min_new_tokens": 0}
     for part, found in zip((pixels[:5], pixels[5:], pixels[:5]), parts, strict=True):
         assert torch.equal(found, ours(model, part, given, end, 1).ids)

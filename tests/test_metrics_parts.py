@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from harness import metrics
-from harness.metrics import clipscore, concepts, lexical, text
+from harness.metrics import base, clipscore, concepts, lexical, text
+from harness.metrics.settings import ScoreConfig
 
 CUIS = st.frozensets(st.sampled_from([*sorted(concepts.SECONDARY)[:6], "C0000001", "C0000002", "C0000003"]))
 
@@ -141,6 +142,27 @@ def test_cider_with_other_documents_equals_pycocoevalcap_with_their_frequencies(
         oracle.crefs = LengthOf(oracle.crefs, len(documents))
         found = lexical.cider_scores(predictions, references, documents)
         np.testing.assert_allclose(found, oracle.compute_cider(), rtol=0, atol=1e-9)
+
+
+def test_documents_are_counted_once_and_other_rows_change_no_bit(monkeypatch):
+    """Two calls with the same documents, as a self-critical training makes in each step."""
+    draw, made = random.Random(2), []
+    captions = [" ".join(draw.choices("abcdefgh", k=9)) for _ in range(60)]
+    documents = base.Documents(captions[:30])
+    counting = base.Frequencies.__init__
+    monkeypatch.setattr(
+        base.Frequencies, "__init__", lambda self, given: (made.append(1), counting(self, given))[1]
+    )
+
+    def cider(rows: slice) -> np.ndarray:
+        ours, theirs = captions[rows], [f"{caption} zz" for caption in captions[::-1][rows]]
+        inputs = base.Inputs(ours, theirs, None, ScoreConfig(), 2023, documents=documents)
+        return lexical.cider(inputs).per_image
+
+    whole, part = cider(slice(0, 60)), cider(slice(20, 50))
+    assert made == [1]
+    assert part.tolist() == whole[20:50].tolist()
+    assert whole.min() > 0
 
 
 class LengthOf(list):

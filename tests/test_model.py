@@ -66,8 +66,8 @@ def test_greedy_decoding_equals_the_argmax_of_the_training_path(tiny_folder, lan
     prompt = torch.tensor(loaded.caption.prompt)
     # no token ends the sequence, so that every row has all its steps
     options = PredictConfig(num_beams=1, max_new_tokens=7)
-    with model.decoder(prompt, 1, 7) as begin:
-        ids = search(begin(images), options, -1, loaded.caption.pad).ids[:, 0]
+    with model.decoder(1, 7) as begin:
+        ids = search(begin(images, prompt.expand(len(images), -1)), options, -1, loaded.caption.pad).ids[:, 0]
     sequence = prompt.expand(len(images), -1)
     with torch.no_grad():
         queries, states = model.see(images)
@@ -104,8 +104,8 @@ def test_beam_search_finds_the_best_of_all_short_sequences(tiny_folder, language
         total = first[:, None] + log_probabilities(pairs)
     best = divmod(int(total.argmax()), vocabulary)
     options = PredictConfig(num_beams=vocabulary, max_new_tokens=2)
-    with model.decoder(prompt, vocabulary, 2) as begin:
-        ids = search(begin(image), options, -1, loaded.caption.pad).ids[:, 0]
+    with model.decoder(vocabulary, 2) as begin:
+        ids = search(begin(image, prompt[None]), options, -1, loaded.caption.pad).ids[:, 0]
     assert tuple(ids[0].tolist()) == best
 
 

@@ -46,6 +46,24 @@ def weights(folder: Path, seed: int) -> Path:
     return folder
 
 
+def test_captions_depend_on_the_seed_only_if_some_are_sampled(data, tmp_path):
+    def step(seed: int = 42, **predict):
+        given = plan(data, tmp_path, seed=seed, predict=predict, train={"stages": []})
+        return given.steps["predict-valid"]
+
+    # as written by versions that knew no candidates
+    assert not {"samples", "num_return_sequences", "seed"} & step().canonical["config"]["predict"].keys()
+    assert "seed" not in step().canonical["config"]
+    assert step(num_return_sequences=1, samples=None).directory == step().directory
+    best, sampled = {"num_return_sequences": 2}, {"samples": {"count": 4}}
+    assert step(1).directory == step(2).directory
+    assert step(1, **best).directory == step(2, **best).directory
+    assert step(1, **sampled).directory != step(2, **sampled).directory
+    assert len({step(**given).directory for given in ({}, best, sampled, best | sampled)}) == 4
+    assert "predictions/valid_candidates.csv" in step(**best).artifacts
+    assert "predictions/valid_candidates.csv" not in step().artifacts
+
+
 def test_what_does_not_change_the_weights_repeats_no_training(data, tmp_path):
     base = plan(data, tmp_path).steps["train"].directory
     for same in (

@@ -182,7 +182,8 @@ def test_one_rank_captions_as_two_did(shared_run):
     (step / "predictions.csv").unlink()
     # what a rank that was killed left behind: two captions, and a line cut in two
     rows = before.decode().splitlines()[1:3]
-    pairs = [row.split(",", 1) for row in rows if '"' not in row]
+    split = [row.split(",", 1) for row in rows if '"' not in row]
+    pairs = [(key, [["beam1", -1.0, text]]) for key, text in split]
     kept = "".join(json.dumps([*pair, fingerprint(pair)]) + "\n" for pair in pairs)
     (step / "partial-1.jsonl").write_bytes(f'{kept}["phantom_te'.encode() + "é".encode()[:1])
     harness(folder, "run", "small.yaml", "--set", "train.zero_stage=2")

@@ -287,6 +287,42 @@ def run(
     _run_all(experiment, configs, output)
 
 
+@app.command(rich_help_panel=_RUN)
+def soup(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Finished runs of one initialisation.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="EXPERIMENT.yaml", help="Where to write the experiment; by default runs/soup/."),
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half/--all", help="Choose on one half of the validation images, or on all.")
+    ] = True,
+    sets: Sets = None,
+    device: DeviceOption = None,
+    output: Output = Format.table,
+) -> None:
+    """Average the weights of runs if that scores better, and run what it gives: captions, scores, submission.
+
+    It starts from the best one and adds the others one by one; it keeps one if the score does not fall. All
+    weights that train.keep_best kept are candidates. At the end it compares the soup with the best run.
+
+    Example: python -m harness soup quickstart/opt_224-s42 quickstart/opt_224-s43
+    """
+    from harness.cli import soups
+    from harness.store import RUNS
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    file = soups.experiment(runs, out, half)
+    configs = _configs(file, sets, device)
+    records = _run_all(file, configs, output)
+    print(f"the experiment: {file}", file=sys.stderr)
+    if records and output is Format.table and not launch.is_rank():
+        member = soups.best_member(records[0])
+        compare.compare([RUNS / member, RUNS / configs[0].name / configs[0].run_name])
+
+
 def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> int:
     from harness.machine import device
     from harness.training.schedule import indivisible
@@ -301,15 +337,18 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
     return launch.here(sys.argv[1:], count)
 
 
-def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
-    """Run all configs, in this process or as one of several ranks; only rank 0 writes and prints."""
+def _run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[str, Any]]:
+    """Run all configs, in this process or as one of several ranks -> their records.
+
+    Only rank 0 writes and prints; others get no records.
+    """
     from harness.machine import device as devices
 
     kinds = {devices.probe(config.device).kind for config in configs}
     ranks.start(kinds.pop())
     if ranks.rank():
         _assist(configs)
-        return
+        return []
     from harness import report as reports
     from harness import run as runs
     from harness import tracking
@@ -341,6 +380,7 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> None:
         if late:
             terminal.say(late)
     _print_records(records, output)
+    return records
 
 
 def _assist(configs: list[Any]) -> None:

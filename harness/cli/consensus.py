@@ -17,8 +17,9 @@ from harness.errors import Flaw, Problem, UserError, grouped
 from harness.visible import json_text, one_line
 
 if TYPE_CHECKING:
+    from harness.captions import Candidate
     from harness.data.captionfiles import CaptionFile
-    from harness.decoding.consensus import Candidate, Choice
+    from harness.decoding.consensus import Choice
 
 _MOST = 1e6
 """The largest weight."""
@@ -30,7 +31,7 @@ def consensus(
         typer.Argument(
             metavar="CAPTIONS ...",
             help="Files of any official format or COCO results, with one or several captions for each image; "
-            "or folders of runs.",
+            "or folders of runs, whose samples and further beams are candidates too.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="OUT.csv", help="Where to write the chosen captions.")],
@@ -71,7 +72,7 @@ def consensus(
     """Choose for each image the caption with the best mean utility against all its candidates.
 
     The captions of several systems make an ensemble. Several captions of one system make a consensus of its
-    samples. Ties go to the earlier source. No references are needed.
+    samples. Ties go to the more probable caption, then to the earlier source. No references are needed.
 
     Example: python -m harness consensus a.csv b.csv samples.json --out run.csv
     """
@@ -83,8 +84,11 @@ def consensus(
 
     year = edition_of(edition, None)
     _check_outputs(out, per_image, sources)
-    files = _same_ids([_read(source, split.value) for source in sources])
-    candidates = _candidates(files, sources, _weights(weights, len(sources)))
+    runs = [_candidates_of_run(source, split.value) for source in sources]
+    read = [run[0] if run else _read(source, split.value) for run, source in zip(runs, sources, strict=True)]
+    files = _same_ids(read)
+    known = [run and run[1] for run in runs]
+    candidates = _candidates(files, known, sources, _weights(weights, len(sources)))
     mixed = method.mixture(_mixture(utility, year), year)
     config = scoring.settings(year, list(mixed), standins, sets or ())
     if problems := metrics.problems(config, year):
@@ -127,6 +131,23 @@ def _check_outputs(out: Path, per_image: Path | None, sources: Sequence[Path]) -
     problems += [Problem("is given twice; give it a weight of 2 instead", source) for source in again]
     if problems:
         raise UserError(problems)
+
+
+def _candidates_of_run(source: Path, split: str) -> "tuple[CaptionFile, dict[str, list[Candidate]]] | None":
+    """The candidates of a run, also as if from a file; None if the source is no run or has only captions."""
+    from harness import records, scoring
+    from harness.data.captionfiles import CaptionFile
+
+    run = scoring.find_run(source)
+    name = f"predictions/{split}_candidates.csv"
+    if run is None or name not in run[1].get("artifacts", {}):
+        return None
+    file = records.artifact(*run, name)
+    found = records.candidates(file, run[1])
+    captions = {image: [one.caption for one in given] for image, given in found.items()}
+    first = {image: given[0] for image, given in captions.items()}
+    further = {image: given[1:] for image, given in captions.items() if given[1:]}
+    return CaptionFile(file, ",", "candidates of a run", first, {}, further=further), found
 
 
 def _read(source: Path, split: str) -> "CaptionFile":
@@ -197,16 +218,20 @@ def _mixture(given: str | None, year: int) -> dict[str, float]:
 
 
 def _candidates(
-    files: Sequence["CaptionFile"], sources: Sequence[Path], weights: Sequence[float]
+    files: Sequence["CaptionFile"],
+    known: Sequence[dict[str, list["Candidate"]] | None],
+    sources: Sequence[Path],
+    weights: Sequence[float],
 ) -> dict[str, list["Candidate"]]:
-    """The candidates of each image; a source's weight is shared among its captions of the image."""
-    from harness.decoding.consensus import Candidate
+    """The candidates of each image; those that are `known` have log-probabilities and names of their own."""
+    from harness.captions import Candidate
+    from harness.decoding.consensus import of_source
 
     found: dict[str, list[Candidate]] = {key: [] for key in files[0].values}
-    for file, source, weight in zip(files, sources, weights, strict=True):
-        for key, captions in file.candidates.items():
-            share = weight / len(captions)
-            found[key] += [Candidate(caption, share, source=one_line(str(source))) for caption in captions]
+    for file, given, source, weight in zip(files, known, sources, weights, strict=True):
+        given = given or {key: list(map(Candidate, every)) for key, every in file.candidates.items()}
+        for key, every in given.items():
+            found[key] += of_source(every, one_line(str(source)), weight)
     return found
 
 
@@ -241,8 +266,10 @@ def _report(
     output: Report,
 ) -> None:
     """Print how many captions are from each source, and the mean expected utility."""
-    taken = Counter(choice.candidate.source for choice in chosen.values())
-    counts = {name: taken[name] for name in map(one_line, map(str, sources))}
+    names = [one_line(str(source)) for source in sources]
+    won = (choice.candidate.source for choice in chosen.values())
+    taken = Counter(name if name in names else name.rpartition("/")[0] for name in won)
+    counts = {name: taken[name] for name in names}
     mean = sum(choice.utility for choice in chosen.values()) / len(chosen)
     if output is Report.json:
         found = {"images": len(chosen), "utility": mean, "signatures": signatures, "out": str(out)}

@@ -117,6 +117,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
             notes[f"- {name} is absent: {score['reason']}"] = None
     for record in records:
         notes |= dict.fromkeys([*record["warnings"], *record["data"].get("notes", ())])
+        told = record.get("training", {}).get("notes", ())
+        notes |= dict.fromkeys(f"{name_of(record)}: {text}" for text in told)
         gap = (record["image_gap"] or {}).get("rouge1", {})
         if gap.get("low") is not None and gap["low"] <= 0:
             notes[f"{name_of(record)}: its captions fit other images equally well (image gap)"] = None

@@ -68,6 +68,10 @@ class Config(_Steps):
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"
             )
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
+        if self.predict.num_return_sequences > self.predict.num_beams:
+            what = f"num_return_sequences is {self.predict.num_return_sequences}, but there are only "
+            what += f"{self.predict.num_beams} beams"
+            raise AcrossKeys(what, "predict.num_return_sequences", "predict.num_beams")
         if not self.has_model and not self.consensus.runs:
             raise AcrossKeys(
                 "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"
@@ -75,6 +79,18 @@ class Config(_Steps):
         if not self.has_model and self.retrieval:
             what = "retrieval needs this run's model, but own is 0; use 1 or more"
             raise AcrossKeys(what, "consensus.own", "retrieval")
+        if self.full_fit and not self.trains:
+            what = "data.fit_on has valid, but nothing is trained"
+            raise AcrossKeys(what, "data.fit_on", "train.stages")
+        if self.full_fit and self.train.patience and not self.train.epochs_of:
+            what = "patience counts validations, but data.fit_on has valid; name a run in train.epochs_of"
+            raise AcrossKeys(what, "train.patience", "data.fit_on")
+        if self.train.epochs_of and not self.full_fit:
+            what = "epochs_of needs data.fit_on: [train, valid]"
+            raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
+        if not self.has_model and self.soup:
+            what = "soup gives this run a model, but own is 0; use 1 or more"
+            raise AcrossKeys(what, "consensus.own", "soup")
         if not self.trains and not self.predict.splits:
             what = "nothing is trained and predict.splits is empty; there is nothing to do"
             raise AcrossKeys(what, "predict.splits", "train.stages")
@@ -87,8 +103,18 @@ class Config(_Steps):
 
     @property
     def trains(self) -> bool:
-        """Whether the run trains its model."""
-        return self.has_model and bool(self.train.stages)
+        """Whether the run trains its model; a soup averages the weights of other runs instead."""
+        return self.has_model and self.soup is None and bool(self.train.stages)
+
+    @property
+    def full_fit(self) -> bool:
+        """Whether the run learns from validation images, so that no score on them is possible."""
+        return "valid" in self.data.fit_on
+
+    @property
+    def captioned(self) -> tuple[str, ...]:
+        """The splits of `predict.splits` that the run captions."""
+        return tuple(split for split in self.predict.splits if split != "valid" or not self.full_fit)
 
     @property
     def run_name(self) -> str:

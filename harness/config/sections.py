@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import core_schema
 
 from harness.config.editions import LayoutName
@@ -67,6 +67,7 @@ def or_auto(kind: Any) -> Any:
 
 Fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 Share = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+Mass = number("a number above 0 and up to 1", lambda value: 0 < value <= 1)
 Positive = number("a finite number above 0", lambda value: value > 0)
 NonNegative = number("a finite number of 0 or more", lambda value: value >= 0)
 Finite = number("a finite number", lambda value: True)
@@ -118,6 +119,15 @@ class AugmentConfig(Section):
     """Largest rotation in degrees."""
 
 
+class FractionConfig(Section):
+    """The share of the images of a split that is used; the test split is always whole."""
+
+    train: Mass = 1.0
+    """Share of the training images."""
+    valid: Mass = 1.0
+    """Share of the validation images. Scores on a share get no rank on the leaderboard."""
+
+
 class DataConfig(Section):
     """Where the images, captions and concepts are."""
 
@@ -127,12 +137,55 @@ class DataConfig(Section):
     """Names and format of the files. imageclef2023 also reads 2022; imageclef2024 also reads later years."""
     skip_bad: bool = False
     """Continue despite problems, and list them. Training skips such rows; validation and test keep them."""
+    fraction: FractionConfig = FractionConfig()
+    """Use only a share of the images, for a quick look. All results of such a run say so.
+
+    The hash of an image's id chooses. So the choice is the same everywhere, and 10 % of the images are among
+    20 % of them. Other images are neither checked nor decoded.
+    """
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes of training images."""
     phantom: PhantomConfig | None = None
     """Draw this made-up set into `root` first, if that folder does not exist."""
+    fit_on: tuple[Literal["train", "valid"], ...] = ("train",)
+    """The splits that the model learns from: [train], or [train, valid] for a last run before a submission.
+
+    Such a last run has no validation: no scores, no captions of valid, and its last weights are kept.
+    `train.epochs_of` says for how long it trains. All else is from train alone: the tiny checkpoint,
+    stand-ins of metrics, neighbours, document frequencies, the constant caption.
+    """
+
+    @field_validator("fit_on")
+    @classmethod
+    def _has_train(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if given not in (("train",), ("train", "valid")):
+            raise ValueError(f"got [{', '.join(given)}]; [train] or [train, valid] is allowed")
+        return given
+
+
+class Truncation(Section):
+    """The distribution that tokens are sampled from, as in transformers' `generate`."""
+
+    temperature: Positive = 1.0
+    """Logits are divided by this; below 1, probable tokens become more probable."""
+    top_k: whole(0, 10**6) = 0
+    """Only this many of the most probable tokens; 0: all."""
+    top_p: Mass = 1.0
+    """Only the most probable tokens, until their probabilities sum to this; 1: all."""
+    epsilon: Share = 0.0
+    """Only tokens of at least this probability (`epsilon_cutoff` in transformers); 0: all."""
+
+
+class SamplesConfig(Truncation):
+    """Captions of each image that are sampled from the model besides the beams; `null` turns it off.
+
+    They depend on the run's seed, and on nothing else that a run draws.
+    """
+
+    count: whole(1, 1000) = 16
+    """Samples of an image. Its first ones stay the same if this changes."""
 
 
 class PredictConfig(Section):
@@ -152,8 +205,25 @@ class PredictConfig(Section):
     """As in transformers' `generate`; 1 is none."""
     no_repeat_ngram_size: whole(0, 10_000) = 0
     """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
+    num_return_sequences: whole(1, 1000) = 1
+    """Beams of each image that are candidates, best first. The best one is the caption."""
+    samples: SamplesConfig | None = None
+    """Captions of each image that are sampled from the model besides the beams; `null` turns it off.
+
+    They obey the lengths, the repetition penalty and the n-gram limit, as beams do.
+    """
     batch_size: or_auto(Batch) = 16
     """Images decoded together on one device.
 
     auto: on a CPU 16; else the first 16 are measured, and then as many as fit are taken.
     """
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether an image gets further captions besides the best beam."""
+        return self.samples is not None or self.num_return_sequences > 1
+
+    @property
+    def rows(self) -> int:
+        """The most captions of an image that grow at the same time."""
+        return max(self.num_beams, self.samples.count if self.samples else 1)

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from harness.config.sections import DataConfig
-from harness.data import phantom
+from harness.data import fraction, phantom
 from harness.data.files import read as read_file
 from harness.data.folders import File
 from harness.data.images import DAMAGE, Progress, damage, decode, each
@@ -59,7 +59,7 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
     `data.skip_bad` allows: it leaves such rows out of training only.
     """
     _ensure(config)
-    listing = read(config.root, config.layout)
+    listing = listed(config)
     findings = listing.findings + list(_label_findings(listing))
     known = _known(config.root, work)
     unknown = _unscanned(listing, known)
@@ -94,7 +94,7 @@ class Examined:
 def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> Examined:
     """Check a data set and decode every image, whether or not `data.skip_bad` is set."""
     _ensure(config)
-    listing = read(config.root, config.layout)
+    listing = listed(config)
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
@@ -109,7 +109,12 @@ def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | No
 def unchecked(config: DataConfig, work: Path = Path("runs")) -> int:
     """How many images of a data set have not been decoded here yet."""
     _ensure(config)
-    return len(_unscanned(read(config.root, config.layout), _known(config.root, work)))
+    return len(_unscanned(listed(config), _known(config.root, work)))
+
+
+def listed(config: DataConfig) -> Listing:
+    """The labels and images that a config uses, without opening an image."""
+    return fraction.keep(read(config.root, config.layout), config.fraction)
 
 
 def _ensure(config: DataConfig) -> None:
@@ -225,7 +230,7 @@ def _dataset(
         for split, examples in {"test": [], **listing.splits}.items()
     }
     splits["train"] = tuple(e for e in splits["train"] if e.trains and ("train", e.id) not in bad)
-    if problems := list(_unusable(config.root, splits)):
+    if problems := list(_unusable(config, splits)):
         raise UserError([*problems, *together(findings)])
     fingerprints = {
         split: fingerprint([_contents(split, splits[split], scans), listing.concept_names])
@@ -252,13 +257,15 @@ def _with_damage(split: str, example: Example, listing: Listing, scans: Mapping[
     return replace(example, damage=damage) if damage else example
 
 
-def _unusable(root: Path, splits: Mapping[str, tuple[Example, ...]]) -> Iterator[Problem]:
+def _unusable(config: DataConfig, splits: Mapping[str, tuple[Example, ...]]) -> Iterator[Problem]:
     """Splits without a single usable row."""
     for split in ("train", "valid"):
         if not any(example.trains for example in splits[split]):
-            yield Problem(f"no good row is left in {split}", root)
+            share = getattr(config.fraction, split)
+            of = f" (data.fraction.{split} is {share:g})" if share < 1 else ""
+            yield Problem(f"no good row is left in {split}{of}", config.root)
     if splits["test"] and all(example.damage for example in splits["test"]):
-        yield Problem("no image of test can be read", root)
+        yield Problem("no image of test can be read", config.root)
 
 
 def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Finding:

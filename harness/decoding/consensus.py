@@ -5,13 +5,14 @@ rule is Eikema and Aziz's (2022): argmax over candidates c of the mean over cand
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
+from harness.captions import Candidate
 from harness.config.editions import EDITIONS
 from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
@@ -67,20 +68,6 @@ class ConsensusConfig(Section):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A caption that an image may get.
-
-    `weight` is its share in the mean of utilities. `log_probability` breaks ties. `source` says where it is
-    from.
-    """
-
-    caption: str
-    weight: float = 1.0
-    log_probability: float = -np.inf
-    source: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """The chosen candidate of an image, its expected `utility`, and how many candidates are `distinct`."""
 
@@ -107,7 +94,7 @@ class Utility:
 
     `weights` are by metric; `mixture` makes them. `documents` give the document frequencies of metrics that
     weigh words, such as CIDEr. `signatures` has the signature of each metric after the first call. Raises
-    `UserError` if a metric can't be computed.
+    `UserError` if a metric can't be computed, which names what it is `needed_by`.
     """
 
     weights: Mapping[str, float]
@@ -116,6 +103,7 @@ class Utility:
     device: str = "cpu"
     documents: Documents | None = None
     signatures: dict[str, str] = field(default_factory=dict)
+    needed_by: str = "the consensus"
 
     def __call__(
         self,
@@ -123,19 +111,31 @@ class Utility:
         references: Sequence[str],
         images: Sequence[Path | None] | None = None,
     ) -> np.ndarray:
+        measured, total = self.each(candidates, references, images), np.zeros(len(candidates))
+        for name, weight in self.weights.items():
+            total += weight * measured[name]
+        return total
+
+    def each(
+        self,
+        candidates: Sequence[str],
+        references: Sequence[str],
+        images: Sequence[Path | None] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The numbers (n,) of each metric, before they are weighed."""
         # no cache on disk: the embeddings of all candidates would fill it
         inputs = Inputs(
             candidates, references, images, self.config, self.edition, self.device, documents=self.documents
         )
-        total = np.zeros(len(candidates))
-        for name, weight in self.weights.items():
+        found = {}
+        for name in self.weights:
             try:
                 measured = finite(METRICS[name].measure(inputs))
             except Absent as absence:
-                raise UserError(f"the consensus needs {name}: {absence}", exit_code=1) from None
+                raise UserError(f"{self.needed_by} needs {name}: {absence}", exit_code=1) from None
             self.signatures[name] = measured.signature
-            total += weight * measured.per_image
-        return total
+            found[name] = measured.per_image
+        return found
 
 
 def mixture(weights: Mapping[str, float], edition: int) -> dict[str, float]:
@@ -165,6 +165,14 @@ def choose(
     candidates = {image: _worded(given) for image, given in candidates.items()}
     for part in _parts(candidates, texts):
         yield from zip(part, _choices(part, candidates, utility, images), strict=True)
+
+
+def of_source(given: Sequence[Candidate], name: str, weight: float) -> list[Candidate]:
+    """The candidates of one source of an image: they share its weight equally and bear its name."""
+    return [
+        replace(one, weight=weight / len(given), source=f"{name}/{one.source}" if one.source else name)
+        for one in given
+    ]
 
 
 def cost(candidates: Mapping[str, Sequence[Candidate]]) -> tuple[int, int]:

@@ -2,49 +2,114 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from harness.captions import PREDICTIONS, write_captions
+from harness.captions import CANDIDATES, PREDICTIONS, Candidate, write_candidates, write_captions
 from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
-from harness.decoding.search import search
+from harness.decoding.search import Captions, sample, search, uniforms
 from harness.machine import ranks
+from harness.models.base import Decoding
 from harness.models.loading import Loaded
+from harness.models.text import Codec
 from harness.store import fingerprint
 
 PARTIALS = "partial-*.jsonl"
+_Begin = Callable[[Tensor, Tensor], Decoding]
+_Speak = Callable[[Tensor, Tensor, Tensor | None], list[list[Candidate]]]
 
 
-@torch.inference_mode()
 def captions(
     loaded: Loaded,
     pixels: Any,
     indices: Sequence[int],
     config: PredictConfig,
-    done: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, captions: None,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[str]:
-    """Caption the images `pixels[indices]`, uint8 (B, S, S, 3); `done` is called after every batch."""
+    """Caption the images `pixels[indices]`, uint8 (B, S, S, 3), by the best beam; see `candidates`."""
+    found = candidates(loaded, pixels, indices, config, prompts=prompts)
+    return [best.caption for best, *_ in found]
+
+
+@torch.inference_mode()
+def candidates(
+    loaded: Loaded,
+    pixels: Any,
+    indices: Sequence[int],
+    config: PredictConfig,
+    draws: Callable[[Sequence[int]], Tensor] | None = None,
+    done: Callable[[Sequence[int], Sequence[list[Candidate]]], None] = lambda indices, found: None,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> list[list[Candidate]]:
+    """The candidates of each of the images `pixels[indices]`, uint8 (B, S, S, 3): beams, best first, samples.
+
+    `draws` gives those of `search.sample` for images by their indices; without it nothing is sampled. `done`
+    is called after every batch. `prompts` are the ids before the caption of each of `pixels`; by default,
+    those of the codec. Images with prompts of one length are decoded together, so that no caption depends on
+    padding.
+    """
     model = loaded.model
-    device = model.device
     was_training = model.training
     model.eval()
-    prompt = torch.tensor(loaded.caption.prompt, device=device)
-    result: list[str] = []
-    with model.decoder(prompt, config.num_beams, config.max_new_tokens) as begin:
-        for part in map(np.asarray(indices).__getitem__, slices(len(indices), config, device.type)):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(device)
-            decoding = begin(loaded.normalise(batch))
-            found = search(decoding, config, loaded.caption.end, loaded.caption.pad)
-            texts = [loaded.caption.decode(row) for row in found.ids[:, 0].tolist()]
-            done([int(i) for i in part], texts)
-            result += texts
+    own = {int(i): loaded.caption.prompt if prompts is None else prompts[i] for i in indices}
+    order = sorted(own, key=lambda i: -len(own[i]))  # the longest need the most memory
+    breaks = [n for n in range(1, len(order)) if len(own[order[n]]) != len(own[order[n - 1]])]
+    result: dict[int, list[Candidate]] = {}
+    with _speaking(loaded, config) as speak:
+        for part in map(order.__getitem__, slices(len(order), config, model.device.type, breaks)):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[np.array(part)])).to(model.device)
+            said = torch.tensor([own[i] for i in part], device=model.device)
+            found = speak(loaded.normalise(batch), said, draws(part).to(model.device) if draws else None)
+            done(part, found)
+            result |= zip(part, found, strict=True)
     model.train(was_training)
-    return result
+    return [result[int(i)] for i in indices]
+
+
+@contextlib.contextmanager
+def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
+    """A function of pixels (B, 3, S, S), prompts (B, P) and draws -> the candidates of each image."""
+    model, caption, most = loaded.model, loaded.caption, config.max_new_tokens
+
+    def begun(begin: _Begin, pixels: Tensor, prompts: Tensor) -> Decoding:
+        decoding = begin(pixels, prompts)
+        # what an own prompt has more is no text of the caption, so penalties do not count it
+        decoding.context = decoding.context[:, : len(caption.prompt)]
+        return decoding
+
+    with contextlib.ExitStack() as opened:
+        begin = opened.enter_context(model.decoder(config.num_beams, most))
+        again = config.samples and opened.enter_context(model.decoder(config.samples.count, most))
+
+        def speak(pixels: Tensor, prompts: Tensor, draws: Tensor | None) -> list[list[Candidate]]:
+            beams = search(begun(begin, pixels, prompts), config, caption.end, caption.pad)
+            found = _worded(beams, config.num_return_sequences, "beam", caption)
+            if draws is None:
+                return found
+            decoding = begun(again, pixels, prompts)
+            samples = sample(decoding, config.samples, config, draws, caption.end, caption.pad)
+            more = _worded(samples, config.samples.count, "sample", caption)
+            return [[*one, *other] for one, other in zip(found, more, strict=True)]
+
+        yield speak
+
+
+def _worded(found: Captions, count: int, name: str, codec: Codec) -> list[list[Candidate]]:
+    """The first `count` captions of each image as text."""
+    rows = zip(found.ids.tolist(), found.log_probabilities.tolist(), strict=True)
+    return [
+        [
+            Candidate(codec.decode(ids), log_probability=own, source=f"{name}{number}")
+            for number, (ids, own) in enumerate(zip(captions[:count], sums[:count], strict=True), 1)
+        ]
+        for captions, sums in rows
+    ]
 
 
 def predict_split(
@@ -55,11 +120,15 @@ def predict_split(
     directory: Path,
     progress: Callable[[int, int], None],
     given: Mapping[str, str] | None = None,
+    seed: int = 0,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Write `predictions.csv` (ID, caption), with captions from `partial-*.jsonl` of an interrupted call.
 
-    `given` are the captions of ids whose images can't be read; `pixels` (N, S, S, 3) are the other images.
-    Each rank captions its share of the remaining images; rank 0 writes.
+    If images get further candidates, `candidates.csv` has them all. `given` are the captions of ids whose
+    images can't be read; `pixels` (N, S, S, 3) are the other images. `seed` is for samples. `prompts`
+    are the ids before the captions of `pixels`. Each rank captions its share of the remaining images; rank 0
+    writes.
     """
     given = given or {}
     every, ids = ids, [image for image in ids if image not in given]
@@ -69,31 +138,39 @@ def predict_split(
         file.write("\n")  # ends a line that an interruption left incomplete
         done = len(known)
 
-        def keep(part: Sequence[int], texts: Sequence[str]) -> None:
+        def keep(part: Sequence[int], found: Sequence[list[Candidate]]) -> None:
             nonlocal done
-            for i, text in zip(part, texts, strict=True):
-                row = [ids[i], text]
+            for i, given in zip(part, found, strict=True):
+                row = [ids[i], [[one.source, one.log_probability, one.caption] for one in given]]
                 file.write(json.dumps([*row, fingerprint(row)], ensure_ascii=False) + "\n")
             file.flush()
             done += len(part) * ranks.world_size()
             progress(min(done, len(ids)), len(ids))
 
-        texts = captions(loaded, pixels, waiting, config, keep)
-    known |= ranks.gather([(ids[i], text) for i, text in zip(waiting, texts, strict=True)])
+        def draws(part: Sequence[int]) -> Tensor:
+            return uniforms(seed, [ids[i] for i in part], config.samples.count, config.max_new_tokens)
+
+        found = candidates(loaded, pixels, waiting, config, draws if config.samples else None, keep, prompts)
+    known |= ranks.gather([(ids[i], one) for i, one in zip(waiting, found, strict=True)])
     if ranks.rank() == 0:
-        known |= given
-        write_captions(directory / PREDICTIONS, {image: known[image] for image in every})
+        known |= {image: [Candidate(caption, source="constant")] for image, caption in given.items()}
+        if config.has_candidates:
+            write_candidates(directory / CANDIDATES, {image: known[image] for image in every})
+        write_captions(directory / PREDICTIONS, {image: known[image][0].caption for image in every})
         for partial in directory.glob(PARTIALS):
             partial.unlink()
 
 
-def _read_partials(directory: Path) -> dict[str, str]:
-    """Captions by id; a row that an interruption cut, or a bit of which has changed, is left out."""
+def _read_partials(directory: Path) -> dict[str, list[Candidate]]:
+    """Candidates by id; a row that an interruption cut, or a bit of which has changed, is left out."""
     known = {}
     for file in sorted(filter(Path.is_file, directory.glob(PARTIALS))):
         for line in file.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 match json.loads(line):
-                    case [str(image), str(caption), digest] if digest == fingerprint([image, caption]):
-                        known[image] = caption
+                    case [str(image), list(found), digest] if digest == fingerprint([image, found]):
+                        known[image] = [
+                            Candidate(caption, log_probability=own, source=source)
+                            for source, own, caption in found
+                        ]
     return known

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _BATCH = 16
 _QUERIES = 256  # compared at a time with all training images
 _ROUNDED = 1e-5  # more than products of unit vectors in fp32 round
+COPY = 0.9999
+"""An image is a copy of another one from this cosine of their `centred` features on."""
+_ALIKE = 0.99  # below this cosine, pixels are not compared: half precision rounds features less
+_SPARE = 8  # rows beyond those that are wanted, in place of copies
 
 
 class RetrievalConfig(Section):
@@ -82,6 +86,46 @@ def nearest(queries: np.ndarray, database: np.ndarray, count: int) -> Neighbours
             rows.append(hits[best])
             cosines.append(exact[best])
     return Neighbours(np.array(rows), np.array(cosines))
+
+
+def centred(found: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Features (N, D) less the mean (D,) of a database, of unit length.
+
+    Features of all images share a large part, above all those of a model that is not fine-tuned. Without it,
+    cosines tell copies from other images.
+    """
+    own = found - mean
+    return own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def is_copy(cosine: float, image: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two images are copies, by the cosine of their `centred` features and their pixels."""
+    return cosine >= COPY or (cosine >= _ALIKE and np.array_equal(image, other))
+
+
+def others(
+    database: np.ndarray,
+    count: int,
+    is_copy: Callable[[int, int, float], bool],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """For each row of a database (M, D) the `count` nearest rows that are no copies of it, best first.
+
+    `is_copy(row, other, cosine)` says whether a row is a copy; each row is a copy of itself.
+    """
+    result: list[list[int]] = [[] for _ in database]
+    waiting, wanted = list(range(len(database))), count + _SPARE
+    while waiting:
+        for start in range(0, len(waiting), _QUERIES):
+            part = waiting[start : start + _QUERIES]
+            found = nearest(database[part], database, wanted)
+            for row, near, cosines in zip(part, found.rows.tolist(), found.cosines.tolist(), strict=True):
+                pairs = zip(near, cosines, strict=True)
+                result[row] = [other for other, cosine in pairs if not is_copy(row, other, cosine)][:count]
+            progress(min(start + _QUERIES, len(waiting)), len(waiting))
+        waiting = [row for row in waiting if len(result[row]) < count] if wanted < len(database) else []
+        wanted *= 4
+    return result
 
 
 def write_features(path: Path, found: np.ndarray) -> None:

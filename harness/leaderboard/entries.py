@@ -14,6 +14,7 @@ from typing import Any
 from harness import records
 from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
+from harness.data import fraction
 from harness.errors import Problem, UserError
 from harness.tracking.server import failure_of, status_of
 
@@ -220,12 +221,17 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield "its captions are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
+    if share := fraction.worded(record["config"].get("data", {}).get("fraction")):
+        yield f"it is a quick look at {share} (data.fraction)"
     year = EDITIONS[edition]
     primary = year.primary
     if primary is None:
         yield f"the ranking rule of {edition} is not established"
         return
     score = record["scores"].get(split, {}).get("after", {}).get(primary)
+    if score is None and (why := record.get("unscored", {}).get(split)):
+        yield f"it has no scores on {SPLITS[split]}: {why}"
+        return
     if score is None or score["value"] is None:
         yield f"{primary}, the ranking score, is absent: {(score or {}).get('reason') or 'not computed'}"
         return

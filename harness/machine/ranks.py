@@ -24,6 +24,7 @@ __all__ = [
     "gather",
     "joined",
     "leave",
+    "parts",
     "rank",
     "say_failed",
     "say_when_interrupted",
@@ -290,3 +291,14 @@ def total(values: "Tensor") -> "Tensor":
 
         distributed.all_reduce(values)
     return values
+
+
+def parts(own: "Tensor") -> "list[Tensor]":
+    """Each rank's tensor, all of one shape, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [own]
+    import torch.distributed as distributed
+
+    found = [own.new_empty(own.shape) for _ in range(world_size())]
+    distributed.all_gather(found, own)
+    return found

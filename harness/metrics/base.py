@@ -14,6 +14,7 @@ from harness.errors import Problem
 from harness.machine import ranks
 from harness.metrics import text
 from harness.metrics.cache import Row, Table, made_by
+from harness.metrics.ngrams import Frequencies
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 from harness.store import fingerprint
@@ -46,6 +47,11 @@ class Documents:
     def identity(self) -> str:
         """A fingerprint of the pre-processed captions."""
         return fingerprint(self.clean)
+
+    @cached_property
+    def frequencies(self) -> Frequencies:
+        """How many of the pre-processed captions hold each n-gram."""
+        return Frequencies(self.clean)
 
 
 @dataclass(frozen=True)

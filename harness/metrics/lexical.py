@@ -2,9 +2,8 @@
 
 import math
 import re
-from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,11 +11,11 @@ from harness.metrics import java
 from harness.metrics.base import Inputs, Measured, Metric, Original, Pairs, sign
 from harness.metrics.cache import Row
 from harness.metrics.expected import silenced
+from harness.metrics.ngrams import ORDERS, Frequencies
 from harness.metrics.text import collapse
 from harness.store import fingerprint
 
 WORD = re.compile(r"[a-z0-9]+")
-CIDER_ORDERS = 4
 CIDER_SIGMA = 6.0
 
 
@@ -65,35 +64,28 @@ def bleu1_aggregate(totals: np.ndarray) -> np.ndarray:
 def cider(inputs: Inputs) -> Measured:
     """CIDEr-D of each row after the official pre-processing, without PTB; its mean is the score."""
     signature = sign("cider", inputs.edition, "ptb:no", "like:pycocoevalcap:1.2")
-    documents = inputs.counted.clean
-    return Measured(_cider(inputs, signature, inputs.clean_pairs, documents, list), signature)
+    pairs, counted = inputs.clean_pairs, inputs.counted
+
+    def compute(new: list[Row]) -> np.ndarray:
+        return _cider(*zip(*new, strict=True), counted.frequencies)[:, None]
+
+    return Measured(inputs.scored([signature, counted.identity], pairs, compute)[:, 0], signature)
 
 
 def cider_ptb(inputs: Inputs) -> Measured:
     """CIDEr-D of the raw captions after PTB; the organisers may compute this instead of `cider`."""
     signature = sign("cider_ptb", inputs.edition, "pre:raw", "ptb:yes", "like:pycocoevalcap:1.2")
-    documents = inputs.counted.captions
-    return Measured(_cider(inputs, signature, inputs.pairs, documents, java.ptb), signature)
-
-
-def _cider(
-    inputs: Inputs,
-    signature: str,
-    pairs: list[Row],
-    documents: Sequence[str],
-    tokenise: Callable[[list[str]], list[str]],
-) -> np.ndarray:
-    """CIDEr-D (n,); a cached row is used only with the same documents."""
+    pairs, documents = inputs.pairs, inputs.counted.captions
     n = len(pairs)
 
     def compute(new: list[Row]) -> np.ndarray:
         further = [] if inputs.documents is None else documents  # else they are the references
-        tokenised = tokenise([*(text for side in zip(*pairs, strict=True) for text in side), *further])
+        tokenised = java.ptb([*(text for side in zip(*pairs, strict=True) for text in side), *further])
         scores = cider_scores(tokenised[:n], tokenised[n : 2 * n], tokenised[2 * n :] or None)
         of_row = dict(zip(pairs, scores, strict=True))
         return np.array([[of_row[row]] for row in new])
 
-    return inputs.scored([signature, fingerprint(list(documents))], pairs, compute)[:, 0]
+    return Measured(inputs.scored([signature, fingerprint(list(documents))], pairs, compute)[:, 0], signature)
 
 
 def cider_scores(
@@ -101,62 +93,34 @@ def cider_scores(
 ) -> np.ndarray:
     """CIDEr-D (n,), in 0 to 10, as pycocoevalcap's `cider_scorer.py` with one reference for each prediction.
 
-    The documents, by default the references, give the document frequencies. A row's score depends on these
-    and the row only: sums run over n-grams in an order that other predictions do not change.
+    The documents, by default the references, give the document frequencies.
     """
+    return _cider(predictions, references, Frequencies(documents or references))
+
+
+def _cider(predictions: Sequence[str], references: Sequence[str], counted: Frequencies) -> np.ndarray:
+    """CIDEr-D (n,). A row's score depends on `counted` and the row only: sums run over n-grams in an order
+    that other rows do not change."""
     count = len(references)
-    words, document = _words([*references, *predictions, *(documents or ())])
-    log_count = math.log(len(documents or references))
-    counted = 2 * count if documents else 0, 2 * count + len(documents) if documents else count
-    starts = grams = np.arange(0)
+    log_count = math.log(counted.size)
     total, lengths = np.zeros(count), np.zeros(2 * count)
-    for order in range(1, CIDER_ORDERS + 1):
-        if order == 1:
-            starts, grams = np.arange(len(words)), words
-        else:
-            inside = starts + order - 1 < len(words)
-            starts, grams = starts[inside], grams[inside]
-            inside = document[starts] == document[starts + order - 1]
-            starts, grams = starts[inside], grams[inside]
-            grams = _ranks(grams * (words.max(initial=0) + 1) + words[starts + order - 1])
+    for order, (document, grams, frequency) in enumerate(counted.of([*references, *predictions]), 1):
         if order == 2:  # the original takes the number of bigrams as a caption's length
-            lengths = np.bincount(document[starts], minlength=2 * count).astype(float)
-        total += _cosines(document[starts], grams, count, log_count, counted)
-    gap = lengths[count : 2 * count] - lengths[:count]
-    return 10 * total / CIDER_ORDERS * np.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
-
-
-def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """For each word of all texts, in order: the number of the word, and the number of its text."""
-    known: dict[str, int] = {}
-    numbers = array("q")
-    counts = []
-    for text in texts:
-        split = text.split()
-        counts.append(len(split))
-        numbers.extend(known.setdefault(word, len(known)) for word in split)
-    return np.array(numbers, dtype=np.int64), np.repeat(np.arange(len(texts)), counts)
-
-
-def _ranks(keys: np.ndarray) -> np.ndarray:
-    return np.unique(keys, return_inverse=True)[1]
+            lengths = np.bincount(document, minlength=2 * count).astype(float)
+        total += _cosines(document, grams, frequency, count, log_count)
+    gap = lengths[count:] - lengths[:count]
+    return 10 * total / ORDERS * np.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
 
 
 def _cosines(
-    document: np.ndarray, grams: np.ndarray, count: int, log_count: float, counted: tuple[int, int]
+    document: np.ndarray, grams: np.ndarray, frequency: np.ndarray, count: int, log_count: float
 ) -> np.ndarray:
-    """Clipped cosines (count,) of n-grams of one order; documents from `count` on are the predictions.
-
-    The documents `counted`, from the first to below the second number, give the frequencies.
-    """
-    size = int(grams.max(initial=0)) + 1
+    """Clipped cosines (count,) of n-grams of one order; documents from `count` on are the predictions."""
+    size = len(frequency)
     pairs, times = np.unique(document * size + grams, return_counts=True)
-    document, grams = np.divmod(pairs, size)
-    frequency = np.bincount(grams[(document >= counted[0]) & (document < counted[1])], minlength=size)
-    scored = document < 2 * count
-    pairs, times, document, grams = pairs[scored], times[scored], document[scored], grams[scored]
+    document, grams = np.divmod(pairs, max(size, 1))
     weights = times * (log_count - np.log(np.maximum(frequency, 1)))[grams]
-    # n-grams that no reference has are summed separately, in whole numbers, so exactly
+    # n-grams that no document has are summed separately, in whole numbers, so exactly
     known = frequency[grams] > 0
     squares = np.bincount(document[known], weights[known] ** 2, 2 * count)
     unknown = np.bincount(document[~known], times[~known] ** 2, 2 * count)

@@ -7,7 +7,7 @@ import torch, so `--dry-run` and the memory forecast are fast. `load` gives a `L
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -29,12 +29,26 @@ FLOAT, HALF, INDEX = 4, 2, 8
 class Losses(NamedTuple):
     """Losses as sums over tokens, so that any split of a batch adds up to the same loss.
 
-    A sum divided by the number of predicted tokens is the mean loss in nats; None for a loss that was not
-    requested. This is a tuple because ZeRO-3 finds the start of the backward pass only in tuples.
+    A sum divided by the number of predicted tokens is the mean loss in nats; that of `reward` is divided by
+    the number of samples. None for a loss that was not requested. This is a tuple because ZeRO-3 finds the
+    start of the backward pass only in tuples.
     """
 
     caption: "Tensor | None"
     concept: "Tensor | None"
+    reward: "Tensor | None" = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Captions that the model has sampled, N for each image of a micro-batch, in the order of images.
+
+    `text` is from `Codec.collate`: ids, mask and labels, each (B * N, T). `loss` gives the loss, a sum over
+    samples, from the logits (B * N, T, V) of the tokens that follow each of the ids.
+    """
+
+    text: "Mapping[str, Tensor]"
+    loss: "Callable[[Tensor], Tensor]"
 
 
 class Decoding(Protocol):
@@ -46,7 +60,7 @@ class Decoding(Protocol):
     logits: "Tensor"
     """(B, V): the scores of the first token of each image's captions."""
     context: "Tensor"
-    """The ids (P,) before the captions that count as said, for penalties of repetition."""
+    """(B, P): the ids before each image's captions that count as said, for penalties of repetition."""
     captured: bool
     """Whether steps are captured for a number of rows, so that changing it is slow and waiting is too."""
 
@@ -71,20 +85,21 @@ class Captioner(Protocol):
         caption: "Mapping[str, Tensor] | None" = None,
         concept: "Mapping[str, Tensor] | None" = None,
         label_smoothing: float = 0.0,
+        samples: Samples | None = None,
     ) -> Losses:
-        """Training losses of one micro-batch.
+        """Training losses of one micro-batch; the image encoder runs once for all of them.
 
         `pixels` (B, 3, S, S) are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
         ids, mask and labels, each (B, T), labels -100 for tokens without a loss.
         """
 
     def decoder(
-        self, prompt: "Tensor", width: int, length: int
-    ) -> "AbstractContextManager[Callable[[Tensor], Decoding]]":
+        self, width: int, length: int
+    ) -> "AbstractContextManager[Callable[[Tensor, Tensor], Decoding]]":
         """A function that begins the captions of a batch of images, for as long as the context is open.
 
-        The function takes pixels (B, 3, S, S). Captions follow the prompt ids (P,). Each image has `width`
-        rows and room for `length` new tokens. A batch ends when the next one begins.
+        The function takes pixels (B, 3, S, S) and prompts (B, P), ids that captions follow. Each image has
+        `width` rows and room for `length` new tokens. A batch ends when the next one begins.
         """
 
     def image_features(self, pixels: "Tensor") -> "Tensor":
@@ -148,7 +163,8 @@ class Work:
 
     `half`: 2-byte autocast, else fp32; `vision_half`: the same for the ViT. `accelerator`: attention is fused
     and autocast computes norms and softmax in fp32; else as on a CPU. `captions`, `concepts`: whether the
-    stage has this loss.
+    stage has this loss. `samples`: how many captions of `sample_tokens` tokens each image has for the loss
+    `reward`.
     """
 
     batch: int
@@ -161,6 +177,19 @@ class Work:
     concepts: bool = True
     dropout: float | None = None
     """`train.dropout`; None: the checkpoint's."""
+    samples: int = 0
+    sample_tokens: int = 0
+
+    @property
+    def says(self) -> bool:
+        """Whether the part that writes captions is trained."""
+        return self.captions or self.samples > 0
+
+    @property
+    def of_samples(self) -> "Work":
+        """The work on the samples alone, as if each were the caption of an image."""
+        rows = self.batch * self.samples
+        return replace(self, batch=rows, tokens=self.sample_tokens, captions=True, concepts=False, samples=0)
 
     @property
     def bytes(self) -> int:

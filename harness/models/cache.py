@@ -47,7 +47,7 @@ class CachedDecoding(Cache):
         self.logits, self.context = logits, context
         images, self.prefix = len(logits), states[0][0].shape[2]
         self.rows = images * self.width
-        if not self.stores or len(self.stores[0][0]) < self.rows:
+        if not self.stores or len(self.stores[0][0]) < self.rows or self.room < self.prefix + self.new:
             self._reserve(states)
         for store, given in zip(self.stores, states, strict=True):
             for kept, one in zip(store, given, strict=True):
@@ -179,7 +179,7 @@ class Speaker(CachedDecoding):
         output = self.body(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True)
         logits = self.head(output.last_hidden_state[:, -1])
         states = [(layer.keys, layer.values) for layer in cache.layers]
-        return self.begin(logits, states, seen.new_empty(0))
+        return self.begin(logits, states, seen[:, :0])
 
     def forward(self, tokens: Tensor) -> Tensor:
         output = self.body(

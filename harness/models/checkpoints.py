@@ -80,6 +80,12 @@ def standin_name(folder: Path) -> str | None:
         return "unreadable"
 
 
+def size(folder: Path) -> int:
+    """Bytes of the weights in a folder; of a folder with both formats, the smaller one's."""
+    formats = [[*folder.glob("*.safetensors")], [*folder.glob("pytorch_model*.bin")]]
+    return min((sum(file.stat().st_size for file in files) for files in formats if files), default=0)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
 

@@ -1,6 +1,8 @@
 """A loaded model with its codecs and pixel statistics; and the file of the weights that training changes."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,3 +76,11 @@ def load_trained(model: Captioner, path: Path) -> None:
                 hint = f"The training diverged. To train again, delete {path.parent}."
                 raise UserError([Problem(f"{name} is not finite", path, hint=hint)], None, 1)
             weight.copy_(read)
+
+
+def load_average(model: Captioner, paths: Sequence[Path]) -> None:
+    """Load the mean of files of `save_trained`, computed in fp32, one weight at a time."""
+    with contextlib.ExitStack() as opened, torch.no_grad():
+        files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
+        for name, weight in trained_weights(model).items():
+            weight.copy_(torch.stack([file.get_tensor(name).float() for file in files]).mean(0))

@@ -1,6 +1,9 @@
 """The section `model:`, with the sizes of the `tiny` model."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic_core import core_schema
 
 from harness.config.sections import Entries, Epochs, Layers, Section, Seed, Side, Tokens, Width, whole
 from harness.models import FAMILIES
@@ -36,6 +39,45 @@ class TinyConfig(Section):
     """Seed of the initial weights and of this pre-training."""
 
 
+class RetrievedPrompt(Section):
+    """Captions of similar training images before the text: `Similar: c1; c2; c3. a photo of`.
+
+    The loss ignores them. A training image gets neither its own caption nor those of its copies.
+    """
+
+    retrieved: whole(1, 100)
+    """Number of captions, of the training images with the most similar features."""
+    words: whole(1, 1000) = 30
+    """Each of these captions is cut after this many words, and all of them to twice as many tokens."""
+    text: str = "a photo of"
+    """Text after them."""
+    features: str | None = None
+    """A finished run with `retrieval:`, whose image features are used; `null`: those of `checkpoint`."""
+
+    @property
+    def most(self) -> int:
+        """The most tokens before `text`, without the start token."""
+        return 2 * self.retrieved * self.words
+
+
+class _TextOrRetrieved:
+    """Validates a text or a `RetrievedPrompt`; errors name the key and not a branch of a union."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        def chosen(value: Any, check: Any) -> Any:
+            if isinstance(value, str):
+                return value
+            if not isinstance(value, Mapping | RetrievedPrompt):
+                raise ValueError(f"got {value!r}; a text or a mapping with the key retrieved is allowed")
+            return check(value)
+
+        return core_schema.no_info_wrap_validator_function(
+            chosen,
+            handler.generate_schema(RetrievedPrompt),
+            serialization=core_schema.simple_ser_schema("any"),
+        )
+
+
 class ModelConfig(Section):
     """The captioning model to fine-tune."""
 
@@ -51,7 +93,17 @@ class ModelConfig(Section):
     """Source of the Q-Former's text path if `checkpoint` lacks it, such as Salesforce/blip2-itm-vit-g."""
     text_head_checkpoint: str | None = None
     """Source of the Q-Former's language-model head if `checkpoint` lacks it, such as bert-base-uncased."""
-    prompt: str = "a photo of"
-    """Text before every caption. The loss ignores it, as in LAVIS."""
+    prompt: Annotated[str | RetrievedPrompt, _TextOrRetrieved(), "text or mapping"] = "a photo of"
+    """Text before every caption. The loss ignores it, as in LAVIS. A mapping adds similar captions."""
     tiny: TinyConfig = TinyConfig()
     """Sizes of the `tiny` checkpoint."""
+
+
+def prompt_text(prompt: str | RetrievedPrompt) -> str:
+    """The part of a prompt that is the same for all images."""
+    return prompt if isinstance(prompt, str) else prompt.text
+
+
+def longest_prompt(prompt: str | RetrievedPrompt) -> int:
+    """The most tokens of a prompt that differ between images."""
+    return 0 if isinstance(prompt, str) else prompt.most

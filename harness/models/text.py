@@ -46,7 +46,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Codec:
-    """Text to ids and back for one part of the model; `prompt`, with the start token, precedes the text."""
+    """Text to ids and back for one part of the model; `prompt`, with the start token, precedes the text.
+
+    `words` is the text of the prompt, if it has one.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     prompt: tuple[int, ...]
@@ -54,11 +57,26 @@ class Codec:
     pad: int
     max_tokens: int
     separator: str = ""
+    words: str = ""
 
-    def encode(self, text: str) -> Text:
-        """The ids of a text, cut to `max_tokens` with the end token; in LAVIS long captions lose it."""
+    def prompt_after(self, text: str, most: int) -> tuple[int, ...]:
+        """The ids of a prompt that begins with a text of its own, of which at most `most` tokens are kept."""
+        if not text:
+            return self.prompt
+        start, *rest = self.prompt
+        if self.words:
+            rest = self.tokenizer(self.separator + self.words, add_special_tokens=False).input_ids
+        own = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return (start, *own[:most], *rest)
+
+    def encode(self, text: str, prompt: Sequence[int] | None = None) -> Text:
+        """The ids of a text, cut to `max_tokens` with the end token; in LAVIS long captions lose it.
+
+        `prompt` are the ids before it, by default those of the codec.
+        """
+        prompt = self.prompt if prompt is None else prompt
         ids = self.tokenizer(self.separator + text, add_special_tokens=False, verbose=False).input_ids
-        return Text([*self.prompt, *ids[: self.max_tokens - 1], self.end], len(self.prompt))
+        return Text([*prompt, *ids[: self.max_tokens - 1], self.end], len(prompt))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new token ids up to the first end token."""
@@ -74,7 +92,8 @@ class Codec:
         """
         longest = max(len(text.ids) for text in texts)
         rounded = multiple * math.ceil(longest / multiple)
-        width = max(longest, min(rounded, len(self.prompt) + self.max_tokens))
+        prompt = max([len(self.prompt), *(text.prompt for text in texts if text.predicted)])
+        width = max(longest, min(rounded, prompt + self.max_tokens))
         ids = torch.full((len(texts), width), self.pad)
         labels = torch.full((len(texts), width), IGNORE)
         mask = torch.zeros((len(texts), width), dtype=torch.long)

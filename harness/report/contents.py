@@ -19,8 +19,9 @@ from harness.report import gallery, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
+from harness.training import soups
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES, losses_of, rows_of
+from harness.training.resume import LOSSES, VALIDATION, described, losses_of, rows_of
 
 REPORT = "report.html"
 _POINTS = 400  # of one stage of a curve; a screen does not show more
@@ -42,6 +43,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "run": run.name,
         "facts": _facts(record),
         "scores": _scores(record),
+        "unscored": record.get("unscored", {}).get("valid"),
         "main_metric": run.main_metric(),
         "image_gap": {
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
@@ -54,7 +56,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "siblings": siblings,
         "config": yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True),
         "curves": curves,
-        "untrained": (record["config"].get("train") or {}).get("stages") == [] or not _has_model(record),
+        "untrained": _is_untrained(record["config"]) or not _has_model(record),
         "lengths": _lengths(captions),
         "steps": list(_steps(record)),
         "profile": {
@@ -87,6 +89,11 @@ def _halves(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _is_untrained(config: Mapping[str, Any]) -> bool:
+    """Whether a run's model is the checkpoint as it is, or an average of weights of other runs."""
+    return (config.get("train") or {}).get("stages") == [] or bool(config.get("soup"))
+
+
 def _has_model(record: Mapping[str, Any]) -> bool:
     """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
     return (record["config"].get("consensus") or {}).get("own") != 0
@@ -103,6 +110,9 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
         "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
         "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
+        "best weights": described((record.get("training") or {}).get("best") or {}),
+        "training": "; ".join(record.get("training", {}).get("notes", ())) or None,
+        "weights": soups.described(record["soup"]) if record.get("soup") else None,
         "edition": record["edition"],
         "seed": record["seed"],
         "started": _moment(record["started"]),
@@ -207,7 +217,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "steps_per_point": size,
         "stages": [[stage, part[0]["step"]] for stage, part in sorted(stages.items())],
         "valid": [
-            {key: row[key] for key in row if key.startswith("valid_") or key in ("stage", "epoch", "step")}
+            {key: row[key] for key in row if key.startswith(VALIDATION) or key in ("stage", "epoch", "step")}
             for row in found
             if "loss" not in row
         ],

@@ -4,8 +4,10 @@ from harness.steps.base import Step
 from harness.steps.consensus import Consensus
 from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
-from harness.steps.retrieve import Features, Retrieve
+from harness.steps.prompts import Prompts
+from harness.steps.retrieve import BaseFeatures, Features, Retrieve
 from harness.steps.score import Score
+from harness.steps.soup import Soup
 from harness.steps.standin import Standin
 from harness.steps.tiny import Tiny
 from harness.steps.train import Train
@@ -13,7 +15,10 @@ from harness.steps.train import Train
 STEPS: tuple[type[Step], ...] = (
     Tiny,
     Standin,
+    BaseFeatures,
+    Prompts,
     Train,
+    Soup,
     Features,
     Retrieve,
     Predict,

@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import metrics
-from harness.data import QUICK_IMAGES, Dataset, load, unchecked
+from harness import metrics, records
+from harness.data import QUICK_IMAGES, Dataset, fraction, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import family
-from harness.steps import STEPS, consensus
+from harness.steps import STEPS, comparing, epochs
 from harness.steps.base import Step
 from harness.steps.train import choosing
 from harness.steps.work import Reporter
@@ -53,7 +53,7 @@ class Plan:
     @property
     def splits(self) -> list[str]:
         """The configured splits that have images."""
-        return [split for split in self.config.predict.splits if self.data.splits.get(split)]
+        return [split for split in self.config.captioned if self.data.splits.get(split)]
 
     @property
     def submitted(self) -> dict[str, Step]:
@@ -76,6 +76,10 @@ class Plan:
     def notes(self) -> list[str]:
         """Notes for readers of the results: rows that are used only in part, or not at all."""
         found = []
+        if share := fraction.worded(self.config.data.fraction):
+            found.append(f"data.fraction: a quick look at {share}; its scores get no rank")
+        if self.config.full_fit:
+            found.append(f"valid has no scores: {records.ON_VALID} (data.fit_on)")
         if left := len(self.data.left_out):
             found.append(f"data.skip_bad: rows with {left:,} problems are left out")
         for split, examples in self.data.splits.items():
@@ -93,9 +97,9 @@ class Plan:
 
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
-    chosen_by = choosing(config).metrics if config.trains else ()
-    found = consensus.problems(config)
-    compared_by = () if found else consensus.compared_by(config)
+    chosen_by = choosing(config).metrics if config.trains or config.soup else ()
+    found = comparing.problems(config)
+    compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])
     found += metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
     return found + (family(config.model).problems(config.model) if config.has_model else [])
@@ -137,7 +141,7 @@ def prepare(
                 hints.append(error.hint)
         if key in loaded:
             plans.append(Plan(config, loaded[key], root))
-    if found or (found := _lacking_space(plans)):
+    if found or (found := _lacking_space(epochs.check(plans))):
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
     for dataset in (dataset for key, dataset in loaded.items() if key not in known):
@@ -154,7 +158,7 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     for plan in (plan for plan in plans if plan.config.data.cache):
         left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
         for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
-            key = (plan.config.data.root, split, side)
+            key = (plan.config.data.root, split, side, plan.data.fingerprints[split])
             if key not in wanted:
                 wanted[key] = unbuilt(plan.data.readable(split), side, plan.root / "cache")
     need = sum(wanted.values())
@@ -172,7 +176,10 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
         return {"data": f"to do: the made-up set will be drawn into {config.data.root}"}
     if (images := unchecked(config.data, root)) > QUICK_IMAGES:
         return {"data": f"to do: {images} images will be decoded and checked first"}
-    steps = Plan(config, load(config.data, root), root).steps
+    plan = Plan(config, load(config.data, root), root)
+    if not epochs.is_known(plan):
+        return {"train": f"to do: {config.train.epochs_of} must finish first; it finds the epochs"}
+    steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 
 

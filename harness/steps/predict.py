@@ -4,17 +4,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS
+from harness.captions import CANDIDATES, PREDICTIONS
 from harness.config.sections import PredictConfig
 from harness.steps.base import Step
-from harness.steps.inputs import Inputs
+from harness.steps.inputs import Inputs, values
+from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.train import contents_of, model_of
 from harness.training.resume import BEST
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
+
+
+FINE_TUNED = ("train", "soup")
+"""The steps of which one gives the weights of a run."""
 
 
 class Predict(Step):
@@ -28,10 +34,11 @@ class Predict(Step):
         if not plan.config.has_model or plan.config.retrieval:
             return
         read, steps, facts = reads_model(plan, before)
-        read["predict"] = plan.config.predict.model_dump(exclude={"splits", "batch_size"})
+        read |= _written(plan.config)
         for split in plan.splits:
             given = {"fallback": plan.fallback.get(split)}
-            yield cls(Inputs(plan, read, (split,), steps, facts | given, ("data.cache",)), split)
+            own = steps | prompts_in(before, split)
+            yield cls(Inputs(plan, read, (split,), own, facts | given, ("data.cache",)), split)
 
     @property
     def captions(self) -> str:
@@ -39,7 +46,10 @@ class Predict(Step):
 
     @property
     def artifacts(self) -> Mapping[str, str]:
-        return {f"predictions/{self.part}_before.csv": PREDICTIONS}
+        found = {f"predictions/{self.part}_before.csv": PREDICTIONS}
+        if self.inputs.config.predict.has_candidates:
+            found[f"predictions/{self.part}_candidates.csv"] = CANDIDATES
+        return found
 
     @property
     def decodes(self) -> Mapping[str, int]:
@@ -49,18 +59,32 @@ class Predict(Step):
         from harness.decoding import predict
 
         ids = [example.id for example in self.inputs.data.examples(self.part)]
+        config = self.inputs.config.predict
         pixels = work.pixels(self.inputs, self.part, self.inputs.config.model.image_size)
         given = given_captions(self.inputs)
+        loaded = model_for(self.inputs, work)
+        prompts = prompts_of(self.inputs, self.part, loaded.caption)
         with work.reporter.progress(f"Captioning {self.part}") as advance:
             predict.predict_split(
-                model_for(self.inputs, work),
+                loaded,
                 ids,
                 pixels,
-                self.inputs.config.predict,
+                config,
                 directory,
                 advance,
                 given,
+                self.inputs.config.seed if config.samples else 0,
+                prompts,
             )
+
+
+def _written(config: "Config") -> dict[str, Any]:
+    """The part of the config that determines captions; without candidates as it was before they existed."""
+    predict, indifferent = config.predict, {"splits", "batch_size"}
+    if not predict.has_candidates:
+        indifferent |= {"num_return_sequences", "samples"}
+    written = {"predict": predict.model_dump(exclude=indifferent)}
+    return written | (values(config, "seed") if predict.samples else {})
 
 
 def reads_model(
@@ -68,8 +92,16 @@ def reads_model(
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
     """What a step declares that uses the run's model: parts of the config, earlier steps, and facts."""
     steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
-    if "train" in before:
-        return {}, steps | {before["train"]: (BEST,)}, {}
+    for source in (before[name] for name in FINE_TUNED if name in before):
+        return {}, steps | {source: (BEST,)}, {}
+    return reads_checkpoint(plan, before)
+
+
+def reads_checkpoint(
+    plan: "Plan", before: Mapping[str, Step]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that uses `model.checkpoint` as it is."""
+    steps: dict[Step, Sequence[str] | None] = {s: None for s in before.values() if s.kind == "tiny"}
     precision = plan.config.train.model_dump(include={"precision", "vision_precision"})
     return model_of(plan) | {"train": precision}, steps, {"checkpoints": contents_of(plan)}
 
@@ -81,8 +113,8 @@ def model_for(inputs: Inputs, work: "Work") -> "Loaded":
         from harness.training import engine
 
         work.model = work.load(inputs)
-        if any(step.name == "train" for step in inputs.steps):
-            load_trained(work.model.model, inputs.directory("train") / BEST)
+        for source in (step for step in inputs.steps if step.name in FINE_TUNED):
+            load_trained(work.model.model, source.directory / BEST)
         engine.place(work.model.model, inputs.config.train, work.kind)
     return work.model
 

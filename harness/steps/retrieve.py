@@ -4,27 +4,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS, write_captions, write_table
-from harness.decoding import consensus, retrieval
-from harness.decoding.consensus import Candidate, Choice
+from harness.captions import PREDICTIONS, Candidate
+from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
+from harness.steps import comparing
 from harness.steps.base import Step
-from harness.steps.consensus import comparing, utility_for
 from harness.steps.inputs import Inputs, values
-from harness.steps.predict import given_captions, model_for, reads_model
+from harness.steps.predict import model_for, reads_checkpoint, reads_model
+from harness.steps.prompts import BASE, FEATURES, OWN, prompted
 
 if TYPE_CHECKING:
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
-FEATURES, TABLE = "features.npy", "neighbours.csv"
+TABLE = "neighbours.csv"
 
 
 class Features(Step):
     """Writes the image features of one split, in the order of its readable images."""
 
-    kind, version, shared = "features", 1, True
+    kind, version, shared = OWN, 1, True
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -47,6 +47,25 @@ class Features(Step):
             retrieval.write_features(directory / FEATURES, found)
 
 
+class BaseFeatures(Features):
+    """Writes the image features of one split by `model.checkpoint` as it is."""
+
+    kind = BASE
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        splits = prompted(plan)
+        if splits and plan.config.model.prompt.features is None:
+            read, steps, facts = reads_checkpoint(plan, before)
+            for split in dict.fromkeys(["train", *splits]):
+                yield cls(Inputs(plan, read, (split,), steps, facts, ("data.cache",)), split)
+
+    def build(self, work: "Work", directory: Path) -> None:
+        work.drop_model()  # it may be trained already
+        super().build(work, directory)
+        work.drop_model()
+
+
 class Retrieve(Step):
     """Writes for each image of a split a caption of its nearest training images."""
 
@@ -55,10 +74,10 @@ class Retrieve(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        found = {step.part: step for step in before.values() if step.kind == Features.kind}
+        found = {step.part: step for step in before.values() if step.kind == OWN}
         if not found:
             return
-        read, steps, facts = comparing(plan, before, plan.config.retrieval.utility)
+        read, steps, facts = comparing.reads(plan, before, plan.config.retrieval.utility)
         read |= values(plan.config, "retrieval")
         for split in plan.splits:
             files = {found["train"]: (FEATURES,), found[split]: (FEATURES,)}
@@ -76,7 +95,6 @@ class Retrieve(Step):
     def build(self, work: "Work", directory: Path) -> None:
         import numpy as np
 
-        work.drop_model()  # the neural metrics need its memory
         config, part = self.inputs.config.retrieval, self.part
         training = self.inputs.data.readable("train")
         usable = [row for row, example in enumerate(training) if example.trains]
@@ -91,24 +109,11 @@ class Retrieve(Step):
             ]
             for example, rows, cosines in zip(examples, found.rows, found.cosines, strict=True)
         }
-        texts, pairs = consensus.cost(candidates)
-        work.say(f"{len(candidates):,} images, {texts:,} distinct candidates, {pairs:,} comparisons")
-        images = {example.id: example.image for example in examples}
-        chosen: dict[str, Choice] = {}
-        with work.reporter.progress(f"Comparing captions for {part}") as advance:
-            for image, choice in consensus.choose(candidates, utility_for(self.inputs, work), images):
-                chosen[image] = choice
-                advance(len(chosen), len(candidates))
-        if ranks.rank() == 0:
-            cosines = {
-                example.id: f"{best[0]:.6f}" for example, best in zip(examples, found.cosines, strict=True)
-            }
-            rows = [(image, cosines[image], *choice.row) for image, choice in chosen.items()]
-            write_table(directory / TABLE, [("ID", "cosine", *Choice.COLUMNS), *rows])
-            captions = {image: choice.candidate.caption for image, choice in chosen.items()}
-            captions |= given_captions(self.inputs)
-            every = self.inputs.data.examples(part)
-            write_captions(directory / PREDICTIONS, {example.id: captions[example.id] for example in every})
+        cosines = {
+            example.id: f"{best[0]:.6f}" for example, best in zip(examples, found.cosines, strict=True)
+        }
+        chosen = comparing.choose(self, work, candidates, directory)
+        comparing.write(self, chosen, directory, TABLE, {"cosine": cosines})
 
 
 def _is_near(cosines: Any, threshold: float | None) -> bool:

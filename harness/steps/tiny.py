@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.models import family
-from harness.models.settings import TINY
+from harness.models.settings import TINY, prompt_text
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.work import texts
@@ -23,9 +23,10 @@ class Tiny(Step):
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
         if plan.config.model.checkpoint == TINY and plan.config.has_model:
-            read = ("model.tiny", "model.prompt", "data.augment", "train.caption_cleaning", "train.max_words")
+            keys = ("model.tiny", "data.augment", "train.caption_cleaning", "train.max_words")
+            read = values(plan.config, *keys) | {"model.prompt": prompt_text(plan.config.model.prompt)}
             facts = {"built_from": family(plan.config.model).built_from(plan.config.model)}
-            yield cls(Inputs(plan, values(plan.config, *read), ("train",), None, facts, ("data.cache",)))
+            yield cls(Inputs(plan, read, ("train",), None, facts, ("data.cache",)))
 
     @property
     def decodes(self) -> Mapping[str, int]:
@@ -46,7 +47,7 @@ class Tiny(Step):
                 work.pixels(self.inputs, "train", self.decodes["train"]),
                 concepts,
                 config.data.augment,
-                config.model.prompt,
+                prompt_text(config.model.prompt),
                 directory,
                 advance,
             )

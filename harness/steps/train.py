@@ -9,33 +9,44 @@ from harness import metrics
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
+from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
+from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
+from harness.models.settings import longest_prompt
+from harness.steps import epochs
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
+from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.standin import Standin, trained_here, with_standins
 from harness.steps.work import base, texts
-from harness.training import fit, forecast, memory, speed
+from harness.training import fit, forecast, judges, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES
-from harness.training.settings import TrainConfig
+from harness.training.resume import EMA, FLOOR, LOSSES, VALIDATION, kept, rows_of
+from harness.training.settings import IMAGE_GAP, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.steps.plan import Plan
     from harness.steps.work import Work
     from harness.training import train
+    from harness.training.selfcritical import Measure
 
 INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
+_LATER = {"ema": None, "keep_best": 1, "patience": 0}
+"""Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
+_RESAMPLES = 1000  # of the intervals that may end a self-critical stage
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
@@ -47,6 +58,8 @@ class Train(Step):
     section = ("train", TrainConfig, TrainConfig())
     starred: Set[str] = frozenset()
     """The validation scores that are not official."""
+    epochs_of: Mapping[str, Any] | None = None
+    """The run that found for how long to train, and its best validation."""
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -63,7 +76,19 @@ class Train(Step):
         }
         names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
         steps = {step: None for name, step in before.items() if name in names}
-        yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache",)))
+        steps |= prompts_in(before, "train", "valid")
+        found = epochs.found(plan)
+        if config.full_fit:
+            read |= values(config, "data.fit_on")
+            facts["until"] = found and {key: found[key] for key in ("stage", "epoch")}
+        step = cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
+        step.epochs_of = found
+        yield step
+
+    @property
+    def _until(self) -> Mapping[str, int] | None:
+        """The stage and the epoch after which the training ends, if another run found them."""
+        return self.inputs.facts.get("until")
 
     @property
     def artifacts(self) -> Mapping[str, str]:
@@ -82,23 +107,31 @@ class Train(Step):
             work.reporter.say(f"this {work.kind} rounds factors to fp16, whatever train.precision says")
         if compiling.chosen(config.train, work.kind) != compiling.OFF:
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
-        splits = {name: self._split(work, name) for name in ("train", "valid")}
-        steps = schedule.total_steps(config.train, len(splits["train"].ids))
-        setup, seen, speeds = self._setup(work, directory, len(splits["train"].ids)), 0, []
+        if self._full_fit:
+            work.say(epochs.told(config.train, self.epochs_of))
+        splits = self._splits(work)
+        images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
+        steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
+        setup, seen, speeds = self._setup(work, directory, images), 0, []
         with work.reporter.progress(f"Training {work.run_name}") as advance:
 
             def log(row: train.Row) -> None:
-                nonlocal seen
+                nonlocal seen, steps
                 seen += 1
                 if "loss" in row and len(speeds) < FIRST_STEPS:
                     speeds.append(row["images_per_second"])
                     if len(speeds) == FIRST_STEPS:
                         left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
-                        work.say(f"training steps that are left: {left}")
+                        work.say(f"training steps that are left: {left}{patience.at_most(config.train)}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     work.say(f"{where}: {self._note(row)}")
+                if patience.ends_early(config.train, row):
+                    ended = self._ended(directory)
+                    steps = schedule.total_steps(config.train, images, patience.saved(ended))
+                    for text in patience.told(ended)[-1:]:  # none yet on a rank ahead of rank 0, which writes
+                        work.say(text)
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
 
@@ -114,6 +147,8 @@ class Train(Step):
                     log,
                     lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
                     work.say,
+                    self._until,
+                    self._measure(work),
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -140,14 +175,15 @@ class Train(Step):
         config, devices = self.inputs.config, ranks.world_size()
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
-        model = shape and Model(shape, config.train, work.kind, half)
+        prompt, shortened = longest_prompt(config.model.prompt), epochs.shortened(config.train, self._until)
+        model = shape and Model(shape, shortened, work.kind, half, prompt, judges.size(config))
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
         if model and ranks.rank() == 0:
             guess = speed.training(model, images, setup, work.device, self.inputs.root)
             if guess.seconds is not None:
-                work.say(f"training steps: {guess}")
+                work.say(f"training steps: {guess}{patience.at_most(config.train)}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
@@ -174,7 +210,48 @@ class Train(Step):
             fit.record(directory, setup, why)
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"training": dict(fit.recorded(self.directory))}
+        ended = self._ended(self.directory)
+        notes = [epochs.told(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
+        notes += patience.told(ended)
+        return {
+            "training": {
+                **fit.recorded(self.directory),
+                "best": kept(self.directory)[0],
+                **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
+                **({"ended": ended} if ended else {}),
+                **({"notes": notes} if notes else {}),
+            }
+        }
+
+    def _ended(self, directory: Path) -> list[dict[str, Any]]:
+        """The stages that have ended, if `train.patience` may end them early."""
+        config, file = self.inputs.config.train, directory / LOSSES
+        counts = config.patience and not self._full_fit
+        return patience.ended(config, rows_of(file)) if counts and file.is_file() else []
+
+    @property
+    def _full_fit(self) -> bool:
+        return "valid" in self.inputs.config.data.fit_on
+
+    def _examples(self) -> list[Example]:
+        """The rows that are trained on, in the order of the training split."""
+        if not self._full_fit:
+            return self.inputs.data.readable("train")
+        fit_on = [e for name in self.inputs.config.data.fit_on for e in self.inputs.data.readable(name)]
+        return [example for example in fit_on if example.trains]
+
+    def _splits(self, work: "Work") -> dict[str, "train.Split"]:
+        """What is trained on, as `train`, and what is validated on, as `valid`, if anything is."""
+        if not self._full_fit:
+            return {name: self._split(work, name) for name in ("train", "valid")}
+        from harness.training.joined import joined
+
+        fit_on = {name: self._split(work, name) for name in self.inputs.config.data.fit_on}
+        used = {
+            name: [i for i, example in enumerate(self.inputs.data.readable(name)) if example.trains]
+            for name in fit_on
+        }
+        return {"train": joined([(split, used[name]) for name, split in fit_on.items()])}
 
     def _split(self, work: "Work", name: str) -> "train.Split":
         """The images and encoded texts of a split."""
@@ -184,7 +261,8 @@ class Train(Step):
         model, most = self.inputs.config.model, self.inputs.config.train.max_caption_tokens
         caption, concept = family(model).codecs(model, base(self.inputs), most)
         pairs, examples = texts(self.inputs, name), self.inputs.data.readable(name)
-        captions = [caption.encode(text) for _, text in pairs]
+        prompts = prompts_of(self.inputs, name, caption)
+        captions = [caption.encode(text, own) for (_, text), own in zip(pairs, prompts, strict=True)]
         for i, example in enumerate(examples):
             if not example.trains:  # all tokens become prompt, which has no loss
                 captions[i] = Text(captions[i].ids, len(captions[i].ids))
@@ -199,28 +277,50 @@ class Train(Step):
         """
         import numpy as np
 
-        from harness.decoding import predict
-
         config, examples = self.inputs.config, self.inputs.data.readable("valid")
         fit = np.flatnonzero([example.trains for example in examples])
         count = min(config.train.evaluate_images, len(fit))
         chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
-        greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
-        captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy))
-        scores = self._scores(work, captions, [examples[i] for i in chosen])
-        work.unload_metrics()
-        return {} if ranks.rank() else self._row(scores)
+        names, watched = judges.needed(config), judges.watched(config.train)
+        scores, captions = greedy_scores(
+            self.inputs, work, loaded, pixels, chosen, names, _RESAMPLES if watched else 0
+        )
+        if ranks.rank():
+            return {}
+        return self._row(scores) | self._floors(scores, captions, [examples[i].caption for i in chosen])
 
-    def _scores(
-        self, work: "Work", captions: Sequence[str], examples: Sequence[Example]
-    ) -> dict[str, metrics.Score]:
+    def _floors(
+        self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float]:
+        """The floors that these scores set for a self-critical stage, and the image gap if it has one."""
+        config, names = self.inputs.config, judges.watched(self.inputs.config.train)
+        row = {f"{FLOOR}{name}": scores[name].low for name in names if name in scores}
+        if IMAGE_GAP in names:
+            resampled = config.score.model_copy(update={"bootstrap": _RESAMPLES})
+            gaps = metrics.image_gap(captions, references, resampled, config.edition, names=["rouge1"])
+            row |= {f"valid_{IMAGE_GAP}": gaps["rouge1"].get("gap")}
+            row |= {f"{FLOOR}{IMAGE_GAP}": gaps["rouge1"].get("low")}
+        return {name: value for name, value in row.items() if value is not None}
+
+    def _measure(self, work: "Work") -> "Measure | None":
+        """How the loss `reward` measures captions of training images; None if no stage has it."""
         config = self.inputs.config
-        parts = EDITIONS[config.edition].parts(self.inputs.facts["primary"])
-        wanted = {"metrics": (*parts, "rouge1"), "bootstrap": 0}
-        settings = with_standins(config.score, self.inputs).model_copy(update=wanted)
-        references = [example.caption for example in examples]
-        images = [example.image for example in examples]
-        return metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+        if not judges.needed(config):
+            return None
+        examples = self._examples()
+        documents = Documents([e.caption for e in self.inputs.data.examples("train") if e.caption])
+
+        def measure(
+            reward: Mapping[str, float], pairs: Sequence[tuple[int, str]]
+        ) -> tuple[dict[str, float], dict[str, "np.ndarray"]]:
+            score, weights = with_standins(config.score, self.inputs), mixture(reward, config.edition)
+            utility = Utility(weights, score, config.edition, work.scoring_device, documents)
+            utility.needed_by = "the loss reward"
+            own = [examples[image] for image, _ in pairs]
+            captions, references = [text for _, text in pairs], [example.caption or "" for example in own]
+            return weights, utility.each(captions, references, [example.image for example in own])
+
+        return measure
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
         from harness.training import train
@@ -235,13 +335,52 @@ class Train(Step):
 
     def _note(self, row: Mapping[str, Any]) -> str:
         """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
-        shown = [n for n in row if n == "loss" or (n.startswith("valid_") and n != "valid_primary")]
-        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in self.starred)}" for name in shown)
+        shown = [n for n in row if n == "loss" or (n.startswith(VALIDATION) and not n.endswith("_primary"))]
+        starred = {name for name in shown if name.removeprefix(EMA) in self.starred}
+        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in starred)}" for name in shown)
+
+
+def greedy_scores(
+    inputs: Inputs,
+    work: "Work",
+    loaded: "Loaded",
+    pixels: Any,
+    chosen: Sequence[int],
+    names: Sequence[str] = (),
+    resamples: int = 0,
+) -> tuple[dict[str, metrics.Score], list[str]]:
+    """Scores of greedy captions of these validation images, and the captions, on every rank.
+
+    Each rank captions its share. `names` are metrics besides those that choose weights.
+    """
+    from harness.decoding import predict
+
+    config, examples = inputs.config, inputs.data.readable("valid")
+    greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
+    prompts = prompts_of(inputs, "valid", loaded.caption)
+    captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy, prompts))
+    parts = EDITIONS[config.edition].parts(inputs.facts["primary"])
+    wanted = {"metrics": tuple(dict.fromkeys((*parts, "rouge1", *names))), "bootstrap": resamples}
+    settings = with_standins(config.score, inputs).model_copy(update=wanted)
+    references = [examples[i].caption for i in chosen]
+    images = [examples[i].image for i in chosen]
+    scores = metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
+    work.unload_metrics()
+    return scores, captions
 
 
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
-    written = config.model_dump(exclude=set(INDIFFERENT))
+    written = config.model_dump(exclude={*INDIFFERENT, "epochs_of"})  # `until` has what was found
+    for key, default in _LATER.items():
+        if written[key] == default:
+            del written[key]
+    for stage in written["stages"]:  # without keys at their defaults, so that earlier trainings are found
+        for part, key, default in ((stage, "reward", None), (stage, "schedule", "cosine")):
+            if part[key] == default:
+                del part[key]
+        if not stage["losses"]["reward"]:
+            del stage["losses"]["reward"]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
@@ -271,9 +410,9 @@ def primary_metric(config: "Config") -> str:
 
 
 def choosing(config: "Config") -> ScoreConfig:
-    """The score config of validation, with only the metrics that choose the best weights."""
+    """The score config of training, with only the metrics that choose the best weights, reward or watch."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
-    return config.score.model_copy(update={"metrics": parts})
+    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *judges.needed(config))))})
 
 
 def scoring_of(

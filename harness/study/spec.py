@@ -400,6 +400,9 @@ def _objective_problems(
 ) -> list[Problem]:
     scored = [*base.score.metrics, *EDITIONS[base.edition].aggregates]
     problems = []
+    if base.full_fit:
+        what = "the base learns from validation images (data.fit_on), so its trials have no scores"
+        problems.append(experiment.problem_at(what, ("base",), places, file))
     for metric in config.objective:
         if metric not in scored:
             what = f"got {metric}; the base scores {', '.join(scored)}"

@@ -1,5 +1,6 @@
 """One worker of a study: it takes trials, runs each like any other run, and records how it ended."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from harness.study import results
 from harness.study.spec import Study
 from harness.study.storage import failures, open_study, owned, reachable
 from harness.study.trials import ALIKE, Trial, Trials, absent, counting, scores_of
+from harness.training.resume import EMA
 
 WAIT = "wait"
 _POLL = 1.0  # seconds between checks for trials that other workers gave back
@@ -117,11 +119,14 @@ class _Worker:
         name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
         before = plan.config.train.stages[: row["stage"] - 1]
         epoch = int(row["epoch"]) + sum(stage.epochs for stage in before)
+        averaged = f"{EMA}{name}"
+        if name != "valid_primary" and row.get(averaged, -math.inf) > row[name]:
+            name = averaged  # the better of the two is kept
         trial.report(row[name], epoch)
         if not trial.asked.should_prune():
             return None
         judge = f"{name} {row[name]:.4f} after epoch {epoch}, by {self.spec.config.pruner.name}"
-        return judge if name != "valid_primary" else f"{judge}; training does not compute {metric}"
+        return judge if metric in name else f"{judge}; training does not compute {metric}"
 
     def _end_after_failure(self, why: str) -> None:
         if self.trials.failed_alike() == why:

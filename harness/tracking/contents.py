@@ -7,9 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from harness.data import fraction
 from harness.masking import masked
 from harness.store import damage_of, fingerprint
-from harness.training.resume import LOSSES, rows_of
+from harness.training import soups
+from harness.training.resume import LOSSES, described, rows_of
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -62,12 +64,17 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "git.dirty": record["git"]["dirty"],
         "standin": ", ".join(made_by_standins) or None,
         "standin_model": record.get("standin_model"),
+        "soup": soups.described(record["soup"]) if record.get("soup") else None,
+        "best_weights": described((record.get("training") or {}).get("best") or {}),
         **{key: record[key] for key in ("edition", "variant", "seed")},
         "command": masked(record["command"]),
         **{f"signature/{metric}": signature for metric, signature in signatures.items()},
         **{f"absent/{metric}": reason for metric, reason in reasons.items()},
+        **{f"absent/{split}": why for split, why in record.get("unscored", {}).items()},
         **{f"environment/{name}": version for name, version in record["environment"].items()},
         "git.commit": record["git"]["commit"],
+        "training.notes": "\n".join(record.get("training", {}).get("notes", ())) or None,
+        "data.fraction": fraction.worded(record["config"].get("data", {}).get("fraction")) or None,
         "data.notes": "\n".join(record["data"].get("notes", ())) or None,
         **{f"trial/{key}": value for key, value in (record.get("trial") or {}).items()},
     }

@@ -258,6 +258,18 @@ def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(own)
 
 
+def held(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: at ZeRO-3 its part, flat and perhaps padded; else all of it."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def assembled(part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole of something of which each rank has a part as `held` gives it; all ranks call this."""
+    if not hasattr(parameter, "ds_tensor"):
+        return part
+    return torch.cat(ranks.parts(part))[: parameter.ds_numel].view(parameter.ds_shape)
+
+
 def _import_deepspeed(kind: devices.Kind) -> Any:
     """Import deepspeed and join the process group, or make one of a single process without a launcher."""
     os.environ.setdefault("DS_ACCELERATOR", kind)

@@ -2,19 +2,20 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import data
 from harness.config.sections import AUTO, DataConfig
-from harness.data import readers
+from harness.data import fraction, readers
 from harness.data.images import unbuilt
 from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
+from harness.models.settings import longest_prompt
 from harness.store import RUNS, free, gb
-from harness.training import memory, speed
+from harness.training import judges, memory, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -33,8 +34,10 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    trained = ("train", "valid") if config.trains else ("train",) if config.retrieval else ()
-    wanted = dict.fromkeys([*trained, *config.predict.splits] if config.has_model else ())
+    searched = config.retrieval or longest_prompt(config.model.prompt)
+    trained = ("train", "valid") if config.trains else ("train",) if searched else ()
+    trained = (*trained, "valid") if config.soup else trained
+    wanted = dict.fromkeys([*trained, *config.captioned] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
     if built_from:
@@ -44,7 +47,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
         counts = {split: len(splits[split]) for split in sides if split in splits}
         sized = {(s, n): unbuilt(splits[s], n, RUNS / "cache") for s in counts for n in sides[s]}
     elif source.phantom:
-        counts = {split: getattr(source.phantom, split) for split in sides}
+        shares = {split: getattr(source.fraction, split, 1) for split in sides}
+        counts = {split: round(getattr(source.phantom, split) * shares[split]) for split in sides}
         sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
         counts, sized = {}, {}
@@ -54,7 +58,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
 @functools.lru_cache(maxsize=1)  # called for each variant of an experiment
 def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
     """The existing images of each split, without those that `data.skip_bad` is known to exclude."""
-    listing = readers.read(source.root, source.layout)
+    listing = data.listed(source)
     if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:
         checked = data.load(source, RUNS)
         return {split: checked.readable(split) for split in checked.splits}
@@ -71,7 +75,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     """
     unknown = []
     counts, to_build = pixels(config)
-    count = counts.get("train")
+    count = sum(counts[split] for split in config.data.fit_on) if "train" in counts else None
     if not counts and config.has_model:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
     trains = config.trains
@@ -79,9 +83,12 @@ def forecast(config: "Config") -> dict[str, Any]:
     if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
-    model = shape and Model(shape, config.train, kind, _half(config.train, kind))
+    prompt = longest_prompt(config.model.prompt)
+    model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
+        "ends_early": trains and (config.train.patience > 0 or bool(config.train.epochs_of)),
+        "notes": list(_notes(config)),
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
@@ -89,6 +96,14 @@ def forecast(config: "Config") -> dict[str, Any]:
         "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def _notes(config: "Config") -> Iterator[str]:
+    if share := fraction.worded(config.data.fraction):
+        yield f"a quick look at {share}"
+    if config.full_fit:
+        epochs = f", for the epochs that {of} found" if (of := config.train.epochs_of) else ""
+        yield f"trains on train and valid{epochs}; there will be no scores"
 
 
 def time(
@@ -103,7 +118,10 @@ def time(
     except UserError:
         return None
     shape = family(config.model).shape(config.model) if config.trains else None
-    model = shape and Model(shape, config.train, found.kind, _half(config.train, found.kind))
+    prompt = longest_prompt(config.model.prompt)
+    model = shape and Model(
+        shape, config.train, found.kind, _half(config.train, found.kind), prompt, judges.size(config)
+    )
     if model and not setup:
         setup = memory.choices(config.train, 1, found.kind)[0]
     parts = speed.of_run(config, model, setup, counts, str(found), root)
@@ -114,6 +132,8 @@ def _origin(config: "Config") -> str:
     """Where captions are from if nothing is trained."""
     if not config.has_model:
         return "the captions are of other runs"
+    if config.soup:
+        return "the weights are an average of other runs'"
     return "the captions are of similar images" if config.retrieval else "the checkpoint captions as it is"
 
 
@@ -174,11 +194,14 @@ def _memory(model: Model) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """A forecast as lines of text."""
-    out = [
+    out = [*found["notes"]]
+    out += [
         f"stage {row['stage']}: {row['epochs']} epochs, {row['optimiser_steps']} optimiser steps"
         + (f", {row['micro_batches']} micro batches over all devices" if row["micro_batches"] else "")
         for row in found["steps"] or ()
     ]
+    if found["steps"] and found["ends_early"]:
+        out.append("at most these epochs, since train.patience or train.epochs_of may end a stage early")
     if found["steps"] == []:
         out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from harness.models.base import Losses
 
 Loss = Callable[["Losses", Mapping[str, int], float], "Tensor"]
-"""(the model's losses of a micro-batch, tokens of the whole step by loss, weight) -> scalar."""
+"""(the model's losses of a micro-batch, tokens or samples of the whole step by loss, weight) -> scalar."""
 
 
 def caption(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
@@ -33,7 +33,16 @@ def concept(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Te
     return weight * computed.concept / max(tokens["concept"], 1)
 
 
+def reward(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
+    """Self-critical loss of sampled captions, by the metrics of the stage's section `reward`.
+
+    Mean over samples of minus the reward above its baseline times the log-probability of the caption.
+    """
+    return weight * computed.reward / max(tokens["reward"], 1)
+
+
 LOSSES: dict[str, Loss] = {
     "caption": caption,
     "concept": concept,
+    "reward": reward,
 }

@@ -79,12 +79,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to train on one kind of device; `half`: it computes in half precision."""
+    """A model to train on one kind of device; `half`: it computes in half precision.
+
+    `prompt` is the most tokens of retrieved captions before a caption. `judges`: bytes of the metrics' models
+    that stay beside it for the loss `reward`.
+    """
 
     shape: Shape
     config: TrainConfig
     kind: str
     half: bool
+    prompt: int = 0
+    judges: int = 0
 
     @property
     def trained(self) -> int:
@@ -109,9 +115,12 @@ class Model:
         )
 
     def flops(self, stage: Stage) -> int:
-        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum."""
-        work = self._work(stage, 1)
-        return self.shape.flops(replace(work, tokens=min(work.tokens, TOKENS)))
+        """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum.
+
+        Half of the tokens of retrieved captions are taken to be in use.
+        """
+        tokens = min(self.config.max_caption_tokens, TOKENS) + self.prompt // 2
+        return self.shape.flops(replace(self._work(stage, 1), tokens=tokens))
 
     def without_vision(self) -> "Model":
         """The same model with a frozen ViT."""
@@ -120,14 +129,16 @@ class Model:
     def _work(self, stage: Stage, micro_batch: int) -> Work:
         return Work(
             batch=micro_batch,
-            tokens=self.config.max_caption_tokens,
+            tokens=self.config.max_caption_tokens + self.prompt,
             half=self.half,
             vision_half=self.half and self.config.vision_precision != "fp32",
             accelerator=self.kind != "cpu",
             train_vision=self.config.train_vision,
             captions="caption" in stage.texts,
             concepts="concept" in stage.texts,
-            dropout=self.config.dropout,
+            dropout=0.0 if stage.reward else self.config.dropout,
+            samples=stage.reward.samples if stage.reward else 0,
+            sample_tokens=stage.reward.max_new_tokens if stage.reward else 0,
         )
 
 
@@ -202,6 +213,8 @@ def usage(model: Model, setup: Setup) -> Usage:
     numbers, shards, stage = model.trained, setup.devices, setup.zero_stage
     whole, shard = FLOAT * numbers, FLOAT * numbers // shards
     weights = model.weights if stage < 3 else model.weights // shards
+    averages = 0 if model.config.ema is None else whole if stage < 3 else shard
+    weights += averages + model.judges
     bucket = FLOAT * _bucket(model.config)
     copy = shard if stage in (1, 2) else 0  # ZeRO 1 and 2 update a flat copy of their part of the weights
     moments = (MOMENTS * numbers) // (shards if stage else 1)
@@ -225,7 +238,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     # glibc keeps the activations' memory, in pieces too small for the optimiser's flat tensors
     moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
     if stage == 3:  # validation captions with a whole copy of the model
-        moment = max(moment, model.weights)
+        moment = max(moment, model.weights + (whole if averages else 0))
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)

@@ -1,7 +1,7 @@
 """An optimiser step that was given to the device, and whose numbers are read while it computes the next."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,8 @@ class Learnt(NamedTuple):
 
     `images` are those of this rank's M micro-batches, and `losses` (M, L) their terms, on the device.
     `numbers` are the terms of all ranks, how many ranks were interrupted, and the norm of the gradients if
-    the device computes it; `norm` is that of the host. `scale` is the loss scale in fp16.
+    the device computes it; `norm` is that of the host. `scale` is the loss scale in fp16. `sampled` describes
+    the samples of the loss `reward`.
     """
 
     images: Sequence[np.ndarray]
@@ -42,6 +43,7 @@ class Learnt(NamedTuple):
     numbers: Numbers
     norm: float | None
     scale: float | None
+    sampled: Mapping[str, float]
 
 
 class Outstanding(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.store import write
-from harness.training.resume import losses_of, rows_of
+from harness.training.resume import VALIDATION, losses_of, rows_of
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -31,10 +31,10 @@ def curves(losses: Path, path: Path) -> None:
     """Plot losses, learning rate and validation scores of a `losses.jsonl` by optimiser step."""
     rows = list(rows_of(losses))
     panels = {
-        "loss (nats per token)": [*losses_of(rows), "valid_loss"],
+        "loss (nats per token)": [*losses_of(rows), *(f"{name}loss" for name in VALIDATION)],
         "learning rate": ["learning_rate"],
         "validation": sorted(
-            {k for r in rows for k in r if k.startswith("valid_")} - {"valid_loss", "valid_primary"}
+            {k for r in rows for k in r if k.startswith(VALIDATION) and not k.endswith(("_loss", "_primary"))}
         ),
     }
     figure, axes = _axes(len(panels))
@@ -42,9 +42,8 @@ def curves(losses: Path, path: Path) -> None:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name, marker="o" if name.startswith("valid") else None
-                )
+                marker = "o" if name.startswith(VALIDATION) else None
+                axis.plot(*zip(*points, strict=True), label=name, marker=marker)
         axis.set(title=title, xlabel="optimiser step")
         axis.grid(alpha=0.3)
         if axis.lines:

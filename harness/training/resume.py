@@ -8,11 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.store import bytes_of, parsed, write, write_json
+from harness.store import bytes_of, parsed, read_checked, write, write_json
 
 BEST, LOSSES = "best.safetensors", "losses.jsonl"
 STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
+KEPT = "best.json"
+"""The list of the kept weights, best first: file, step, stage, epoch, score, and whether of `train.ema`."""
+EMA = "ema_"
+"""Begins the names of the average's validation scores."""
+VALIDATION = ("valid_", f"{EMA}valid_")
+"""Begin the names of validation scores in a `losses.jsonl`."""
+FLOOR = "floor_"
+"""In the row of a validation at the start of a stage: below this number, the score of that name ends it."""
 LATEST = "latest"
 """The file that names the newest checkpoint for DeepSpeed's own tools."""
 
@@ -23,7 +31,8 @@ class State:
 
     `done` optimiser steps of `stage` are finished, and `step` steps of all stages. `validated` is false if
     the validation after them is still due. `ranks` and `zero_stage` are those of the last checkpoint. `ended`
-    is true if nothing is left to train.
+    is true if nothing is left to train; then `kept` is the number of files of the best weights. `stage_best`
+    is the best score of the stage, and `waited` counts the validations since then; see `patience`.
     """
 
     stage: int = 1
@@ -35,6 +44,9 @@ class State:
     ranks: int = 1
     zero_stage: int = 0
     ended: bool = False
+    kept: int = 1
+    stage_best: float | None = None
+    waited: int = 0
 
 
 class Checkpoints:
@@ -57,7 +69,8 @@ class Checkpoints:
         A training that has ended starts again if its weights or its losses are missing.
         """
         ended = _state(_read(self.directory / FINISHED))
-        if ended and all((self.directory / name).is_file() for name in (BEST, LOSSES)):
+        files = [LOSSES, *(one["file"] for one in kept(self.directory))]
+        if ended and len(files) > ended.kept and all((self.directory / name).is_file() for name in files):
             return ended
         for folder in sorted(self.folder.glob("step*"), reverse=True):
             content = _read(folder / STATE)
@@ -82,6 +95,21 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def kept(directory: Path) -> list[dict[str, Any]]:
+    """The entries of `KEPT`; without it, as in earlier versions, one with the file of the best weights."""
+    found = read_checked(directory / KEPT)
+    whole = isinstance(found, list) and all(isinstance(one, dict) and "file" in one for one in found)
+    return found if whole and found else [{"file": BEST}]
+
+
+def described(best: Mapping[str, Any]) -> str | None:
+    """The origin of the best weights in words, from an entry of `kept`; None if it is not known."""
+    if best.get("step") is None:
+        return None
+    which = "the average of train.ema" if best.get("average") else "the trained weights"
+    return f"{which} after step {best['step']} (stage {best.get('stage')}, epoch {best.get('epoch')})"
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The JSON mapping in a file; empty if the file is missing or damaged."""
     try:
@@ -96,7 +124,7 @@ def _state(values: Any) -> State | None:
     known = asdict(State())
     if not values or not isinstance(values, dict) or not values.keys() <= known.keys():
         return None
-    optional = {"best": float, "best_step": int}
+    optional = {"best": float, "best_step": int, "stage_best": float}
     for key, value in values.items():
         wanted = optional.get(key) or type(known[key])
         if type(value) is not wanted and not (key in optional and value is None):
@@ -107,6 +135,11 @@ def _state(values: Any) -> State | None:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and STATE not in path.name)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _begins_again(row: Mapping[str, Any], state: State) -> bool:
+    """Whether the stage that a validation was the start of has no checkpoint yet, so it starts once more."""
+    return (row.get("stage", 0), 1) > (state.stage, state.done)
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -125,10 +158,19 @@ def losses_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return ["loss", *names]
 
 
+def fallen(rows: Iterable[Mapping[str, Any]], stage: int) -> list[tuple[str, float, float]]:
+    """The scores of a stage's last validation that are below their floors: name, value and floor."""
+    own = [row for row in rows if row.get("stage") == stage and "valid_loss" in row]
+    floors = {name.removeprefix(FLOOR): row[name] for row in own for name in row if name.startswith(FLOOR)}
+    found = [(name, own[-1].get(f"valid_{name}"), floor) for name, floor in floors.items()]
+    return [(name, value, floor) for name, value, floor in found if value is not None and value < floor]
+
+
 def forget_rows_after(file: Path, state: State) -> None:
     """Delete the rows of steps that will be repeated, and a row that an interruption left incomplete."""
     if file.exists():
         rows = list(rows_of(file))
         last = state.step if state.validated else state.step - 0.5
         kept = [row for row in rows if row["step"] <= (last if "valid_loss" in row else state.step)]
+        kept = [row for row in kept if row.get("epoch") != 0 or not _begins_again(row, state)]
         write(file, "".join(json.dumps(row) + "\n" for row in kept))

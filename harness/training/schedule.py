@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from harness.config.sections import AUTO
 from harness.errors import Problem
 from harness.models.base import Losses
-from harness.training.settings import TrainConfig
+from harness.training.settings import RewardConfig, TrainConfig
 
 _GROUPED = 50
 """Number of optimiser steps whose images are sorted by length together."""
@@ -17,32 +17,57 @@ _GROUPED = 50
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with resolved numbers: `losses` are the weights above 0 by name, `number` counts from 1."""
+    """A stage with resolved numbers: `losses` are the weights above 0 by name, `number` counts from 1.
+
+    With `until` the stage ends after that epoch.
+    """
 
     number: int
     epochs: int
     learning_rate: float
     losses: Mapping[str, float]
+    reward: RewardConfig | None = None
+    constant: bool = False
+    """Whether the learning rate stays as it is, without warm-up and cosine."""
+    until: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The last epoch that is trained; the schedule of the learning rate is that of all `epochs`."""
+        return self.epochs if self.until is None else self.until
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to compute: `caption` and `concept` need only their own, any other loss needs both."""
+        """The texts to compute: those of `Losses` need only their own, any other loss the first two."""
         others = self.losses.keys() - set(Losses._fields)
-        return tuple(text for text in Losses._fields if others or text in self.losses)
+        return tuple(
+            text
+            for text in Losses._fields
+            if text in self.losses or (others and text in ("caption", "concept"))
+        )
 
 
-def stages(config: TrainConfig) -> list[Stage]:
-    """The stages that have epochs, in order, with their numbers in the config."""
-    return [
+def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[Stage]:
+    """The stages that have epochs, in order, with their numbers in the config.
+
+    With `until` (stage, epoch) the training ends after that epoch.
+    """
+    found = [
         Stage(
             number,
             stage.epochs,
             stage.learning_rate or config.learning_rate,
             {name: weight for name, weight in stage.losses if weight},
+            stage.reward,
+            stage.schedule == "constant",
         )
         for number, stage in enumerate(config.stages, 1)
         if stage.epochs
     ]
+    if until is None:
+        return found
+    *before, last = (stage for stage in found if stage.number <= until["stage"])
+    return [*before, replace(last, until=until["epoch"])]
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -109,6 +134,6 @@ def indivisible(config: TrainConfig, devices: int) -> Problem | None:
     )
 
 
-def total_steps(config: TrainConfig, images: int) -> int:
-    """The number of optimiser steps of all stages."""
-    return sum(stage.epochs for stage in stages(config)) * math.ceil(images / config.batch_size)
+def total_steps(config: TrainConfig, images: int, left_out: int = 0) -> int:
+    """The number of optimiser steps of all stages, without `left_out` epochs."""
+    return (sum(stage.epochs for stage in stages(config)) - left_out) * math.ceil(images / config.batch_size)

@@ -147,8 +147,8 @@ def _regret(ours: Sample, theirs: Sample) -> float:
     """By how much the device's tokens miss the largest logit of the CPU: close calls may differ."""
     prompt = theirs.texts["caption"]["ids"][0, :2]
     device = ours.model.device
-    with ours.model.decoder(prompt.to(device), 1, _NEW_TOKENS) as begin:
-        decoding = begin(ours.pixels.to(device))
+    with ours.model.decoder(1, _NEW_TOKENS) as begin:
+        decoding = begin(ours.pixels.to(device), prompt.expand(len(ours.pixels), -1).to(device))
         tokens = [decoding.logits.argmax(-1)]
         for _ in range(_NEW_TOKENS - 1):
             tokens.append(decoding.step(tokens[-1]).argmax(-1))

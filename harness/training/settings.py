@@ -17,20 +17,61 @@ from harness.config.sections import (
     Share,
     Steps,
     Tokens,
+    Truncation,
     no_bool,
     or_auto,
     summary,
     whole,
 )
+from harness.decoding.consensus import MEANS
 from harness.errors import AcrossKeys
+from harness.metrics import METRICS
 from harness.training.losses import LOSSES
 
+IMAGE_GAP = "image_gap"
+"""What the ROUGE-1 of validation loses when its captions move to other images."""
 LossesConfig = create_model(
     "LossesConfig",
     __base__=Section,
     __doc__="The weight of each loss of a stage; 0 turns a loss off.",
     **{name: (NonNegative, Field(0.0, description=summary(loss))) for name, loss in LOSSES.items()},
 )
+
+
+class RewardConfig(Truncation):
+    """Self-critical training: the model samples captions and learns from their scores.
+
+    The stage begins and each of its epochs ends with a validation that is scored. It computes without
+    dropout, so that captions are learned with the probabilities that they were sampled with.
+    """
+
+    metrics: dict[Literal[*METRICS, *MEANS], Positive] = Field(min_length=1)
+    """The reward: metrics of a caption against the image's own one, with weights; their sum becomes 1.
+
+    CIDEr takes document frequencies from the training captions.
+    """
+    standardise: bool = False
+    """Give each metric mean 0 and deviation 1 over the samples of an optimiser step, before it is weighed."""
+    samples: whole(1, 1000) = 5
+    """Captions that are sampled for each image."""
+    baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
+    """A sample learns from its reward minus this: the mean of the image's other samples, or the reward of
+    its greedy caption."""
+    max_new_tokens: Tokens = 64
+    """Longest sample in tokens."""
+    stop_when: tuple[Literal[IMAGE_GAP, *METRICS], ...] = (IMAGE_GAP,)
+    """The stage ends if one of these validation scores falls below its 95 % interval at the stage's start.
+
+    `image_gap` is what ROUGE-1 loses when captions move to other images: a reward may be had by one
+    caption for all images.
+    """
+
+    @model_validator(mode="after")
+    def _has_others(self) -> "RewardConfig":
+        if self.baseline == "leave_one_out" and self.samples == 1:
+            what = "leave_one_out compares a sample with the image's others; use 2 samples or more, or greedy"
+            raise AcrossKeys(what, "samples", "baseline")
+        return self
 
 
 class StageConfig(Section):
@@ -40,13 +81,26 @@ class StageConfig(Section):
     """0 skips the stage."""
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """constant: this stage has its learning rate from the first step to the last, without warm-up."""
     losses: LossesConfig
     """The weight of each loss by name; at least one must be above 0."""
+    reward: RewardConfig | None = None
+    """What the loss `reward` rewards; needed with this loss, and only then."""
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "StageConfig":
         if self.epochs and not any(weight for _, weight in self.losses):
             raise AcrossKeys("no loss has a weight above 0; nothing would be trained", "losses")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_its_reward(self) -> "StageConfig":
+        if self.losses.reward and self.reward is None:
+            what = "the loss reward needs the section reward, for example reward: {metrics: {bertscore: 1}}"
+            raise AcrossKeys(what, "losses.reward")
+        if self.reward is not None and not self.losses.reward:
+            raise AcrossKeys("the section reward is for the loss reward, whose weight is 0", "reward")
         return self
 
 
@@ -100,6 +154,13 @@ class TrainConfig(Section):
     """
     train_vision: bool = True
     """false freezes the ViT."""
+    ema: Share | None = None
+    """Decay of an exponential moving average of the trained weights after every step, such as 0.999.
+
+    The average starts anew with each stage, from the weights at its start. Each validation scores both, the
+    average as `ema_valid_*` in `losses.jsonl`; the best weights are those of the better score. The next stage
+    starts from the weights, not from their average.
+    """
     gradient_checkpointing: or_auto(bool) = False
     """Use less memory and more time in the ViT, Q-Former and language model. auto: only if it must be."""
     compile: Literal["auto", "off", "layers", "whole"] = "auto"
@@ -124,6 +185,8 @@ class TrainConfig(Section):
     """Optimiser steps between checkpoints within an epoch; 0: none. Each epoch ends with a checkpoint."""
     keep_checkpoints: whole(1, 1000) = 2
     """Number of last checkpoints to keep, in case the newest is damaged."""
+    keep_best: whole(1, 100) = 1
+    """Number of best validated weights to keep as files, for `soup`; `best.json` lists steps and scores."""
     caption_cleaning: Literal["lavis", "none"] = "lavis"
     """lavis: lower case, without .!\"()*#:;~ ; none: only white space is collapsed."""
     max_words: Tokens = 50
@@ -132,6 +195,20 @@ class TrainConfig(Section):
     """Captions and concept sentences are cut to this many tokens. The end token is kept."""
     evaluate_every: Epochs = 1
     """Epochs between captioning and scoring the validation images; 0: after the last epoch only."""
+    patience: Epochs = 0
+    """A stage ends after this number of validations without a better primary score; 0: never.
+
+    Each stage counts its own validations, and only those with scores (see `evaluate_every`). The learning
+    rate follows the schedule of all planned epochs. The next stage starts from the last weights, as it does
+    without patience; the best weights of all stages are those that caption.
+    """
+    epochs_of: str | None = None
+    """With `data.fit_on: [train, valid]`, train up to the best validation of this run, and no further.
+
+    A run of the same model, data and stages, such as full_fit/found-s42; it may be an earlier one of the same
+    file. Stages after the best validation are dropped. The learning rate follows the schedule of all planned
+    epochs, as in that run. null: all epochs are trained.
+    """
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
     profile: whole(0, 1000) = 0
@@ -158,6 +235,13 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_validations_to_count(self) -> "TrainConfig":
+        if self.patience and not self.evaluate_every:
+            what = "patience counts validations with scores, but evaluate_every is 0; use 1 or more"
+            raise AcrossKeys(what, "patience", "evaluate_every")
+        return self
+
+    @model_validator(mode="after")
     def _offloads_what_is_sharded(self) -> "TrainConfig":
         if self.offload and not self.zero_stage:
             what = "offload is true, but zero_stage 0 does not shard the optimiser; use 1, 2 or 3"
@@ -170,6 +254,14 @@ class TrainConfig(Section):
         if found := deepspeed_keys.mistakes(given):
             raise AcrossKeys("; ".join(found.values()), *found)
         return given
+
+    @model_validator(mode="after")
+    def _samples_with_whole_weights(self) -> "TrainConfig":
+        found = [f"stages.{number}.reward" for number, stage in enumerate(self.stages) if stage.reward]
+        if found and self.zero_stage == 3:
+            what = "the loss reward samples captions, which needs whole weights on each device; zero_stage 3 "
+            raise AcrossKeys(f"{what}shards them; use 0, 1 or 2", "zero_stage", *found)
+        return self
 
     @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":

@@ -118,10 +118,11 @@ def of_run(
     """
     found = {}
     if model and setup:
-        found["training"] = training(model, counts.get("train", 0), setup, device, root)
+        images = sum(counts.get(split, 0) for split in config.data.fit_on)
+        found["training"] = training(model, images, setup, device, root)
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
-    splits = [split for split in config.predict.splits if split in counts]
+    splits = [split for split in config.captioned if split in counts]
     predicted = {} if config.retrieval else {f"predict-{split}": split for split in splits}
     scored = dict.fromkeys(("score-before", "score-after"), "valid") if "valid" in splits else {}
     parts = {

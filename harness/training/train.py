@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,9 @@ from harness.machine.interrupts import Interrupts
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.store import free, gb, write
-from harness.training import losses
+from harness.training import losses, patience
+from harness.training.averages import Average
+from harness.training.best import Best, Validated
 from harness.training.compiling import OFF, Compiler, chosen
 from harness.training.engine import (
     accumulation,
@@ -46,14 +48,19 @@ from harness.training.outstanding import Learnt, Numbers, Outstanding
 from harness.training.profile import Profiler
 from harness.training.resume import (
     BEST,
+    EMA,
+    FLOOR,
     LATEST,
     LOSSES,
     UNIVERSAL,
     VALIDATED,
     Checkpoints,
+    fallen,
     forget_rows_after,
+    rows_of,
 )
 from harness.training.schedule import Stage, epoch_batches, indivisible, learning_rate, stages
+from harness.training.selfcritical import Measure, SelfCritical, without_dropout
 from harness.training.settings import TrainConfig
 from harness.training.writer import Writer
 
@@ -84,7 +91,9 @@ class Training:
 
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
-    ranks use rank 0's numbers. `say` prints a line.
+    ranks use rank 0's numbers. `say` prints a line. Without a split `valid` there are no validations, and the
+    last weights are kept. With `until` (stage, epoch) the training ends after that epoch. `measure` is needed
+    for the loss `reward`.
     """
 
     config: TrainConfig
@@ -97,6 +106,8 @@ class Training:
     log: Callable[[Row], None]
     evaluate: Callable[[Loaded], dict[str, float]]
     say: Callable[[str], None] = lambda text: None
+    until: Mapping[str, int] | None = None
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):
@@ -105,13 +116,16 @@ class Training:
         self.multiple = 1 if self.kind == "cpu" else _WIDTHS
         self.interrupts, self.interrupted = Interrupts(), False
         self.outstanding: Outstanding | None = None
+        self.critic: SelfCritical | None = None
         self.arrived = -math.inf  # when the numbers of the last step that was read were there
         self.compiler = Compiler(chosen(self.config, self.kind), self.say)
         self.checkpoints = Checkpoints(self.directory, self.config.keep_checkpoints)
+        self.best = Best(self.directory, self.checkpoints.folder, self.config.keep_best)
+        self.average: Average | None = None
         self.writer = Writer()
         profiled = self.config.profile if ranks.rank() == 0 else 0
         self.profiler = Profiler(profiled, self.kind, self.directory)
-        self.plan = stages(self.config)
+        self.plan, self.validates = stages(self.config, self.until), "valid" in self.splits
         self.per_epoch = math.ceil(len(self.splits["train"].ids) / self.config.batch_size)
         self.lengths = np.array([len(text.ids) for text in self.splits["train"].captions])
 
@@ -125,10 +139,13 @@ class Training:
         self.state = self.saved = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
+        self.best.begin(self.state)
         try:
             for stage in self.plan:
                 if stage.number >= self.state.stage and not self.state.ended:
                     self._stage(stage)
+            if not self.validates and not self.state.ended:
+                self._keep_last()
         except RuntimeError as error:  # a step with less memory would not know of an interruption
             if devices.out_of_memory(error) and self.interrupts.came is not None:
                 raise KeyboardInterrupt from error
@@ -137,10 +154,18 @@ class Training:
             with self.interrupts.wait():
                 self.writer.leave()
         if ranks.rank() == 0:
+            if not self.state.ended:
+                self.best.finish()
+                self.state.kept = len(self.best.ranked)
             self.checkpoints.finish(self.state)
         ranks.agree(None)  # waits until rank 0 has written
         load_trained(self.loaded.model, self.directory / BEST)
         return self.loaded
+
+    def _keep_last(self) -> None:
+        self._written()
+        if ranks.rank() == 0:
+            save_trained(self.loaded.model, self.directory / BEST)
 
     def _placed(self) -> Loaded:
         loaded = self.load()
@@ -162,17 +187,25 @@ class Training:
         self.loaded.model.freeze(stage.texts, self.config.train_vision)
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
+        self.average = None if self.config.ema is None else Average(self.loaded.model, self.config.ema)
         try:
             if resumed:
                 resume(trainer, universal or self.checkpoints.path(self.state), universal is not None)
+                if self.average:
+                    self.average.load(self.checkpoints.path(self.state))
                 self._forget(universal)
                 if not self.state.validated:
                     self._validate(stage)
             else:
                 self.state.stage, self.state.done = stage.number, 0
-            self._steps(trainer, stage)
+                patience.begin(self.state)
+                if stage.reward and self.validates:
+                    self._validate(stage, begins=True)
+            with self._sampling(stage):
+                self._steps(trainer, stage)
         finally:
             release(trainer)
+            self.average = None
             del trainer
             gc.collect()
         self._end(stage)
@@ -184,10 +217,14 @@ class Training:
         """
         begun = self.state.done
         self._check_weights(trainer, stage)
-        for step in range(begun, stage.epochs * self.per_epoch):
+        for step in range(begun, stage.last * self.per_epoch):
+            if patience.is_over(self.config, self.state.waited):
+                break
             epoch, number = divmod(step, self.per_epoch)
             if number == 0 or step == begun:
                 order = self._order(stage.number, epoch)
+            if number == 0 and step and self._has_degenerated(stage):
+                break
             ended = number + 1 == self.per_epoch
             with self.interrupts.wait():
                 with self.profiler.step(self.state.step, ended):
@@ -195,12 +232,12 @@ class Training:
                 if ended or self.interrupted or self._due(step + 1):
                     self._read()
                     self._check_weights(trainer, stage)
-                    self._save(trainer, validated=not ended)
+                    self._save(trainer, validated=not (ended and self.validates))
                 if self.interrupted:
                     self._written()
             if self.interrupted or (ended and self.interrupts.came):
                 raise KeyboardInterrupt
-            if ended:
+            if ended and self.validates:
                 self._validate(stage)
 
     def _for_these_ranks(self) -> Path | None:
@@ -251,17 +288,23 @@ class Training:
         """Give optimiser step `step` (from 0) of a stage to the device, and read the step before it."""
         begun = time.perf_counter()
         steps = stage.epochs * self.per_epoch
-        rate = learning_rate(self.config, stage.learning_rate, step, steps, self.per_epoch)
+        rate = stage.learning_rate
+        if not stage.constant:
+            rate = learning_rate(self.config, rate, step, steps, self.per_epoch)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate
         self._randomise(stage, step)
         trainer.train()
-        learnt = self._learn(trainer, stage, indices)
+        learnt = self._learn(trainer, stage, step, indices)
+        if self.average:
+            self.average.follow(trainer)
         self.state.step, self.state.done = self.state.step + 1, step + 1
         epoch = (step + 1) / self.per_epoch
         given = Outstanding(self.state.step, stage, epoch, rate, begun, learnt)
         self._read()
         self.outstanding = given
+        if self.critic:
+            self.critic.total += time.perf_counter() - begun
 
     def _read(self) -> None:
         """Log the outstanding step, if there is one; stop all ranks if its numbers are not finite."""
@@ -277,6 +320,7 @@ class Training:
         shown = zip(losses.LOSSES, TERMS, terms, strict=True)
         row |= {term: value for name, term, value in shown if name in step.stage.losses}
         row |= self._gradients(step, norms[0] if norms else step.learnt.norm)
+        row |= step.learnt.sampled
         speed = self.config.batch_size / step.seconds(arrived, self.arrived)
         self.arrived = arrived
         self._log({**row, "learning_rate": step.learning_rate, "images_per_second": speed})
@@ -292,7 +336,7 @@ class Training:
         devices.seed_everything(int(one))
         self.draw = torch.Generator().manual_seed(int(two))
 
-    def _learn(self, trainer: Any, stage: Stage, indices: np.ndarray) -> Learnt:
+    def _learn(self, trainer: Any, stage: Stage, step: int, indices: np.ndarray) -> Learnt:
         """Learn from a global batch; each loss is the mean over all its tokens in that batch.
 
         Nothing here waits for the device, but ZeRO does where it looks for an overflow.
@@ -302,19 +346,28 @@ class Training:
             "caption": sum(split.captions[i].predicted for i in indices),
             "concept": sum(split.concepts[i].predicted for i in indices if split.concepts[i]),
         }
+        if stage.reward:
+            tokens["reward"] = stage.reward.samples * sum(split.captions[i].predicted > 0 for i in indices)
         micro_batches = np.split(indices, len(indices) // self.config.micro_batch_size)
         own = micro_batches[ranks.rank() :: ranks.world_size()]
         found = []
+        batches: Iterable[dict[str, Any]] = self._seen(self._batches(split, own, stage))
+        sampled: Row = {}
+        if self.critic:  # not below, where casts are kept: autocast would keep some without gradient
+            batches = list(batches)
+            samples, sampled = self.critic(step, micro_batches, [batch["pixels"] for batch in batches])
+            for batch, one in zip(batches, samples, strict=True):
+                batch["samples"] = one
         with casts_kept(self.config, self.kind):
-            for number, batch in enumerate(self._batches(split, own, stage)):
+            for number, batch in enumerate(batches):
                 if number:
                     trainer.step()  # of the micro-batch before
-                pixels = devices.moved(batch.pop("pixels"), self.device)
                 computed = trainer(
-                    self.loaded.normalise(augment(pixels, self.augmentation, self.draw)),
+                    batch.pop("pixels"),
                     to_device(batch["caption"], self.device),
                     to_device(batch["concept"], self.device),
                     self.config.label_smoothing,
+                    batch.pop("samples", None),
                 )
                 none = torch.zeros((), device=self.device)
                 shares = [
@@ -329,7 +382,43 @@ class Training:
         scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
         numbers = Numbers(self._summed(terms, norm), self.kind)
         on_host = None if norm is None or torch.is_tensor(norm) else float(norm)
-        return Learnt(own, terms, numbers, on_host, scale)
+        return Learnt(own, terms, numbers, on_host, scale, sampled)
+
+    def _seen(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Micro-batches with pixels as the model sees them: on its device, augmented and normalised."""
+        for batch in batches:
+            pixels = devices.moved(batch.pop("pixels"), self.device)
+            pixels = self.loaded.normalise(augment(pixels, self.augmentation, self.draw))
+            yield batch | {"pixels": pixels}
+
+    @contextlib.contextmanager
+    def _sampling(self, stage: Stage) -> Iterator[None]:
+        """The block of a stage's steps, which sample captions if the stage has the loss `reward`."""
+        if not stage.reward:
+            yield
+            return
+        if self.measure is None:
+            raise ValueError("the loss reward needs a function that measures captions")
+        split = self.splits["train"]
+        self.critic = SelfCritical(
+            stage, self.loaded, split.ids, split.captions, self.measure, self.seed, self.multiple
+        )
+        try:
+            with without_dropout(self.loaded.model):
+                yield
+            self.say(self.critic.worded())
+        finally:
+            self.critic = None
+
+    def _has_degenerated(self, stage: Stage) -> bool:
+        """Whether a validation score of the stage fell below its floor (`RewardConfig.stop_when`)."""
+        if not stage.reward:
+            return False
+        file = self.directory / LOSSES
+        found = ranks.agree(fallen(rows_of(file), stage.number) if ranks.rank() == 0 else None)
+        for name, value, floor in found:
+            self.say(f"stage {stage.number} ends: {name} fell to {value:.4f}, below {floor:.4f} (stop_when)")
+        return bool(found)
 
     def _summed(self, found: Tensor, norm: Any) -> Tensor:
         """Sum loss terms (M, L) over all ranks' micro-batches; the norm of gradients follows if a tensor.
@@ -386,30 +475,57 @@ class Training:
                     waiting = pool.submit(collate, part)
                 yield batch
 
-    def _validate(self, stage: Stage) -> None:
-        """Compute validation loss and, if due after this epoch, scores; keep the best weights so far."""
+    def _validate(self, stage: Stage, begins: bool = False) -> None:
+        """Compute validation loss and, if due after this epoch, scores; keep the best weights so far.
+
+        `begins`: the stage has not yet made a step; a checkpoint would be of the stage before.
+        """
         every, epoch = self.config.evaluate_every, self.state.done // self.per_epoch
         last = stage is self.plan[-1] and epoch == stage.epochs
-        scores = last or (every > 0 and epoch % every == 0)
+        scores = last or stage.reward is not None or (every > 0 and epoch % every == 0)
         # at ZeRO-3 no rank can caption alone: each layer's forward pass gathers weights from all ranks
         zero3 = self.config.zero_stage == 3
         loaded = self._copy(self.checkpoints.folder / VALIDATED) if zero3 else self.loaded
         loaded.model.eval()
-        row = {"valid_loss": self._valid_loss(loaded)}
-        self._check_validation(row, stage)
-        row |= ranks.agree(self.evaluate(loaded)) if scores else {}
-        self._check_validation(row, stage)
+        row = self._measured(loaded, stage, scores, begins)
+        found = [row.get(PRIMARY)]
+        if self.average:
+            with self.average.instead(loaded.model):
+                other = self._measured(loaded, stage, scores)
+            found.append(other.get(PRIMARY))
+            row |= {f"{EMA}{name}": value for name, value in other.items()}
+            row |= {PRIMARY: max(found)} if scores else {}
         self._written()  # else the best weights could be of a later step than the checkpoint
         loaded.model.train()
+        if scores and self.config.patience:
+            patience.count(self.state, row[PRIMARY])
+            row[patience.WAITED] = self.state.waited
         self._log({"step": self.state.step, "stage": stage.number, "epoch": epoch, **row})
-        if scores and (self.state.best is None or row[PRIMARY] > self.state.best):
-            self.state.best, self.state.best_step = row[PRIMARY], self.state.step
-            if ranks.rank() == 0:
-                save_trained(loaded.model, self.directory / BEST)
+        for average, score in enumerate(found if scores else ()):
+            self._keep(loaded, Validated(self.state.step, stage.number, epoch, score, bool(average)))
+        if begins:
+            return
         self.state.validated = True
         if ranks.rank() == 0:
             with self._has_room():
                 self.checkpoints.seal(self.state)
+
+    def _measured(self, loaded: Loaded, stage: Stage, scores: bool, floors: bool = False) -> Row:
+        """The validation loss of the weights that the model has now, and their `scores` if due."""
+        row = {"valid_loss": self._valid_loss(loaded)}
+        self._check_validation(row, stage)
+        row |= ranks.agree(self.evaluate(loaded)) if scores else {}
+        row = {name: value for name, value in row.items() if floors or not name.startswith(FLOOR)}
+        self._check_validation(row, stage)
+        return row
+
+    def _keep(self, loaded: Loaded, new: Validated) -> None:
+        """Save weights that were validated just now, if they are among the best so far."""
+        if self.best.takes(new):
+            average = new.average and self.average
+            with average.instead(loaded.model) if average else contextlib.nullcontext():
+                self.best.add(new, lambda file: save_trained(loaded.model, file))
+        self.state.best, self.state.best_step = self.best.ranked[0].score, self.best.ranked[0].step
 
     def _check_validation(self, row: Row, stage: Stage) -> None:
         """Stop all ranks if a validation gave a number that is not finite."""
@@ -460,6 +576,8 @@ class Training:
         ranks.agree(None)
         with self._has_room():
             save(trainer, path, self.writer.write)
+            if self.average:
+                self.average.save(path, self.writer.write)
         files = [file for own in ranks.every(self.writer.files) for file in own]
         if ranks.rank() == 0:
             self.writer.seal(files, self._seal)

@@ -8,6 +8,7 @@ always use a new Python.
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -37,6 +38,8 @@ IMPORTS = {
 """What the servers import before they fork."""
 SAFE = ("COLUMNS", "MLFLOW_", "HARNESS_", "PYTEST_")
 """Variables that no import reads, by how their names begin."""
+SHARED = "HARNESS_TESTS_"
+"""How the variables begin that tell xdist's workers the socket of each server."""
 FOLLOW = ["-m", "harness", "sync", "--follow"]
 """The arguments of a process that mirrors runs while they go on."""
 
@@ -108,15 +111,26 @@ def _acts_on_imports(environment: Mapping[str, str]) -> bool:
 
 
 def _server(name: str) -> "_Server":
-    if name not in _servers or _servers[name].process.poll() is not None:
-        _servers[name] = _Server(IMPORTS[name])
+    if name not in _servers or _servers[name].ended():
+        _servers[name] = _Server(name)
     return _servers[name]
 
 
-class _Server:
-    """The side of the tests: a server process, which ends with this one, and the socket where it listens."""
+def share() -> None:
+    """Start the servers here for all of xdist's workers, which this process is about to start."""
+    for name in IMPORTS:
+        os.environ[f"{SHARED}{name.upper()}"] = _server(name).path
 
-    def __init__(self, imports: tuple[str, ...]) -> None:
+
+class _Server:
+    """The side of the tests: a server process, which ends with the one that starts it, and its socket."""
+
+    def __init__(self, name: str) -> None:
+        self.process, self.path = None, os.environ.get(f"{SHARED}{name.upper()}")
+        if self.path is None:
+            self._start(IMPORTS[name])
+
+    def _start(self, imports: tuple[str, ...]) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.path = f"{self.folder.name}/socket"
         command = [sys.executable, "-m", "support.commands", "serve"]
@@ -126,6 +140,10 @@ class _Server:
             listener.listen()
             number = listener.fileno()
             self.process = subprocess.Popen([*command, str(number), *imports], pass_fds=[number], **pipes)
+
+    def ended(self) -> bool:
+        """Whether it has to be started again."""
+        return self.process is not None and self.process.poll() is not None
 
     def run(self, folder, arguments, environment, timeout, streams: tuple[int, int]) -> int:
         """Run a command that writes to `streams` -> its exit code."""
@@ -258,4 +276,6 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError):
         for name in sys.argv[3:]:
             __import__(name)
+    gc.collect()
+    gc.freeze()  # else each collection in a fork goes through all that was imported, and copies it
     _serve(socket.socket(fileno=int(sys.argv[2])))

@@ -55,8 +55,8 @@ class _Reader(PreTrainedModel, GenerationMixin):
 @torch.no_grad()
 def generated(model: Captioner, pixels: torch.Tensor, prompt: torch.Tensor, end: int, pad: int, **options):
     """What `generate` returns for pixels (B, 3, S, S) after prompt ids (P,), and the new ids (B * N, T)."""
-    options |= {"eos_token_id": end, "pad_token_id": pad, "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_scores": True}
+    options = {"do_sample": False} | options | {"eos_token_id": end, "pad_token_id": pad}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     ids = prompt.expand(len(pixels), -1)
     with model.autocast():
         queries, states = model.see(pixels)

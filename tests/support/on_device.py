@@ -48,8 +48,8 @@ def decodings(place: str, folder: Path) -> list[list[list[list[int]]]]:
     def ours(model, beams: int, captured: bool) -> torch.Tensor:
         CachedDecoding._capture = capture if captured else lambda self, tokens: None
         config = PredictConfig(num_beams=beams, max_new_tokens=most, min_new_tokens=0)
-        with torch.inference_mode(), model.decoder(prompt, beams, most) as begin:
-            decoding = begin(noise)
+        with torch.inference_mode(), model.decoder(beams, most) as begin:
+            decoding = begin(noise, prompt.expand(len(noise), -1))
             ids = search(decoding, config, end, pad).ids[:, 0]
         assert decoding.graphs
         assert all((graph is not None) == captured for graph in decoding.graphs.values())

@@ -20,10 +20,10 @@ from support.training import splits
 
 
 def main(given):
-    """Train, and leave the final weights, the best ones being the last."""
+    """Train, and leave the final weights, the best ones being the last unless rank 0 has other `scores`."""
     found = device.probe(given.get("device", "cpu"))
     ranks.start(found.kind)
-    count = iter(range(1000))
+    scores = iter(given.get("scores") or range(1000))
 
     def load():
         return load_tiny(Path(given["folder"]), dropout=given.get("dropout", 0.0), **given.get("model", {}))
@@ -36,16 +36,20 @@ def main(given):
         torch.save = SlowSave(given["slow"])
     directory = Path(given["directory"])
     directory.mkdir(exist_ok=True)
+    images, until = splits(load()), given.get("until")
+    if until:  # no validation
+        images = {"train": images["train"]}
     training = train.Training(
         TrainConfig.model_validate(given["train"]),
         AugmentConfig(),
         load,
-        splits(load()),
+        images,
         str(device.torch_device(found.kind)),
         42,
         directory,
         log,
-        lambda loaded: {"valid_primary": float(next(count))},
+        lambda loaded: {"valid_primary": float(next(scores)) if ranks.rank() == 0 else -1.0},
+        until=until,
     )
     loaded = training.run()
     if ranks.rank() == 0:

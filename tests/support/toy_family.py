@@ -40,17 +40,22 @@ class Toy(nn.Module):
         hidden, memory = self.speaker.memory(self.speaker.words(ids), memory)
         return hidden @ self.speaker.words.weight.T, memory
 
-    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0):
+    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0, samples=None):
         def loss(text):
             logits = self.read(text["ids"], self.first(pixels))[0][:, :-1].flatten(0, 1)
             counts = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}
             return F.cross_entropy(logits, text["labels"][:, 1:].flatten(), **counts)
 
-        return Losses(*(text and loss(text) for text in (caption, concept)))
+        def reward():
+            ids = samples.text["ids"]
+            memory = self.first(pixels).repeat_interleave(len(ids) // len(pixels), 1)
+            return samples.loss(self.read(ids, memory)[0])
+
+        return Losses(*(text and loss(text) for text in (caption, concept)), samples and reward())
 
     @contextmanager
-    def decoder(self, prompt, width, length):
-        yield lambda pixels: Decoding(self, pixels, prompt, width)
+    def decoder(self, width, length):
+        yield lambda pixels, prompts: Decoding(self, pixels, prompts, width)
 
     def freeze(self, losses, train_vision):
         self.requires_grad_(False)
@@ -81,9 +86,9 @@ class Decoding:
 
     captured = False
 
-    def __init__(self, model, pixels, prompt, width):
-        self.model, self.context = model, prompt
-        logits, memory = model.read(prompt.expand(len(pixels), -1), model.first(pixels))
+    def __init__(self, model, pixels, prompts, width):
+        self.model, self.context = model, prompts
+        logits, memory = model.read(prompts, model.first(pixels))
         self.logits, self.memory = logits[:, -1], memory.repeat_interleave(width, 1)
 
     def step(self, tokens):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import Problem
 from harness.models import checkpoints as files
 from harness.models.blip2 import sizes
-from harness.models.settings import TINY, ModelConfig
+from harness.models.settings import TINY, ModelConfig, prompt_text
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +45,12 @@ def problems(model: ModelConfig) -> list[Problem]:
 def settings(model: ModelConfig) -> dict[str, Any]:
     """The part of `model:` that affects training.
 
-    It has no family name, so trainings from before there were families keep their fingerprints.
+    It has no family name, so trainings from before there were families keep their fingerprints. Retrieved
+    captions are those of another step.
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
-    return model.model_dump(exclude={"family", "tiny"} | unused)
+    given = model.model_dump(exclude={"family", "tiny"} | unused)
+    return given | {"prompt": prompt_text(model.prompt)}
 
 
 def built_from(model: ModelConfig) -> int | None:

@@ -14,25 +14,31 @@ if TYPE_CHECKING:
 
 def of(shape: "Shape", work: Work) -> Activations:
     """The activations of one micro batch of a model of this shape."""
-    reads = int(work.concepts) + int(work.captions and shape.language is None)
-    speaks = work.captions and shape.language is not None
+    said = [work] * work.captions + [work.of_samples] * (work.samples > 0)
+    read, spoken = (said, []) if shape.language is None else ([], said)
+    read = [work] * work.concepts + read
     image, image_layer, image_inputs = _image(shape, work)
     layers = [_query_layer(shape, work, number) for number in range(shape.qformer["num_hidden_layers"])]
     states = len(layers) * _states(shape, work)
     inputs = len(layers) * FLOAT * work.batch * shape.queries * shape.qformer["hidden_size"]
-    text = reads * _text(shape, work)
-    speech, speech_layer, speech_inputs = _speech(shape, work) if speaks else (0, 0, [])
-    vocabularies = [shape.qformer["vocab_size"]] * bool(reads)
-    vocabularies += [shape.language["vocab_size"]] if speaks else []
-    outside = image + text + states + speech + _queries_in(shape, work)
-    deep, spoken = len(image_inputs), len(speech_inputs)
+    text = sum(_text(shape, one) for one in read)
+    speeches = [_speech(shape, one) for one in spoken]
+    losses = [_loss(one, shape.qformer["vocab_size"], one is not work) for one in read]
+    losses += [_loss(one, shape.language["vocab_size"], one is not work) for one in spoken]
+    outside = image + text + states + sum(one[0] for one in speeches) + _queries_in(shape, work)
+    speech = sum(layer * len(inputs) for _, layer, inputs in speeches)
     return Activations(
-        kept=outside + deep * image_layer + _seen(shape, work) + sum(layers) + spoken * speech_layer,
-        kept_checkpointed=outside + sum(image_inputs) + inputs + sum(speech_inputs),
-        casts=_casts(shape, work, reads > 0),
-        loss=work.batch * work.tokens * max(vocabularies) * (2 * FLOAT + work.bytes),
-        layer=max(image_layer, speech_layer, max(layers)),
+        kept=outside + len(image_inputs) * image_layer + _seen(shape, work) + sum(layers) + speech,
+        kept_checkpointed=outside + sum(image_inputs) + inputs + sum(sum(one[2]) for one in speeches),
+        casts=_casts(shape, work, bool(read)),
+        loss=max(losses),
+        layer=max(image_layer, *(one[1] for one in speeches), *layers),
     )
+
+
+def _loss(work: Work, vocabulary: int, truncates: bool) -> int:
+    """Bytes of temporaries of a loss; that of samples also scales and cuts the logits."""
+    return work.batch * work.tokens * vocabulary * ((4 if truncates else 2) * FLOAT + work.bytes)
 
 
 def _image(shape: "Shape", work: Work) -> tuple[int, int, list[int]]:
@@ -66,7 +72,7 @@ def _seen(shape: "Shape", work: Work) -> int:
 def _queries_in(shape: "Shape", work: Work) -> int:
     """Bytes of the queries before the first layer and, for the language model, after the last."""
     tokens, width = work.batch * shape.queries, shape.qformer["hidden_size"]
-    projected = work.bytes * tokens * width if shape.language and work.captions else 0
+    projected = work.bytes * tokens * width if shape.language and work.says else 0
     return 2 * FLOAT * tokens + _dropped(work, shape, tokens * width, FLOAT) + projected
 
 
@@ -178,5 +184,5 @@ def _casts(shape: "Shape", work: Work, reads: bool) -> int:
         crossings = -(-layers // c["cross_attention_frequency"])
         weights += layers * (4 * width**2 + 2 * width * mlp) + crossings * 2 * width * (width + wide)
         weights += layers * 2 * width * mlp + width * (width + c["vocab_size"]) if reads else 0
-        weights += width * language["hidden_size"] if language and work.captions else 0
+        weights += width * language["hidden_size"] if language and work.says else 0
     return HALF * weights

@@ -19,11 +19,12 @@ _TRAINED, _FIRST, _FROZEN, _FORWARD = 3, 2, 2, 1
 
 
 def of(shape: "Shape", work: Work) -> int:
-    """FLOPs of the forward and backward pass of one micro batch."""
-    reads = int(work.concepts) + int(work.captions and shape.language is None)
-    speaks = work.captions and shape.language is not None
-    found = _image(shape, work) + _queries(shape, work, reads > 0, speaks) + reads * _text(shape, work)
-    return found + (_speech(shape, work) if speaks else 0)
+    """FLOPs of the forward and backward pass of one micro batch; sampling is not counted."""
+    said = [work] * work.captions + [work.of_samples] * (work.samples > 0)
+    read, spoken = (said, []) if shape.language is None else ([], said)
+    read = [work] * work.concepts + read
+    found = _image(shape, work) + _queries(shape, work, bool(read), bool(spoken))
+    return found + sum(_text(shape, one) for one in read) + sum(_speech(shape, one) for one in spoken)
 
 
 def _linear(tokens: int, inner: int, outer: int) -> int:

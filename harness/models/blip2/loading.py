@@ -17,7 +17,7 @@ from harness.models import checkpoints
 from harness.models.blip2.model import TIED, Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.loading import Loaded
-from harness.models.settings import ModelConfig
+from harness.models.settings import ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,17 +30,30 @@ _VOCABULARY = {"embeddings.word_embeddings.weight", "cls.predictions.bias"}
 def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, Codec]:
     """The codecs of captions and of concept sentences, without weights.
 
-    Raises `UserError` if no configured checkpoint has a tokenizer for the Q-Former's text path.
+    Raises `UserError` if no configured checkpoint has a tokenizer for the Q-Former's text path, or if
+    retrieved captions and a caption may be too long for the model.
     """
     text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
     concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
+    blip2 = Blip2Config.from_pretrained(folder)
     if not config.language_model:
+        _check_room(config, concept, blip2.qformer_config.max_position_embeddings)
         return concept, concept
-    language, blip2 = (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        Blip2Config.from_pretrained(folder),
-    )
-    return language_codec(language, blip2.text_config, config.prompt, max_tokens), concept
+    language = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    caption = language_codec(language, blip2.text_config, prompt_text(config.prompt), max_tokens)
+    positions = getattr(blip2.text_config, "max_position_embeddings", None)
+    _check_room(config, caption, positions and positions - blip2.num_query_tokens)
+    return caption, concept
+
+
+def _check_room(config: ModelConfig, codec: Codec, positions: int | None) -> None:
+    """Raise `UserError` if retrieved captions and a caption may have more tokens than the model reads."""
+    retrieved = longest_prompt(config.prompt)
+    needed = len(codec.prompt) + retrieved + codec.max_tokens
+    if retrieved and positions and needed > positions:
+        what = f"retrieved captions and a caption may have {needed} tokens; this model reads {positions}"
+        hint = f"Lower it, or model.prompt.retrieved, or train.max_caption_tokens ({codec.max_tokens})."
+        raise UserError([Problem(what, key="model.prompt.words", hint=hint)])
 
 
 def load(

@@ -21,7 +21,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2VisionModel,
 )
 
-from harness.models.base import Losses
+from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker
 from harness.models.text import IGNORE
 
@@ -170,6 +170,7 @@ class Captioner(Blip2PreTrainedModel):
         caption: Mapping[str, Tensor] | None = None,
         concept: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
+        samples: Samples | None = None,
     ) -> Losses:
         """Training losses of one micro-batch.
 
@@ -179,7 +180,7 @@ class Captioner(Blip2PreTrainedModel):
         """
         with self.autocast():
             queries, states = self.see(pixels)
-            caption_loss = concept_loss = None
+            caption_loss = concept_loss = reward_loss = None
             if concept is not None:
                 logits = self.read(concept["ids"], states)
                 concept_loss = _summed_loss(logits, concept["labels"], label_smoothing)
@@ -189,27 +190,35 @@ class Captioner(Blip2PreTrainedModel):
             elif caption is not None:
                 logits = self.read(caption["ids"], states)
                 caption_loss = _summed_loss(logits, caption["labels"], label_smoothing)
-        return Losses(caption_loss, concept_loss)
+            if samples is not None:
+                reward_loss = samples.loss(self._say(queries, states, samples.text))
+        return Losses(caption_loss, concept_loss, reward_loss)
+
+    def _say(self, queries: Tensor, states: QueryStates, text: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B * N, T, V) of captions, N for each image; see `see` for `queries` and `states`."""
+        count = len(text["ids"]) // len(queries)
+        if self.language_model is not None:
+            return self._speak(queries.repeat_interleave(count, 0), text["ids"], text["mask"])
+        repeated = [tuple(one.repeat_interleave(count, 0) for one in pair) for pair in states]
+        return self.read(text["ids"], repeated)
 
     @contextlib.contextmanager
-    def decoder(
-        self, prompt: Tensor, width: int, length: int
-    ) -> Iterator[Callable[[Tensor], CachedDecoding]]:
-        """A function that begins the captions of pixels (B, 3, S, S), which follow the prompt ids (P,).
+    def decoder(self, width: int, length: int) -> Iterator[Callable[[Tensor, Tensor], CachedDecoding]]:
+        """A function that begins the captions of pixels (B, 3, S, S), which follow the prompts (B, P).
 
         Each image has `width` rows and room for `length` new tokens.
         """
         with torch.no_grad(), self.autocast():
             if self.language_model is None:
-                yield _Reader(self, prompt, width, length)
+                yield _Reader(self, width, length)
             else:
                 speaker = Speaker(self.language_model, width, length)
-                yield lambda pixels: speaker(self._prefix(pixels, prompt))
+                yield lambda pixels, prompts: speaker(self._prefix(pixels, prompts))
 
-    def _prefix(self, pixels: Tensor, prompt: Tensor) -> Tensor:
-        """What the language model goes on from: projected queries and words of the prompt (P,), (B, T, D)."""
+    def _prefix(self, pixels: Tensor, prompts: Tensor) -> Tensor:
+        """What the language model goes on from: projected queries and words of prompts (B, P), (B, T, D)."""
         queries = self.language_projection(self.see(pixels)[0])
-        words = self.language_model.get_input_embeddings()(prompt).expand(len(pixels), -1, -1)
+        words = self.language_model.get_input_embeddings()(prompts)
         return torch.cat([queries.to(words.dtype), words], dim=1)
 
     @torch.no_grad()
@@ -283,15 +292,15 @@ class Captioner(Blip2PreTrainedModel):
 class _Reader(CachedDecoding):
     """Decoding with the Q-Former's text path."""
 
-    def __init__(self, model: Captioner, prompt: Tensor, width: int, length: int) -> None:
+    def __init__(self, model: Captioner, width: int, length: int) -> None:
         super().__init__(width, length, model.device.type)
-        self.model, self.prompt = model, prompt
+        self.model = model
 
-    def __call__(self, pixels: Tensor) -> CachedDecoding:
+    def __call__(self, pixels: Tensor, prompts: Tensor) -> CachedDecoding:
         kept: QueryStates = []
         states = self.model.see(pixels)[1]
-        logits = self.model.read(self.prompt.expand(len(pixels), -1), states, kept)
-        return self.begin(logits[:, -1], kept, self.prompt)
+        logits = self.model.read(prompts, states, kept)
+        return self.begin(logits[:, -1], kept, prompts)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = (self.position - self.model.config.num_query_tokens)[None]

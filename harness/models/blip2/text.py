@@ -18,7 +18,8 @@ def language_codec(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
     ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
-    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, " " if prompt else "")
+    separator = " " if prompt else ""
+    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, separator, prompt)
 
 
 def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:

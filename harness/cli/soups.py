@@ -1,0 +1,57 @@
+"""`harness soup`: an experiment that averages the weights of finished runs, written from their records."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import records
+from harness.errors import Problem, UserError
+from harness.store import RUNS, fingerprint, write
+
+_HEAD = """\
+# Question  Does the average of these weights score better than the best of them?
+# Command   python -m harness run {file}
+# Expected  the score of the best run, or better: an average that scores less is not kept
+# Cost      two scored validations of {images} images at most for each candidate; nothing is trained
+"""
+
+
+def experiment(runs: Sequence[Path], out: Path | None, half: bool) -> Path:
+    """Write the experiment that averages these runs -> its file; by default under runs/soup."""
+    import yaml
+
+    found = [_read(given) for given in runs]
+    names = [records.full_name(record) for record in found]
+    config = _config(found[0], names, half)
+    file = out or RUNS / config["name"] / f"{config['variant']}.yaml"
+    head = _HEAD.format(file=file, images=config["soup"]["images"])
+    text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
+    if out is not None and out.exists() and (not out.is_file() or out.read_bytes() != text.encode()):
+        hint = f"Name a new file, or run that one: python -m harness run {out}"
+        raise UserError([Problem(f"exists and is another experiment: {out}", key="--out", hint=hint)])
+    return write(file, text)
+
+
+def best_member(record: Mapping[str, Any]) -> str:
+    """The run of the candidate that scored best alone, from the record of a soup."""
+    best = max(record["soup"]["candidates"], key=lambda one: one["score"])
+    return best["name"].partition(":")[0]
+
+
+def _read(given: Path) -> dict[str, Any]:
+    """The record of a run under runs/, given by its name or its folder."""
+    folder = given if (given / records.FILE).is_file() else RUNS / given
+    record = records.read(folder, ("variant", "seed"))
+    if folder.resolve() != (RUNS / records.full_name(record)).resolve():
+        hint = "Start the command in the folder that holds runs/."
+        raise UserError([Problem(f"is not {RUNS / records.full_name(record)}", folder, hint=hint)])
+    return record
+
+
+def _config(first: Mapping[str, Any], names: Sequence[str], half: bool) -> dict[str, Any]:
+    """The first run's config, with a soup in place of its training."""
+    joined = "_".join(name.replace("/", ".") for name in names)
+    if len(joined) > 90:
+        joined = f"{names[0].replace('/', '.')[:70]}_{len(names)}_{fingerprint(list(names))}"
+    given = {"runs": list(names), "half": half, "images": 1000}
+    return first["config"] | {"name": "soup", "variant": joined, "soup": given}

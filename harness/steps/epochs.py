@@ -1,0 +1,135 @@
+"""The epochs that a named run found: what `train.epochs_of` takes from the run's record."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from harness import records
+from harness.config.sections import AugmentConfig
+from harness.errors import Problem, UserError
+from harness.models.settings import ModelConfig
+from harness.training.resume import LOSSES, rows_of
+from harness.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from harness.config.schema import Config
+    from harness.steps.plan import Plan
+
+KEY = "train.epochs_of"
+_SCORE = "valid_primary"
+_MAY_DIFFER = (
+    *("micro_batch_size", "gradient_checkpointing"),
+    *("evaluate_every", "evaluate_images", "patience", "epochs_of"),
+)
+"""Keys of `train` that affect neither what a stage is nor how long it trains, besides `INDIFFERENT` ones."""
+
+
+def found(plan: "Plan") -> dict[str, Any] | None:
+    """`run`, and `stage` and `epoch` of its best validation, with the `score`; None without `epochs_of`.
+
+    Raises `UserError` if the run is not there, has not finished, or is of another model, data or training.
+    """
+    run = plan.config.train.epochs_of
+    if not run:
+        return None
+    folder = plan.root / run
+    record = records.read(folder, ("data", "steps"))
+    if record["status"] != "FINISHED":
+        what = f"{run} has no best epoch yet (status {record['status']})"
+        raise UserError([Problem(what, key=KEY, hint=f"Finish it: {record['command']}")])
+    differences = [*differing(plan.config, run, record["config"]), *_other_data(plan, record)]
+    if differences:
+        raise UserError([_refused(run, differences)])
+    file = records.step_file(folder, record, "train", LOSSES)
+    scored = [row for row in (rows_of(file) if file else ()) if _SCORE in row]
+    if not scored:
+        what = f"{run} has no validations in its {LOSSES}"
+        raise UserError([Problem(what, folder, hint=records.again(record))])
+    best = max(scored, key=lambda row: row[_SCORE])  # the first of equal ones, as training takes it
+    return {"run": run, "stage": best["stage"], "epoch": best["epoch"], "score": best[_SCORE]}
+
+
+def check(plans: Sequence["Plan"]) -> list["Plan"]:
+    """The plans whose epochs are known now; the others take them from runs of earlier plans.
+
+    Raises `UserError` if such an earlier run is of another model or training.
+    """
+    earlier: dict[str, Config] = {}
+    known = []
+    for plan in plans:
+        run = plan.config.train.epochs_of
+        if run in earlier and not is_known(plan):
+            if differences := differing(plan.config, run, earlier[run].model_dump(mode="json")):
+                raise UserError([_refused(run, differences)])
+        else:
+            known.append(plan)
+        earlier[f"{plan.config.name}/{plan.config.run_name}"] = plan.config
+    return known
+
+
+def is_known(plan: "Plan") -> bool:
+    """Whether the run that `train.epochs_of` names has finished; true without the key."""
+    run = plan.config.train.epochs_of
+    done, _ = records.read_all([plan.root / run / records.FILE] if run else [])
+    return not run or any(record["status"] == "FINISHED" for _, record in done)
+
+
+def differing(config: "Config", run: str, other: Mapping[str, Any]) -> list[str]:
+    """What tells the model and the training of a config from those in the config of another run's record."""
+    from harness.steps.train import INDIFFERENT
+
+    data, ignored = other.get("data") or {}, (*INDIFFERENT, *_MAY_DIFFER)
+    if "valid" in data.get("fit_on", ()):
+        return [f"{run} was trained on validation images itself, so it has no validations"]
+    try:
+        theirs = {
+            "model": ModelConfig.model_validate(other["model"]),
+            "train": TrainConfig.model_validate(other["train"]),
+            "data.augment": AugmentConfig.model_validate(data.get("augment", {})),
+        }
+    except (KeyError, ValidationError):
+        return [f"{run} was made by another version, whose config can't be read"]
+    ours = {"model": config.model, "train": config.train, "data.augment": config.data.augment}
+    differences = []
+    for section, own in ours.items():
+        here, there = own.model_dump(mode="json"), theirs[section].model_dump(mode="json")
+        differences += [
+            f"{section}.{key} is {value} here and {there[key]} there"
+            for key, value in here.items()
+            if value != there[key] and not (section == "train" and key in ignored)
+        ]
+    return differences
+
+
+def _other_data(plan: "Plan", record: Mapping[str, Any]) -> list[str]:
+    theirs = record["data"].get("fingerprints", {})
+    splits = [split for split in ("train", "valid") if theirs.get(split) != plan.data.fingerprints[split]]
+    return [f"the images or labels of {split} are not the same" for split in splits]
+
+
+def _refused(run: str, differences: Sequence[str]) -> Problem:
+    what = f"the epochs of {run} are not those of this run: {'; '.join(differences)}"
+    return Problem(what, key=KEY, hint="Name a run that differs only in its seed or in data.fit_on.")
+
+
+def shortened(config: TrainConfig, until: Mapping[str, Any] | None) -> TrainConfig:
+    """The config with the stages and epochs up to `until`, as forecasts of steps and time need it.
+
+    Training itself keeps the whole config, because the learning rate follows the schedule of all epochs.
+    """
+    if until is None:
+        return config
+    last = until["stage"] - 1
+    ended = config.stages[last].model_copy(update={"epochs": until["epoch"]})
+    return config.model_copy(update={"stages": (*config.stages[:last], ended)})
+
+
+def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
+    """A sentence about the epochs of a training on train and valid."""
+    if until is None:
+        return "learns from train and valid for all planned epochs; the last weights are kept"
+    planned = config.stages[until["stage"] - 1].epochs
+    where = f"stage {until['stage']}, epoch {until['epoch']} of {planned}"
+    best = f"where {until['run']} has its best validation ({until['score']:.4f})"
+    return f"learns from train and valid up to {where}, {best}; the last weights are kept"

@@ -1,0 +1,141 @@
+"""Prompts with the captions of similar training images, `model.prompt: {retrieved: ...}`."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import records
+from harness.captions import write_table
+from harness.decoding import retrieval
+from harness.errors import Problem, UserError
+from harness.models.settings import longest_prompt
+from harness.steps.base import Step
+from harness.steps.inputs import Inputs, values
+from harness.store import bytes_of, products
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from harness.models.text import Codec
+    from harness.steps.plan import Plan
+    from harness.steps.work import Work
+
+FEATURES, PROMPTS = "features.npy", "prompts.csv"
+"""For each readable image: its features; the training images nearest to it and the captions of its prompt."""
+OWN, BASE = "features", "base_features"
+"""The kinds of steps with image features: of the run's own model, and of `model.checkpoint` as it is."""
+_COLUMNS = ("ID", "neighbours", "prompt")
+_KEY = "model.prompt.features"
+
+
+class Prompts(Step):
+    """Writes for each image of a split the captions that its prompt begins with."""
+
+    kind, version = "prompts", 1
+
+    @classmethod
+    def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        read = ("model.prompt.retrieved", "model.prompt.words", "model.image_size", "train.caption_cleaning")
+        for split in prompted(plan):
+            parts = ("train", split)
+            steps: dict[Step, Sequence[str] | None] = {
+                step: (FEATURES,) for step in before.values() if step.kind == BASE and step.part in parts
+            }
+            facts = {} if steps else {"features": {part: _named(plan, part)[1] for part in parts}}
+            besides = ("data.cache", _KEY)
+            yield cls(Inputs(plan, values(plan.config, *read), parts, steps, facts, besides), split)
+
+    @property
+    def artifacts(self) -> Mapping[str, str]:
+        return {f"prompts/{self.part}.csv": PROMPTS}
+
+    @property
+    def decodes(self) -> Mapping[str, int]:
+        return dict.fromkeys(("train", self.part), self.inputs.config.model.image_size)
+
+    def build(self, work: "Work", directory: Path) -> None:
+        from harness.models.text import clean_caption
+
+        cleaning, words = self.inputs.config.train.caption_cleaning, self.inputs.config.model.prompt.words
+        training, examples = (self.inputs.data.readable(split) for split in ("train", self.part))
+        captions = [clean_caption(example.caption or "", cleaning, words) for example in training]
+        rows = [
+            (
+                example.id,
+                " ".join(training[row].id for row in near),
+                f"Similar: {'; '.join(captions[row] for row in near)}." if near else "",
+            )
+            for example, near in zip(examples, self._neighbours(work), strict=True)
+        ]
+        write_table(directory / PROMPTS, [_COLUMNS, *rows])
+
+    def _neighbours(self, work: "Work") -> list[list[int]]:
+        """The nearest training images of each image, by row; a training image gets no copy of itself."""
+        count, side = self.inputs.config.model.prompt.retrieved, self.inputs.config.model.image_size
+        training = self._features("train")
+        mean = training.mean(0)
+        database = retrieval.centred(training, mean)
+        if self.part != "train":
+            queries = retrieval.centred(self._features(self.part), mean)
+            return retrieval.nearest(queries, database, count).rows.tolist()
+        pixels = work.pixels(self.inputs, "train", side)
+
+        def is_copy(row: int, other: int, cosine: float) -> bool:
+            return row == other or retrieval.is_copy(cosine, pixels[row], pixels[other])
+
+        with work.reporter.progress("Similar images of train") as advance:
+            return retrieval.others(database, count, is_copy, advance)
+
+    def _features(self, split: str) -> "np.ndarray":
+        import numpy as np
+
+        if "features" not in self.inputs.facts:
+            return np.load(self.inputs.directory(f"{BASE}-{split}") / FEATURES)
+        run = self.inputs.config.model.prompt.features
+        folder = self.inputs.root / run
+        file = records.step_file(folder, records.read(folder), f"{OWN}-{split}", FEATURES)
+        return np.load(file)
+
+
+def prompts_of(inputs: Inputs, split: str, codec: "Codec") -> "list[tuple[int, ...]]":
+    """The ids before the caption of each readable image of a split, for a step that reads its prompts."""
+    examples = inputs.data.readable(split)
+    found = [step for step in inputs.steps if step.kind == Prompts.kind and step.part == split]
+    if not found:
+        return [codec.prompt] * len(examples)
+    text = bytes_of(found[0].directory / PROMPTS).decode()
+    given = {row["ID"]: row["prompt"] for row in csv.DictReader(io.StringIO(text, newline=""))}
+    most = longest_prompt(inputs.config.model.prompt)
+    return [codec.prompt_after(given[example.id], most) for example in examples]
+
+
+def prompts_in(before: Mapping[str, Step], *splits: str) -> dict[Step, Sequence[str] | None]:
+    """The prompts of these splits among earlier steps, as a step declares them that reads them."""
+    wanted = [f"{Prompts.kind}-{split}" for split in splits]
+    return {before[name]: (PROMPTS,) for name in wanted if name in before}
+
+
+def prompted(plan: "Plan") -> list[str]:
+    """The splits whose images need prompts of their own."""
+    config = plan.config
+    if isinstance(config.model.prompt, str) or not config.has_model:
+        return []
+    captioned = [] if config.retrieval else plan.splits
+    used = ("train", "valid") if config.trains else ("valid",) if config.soup else ()
+    return list(dict.fromkeys([*used, *captioned]))
+
+
+def _named(plan: "Plan", split: str) -> tuple[Path, str]:
+    """The file of a named run's image features, and its SHA-256; raises `UserError` if there is none."""
+    run, hint = plan.config.model.prompt.features, "Name a finished run with retrieval: on the same data."
+    folder = plan.root / run
+    record = records.read(folder)
+    place = record["steps"].get(f"{OWN}-{split}")
+    if place is None or not (found := list(products(plan.root / place, (FEATURES,)).values())):
+        raise UserError([Problem(f"{run} has no image features of {split}", key=_KEY, hint=hint)])
+    theirs = record["data"]["fingerprints"].get(split)
+    if theirs != plan.data.fingerprints[split]:
+        raise UserError([Problem(f"{run} has other images of {split}", key=_KEY, hint=hint)])
+    return plan.root / place / FEATURES, found[0]
