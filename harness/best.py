@@ -66,7 +66,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Field:
+class Candidates:
     """The finished runs to choose from, by label, and the others with the reason why they are left out."""
 
     name: str
@@ -88,7 +88,7 @@ class Choice:
     `tuned` are the tests on the tune half, each with what it decided.
     """
 
-    given: Field
+    given: Candidates
     options: list[Option]
     single: Option
     winner: Option
@@ -97,7 +97,7 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
 
-def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Path = RUNS) -> Field:
+def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Path = RUNS) -> Candidates:
     """The finished runs of experiment files, or with these names under runs/, that can be compared.
 
     All are compared with the first one that is finished. Raises `UserError` (exit code 1) if there is none,
@@ -111,7 +111,7 @@ def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Pa
         try:
             one = _single(str(len(singles) + 1), run_name, config, root, notes)
             metric = metric or _primary(one.config)
-            if why := _apart(one, list(singles.values()), metric, root):
+            if why := _apart(one, list(singles.values()), metric):
                 left_out[run_name] = why
             else:
                 singles[one.label] = one
@@ -120,7 +120,9 @@ def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Pa
     if not singles:
         problems = [Problem(why, root / run_name) for run_name, why in left_out.items()]
         raise UserError(problems, "No run can be used.", exit_code=1)
-    return Field(name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes))
+    return Candidates(
+        name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes)
+    )
 
 
 def _named(sources: Sequence[Path], root: Path) -> dict[str, Config | None]:
@@ -186,7 +188,7 @@ def _option(
     return Option(label, runs, config, folder, systems, gaps)
 
 
-def _apart(one: Option, others: Sequence[Option], metric: str, root: Path) -> str | None:
+def _apart(one: Option, others: Sequence[Option], metric: str) -> str | None:
     """Why a run can't be chosen together with the others, or None."""
     score = one.systems[TUNE].scores.get(metric)
     if score is None or score.value is None:
@@ -212,7 +214,7 @@ def _captions(option: Option, stage: str) -> bytes:
     return records.artifact(option.folder, record, f"predictions/valid_{stage}.csv").read_bytes()
 
 
-def ensembles(given: Field, sizes: Sequence[int]) -> dict[str, Config]:
+def ensembles(given: Candidates, sizes: Sequence[int]) -> dict[str, Config]:
     """The configs of consensus runs by label: of all pairs, and of the best few runs on the tune half.
 
     The better run comes first, since ties between captions go to the first one.
@@ -224,7 +226,7 @@ def ensembles(given: Field, sizes: Sequence[int]) -> dict[str, Config]:
     return {"+".join(one.label for one in group): _consensus(given, group) for group in groups}
 
 
-def _consensus(given: Field, group: Sequence[Option]) -> Config:
+def _consensus(given: Candidates, group: Sequence[Option]) -> Config:
     """The config of an ensemble: data, scores and post-processing are those of the first run."""
     first = given.first
     shared = first.model_dump(mode="json", include={"edition", "device", "seed", "data", "score"})
@@ -243,7 +245,7 @@ def _consensus(given: Field, group: Sequence[Option]) -> Config:
     )
 
 
-def _names(given: Field) -> dict[str, str]:
+def _names(given: Candidates) -> dict[str, str]:
     """The shortest names that tell the runs apart, by label: variant, then with the seed, then all of it."""
     kinds = (
         [one.config.variant for one in given.singles.values()],
@@ -269,7 +271,7 @@ def cost(plans: Sequence[Plan]) -> str | None:
     return f"{len(waiting)} ensembles to do: {texts:,} captions embedded, {pairs:,} comparisons, and scoring"
 
 
-def planned(given: Field, sizes: Sequence[int], reporter: Reporter) -> dict[str, Any]:
+def planned(given: Candidates, sizes: Sequence[int], reporter: Reporter) -> dict[str, Any]:
     """The `ensembles` by label, each with its folder and whether it is done; and the `cost` of the rest."""
     configs = ensembles(given, sizes)
     plans = prepare(list(configs.values()), reporter)
@@ -280,7 +282,7 @@ def planned(given: Field, sizes: Sequence[int], reporter: Reporter) -> dict[str,
     return {"ensembles": states, "cost": cost(plans)}
 
 
-def decide(given: Field, sizes: Sequence[int], reporter: Reporter, command: str) -> Choice:
+def decide(given: Candidates, sizes: Sequence[int], reporter: Reporter, command: str) -> Choice:
     """Make and score the ensembles, choose on the tune half, and test on the held half."""
     loaded: dict[str, Dataset] = {}
     configs = ensembles(given, sizes)
@@ -305,7 +307,7 @@ def decide(given: Field, sizes: Sequence[int], reporter: Reporter, command: str)
 
 def _made(label: str, plan: Plan, before: Sequence[Option], reporter: Reporter, command: str) -> Option:
     """Run a plan -> the option that it is."""
-    run(plan, reporter, command)
+    run(plan, reporter, command, trial={"option": label})  # a trial is not on the leaderboard
     report.write(plan.folder)
     sources = plan.config.consensus.runs if plan.config.consensus else ()
     runs = tuple(source.run for source in sources) or before[0].runs
@@ -390,7 +392,10 @@ def as_experiment(choice: Choice, output: Path, command: str) -> str:
     """The YAML of an experiment that makes the winner's captions, scores and submissions on every split."""
     config, metric = choice.winner.config, choice.given.metric
     splits = PredictConfig.model_fields["splits"].default
-    config = config.model_copy(update={"predict": config.predict.model_copy(update={"splits": splits})})
+    changed: dict[str, Any] = {"predict": config.predict.model_copy(update={"splits": splits})}
+    if config.name == f"best/{choice.given.name}":
+        changed["name"] = f"{config.name}/winner"
+    config = config.model_copy(update=changed)
     body = config.model_dump(mode="json", exclude_defaults=True)
     variant, seed = body.pop("variant", "base"), body.pop("seed", config.seed)
     tune, held = (choice.winner.systems[half].scores[metric] for half in HALVES)

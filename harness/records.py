@@ -72,6 +72,11 @@ class _Gap(_Part):
     high: Number | None = None
 
 
+class _OnHalf(_Part):
+    scores: dict[str, _Score]
+    image_gap: dict[str, _Gap | Number | str | None]
+
+
 class _Git(_Part):
     commit: str | None
     dirty: bool | None
@@ -180,6 +185,7 @@ class _Run(_Part):
     scores: dict[str, dict[str, dict[str, _Score]]] = {}
     unscored: dict[str, str] = {}
     image_gap: dict[str, _Gap | Number | str | None] | None = None
+    halves: dict[str, _OnHalf] = {}
     baseline: dict[str, Number | str | list[str] | None] | None = None
     warnings: list[str] = []
     artifacts: dict[str, Inside] = {}
@@ -298,7 +304,7 @@ def _next(record: Record, name: str) -> str:
     """A hint with the command that makes a missing file; a finished run has not captioned this split."""
     command = record["command"]
     if record.get("trial"):
-        return "A trial captions only valid: write the best one with harness study best, and run that."
+        return "A trial captions only valid: run the experiment that study best, or best, wrote for it."
     if why := record.get("unscored", {}).get(name.removeprefix("predictions/").partition("_")[0]):
         return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
     if record["status"] == "FINISHED" and name.startswith("predictions/"):

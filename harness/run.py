@@ -15,9 +15,11 @@ import yaml
 
 from harness import records, submission
 from harness.captions import PREDICTIONS, read_captions, same_in
+from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, flat
 from harness.data.forms import other_editions
+from harness.data.halves import HALVES
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
@@ -71,6 +73,8 @@ def run(
             write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
+        if "score-after" in plan.steps:
+            record["halves"] = _halves(folder, record)
         record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
     return record
@@ -220,6 +224,15 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
         "reason": masked(reason),
         "hint": hint,
         "exit_code": code,
+    }
+
+
+def _halves(folder: Path, record: records.Record) -> dict[str, Any]:
+    """The scores after post-processing and the image gap of each half of validation."""
+    found = {half: record_on_half(folder, record, half) for half in HALVES}
+    return {
+        half: {"scores": one["scores"]["valid"]["after"], "image_gap": one["image_gap"]}
+        for half, one in found.items()
     }
 
 

@@ -1,5 +1,6 @@
 """What `harness best` chooses, against the same choice from the tables per image."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -13,11 +14,15 @@ from support.commands import harness
 from support.comparisons import system
 from support.experiments import EXPERIMENT
 
-from harness.best import Option, as_experiment, choose, ensembles, find
+from harness.best import Option, as_experiment, choose, ensembles, find, planned
 from harness.captions import read_captions
+from harness.cli.terminal import Terminal
 from harness.compare import on_half
 from harness.config.experiment import load
 from harness.data.halves import HALVES, HELD, TUNE, half
+from harness.errors import UserError
+from harness.run import run
+from harness.steps.plan import prepare
 
 OTHERS = """
   greedy: {predict: {num_beams: 1, max_new_tokens: 16}}
@@ -79,6 +84,13 @@ def test_the_held_half_never_influences_the_choice():
     assert choose([option(*one) for one in turned.items()], "rouge1")[0].label != wanted  # the tune half does
 
 
+def run_here(project: Path, file: Path | str) -> list[dict]:
+    """The records of an experiment that runs in this process."""
+    with contextlib.chdir(project):
+        silent = Terminal(silent=True)
+        return [run(plan, silent, "a command") for plan in prepare(load(Path(file)), silent)]
+
+
 @pytest.fixture(scope="module")
 def project(small_run, tmp_path_factory) -> Path:
     """The small runs, and two runs that caption with their weights in other ways."""
@@ -87,7 +99,7 @@ def project(small_run, tmp_path_factory) -> Path:
     (place / "small.yaml").write_text(EXPERIMENT)
     text = EXPERIMENT.partition("variants:")[0].replace("name: small", "name: others")
     (place / "others.yaml").write_text(f"{text}variants:{OTHERS}")
-    harness(place, "run", "others.yaml")
+    run_here(place, "others.yaml")
     return place
 
 
@@ -163,8 +175,7 @@ def test_what_is_left_out_has_a_reason_and_a_twin_is_no_option(project, chosen):
 
 
 def test_the_written_experiment_runs_and_makes_the_test_submission(project, chosen):
-    done = harness(project, "run", chosen["experiment"], "--format", "json")
-    (record,) = json.loads(done.stdout)
+    (record,) = run_here(project, chosen["experiment"])
     assert record["status"] == "FINISHED"
     assert any("caption-test" in place for place in record["submissions"])
     winner = next(one for one in chosen["options"] if one["label"] == chosen["winner"])
@@ -192,20 +203,22 @@ def test_the_experiment_of_an_ensemble_is_its_config_with_all_splits(project, ch
     (loaded,) = load(file)
     assert loaded.consensus == config.consensus
     assert loaded.predict.splits == ("valid", "test")
-    assert loaded.model_copy(update={"predict": config.predict}) == config
-    done = json.loads(
-        harness(project, "best", *RUNS, "--name", "small", "--format", "json", "--dry-run").stdout
-    )
+    assert loaded.name == "best/small/winner"
+    assert loaded.model_copy(update={"predict": config.predict, "name": config.name}) == config
+    done = planned(given, range(2, 4), Terminal(silent=True))
     assert done["cost"] is None  # as the runs were named before, all ensembles are done
     assert len(done["ensembles"]) == 4
 
 
-def test_runs_that_cannot_be_used_are_named(project):
-    refused = harness(project, "best", "small/none-s42", code=2).stderr
-    assert "no run in runs/ and no experiment file" in refused
-    text = EXPERIMENT.replace("name: small", "name: later")
-    (project / "later.yaml").write_text(text)
-    refused = harness(project, "best", "later.yaml", code=1).stderr
-    assert refused.count("it has not run yet") == 2
-    assert "No run can be used." in refused
-    assert "Traceback" not in refused
+def test_runs_that_cannot_be_used_are_named(project, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match="no run in runs/ and no experiment file") as refused:
+        find([Path("small/none-s42")], None, None)
+    assert refused.value.exit_code == 2
+    Path("later.yaml").write_text(EXPERIMENT.replace("name: small", "name: later"))
+    with pytest.raises(UserError, match="No run can be used") as refused:
+        find([Path("later.yaml")], None, None)
+    assert refused.value.exit_code == 1
+    assert [problem.what for problem in refused.value.problems] == ["it has not run yet"] * 2
+    given = find([Path("later.yaml"), Path("small/opt-s42")], None, None)
+    assert list(given.left_out) == ["later/opt-s42", "later/opt_dedup-s42"]

@@ -1,5 +1,6 @@
 """The halves of a split: fixed by the id, about equal, and with scores of their own."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -8,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import harness
+from typer.testing import CliRunner
 
 from harness import metrics, records
+from harness.cli import app
 from harness.compare import System, few_images, on_half, record_on_half
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.metrics.settings import ScoreConfig
+from harness.tracking.contents import scores_of
 
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"
 STUDY = """
@@ -132,24 +136,32 @@ def test_a_record_on_a_half_has_its_scores_and_image_gap(project, wanted):
     alone = metrics.image_gap(*captions, ScoreConfig(), 2023, names=("rouge1",))
     assert found["image_gap"] == alone
     assert found["half"] == wanted
+    kept = records.read(folder)
+    assert kept["halves"][wanted] == {"scores": scores, "image_gap": alone}
+    assert scores_of(kept)[f"{wanted}/rouge1"] == scores["rouge1"]["value"]
+
+
+def printed(project: Path, *words: str) -> str:
+    """What a command prints; it runs in this process."""
+    with contextlib.chdir(project):
+        return CliRunner().invoke(app, words, catch_exceptions=False).stdout
 
 
 def test_compare_leaderboard_and_report_say_which_half(project):
     runs = ("runs/small/opt-s42", "runs/small/opt_dedup-s42")
-    done = harness(project, "compare", *runs, "--half", "held", "--format", "json")
-    found = json.loads(done.stdout)
+    found = json.loads(printed(project, "compare", *runs, "--half", "held", "--format", "json"))
     assert found["half"] == "held"
     assert found["scores"]["opt-s42"]["rouge1"]["value"] == mean(project, "rouge1", HELD)
     assert found["n"] == sum(half(image) == HELD for image in rows(project))
-    shown = harness(project, "leaderboard", "--half", "held").stdout
+    shown = printed(project, "leaderboard", "--half", "held")
     assert "our runs, validation, the held half, not ranked" in shown
     assert "warning: the held half has" in shown
-    (board,) = json.loads(harness(project, "leaderboard", "--half", "tune", "--format", "json").stdout)
+    (board,) = json.loads(printed(project, "leaderboard", "--half", "tune", "--format", "json"))
     assert board["half"] == "tune"
     one = next(run for run in board["runs"] if run["run"] == "opt-s42")
     assert one["scores"]["bertscore"]["value"] == mean(project, "bertscore", TUNE)
     assert one["image_gap"]["gap"] is not None
-    harness(project, "report", runs[0])
+    printed(project, "report", runs[0])
     page = (project / runs[0] / "report.html").read_text()
     start = page.index('<script id="data" type="application/json">')
     data = json.loads(page[page.index("{", start) : page.index("</script>", start)])

@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.visible import console, json_text
 
 if TYPE_CHECKING:
-    from harness.best import Choice, Field, Option
+    from harness.best import Candidates, Choice, Option
     from harness.compare import Difference
 
 
@@ -29,20 +29,24 @@ def best(
     ] = None,
     few: Annotated[int, typer.Option(min=1, help="The most runs of one ensemble; 1: no ensembles.")] = 5,
     name: Annotated[
-        str | None, typer.Option(help="Ensembles are runs of best/NAME; by default the first experiment's.")
+        str | None, typer.Option(help="Ensembles are runs/best/NAME; by default the first experiment's name.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--output", help="Experiment to write; by default beside the first file.")
+        Path | None,
+        typer.Option("--output", help="The file to write; by default X_best.yaml beside the file X.yaml."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the runs and the cost; start nothing.")] = False,
     output: ReportFormat = Report.table,
 ) -> None:
     """Choose what to submit: a run, an ensemble of two or more, and de-duplication on or off.
 
-    All pairs and the best few runs become ensembles by consensus. The choice is made on the tune half of
-    validation and reported on the held half. If no difference is shown, the simpler one is taken.
+    All pairs and the best few runs become ensembles by consensus.
 
-    It writes an experiment that makes the test submission.
+    The choice is made on the tune half of validation and reported on the held half.
+
+    If the tune half does not show a difference, the simpler option is taken.
+
+    An experiment is written that makes the test submission.
 
     Example: python -m harness best experiments/quickstart.yaml
     """
@@ -72,7 +76,7 @@ def best(
         _print(choice, place)
 
 
-def _decided(given: "Field", sizes: Sequence[int], terminal: Terminal, root: Path) -> "Choice":
+def _decided(given: "Candidates", sizes: Sequence[int], terminal: Terminal, root: Path) -> "Choice":
     """The choice; its runs are mirrored to MLflow."""
     from harness import best as choosing
     from harness import tracking
@@ -98,7 +102,7 @@ def _run_command(place: Path) -> str:
     return f"python -m harness run {place}"
 
 
-def _print_plan(given: "Field", planned: dict[str, Any], output: Report) -> None:
+def _print_plan(given: "Candidates", planned: dict[str, Any], output: Report) -> None:
     if output is Report.json:
         print(json_text({"runs": _runs(given), "left_out": given.left_out, **planned}))
         return
@@ -109,7 +113,7 @@ def _print_plan(given: "Field", planned: dict[str, Any], output: Report) -> None
     print(planned["cost"] or "every ensemble is done")
 
 
-def _runs(given: "Field") -> dict[str, str]:
+def _runs(given: "Candidates") -> dict[str, str]:
     return {label: one.runs[0] for label, one in given.singles.items()}
 
 

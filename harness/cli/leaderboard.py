@@ -31,7 +31,9 @@ def leaderboard(
     output: Annotated[
         BoardFormat, typer.Option("--format", help="html writes leaderboard/index.html.")
     ] = BoardFormat.table,
-    everything: Annotated[bool, typer.Option("--all", help="Include the trials of studies.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Include the trials of studies and of best.")
+    ] = False,
     half: HalfOption = None,
 ) -> None:
     """Show official standings (test) and our runs (validation), each with a rank or the reason for none.

@@ -216,7 +216,7 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
     if record["status"] != "FINISHED":
         yield f"the run is {status_of(record, None)}{_because(failure_of(record))}"
     if record.get("trial") is not None:
-        yield "it is a trial of a study"
+        yield "it is a trial of a study, or of harness best"
     if record["standin_model"]:
         yield "its captions are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:

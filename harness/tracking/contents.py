@@ -15,7 +15,10 @@ from harness.training.resume import LOSSES, described, rows_of
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Scores as `valid/bertscore`, `valid/before/bertscore` before post-processing; none that is absent."""
+    """Scores as `valid/bertscore`, `valid/before/bertscore` before post-processing; none that is absent.
+
+    Those of the halves of validation are `tune/bertscore` and `held/bertscore`.
+    """
     values: dict[str, Any] = {}
     for split, stages in record["scores"].items():
         for stage, scores in stages.items():
@@ -26,6 +29,11 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(gap, Mapping):
             key = f"image_gap/{metric}"
             values |= {key: gap.get("gap"), f"{key}.low": gap.get("low"), f"{key}.high": gap.get("high")}
+    for half, one in (record.get("halves") or {}).items():
+        for metric, score in one["scores"].items():
+            key = f"{half}/{metric}"
+            values |= {key: score["value"], f"{key}.low": score["low"], f"{key}.high": score["high"]}
+        values[f"{half}/image_gap"] = one["image_gap"]["rouge1"].get("gap")
     for metric, value in (record.get("baseline") or {}).items():
         values[f"baseline/{metric}"] = value
     return {key: float(value) for key, value in values.items() if is_measured(key, value)}
