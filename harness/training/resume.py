@@ -15,6 +15,8 @@ STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
 FLOOR = "floor_"
 """In the row of a validation at the start of a stage: below this number, the score of that name ends it."""
+SAMPLED = ("reward", "reward_baseline", "distinct_samples", "sample_length", "sample_entropy")
+"""Columns of the steps of self-critical stages, about their samples."""
 LATEST = "latest"
 """The file that names the newest checkpoint for DeepSpeed's own tools."""
 

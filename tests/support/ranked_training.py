@@ -16,7 +16,7 @@ from harness.training import train
 from harness.training.settings import TrainConfig
 from support.models import load_tiny
 from support.slow_saves import SlowSave
-from support.training import splits
+from support.training import measure, splits
 
 
 def main(given):
@@ -46,6 +46,7 @@ def main(given):
         directory,
         log,
         lambda loaded: {"valid_primary": float(next(count))},
+        measure=measure,
     )
     loaded = training.run()
     if ranks.rank() == 0:
