@@ -264,6 +264,7 @@ def test_a_stage_ends_when_a_watched_score_falls_below_its_floor(tiny_folder, tm
     steps = [(row["stage"], row["step"]) for row in rows if "loss" in row]
     assert steps == [*((1, step) for step in range(1, 7)), (2, 7), (2, 8), (2, 9)]
     assert [row["valid_image_gap"] for row in rows if "valid_image_gap" in row] == [0.6, 0.5, 0.4, 0.4]
+    assert resume.fallen(rows, 1) == [("image_gap", 0.4, 0.5)]
     assert [row.get("floor_image_gap") for row in rows if "valid_image_gap" in row] == [0.5, None, None, None]
 
 
