@@ -22,10 +22,14 @@ from harness.config.sections import PredictConfig
 from harness.data import load as load_data
 from harness.decoding import predict, retrieval
 from harness.errors import UserError
+from harness.models import blip2
+from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt
 from harness.models.text import IGNORE
 from harness.steps.plan import Plan
 from harness.steps.work import Work
 from harness.store import fingerprint
+from harness.training import memory
+from harness.training.settings import TrainConfig
 
 HEAD = "name: e\ndata: {root: d}\n"
 BEFORE = (
@@ -162,6 +166,18 @@ def test_captions_from_before_an_interruption_are_kept(loaded, tmp_path):
     (tmp_path / "partial-0.jsonl").write_text(json.dumps([*row, fingerprint(row)]) + "\n")
     predict.predict_split(loaded, ids, images, *how)
     assert read_captions(tmp_path / PREDICTIONS) == whole | {"image_1": "kept from before"}
+
+
+def test_the_memory_forecast_counts_the_longest_prompt():
+    prompt = RetrievedPrompt(retrieved=3, words=10)
+    assert longest_prompt(prompt) == 60
+    shape = blip2.shape(ModelConfig())
+    models = [
+        memory.Model(shape, TrainConfig(max_caption_tokens=tokens), "cuda", True, own)
+        for tokens, own in ((40, 60), (100, 0), (40, 0))
+    ]
+    own, longer, plain = (memory.needed(one, memory.configured(one.config, 1)) for one in models)
+    assert own == longer > plain
 
 
 def test_mistakes_in_a_prompt_name_the_key(tmp_path):
