@@ -1,10 +1,7 @@
 """CLIPScore and RefCLIPScore against CLIP itself: pixels, byte pairs, formula, and stored image features."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +14,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.commands import python
 
 from harness.errors import UserError
 from harness.metrics import clipscore
@@ -293,15 +291,7 @@ print(json.dumps([found.per_image.tolist(), seen]))
 
 def in_another_process(folder: Path, cache: Path, caption: str, images: list[Path]) -> tuple[list, list]:
     arguments = [str(value) for value in (folder, cache, caption, *images)]
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESS, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(python(OTHER_PROCESS, *arguments).stdout)
 
 
 def test_image_features_are_shared_with_a_second_process(folder, pictures, tmp_path):

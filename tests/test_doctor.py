@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import small_sets
+from support.commands import harness
 
 from harness.config.schema import Config
 from harness.data import load
@@ -27,13 +28,8 @@ whole, root = small_sets.whole, small_sets.root  # fixtures
 
 
 def doctor(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "harness", "doctor", *arguments, "--format", "json", "--device", "cpu"],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    how = ("--format", "json", "--device", "cpu")
+    return harness(cwd, "doctor", *arguments, *how, code=None, env=environment)
 
 
 def config(root: Path, **changes) -> Config:

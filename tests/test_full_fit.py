@@ -25,7 +25,7 @@ from harness.data import load
 from harness.errors import UserError
 from harness.leaderboard.entries import _reasons
 from harness.steps import epochs
-from harness.steps.plan import Plan, prepare
+from harness.steps.plan import Plan, dry, prepare
 from harness.store import write_json
 from harness.tracking.contents import scores_of, tags_of
 from harness.training import train
@@ -281,6 +281,10 @@ def test_an_earlier_run_of_the_same_file_is_checked_before_anything_runs(kept):
         prepare(load_experiment(kept.parent / "fit.yaml"), Silent())
     write(kept.parent, TEXT, "fit.yaml")
     assert len(prepare(load_experiment(kept.parent / "fit.yaml"), Silent())) == 2
+    looked = dry(load_experiment(kept.parent / "fit.yaml")[1])
+    assert looked == {
+        "train": "to do, once its epochs are known; now runs/fit/found-s42: not a run: it has no run.json"
+    }
     (other,) = (one for one in load_experiment(kept.parent / "fit.yaml") if one.variant == "full")
     with pytest.raises(UserError, match=r"not a run: it has no run\.json"):
         prepare([other], Silent())

@@ -1,12 +1,11 @@
 """BLIP-2 against transformers' own classes: forward passes, losses, decoding."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import python
 from support.models import TEXTS, batch, load_tiny, pixels
 from transformers import Blip2ForConditionalGeneration
 
@@ -188,7 +187,7 @@ def test_another_process_builds_the_same_tiny_model_to_the_bit(tiny_folder, tmp_
     """tokenizers' WordPiece trainer alone does not: in every process its ties break another way."""
     code = "import sys, pathlib; from support import models; models.build_tiny(pathlib.Path(sys.argv[1]))"
     again = tmp_path / tiny_folder.name
-    subprocess.run([sys.executable, "-c", code, str(again)], cwd=Path(__file__).parent, check=True)
+    python(code, again)
     files = [file.relative_to(tiny_folder) for file in sorted(tiny_folder.rglob("*")) if file.is_file()]
     assert len(files) > 8
     assert [name for name in files if (again / name).read_bytes() != (tiny_folder / name).read_bytes()] == []

@@ -81,6 +81,33 @@ def test_killed_ranks_go_on_to_the_same_bits(folder, tmp_path, zero_stage, at):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+REWARDED = {"metrics": {"rouge1": 1, "bleu1": 1}, "samples": 3, "max_new_tokens": 6}
+SELF_CRITICAL = TRAIN | {
+    "stages": [
+        {"epochs": 1, "losses": {"caption": 1}},
+        {"epochs": 2, "losses": {"reward": 1, "caption": 0.5}, "reward": REWARDED},
+    ],
+}
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Losses and, but for rounding that Adam enlarges, weights."""
+    losses = [[row["loss"] for row in rows(directory) if "loss" in row] for directory in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-5)
+    assert_same(one / "final.safetensors", load_file(other / "final.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(2, marks=pytest.mark.ci)])
+def test_self_critical_training_on_two_ranks_is_that_of_one(folder, tmp_path, zero_stage):
+    """Each rank samples its share with the same draws, and both are killed within the stage."""
+    settings = SELF_CRITICAL | {"zero_stage": zero_stage, "checkpoint_every_steps": 2}
+    train(folder, tmp_path / "one", 1, train=SELF_CRITICAL)
+    assert train(folder, tmp_path / "two", 2, check=False, train=settings, kill_at=6) != 0
+    train(folder, tmp_path / "two", 2, train=settings)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_a_training_of_three_stages_killed_in_each_goes_on_to_the_same_bits(folder, tmp_path):
     """SIGKILL within and after the first epoch of a stage; the third trains again what the second freezes."""

@@ -1,6 +1,8 @@
 """The self-critical gradient against closed forms; its samples, rewards and training."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +11,21 @@ from support import toy_family
 from support.models import load_tiny
 from support.training import Interrupted, config, measure, run, said, splits
 
-from harness.config.sections import Truncation
+from harness.cli.terminal import Terminal
+from harness.config.schema import Config
+from harness.config.sections import DataConfig, PhantomConfig, Truncation
+from harness.data import load
 from harness.decoding.search import truncated
 from harness.machine import device
+from harness.metrics import METRICS, base
+from harness.models.blip2 import sizes
 from harness.models.loading import Loaded
+from harness.models.settings import ModelConfig
 from harness.models.text import IGNORE
+from harness.steps.plan import Plan, problems
 from harness.steps.train import _written
-from harness.training import rewards, schedule
+from harness.steps.work import Work
+from harness.training import memory, resume, rewards, schedule
 from harness.training.selfcritical import SelfCritical, without_dropout
 
 device.probe("cpu")
@@ -160,9 +170,8 @@ def test_advantages_by_hand(tiny_folder, baseline, standardise):
     made, images, seen = critic(load_tiny(tiny_folder), config(stages=[stage(**how)]))
     samples, row = made(0, images, seen)
     found = [one for part in made._sampled(0, images, seen) for one in part]
-    flat = [
-        (image, text) for image, one in zip(np.concatenate(images), found, strict=True) for text in one.texts
-    ]
+    every = list(zip(np.concatenate(images), found, strict=True))
+    flat = [(image, text) for image, one in every for text in one.texts]
     own = {name: value.reshape(8, 4) for name, value in said(flat).items()}
     base = {name: (value.sum(1, keepdims=True) - value) / 3 for name, value in own.items()}
     if baseline == "greedy":
@@ -255,6 +264,7 @@ def test_a_stage_ends_when_a_watched_score_falls_below_its_floor(tiny_folder, tm
     steps = [(row["stage"], row["step"]) for row in rows if "loss" in row]
     assert steps == [*((1, step) for step in range(1, 7)), (2, 7), (2, 8), (2, 9)]
     assert [row["valid_image_gap"] for row in rows if "valid_image_gap" in row] == [0.6, 0.5, 0.4, 0.4]
+    assert resume.fallen(rows, 1) == [("image_gap", 0.4, 0.5)]
     assert [row.get("floor_image_gap") for row in rows if "valid_image_gap" in row] == [0.5, None, None, None]
 
 
@@ -286,3 +296,77 @@ def test_keys_at_their_defaults_leave_the_fingerprint_as_it_was():
     one = _written(config())["stages"][0]
     assert one == {"epochs": 2, "learning_rate": None, "losses": {"caption": 1.0, "concept": 1.0}}
     assert _written(config(stages=[stage()]))["stages"][0]["reward"]["samples"] == 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    made = DataConfig(root=root / "set", phantom=PhantomConfig(train=12, valid=4, test=2))
+    return load(made, root / "runs")
+
+
+MIX = {"metrics": {"bertscore": 0.5, "rouge1": 0.25, "cider": 0.25}, "samples": 2, "max_new_tokens": 6}
+
+
+def planned(data, folder, root, score=None, **reward):
+    stages = [{"epochs": 1, "losses": {"reward": 1, "caption": 0.1}, "reward": MIX | reward}]
+    values = {
+        "name": "a",
+        "device": "cpu",
+        "data": {"root": data.root},
+        "model": {"checkpoint": str(folder), "image_size": 64},
+        "score": score or {"bertscore": {"checkpoint": "standin"}, "metrics": ["bertscore"]},
+        "train": {"stages": stages, "batch_size": 12, "micro_batch_size": 6, "learning_rate": 1e-3},
+    }
+    return Plan(Config.model_validate(values), data, root)
+
+
+def test_the_step_rewards_the_metrics_of_the_run_and_sets_floors(data, tiny_folder, tmp_path):
+    """Against each metric by itself, with document frequencies of the training captions."""
+    plan = planned(data, tiny_folder, tmp_path)
+    step, work = plan.steps["train"], Work(plan.config, Terminal())
+    examples = data.readable("train")
+    captions = ["axial ct of the lung.", examples[1].caption, "", "A 3 cm nodule"]
+    weights, values = step._measure(work)(MIX["metrics"], list(enumerate(captions)))
+    assert weights == MIX["metrics"]
+    assert values["rouge1"][1] == 1
+    theirs = [example.caption for example in examples[:4]]
+    documents = base.Documents([example.caption for example in examples])
+    inputs = base.Inputs(captions, theirs, None, plan.config.score, 2023, documents=documents)
+    for name, value in values.items():
+        np.testing.assert_allclose(value, METRICS[name].measure(inputs).per_image, atol=1e-6)
+    step.directory.mkdir(parents=True)
+    work.build(step, step.directory)
+    start, given, end = [json.loads(line) for line in (step.directory / "losses.jsonl").open()]
+    assert (start["epoch"], start["step"], end["epoch"]) == (0, 0, 1)
+    assert {"valid_bertscore", "valid_rouge1", "valid_cider", "valid_image_gap"} <= start.keys() & end.keys()
+    assert start["floor_image_gap"] < start["valid_image_gap"] + 1e-9
+    assert "floor_image_gap" not in end
+    assert {"reward_loss", "caption_loss", *resume.SAMPLED} <= given.keys()
+    assert 0 < given["reward"] < 1
+
+
+def test_a_reward_is_part_of_the_fingerprint_and_needs_its_weights(data, tiny_folder, tmp_path):
+    one, other = (planned(data, tiny_folder, tmp_path, **how) for how in ({}, {"samples": 3}))
+    assert one.steps["train"].directory != other.steps["train"].directory
+    lacking = planned(data, tiny_folder, tmp_path, metrics={"medcat": 1}).config
+    assert "medcat compares captions, but no weights are named" in str(problems(lacking)[0])
+    score = {section: {"checkpoint": "standin"} for section in ("bertscore", "bleurt")}
+    score["metrics"] = ["bertscore"]
+    untrained = planned(data, tiny_folder, tmp_path, score, metrics={"bleurt": 1}).config
+    assert "its stand-in is not trained" in str(problems(untrained)[0])
+    unknown = planned(data, tiny_folder, tmp_path, metrics={"overall": 1}).config
+    assert "overall is no score of 2023" in str(problems(unknown)[0])
+
+
+def test_the_memory_forecast_counts_samples_and_judges(tmp_path):
+    plain, sampling = (
+        memory.Model(sizes.of_model(ModelConfig()), config(stages=[one]), "cuda", True)
+        for one in ({"epochs": 1, "losses": {"caption": 1}}, stage(losses={"reward": 1, "caption": 1}))
+    )
+    less, more = (memory.usage(model, memory.configured(model.config, 1)) for model in (plain, sampling))
+    assert more.activations > 1.5 * less.activations
+    assert more.weights == less.weights
+    judged = replace(sampling, judges=10**9)
+    assert memory.usage(judged, memory.configured(judged.config, 1)).weights == more.weights + 10**9
+    assert all(setup.zero_stage < 3 for setup in memory.means(sampling.config, 8))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rouge_score import rouge_scorer
-from support.commands import harness
+from support.commands import by_server, harness, python
 from support.experiments import EXPERIMENT, begin
 from support.reports import data_of
 
@@ -260,10 +260,7 @@ print(json.dumps({
     "datasets": len(run.inputs.dataset_inputs),
 }))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
-    shown = json.loads(done.stdout)
+    shown = json.loads(python(code, folder=folder, server="mirrors").stdout)
     run = record(folder, "opt-s42")
     rows = [json.loads(line) for line in trained(folder)[0].read_text().splitlines()]
     assert (shown["names"], shown["parents"], shown["status"]) == (
@@ -288,15 +285,10 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.02)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, command: list[str]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "harness", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=folder, env=environment, **nowhere)
 
 
 def rows_of(folder: Path) -> int:
@@ -306,7 +298,10 @@ def rows_of(folder: Path) -> int:
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_captions(small_run, folder, tmp_path, how):
     begin(small_run, tmp_path)
-    process = start(tmp_path, "run", "small.yaml")
+    command = [sys.executable, "-m", "harness", "run", "small.yaml"]
+    if how == signal.SIGKILL:  # a process has no part in it, however it began
+        command = by_server("run", "small.yaml", server="commands")
+    process = start(tmp_path, command)
     wait_for(lambda: rows_of(tmp_path) >= 6, process)
     process.send_signal(how)
     code = process.wait(60)

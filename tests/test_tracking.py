@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import mirror_by_server
 from support.mirrors import NAME, ROWS, VALID, client, history, losses, mlflow_runs, record, root
 
 from harness import tracking
@@ -174,7 +175,8 @@ def test_killed_anywhere_the_next_mirror_makes_it_whole_without_duplicates(root,
     assert runs["base-s1"].info.status == "FINISHED"
 
 
-def test_follower_mirrors_while_it_goes_on_and_to_the_end(root):
+def test_follower_mirrors_while_it_goes_on_and_to_the_end(root, monkeypatch):
+    mirror_by_server(monkeypatch)
     losses(root, ROWS[:5])
     folder = record(root, "base", "RUNNING", scores={})
     follower = tracking.start(folder.parent)
@@ -234,6 +236,7 @@ def dead_server(kind: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["closed", pytest.param("hangs", marks=[pytest.mark.slow, pytest.mark.ci])])
 def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monkeypatch):
+    mirror_by_server(monkeypatch)
     folder = record(root, "base")
     with dead_server(kind) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:secret@"))

@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 from support import published
+from support.commands import harness
 
 from harness import metrics, scoring
 from harness.config.schema import Config
@@ -284,9 +284,7 @@ def test_commands_that_only_look_execute_nothing(command, spy, tmp_path):
         "model": {"checkpoint": "tiny"},
     }
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *command], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = harness(tmp_path, *command, code=None)
     assert "Traceback" not in done.stderr
     assert "score.alignscore.checkpoint" in done.stdout
     assert not (spy.parent / "executed").exists()

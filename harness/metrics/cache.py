@@ -1,6 +1,7 @@
 """What scoring keeps on disk: embeddings of texts, and the numbers of rows that are already scored."""
 
 import contextlib
+import functools
 import hashlib
 import sqlite3
 import zlib
@@ -95,7 +96,10 @@ def made_by(device: str) -> list[str]:
 
 def versions() -> list[str]:
     """The versions of the packages that compute scores."""
-    return [f"{name}:{metadata.version(name)}" for name in PACKAGES]
+    return [f"{name}:{_version(name)}" for name in PACKAGES]
+
+
+_version = functools.cache(metadata.version)  # each call reads the package's whole description
 
 
 def key(*parts: str) -> bytes:

@@ -21,7 +21,7 @@ from harness.report.sources import Captions, Run, scores
 from harness.tracking.server import failure_of, status_of
 from harness.training import soups
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import LOSSES, VALIDATION, described, losses_of, rows_of
+from harness.training.resume import LOSSES, SAMPLED, VALIDATION, described, losses_of, rows_of
 
 REPORT = "report.html"
 _POINTS = 400  # of one stage of a curve; a screen does not show more
@@ -208,7 +208,7 @@ def _curves(run: Run) -> dict[str, Any]:
     steps = [row for row in found if "loss" in row and "stage" in row]
     stages = {stage: [row for row in steps if row["stage"] == stage] for stage in {r["stage"] for r in steps}}
     size = max((math.ceil(len(part) / _POINTS) for part in stages.values()), default=1)
-    names = [*losses_of(steps), "learning_rate"]
+    names = [*losses_of(steps), *SAMPLED, "learning_rate"]
     train = {
         name: [point for part in stages.values() for point in _thinned(part, name, size)] for name in names
     }

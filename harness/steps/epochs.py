@@ -51,28 +51,28 @@ def found(plan: "Plan") -> dict[str, Any] | None:
 
 
 def check(plans: Sequence["Plan"]) -> list["Plan"]:
-    """The plans whose epochs are known now; the others take them from runs of earlier plans.
+    """The plans whose epochs are known before the first one runs; the others wait for an earlier one.
 
     Raises `UserError` if such an earlier run is of another model or training.
     """
     earlier: dict[str, Config] = {}
     known = []
     for plan in plans:
-        run = plan.config.train.epochs_of
-        if run in earlier and not is_known(plan):
-            if differences := differing(plan.config, run, earlier[run].model_dump(mode="json")):
-                raise UserError([_refused(run, differences)])
-        else:
+        if (run := plan.config.train.epochs_of) not in earlier:
             known.append(plan)
+        elif differences := differing(plan.config, run, earlier[run].model_dump(mode="json")):
+            raise UserError([_refused(run, differences)])
         earlier[f"{plan.config.name}/{plan.config.run_name}"] = plan.config
     return known
 
 
-def is_known(plan: "Plan") -> bool:
-    """Whether the run that `train.epochs_of` names has finished; true without the key."""
-    run = plan.config.train.epochs_of
-    done, _ = records.read_all([plan.root / run / records.FILE] if run else [])
-    return not run or any(record["status"] == "FINISHED" for _, record in done)
+def unknown(plan: "Plan") -> str:
+    """Why the epochs of a run are not known yet; empty if they are."""
+    try:
+        found(plan)
+    except UserError as error:
+        return "; ".join(map(str, error.problems))
+    return ""
 
 
 def differing(config: "Config", run: str, other: Mapping[str, Any]) -> list[str]:
@@ -122,7 +122,7 @@ def shortened(config: TrainConfig, until: Mapping[str, Any] | None) -> TrainConf
         return config
     last = until["stage"] - 1
     ended = config.stages[last].model_copy(update={"epochs": until["epoch"]})
-    return config.model_copy(update={"stages": (*config.stages[:last], ended)})
+    return config.model_copy(update={"stages": (*config.stages[:last], ended), "patience": 0})
 
 
 def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:

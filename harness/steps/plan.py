@@ -177,8 +177,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     if (images := unchecked(config.data, root)) > QUICK_IMAGES:
         return {"data": f"to do: {images} images will be decoded and checked first"}
     plan = Plan(config, load(config.data, root), root)
-    if not epochs.is_known(plan):
-        return {"train": f"to do: {config.train.epochs_of} must finish first; it finds the epochs"}
+    if why := epochs.unknown(plan):
+        return {"train": f"to do, once its epochs are known; now {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

@@ -122,7 +122,7 @@ class Train(Step):
                     speeds.append(row["images_per_second"])
                     if len(speeds) == FIRST_STEPS:
                         left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
-                        work.say(f"training steps that are left: {left}{patience.at_most(config.train)}")
+                        work.say(f"training steps that are left: {left}{patience.at_most(trained)}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
@@ -175,15 +175,15 @@ class Train(Step):
         config, devices = self.inputs.config, ranks.world_size()
         shape = family(config.model).shape(config.model)
         half = engine.precision(config.train, work.kind) is not None
-        prompt, shortened = longest_prompt(config.model.prompt), epochs.shortened(config.train, self._until)
-        model = shape and Model(shape, shortened, work.kind, half, prompt, judges.size(config))
+        trained, prompt = epochs.shortened(config.train, self._until), longest_prompt(config.model.prompt)
+        model = shape and Model(shape, trained, work.kind, half, prompt, judges.size(config))
         free = min(ranks.every(work.free_memory()))
         setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
         self._record(work, directory, setup, why)
         if model and ranks.rank() == 0:
             guess = speed.training(model, images, setup, work.device, self.inputs.root)
             if guess.seconds is not None:
-                work.say(f"training steps: {guess}{patience.at_most(config.train)}")
+                work.say(f"training steps: {guess}{patience.at_most(trained)}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:

@@ -295,7 +295,7 @@ def means(config: TrainConfig, devices: int, kind: str = "cuda") -> Iterator[Set
     others = [replace(allowed[0], micro_batch=size, checkpointing=True) for size in sizes]
     others = [*allowed, *others] if is_auto(config) and sizes else others
     for offload in dict.fromkeys((config.offload, True)):
-        for stage in range(max(config.zero_stage, int(offload)), 4):
+        for stage in range(max(config.zero_stage, int(offload)), 3 if config.samples else 4):
             yield from (replace(setup, zero_stage=stage, offload=offload) for setup in others)
 
 

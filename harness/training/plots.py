@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.store import write
-from harness.training.resume import VALIDATION, losses_of, rows_of
+from harness.training.resume import SAMPLED, VALIDATION, losses_of, rows_of
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -37,6 +37,8 @@ def curves(losses: Path, path: Path) -> None:
             {k for r in rows for k in r if k.startswith(VALIDATION) and not k.endswith(("_loss", "_primary"))}
         ),
     }
+    if any(SAMPLED[0] in row for row in rows):
+        panels |= {"samples": [n for n in SAMPLED if n != "sample_length"], "tokens": ["sample_length"]}
     figure, axes = _axes(len(panels))
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:

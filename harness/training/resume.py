@@ -21,6 +21,8 @@ VALIDATION = ("valid_", f"{EMA}valid_")
 """Begin the names of validation scores in a `losses.jsonl`."""
 FLOOR = "floor_"
 """In the row of a validation at the start of a stage: below this number, the score of that name ends it."""
+SAMPLED = ("reward", "reward_baseline", "distinct_samples", "sample_length", "sample_entropy")
+"""Columns of the steps of self-critical stages, about their samples."""
 LATEST = "latest"
 """The file that names the newest checkpoint for DeepSpeed's own tools."""
 

@@ -88,7 +88,7 @@ class SelfCritical:
 
     def worded(self) -> str:
         """Where the time of the stage's steps went, as text."""
-        shares = {part: spent / max(self.total, 1e-9) for part, spent in self.seconds.items()}
+        shares = {part: spent / self.total for part, spent in self.seconds.items()}
         shares["updates"] = 1 - sum(shares.values())
         listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
         return f"time of stage {self.stage.number}: {listed}"
@@ -121,15 +121,14 @@ class SelfCritical:
         found = self._decoded(draw, config.samples, parts, pixels)
         best = self._decoded(greedy, 1, parts, pixels) if config.baseline == "greedy" else []
         model.train()
-        read = [[[codec.decode(ids) for ids in one] for one, _ in part] for part in best]
+        texts = [[codec.decode(ids[0]) for ids, _ in part] for part in best]
+        greedy_texts = texts or [[None] * len(part) for part in parts]
         return [
             [
-                Sampled(
-                    ids, [codec.decode(one) for one in ids], chances, read[number][row][0] if read else None
-                )
-                for row, (ids, chances) in enumerate(part)
+                Sampled(ids, list(map(codec.decode, ids)), chances, greedy_text)
+                for (ids, chances), greedy_text in zip(*both, strict=True)
             ]
-            for number, part in enumerate(found)
+            for both in zip(found, greedy_texts, strict=True)
         ]
 
     def _decoded(

@@ -219,6 +219,11 @@ class TrainConfig(Section):
     deepspeed: dict[str, Any] = Field({})
     """Overrides keys of the generated DeepSpeed config; the keys are those of DeepSpeed 0.19.8."""
 
+    @property
+    def samples(self) -> bool:
+        """Whether a stage samples captions, for the loss `reward`."""
+        return any(stage.reward for stage in self.stages)
+
     @model_validator(mode="before")
     @classmethod
     def _lists_its_stages(cls, given: Any) -> Any:

@@ -406,7 +406,8 @@ class Training:
         try:
             with without_dropout(self.loaded.model):
                 yield
-            self.say(self.critic.worded())
+            if self.critic.total:
+                self.say(self.critic.worded())
         finally:
             self.critic = None
 
@@ -415,7 +416,8 @@ class Training:
         if not stage.reward:
             return False
         file = self.directory / LOSSES
-        found = ranks.agree(fallen(rows_of(file), stage.number) if ranks.rank() == 0 else None)
+        rows = rows_of(file) if ranks.rank() == 0 else ()
+        found = ranks.agree([one for one in fallen(rows, stage.number) if one[0] in stage.reward.stop_when])
         for name, value, floor in found:
             self.say(f"stage {stage.number} ends: {name} fell to {value:.4f}, below {floor:.4f} (stop_when)")
         return bool(found)

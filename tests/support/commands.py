@@ -3,7 +3,7 @@
 A server process imports torch, transformers and DeepSpeed once and forks for every command. Another one
 imports MLflow and forks for every process that mirrors runs while a command runs. The fork gets what a test
 gives a command (folder, environment, streams). A test that changes the imports themselves (another locale,
-device or thread count) gets a new Python. Quickstart and tests of start-up, signals, memory and terminals
+device or thread count) gets a new Python. Programs of tests run in such forks, too (`python`). Quickstart and tests of start-up, signals, memory and terminals
 always use a new Python.
 """
 
@@ -30,8 +30,16 @@ IMPORTS = {
         "harness.training.train",
         "harness.decoding.predict",
         "harness.scoring",
+        "harness.cli.tables",
+        "harness.run",
+        "harness.report",
+        "harness.submission",
+        "harness.tracking",
+        "harness.models.tiny",
+        "harness.training.plots",
         "bert_score",
-        "deepspeed",
+        "deepspeed.ops",
+        "matplotlib.pyplot",
     ),
     "mirrors": ("harness.cli", "harness.tracking", "mlflow.store.tracking.sqlalchemy_store"),
 }
@@ -60,11 +68,26 @@ def harness(
     if _acts_on_imports(environment):
         done = _alone(folder, arguments, environment, timeout)
     else:
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            ended = on_streams(folder, arguments, environment, (out.fileno(), err.fileno()), timeout)
-            done = subprocess.CompletedProcess(["harness", *arguments], ended, _read(out), _read(err))
+        done = _by("commands", folder, arguments, environment, timeout)
     assert code is None or done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def python(
+    program: str, *arguments: str | Path, folder: Path = TESTS, server: str = "commands"
+) -> subprocess.CompletedProcess[str]:
+    """Run a program as `python -c` does, in a fork of a server; fails unless it ends with 0."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = _by(server, folder, ["-c", program, *arguments], environment, 500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def _by(name, folder, arguments, environment, timeout) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams = (out.fileno(), err.fileno())
+        ended = _server(name).run(folder, arguments, environment, timeout, streams)
+        return subprocess.CompletedProcess([*arguments], ended, _read(out), _read(err))
 
 
 def on_streams(
@@ -83,9 +106,9 @@ def _read(file: IO[bytes]) -> str:
     return io.TextIOWrapper(file, encoding="utf-8").read()
 
 
-def by_server(*arguments: str) -> list[str]:
-    """A command that is `python -m harness ARGUMENTS` without the imports of MLflow; it may be killed."""
-    return _asking(_server("mirrors").path, arguments)
+def by_server(*arguments: str, server: str = "mirrors") -> list[str]:
+    """A command that is `python -m harness ARGUMENTS` without the imports of a server; it may be killed."""
+    return _asking(_server(server).path, arguments)
 
 
 def _asking(path: str, arguments: Sequence[str]) -> list[str]:
@@ -239,12 +262,17 @@ def _become(given: int, *streams: int) -> None:
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
     sys.path[0] = asked["folder"]
-    sys.argv = ["harness", *asked["arguments"]]
+    program = asked["arguments"][1] if asked["arguments"][0] == "-c" else None
+    sys.argv = ["-c", *asked["arguments"][2:]] if program else ["harness", *asked["arguments"]]
     _Popen.mirrors = asked["mirrors"]
     subprocess.Popen = _Popen
     code: object = 1
     try:
-        runpy.run_module("harness", run_name="__main__", alter_sys=True)
+        if program:
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module("harness", run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -269,7 +297,8 @@ class _Popen(subprocess.Popen):
 
 if __name__ == "__main__":
     if sys.argv[1] == "ask":
-        there = {"folder": os.getcwd(), "environment": dict(os.environ), "mirrors": None}
+        there = {"folder": os.getcwd(), "environment": dict(os.environ)}
+        there["mirrors"] = os.environ.get(f"{SHARED}MIRRORS")
         sys.exit(_ask(sys.argv[2], there | {"arguments": sys.argv[3:]}, (0, 1, 2), None))
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for one when it is imported
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from harness.training import train
 from harness.training.settings import TrainConfig
 from support.models import load_tiny
 from support.slow_saves import SlowSave
-from support.training import splits
+from support.training import measure, splits
 
 
 def main(given):
@@ -50,6 +50,7 @@ def main(given):
         log,
         lambda loaded: {"valid_primary": float(next(scores)) if ranks.rank() == 0 else -1.0},
         until=until,
+        measure=measure,
     )
     loaded = training.run()
     if ranks.rank() == 0:
