@@ -1,4 +1,4 @@
-"""What to submit of several finished runs: one alone, or an ensemble, and with or without de-duplication.
+"""What to submit of several finished runs: one alone, a soup, or an ensemble, with or without de-duplication.
 
 Everything is chosen on the tune half of validation and reported on the held half. A difference that the
 paired test does not show goes to the simpler choice. nnU-Net's `find_best_configuration` works like this,
@@ -41,24 +41,38 @@ RECORD = "best.json"
 """The last choice, in the folder of its ensembles."""
 _LONGEST = 80  # characters of a variant's name
 _DEDUPLICATED = "dedup"
-_CAPTIONING = ("train", "features", "retrieve", "predict", "consensus")
+_CAPTIONING = ("train", "soup", "features", "retrieve", "predict", "consensus")
+KINDS = ("single", "soup", "n-best", "ensemble")
+"""A run; averaged weights of runs; the consensus of one run's candidates, and that of several runs."""
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to caption: its `label`, its `runs` by name under runs/, and what makes it again.
+class Wanted:
+    """An option to make: its `label`, its kind of KINDS, its `runs` by name under runs/, and its config."""
+
+    label: str
+    kind: str
+    runs: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Option(Wanted):
+    """One way to caption, with its finished run in `folder`.
 
     `systems` and `gaps` are its scores and its image gap (ROUGE-1), by half. `same`: the label of an earlier
     option with the same captions.
     """
 
-    label: str
-    runs: tuple[str, ...]
-    config: Config
     folder: Path
     systems: Mapping[str, System]
     gaps: Mapping[str, Mapping[str, Any]]
     same: str | None = None
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """The number of models that caption, then the kind; the lower, the simpler."""
+        return len(self.runs) if self.kind == "ensemble" else 1, KINDS.index(self.kind)
 
     def value(self, metric: str, half: str = TUNE) -> float:
         """Its score on a half."""
@@ -174,18 +188,16 @@ def _single(label: str, name: str, given: Config | None, root: Path, notes: dict
         raise UserError([Problem("its config is of another version; run it again", folder)]) from None
     if given is None:
         notes |= dict.fromkeys(scoring.passed_over((folder, record), config.score))
-    return _option(label, (name,), config, folder)
+    return _option(Wanted(label, "single", (name,), config), folder)
 
 
-def _option(
-    label: str, runs: tuple[str, ...], config: Config, folder: Path, same: str | None = None
-) -> Option:
-    system, record = read_run(folder, label), records.read(folder)
+def _option(one: Wanted, folder: Path) -> Option:
+    system, record = read_run(folder, one.label), records.read(folder)
     systems = {half: on_half(system, half) for half in HALVES}
-    if empty := [half for half, one in systems.items() if not one.ids]:
+    if empty := [half for half, part in systems.items() if not part.ids]:
         raise UserError([Problem(f"the {empty[0]} half has no images", folder)])
     gaps = {half: gap_on_half(folder, record, half)["rouge1"] for half in HALVES}
-    return Option(label, runs, config, folder, systems, gaps)
+    return Option(**vars(one), folder=folder, systems=systems, gaps=gaps)
 
 
 def _apart(one: Option, others: Sequence[Option], metric: str) -> str | None:
@@ -214,35 +226,71 @@ def _captions(option: Option, stage: str) -> bytes:
     return records.artifact(option.folder, record, f"predictions/valid_{stage}.csv").read_bytes()
 
 
-def ensembles(given: Candidates, sizes: Sequence[int]) -> dict[str, Config]:
-    """The configs of consensus runs by label: of all pairs, and of the best few runs on the tune half.
+def wanted(given: Candidates, few: int) -> list[Wanted]:
+    """The consensus of each run with several captions of an image, of all pairs, and of the best few runs.
 
-    The better run comes first, since ties between captions go to the first one.
+    The best are those on the tune half, and `few` at most are in one ensemble. The better run comes first,
+    since ties between captions go to the first one.
     """
     ranked = sorted(given.singles.values(), key=lambda one: -one.value(given.metric))
-    groups = [
-        group for size in sizes for group in (combinations(ranked, 2) if size == 2 else [ranked[:size]])
-    ]
-    return {"+".join(one.label for one in group): _consensus(given, group) for group in groups}
+    groups = [[one] for one in ranked if _has_candidates(one)]
+    groups += map(list, combinations(ranked, 2) if few > 1 else [])
+    groups += [ranked[:size] for size in range(3, min(few, len(ranked)) + 1)]
+    return [_consensus(given, group) for group in groups]
 
 
-def _consensus(given: Candidates, group: Sequence[Option]) -> Config:
-    """The config of an ensemble: data, scores and post-processing are those of the first run."""
+def _has_candidates(one: Option) -> bool:
+    return "predictions/valid_candidates.csv" in records.read(one.folder).get("artifacts", {})
+
+
+def _consensus(given: Candidates, group: Sequence[Option]) -> Wanted:
+    """An ensemble, or the consensus of one run; data, scores and post-processing are the first run's."""
     first = given.first
     shared = first.model_dump(mode="json", include={"edition", "device", "seed", "data", "score"})
-    consensus: dict[str, Any] = {"own": 0, "runs": [one.runs[0] for one in group]}
+    runs = tuple(one.runs[0] for one in group)
+    consensus: dict[str, Any] = {"own": 0, "runs": runs}
     if given.metric != EDITIONS[first.edition].primary:
         consensus["utility"] = {given.metric: 1}
-    return Config.model_validate(
+    kind = "ensemble" if len(group) > 1 else "n-best"
+    names = [_names(given)[one.label] for one in group] + ([kind] if len(group) == 1 else [])
+    config = Config.model_validate(
         shared
         | {
             "name": f"best/{given.name}",
-            "variant": _variant([_names(given)[one.label] for one in group]),
+            "variant": _variant(names),
             "predict": {"splits": ["valid"]},
             "postprocess": first.postprocess.model_dump() | {"deduplicate": False},
             "consensus": consensus,
         }
     )
+    label = "+".join(one.label for one in group)
+    return Wanted(label if len(group) > 1 else f"{label} {kind}", kind, runs, config)
+
+
+def soup(given: Candidates, few: int) -> Wanted | None:
+    """The soup of those of the best few runs that have the best run's model, each with its own training.
+
+    None if there are fewer than two. It has the other settings of the best one.
+    """
+    ranked = sorted(given.singles.values(), key=lambda one: -one.value(given.metric))
+    trained: dict[str, Option] = {}
+    for one in ranked[:few]:
+        step = records.read(one.folder).get("steps", {}).get("train")
+        alone = one.config.retrieval is None and one.config.consensus is None
+        if step and alone and all(one.config.model == other.config.model for other in trained.values()):
+            trained.setdefault(step, one)
+    group = list(trained.values())
+    if len(group) < 2:
+        return None
+    runs = tuple(one.runs[0] for one in group)
+    values = group[0].config.model_dump(mode="json", exclude_unset=True) | {
+        "name": f"best/{given.name}",
+        "variant": _variant(["soup", *(_names(given)[one.label] for one in group)]),
+        "soup": {"runs": runs},
+    }
+    values["predict"] = values.get("predict", {}) | {"splits": ["valid"]}
+    label = "soup " + "+".join(one.label for one in group)
+    return Wanted(label, "soup", runs, Config.model_validate(values))
 
 
 def _names(given: Candidates) -> dict[str, str]:
@@ -261,42 +309,58 @@ def _variant(names: Sequence[str]) -> str:
     return joined if len(joined) <= _LONGEST else f"{len(names)}-runs-{fingerprint(list(names))}"
 
 
-def cost(plans: Sequence[Plan]) -> str | None:
-    """The cost of the consensus steps that are still to do, in one line; None if there are none."""
-    steps = [step for plan in plans for step in plan.steps.values() if step.kind == "consensus"]
-    waiting = [step.cost() for step in steps if not step.is_done()]
-    if not waiting:
-        return None
-    texts, pairs = map(sum, zip(*waiting, strict=True))
-    return f"{len(waiting)} ensembles to do: {texts:,} captions embedded, {pairs:,} comparisons, and scoring"
-
-
-def planned(given: Candidates, sizes: Sequence[int], reporter: Reporter) -> dict[str, Any]:
-    """The `ensembles` by label, each with its folder and whether it is done; and the `cost` of the rest."""
-    configs = ensembles(given, sizes)
-    plans = prepare(list(configs.values()), reporter)
-    states = {
-        label: f"{'done ' if plan.steps['consensus-valid'].is_done() else 'to do'}  {plan.folder}"
-        for label, plan in zip(configs, plans, strict=True)
-    }
-    return {"ensembles": states, "cost": cost(plans)}
-
-
-def decide(given: Candidates, sizes: Sequence[int], reporter: Reporter, command: str) -> Choice:
-    """Make and score the ensembles, choose on the tune half, and test on the held half."""
+def planned(
+    given: Candidates, few: int, reporter: Reporter, soups: bool = True
+) -> tuple[list[tuple[Wanted, Plan]], list[str]]:
+    """The options to make with their plans, and notes: their cost, and why there is no soup."""
     loaded: dict[str, Dataset] = {}
-    configs = ensembles(given, sizes)
-    plans = dict(zip(configs, prepare(list(configs.values()), reporter, RUNS, loaded), strict=True))
-    if line := cost(list(plans.values())):
-        reporter.say(line)
+    options = wanted(given, few)
+    plans = prepare([one.config for one in options], reporter, RUNS, loaded)
+    found, notes = list(zip(options, plans, strict=True)), []
+    if soups and (averaged := soup(given, few)):
+        try:
+            (plan,) = prepare([averaged.config], reporter, RUNS, loaded)
+            found.insert(0, (averaged, plan))
+            notes += _soup_cost(averaged.label, plan)
+        except UserError as error:
+            notes.append(f"no {averaged.label}: {'; '.join(map(str, error.problems))}")
+    return found, notes + _consensus_cost(plans)
+
+
+def _soup_cost(label: str, plan: Plan) -> list[str]:
+    step = plan.steps["soup"]
+    count = len(step.inputs.facts["candidates"])
+    what = f"{label} to do: up to {2 * count - 1} averages, each captions tune images; then all of validation"
+    return [] if step.is_done() else [what]
+
+
+def _consensus_cost(plans: Sequence[Plan]) -> list[str]:
+    waiting = [plan.steps["consensus-valid"].cost() for plan in plans if not is_captioned(plan)]
+    if not waiting:
+        return []
+    texts, pairs = map(sum, zip(*waiting, strict=True))
+    return [f"{len(waiting)} by consensus to do: {texts:,} captions embedded, {pairs:,} comparisons"]
+
+
+def is_captioned(plan: Plan) -> bool:
+    """Whether all captions of a plan are made, so that at most scoring is left."""
+    return all(step.is_done() for step in plan.steps.values() if step.kind in _CAPTIONING)
+
+
+def decide(given: Candidates, few: int, reporter: Reporter, command: str, soups: bool = True) -> Choice:
+    """Make and score the options, choose on the tune half, and test on the held half."""
+    plans, notes = planned(given, few, reporter, soups)
+    for note in notes:
+        reporter.say(note)
     options = list(given.singles.values())
-    for label, plan in plans.items():
-        options.append(_made(label, plan, options, reporter, command))
-    options.sort(key=lambda one: len(one.runs))
+    for one, plan in plans:
+        options.append(_made(one, plan, options, reporter, command))
+    options.sort(key=lambda one: one.cost)
     winner, tuned = choose(options, given.metric)
     single = max(given.singles.values(), key=lambda one: one.value(given.metric))
     choice = Choice(given, options, single, winner, tuned)
-    _decide_deduplication(choice, reporter, command, loaded)
+    choice.notes += [note for note in notes if note.startswith("no ")]
+    _decide_deduplication(choice, reporter, command)
     systems = [one.systems[HELD] for one in options if one.same is None]
     if len(systems) > 1:
         choice.held = compare(systems, [given.metric], against=single.label)
@@ -305,28 +369,26 @@ def decide(given: Candidates, sizes: Sequence[int], reporter: Reporter, command:
     return choice
 
 
-def _made(label: str, plan: Plan, before: Sequence[Option], reporter: Reporter, command: str) -> Option:
+def _made(one: Wanted, plan: Plan, before: Sequence[Option], reporter: Reporter, command: str) -> Option:
     """Run a plan -> the option that it is."""
-    run(plan, reporter, command, trial={"option": label})  # a trial is not on the leaderboard
+    run(plan, reporter, command, trial={"option": one.label})  # a trial is not on the leaderboard
     report.write(plan.folder)
-    sources = plan.config.consensus.runs if plan.config.consensus else ()
-    runs = tuple(source.run for source in sources) or before[0].runs
-    made = _option(label, runs, plan.config, plan.folder)
+    made = _option(one, plan.folder)
     captions = _captions(made, "after")
-    same = next((one.label for one in before if _captions(one, "after") == captions), None)
+    same = next((other.label for other in before if _captions(other, "after") == captions), None)
     return replace(made, same=same)
 
 
 def choose(options: Sequence[Option], metric: str) -> tuple[Option, list[tuple[Difference, str]]]:
     """The winner on the tune half, and the tests that led to it.
 
-    The best of the simplest options is taken unless the best of all is shown to be better. Fewer runs are
-    simpler. Equal options go to the first.
+    The best of the simplest options is taken unless the best of all is shown to be better; else that of the
+    next ones, and so on. One model is simpler than several. Equal options go to the first.
     """
     best = max(options, key=lambda one: one.value(metric))
     tests = []
-    for size in sorted({len(one.runs) for one in options}):
-        top = max((one for one in options if len(one.runs) == size), key=lambda one: one.value(metric))
+    for cost in sorted({one.cost for one in options}):
+        top = max((one for one in options if one.cost == cost), key=lambda one: one.value(metric))
         if top is best:
             break
         test = _tested(top, best, metric)
@@ -342,9 +404,7 @@ def _tested(a: Option, b: Option, metric: str) -> Difference:
     return found
 
 
-def _decide_deduplication(
-    choice: Choice, reporter: Reporter, command: str, loaded: dict[str, Dataset]
-) -> None:
+def _decide_deduplication(choice: Choice, reporter: Reporter, command: str) -> None:
     """Replace the winner by the same captions with de-duplication if the tune half shows that it is better.
 
     A run that was post-processed with it keeps it for the same reason only.
@@ -359,13 +419,13 @@ def _decide_deduplication(
             "postprocess": now.config.postprocess.model_copy(update={"deduplicate": on}),
         }
     )
-    (plan,) = prepare([config], reporter, RUNS, loaded)
+    (plan,) = prepare([config], reporter)
     waiting = [s.name for s in plan.steps.values() if s.kind in _CAPTIONING and not s.is_done()]
     if waiting:
         choice.notes.append(f"de-duplication is not decided: {', '.join(waiting)} would have to run again")
         return
     label = f"{now.label} {_DEDUPLICATED if on else 'plain'}"
-    other = replace(_made(label, plan, [now], reporter, command), runs=now.runs)
+    other = _made(Wanted(label, now.kind, now.runs, config), plan, [now], reporter, command)
     choice.options.append(other)
     without, with_it = (now, other) if on else (other, now)
     test = _tested(without, with_it, metric)

@@ -14,7 +14,7 @@ from support.commands import harness
 from support.comparisons import system
 from support.experiments import EXPERIMENT
 
-from harness.best import Option, as_experiment, choose, ensembles, find, planned
+from harness.best import KINDS, Choice, Option, as_experiment, choose, find, planned, soup, wanted
 from harness.captions import read_captions
 from harness.cli.terminal import Terminal
 from harness.compare import on_half
@@ -26,7 +26,7 @@ from harness.steps.plan import prepare
 
 OTHERS = """
   greedy: {predict: {num_beams: 1, max_new_tokens: 16}}
-  odd: {predict: {num_beams: 3, max_new_tokens: 9}}
+  odd: {predict: {num_beams: 3, num_return_sequences: 3, max_new_tokens: 9}}
 """
 RUNS = ("small/opt-s42", "others/greedy-s42", "others/odd-s42")
 IDS = [f"image{number}" for number in range(600)]
@@ -36,7 +36,8 @@ def option(label: str, values: np.ndarray) -> Option:
     """An option with these ROUGE-1 scores (600,); its runs are the parts of its label."""
     whole = system(label, ids=IDS, rouge1=values)
     systems = {one: on_half(whole, one) for one in HALVES}
-    return Option(label, tuple(label.split("+")), None, Path(), systems, {})
+    runs = tuple(label.split("+"))
+    return Option(label, "ensemble" if len(runs) > 1 else "single", runs, None, Path(), systems, {})
 
 
 def scores(seed: int, better: float = 0.0) -> np.ndarray:
@@ -106,7 +107,7 @@ def project(small_run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def chosen(project) -> dict:
     done = harness(project, "best", "small.yaml", "others.yaml", "--format", "json")
-    assert "ensembles to do: " in done.stderr
+    assert "5 by consensus to do: " in done.stderr
     return json.loads(done.stdout)
 
 
@@ -128,7 +129,7 @@ def brute_p(differences: np.ndarray) -> float:
 
 def test_the_choice_is_that_of_the_tables_per_image(project, chosen):
     tables = {one["label"]: table(project, one["folder"]) for one in chosen["options"]}
-    sizes = {one["label"]: len(one["runs"]) for one in chosen["options"]}
+    costs = {one["label"]: (len(one["runs"]), KINDS.index(one["kind"])) for one in chosen["options"]}
     for one in chosen["options"]:
         for name in HALVES:
             values = [value for image, value in tables[one["label"]].items() if half(image) == name]
@@ -140,24 +141,17 @@ def test_the_choice_is_that_of_the_tables_per_image(project, chosen):
         for label, found in tables.items()
         if "dedup" not in label
     }
-    best = max(tune, key=lambda label: (round(tune[label].mean(), 9), -sizes[label]))
+    best = max(tune, key=lambda label: (round(tune[label].mean(), 9), [-part for part in costs[label]]))
     wanted = best
-    for size in sorted(set(sizes.values())):
-        top = max((label for label in tune if sizes[label] == size), key=lambda label: tune[label].mean())
+    for cost in sorted(set(costs.values())):
+        top = max((label for label in tune if costs[label] == cost), key=lambda label: tune[label].mean())
         if top == best or brute_p(tune[best] - tune[top]) >= 0.05:
             wanted = top
             break
     assert chosen["winner"].removesuffix(" dedup") == wanted
     assert {one["label"] for one in chosen["options"]} >= {"1", "2", "3"}
-    assert [len(one["runs"]) for one in chosen["options"] if "dedup" not in one["label"]] == [
-        1,
-        1,
-        1,
-        2,
-        2,
-        2,
-        3,
-    ]
+    kinds = [costs[label] for label in tune]
+    assert kinds == [*[(1, 0)] * 3, (1, 2), *[(2, 3)] * 3, (3, 3)]
     again = {image: row for image, row in tables[chosen["best_single"]].items() if half(image) == HELD}
     for one in chosen["options"]:
         if difference := one["difference"]:
@@ -191,23 +185,22 @@ def test_the_experiment_of_an_ensemble_is_its_config_with_all_splits(project, ch
     monkeypatch.chdir(project)
     given = find([Path(run) for run in RUNS], "small", None)
     assert list(given.singles) == ["1", "2", "3"]
-    (config,) = ensembles(given, [3]).values()
-    three = next(one for one in given.singles.values())
-
-    class Decided:
-        options, winner = [three], replace(three, config=config)
-
-    Decided.given = given
+    labels = [(one.kind, len(one.runs)) for one in wanted(given, 3)]
+    assert labels == [("n-best", 1), ("ensemble", 2), ("ensemble", 2), ("ensemble", 2), ("ensemble", 3)]
+    assert soup(given, 3) is None  # the three runs have one training
+    config = wanted(given, 3)[-1].config
+    one = given.singles["1"]
+    decided = Choice(given, [one], one, replace(one, config=config), [])
     file = project / "three.yaml"
-    file.write_text(as_experiment(Decided, file, "a command"))
+    file.write_text(as_experiment(decided, file, "a command"))
     (loaded,) = load(file)
     assert loaded.consensus == config.consensus
     assert loaded.predict.splits == ("valid", "test")
     assert loaded.name == "best/small/winner"
     assert loaded.model_copy(update={"predict": config.predict, "name": config.name}) == config
-    done = planned(given, range(2, 4), Terminal(silent=True))
-    assert done["cost"] is None  # as the runs were named before, all ensembles are done
-    assert len(done["ensembles"]) == 4
+    plans, notes = planned(given, 3, Terminal(silent=True))
+    assert notes == []  # as the runs were named before, all options are done
+    assert [one.label for one, _ in plans] == [one.label for one in wanted(given, 3)]
 
 
 def test_runs_that_cannot_be_used_are_named(project, monkeypatch):

@@ -1,7 +1,6 @@
 """`harness best`: which finished run or ensemble to submit."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +27,9 @@ def best(
         str | None, typer.Option(help="The score to choose by; by default the edition's primary one.")
     ] = None,
     few: Annotated[int, typer.Option(min=1, help="The most runs of one ensemble; 1: no ensembles.")] = 5,
+    soup: Annotated[
+        bool, typer.Option(help="Also average the weights of the best few runs of one initialisation.")
+    ] = True,
     name: Annotated[
         str | None, typer.Option(help="Ensembles are runs/best/NAME; by default the first experiment's name.")
     ] = None,
@@ -38,9 +40,9 @@ def best(
     dry_run: Annotated[bool, typer.Option(help="Print the runs and the cost; start nothing.")] = False,
     output: ReportFormat = Report.table,
 ) -> None:
-    """Choose what to submit: a run, an ensemble of two or more, and de-duplication on or off.
+    """Choose what to submit: a run, a soup or an ensemble of several, and de-duplication on or off.
 
-    All pairs and the best few runs become ensembles by consensus.
+    All pairs and the best few runs become ensembles by consensus; the best few also become a soup.
 
     The choice is made on the tune half of validation and reported on the held half.
 
@@ -61,11 +63,10 @@ def best(
     given = choosing.find(sources, name, metric)
     for line in (*given.notes, *(f"left out: {run}: {why}" for run, why in given.left_out.items())):
         terminal.say(line)
-    sizes = range(2, min(few, len(given.singles)) + 1)
     if dry_run:
-        _print_plan(given, choosing.planned(given, sizes, terminal), output)
+        _print_plan(given, few, soup, terminal, output)
         return
-    choice = _decided(given, sizes, terminal, RUNS)
+    choice = _decided(given, few, soup, terminal)
     place = out or _beside(sources[0], given.name)
     write(place, choosing.as_experiment(choice, place, command_line()))
     found = _as_dict(choice, place)
@@ -76,14 +77,15 @@ def best(
         _print(choice, place)
 
 
-def _decided(given: "Candidates", sizes: Sequence[int], terminal: Terminal, root: Path) -> "Choice":
+def _decided(given: "Candidates", few: int, soup: bool, terminal: Terminal) -> "Choice":
     """The choice; its runs are mirrored to MLflow."""
     from harness import best as choosing
     from harness import tracking
+    from harness.store import RUNS
 
-    follower = tracking.start(root / "best" / given.name)
+    follower = tracking.start(RUNS / "best" / given.name)
     try:
-        return choosing.decide(given, sizes, terminal, command_line())
+        return choosing.decide(given, few, terminal, command_line(), soup)
     finally:
         if late := follower.finish():
             terminal.say(late)
@@ -102,15 +104,21 @@ def _run_command(place: Path) -> str:
     return f"python -m harness run {place}"
 
 
-def _print_plan(given: "Candidates", planned: dict[str, Any], output: Report) -> None:
+def _print_plan(given: "Candidates", few: int, soup: bool, terminal: Terminal, output: Report) -> None:
+    from harness import best as choosing
+
+    plans, notes = choosing.planned(given, few, terminal, soup)
+    states = {
+        one.label: f"{'done ' if choosing.is_captioned(plan) else 'to do'}  {plan.folder}"
+        for one, plan in plans
+    }
     if output is Report.json:
-        print(json_text({"runs": _runs(given), "left_out": given.left_out, **planned}))
+        left_out = given.left_out
+        print(json_text({"runs": _runs(given), "left_out": left_out, "options": states, "notes": notes}))
         return
-    for label, run in _runs(given).items():
-        print(f"{label:>3}  {run}")
-    for label, state in planned["ensembles"].items():
-        print(f"{label:>9}  {state}")
-    print(planned["cost"] or "every ensemble is done")
+    for label, run in (_runs(given) | states).items():
+        print(f"{label:>12}  {run}")
+    print("\n".join(notes) or "all options are done")
 
 
 def _runs(given: "Candidates") -> dict[str, str]:
@@ -128,6 +136,7 @@ def _as_dict(choice: "Choice", place: Path) -> dict[str, Any]:
         "options": [
             {
                 "label": one.label,
+                "kind": one.kind,
                 "runs": one.runs,
                 "same_captions_as": one.same,
                 "scores": {half: system.scores[metric].as_dict() for half, system in one.systems.items()},
