@@ -48,6 +48,7 @@ def project(small_run, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("project")
     for name in ("data", "runs", "submissions"):
         shutil.copytree(small_run / "kept" / name, place / name)
+    shutil.copy(small_run / "kept" / "mlflow.db", place)
     text = EXPERIMENT.replace("  opt_dedup: {postprocess: {deduplicate: true}}\n", "")
     for name, how in (
         ("greedy", "num_beams: 1, max_new_tokens: 16"),

@@ -35,12 +35,11 @@ OTHER_JSON = (b"null", b"[]", b"{}", b"7", b'"text"', b"[[[]]]", b'{"a": NaN}', 
 
 
 @pytest.fixture(scope="module")
-def project(small_run, empty_store, tmp_path_factory) -> Path:
+def project(small_run, tmp_path_factory) -> Path:
     """A finished run of two variants that share their training."""
     folder = tmp_path_factory.mktemp("small") / "project"
     shutil.copytree(small_run / "kept", folder)
     (folder / "small.yaml").write_text(EXPERIMENT)
-    (folder / "mlflow.db").write_bytes(empty_store)
     return folder
 
 
