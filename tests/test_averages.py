@@ -92,7 +92,7 @@ def test_training_is_the_same_beside_its_average(folder, tmp_path):
     assert kept(tmp_path / "both")[0]["average"] is False
 
 
-@pytest.mark.parametrize("at", [2, 5, 8])
+@pytest.mark.parametrize("at", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 8))])
 def test_an_interrupted_average_goes_on_to_the_same_bits(folder, tmp_path, at):
     settings = config(ema=DECAY, checkpoint_every_steps=2, evaluate_every=0)
 
