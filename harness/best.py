@@ -165,7 +165,7 @@ def _runs_of(root: Path) -> list[str]:
 def _primary(config: Config) -> str:
     primary = EDITIONS[config.edition].primary
     if primary is None:
-        what = f"the ranking rule of {config.edition} is not established; name a metric to choose by"
+        what = f"the ranking rule of {config.edition} is not established; name a score: --metric bertscore"
         raise UserError([Problem(what, key="--metric")])
     return primary
 
