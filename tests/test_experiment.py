@@ -134,7 +134,7 @@ def test_set_wins_over_a_variant(tmp_path):
 
 def test_every_key_has_a_type_and_shows_up_flat():
     given = {"name": "a", "data": {"root": "x"}, "consensus": {"runs": ["a/b-s1"]}, "retrieval": {}}
-    config = Config.model_validate(given)
+    config = Config.model_validate(given | {"soup": {"runs": ["a/b-s1"]}})
     shown = set(flat(config))
     for path in keys():
         name = ".".join(path)
