@@ -228,7 +228,7 @@ def test_weights_of_another_shape_are_refused_with_their_names(project, whole, m
 
     monkeypatch.setattr(soups, "shapes", shapes)
     (config,) = load(Path("soup.yaml"))
-    with pytest.raises(UserError, match="seeds/opt-s43 has weights of other names or shapes .*: more"):
+    with pytest.raises(UserError, match=r"seeds/opt-s43 has weights of other names or shapes .*: more"):
         _ = Plan(config, load_data(config.data, Path("runs"))).steps
     own = read(next(Path("runs/steps").glob("soup-*/best.safetensors")))
     assert soups.differing(own, own | {"query_tokens": [1]}) == ["query_tokens"]
