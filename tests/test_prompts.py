@@ -231,7 +231,9 @@ def captions_of(project: Path) -> dict[str, str]:
 
 
 def cleaned(caption: str, words: int) -> str:
-    return " ".join("".join(" " if c in '.!"()*#:;~' else c for c in caption.lower()).split()[:words])
+    return " ".join("".join(" " if c in '.!"()*#:;~' else c for c in caption.lower()).split()[:words]).rstrip(
+        ","
+    )
 
 
 def test_no_image_has_its_own_caption_or_that_of_a_copy_in_its_prompt(project):

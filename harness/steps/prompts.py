@@ -61,7 +61,9 @@ class Prompts(Step):
 
         cleaning, words = self.inputs.config.train.caption_cleaning, self.inputs.config.model.prompt.words
         training, examples = (self.inputs.data.readable(split) for split in ("train", self.part))
-        captions = [clean_caption(example.caption or "", cleaning, words) for example in training]
+        captions = [
+            clean_caption(example.caption or "", cleaning, words).rstrip(" .,;") for example in training
+        ]
         rows = [
             (
                 example.id,
