@@ -267,6 +267,36 @@ def _runs_near(folder: Path) -> str:
     return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
 
 
+def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
+    """The record of the newest other run whose captions are those of the nearest training images.
+
+    None if no such run has finished with the same edition, training and validation data.
+    """
+    data = [record["data"].get("fingerprints", {}).get(split) for split in ("train", "valid")]
+
+    def is_one(other: Record) -> bool:
+        config, theirs = other["config"], other.get("data", {}).get("fingerprints", {})
+        return (
+            full_name(other) != full_name(record)
+            and (config.get("retrieval") or {}).get("neighbours") == 1
+            and not config.get("consensus")
+            and (other["status"], other["edition"]) == ("FINISHED", record["edition"])
+            and [theirs.get(split) for split in ("train", "valid")] == data
+        )
+
+    found = [
+        one for _, one in read_all(below(runs), ("variant", "seed", "scores", "ended"))[0] if is_one(one)
+    ]
+    return max(found, key=lambda one: (one["ended"] or "", full_name(one))) if all(data) and found else None
+
+
+def comparable(score: Record | None, own: Record | None) -> bool:
+    """Whether two scores have values that were computed in the same way over as many images."""
+    if not score or not own or score["value"] is None or own["value"] is None:
+        return False
+    return (score["signature"], score.get("n")) == (own["signature"], own.get("n"))
+
+
 def name_of(record: Record) -> str:
     """The name of a run within its experiment."""
     return run_name(record["variant"], record["seed"])

@@ -21,7 +21,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 # where pytest is started in the background it is ignored, and by what the tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000, 50, 100)
-LONG = ("test_run", "test_training", "test_study", "test_terminal", "test_fuzz_runs", "test_metrics_cache")
+LONG = ("test_run", "test_training", "test_npu", "test_team", "test_ranks", "test_study", "test_terminal")
+LONG += ("test_tracking_stores", "test_verify", "test_fuzz_runs", "test_metrics_cache", "test_tracking")
+LONG += ("test_odd_rows", "test_bertscore", "test_memory", "test_repeat", "test_submission", "test_clipscore")
 """Files that take longest. They come first, so that no worker of xdist is left with one at the end."""
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -140,8 +142,8 @@ def empty_store(tmp_path_factory) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory) -> Path:
+def small_run(tmp_path_factory, empty_store) -> Path:
     """What `support.experiments.run_small` leaves: a run of the small experiment."""
     from support.experiments import run_small
 
-    return made_once(tmp_path_factory, "small", run_small)
+    return made_once(tmp_path_factory, "small", lambda folder: run_small(folder, empty_store))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.allocations import small
 from support.models import stages
 from support.ranks import TRAIN, rows
 from support.ranks import train as train_ranks
@@ -12,8 +13,10 @@ from support.training import Interrupted, config, run
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from harness.machine import device
-from harness.training import train
+from harness.steps.train import _written
+from harness.training import memory, train
 from harness.training.resume import KEPT, kept
+from harness.training.settings import TrainConfig
 
 device.probe("cpu")
 DECAY = 0.7
@@ -89,7 +92,7 @@ def test_training_is_the_same_beside_its_average(folder, tmp_path):
     assert kept(tmp_path / "both")[0]["average"] is False
 
 
-@pytest.mark.parametrize("at", [2, 5, 8])
+@pytest.mark.parametrize("at", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 8))])
 def test_an_interrupted_average_goes_on_to_the_same_bits(folder, tmp_path, at):
     settings = config(ema=DECAY, checkpoint_every_steps=2, evaluate_every=0)
 
@@ -184,6 +187,24 @@ def test_a_list_or_file_of_the_best_that_is_gone_is_made_again(folder, tmp_path)
         run(folder, tmp_path / "run", settings)
         assert (tmp_path / "run" / "best-2.safetensors").read_bytes() == second
         assert len(json.loads((tmp_path / "run" / KEPT).read_text())["value"]) == 2
+
+
+def test_the_forecast_counts_four_bytes_for_each_trained_weight():
+    """On each device; at ZeRO-3 they are shared, but validation has a whole copy."""
+    _, shape = small()
+    plain, averaged = (
+        memory.Model(shape, TrainConfig(batch_size=4, micro_batch_size=2, **given), "cuda", False)
+        for given in ({}, {"ema": DECAY})
+    )
+    for stage, parts in ((0, 1), (2, 1), (3, 2)):
+        setup = memory.Setup(2, 2, False, stage, False)
+        more = memory.usage(averaged, setup).weights - memory.usage(plain, setup).weights
+        assert more == 4 * plain.trained // parts
+
+
+def test_keys_at_their_defaults_leave_the_fingerprint_of_a_training_as_it_was():
+    assert not {"ema", "keep_best"} & _written(TrainConfig()).keys()
+    assert {"ema", "keep_best"} <= _written(TrainConfig(ema=DECAY, keep_best=2)).keys()
 
 
 RANKED = TRAIN | {"stages": stages(2, 1), "ema": DECAY, "checkpoint_every_steps": 2}

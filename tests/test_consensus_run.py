@@ -48,6 +48,7 @@ def project(small_run, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("project")
     for name in ("data", "runs", "submissions"):
         shutil.copytree(small_run / "kept" / name, place / name)
+    shutil.copy(small_run / "kept" / "mlflow.db", place)
     text = EXPERIMENT.replace("  opt_dedup: {postprocess: {deduplicate: true}}\n", "")
     for name, how in (
         ("greedy", "num_beams: 1, max_new_tokens: 16"),
@@ -61,9 +62,9 @@ def project(small_run, tmp_path_factory) -> Path:
     return place
 
 
-def before(project: Path, run: str, split: str = "valid") -> dict[str, str]:
+def before(project: Path, run: str, stage: str = "before") -> dict[str, str]:
     record = json.loads((project / "runs" / run / "run.json").read_text())
-    return read_captions(project / "runs" / record["artifacts"][f"predictions/{split}_before.csv"])
+    return read_captions(project / "runs" / record["artifacts"][f"predictions/valid_{stage}.csv"])
 
 
 def expected(project: Path, weights: dict[str, float], metrics: dict[str, float]) -> dict[str, str]:
@@ -142,14 +143,14 @@ def test_samples_and_beams_are_candidates_of_their_run_and_of_others(project):
     other = json.loads((project / "runs" / "both" / "others-s42" / "run.json").read_text())
     odd = {image: [Candidate(caption)] for image, caption in before(project, "odd/opt-s42").items()}
     assert table(project, other) == by_hand([("both/sampled-s42", 3.0, own), ("odd/opt-s42", 1.0, odd)])
-    # and so does the command
+    # and so does the command; it takes captions of a run without candidates after post-processing
+    odd = {image: [Candidate(text)] for image, text in before(project, "odd/opt-s42", "after").items()}
     runs, how = ("runs/both/sampled-s42", "runs/odd/opt-s42"), ("--utility", "rouge1", "--weights", "3,1")
     said = harness(project, "consensus", *runs, *how, "--out", "all.csv", "--per-image", "why.csv")
     assert "candidates.csv: 60 captions of 12 images, candidates of a run" in said.stderr
     rows = csv.DictReader((project / "why.csv").read_text(encoding="utf-8").splitlines())
-    assert {row["ID"]: (row["source"].removeprefix("runs/"), row["caption"]) for row in rows} == table(
-        project, other
-    )
+    chosen = {row["ID"]: (row["source"], row["caption"]) for row in rows}
+    assert chosen == by_hand([(runs[0], 3.0, own), (runs[1], 1.0, odd)])
     counts = [int(line.split()[0]) for line in said.stdout.splitlines() if line.endswith(runs)]
     assert sum(counts) == 12
 

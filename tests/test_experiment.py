@@ -134,7 +134,9 @@ def test_set_wins_over_a_variant(tmp_path):
 
 def test_every_key_has_a_type_and_shows_up_flat():
     given = {"name": "a", "data": {"root": "x"}, "consensus": {"runs": ["a/b-s1"]}, "retrieval": {}}
-    config = Config.model_validate(given)
+    given |= {"predict": {"samples": {}}, "soup": {"runs": ["a/b-s1"]}, "model": {"prompt": {"retrieved": 3}}}
+    stage = {"epochs": 1, "losses": {"reward": 1}, "reward": {"metrics": {"rouge1": 1}}}
+    config = Config.model_validate(given | {"train": {"stages": [stage]}})
     shown = set(flat(config))
     for path in keys():
         name = ".".join(path)

@@ -29,9 +29,8 @@ WHY = "valid_loss became nan in the validation after step 2 (stage 1, epoch 1)"
 
 
 @pytest.fixture(scope="module")
-def folder(small_run, empty_store, tmp_path_factory) -> Path:
+def folder(small_run, tmp_path_factory) -> Path:
     result = begin(small_run, tmp_path_factory.mktemp("project"), ONE)
-    (result / "mlflow.db").write_bytes(empty_store)
     return result
 
 

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import python
 
 from harness import metrics
 from harness.machine import ranks
@@ -333,14 +336,17 @@ ranks.leave()
 
 
 @pytest.mark.parametrize(("rows", "fails"), [pytest.param(1, 0, marks=pytest.mark.slow), (3, 1)])
-def test_what_stops_one_rank_stops_all(tmp_path, rows, fails):
+def test_what_stops_one_rank_stops_all(rows, fails):
     """With one row, the other rank has nothing to do."""
-    (tmp_path / "failing.py").write_text(FAILING)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(tmp_path / "failing.py"), str(rows), str(fails)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"rank {fails} cannot") == 2
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def run(rank: str) -> str:
+        return python(FAILING, str(rows), str(fails), env=told | {"RANK": rank, "LOCAL_RANK": rank}).stdout
+
+    with ThreadPoolExecutor(2) as both:
+        assert [said.count(f"rank {fails} cannot") for said in both.map(run, "01")] == [1, 1]
 
 
 def test_unloaded_models_are_gone(golden):

@@ -1,7 +1,5 @@
 """BLIP-2 against transformers' own classes: forward passes, losses, decoding."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.commands import python
 from support.experiments import EXPERIMENT
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ def test_the_poison_works():
         "    try: exec(call, {'__name__': 'harness.training.train', 'torch': torch})\n"
         "    except poisoned_cuda.Touched as error: print(error)\n"
     )
-    done = run(HERE, plain(), code, program=("-c",))
+    done = python(code)
     assert done.stdout.splitlines() == [
         "harness.training.train uses torch.cuda.is_available",
         *["harness.training.train uses .cuda()"] * 2,

@@ -1,6 +1,7 @@
 """Prompts with the captions of similar training images: the search, the ids, training and decoding."""
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,21 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.commands import harness
 from support.experiments import EXPERIMENT, messages, write
 from support.generate import generated
 from support.models import TEXTS, load_tiny, pixels
 
+from harness import records
 from harness.captions import PREDICTIONS, read_captions
 from harness.config.experiment import load
 from harness.config.sections import PredictConfig
 from harness.data import load as load_data
 from harness.decoding import predict, retrieval
 from harness.errors import UserError
+from harness.models import blip2
+from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt
 from harness.models.text import IGNORE
 from harness.steps.plan import Plan
 from harness.steps.work import Work
 from harness.store import fingerprint
+from harness.training import memory
+from harness.training.settings import TrainConfig
 
 HEAD = "name: e\ndata: {root: d}\n"
 BEFORE = (
@@ -45,12 +52,12 @@ def test_neighbours_are_those_of_brute_force_without_copies(seed):
 
     def is_copy(row: int, other: int, cosine: float) -> bool:
         looked.append((row, other))
-        return row == other or cosine >= retrieval.COPY
+        return row == other or cosine >= retrieval.TWINS
 
     found = retrieval.others(database, 3, is_copy)
     cosines = database.astype(float) @ database.T.astype(float)
     for row, near in enumerate(found):
-        allowed = [other for other in range(60) if other != row and cosines[row, other] < retrieval.COPY]
+        allowed = [other for other in range(60) if other != row and cosines[row, other] < retrieval.TWINS]
         assert near == sorted(allowed, key=lambda other: (-cosines[row, other], other))[:3]
     assert len(looked) < 60 * 60
 
@@ -61,11 +68,17 @@ def test_images_without_others_have_no_neighbours():
     assert retrieval.others(database, 5, lambda row, other, cosine: row == other)[2] == [0, 1]
 
 
-def test_copies_have_the_same_pixels_or_nearly_the_same_features():
-    image, other = pixels(2)
-    assert retrieval.is_copy(0.995, image, image.copy())
-    assert not retrieval.is_copy(0.995, image, other)
-    assert retrieval.is_copy(0.99995, image, other)
+def test_an_image_is_known_when_compressed_again_and_no_other_is_taken_for_it(small_run):
+    thumbnails = []
+    for file in sorted((small_run / "kept" / "data" / "phantom" / "train").glob("*.jpg")):
+        with Image.open(file) as image:
+            again = io.BytesIO()
+            image.convert("RGB").save(again, "JPEG", quality=40)
+            versions = (image.convert("RGB"), Image.open(again))
+            thumbnails.append([retrieval.thumbnail(np.asarray(version)) for version in versions])
+    for one, (whole, compressed) in enumerate(thumbnails):
+        assert retrieval.are_one(whole, compressed)
+        assert not any(retrieval.are_one(whole, other[0]) for other in thumbnails[:one])
 
 
 def test_a_prompt_is_tokenised_as_one_text_and_has_no_loss(loaded):
@@ -155,6 +168,18 @@ def test_captions_from_before_an_interruption_are_kept(loaded, tmp_path):
     assert read_captions(tmp_path / PREDICTIONS) == whole | {"image_1": "kept from before"}
 
 
+def test_the_memory_forecast_counts_the_longest_prompt():
+    prompt = RetrievedPrompt(retrieved=3, words=10)
+    assert longest_prompt(prompt) == 60
+    shape = blip2.shape(ModelConfig())
+    models = [
+        memory.Model(shape, TrainConfig(max_caption_tokens=tokens), "cuda", True, own)
+        for tokens, own in ((40, 60), (100, 0), (40, 0))
+    ]
+    own, longer, plain = (memory.needed(one, memory.configured(one.config, 1)) for one in models)
+    assert own == longer > plain
+
+
 def test_mistakes_in_a_prompt_name_the_key(tmp_path):
     cases = {
         "5": "model.prompt: got 5; a text or a mapping with the key retrieved is allowed",
@@ -176,6 +201,9 @@ def project(small_run, tmp_path_factory) -> Path:
     images = place / "data" / "phantom"
     shutil.copy(images / "train" / "phantom_train_000007.jpg", images / "train" / "phantom_train_000031.jpg")
     (images / "valid" / "phantom_valid_000002.jpg").write_bytes(b"no image")
+    with Image.open(images / "train" / "phantom_train_000009.jpg") as image:
+        image.save(images / "valid" / "phantom_valid_000005.jpg", quality=97)
+    shutil.copy(images / "train" / "phantom_train_000004.jpg", images / "test" / "phantom_test_000001.jpg")
     text = EXPERIMENT.replace("name: small", "name: similar").replace("root: ", "skip_bad: true\n  root: ")
     text = text.replace("model:\n", "model:\n  prompt: {retrieved: 3, words: 12}\n").partition("variants:")[0]
     (place / "similar.yaml").write_text(text)
@@ -278,12 +306,20 @@ def test_the_number_of_captions_is_part_of_the_fingerprint(project):
     assert plain["train"] != three["train"]
 
 
-def test_a_named_run_gives_its_features(project, tmp_path):
+def test_a_named_run_gives_its_features_and_retrieval_reports_copies(project, tmp_path):
     (project / "found.yaml").write_text(
         "base: similar.yaml\nname: found\nmodel: {prompt: a photo of}\ntrain: {stages: []}\n"
-        "predict: {splits: [valid]}\nretrieval: {neighbours: 1, utility: {rouge1: 1}}\n"
+        "retrieval: {neighbours: 1, utility: {rouge1: 1}}\n"
     )
     harness(project, "run", "found.yaml")
+    record = records.read(project / "runs" / "found" / "base-s42")
+    assert [line for line in record["warnings"] if "copied" in line] == [
+        f"{split}: 1 id (phantom_{split}_{number}) of {count} images copied from train; their "
+        "scores are memory"
+        for split, number, count in (("valid", "000005", 12), ("test", "000001", 6))
+    ]
+    file = records.artifact(project / "runs" / "found" / "base-s42", record, "retrieval/valid_copies.csv")
+    assert file.read_text().split() == ["ID,train", "phantom_valid_000005,phantom_train_000009"]
     named = plan(project, "model.prompt.features=found/base-s42", "predict.splits=[valid]", "train.stages=[]")
     assert not [name for name in named.steps if name.startswith("base_features")]
     step, own = named.steps["prompts-valid"], plan(project).steps["prompts-valid"]

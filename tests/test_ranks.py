@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import harness
+from support.commands import harness, python
 from support.experiments import EXPERIMENT
 from support.ranks import TESTS, TRAIN, TRAINING, rows, train
 from support.training import by_hand
@@ -98,7 +98,7 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(2, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_self_critical_training_on_two_ranks_is_that_of_one(folder, tmp_path, zero_stage):
     """Each rank samples its share with the same draws, and both are killed within the stage."""
     settings = SELF_CRITICAL | {"zero_stage": zero_stage, "checkpoint_every_steps": 2}
@@ -376,15 +376,14 @@ def test_a_rank_whose_others_do_not_come_says_so_in_minutes(number):
         "try: ranks.start()\nexcept UserError as error: print(error)\n"
     )
     told = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
+    done = python(code, env=told)
     assert f"error: not all of the 2 ranks reached rank 0 at localhost:{port} within" in done.stdout
     if number == 0:
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last one may linger there
             taken.bind(("", port))
             taken.listen()
-            done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=100)
+            done = python(code, env=told)
         assert f"error: the ranks can't meet at localhost:{port}: The server socket has failed" in done.stdout
 
 
@@ -432,7 +431,7 @@ def test_what_stops_all_ranks_is_said_once(tmp_path):
     assert "error" not in said[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.ci])])
 def test_no_process_group_is_left_to_the_interpreter(tmp_path, processes):
     """A single process trains in a group of its own. Ranks end by `os._exit`, without exit handlers."""
     (tmp_path / "command.py").write_text(

@@ -27,10 +27,10 @@ ONLY = ScoreConfig.model_validate(
 def pairs() -> list[tuple[str, str]]:
     """Pairs of all lengths, so that batches of many widths are made."""
     with GOLDEN.open(newline="", encoding="utf-8") as lines:
-        rows = [(row["prediction"], row["reference"]) for row in csv.DictReader(lines)]
+        rows = [(row["prediction"], row["reference"]) for row in csv.DictReader(lines)][::2]
     words = " ".join(f"{a} {b}" for a, b in rows).split()
     draw = random.Random(4)
-    more = [tuple(" ".join(draw.choices(words, k=draw.randint(1, 40))) for _ in "ab") for _ in range(14)]
+    more = [tuple(" ".join(draw.choices(words, k=draw.randint(1, 40))) for _ in "ab") for _ in range(10)]
     return rows + more
 
 
@@ -49,12 +49,12 @@ def fresh(pairs) -> list[float]:
 def test_in_another_order_and_in_parts(pairs, fresh):
     order = np.random.default_rng(0).permutation(len(pairs))
     assert bits([pairs[i] for i in order], None) == [fresh[i] for i in order]
-    for part in (slice(0, 1), slice(3, 8), slice(20, 55, 3)):
+    for part in (slice(0, 1), slice(3, 8), slice(8, 26, 3)):
         assert bits(pairs[part], None) == fresh[part]
 
 
 def test_with_an_emptied_a_half_filled_and_a_full_cache(pairs, fresh, tmp_path):
-    bits(pairs[:17], tmp_path)
+    bits(pairs[:11], tmp_path)
     assert bits(pairs, tmp_path) == fresh, "some embeddings and scores were there"
     assert bits(pairs, tmp_path) == fresh, "all scores were there"
     (tmp_path / "scores.sqlite").unlink()
@@ -141,7 +141,7 @@ def test_cider_of_a_row_does_not_depend_on_other_predictions(pairs):
         [text.official(caption) for caption in side] for side in zip(*pairs, strict=True)
     )
     whole = lexical.cider_scores(predictions, references)
-    for keep in (0, 11, 40):
+    for keep in (0, 11, 25):
         others = ["zzz new words of another system"] * len(predictions)
         others[keep] = predictions[keep]
         assert lexical.cider_scores(others, references)[keep] == whole[keep]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from support import commands
 from support.models import stages
-from support.reports import captions, data_of, record, write_data, write_run
+from support.reports import captions, data_of, record, score, write_data, write_run
 from support.small_sets import CAPTIONS
 
 from harness import pages, report
+from harness.cli import tables
 from harness.errors import UserError
 
 
@@ -57,6 +58,39 @@ def test_what_differs_from_the_base_experiment(tmp_path):
         "file": "paper.yaml",
         "changed": [["train.batch_size", 256, 128], ["postprocess.deduplicate", True, False]],
     }
+
+
+def test_the_nearest_images_are_beside_the_constant_caption_if_they_were_scored_in_the_same_way(
+    tmp_path, capsys, monkeypatch
+):
+    data = record()["data"] | {"fingerprints": {"train": "2" * 12, "valid": "1" * 12}}
+    ours = record("ours", data=data)
+    folder = write_run(tmp_path, ours, captions(3))
+    assert data_of(report.write(folder))["nearest"] is None
+    after = {"bertscore": score(0.5), "rouge1": score(0.7, signature="another"), "bleurt": score(0.3)}
+    near = {"retrieval": {"neighbours": 1}}
+    new = {"data": data, "scores": {"valid": {"after": after}}}
+    others = {
+        "near": record("near", near, **new),
+        "older": record("older", near, **new | {"ended": "2025-01-01T00:00:00+00:00"}),
+        "many": record("many", {"retrieval": {"neighbours": 2}}, **new),
+        "failed": record("failed", near, **new | {"status": "FAILED"}),
+        "elsewhere": record("elsewhere", near, **new | {"data": record()["data"]}),
+    }
+    for one in others.values():
+        write_run(tmp_path, one | {"ended": one["ended"].replace("2026-01-02", "2026-01-03")}, captions(3))
+    page = data_of(report.write(folder))
+    assert page["nearest"] == "small/near-s42"
+    found = {row["metric"]: row["nearest"] and row["nearest"]["value"] for row in page["scores"]}
+    assert found == {"bertscore": 0.5, "rouge1": None, "bleurt": None}
+    assert data_of(report.write(folder.with_name("near-s42")))["nearest"] == "small/older-s42"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    tables.show([ours])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ nearest image")]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.5000", "", ""]
+    tables.show([ours, others["near"]])
+    assert "nearest image" not in capsys.readouterr().out
 
 
 def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path):

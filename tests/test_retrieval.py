@@ -57,6 +57,7 @@ def project(small_run, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("retrieval")
     for name in ("data", "runs"):
         shutil.copytree(small_run / "kept" / name, place / name)
+    shutil.copy(small_run / "kept" / "mlflow.db", place)
     (place / "ret.yaml").write_text(
         EXPERIMENT.partition("variants:")[0].replace("name: small", "name: ret") + VARIANTS
     )

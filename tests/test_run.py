@@ -285,7 +285,11 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.02)
 
 
-def start(folder: Path, command: list[str]) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, fork: bool = False) -> subprocess.Popen:
+    """The command as a new Python, or as a fork that is killed with the process returned."""
+    command = [sys.executable, "-m", "harness", *arguments]
+    if fork:
+        command = by_server(*arguments, server="commands")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=folder, env=environment, **nowhere)
@@ -298,10 +302,7 @@ def rows_of(folder: Path) -> int:
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_captions(small_run, folder, tmp_path, how):
     begin(small_run, tmp_path)
-    command = [sys.executable, "-m", "harness", "run", "small.yaml"]
-    if how == signal.SIGKILL:  # a process has no part in it, however it began
-        command = by_server("run", "small.yaml", server="commands")
-    process = start(tmp_path, command)
+    process = start(tmp_path, "run", "small.yaml", fork=how == signal.SIGKILL)  # which no process handles
     wait_for(lambda: rows_of(tmp_path) >= 6, process)
     process.send_signal(how)
     code = process.wait(60)

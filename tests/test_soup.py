@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from support.commands import harness
 from support.experiments import EXPERIMENT
 
+from harness.config.experiment import load
+from harness.data import load as load_data
 from harness.data.halves import TUNE, half
+from harness.errors import UserError
 from harness.models.loading import load_average, trained_weights
 from harness.steps import soup as step
-from harness.store import products
+from harness.steps.plan import Plan
 from harness.training import soups
 
 ONE = EXPERIMENT.replace("  opt_dedup: {postprocess: {deduplicate: true}}\n", "")
@@ -107,16 +110,25 @@ def record_of(project: Path, run: str) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(project) -> dict:
-    """The record of the soup, after its first attempt was killed when one candidate was scored."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=project, env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    (tried,) = project.glob("runs/steps/soup-*/tried.jsonl")
-    assert len(tried.read_text().splitlines()) == 1
-    done = harness(project, "run", "soup.yaml")
-    said = [line for line in done.stderr.splitlines() if "bertscore 0" in line]
-    assert len(said) == 4  # of five: three candidates and two averages
+    """The record of the soup."""
+    harness(project, "run", "soup.yaml")
     return record_of(project, "soup/two-s42")
+
+
+@pytest.mark.slow
+def test_a_soup_that_was_killed_goes_on_after_the_trials_that_it_has(project, whole, tmp_path):
+    """SIGKILL when one of three candidates is scored; two averages follow."""
+    place = shutil.copytree(project, tmp_path / "project")
+    for found in place.glob("runs/steps/soup-*/"):
+        shutil.rmtree(found)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=place, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    (tried,) = place.glob("runs/steps/soup-*/tried.jsonl")
+    assert len(tried.read_text().splitlines()) == 1
+    done = harness(place, "run", "soup.yaml")
+    assert len([line for line in done.stderr.splitlines() if "bertscore 0" in line]) == 4
+    assert record_of(place, "soup/two-s42")["soup"] == whole["soup"]
 
 
 def test_a_soup_is_captioned_scored_and_submitted_like_a_training(project, whole):
@@ -160,14 +172,15 @@ def captions_of(project: Path, record: dict) -> list[str]:
 
 
 def test_the_held_half_chooses_nothing(project, whole, monkeypatch):
-    """With other captions in that half, each image is still the same for the choice."""
-    text = SOUP.replace("seeds/opt-s43]", "seeds/opt-s43], half: false").replace("name: soup", "name: all")
-    (project / "all.yaml").write_text(text)
-    shown = [harness(project, "run", name, "--dry-run").stdout for name in ("soup.yaml", "all.yaml")]
-    steps = [next(line for line in one.splitlines() if "/soup-" in line) for one in shown]
-    assert "done" in steps[0]
-    assert "to do" in steps[1]
-    assert "the weights are an average of other runs'" in shown[0]
+    monkeypatch.chdir(project)
+    for value, halves in (("true", {"tune"}), ("false", {"tune", "held"})):
+        (config,) = load(Path("soup.yaml"), [f"soup.half={value}"])
+        planned = Plan(config, load_data(config.data, Path("runs"))).steps["soup"]
+        assert planned.is_done() == (value == "true")
+        examples = planned.inputs.data.readable("valid")
+        assert {half(examples[place].id) for place in planned._chosen()} == halves
+    (config,) = load(Path("soup.yaml"), ["soup.images=3"])
+    assert len(Plan(config, load_data(config.data, Path("runs"))).steps["soup"]._chosen()) == 3
 
 
 def test_the_command_writes_an_experiment_and_compares_with_the_best_member(project):
@@ -206,14 +219,19 @@ def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
 
 
 def test_weights_of_another_shape_are_refused_with_their_names(project, whole, monkeypatch):
-    candidates = json.loads((project / "runs" / whole["steps"]["soup"] / "inputs.json").read_text())
-    given = candidates["facts"]["candidates"]
-    assert [one["sha256"] for one in given[:1]] == list(
-        products(project / "runs" / given[0]["step"], [given[0]["file"]]).values()
-    )
-    own = soups.shapes(project / "runs" / given[0]["step"] / given[0]["file"])
-    name = next(iter(own))
-    assert soups.differing(own, own | {name: [1], "more": [2]}) == sorted([name, "more"])
+    """A family whose weights depend on more than `model`; here the header says so."""
+    monkeypatch.chdir(project)
+    read = soups.shapes
+
+    def shapes(file):
+        return read(file) | ({"more": [2]} if file.name == "best-2.safetensors" else {})
+
+    monkeypatch.setattr(soups, "shapes", shapes)
+    (config,) = load(Path("soup.yaml"))
+    with pytest.raises(UserError, match=r"seeds/opt-s43 has weights of other names or shapes .*: more"):
+        _ = Plan(config, load_data(config.data, Path("runs"))).steps
+    own = read(next(Path("runs/steps").glob("soup-*/best.safetensors")))
+    assert soups.differing(own, own | {"query_tokens": [1]}) == ["query_tokens"]
 
 
 def test_trials_of_an_interrupted_soup_are_kept_and_damaged_ones_are_not(tmp_path):

@@ -58,9 +58,8 @@ NAME = "small/decoding"
 
 
 @pytest.fixture(scope="module")
-def folder(small_run, empty_store, tmp_path_factory) -> Path:
+def folder(small_run, tmp_path_factory) -> Path:
     result = begin(small_run, tmp_path_factory.mktemp("project"))
-    (result / "mlflow.db").write_bytes(empty_store)
     (result / "decoding.yaml").write_text(DECODING)
     (result / "two.yaml").write_text(DECODING + "name: two\n")
     (result / "pruned.yaml").write_text(PRUNED)

@@ -320,6 +320,9 @@ def soup(
     print(f"the experiment: {file}", file=sys.stderr)
     if records and output is Format.table and not launch.is_rank():
         member = soups.best_member(records[0])
+        if len(records[0]["soup"]["members"]) == 1:
+            print(f"No average scored better than {member} alone: the soup has its weights.")
+            return
         compare.compare([RUNS / member, RUNS / configs[0].name / configs[0].run_name])
 
 

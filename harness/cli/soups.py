@@ -21,8 +21,7 @@ def experiment(runs: Sequence[Path], out: Path | None, half: bool) -> Path:
     import yaml
 
     found = [_read(given) for given in runs]
-    names = [records.full_name(record) for record in found]
-    config = _config(found[0], names, half)
+    config = _config(found, half)
     file = out or RUNS / config["name"] / f"{config['variant']}.yaml"
     head = _HEAD.format(file=file, images=config["soup"]["images"])
     text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
@@ -48,10 +47,14 @@ def _read(given: Path) -> dict[str, Any]:
     return record
 
 
-def _config(first: Mapping[str, Any], names: Sequence[str], half: bool) -> dict[str, Any]:
-    """The first run's config, with a soup in place of its training."""
-    joined = "_".join(name.replace("/", ".") for name in names)
+def _config(found: Sequence[Mapping[str, Any]], half: bool) -> dict[str, Any]:
+    """The first run's config, with a soup in place of its training; its name says whose soup it is."""
+    names = [records.full_name(record) for record in found]
+    together = len({record["name"] for record in found}) == 1
+    parts = list(map(records.name_of, found)) if together else [name.replace("/", ".") for name in names]
+    joined = "_".join(parts)
     if len(joined) > 90:
-        joined = f"{names[0].replace('/', '.')[:70]}_{len(names)}_{fingerprint(list(names))}"
-    given = {"runs": list(names), "half": half, "images": 1000}
-    return first["config"] | {"name": "soup", "variant": joined, "soup": given}
+        joined = f"{parts[0][:60]}_{len(names)}_{fingerprint(names)}"
+    name = f"soup/{found[0]['name']}" if together else "soup"
+    soup = {"runs": names, "half": half, "images": 1000}
+    return found[0]["config"] | {"name": name, "variant": joined, "soup": soup}

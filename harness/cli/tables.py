@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.editions import EDITIONS
-from harness.records import full_name, name_of
+from harness.records import comparable, full_name, name_of, nearest_image
+from harness.store import RUNS
 from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
@@ -70,6 +71,9 @@ def show(records: Sequence[Record]) -> None:
         values = [_floor(baseline, name) for name in names]
         table.add_section()
         table.add_row("constant caption", *values, "")
+    if nearest := _nearest(records):
+        row = [cell(score) if score else "" for score in (_beside(nearest, records, name) for name in names)]
+        table.add_row("nearest image", *row, _gap(nearest))
     screen.print(table)
     for line in _notes(records):
         screen.print(line)
@@ -93,6 +97,18 @@ def _floor(baseline: Mapping[str, Any], name: str) -> str:
     return cell({"value": baseline[name], "official": name not in baseline["standin"]})
 
 
+def _nearest(records: Sequence[Record]) -> Record | None:
+    """The run with the captions of nearest training images, if there is one and it is not in the table."""
+    found = nearest_image(records[0], RUNS)
+    return None if found and full_name(found) in map(full_name, records) else found
+
+
+def _beside(nearest: Record, records: Sequence[Record], name: str) -> Mapping[str, Any] | None:
+    """The score of the nearest images, if a run of the table has one that compares."""
+    score, *own = (one["scores"].get("valid", {}).get("after", {}).get(name) for one in (nearest, *records))
+    return score if any(comparable(score, other) for other in own) else None
+
+
 def _paths(paths: Any) -> str:
     return ", ".join(dict.fromkeys(paths))
 
@@ -107,6 +123,8 @@ def _gap(record: Record) -> str:
 
 def _notes(records: Sequence[Record]) -> list[str]:
     notes: dict[str, None] = {}
+    if nearest := _nearest(records):
+        notes[f"nearest image: the caption of the most similar training image ({full_name(nearest)})"] = None
     every = [
         s for r in records for stages in r["scores"].values() for one in stages.values() for s in one.items()
     ]

@@ -35,6 +35,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     images = sources.images(run)
     captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
     halves = _halves(run)
+    nearest = records.nearest_image(record, run.root)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
     same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
     return {
@@ -42,8 +43,9 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "experiment": record["name"],
         "run": run.name,
         "facts": _facts(record),
-        "scores": _scores(record),
+        "scores": _scores(record, nearest),
         "unscored": record.get("unscored", {}).get("valid"),
+        "nearest": nearest and records.full_name(nearest),
         "main_metric": run.main_metric(),
         "image_gap": {
             name: gap for name, gap in (record["image_gap"] or {}).items() if isinstance(gap, dict)
@@ -129,9 +131,17 @@ def _moment(text: str | None) -> str | None:
     return text and text.replace("T", " ").replace("+00:00", " UTC")
 
 
-def _scores(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per metric: validation scores before and after post-processing, and of the constant caption."""
+def _scores(record: Mapping[str, Any], nearest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """One row per metric: validation scores before and after post-processing, and those of baselines.
+
+    `nearest` is the record of the captions of nearest training images.
+    """
     before, after = scores(record, "before"), scores(record, "after")
+    beside = {
+        metric: score
+        for metric, score in (scores(nearest, "after") if nearest else {}).items()
+        if records.comparable(score, after.get(metric))
+    }
     baseline = record["baseline"] or {}
     return [
         {
@@ -140,6 +150,7 @@ def _scores(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             "after": after.get(metric),
             "baseline": baseline.get(metric),
             "baseline_official": metric not in baseline.get("standin", ()),
+            "nearest": beside.get(metric),
         }
         for metric in dict.fromkeys([*before, *after])
     ]

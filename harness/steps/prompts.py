@@ -1,6 +1,7 @@
 """Prompts with the captions of similar training images, `model.prompt: {retrieved: ...}`."""
 
 import csv
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ class Prompts(Step):
 
     def _neighbours(self, work: "Work") -> list[list[int]]:
         """The nearest training images of each image, by row; a training image gets no copy of itself."""
+        import numpy as np
+
         count, side = self.inputs.config.model.prompt.retrieved, self.inputs.config.model.image_size
         training = self._features("train")
         mean = training.mean(0)
@@ -82,8 +85,14 @@ class Prompts(Step):
             return retrieval.nearest(queries, database, count).rows.tolist()
         pixels = work.pixels(self.inputs, "train", side)
 
+        @functools.lru_cache(maxsize=10_000)
+        def thumbnail(row: int) -> np.ndarray:
+            return retrieval.thumbnail(np.asarray(pixels[row]))
+
         def is_copy(row: int, other: int, cosine: float) -> bool:
-            return row == other or retrieval.is_copy(cosine, pixels[row], pixels[other])
+            if row == other or cosine >= retrieval.TWINS:
+                return True
+            return cosine >= retrieval.ALIKE and retrieval.are_one(thumbnail(row), thumbnail(other))
 
         with work.reporter.progress("Similar images of train") as advance:
             return retrieval.others(database, count, is_copy, advance)

@@ -1,10 +1,12 @@
 """Captions from the most similar training images; see `decoding.retrieval`."""
 
+import csv
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS, Candidate
+from harness.captions import PREDICTIONS, Candidate, write_table
 from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
@@ -13,12 +15,15 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predict import model_for, reads_checkpoint, reads_model
 from harness.steps.prompts import BASE, FEATURES, OWN, prompted
+from harness.store import bytes_of
+from harness.submission.checks import some
 
 if TYPE_CHECKING:
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
-TABLE = "neighbours.csv"
+TABLE, COPIES = "neighbours.csv", "copies.csv"
+"""For each image: the chosen caption, and the copy of the image in train, if there is one."""
 
 
 class Features(Step):
@@ -90,7 +95,21 @@ class Retrieve(Step):
 
     @property
     def artifacts(self) -> Mapping[str, str]:
-        return {f"predictions/{self.part}_before.csv": PREDICTIONS, f"retrieval/{self.part}.csv": TABLE}
+        copied = (self.directory / COPIES).is_file()
+        return {
+            f"predictions/{self.part}_before.csv": PREDICTIONS,
+            f"retrieval/{self.part}.csv": TABLE,
+            **({f"retrieval/{self.part}_copies.csv": COPIES} if copied else {}),
+        }
+
+    def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        file = self.directory / COPIES
+        if not file.is_file():
+            return {}
+        rows = csv.DictReader(io.StringIO(bytes_of(file).decode(), newline=""))
+        shown, count = some([row["ID"] for row in rows]), len(self.inputs.data.examples(self.part))
+        what = f"{self.part}: {shown} of {count:,} images copied from train; their scores are memory"
+        return {"warnings": [*record["warnings"], what]}
 
     def build(self, work: "Work", directory: Path) -> None:
         import numpy as np
@@ -100,12 +119,12 @@ class Retrieve(Step):
         usable = [row for row, example in enumerate(training) if example.trains]
         database = np.load(self.inputs.directory("features-train") / FEATURES)[usable]
         queries = np.load(self.inputs.directory(f"features-{part}") / FEATURES)
-        found = retrieval.nearest(queries, database, config.neighbours)
+        found = retrieval.nearest(queries, database, max(config.neighbours, retrieval.LOOKED))
         examples = self.inputs.data.readable(part)
         candidates = {
             example.id: [
                 Candidate(training[usable[row]].caption or "", source=training[usable[row]].id)
-                for row in (rows[:1] if _is_near(cosines, config.threshold) else rows)
+                for row in (rows[:1] if _is_near(cosines, config.threshold) else rows[: config.neighbours])
             ]
             for example, rows, cosines in zip(examples, found.rows, found.cosines, strict=True)
         }
@@ -114,6 +133,27 @@ class Retrieve(Step):
         }
         chosen = comparing.choose(self, work, candidates, directory)
         comparing.write(self, chosen, directory, TABLE, {"cosine": cosines})
+        if ranks.rank() == 0:
+            self._write_copies(directory, queries, database, found, usable)
+
+    def _write_copies(
+        self, directory: Path, queries: Any, database: Any, found: retrieval.Neighbours, usable: list[int]
+    ) -> None:
+        """Write which images have a copy in train, if any has."""
+        import numpy as np
+
+        from harness.data.images import decode
+
+        training, examples = (self.inputs.data.readable(split) for split in ("train", self.part))
+
+        def same(query: int, row: int) -> bool:
+            pair = examples[query].image, training[usable[row]].image
+            return retrieval.are_one(*(retrieval.thumbnail(np.asarray(decode(image))) for image in pair))
+
+        copies = retrieval.copies(queries, database, found, same)
+        if copies:
+            rows = [(examples[query].id, training[usable[row]].id) for query, row in copies.items()]
+            write_table(directory / COPIES, [("ID", "train"), *rows])
 
 
 def _is_near(cosines: Any, threshold: float | None) -> bool:

@@ -55,7 +55,10 @@ class Score(Step):
         result = parsed((self.directory / SCORES).read_bytes())
         valid = record["scores"].get("valid", {}) | {self.part: result["scores"]}
         about = ("image_gap", "baseline", "warnings") if self.part == "after" else ()
-        return {"scores": record["scores"] | {"valid": valid}, **{key: result[key] for key in about}}
+        own = {key: result[key] for key in about}
+        if "warnings" in own:
+            own["warnings"] = [*record["warnings"], *own["warnings"]]
+        return {"scores": record["scores"] | {"valid": valid}, **own}
 
     def build(self, work: "Work", directory: Path) -> bool:
         """Score captions, or copy the scores of the same captions from another step."""

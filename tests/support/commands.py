@@ -3,8 +3,8 @@
 A server process imports torch, transformers and DeepSpeed once and forks for every command. Another one
 imports MLflow and forks for every process that mirrors runs while a command runs. The fork gets what a test
 gives a command (folder, environment, streams). A test that changes the imports themselves (another locale,
-device or thread count) gets a new Python. Programs of tests run in such forks, too (`python`). Quickstart and tests of start-up, signals, memory and terminals
-always use a new Python.
+device or thread count) gets a new Python. Quickstart and tests of start-up, signals, memory and terminals
+always use a new Python. Other programs of tests run in such forks, too.
 """
 
 import contextlib
@@ -74,10 +74,14 @@ def harness(
 
 
 def python(
-    program: str, *arguments: str | Path, folder: Path = TESTS, server: str = "commands"
+    program: str,
+    *arguments: str | Path,
+    folder: Path = TESTS,
+    server: str = "commands",
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program as `python -c` does, in a fork of a server; fails unless it ends with 0."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     done = _by(server, folder, ["-c", program, *arguments], environment, 500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
