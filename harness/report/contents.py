@@ -77,6 +77,8 @@ def _halves(run: Run) -> dict[str, Any] | None:
     if not scores(run.record, "after"):
         return None
     try:
+        if records.step_file(run.folder, run.record, "score-after", "arrays.npz") is None:
+            return None
         on = {half: record_on_half(run.folder, run.record, half) for half in HALVES}
     except UserError as error:
         run.left_out.extend(map(str, error.problems))
