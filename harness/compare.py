@@ -13,25 +13,13 @@ from difflib import SequenceMatcher
 from itertools import combinations, zip_longest
 from math import comb
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from harness import records
-from harness.data.halves import half
 from harness.errors import Problem, UserError
-from harness.metrics import (
-    READINGS,
-    Score,
-    aggregate,
-    bootstrap,
-    image_gap,
-    on_rows,
-    read_arrays,
-    references_fingerprint,
-)
-from harness.metrics.settings import ScoreConfig
+from harness.metrics import READINGS, Score, aggregate, bootstrap, read_arrays, references_fingerprint
 from harness.scoring import Rows
 
 LEVEL = 0.05
@@ -39,8 +27,6 @@ PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time 
 ARRAYS = "arrays.npz"
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error)
 """The exceptions of numpy and zipfile for a damaged file of arrays."""
-SMALL = 200
-"""With fewer images, intervals are wide and only large differences can be shown."""
 TIE = 1e-12  # smaller differences between scores of order 1 are rounding errors
 
 
@@ -112,23 +98,21 @@ def compare(
     metrics: Sequence[str] | None = None,
     resamples: int = PERMUTATIONS,
     seed: int = 0,
-    against: str | None = None,
 ) -> list[Difference]:
     """Compare every pair of systems in every metric, or in the given ones; rows are aligned by id.
 
-    `against` names a system: only the differences of all others from it are tested. The p value is two-sided,
-    from `resamples` random swaps, or from all 2^n if there are no more. Raises `UserError` if ids or
-    references differ, if the swaps are too few for any real difference, and (exit code 1) if nothing can be
-    compared.
+    The p value is two-sided, from `resamples` random swaps, or from all 2^n if there are no more. Raises
+    `UserError` if ids or references differ, if the swaps are too few for any real difference, and (exit code
+    1) if nothing can be compared.
     """
-    pairs = list(combinations(systems, 2))
-    if against is not None:
-        first = next(system for system in systems if system.label == against)
-        pairs = [(first, other) for other in systems if other is not first]
     check_rows(systems)
-    check_resamples(systems, resamples, len(pairs))
+    check_resamples(systems, resamples)
     order = {system.label: np.argsort(np.asarray(system.ids, dtype=str)) for system in systems}
-    found = [_contrast(metric, a, b, order) for metric in _names(systems, metrics) for a, b in pairs]
+    found = [
+        _contrast(metric, a, b, order)
+        for metric in _names(systems, metrics)
+        for a, b in combinations(systems, 2)
+    ]
     contrasts = [number for number, one in enumerate(found) if isinstance(one, _Contrast)]
     tested = _test([found[number] for number in contrasts], resamples, seed) if contrasts else []
     for number, one in zip(contrasts, tested, strict=True):
@@ -164,9 +148,9 @@ def check_rows(systems: Sequence[System]) -> None:
         raise UserError(problems, "Compare scores of the same images against the same references only.")
 
 
-def check_resamples(systems: Sequence[System], resamples: int, pairs: int | None = None) -> None:
+def check_resamples(systems: Sequence[System], resamples: int) -> None:
     """Raise `UserError` if so few swaps can give no p below 0.05 after Holm's correction for all pairs."""
-    pairs = comb(len(systems), 2) if pairs is None else pairs
+    pairs = comb(len(systems), 2)
     exact = 2 ** len(systems[0].ids) <= resamples
     if not exact and 2 * pairs / (resamples + 1) >= LEVEL:
         enough = round(2 * pairs / LEVEL)
@@ -334,38 +318,3 @@ def _with_rows(score: Score, array: np.ndarray | None, rows: int) -> Score:
     if array is not None and (array.dtype.kind not in "fiu" or len(array) != rows):
         raise ValueError(f"{score.name} has no number for each image")
     return replace(score, **{"statistics" if aggregate(score.name) else "per_image": array})
-
-
-def on_half(system: System, wanted: str) -> System:
-    """The system on one half of its images, `tune` or `held`; scores and intervals are those of that half."""
-    rows = np.array([half(image) == wanted for image in system.ids], dtype=bool)
-    ids = [image for image, kept in zip(system.ids, rows, strict=True) if kept]
-    return replace(system, ids=ids, scores=on_rows(system.scores, rows, DRAWS))
-
-
-def record_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
-    """A run's record with the scores after post-processing, and the image gap, of one half of validation.
-
-    They come from the numbers per image that scoring left, so records of earlier versions have them too. The
-    gap is that of ROUGE-1, among the images of this half. Raises `UserError` if the run has no such numbers.
-    """
-    system = on_half(read_run(folder, folder.name), wanted)
-    scores = {name: score.as_dict() for name, score in system.scores.items()}
-    gap = _gap_on_half(folder, record, wanted)
-    return {**record, "scores": {"valid": {"after": scores}}, "image_gap": gap, "half": wanted}
-
-
-def _gap_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
-    table = records.step_file(folder, record, "score-after", "per_image.csv")
-    if table is None:
-        return {"rouge1": {"reason": "its scoring left no table of captions"}}
-    rows = [row for key, row in records.per_image(table, record).items() if half(key) == wanted]
-    captions = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-    return image_gap(*captions, ScoreConfig(), record["edition"], names=("rouge1",))
-
-
-def few_images(n: int, wanted: str) -> str | None:
-    """A warning if a half has few images."""
-    if n >= SMALL:
-        return None
-    return f"the {wanted} half has {n} images: intervals are wide, and small differences can't be shown"

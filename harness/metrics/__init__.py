@@ -53,7 +53,6 @@ __all__ = [
     "image_gap",
     "is_absent",
     "named",
-    "on_rows",
     "problems",
     "read_arrays",
     "references_fingerprint",
@@ -305,28 +304,6 @@ def _with_intervals(
         else Score(name, None, None, None, n, "", False, result.seconds, result.reason)
         for name, result in found.items()
     }
-
-
-def on_rows(scores: Mapping[str, Score], rows: np.ndarray, resamples: int = 1000) -> dict[str, Score]:
-    """The scores of some of their `rows` (n,) bool, from the arrays that scoring left.
-
-    Nothing is measured again, so CIDEr's document frequencies stay those of all references. A score that has
-    no arrays, or no rows, is absent with a reason.
-    """
-    found = {name: _kept(score, rows) for name, score in scores.items()}
-    return _with_intervals(found, int(rows.sum()), resamples, None)
-
-
-def _kept(score: Score, rows: np.ndarray) -> _Found:
-    values = score.per_image if score.statistics is None else score.statistics
-    if score.value is None or values is None or not rows.any():
-        lacking = "its scoring left no number for each image" if rows.any() else "there are no images"
-        return _Found(None, 0.0, score.reason or lacking)
-    kept, corpus = np.asarray(values, dtype=float)[rows], aggregate(score.name)
-    if corpus is None:
-        return _Found(Measured(kept, score.signature, score.official), 0.0)
-    value = float(corpus(kept.sum(0)))
-    return _Found(Measured(corpus(kept), score.signature, score.official, value, kept), 0.0)
 
 
 def _is_official(name: str, edition: int | None) -> bool:

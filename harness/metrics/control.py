@@ -29,7 +29,6 @@ def image_gap(
     device: str = "cpu",
     cache: Path | None = None,
     seed: int = 0,
-    names: Sequence[str] = tuple(MEASURES),
 ) -> dict[str, Any]:
     """How much ROUGE-1 and BERTScore lose when every caption goes to another image.
 
@@ -37,15 +36,14 @@ def image_gap(
     `permuted` is the mean over random permutations that leave no caption in place. `low` and `high` are the
     row bootstrap's 95 % interval of the gap, None if `config.bootstrap` is 0. A gap whose interval excludes 0
     shows that the captions belong to their images; no score alone can show this. A metric that cannot be
-    computed has only `{"reason"}`. With fewer than two captions this holds for both. `names` are the measures
-    that are wanted.
+    computed has only `{"reason"}`. With fewer than two captions this holds for both.
     """
     inputs = Inputs(predictions, references, None, config, edition, device, cache)
     orders = derangements(len(predictions), seed) if len(predictions) > 1 else []
     gaps = {}
-    for name in names:
+    for name, measure in MEASURES.items():
         try:
-            gaps[name] = _gap(MEASURES[name], inputs, orders)
+            gaps[name] = _gap(measure, inputs, orders)
         except Absent as absence:
             gaps[name] = {"reason": str(absence)}
     return gaps | {"n": len(predictions), "permutations": len(orders)}
