@@ -147,10 +147,11 @@ def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("zero_stage", [0, 3])
-def test_ranks_keep_the_last_weights_too(tiny_folder, tmp_path, zero_stage):
-    settings = ranks.TRAIN | {"zero_stage": zero_stage}
+def test_ranks_keep_the_last_weights_or_their_average_too(tiny_folder, tmp_path, zero_stage):
+    settings = ranks.TRAIN | {"zero_stage": zero_stage, "ema": 0.7}
+    until = UNTIL | {"average": zero_stage == 3}
     for processes in (1, 2):
-        ranks.train(tiny_folder, tmp_path / str(processes), processes, train=settings, until=UNTIL)
+        ranks.train(tiny_folder, tmp_path / str(processes), processes, train=settings, until=until)
         assert [row["epoch"] for row in ranks.rows(tmp_path / str(processes))][-1] == 1
     one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("1", "2"))
     assert one.keys() == two.keys()

@@ -413,3 +413,4 @@ def test_the_memory_forecast_counts_samples_and_judges(tmp_path):
     judged = replace(sampling, judges=10**9)
     assert memory.usage(judged, memory.configured(judged.config, 1)).weights == more.weights + 10**9
     assert all(setup.zero_stage < 3 for setup in memory.means(sampling.config, 8))
+    assert {row["zero_stage"] for row in memory.table(sampling)} == {0, 1, 2}

@@ -128,9 +128,8 @@ class Train(Step):
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     work.say(f"{where}: {self._note(row)}")
                 ended = self._ended(directory) if "valid_loss" in row else []
-                if (
-                    ended and ended[-1]["stage"] == row["stage"]
-                ):  # not on a rank ahead of rank 0, which writes
+                # rank 0 writes, so a rank ahead of it does not know yet
+                if ended and ended[-1]["stage"] == row["stage"]:
                     steps = schedule.total_steps(config.train, images, patience.saved(ended))
                     for text in patience.told(ended[-1:]):
                         work.say(text)
