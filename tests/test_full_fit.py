@@ -28,7 +28,7 @@ from harness.steps import epochs
 from harness.steps.plan import Plan, dry, prepare
 from harness.store import write_json
 from harness.tracking.contents import scores_of, tags_of
-from harness.training import train
+from harness.training import schedule, train
 from harness.training.joined import joined
 
 SETTINGS = config(stages=stages(2, 2))
@@ -41,13 +41,13 @@ def both(folder):
     return joined([(parts["train"], range(20)), (parts["valid"], [0, 2, 3])]), parts
 
 
-def full_fit(folder, directory, split, log=lambda row: None, until=UNTIL):
+def full_fit(folder, directory, split, log=lambda row: None, until=UNTIL, settings=SETTINGS):
     directory.mkdir(exist_ok=True)
 
     def evaluate(loaded):
         raise AssertionError("validated")
 
-    how = (SETTINGS, AugmentConfig(), lambda: load_tiny(folder, dropout=0.1), {"train": split}, "cpu", 42)
+    how = (settings, AugmentConfig(), lambda: load_tiny(folder, dropout=0.1), {"train": split}, "cpu", 42)
     training = train.Training(*how, directory, log, evaluate, until=until)
     loaded = training.run()
     rows = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
@@ -86,6 +86,46 @@ def test_the_weights_are_those_of_a_longer_training_at_its_best_epoch(
     assert not any("valid_loss" in row for row in whole[1])
 
 
+def test_a_stage_that_ended_early_ends_there_again_and_the_best_average_is_kept(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """The oracle ends its first stage by patience; the average after the next epoch is its best."""
+    one, parts = both(tiny_folder)
+    plain = replace(one, pixels=one.pixels[np.arange(23)])
+    monkeypatch.setattr("support.training.splits", lambda loaded: {"train": plain, "valid": parts["valid"]})
+    scores = iter([0.2, 0.1, 0.1, 0.1, 0.3, 0.9, 0.1, 0.1])
+    settings = config(stages=stages(3, 2), ema=0.7, patience=1)
+    how = {"dropout": 0.1, "evaluate": lambda: {"valid_primary": next(scores)}}
+    longer, rows = run(tiny_folder, tmp_path / "longer", settings, **how)
+    validations = [row for row in rows if "valid_loss" in row]
+    best = max(validations, key=lambda row: row["valid_primary"])
+    until = epochs._until(settings, validations, best)
+    assert until == {"stage": 2, "epoch": 1, "before": [2]}
+
+    def stop(row):
+        if row["step"] == 9:
+            raise Interrupted
+
+    given = {"until": until | {"average": True}, "settings": settings}
+    with pytest.raises(Interrupted):
+        full_fit(tiny_folder, tmp_path / "full", one, stop, **given)
+    weights, losses = full_fit(tiny_folder, tmp_path / "full", one, **given)
+    assert len(losses) == 9
+    for name, weight in longer.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    last, _ = full_fit(tiny_folder, tmp_path / "last", one, until=until, settings=settings)
+    assert any(not torch.equal(weight, weights[name]) for name, weight in last.items())
+    shorter = epochs.shortened(settings, until)
+    assert schedule.total_steps(shorter, 23) == 9
+    assert "the average of the last weights is kept" in epochs.told(settings, None)
+
+
+def test_the_start_of_a_stage_is_the_end_of_the_stage_before():
+    rows = [{"stage": 1, "epoch": 1}, {"stage": 1, "epoch": 2}, {"stage": 2, "epoch": 0}]
+    assert epochs._until(SETTINGS, rows, rows[-1]) == {"stage": 1, "epoch": 2}
+    assert epochs._until(SETTINGS, rows[2:], {"stage": 1, "epoch": 0}) is None
+
+
 @pytest.mark.parametrize("at", [4, 9])
 def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
     one, _ = both(tiny_folder)
@@ -107,10 +147,11 @@ def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("zero_stage", [0, 3])
-def test_ranks_keep_the_last_weights_too(tiny_folder, tmp_path, zero_stage):
-    settings = ranks.TRAIN | {"zero_stage": zero_stage}
+def test_ranks_keep_the_last_weights_or_their_average_too(tiny_folder, tmp_path, zero_stage):
+    settings = ranks.TRAIN | {"zero_stage": zero_stage, "ema": 0.7}
+    until = UNTIL | {"average": zero_stage == 3}
     for processes in (1, 2):
-        ranks.train(tiny_folder, tmp_path / str(processes), processes, train=settings, until=UNTIL)
+        ranks.train(tiny_folder, tmp_path / str(processes), processes, train=settings, until=until)
         assert [row["epoch"] for row in ranks.rows(tmp_path / str(processes))][-1] == 1
     one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("1", "2"))
     assert one.keys() == two.keys()
@@ -247,7 +288,8 @@ def refused(file, *sets, of="small/opt-s42"):
 def test_what_differs_from_the_named_run_is_said(kept):
     rows = [json.loads(line) for line in next(Path("runs/steps").glob("train-*/losses.jsonl")).open()]
     best = max((row for row in rows if "valid_loss" in row), key=lambda row: row["valid_primary"])
-    found = epochs.found(plan(kept, "seed=7", "train.evaluate_images=3", "train.zero_stage=1"))
+    same = ("seed=7", "train.evaluate_images=3", "train.zero_stage=1", "train.keep_best=2")
+    found = epochs.found(plan(kept, *same))
     assert (found["stage"], found["epoch"]) == (best["stage"], best["epoch"])
     assert "not a run: it has no run.json" in refused(kept, of="small/other-s42")
     said = refused(kept, "train.learning_rate=2e-3", "model.image_size=112")

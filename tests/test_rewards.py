@@ -25,7 +25,7 @@ from harness.models.text import IGNORE
 from harness.steps.plan import Plan, problems
 from harness.steps.train import _written
 from harness.steps.work import Work
-from harness.training import memory, resume, rewards, schedule
+from harness.training import memory, patience, resume, rewards, schedule
 from harness.training.selfcritical import SelfCritical, without_dropout
 
 device.probe("cpu")
@@ -266,6 +266,49 @@ def test_a_stage_ends_when_a_watched_score_falls_below_its_floor(tiny_folder, tm
     assert [row["valid_image_gap"] for row in rows if "valid_image_gap" in row] == [0.6, 0.5, 0.4, 0.4]
     assert resume.fallen(rows, 1) == [("image_gap", 0.4, 0.5)]
     assert [row.get("floor_image_gap") for row in rows if "valid_image_gap" in row] == [0.5, None, None, None]
+    ended = patience.ended(settings, rows)
+    assert patience.told(ended) == [
+        "stage 1 ended after epoch 2 of 3: image_gap fell to 0.4000, below 0.5000 (stop_when)"
+    ]
+    assert schedule.total_steps(settings, 20, patience.saved(ended)) == rows[-1]["step"]
+    assert patience.ended(settings, rows[:7]) == []  # after the first epoch
+    assert patience.at_most(settings) == ", or less if stop_when ends a stage early"
+
+
+def test_the_start_of_a_stage_leaves_the_best_average_of_the_stage_before(tiny_folder, tmp_path):
+    """Also if the training is killed right after that start, with early stopping and two files kept."""
+    stages = [{"epochs": 1, "losses": {"caption": 1}}, stage(3, **RL)]
+    settings = config(stages=stages, ema=0.5, patience=1, keep_best=2)
+    values = [0.5, 0.9, 0.5, 0.4, 0.3]  # weights and average of stage 1; start of stage 2; its first epoch
+
+    def scores(begun=0):
+        left = iter(values[begun:])
+        return lambda: {"valid_primary": next(left)}
+
+    def stop(row):
+        if row["epoch"] == 0:
+            raise Interrupted
+
+    whole, rows = run(tiny_folder, tmp_path / "whole", settings, dropout=0.1, evaluate=scores())
+    with pytest.raises(Interrupted):
+        run(tiny_folder, tmp_path / "parts", settings, dropout=0.1, evaluate=scores(), log=stop)
+    parts, again = run(tiny_folder, tmp_path / "parts", settings, dropout=0.1, evaluate=scores(2))
+    for found, made in ((whole, rows), (parts, again)):
+        valid = [row for row in made if "valid_loss" in row]
+        assert [(row["stage"], row["epoch"], row["waited"]) for row in valid] == [
+            (1, 1, 0),
+            (2, 0, 0),
+            (2, 1, 1),
+        ]
+        assert found.model.state_dict().keys() == whole.model.state_dict().keys()
+        for name, weight in found.model.state_dict().items():
+            assert torch.equal(weight, whole.model.state_dict()[name]), name
+    kept = [resume.kept(tmp_path / name) for name in ("whole", "parts")]
+    assert kept[0] == kept[1]
+    assert [(one["step"], one["average"], one["score"]) for one in kept[0]] == [
+        (3, True, 0.9),
+        (3, False, 0.5),
+    ]
 
 
 def test_the_weights_before_a_self_critical_stage_may_be_the_best(tiny_folder, tmp_path):
@@ -370,3 +413,4 @@ def test_the_memory_forecast_counts_samples_and_judges(tmp_path):
     judged = replace(sampling, judges=10**9)
     assert memory.usage(judged, memory.configured(judged.config, 1)).weights == more.weights + 10**9
     assert all(setup.zero_stage < 3 for setup in memory.means(sampling.config, 8))
+    assert {row["zero_stage"] for row in memory.table(sampling)} == {0, 1, 2}

@@ -9,7 +9,8 @@ from harness import records
 from harness.config.sections import AugmentConfig
 from harness.errors import Problem, UserError
 from harness.models.settings import ModelConfig
-from harness.training.resume import LOSSES, rows_of
+from harness.training.resume import LOSSES, kept, rows_of
+from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -17,16 +18,21 @@ if TYPE_CHECKING:
     from harness.steps.plan import Plan
 
 KEY = "train.epochs_of"
+UNTIL = ("stage", "epoch", "before", "average")
+"""The keys of `found` that tell what is trained and kept."""
 _SCORE = "valid_primary"
 _MAY_DIFFER = (
     *("micro_batch_size", "gradient_checkpointing"),
-    *("evaluate_every", "evaluate_images", "patience", "epochs_of"),
+    *("evaluate_every", "evaluate_images", "keep_best", "patience", "epochs_of"),
 )
 """Keys of `train` that affect neither what a stage is nor how long it trains, besides `INDIFFERENT` ones."""
 
 
 def found(plan: "Plan") -> dict[str, Any] | None:
     """`run`, and `stage` and `epoch` of its best validation, with the `score`; None without `epochs_of`.
+
+    `before`: the last epoch of each stage before, if one of them ended early. `average`: the best weights are
+    those of `train.ema`. Both keys are there only if they are needed.
 
     Raises `UserError` if the run is not there, has not finished, or is of another model, data or training.
     """
@@ -42,12 +48,34 @@ def found(plan: "Plan") -> dict[str, Any] | None:
     if differences:
         raise UserError([_refused(run, differences)])
     file = records.step_file(folder, record, "train", LOSSES)
-    scored = [row for row in (rows_of(file) if file else ()) if _SCORE in row]
+    rows = [row for row in (rows_of(file) if file else ()) if "valid_loss" in row]
+    scored = [row for row in rows if _SCORE in row]
     if not scored:
         what = f"{run} has no validations in its {LOSSES}"
         raise UserError([Problem(what, folder, hint=records.again(record))])
     best = max(scored, key=lambda row: row[_SCORE])  # the first of equal ones, as training takes it
-    return {"run": run, "stage": best["stage"], "epoch": best["epoch"], "score": best[_SCORE]}
+    where = _until(plan.config.train, rows, best)
+    if where is None:
+        what = f"{run} has its best validation before its first step, so there are no epochs to train"
+        raise UserError([Problem(what, key=KEY)])
+    averaged = {"average": True} if kept(file.parent)[0].get("average") else {}
+    return {"run": run, **where, "score": best[_SCORE], **averaged}
+
+
+def _until(
+    config: TrainConfig, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Where a training ends that has the weights of the validation `best`; None if nothing is trained."""
+    last = {row["stage"]: row["epoch"] for row in rows}
+    stage, epoch = best["stage"], best["epoch"]
+    if not epoch:  # a stage at its start has the weights of the one before
+        stage = max((number for number in last if number < stage), default=0)
+        epoch = last.get(stage)
+    if not epoch:
+        return None
+    before = [last.get(number, 0) for number in range(1, stage)]
+    early = any(before[one.number - 1] < one.epochs for one in stages(config) if one.number < stage)
+    return {"stage": stage, "epoch": epoch} | ({"before": before} if early else {})
 
 
 def check(plans: Sequence["Plan"]) -> list["Plan"]:
@@ -120,16 +148,22 @@ def shortened(config: TrainConfig, until: Mapping[str, Any] | None) -> TrainConf
     """
     if until is None:
         return config
-    last = until["stage"] - 1
-    ended = config.stages[last].model_copy(update={"epochs": until["epoch"]})
-    return config.model_copy(update={"stages": (*config.stages[:last], ended), "patience": 0})
+    ends = {stage.number: stage.last for stage in stages(config, until)}
+    shorter = tuple(
+        stage.model_copy(update={"epochs": ends.get(number, 0)})
+        for number, stage in enumerate(config.stages[: until["stage"]], 1)
+    )
+    return config.model_copy(update={"stages": shorter})
 
 
 def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
     """A sentence about the epochs of a training on train and valid."""
+    averaged = config.ema is not None and (until is None or until.get("average"))
+    kept_ones = "the average of the last weights is kept" if averaged else "the last weights are kept"
     if until is None:
-        return "learns from train and valid for all planned epochs; the last weights are kept"
+        return f"learns from train and valid for all planned epochs; {kept_ones}"
     planned = config.stages[until["stage"] - 1].epochs
     where = f"stage {until['stage']}, epoch {until['epoch']} of {planned}"
     best = f"where {until['run']} has its best validation ({until['score']:.4f})"
-    return f"learns from train and valid up to {where}, {best}; the last weights are kept"
+    early = "; stages before it end after as many epochs as there" if "before" in until else ""
+    return f"learns from train and valid up to {where}, {best}{early}; {kept_ones}"

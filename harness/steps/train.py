@@ -80,14 +80,14 @@ class Train(Step):
         found = epochs.found(plan)
         if config.full_fit:
             read |= values(config, "data.fit_on")
-            facts["until"] = found and {key: found[key] for key in ("stage", "epoch")}
+            facts["until"] = found and {key: found[key] for key in epochs.UNTIL if key in found}
         step = cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
         step.epochs_of = found
         yield step
 
     @property
-    def _until(self) -> Mapping[str, int] | None:
-        """The stage and the epoch after which the training ends, if another run found them."""
+    def _until(self) -> Mapping[str, Any] | None:
+        """Where the training ends (`epochs.UNTIL`), if another run found it."""
         return self.inputs.facts.get("until")
 
     @property
@@ -122,15 +122,16 @@ class Train(Step):
                     speeds.append(row["images_per_second"])
                     if len(speeds) == FIRST_STEPS:
                         left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
-                        work.say(f"training steps that are left: {left}{patience.at_most(trained)}")
+                        work.say(f"training steps that are left: {left}{self._at_most}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
                     where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
                     work.say(f"{where}: {self._note(row)}")
-                if patience.ends_early(config.train, row):
-                    ended = self._ended(directory)
+                ended = self._ended(directory) if "valid_loss" in row else []
+                # rank 0 writes, so a rank ahead of it does not know yet
+                if ended and ended[-1]["stage"] == row["stage"]:
                     steps = schedule.total_steps(config.train, images, patience.saved(ended))
-                    for text in patience.told(ended)[-1:]:  # none yet on a rank ahead of rank 0, which writes
+                    for text in patience.told(ended[-1:]):
                         work.say(text)
                 if train.PRIMARY in row and work.watch:
                     work.watch(row)
@@ -183,7 +184,7 @@ class Train(Step):
         if model and ranks.rank() == 0:
             guess = speed.training(model, images, setup, work.device, self.inputs.root)
             if guess.seconds is not None:
-                work.say(f"training steps: {guess}{patience.at_most(trained)}")
+                work.say(f"training steps: {guess}{self._at_most}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
@@ -224,10 +225,13 @@ class Train(Step):
         }
 
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
-        """The stages that have ended, if `train.patience` may end them early."""
+        """The stages that have ended, if a validation may end them early."""
         config, file = self.inputs.config.train, directory / LOSSES
-        counts = config.patience and not self._full_fit
-        return patience.ended(config, rows_of(file)) if counts and file.is_file() else []
+        return patience.ended(config, rows_of(file)) if self._at_most and file.is_file() else []
+
+    @property
+    def _at_most(self) -> str:
+        return "" if self._full_fit else patience.at_most(self.inputs.config.train)
 
     @property
     def _full_fit(self) -> bool:

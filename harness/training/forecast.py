@@ -15,7 +15,7 @@ from harness.machine import device
 from harness.models import family
 from harness.models.settings import longest_prompt
 from harness.store import RUNS, free, gb
-from harness.training import judges, memory, speed
+from harness.training import judges, memory, patience, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -87,7 +87,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
-        "ends_early": trains and (config.train.patience > 0 or bool(config.train.epochs_of)),
+        "ends_early": _ends_early(config),
         "notes": list(_notes(config)),
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
@@ -96,6 +96,15 @@ def forecast(config: "Config") -> dict[str, Any]:
         "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def _ends_early(config: "Config") -> str:
+    """The keys that may end a stage early, as text; empty if none does."""
+    if not config.trains:
+        return ""
+    if config.full_fit:  # has no validations
+        return "train.epochs_of" if config.train.epochs_of else ""
+    return " or ".join(patience.enders(config.train))
 
 
 def _notes(config: "Config") -> Iterator[str]:
@@ -201,7 +210,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         for row in found["steps"] or ()
     ]
     if found["steps"] and found["ends_early"]:
-        out.append("at most these epochs, since train.patience or train.epochs_of may end a stage early")
+        out.append(f"at most these epochs, since {found['ends_early']} may end a stage early")
     if found["steps"] == []:
         out.append(f"nothing is trained: {found['captions']}")
     elif found["accumulation"]:

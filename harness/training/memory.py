@@ -295,7 +295,7 @@ def means(config: TrainConfig, devices: int, kind: str = "cuda") -> Iterator[Set
     others = [replace(allowed[0], micro_batch=size, checkpointing=True) for size in sizes]
     others = [*allowed, *others] if is_auto(config) and sizes else others
     for offload in dict.fromkeys((config.offload, True)):
-        for stage in range(max(config.zero_stage, int(offload)), 3 if config.samples else 4):
+        for stage in range(max(config.zero_stage, int(offload)), _zero_stages(config)):
             yield from (replace(setup, zero_stage=stage, offload=offload) for setup in others)
 
 
@@ -308,6 +308,11 @@ def smallest(model: Model, free: float, most: int = DEVICES[-1]) -> Setup | None
     return None
 
 
+def _zero_stages(config: TrainConfig) -> int:
+    """The number of ZeRO stages that a config allows, from 0."""
+    return 3 if config.samples else 4
+
+
 def table(model: Model) -> list[dict[str, Any]]:
     """Usage for each ZeRO stage, number of devices and offload, with and without checkpointing.
 
@@ -315,7 +320,7 @@ def table(model: Model) -> list[dict[str, Any]]:
     """
     return [
         _row(model, stage, devices, offload)
-        for stage in range(4)
+        for stage in range(_zero_stages(model.config))
         for devices in DEVICES
         for offload in (False, True)[: 1 + bool(stage)]
     ]

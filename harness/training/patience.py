@@ -1,10 +1,10 @@
-"""Early stopping: when `train.patience` ends a stage, and which stages it ended."""
+"""Early stopping: when `train.patience` or `stop_when` ends a stage, and which stages they ended."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from harness.training.resume import State
-from harness.training.schedule import stages
+from harness.training.resume import State, fallen
+from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
 
 WAITED = "waited"
@@ -30,9 +30,10 @@ def is_over(config: TrainConfig, waited: float | None) -> bool:
     return bool(config.patience) and waited is not None and waited >= config.patience
 
 
-def ends_early(config: TrainConfig, row: Mapping[str, Any]) -> bool:
-    """Whether a stage ends with this row of a `losses.jsonl`, before all its epochs are done."""
-    return is_over(config, row.get(WAITED)) and row["epoch"] < config.stages[row["stage"] - 1].epochs
+def fallen_in(stage: Stage, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """The scores that end a self-critical stage (`RewardConfig.stop_when`): name, value and floor."""
+    watched = stage.reward.stop_when if stage.reward else ()
+    return [one for one in fallen(rows, stage.number) if one[0] in watched]
 
 
 def ended(config: TrainConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -40,23 +41,35 @@ def ended(config: TrainConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
 
     A stage that goes on is left out.
     """
-    last = {row["stage"]: row for row in rows if "valid_loss" in row and "stage" in row}
-    found = []
+    rows = [row for row in rows if "valid_loss" in row and "stage" in row]
+    last, found = {row["stage"]: row for row in rows}, []
     for stage in stages(config):
         row = last.get(stage.number, {})
-        if ends_early(config, row):
-            why = f"{config.patience} validations without a better score (train.patience)"
-        elif row.get("epoch") == stage.epochs:
+        if not row.get("epoch"):  # it has not begun, or was only validated at its start
+            continue
+        if row["epoch"] == stage.epochs:
             why = _ALL
+        elif is_over(config, row.get(WAITED)):
+            why = f"{config.patience} validations without a better score (train.patience)"
+        elif below := fallen_in(stage, rows):
+            why = ", ".join(f"{name} fell to {value:.4f}, below {floor:.4f}" for name, value, floor in below)
+            why += " (stop_when)"
         else:
             continue
         found.append({"stage": stage.number, "epoch": row["epoch"], "epochs": stage.epochs, "why": why})
     return found
 
 
+def enders(config: TrainConfig) -> list[str]:
+    """The keys that may end a stage early."""
+    watches = any(stage.reward and stage.reward.stop_when for stage in stages(config))
+    return [*["train.patience"] * bool(config.patience), *["stop_when"] * watches]
+
+
 def at_most(config: TrainConfig) -> str:
     """What follows a forecast of time or steps, which is of all planned epochs."""
-    return ", or less if train.patience ends a stage early" if config.patience else ""
+    names = " or ".join(enders(config))
+    return f", or less if {names} ends a stage early" if names else ""
 
 
 def told(found: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +48,11 @@ class Stage:
         )
 
 
-def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[Stage]:
+def stages(config: TrainConfig, until: Mapping[str, Any] | None = None) -> list[Stage]:
     """The stages that have epochs, in order, with their numbers in the config.
 
-    With `until` (stage, epoch) the training ends after that epoch.
+    With `until` (stage, epoch) the training ends after that epoch; `before` has the last epoch of each stage
+    before it, if one of them ended early.
     """
     found = [
         Stage(
@@ -66,8 +68,9 @@ def stages(config: TrainConfig, until: Mapping[str, int] | None = None) -> list[
     ]
     if until is None:
         return found
-    *before, last = (stage for stage in found if stage.number <= until["stage"])
-    return [*before, replace(last, until=until["epoch"])]
+    ends = [*until.get("before", ()), until["epoch"]]
+    own = dict(zip(range(until["stage"], 0, -1), reversed(ends), strict=False))
+    return [replace(one, until=own.get(one.number)) for one in found if one.number <= until["stage"]]
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -159,7 +159,8 @@ class TrainConfig(Section):
 
     The average starts anew with each stage, from the weights at its start. Each validation scores both, the
     average as `ema_valid_*` in `losses.jsonl`; the best weights are those of the better score. The next stage
-    starts from the weights, not from their average.
+    starts from the weights, not from their average. Training on train and valid has no validation: it keeps
+    the average, or what was the better of the two in the run of `epochs_of`.
     """
     gradient_checkpointing: or_auto(bool) = False
     """Use less memory and more time in the ViT, Q-Former and language model. auto: only if it must be."""
@@ -206,8 +207,9 @@ class TrainConfig(Section):
     """With `data.fit_on: [train, valid]`, train up to the best validation of this run, and no further.
 
     A run of the same model, data and stages, such as full_fit/found-s42; it may be an earlier one of the same
-    file. Stages after the best validation are dropped. The learning rate follows the schedule of all planned
-    epochs, as in that run. null: all epochs are trained.
+    file. Stages after the best validation are dropped, and a stage that ended early there ends early here.
+    The learning rate follows the schedule of all planned epochs, as in that run. null: all epochs are
+    trained.
     """
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""

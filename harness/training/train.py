@@ -55,7 +55,6 @@ from harness.training.resume import (
     UNIVERSAL,
     VALIDATED,
     Checkpoints,
-    fallen,
     forget_rows_after,
     rows_of,
 )
@@ -92,8 +91,8 @@ class Training:
     `load` gives the model before training. `log` gets every row of `losses.jsonl`. `evaluate(loaded)` scores
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
     ranks use rank 0's numbers. `say` prints a line. Without a split `valid` there are no validations, and the
-    last weights are kept. With `until` (stage, epoch) the training ends after that epoch. `measure` is needed
-    for the loss `reward`.
+    last weights are kept, or their average. `until` is as in `stages`; if it has `average`, that says which
+    of the two. `measure` is needed for the loss `reward`.
     """
 
     config: TrainConfig
@@ -106,7 +105,7 @@ class Training:
     log: Callable[[Row], None]
     evaluate: Callable[[Loaded], dict[str, float]]
     say: Callable[[str], None] = lambda text: None
-    until: Mapping[str, int] | None = None
+    until: Mapping[str, Any] | None = None
     measure: Measure | None = None
 
     def __post_init__(self) -> None:
@@ -144,8 +143,6 @@ class Training:
             for stage in self.plan:
                 if stage.number >= self.state.stage and not self.state.ended:
                     self._stage(stage)
-            if not self.validates and not self.state.ended:
-                self._keep_last()
         except RuntimeError as error:  # a step with less memory would not know of an interruption
             if devices.out_of_memory(error) and self.interrupts.came is not None:
                 raise KeyboardInterrupt from error
@@ -162,10 +159,13 @@ class Training:
         load_trained(self.loaded.model, self.directory / BEST)
         return self.loaded
 
-    def _keep_last(self) -> None:
+    def _keep_last(self, average: Average | None) -> None:
+        """Save the weights that a training without validations ends with, or their average."""
         self._written()
-        if ranks.rank() == 0:
-            save_trained(self.loaded.model, self.directory / BEST)
+        wanted = average if self.until is None or self.until.get("average") else None
+        with wanted.instead(self.loaded.model) if wanted else contextlib.nullcontext():
+            if ranks.rank() == 0:
+                save_trained(self.loaded.model, self.directory / BEST)
 
     def _placed(self) -> Loaded:
         loaded = self.load()
@@ -205,10 +205,12 @@ class Training:
                 self._steps(trainer, stage)
         finally:
             release(trainer)
-            self.average = None
+            average, self.average = self.average, None
             del trainer
             gc.collect()
         self._end(stage)
+        if not self.validates and stage is self.plan[-1]:
+            self._keep_last(average)
 
     def _steps(self, trainer: Any, stage: Stage) -> None:
         """Do the remaining steps of a stage, with checkpoints, and validation after each epoch.
@@ -417,10 +419,7 @@ class Training:
             return False
         file = self.directory / LOSSES
         rows = rows_of(file) if ranks.rank() == 0 else ()
-        found = ranks.agree([one for one in fallen(rows, stage.number) if one[0] in stage.reward.stop_when])
-        for name, value, floor in found:
-            self.say(f"stage {stage.number} ends: {name} fell to {value:.4f}, below {floor:.4f} (stop_when)")
-        return bool(found)
+        return bool(ranks.agree(patience.fallen_in(stage, rows)))
 
     def _summed(self, found: Tensor, norm: Any) -> Tensor:
         """Sum loss terms (M, L) over all ranks' micro-batches; the norm of gradients follows if a tensor.
@@ -491,7 +490,7 @@ class Training:
         loaded.model.eval()
         row = self._measured(loaded, stage, scores, begins)
         found = [row.get(PRIMARY)]
-        if self.average:
+        if self.average and not begins:  # at the start it equals the weights
             with self.average.instead(loaded.model):
                 other = self._measured(loaded, stage, scores)
             found.append(other.get(PRIMARY))
