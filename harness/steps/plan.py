@@ -90,10 +90,9 @@ class Plan:
     def notes(self) -> list[str]:
         """Notes for readers of the results: rows that are used only in part, or not at all."""
         found = []
-        if share := fraction.worded(self.config.data.fraction):
+        record = {"config": self.config.model_dump(include={"data"}), "looks": self.looks}
+        if share := fraction.looked(record):
             found.append(f"data.fraction: a quick look at {share}; its scores get no rank")
-        for run, share in ({} if share else self.looks).items():
-            found.append(f"data.fraction: a quick look at {share} in {run}; its scores get no rank")
         if self.config.full_fit:
             found.append(f"valid has no scores: {records.ON_VALID} (data.fit_on)")
         if left := len(self.data.left_out):
