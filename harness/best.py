@@ -32,6 +32,7 @@ from harness.config.sections import PredictConfig
 from harness.data import Dataset
 from harness.data.halves import HALVES, HELD, TUNE
 from harness.errors import Problem, UserError
+from harness.metrics import READINGS
 from harness.run import run
 from harness.steps.plan import Plan, prepare
 from harness.steps.work import Reporter
@@ -250,7 +251,7 @@ def _consensus(given: Candidates, group: Sequence[Option]) -> Wanted:
     runs = tuple(one.runs[0] for one in group)
     consensus: dict[str, Any] = {"own": 0, "runs": runs}
     if given.metric != EDITIONS[first.edition].primary:
-        consensus["utility"] = {given.metric: 1}
+        consensus["utility"] = {READINGS.get(given.metric, given.metric): 1}
     kind = "ensemble" if len(group) > 1 else "n-best"
     names = [_names(given)[one.label] for one in group] + ([kind] if len(group) == 1 else [])
     config = Config.model_validate(
@@ -436,10 +437,9 @@ def _decide_deduplication(choice: Choice, reporter: Reporter, command: str) -> N
 
 def _lacking_test(choice: Choice) -> list[str]:
     """What must run first, so that the winner can caption the test split."""
-    if choice.winner.config.consensus is None:
-        return []
+    consensus = choice.winner.config.consensus
     found = []
-    for name in choice.winner.runs:
+    for name in (source.run for source in (consensus.runs if consensus else ())):
         folder = RUNS / name
         try:
             records.artifact(folder, records.read(folder), "predictions/test_before.csv")

@@ -116,10 +116,6 @@ class _Weights(_Part):
     average: bool = False
 
 
-class _Training(_Part):
-    best: _Weights = _Weights()
-
-
 class _Candidate(_Part):
     name: str
     score: Number
@@ -139,6 +135,7 @@ class _ModelConfig(_Part):
 
 
 class _Training(_Part):
+    best: _Weights = _Weights()
     notes: list[str] = []
 
 
@@ -177,13 +174,13 @@ class _Run(_Part):
     data: _Data = _Data(root="")
     training: _Training = _Training()
     fallback: dict[str, _Fallback] = {}
-    training: _Training = _Training()
     soup: _Soup | None = None
     steps: dict[str, Inside] = {}
     made: dict[str, _Made | None] = {}
     seconds: dict[str, Number] = {}
     scores: dict[str, dict[str, dict[str, _Score]]] = {}
     unscored: dict[str, str] = {}
+    looks: dict[str, str] = {}
     image_gap: dict[str, _Gap | Number | str | None] | None = None
     halves: dict[str, _OnHalf] = {}
     baseline: dict[str, Number | str | list[str] | None] | None = None

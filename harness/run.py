@@ -157,6 +157,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "made": {},
         "seconds": {},
         "scores": {},
+        "looks": plan.looks,
         "unscored": {"valid": records.ON_VALID} if config.full_fit else {},
         "image_gap": None,
         "baseline": None,

@@ -198,6 +198,8 @@ def test_the_experiment_of_an_ensemble_is_its_config_with_all_splits(project, ch
     assert loaded.predict.splits == ("valid", "test")
     assert loaded.name == "best/small/winner"
     assert loaded.model_copy(update={"predict": config.predict, "name": config.name}) == config
+    by_reading = wanted(replace(given, metric="cider_ptb"), 2)[-1].config.consensus
+    assert by_reading.utility == {"cider": 1}  # captions are compared by the metric that has the reading
     plans, notes = planned(given, 3, Terminal(silent=True))
     assert notes == []  # as the runs were named before, all options are done
     assert [one.label for one, _ in plans] == [one.label for one in wanted(given, 3)]

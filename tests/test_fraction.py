@@ -92,7 +92,7 @@ def test_too_small_a_share_says_which_key_to_change(place):
 def test_a_share_is_above_0_and_never_of_test(tmp_path):
     file = write(tmp_path, EXPERIMENT)
     (problem,) = messages(file, "data.fraction.train=0")
-    assert "got 0.0; a number above 0, and at most 1 is allowed" in problem
+    assert "got 0.0; a number above 0 and up to 1 is allowed" in problem
     (problem,) = messages(file, "data.fraction={test: 0.5}")
     assert "data.fraction.test" in problem
 
@@ -113,6 +113,27 @@ def test_a_quick_look_is_marked_in_forecast_notes_leaderboard_and_mlflow(small_r
     record["config"]["data"]["fraction"] = {"train": 0.5, "valid": 0.4}
     assert f"it is {said} (data.fraction)" in list(_reasons(record, "valid", 2023))
     assert tags_of(record)["data.fraction"] == "50% of train and 40% of valid"
+
+
+def test_what_is_made_from_quick_looks_is_marked_too(small_run, place):
+    """An ensemble whose own data are whole, of a run that learned from a share of train."""
+    shutil.copytree(small_run / "kept/runs", place / "runs", dirs_exist_ok=True)
+    file = place / "runs/small/opt-s42/run.json"
+    record = json.loads(file.read_text())
+    record["config"]["data"]["fraction"] = {"train": 0.5, "valid": 1}
+    file.write_text(json.dumps(record))
+    sets = ["consensus={own: 0, runs: [small/opt-s42]}"]
+    (_, config) = load_experiment(write(place, EXPERIMENT), sets)
+    plan = Plan(config, load(config.data))
+    assert plan.looks == {"small/opt-s42": "50% of train"}
+    assert plan.notes == [
+        "data.fraction: a quick look at 50% of train in small/opt-s42; its scores get no rank"
+    ]
+    made = record | {"config": plan.config.model_dump(mode="json"), "looks": plan.looks}
+    assert "it is a quick look at 50% of train in small/opt-s42 (data.fraction)" in list(
+        _reasons(made, "valid", 2023)
+    )
+    assert tags_of(made)["data.fraction"] == "50% of train in small/opt-s42"
 
 
 def test_pixels_of_a_share_are_those_of_the_whole(place):

@@ -213,6 +213,13 @@ def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
     assert "soup/two-s42 has no training of its own" in said("soup/two-s42, small/opt-s42")
     assert "small/opt-s42 starts from other weights: model.prompt" in said(both, ", model: {prompt: x}")
     assert "tiny.config.model.tiny.seed" in said(both, ", model: {tiny: {seed: 5}}")
+    file = project / "runs/seeds/opt-s43/run.json"
+    text = file.read_text()
+    learned = json.loads(text)
+    learned["config"]["data"]["fit_on"] = ["train", "valid"]
+    file.write_text(json.dumps(learned))
+    assert "seeds/opt-s43 has learned from the validation images" in said(both)
+    file.write_text(text)
     assert "soup gives this run a model, but own is 0" in said(
         both, f", consensus: {{own: 0, runs: [{both}]}}"
     )

@@ -52,3 +52,9 @@ def worded(fraction: Any) -> str:
         for split, share in shares.items()
         if isinstance(share, int | float) and share < 1
     )
+
+
+def looked(record: Mapping[str, Any]) -> str:
+    """What a run is a quick look at, by its own data or by those of runs that it uses; else empty."""
+    own = worded(record["config"].get("data", {}).get("fraction"))
+    return own or "; ".join(f"{share} in {run}" for run, share in record.get("looks", {}).items())

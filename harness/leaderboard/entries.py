@@ -221,7 +221,7 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         yield "its captions are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
-    if share := fraction.worded(record["config"].get("data", {}).get("fraction")):
+    if share := fraction.looked(record):
         yield f"it is a quick look at {share} (data.fraction)"
     year = EDITIONS[edition]
     primary = year.primary

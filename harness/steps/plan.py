@@ -72,11 +72,26 @@ class Plan:
         caption = metrics.constant_caption([example.caption for example in self.data.splits["train"]])
         return {split: {"caption": caption, "ids": ids} for split, ids in unreadable.items() if ids}
 
+    @cached_property
+    def looks(self) -> dict[str, str]:
+        """The shares of the data that runs are quick looks at whose captions or weights this one uses."""
+        consensus, soup = self.config.consensus, self.config.soup
+        found: dict[str, str] = {}
+        for run in (
+            *(one.run for one in (consensus.runs if consensus else ())),
+            *(soup.runs if soup else ()),
+        ):
+            record = records.read(self.root / run)
+            share = fraction.worded(record["config"].get("data", {}).get("fraction"))
+            found |= {run: share} if share else record.get("looks", {})
+        return found
+
     @property
     def notes(self) -> list[str]:
         """Notes for readers of the results: rows that are used only in part, or not at all."""
         found = []
-        if share := fraction.worded(self.config.data.fraction):
+        record = {"config": self.config.model_dump(include={"data"}), "looks": self.looks}
+        if share := fraction.looked(record):
             found.append(f"data.fraction: a quick look at {share}; its scores get no rank")
         if self.config.full_fit:
             found.append(f"valid has no scores: {records.ON_VALID} (data.fit_on)")

@@ -210,6 +210,9 @@ def _of_run(plan: "Plan", run: str, origin: Mapping[str, Any]) -> list[dict[str,
     if step is None:
         what = f"{run} has no training of its own" if record["steps"] else f"{run} has no steps yet"
         raise UserError([Problem(what, folder, key=_KEY, hint="Name runs that trained.")])
+    if "valid" in (record["config"].get("data") or {}).get("fit_on", ()):
+        what = f"{run} has learned from the validation images that choose and score a soup (data.fit_on)"
+        raise UserError([Problem(what, folder, key=_KEY, hint="Name runs that learn from train alone.")])
     directory = plan.root / step
     files = [one["file"] for one in kept(directory)]
     digests = products(directory, files)

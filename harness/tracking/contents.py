@@ -74,7 +74,7 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         **{f"environment/{name}": version for name, version in record["environment"].items()},
         "git.commit": record["git"]["commit"],
         "training.notes": "\n".join(record.get("training", {}).get("notes", ())) or None,
-        "data.fraction": fraction.worded(record["config"].get("data", {}).get("fraction")) or None,
+        "data.fraction": fraction.looked(record) or None,
         "data.notes": "\n".join(record["data"].get("notes", ())) or None,
         **{f"trial/{key}": value for key, value in (record.get("trial") or {}).items()},
     }
