@@ -133,7 +133,8 @@ def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Pa
             left_out[run_name] = "; ".join(problem.what for problem in error.problems)
     if not singles:
         problems = [Problem(why, root / run_name) for run_name, why in left_out.items()]
-        raise UserError(problems, "No run can be used.", exit_code=1)
+        hint = "No run can be used. This makes or finishes one: python -m harness run EXPERIMENT.yaml"
+        raise UserError(problems, hint, exit_code=1)
     return Candidates(
         name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes)
     )
