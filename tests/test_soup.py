@@ -211,7 +211,7 @@ def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
     assert "is named twice" in said("small/opt-s42, small/opt-s42")
     assert "share one training" in said("small/opt-s42, small/opt_dedup-s42")
     assert "soup/two-s42 has no training of its own" in said("soup/two-s42, small/opt-s42")
-    assert "small/opt-s42 starts from other weights: model.prompt" in said(both, ", model: {prompt: x}")
+    assert "starts from other weights: it has another model.prompt" in said(both, ", model: {prompt: x}")
     assert "tiny.config.model.tiny.seed" in said(both, ", model: {tiny: {seed: 5}}")
     assert "soup gives this run a model, but own is 0" in said(
         both, f", consensus: {{own: 0, runs: [{both}]}}"
