@@ -205,7 +205,8 @@ def _apart(one: Option, others: Sequence[Option], metric: str) -> str | None:
     """Why a run can't be chosen together with the others, or None."""
     score = one.systems[TUNE].scores.get(metric)
     if score is None or score.value is None:
-        return f"{metric} is absent: {score.reason if score else 'not computed'}"
+        computed = f"not computed; the run has {', '.join(one.systems[TUNE].scores)}"
+        return f"{metric} is absent: {score.reason if score else computed}"
     if not others:
         return None
     first = others[0]
