@@ -134,7 +134,8 @@ def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Pa
             left_out[run_name] = "; ".join(problem.what for problem in error.problems)
     if not singles:
         problems = [Problem(why, root / run_name) for run_name, why in left_out.items()]
-        raise UserError(problems, "No run can be used.", exit_code=1)
+        hint = "No run can be used. This makes or finishes one: python -m harness run EXPERIMENT.yaml"
+        raise UserError(problems, hint, exit_code=1)
     return Candidates(
         name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes)
     )
@@ -205,7 +206,8 @@ def _apart(one: Option, others: Sequence[Option], metric: str) -> str | None:
     """Why a run can't be chosen together with the others, or None."""
     score = one.systems[TUNE].scores.get(metric)
     if score is None or score.value is None:
-        return f"{metric} is absent: {score.reason if score else 'not computed'}"
+        computed = f"not computed; the run has {', '.join(one.systems[TUNE].scores)}"
+        return f"{metric} is absent: {score.reason if score else computed}"
     if not others:
         return None
     first = others[0]

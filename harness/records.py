@@ -194,15 +194,15 @@ class _Run(_Part):
 _SCORES = TypeAdapter(dict[str, _Score])
 
 
-def read(folder: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
-    """The record of the run in a folder.
+def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dict[str, Any]:
+    """The record of the run in a folder, which the config names by `key`.
 
     Raises `UserError` if there is none, if it can't be read, or if it lacks a key that its reader `needs`
     besides name, status, edition, command and config.
     """
     file = folder / FILE
     if not file.is_file():
-        raise UserError([Problem("not a run: it has no run.json", folder, hint=_runs_near(folder))])
+        raise UserError([Problem("not a run: it has no run.json", folder, key=key, hint=_runs_near(folder))])
     problem = _problem(file, needs)
     if isinstance(problem, Problem):
         raise UserError([problem])

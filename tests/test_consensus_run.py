@@ -222,7 +222,7 @@ def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
         return found.stderr
 
     run = "{own: 0, runs: [small/none-s42]}"
-    assert "runs/small/none-s42: not a run" in said(f"\n  a: {{consensus: {run}}}\n")
+    assert "runs/small/none-s42: consensus.runs: not a run" in said(f"\n  a: {{consensus: {run}}}\n")
     assert "there are no candidates" in said("\n  a: {consensus: {own: 0}}\n")
     beams = "{num_beams: 2, num_return_sequences: 3}"
     assert "num_return_sequences is 3, but there are only 2 beams" in said(f"\n  a: {{predict: {beams}}}\n")

@@ -102,6 +102,15 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
             "name: a\ndata: {root: x}\ntrain: {batch_size: 10, micro_batch_size: 4}\n",
             "not a multiple of micro_batch_size",
         ),
+        (
+            "name: a\ndata: {root: x}\nconsensus: {utility: {bertscor: 1}}\n",
+            "e.yaml:3: consensus.utility.bertscor: got 'bertscor'; input should be 'bertscore'",
+        ),
+        (
+            "name: a\ndata: {root: x}\n"
+            "train: {stages: [{epochs: 1, losses: {reward: 1}, reward: {metrics: {}}}]}\n",
+            "e.yaml:3: train.stages.0.reward.metrics: got {}; one entry or more is allowed",
+        ),
     ],
 )
 def test_each_kind_of_mistake(tmp_path, text, expected):

@@ -325,7 +325,8 @@ def test_an_earlier_run_of_the_same_file_is_checked_before_anything_runs(kept):
     assert len(prepare(load_experiment(kept.parent / "fit.yaml"), Silent())) == 2
     looked = dry(load_experiment(kept.parent / "fit.yaml")[1])
     assert looked == {
-        "train": "to do, once its epochs are known; now runs/fit/found-s42: not a run: it has no run.json"
+        "train": "to do, but its epochs are not known yet: runs/fit/found-s42: train.epochs_of: not a run: "
+        "it has no run.json"
     }
     (other,) = (one for one in load_experiment(kept.parent / "fit.yaml") if one.variant == "full")
     with pytest.raises(UserError, match=r"not a run: it has no run\.json"):

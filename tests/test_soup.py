@@ -206,12 +206,12 @@ def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
         return found.stderr
 
     both = "small/opt-s42, seeds/opt-s43"
-    assert "runs/none/x-s1: not a run" in said("small/opt-s42, none/x-s1")
+    assert "runs/none/x-s1: soup.runs: not a run" in said("small/opt-s42, none/x-s1")
     assert "small/opt-s42 has only its best weights" in said("small/opt-s42")
     assert "is named twice" in said("small/opt-s42, small/opt-s42")
     assert "share one training" in said("small/opt-s42, small/opt_dedup-s42")
     assert "soup/two-s42 has no training of its own" in said("soup/two-s42, small/opt-s42")
-    assert "small/opt-s42 starts from other weights: model.prompt" in said(both, ", model: {prompt: x}")
+    assert "starts from other weights: it has another model.prompt" in said(both, ", model: {prompt: x}")
     assert "tiny.config.model.tiny.seed" in said(both, ", model: {tiny: {seed: 5}}")
     file = project / "runs/seeds/opt-s43/run.json"
     text = file.read_text()

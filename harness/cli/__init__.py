@@ -305,8 +305,9 @@ def soup(
 ) -> None:
     """Average the weights of runs if that scores better, and run what it gives: captions, scores, submission.
 
-    It starts from the best one and adds the others one by one; it keeps one if the score does not fall. All
-    weights that train.keep_best kept are candidates. At the end it compares the soup with the best run.
+    It starts from the best weights and adds the others one by one. It keeps one if the score does not fall.
+
+    All weights that train.keep_best kept are candidates. At the end it compares the soup with the best run.
 
     Example: python -m harness soup quickstart/opt_224-s42 quickstart/opt_224-s43
     """

@@ -20,7 +20,7 @@ def best(
         list[Path],
         typer.Argument(
             metavar="EXPERIMENT_OR_RUN...",
-            help="Experiment files, or names of runs such as table3/opt_364-s42; finished runs count.",
+            help="Experiment files, or names of runs such as table3/opt_364-s42. Only finished runs count.",
         ),
     ],
     metric: Annotated[
@@ -31,7 +31,8 @@ def best(
         bool, typer.Option(help="Also average the weights of the best few runs of one initialisation.")
     ] = True,
     name: Annotated[
-        str | None, typer.Option(help="Ensembles are runs/best/NAME; by default the first experiment's name.")
+        str | None,
+        typer.Option(help="Ensembles and soup: runs/best/NAME; by default the first experiment's name."),
     ] = None,
     out: Annotated[
         Path | None,

@@ -20,7 +20,11 @@ _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
 """The most mistakes of one run that are shown, and the most characters of a value."""
-_WANTED = {"tuple_type": "a list", "model_type": "a mapping of keys to values"}
+_WANTED = {
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "too_short": "one entry or more",
+}
 """What is allowed, by the name of a pydantic mistake whose message has Python's words."""
 
 
@@ -285,7 +289,7 @@ def explain(
     problems = []
     found = [item for item in error.errors() if item["type"] != "invalid_key"]  # `yamlfile` reports those
     for item in found[:_SHOWN]:
-        path = tuple(str(part) for part in item["loc"])
+        path = tuple(str(part) for part in item["loc"] if part != "[key]")  # pydantic's mark of a wrong key
         what = _wrong(item, known)
         if isinstance(across := item.get("ctx", {}).get("error"), AcrossKeys):
             path = _culprit([(*path, *key.split(".")) for key in across.keys], places)

@@ -70,7 +70,7 @@ class Config(_Steps):
             raise AcrossKeys(what, "model.image_size", "model.tiny.patch_size")
         if self.predict.num_return_sequences > self.predict.num_beams:
             what = f"num_return_sequences is {self.predict.num_return_sequences}, but there are only "
-            what += f"{self.predict.num_beams} beams"
+            what += f"{self.predict.num_beams} beams; lower it or raise num_beams"
             raise AcrossKeys(what, "predict.num_return_sequences", "predict.num_beams")
         if not self.has_model and not self.consensus.runs:
             raise AcrossKeys(

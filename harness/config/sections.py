@@ -140,8 +140,8 @@ class DataConfig(Section):
     fraction: FractionConfig = FractionConfig()
     """Use only a share of the images, for a quick look. All results of such a run say so.
 
-    The hash of an image's id chooses. So the choice is the same everywhere, and 10 % of the images are among
-    20 % of them. Other images are neither checked nor decoded.
+    The hash of an image's id decides whether it is used. So the choice is the same everywhere, and the images
+    of 10 % are among those of 20 %. Other images are neither checked nor decoded.
     """
     cache: bool = True
     """Decode and resize each image once into a memory-mapped file under runs/cache."""

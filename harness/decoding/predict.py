@@ -79,7 +79,7 @@ def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
 
     def begun(begin: _Begin, pixels: Tensor, prompts: Tensor) -> Decoding:
         decoding = begin(pixels, prompts)
-        # what an own prompt has more is no text of the caption, so penalties do not count it
+        # an image's own words in the prompt are not part of its caption, so penalties do not count them
         decoding.context = decoding.context[:, : len(caption.prompt)]
         return decoding
 

@@ -48,7 +48,7 @@ class RetrievedPrompt(Section):
     retrieved: whole(1, 100)
     """Number of captions, of the training images with the most similar features."""
     words: whole(1, 1000) = 30
-    """Each of these captions is cut after this many words, and all of them to twice as many tokens."""
+    """Most words of each of these captions; all together have at most 2 x `retrieved` x `words` tokens."""
     text: str = "a photo of"
     """Text after them."""
     features: str | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TABLE = "consensus.csv"
 """For each image: the source of the chosen caption, its expected utility, and the distinct candidates."""
-_OWN = "own"
+_OWN, _KEY = "own", "consensus.runs"
 
 
 class Consensus(Step):
@@ -96,7 +96,7 @@ def _own_file(step: Step) -> str:
 
 
 def _record(plan: "Plan", run: str) -> dict[str, Any]:
-    return records.read(plan.root / run, ("standin_model",))
+    return records.read(plan.root / run, ("standin_model",), _KEY)
 
 
 def _digest(plan: "Plan", run: str, split: str) -> str:
@@ -106,12 +106,12 @@ def _digest(plan: "Plan", run: str, split: str) -> str:
     if found.keys() != ids:
         what = f"{run} has captions of {len(found):,} images of {split}, {len(found.keys() & ids):,} of them "
         what += f"among the {len(ids):,} here"
-        raise UserError([Problem(what, key="consensus.runs", hint="Name runs on the same data.")])
+        raise UserError([Problem(what, key=_KEY, hint="Name runs on the same data.")])
     return digest
 
 
 def _candidates_in(folder: Path, split: str) -> tuple[dict[str, list[Candidate]], str]:
     """The candidates of a run, or else its captions before post-processing; and the file's SHA-256."""
-    record = records.read(folder)
+    record = records.read(folder, key=_KEY)
     file = records.candidates_file(folder, record, split)
     return records.candidates(file, record), hashlib.sha256(file.read_bytes()).hexdigest()

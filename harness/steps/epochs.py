@@ -40,7 +40,7 @@ def found(plan: "Plan") -> dict[str, Any] | None:
     if not run:
         return None
     folder = plan.root / run
-    record = records.read(folder, ("data", "steps"))
+    record = records.read(folder, ("data", "steps"), KEY)
     if record["status"] != "FINISHED":
         what = f"{run} has no best epoch yet (status {record['status']})"
         raise UserError([Problem(what, key=KEY, hint=f"Finish it: {record['command']}")])

@@ -193,7 +193,7 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
         return {"data": f"to do: {images} images will be decoded and checked first"}
     plan = Plan(config, load(config.data, root), root)
     if why := epochs.unknown(plan):
-        return {"train": f"to do, once its epochs are known; now {why}"}
+        return {"train": f"to do, but its epochs are not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

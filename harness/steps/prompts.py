@@ -142,7 +142,7 @@ def _named(plan: "Plan", split: str) -> tuple[Path, str]:
     """The file of a named run's image features, and its SHA-256; raises `UserError` if there is none."""
     run, hint = plan.config.model.prompt.features, "Name a finished run with retrieval: on the same data."
     folder = plan.root / run
-    record = records.read(folder)
+    record = records.read(folder, key=_KEY)
     place = record["steps"].get(f"{OWN}-{split}")
     if place is None or not (found := list(products(plan.root / place, (FEATURES,)).values())):
         raise UserError([Problem(f"{run} has no image features of {split}", key=_KEY, hint=hint)])

@@ -108,7 +108,7 @@ class Retrieve(Step):
             return {}
         rows = csv.DictReader(io.StringIO(bytes_of(file).decode(), newline=""))
         shown, count = some([row["ID"] for row in rows]), len(self.inputs.data.examples(self.part))
-        what = f"{self.part}: {shown} of {count:,} images copied from train; their scores are memory"
+        what = f"{self.part}: {shown} of {count:,} images are also in train; their scores measure memory"
         return {"warnings": [*record["warnings"], what]}
 
     def build(self, work: "Work", directory: Path) -> None:

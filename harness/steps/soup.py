@@ -205,7 +205,7 @@ def _shapes(plan: "Plan", candidate: Mapping[str, str]) -> dict[str, list[int]]:
 def _of_run(plan: "Plan", run: str, origin: Mapping[str, Any]) -> list[dict[str, str]]:
     """The candidates of one run; raises `UserError` if it has none, or another initialisation."""
     folder = plan.root / run
-    record = records.read(folder, ("steps",))
+    record = records.read(folder, ("steps",), _KEY)
     step = record["steps"].get("train")
     if step is None:
         what = f"{run} has no training of its own" if record["steps"] else f"{run} has no steps yet"
@@ -223,7 +223,7 @@ def _of_run(plan: "Plan", run: str, origin: Mapping[str, Any]) -> list[dict[str,
     theirs = {"model": made["config"]["model"], "contents": made["facts"]["checkpoints"]}
     theirs |= {name: value for name, value in made["steps"].items() if name == "tiny"}
     if keys := soups.differing(origin, _flat(theirs)):
-        what = f"{run} starts from other weights: {_some(keys)} differ"
+        what = f"{run} starts from other weights: it has another {_some(keys)}"
         hint = "A soup needs one initialisation: the same model settings and checkpoints. Seeds may differ."
         raise UserError([Problem(what, folder, key=_KEY, hint=hint)])
     return [

@@ -62,8 +62,8 @@ class RewardConfig(Truncation):
     stop_when: tuple[Literal[IMAGE_GAP, *METRICS], ...] = (IMAGE_GAP,)
     """The stage ends if one of these validation scores falls below its 95 % interval at the stage's start.
 
-    `image_gap` is what ROUGE-1 loses when captions move to other images: a reward may be had by one
-    caption for all images.
+    `image_gap` is what ROUGE-1 loses when captions move to other images: one caption for all images may earn
+    a high reward.
     """
 
     @model_validator(mode="after")
