@@ -405,7 +405,10 @@ def test_a_reward_is_part_of_the_fingerprint_and_needs_its_weights(data, tiny_fo
 def test_the_memory_forecast_counts_samples_and_judges(tmp_path):
     plain, sampling = (
         memory.Model(sizes.of_model(ModelConfig()), config(stages=[one]), "cuda", True)
-        for one in ({"epochs": 1, "losses": {"caption": 1}}, stage(losses={"reward": 1, "caption": 1}))
+        for one in (
+            {"epochs": 1, "losses": {"caption": 1}},
+            stage(losses={"reward": 1, "caption": 1}, max_new_tokens=128),
+        )
     )
     less, more = (memory.usage(model, memory.configured(model.config, 1)) for model in (plain, sampling))
     assert more.activations > 1.5 * less.activations

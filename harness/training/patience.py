@@ -50,7 +50,8 @@ def ended(config: TrainConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
         if row["epoch"] == stage.epochs:
             why = _ALL
         elif is_over(config, row.get(WAITED)):
-            why = f"{config.patience} validations without a better score (train.patience)"
+            many = "s" * (config.patience > 1)
+            why = f"{config.patience} validation{many} without a better score (train.patience)"
         elif below := fallen_in(stage, rows):
             why = ", ".join(f"{name} fell to {value:.4f}, below {floor:.4f}" for name, value, floor in below)
             why += " (stop_when)"
