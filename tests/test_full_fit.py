@@ -75,7 +75,8 @@ def test_the_weights_are_those_of_a_longer_training_at_its_best_epoch(
     """Its oracle validates after each epoch, and is the best after the first epoch of the second stage."""
     one, parts = both(tiny_folder)
     plain = replace(one, pixels=one.pixels[np.arange(23)])
-    monkeypatch.setattr("support.training.splits", lambda loaded: {"train": plain, "valid": parts["valid"]})
+    data = {"train": plain, "valid": parts["valid"]}
+    monkeypatch.setattr("support.training.data_of", lambda folder, **model: data)
     scores = iter([1.0, 2.0, 3.0, 2.0])
     how = {"dropout": 0.1, "evaluate": lambda: {"valid_primary": next(scores)}}
     longer, rows = run(tiny_folder, tmp_path / "longer", SETTINGS, **how)
@@ -92,7 +93,8 @@ def test_a_stage_that_ended_early_ends_there_again_and_the_best_average_is_kept(
     """The oracle ends its first stage by patience; the average after the next epoch is its best."""
     one, parts = both(tiny_folder)
     plain = replace(one, pixels=one.pixels[np.arange(23)])
-    monkeypatch.setattr("support.training.splits", lambda loaded: {"train": plain, "valid": parts["valid"]})
+    data = {"train": plain, "valid": parts["valid"]}
+    monkeypatch.setattr("support.training.data_of", lambda folder, **model: data)
     scores = iter([0.2, 0.1, 0.1, 0.1, 0.3, 0.9, 0.1, 0.1])
     settings = config(stages=stages(3, 2), ema=0.7, patience=1)
     how = {"dropout": 0.1, "evaluate": lambda: {"valid_primary": next(scores)}}

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from harness.config.schema import Config
 from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import load
 from harness.decoding import predict
-from harness.metrics import METRICS, alignscore, similarity
+from harness.metrics import METRICS, alignscore, cache, similarity
 from harness.metrics.base import STANDIN, Measured
 from harness.metrics.settings import ScoreConfig
 from harness.steps.plan import Plan
@@ -190,9 +191,10 @@ def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
     values = {"bertscore": 0.1, "rouge1": 0.2, "similarity": 0.5, "bleurt": 0.6, "medcat": 0.3}
     given = {name: constant(name, value) for name, value in (values | {"alignscore": 0.9}).items()}
     monkeypatch.setattr(metrics, "METRICS", given)
-    monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, config: ["a lesion"] * len(rows))
+    monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, *how: ["a lesion"] * len(rows))
     made = plan(data, tmp_path, every(small), 2026)
-    row = made.steps["train"].validate(Work(made.config, Terminal()), None, None)
+    loaded = SimpleNamespace(caption=SimpleNamespace(prompt=()))
+    row = made.steps["train"].validate(Work(made.config, Terminal()), loaded, None)
     assert row["valid_primary"] == row["valid_overall"] == pytest.approx((0.35 + 0.6) / 2)
 
 
@@ -203,12 +205,13 @@ def test_unload_empties_every_cache_of_models():
     names = [f"harness.metrics.{module.name}" for module in pkgutil.iter_modules(metrics.__path__)]
     modules = [importlib.import_module(name) for name in names if not name.endswith("_worker")]
     kept = [value for module in modules for value in vars(module).values() if hasattr(value, "cache_clear")]
+    kept.remove(cache._version)
     unloads = [weights.unload for weights in metrics.all_weights().values()]
     assert len(kept) >= 5
-    assert all(cache.cache_clear in unloads for cache in kept)
+    assert all(one.cache_clear in unloads for one in kept)
     for metric in METRICS.values():
         if metric.neural:
-            assert metric.weights.unload in [cache.cache_clear for cache in kept]
+            assert metric.weights.unload in [one.cache_clear for one in kept]
 
 
 def test_unload_unloads_every_metric(monkeypatch):

@@ -138,7 +138,7 @@ class Model:
             concepts="concept" in stage.texts,
             dropout=0.0 if stage.reward else self.config.dropout,
             samples=stage.reward.samples if stage.reward else 0,
-            sample_tokens=stage.reward.max_new_tokens if stage.reward else 0,
+            sample_tokens=stage.reward.max_new_tokens + self.prompt if stage.reward else 0,
         )
 
 

@@ -177,8 +177,8 @@ def _loss(model: Any, sample: Sample, device: torch.device) -> Tensor:
     """The mean caption loss and the mean concept loss, together."""
     texts = {name: to_device(text, device) for name, text in sample.texts.items()}
     sums = model(sample.pixels.to(device), texts["caption"], texts["concept"])
-    counts = [(sample.texts[name]["labels"][:, 1:] != IGNORE).sum().item() for name in sums._fields]
-    return sum(total / count for total, count in zip(sums, counts, strict=True))
+    counts = {name: (text["labels"][:, 1:] != IGNORE).sum().item() for name, text in sample.texts.items()}
+    return sum(getattr(sums, name) / count for name, count in counts.items())
 
 
 def _gradients(ours: Sample, theirs: Sample) -> float:
