@@ -119,7 +119,10 @@ def test_captions_after_own_prompts_are_those_of_one_image_at_a_time(tiny_folder
         given = {"num_beams": beams, "max_new_tokens": 9, "min_new_tokens": 2}
         config = PredictConfig(**given, batch_size=2)
         told.clear()
-        found = predict.captions(loaded, images, indices, config, lambda *done: told.append(done), prompts)
+        own = predict.candidates(
+            loaded, images, indices, config, done=lambda *done: told.append(done), prompts=prompts
+        )
+        found = [best.caption for best, *_ in own]
         alone = [predict.captions(loaded, images, [i], config, prompts=prompts)[0] for i in indices]
         assert found == alone
         for i, text in zip(indices, found, strict=True):
@@ -129,8 +132,8 @@ def test_captions_after_own_prompts_are_those_of_one_image_at_a_time(tiny_folder
         assert [part for part, _ in told] == sorted(
             ([4], [1], [0, 2], [3]), key=lambda part: -lengths[part[0]]
         )
-        assert {i: t for part, texts in told for i, t in zip(part, texts, strict=True)} == dict(
-            zip(indices, found, strict=True)
+        assert {i: one for part, ones in told for i, one in zip(part, ones, strict=True)} == dict(
+            zip(indices, own, strict=True)
         )
 
 
@@ -153,7 +156,7 @@ def test_captions_from_before_an_interruption_are_kept(loaded, tmp_path):
     images, ids = pixels(4), [f"image_{i}" for i in range(5)]
     prompts = [loaded.caption.prompt_after(text, 99) for text in BEFORE[:4]]
     config = PredictConfig(num_beams=1, max_new_tokens=8)
-    how = (config, tmp_path, lambda done, total: None, {"image_2": "unreadable"}, prompts)
+    how = (config, tmp_path, lambda done, total: None, {"image_2": "unreadable"}, 0, prompts)
     predict.predict_split(loaded, ids, images, *how)
     whole = read_captions(tmp_path / PREDICTIONS)
     readable = [name for name in ids if name != "image_2"]
@@ -162,7 +165,7 @@ def test_captions_from_before_an_interruption_are_kept(loaded, tmp_path):
     )
     assert whole == expected | {"image_2": "unreadable"}
     assert list(whole) == ids
-    row = ["image_1", "kept from before"]
+    row = ["image_1", [["beam1", -1.0, "kept from before"]]]
     (tmp_path / "partial-0.jsonl").write_text(json.dumps([*row, fingerprint(row)]) + "\n")
     predict.predict_split(loaded, ids, images, *how)
     assert read_captions(tmp_path / PREDICTIONS) == whole | {"image_1": "kept from before"}
