@@ -343,5 +343,6 @@ def test_settings_without_a_meaning_are_refused(tmp_path):
         "patience counts validations, but data.fit_on has valid" in messages(file, fit, "train.patience=2")[0]
     )
     assert "nothing is trained" in messages(file, fit, "train.stages=[]")[0]
+    assert "only test can be captioned" in messages(file, fit, "predict.splits=[valid]")[0]
     for wrong in ("[valid]", "[]", "[valid,train]", "[train,train]"):
         assert "[train] or [train, valid] is allowed" in messages(file, f"data.fit_on={wrong}")[0]

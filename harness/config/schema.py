@@ -85,6 +85,9 @@ class Config(_Steps):
         if self.full_fit and self.train.patience and not self.train.epochs_of:
             what = "patience counts validations, but data.fit_on has valid; name a run in train.epochs_of"
             raise AcrossKeys(what, "train.patience", "data.fit_on")
+        if self.predict.splits and not self.captioned:
+            what = "data.fit_on has valid, so only test can be captioned, but predict.splits lacks it"
+            raise AcrossKeys(what, "predict.splits", "data.fit_on")
         if self.train.epochs_of and not self.full_fit:
             what = "epochs_of needs data.fit_on: [train, valid]"
             raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
