@@ -18,8 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HARNESS_TESTS_CUDA", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("DO_NOT_TRACK", "true")
-# where pytest is started in the background it is ignored, and by what the tests start, too
+# where pytest is started in the background these are ignored, and by what the tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(100_000, 50, 100)
 LONG = ("test_run", "test_training", "test_npu", "test_team", "test_ranks", "test_study", "test_terminal")
 LONG += ("test_tracking_stores", "test_verify", "test_fuzz_runs", "test_metrics_cache", "test_tracking")

@@ -185,7 +185,7 @@ def test_auto_trains_as_what_it_chooses_and_records_it(data, tiny_folder, tmp_pa
     assert as_written["why"] == "as configured"
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_lack_of_memory_halves_the_micro_batch_once(
     data, tiny_folder, tmp_path, monkeypatch, capsys, zero_stage
 ):

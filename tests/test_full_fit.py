@@ -128,7 +128,7 @@ def test_the_start_of_a_stage_is_the_end_of_the_stage_before():
     assert epochs._until(SETTINGS, rows[2:], {"stage": 1, "epoch": 0}) is None
 
 
-@pytest.mark.parametrize("at", [4, 9])
+@pytest.mark.parametrize("at", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
     one, _ = both(tiny_folder)
 
@@ -147,7 +147,6 @@ def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_ranks_keep_the_last_weights_or_their_average_too(tiny_folder, tmp_path, zero_stage):
     settings = ranks.TRAIN | {"zero_stage": zero_stage, "ema": 0.7}

@@ -169,6 +169,7 @@ def test_compare_leaderboard_and_report_say_which_half(project):
     assert data["halves"]["held"]["few"]
 
 
+@pytest.mark.slow
 def test_a_study_on_the_tune_half_reports_the_best_on_the_held_half(project):
     (project / "halved.yaml").write_text(STUDY)
     found = json.loads(harness(project, "study", "halved.yaml", "--format", "json").stdout)

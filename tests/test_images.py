@@ -206,6 +206,7 @@ def test_a_process_that_waits_builds_what_a_killed_one_began(examples, tmp_path)
     assert [path.suffix for path in cache.iterdir() if path.suffix != ".lock"] == [".npy"]
 
 
+@pytest.mark.slow
 def test_what_is_still_being_built_is_not_swept_away(examples, tmp_path):
     images, cache = examples[0].image.parent, tmp_path / "cache"
     slow = builder(images, cache, 200)
@@ -269,6 +270,7 @@ def test_too_full_a_disk_is_told_before_writing(examples, tmp_path, monkeypatch)
         open_pixels(examples, 28, tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_works_beside_torch_and_leaves_no_thread(examples, tmp_path):
     program = """
 import sys, threading

@@ -209,6 +209,7 @@ def test_removed_words_are_struck_through_and_no_others(tmp_path, browser):
         assert bool(lines) == (bare(before) != bare(after))
 
 
+@pytest.mark.slow
 def test_ten_thousand_captions_open_and_sort_quickly(tmp_path, browser):
     found = captions(10_000)
     write_data(tmp_path, found)

@@ -80,7 +80,7 @@ def test_up_to_its_end_a_stage_is_the_same_as_without_patience(tiny_folder, whol
     [
         lambda row: row["step"] == 12 and "valid_loss" in row,
         lambda row: row["step"] == 13,
-        lambda row: row["step"] == 21 and "valid_loss" in row,
+        pytest.param(lambda row: row["step"] == 21 and "valid_loss" in row, marks=pytest.mark.slow),
     ],
     ids=["in the validation that ends a stage", "in the next stage", "at the end"],
 )
@@ -96,7 +96,6 @@ def test_an_interruption_changes_neither_the_end_of_a_stage_nor_a_bit(tiny_folde
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_all_ranks_end_a_stage_together(tiny_folder, tmp_path):
     settings = ranks.TRAIN | {"evaluate_every": 1, "patience": 2}
     ranks.train(tiny_folder, tmp_path / "early", train=settings, scores=[3, 2, 1, 1, 1, 1])

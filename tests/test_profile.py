@@ -24,6 +24,7 @@ def operators(directory) -> Counter:
         return Counter(event.get("name") for event in json.load(file)["traceEvents"])
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_steps_after_the_third_and_changes_no_result(tiny_folder, tmp_path):
     """Three steps an epoch: the profile of steps 4 to 6 ends with its epoch, before the validation."""
     plain, rows = run(tiny_folder, tmp_path / "plain", config(evaluate_every=0))

@@ -65,6 +65,7 @@ def test_with_an_emptied_a_half_filled_and_a_full_cache(pairs, fresh, tmp_path):
     assert bits(pairs, tmp_path) == fresh, "nothing was there"
 
 
+@pytest.mark.slow
 def test_texts_that_leave_a_small_store_come_back_the_same(pairs, fresh, monkeypatch):
     monkeypatch.setattr(bertscore, "STORE_BYTES", 200_000)
     monkeypatch.setattr(bertscore, "CHUNK", 5)

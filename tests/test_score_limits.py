@@ -69,6 +69,7 @@ def test_wide_batches_are_computed_one_at_a_time_and_in_their_order():
     assert most == 1
 
 
+@pytest.mark.slow
 def test_captions_that_are_slow_together_are_asked_for_one_by_one(monkeypatch):
     pairs = [("a mass in the lung", "a nodule in the lung"), ("ct chest", "ct of the chest")]
     whole = scored(pairs, ["meteor"])["meteor"].statistics

@@ -183,6 +183,7 @@ def test_the_held_half_chooses_nothing(project, whole, monkeypatch):
     assert len(Plan(config, load_data(config.data, Path("runs"))).steps["soup"]._chosen()) == 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_experiment_and_compares_with_the_best_member(project):
     done = harness(project, "soup", "small/opt-s42", "runs/seeds/opt-s43", "--out", "mine.yaml")
     assert "-s42 - " in done.stdout or "opt-s4" in done.stdout

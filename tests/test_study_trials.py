@@ -67,6 +67,7 @@ def alone(tmp_path: Path, **changes) -> dict[int, tuple[dict, float]]:
     return results(trials)
 
 
+@pytest.mark.slow
 def test_ten_workers_killed_at_random_lose_and_double_nothing(tmp_path):
     spec, log = study(tmp_path, trials=60), tmp_path / "log"
     draw = random.Random(5)
