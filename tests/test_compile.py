@@ -115,7 +115,7 @@ def test_an_error_of_the_model_itself_is_raised(folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("zero_stage", [0, 1])
 def test_a_compiled_training_goes_on_to_the_same_bits_and_leaves_nothing(folder, tmp_path, zero_stage):
     """With dropout, and stopped in either stage; the losses are those of eager training but for rounding."""
     plain = {"evaluate_every": 0, "zero_stage": zero_stage}

@@ -242,7 +242,6 @@ def test_auto_has_the_fingerprint_of_the_former_recipe(data, tiny_folder, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_ranks_choose_the_same(tmp_path):
     text = EXPERIMENT.replace("micro_batch_size: 8", "micro_batch_size: auto").replace("opt_dedup", "#")
     (tmp_path / "small.yaml").write_text(text)

@@ -223,7 +223,6 @@ def test_bytes_sent_are_those_of_rings():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_bytes_sent_are_those_of_deepspeed_on_two_ranks(tiny_folder):
     """The oracle counts the arguments of torch's collectives. ZeRO-3 gathers a few weights more than once."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -255,7 +254,6 @@ def test_the_page_has_the_figures_of_the_function():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_ranks_reduce_in_about_the_forecast_time():
     """The machine may be busy: this finds a wrong unit or a tensor that is sent too often."""
     for said, found in script()["measured"]().values():
