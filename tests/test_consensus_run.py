@@ -143,7 +143,7 @@ def test_samples_and_beams_are_candidates_of_their_run_and_of_others(project):
     other = json.loads((project / "runs" / "both" / "others-s42" / "run.json").read_text())
     odd = {image: [Candidate(caption)] for image, caption in before(project, "odd/opt-s42").items()}
     assert table(project, other) == by_hand([("both/sampled-s42", 3.0, own), ("odd/opt-s42", 1.0, odd)])
-    # and so does the command; it takes captions of a run without candidates after post-processing
+    # the command agrees; of a run without candidates it takes the captions after post-processing
     odd = {image: [Candidate(text)] for image, text in before(project, "odd/opt-s42", "after").items()}
     runs, how = ("runs/both/sampled-s42", "runs/odd/opt-s42"), ("--utility", "rouge1", "--weights", "3,1")
     said = harness(project, "consensus", *runs, *how, "--out", "all.csv", "--per-image", "why.csv")

@@ -215,7 +215,7 @@ class PredictConfig(Section):
     batch_size: or_auto(Batch) = 16
     """Images decoded together on one device.
 
-    auto: on a CPU 16; else the first 16 are measured, and then as many as fit are taken.
+    auto: 16 on a CPU. On other devices, the memory of the first 16 decides how many follow.
     """
 
     @property

@@ -37,7 +37,7 @@ class Captions(NamedTuple):
 def search(decoding: Decoding, config: PredictConfig, end: int, pad: int) -> Captions:
     """The captions of each image of a batch that has just begun.
 
-    Greedy search gives one caption for each image, beam search as many as there are beams.
+    Greedy search gives one caption for each image. Beam search gives one for each beam.
     """
     return (_greedy if config.num_beams == 1 else _beams)(decoding, config, end, pad)
 

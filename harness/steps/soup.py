@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import metrics, records
+from harness import records
 from harness.data.halves import TUNE, half
 from harness.errors import Problem, UserError
 from harness.machine import ranks
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in
-from harness.steps.standin import Standin, trained_here
-from harness.steps.train import choosing, contents_of, greedy_scores, model_of, primary_metric, scoring_of
+from harness.steps.train import greedy_scores, validating
 from harness.store import INPUTS, bytes_of, fingerprint, parsed, products, write_json
 from harness.training import soups
 from harness.training.resume import BEST, kept
@@ -37,20 +36,13 @@ class Soup(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        config, only = plan.config, choosing(plan.config)
+        config = plan.config
         if config.soup is None:
             return
         used = {"precision", "vision_precision", "max_caption_tokens"}
-        read = model_of(plan) | {"train": config.train.model_dump(include=used)}
+        read, steps, facts = validating(plan, before)
+        read |= {"train": config.train.model_dump(include=used)}
         read |= values(config, "soup.half", "soup.images")
-        read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
-        facts = {
-            "checkpoints": contents_of(plan),
-            "primary": primary_metric(config),
-            "weights": metrics.identities_of(only, plan.root / "cache"),
-        }
-        names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
-        steps = {step: None for name, step in before.items() if name in names}
         steps |= prompts_in(before, "valid")
         facts["candidates"] = _candidates(plan, _origin(read, facts, steps))
         yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache",)))

@@ -65,17 +65,10 @@ class Train(Step):
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
         if not plan.config.trains:
             return
-        config, only = plan.config, choosing(plan.config)
-        read = model_of(plan) | values(config, "data.augment", "seed")
+        config = plan.config
+        read, steps, facts = validating(plan, before)
+        read |= values(config, "data.augment", "seed")
         read["train"] = _written(config.train)
-        read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
-        facts = {
-            "checkpoints": contents_of(plan),
-            "primary": primary_metric(config),
-            "weights": metrics.identities_of(only, plan.root / "cache"),
-        }
-        names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
-        steps = {step: None for name, step in before.items() if name in names}
         steps |= prompts_in(before, "train", "valid")
         found = epochs.found(plan)
         if config.full_fit:
@@ -417,6 +410,23 @@ def choosing(config: "Config") -> ScoreConfig:
     """The score config of training, with only the metrics that choose the best weights, reward or watch."""
     parts = EDITIONS[config.edition].parts(primary_metric(config))
     return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *judges.needed(config))))})
+
+
+def validating(
+    plan: "Plan", before: Mapping[str, Step]
+) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
+    """What a step declares that chooses weights: parts of the config, earlier steps, and facts."""
+    config, only = plan.config, choosing(plan.config)
+    read = model_of(plan)
+    read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
+    names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
+    steps: dict[Step, Sequence[str] | None] = {step: None for name, step in before.items() if name in names}
+    facts = {
+        "checkpoints": contents_of(plan),
+        "primary": primary_metric(config),
+        "weights": metrics.identities_of(only, plan.root / "cache"),
+    }
+    return read, steps, facts
 
 
 def scoring_of(
