@@ -263,14 +263,6 @@ class TrainConfig(Section):
         return given
 
     @model_validator(mode="after")
-    def _samples_with_whole_weights(self) -> "TrainConfig":
-        found = [f"stages.{number}.reward" for number, stage in enumerate(self.stages) if stage.reward]
-        if found and self.zero_stage == 3:
-            what = "the loss reward samples captions, which needs whole weights on each device; zero_stage 3 "
-            raise AcrossKeys(f"{what}shards them; use 0, 1 or 2", "zero_stage", *found)
-        return self
-
-    @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":
         if self.precision == "fp16" and not self.zero_stage:
             what = "precision is fp16, which needs a zero_stage of 1, 2 or 3 for loss scaling; got 0"

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from harness.training import patience
 from harness.training.averages import Average
 from harness.training.best import Best
 from harness.training.compiling import OFF, Compiler, chosen
-from harness.training.engine import engine, place, release, resume, whole
+from harness.training.engine import engine, gathered, place, release, resume, whole
 from harness.training.finite import check_weights
 from harness.training.learning import Learner, Row
 from harness.training.profile import Profiler
@@ -156,7 +157,7 @@ class Training:
                 patience.begin(self.state)
                 if stage.reward and self.validates:
                     validate(self, stage, begins=True)
-            with self._sampling(stage) as critic:
+            with self._sampling(trainer, stage) as critic:
                 self._steps(trainer, stage, Learner(self, trainer, stage, critic))
         finally:
             release(trainer)
@@ -224,7 +225,7 @@ class Training:
         return epoch_batches(self.lengths, self.config.batch_size, self.seed, stage, epoch, grouped)
 
     @contextlib.contextmanager
-    def _sampling(self, stage: Stage) -> Iterator[SelfCritical | None]:
+    def _sampling(self, trainer: Any, stage: Stage) -> Iterator[SelfCritical | None]:
         """The block of a stage's steps; what samples captions in it, if the stage has the loss `reward`."""
         if not stage.reward:
             yield None
@@ -233,7 +234,14 @@ class Training:
             raise ValueError("the loss reward needs a function that measures captions")
         split = self.splits["train"]
         critic = SelfCritical(
-            stage, self.loaded, split.ids, split.captions, self.measure, self.seed, self.multiple
+            stage,
+            self.loaded,
+            split.ids,
+            split.captions,
+            self.measure,
+            self.seed,
+            self.multiple,
+            partial(gathered, trainer),
         )
         with without_dropout(self.loaded.model):
             yield critic
