@@ -26,7 +26,8 @@ from harness.errors import Problem, UserError
 from harness.machine import device as devices
 from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
-from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
+from harness.models import parts
+from harness.models.loading import Loaded, batch_of, load_trained, save_trained, trained_weights
 from harness.models.text import Text, to_device
 from harness.store import free, gb, write
 from harness.training import losses, patience
@@ -184,7 +185,8 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(stage.texts, self.config.train_vision)
+        self.loaded.model.freeze(stage.texts)
+        self.say(f"stage {stage.number} trains {parts.worded(parts.counts(self.loaded.model))} parameters")
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         self.average = None if self.config.ema is None else Average(self.loaded.model, self.config.ema)
@@ -294,7 +296,7 @@ class Training:
         if not stage.constant:
             rate = learning_rate(self.config, rate, step, steps, self.per_epoch)
         for group in trainer.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)  # checkpoints from before factors have none
         self._randomise(stage, step)
         trainer.train()
         learnt = self._learn(trainer, stage, step, indices)
@@ -389,9 +391,11 @@ class Training:
     def _seen(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Micro-batches with pixels as the model sees them: on its device, augmented and normalised."""
         for batch in batches:
-            pixels = devices.moved(batch.pop("pixels"), self.device)
-            pixels = self.loaded.normalise(augment(pixels, self.augmentation, self.draw))
-            yield batch | {"pixels": pixels}
+            images = batch.pop("pixels")
+            if torch.is_tensor(images):  # whole images differ in size and stay on the CPU
+                images = devices.moved(images, self.device)
+            images = augment(images, self.augmentation, self.draw)
+            yield batch | {"pixels": self.loaded.normalise(images)}
 
     @contextlib.contextmanager
     def _sampling(self, stage: Stage) -> Iterator[None]:
@@ -458,7 +462,7 @@ class Training:
         """Collated micro-batches; a thread prepares the next one while the device works on this one."""
 
         def collate(indices: np.ndarray) -> dict[str, Any]:
-            batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
+            batch: dict[str, Any] = {"pixels": batch_of(split.pixels, indices)}
             concepts = [split.concepts[i] or Text([self.loaded.concept.pad], 1) for i in indices]
             captions = [split.captions[i] for i in indices]
             for name, texts in (("caption", captions), ("concept", concepts)):
@@ -561,7 +565,7 @@ class Training:
         own = np.array_split(np.arange(len(split.ids)), count)[ranks.rank() :: ranks.world_size()]
         total = torch.zeros((), device=self.device)
         for batch in self._batches(split, own, Stage(0, 0, 0, {"caption": 1.0})):
-            pixels = loaded.normalise(batch["pixels"].to(self.device))
+            pixels = loaded.normalise(batch["pixels"])
             total += loaded.model(pixels, to_device(batch["caption"], self.device)).caption
         return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
 
