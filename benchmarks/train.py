@@ -29,6 +29,7 @@ from harness.machine import device, ranks
 from harness.models.loading import Loaded
 from harness.training import train
 from harness.training.engine import engine, place, release
+from harness.training.learning import Learner
 from harness.training.resume import State
 from harness.training.schedule import Stage
 from harness.training.settings import TrainConfig
@@ -48,11 +49,12 @@ class Ours(train.Training):
         self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
         self.loaded.model.freeze(LOSSES)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
+        self.learner = Learner(self, self.trainer, STAGE)
 
     def step(self, number: int) -> None:
         """One optimiser step."""
         number %= self.per_epoch
-        self._step(self.trainer, STAGE, number, self.order[number])
+        self.learner.step(number, self.order[number])
 
 
 def ours(folder: Path, directory: Path) -> Ours:

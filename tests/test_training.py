@@ -17,7 +17,7 @@ from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.text import Codec
-from harness.training import losses, schedule, train
+from harness.training import learning, losses, schedule, train
 from harness.training.settings import LossesConfig
 
 device.probe("cpu")
@@ -295,7 +295,7 @@ def test_casts_of_a_step_are_those_of_each_micro_batch(folder, tmp_path, monkeyp
     half = {"precision": "bf16", "micro_batch_size": 2, "evaluate_every": 0, "stages": stages(2, 0)}
     settings = config(**half | changes)
     kept, rows = run(folder, tmp_path / "kept", settings)
-    monkeypatch.setattr(train, "casts_kept", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(learning, "casts_kept", lambda *_: contextlib.nullcontext())
     each, others = run(folder, tmp_path / "each", settings)
     assert losses_of(rows) == losses_of(others)
     for name, weight in each.model.state_dict().items():
@@ -333,8 +333,8 @@ def test_a_weight_is_cast_once_in_a_step(folder, tmp_path, monkeypatch):
 
     settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), gradient_checkpointing=True)
     counts = []
-    for keeps in (train.casts_kept, lambda *_: contextlib.nullcontext()):
-        monkeypatch.setattr(train, "casts_kept", keeps)
+    for keeps in (learning.casts_kept, lambda *_: contextlib.nullcontext()):
+        monkeypatch.setattr(learning, "casts_kept", keeps)
         casts = Casts()
         casts.shape = load_tiny(folder).model.vision_model.encoder.layers[0].mlp.fc1.weight.shape
         with casts, pytest.raises(Interrupted):

@@ -26,7 +26,7 @@ from harness.steps.work import base, texts
 from harness.training import fit, forecast, judges, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import EMA, FLOOR, LOSSES, VALIDATION, kept, rows_of
+from harness.training.resume import EMA, FLOOR, LOSSES, PRIMARY, VALIDATION, kept, rows_of
 from harness.training.settings import IMAGE_GAP, TrainConfig
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Train(Step):
                     steps = schedule.total_steps(config.train, images, patience.saved(ended))
                     for text in patience.told(ended[-1:]):
                         work.say(text)
-                if train.PRIMARY in row and work.watch:
+                if PRIMARY in row and work.watch:
                     work.watch(row)
 
             def run(setup: Setup) -> "Loaded":
@@ -324,15 +324,13 @@ class Train(Step):
         return measure
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
-        from harness.training import train
-
         primary = self.inputs.facts["primary"]
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
         if f"valid_{primary}" not in row:
             what = f"{primary} must choose the best checkpoint, but is absent: {scores[primary].reason}"
             raise UserError(what, exit_code=1)
         self.starred = {f"valid_{name}" for name, score in scores.items() if not score.official}
-        return row | {train.PRIMARY: row[f"valid_{primary}"]}
+        return row | {PRIMARY: row[f"valid_{primary}"]}
 
     def _note(self, row: Mapping[str, Any]) -> str:
         """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
