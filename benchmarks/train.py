@@ -47,7 +47,7 @@ class Ours(train.Training):
     def begin(self) -> None:
         """Do what precedes the first step of a stage."""
         self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
-        self.loaded.model.freeze(LOSSES, True)
+        self.loaded.model.freeze(LOSSES)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
         self.learner = Learner(self, self.trainer, STAGE)
 
@@ -105,7 +105,7 @@ def bare(folder: Path, batches: list[list[dict[str, Any]]]) -> Iterator[float]:
     """The losses of successive optimiser steps in plain PyTorch."""
     model = blip2.load(folder).model
     place(model, CONFIG, "cpu")
-    model.freeze(LOSSES, True)
+    model.freeze(LOSSES)
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-4, weight_decay=CONFIG.weight_decay)
@@ -140,7 +140,7 @@ def trainer_steps(folder: Path, training: Ours, directory: Path) -> list[float]:
 
     loaded = blip2.load(folder)
     place(loaded.model, CONFIG, "cpu")
-    loaded.model.freeze(LOSSES, True)
+    loaded.model.freeze(LOSSES)
     data, times = training.splits["train"], []
 
     class Clock(TrainerCallback):

@@ -365,7 +365,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
     loaded = load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    loaded.model.freeze(["caption", "concept"], True)
+    loaded.model.freeze(["caption", "concept"])
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     trainer.optimizer.loss_scaler.cur_scale = 2.0**40
     split = splits(loaded)["train"]
@@ -394,7 +394,7 @@ def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on_fused(folder, t
     for round_ in range(2):
         loaded = load_tiny(folder)
         place(loaded.model, settings, "cpu")
-        loaded.model.freeze(["caption"], True)
+        loaded.model.freeze(["caption"])
         trainer = engine(loaded.model, settings, "cpu", tmp_path)
         if round_:
             resume(trainer, tmp_path / "step", universal=False)
@@ -447,7 +447,7 @@ def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monk
 
     linear, settings, loaded = F.linear, config(zero_stage=3, micro_batch_size=8), load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    loaded.model.freeze(["caption"], True)
+    loaded.model.freeze(["caption"])
     hooks = len(loaded.model._forward_pre_hooks), len(loaded.model._forward_hooks)
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     split = splits(loaded)["train"]

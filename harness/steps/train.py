@@ -15,6 +15,7 @@ from harness.machine import device, ranks
 from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
+from harness.models.base import PARTS
 from harness.models.settings import longest_prompt
 from harness.steps import epochs
 from harness.steps.base import Step
@@ -43,7 +44,10 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
-_LATER = {"ema": None, "keep_best": 1, "patience": 0}
+_LATER = {
+    **{"ema": None, "keep_best": 1, "patience": 0},
+    **{"train_language": False, "learning_rates": dict.fromkeys(PARTS)},
+}
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
 _RESAMPLES = 1000  # of the intervals that may end a self-critical stage
@@ -167,7 +171,7 @@ class Train(Step):
         from harness.training import engine
 
         config, devices = self.inputs.config, ranks.world_size()
-        shape = family(config.model).shape(config.model)
+        shape = family(config.model).shape(config.model, config.train)
         half = engine.precision(config.train, work.kind) is not None
         trained, prompt = epochs.shortened(config.train, self._until), longest_prompt(config.model.prompt)
         model = shape and Model(shape, trained, work.kind, half, prompt, judges.size(config))

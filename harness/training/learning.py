@@ -51,7 +51,7 @@ class Learner:
         if not self.stage.constant:
             rate = learning_rate(self.config, rate, step, self.stage.epochs * per_epoch, per_epoch)
         for group in self.trainer.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)  # checkpoints from before factors have none
         self._randomise(step)
         self.trainer.train()
         learnt = self._learn(step, indices)
@@ -150,9 +150,11 @@ class Learner:
         """Micro-batches with pixels as the model sees them: on its device, augmented and normalised."""
         training = self.training
         for batch in read:
-            pixels = devices.moved(batch.pop("pixels"), self.device)
-            pixels = training.loaded.normalise(augment(pixels, training.augmentation, self.draw))
-            yield batch | {"pixels": pixels}
+            images = batch.pop("pixels")
+            if torch.is_tensor(images):  # whole images differ in size and stay on the CPU
+                images = devices.moved(images, self.device)
+            images = augment(images, training.augmentation, self.draw)
+            yield batch | {"pixels": training.loaded.normalise(images)}
 
     def _summed(self, found: Tensor, norm: Any) -> Tensor:
         """Sum loss terms (M, L) over all ranks' micro-batches; the norm of gradients follows if a tensor.

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from harness.models.loading import Loaded
+from harness.models.loading import Loaded, batch_of
 from harness.models.text import Text
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and texts of one split; `pixels[indices]` gives uint8 (B, S, S, 3)."""
+    """Images and texts of one split; `pixels` are for `models.loading.batch_of`."""
 
     ids: Sequence[str]
     pixels: Any
@@ -31,7 +30,7 @@ def batches(
     """
 
     def collate(indices: np.ndarray) -> dict[str, Any]:
-        batch: dict[str, Any] = {"pixels": torch.from_numpy(np.ascontiguousarray(split.pixels[indices]))}
+        batch: dict[str, Any] = {"pixels": batch_of(split.pixels, indices)}
         concepts = [split.concepts[i] or Text([loaded.concept.pad], 1) for i in indices]
         captions = [split.captions[i] for i in indices]
         for name, texts in (("caption", captions), ("concept", concepts)):

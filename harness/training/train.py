@@ -22,6 +22,7 @@ from harness.errors import UserError
 from harness.machine import device as devices
 from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
+from harness.models import parts
 from harness.models.loading import Loaded, load_trained, save_trained
 from harness.training import patience
 from harness.training.averages import Average
@@ -140,7 +141,8 @@ class Training:
         elif ranks.rank() == 0:
             start.parent.mkdir(exist_ok=True)
             save_trained(self.loaded.model, start)
-        self.loaded.model.freeze(stage.texts, self.config.train_vision)
+        self.loaded.model.freeze(stage.texts)
+        self.say(f"stage {stage.number} trains {parts.worded(parts.counts(self.loaded.model))} parameters")
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
         trainer = engine(self.loaded.model, self.config, self.kind, self.directory, universal is not None)
         self.average = None if self.config.ema is None else Average(self.loaded.model, self.config.ema)

@@ -85,6 +85,6 @@ def _valid_loss(training: "Training", loaded: Loaded) -> float:
     own = np.array_split(np.arange(len(split.ids)), count)[ranks.rank() :: ranks.world_size()]
     total = torch.zeros((), device=device)
     for batch in batches(split, loaded, own, ("caption",), training.multiple):
-        pixels = loaded.normalise(batch["pixels"].to(device))
+        pixels = loaded.normalise(batch["pixels"])
         total += loaded.model(pixels, to_device(batch["caption"], device)).caption
     return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
