@@ -18,7 +18,7 @@ from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import problems as model_problems
-from harness.steps import STEPS, comparing, epochs
+from harness.steps import STEPS, comparing, epochs, origins
 from harness.steps.base import Step
 from harness.steps.train import choosing
 from harness.steps.work import Reporter
@@ -75,11 +75,12 @@ class Plan:
     @cached_property
     def looks(self) -> dict[str, str]:
         """The shares of the data that runs are quick looks at whose captions or weights this one uses."""
-        consensus, soup = self.config.consensus, self.config.soup
+        consensus, soup, start = self.config.consensus, self.config.soup, self.config.train.start_from
         found: dict[str, str] = {}
         for run in (
             *(one.run for one in (consensus.runs if consensus else ())),
             *(soup.runs if soup else ()),
+            *([start] if start and self.config.trains else ()),
         ):
             record = records.read(self.root / run)
             share = fraction.worded(record["config"].get("data", {}).get("fraction"))
@@ -194,6 +195,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     plan = Plan(config, load(config.data, root), root)
     if why := epochs.unknown(plan):
         return {"train": f"to do, but its epochs are not known yet: {why}"}
+    if why := config.trains and origins.waiting(plan):
+        return {"train": f"to do, but the weights that it starts from are not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

@@ -110,6 +110,8 @@ def _ends_early(config: "Config") -> str:
 def _notes(config: "Config") -> Iterator[str]:
     if share := fraction.worded(config.data.fraction):
         yield f"a quick look at {share}"
+    if config.trains and (start := config.train.start_from):
+        yield f"starts from the best weights of {start}"
     if config.full_fit:
         epochs = f", for the epochs that {of} found" if (of := config.train.epochs_of) else ""
         yield f"trains on train and valid{epochs}; there will be no scores"

@@ -246,7 +246,7 @@ def usage(model: Model, setup: Setup) -> Usage:
 
 def _sampling(model: Model, held: Activations) -> int:
     """Bytes of captions that are sampled with whole weights: layers keep keys and values, not one input."""
-    return model.weights + 2 * held.kept_checkpointed if model.config.samples else 0
+    return model.weights + 2 * held.kept_checkpointed if model.config.rewards else 0
 
 
 def _bucket(config: TrainConfig) -> int:
