@@ -1,13 +1,19 @@
 """Parts of a captioner: other language models, adapters, what trains at which rate, and what is saved."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import language_models
+from support.commands import harness
+from support.experiments import EXPERIMENT
 from support.generate import generated
 from support.models import SIZES, batch, pixels, stages
 from support.training import Interrupted, config, run
 
+from harness import records
+from harness.captions import read_captions
 from harness.config.sections import PredictConfig
 from harness.decoding import predict
 from harness.errors import UserError
@@ -269,3 +275,30 @@ def rising(first=0):
     """A validation whose score is always better than before."""
     scores = iter(range(first, 100))
     return lambda: {"valid_primary": float(next(scores))}
+
+
+# export
+
+
+def test_an_exported_run_is_a_checkpoint_that_captions_alike(small_run, tmp_path, empty_store):
+    """Another run captions by the exported checkpoint as it is."""
+    place, folder = tmp_path / "project", tmp_path / "exported"
+    shutil.copytree(small_run / "kept", place)
+    (place / "mlflow.db").write_bytes(empty_store)
+    run = place / "runs" / "small" / "opt-s42"
+    assert f"--set model.checkpoint={folder}" in harness(place, "export", run, folder).stdout
+    assert "exists and is not an empty folder" in harness(place, "export", run, folder, code=2).stderr
+    changes = {"checkpoint: tiny": f"checkpoint: {folder}", "name: small": "name: as_is"}
+    experiment = EXPERIMENT.partition("variants:")[0]
+    for old, new in changes.items():
+        experiment = experiment.replace(old, new)
+    (place / "as_is.yaml").write_text(experiment)
+    said = harness(place, "run", "as_is.yaml", "--set", "train.stages=[]").stdout
+    assert "STAND-IN model" in said
+    (other,) = (place / "runs" / "as_is").glob("*-s42")
+    files = [captions(records.read(one), one) for one in (run, other)]
+    assert files[0] == files[1] != {}
+
+
+def captions(record, run):
+    return read_captions(records.artifact(run, record, "predictions/valid_before.csv"))
