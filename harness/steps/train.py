@@ -112,6 +112,8 @@ class Train(Step):
             work.say(epochs.told(config.train, self.epochs_of))
         if self.start:
             work.say(origins.told(self.start))
+        if self._new:
+            work.say(f"{self._new}: new, so not in any checkpoint")
         splits = self._splits(work)
         images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
         steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
@@ -237,12 +239,18 @@ class Train(Step):
             "training": {
                 **fit.recorded(self.directory),
                 "best": kept(self.directory)[0],
+                **({"new": self._new} if self._new else {}),
                 **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
                 **({"start": self.start} if self.start else {}),
                 **({"ended": ended} if ended else {}),
                 **({"notes": notes} if notes else {}),
             }
         }
+
+    @property
+    def _new(self) -> str:
+        """The modules whose weights no checkpoint has."""
+        return " and ".join(family(self.inputs.config.model).new(self.inputs.config.model))
 
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
         """The stages that have ended, if a validation may end them early."""
