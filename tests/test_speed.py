@@ -278,7 +278,7 @@ SAMPLING = [
 
 
 def test_time_beyond_the_updates_is_that_of_samples(tmp_path):
-    """A step takes 3 s more than its updates: half the tokens take half of that. The pace is that of stage 1."""
+    """Steps take 3 s more than their updates: half the tokens take half of that. The pace is of stage 1."""
     sampling = TINY.model_copy(update={"train": TrainConfig(stages=SAMPLING)})
     model, setup = (
         Model(sizes.of_model(TINY.model), sampling.train, "cpu", False),
