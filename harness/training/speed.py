@@ -183,12 +183,7 @@ def sampling(
     reached = pace(device, model, root)
     named = {name for _, stage in work for name in stage.reward.metrics}
     runs = _finished(root, device, "train") if isinstance(reached, Pace) else ()
-    found = [
-        seconds
-        for run in runs
-        if run[1]["config"]["model"] == json.loads(settings.model_dump_json())
-        for seconds in _beyond_updates(run, reached, named)
-    ]
+    found = [seconds for run in runs for seconds in _beyond_updates(run, settings, reached, named)]
     if found:
         units = sum(count * _decoded(stage, model, setup) for count, stage in work)
         return Guess(units * statistics.median(found), _runs(len(found)))
@@ -219,11 +214,14 @@ def _decoded(stage: Stage, model: Model, setup: Setup) -> int:
 
 
 def _beyond_updates(
-    run: tuple[Path, Mapping[str, Any]], reached: Pace, named: Collection[str]
+    run: tuple[Path, Mapping[str, Any]], settings: ModelConfig, reached: Pace, named: Collection[str]
 ) -> Iterator[float]:
-    """Seconds of samples and rewards for each unit of `_decoded` in a run's stages with these metrics."""
+    """Seconds of samples and rewards for each unit of `_decoded` in a run's stages with these metrics.
+
+    None of them if the run is of another model.
+    """
     known = _speeds(run)
-    if known is None:
+    if known is None or ModelConfig.model_validate(run[1]["config"]["model"]) != settings:
         return
     model, setup, rows = known
     for stage in stages(model.config):
