@@ -85,7 +85,12 @@ REWARDED = {"metrics": {"rouge1": 1, "bleu1": 1}, "samples": 3, "max_new_tokens"
 SELF_CRITICAL = TRAIN | {
     "stages": [
         {"epochs": 1, "losses": {"caption": 1}},
-        {"epochs": 2, "losses": {"reward": 1, "caption": 0.5}, "reward": REWARDED},
+        {
+            "epochs": 2,
+            "losses": {"reward": 1, "caption": 0.5},
+            "reward": REWARDED,
+            "validations_per_epoch": 2,
+        },
     ],
 }
 

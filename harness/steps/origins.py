@@ -70,7 +70,7 @@ def learned_from_valid(record: records.Record) -> bool:
 
 
 def start(plan: "Plan", own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The weights of `train.start_from`: run, step, file, SHA-256 and, in words, which they are.
+    """The weights of `train.start_from`: run, step, file, SHA-256 and, in words if known, which they are.
 
     None if the config names none. Raises `UserError` if this training can't start from them.
     """
@@ -89,7 +89,7 @@ def start(plan: "Plan", own: Mapping[str, Any]) -> dict[str, Any] | None:
             what = f"{run} has trained weights that this run keeps as they are in the checkpoints"
             hint = f"Train them too: --set train.{key}=true"
             raise UserError([Problem(what, folder, key=START, hint=hint)])
-    best = described(kept(found.directory)[0]) or "its averaged weights"
+    best = described(kept(found.directory)[0])  # not known of soups, and of runs of earlier versions
     step = str(found.directory.relative_to(plan.root))
     return {"run": run, "step": step, "file": BEST, "sha256": found.files[BEST], "weights": best}
 
@@ -104,7 +104,8 @@ def check(plan: "Plan", earlier: "Config") -> None:
 
 def told(found: Mapping[str, Any]) -> str:
     """A sentence about what `start` found."""
-    return f"starts from the best weights of {found['run']}: {found['weights']}"
+    which = f": {found['weights']}" if found["weights"] else ""
+    return f"starts from the best weights of {found['run']}{which}"
 
 
 def waiting(plan: "Plan") -> str:
