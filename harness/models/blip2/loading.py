@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTraine
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
-from harness.machine import device
 from harness.models import checkpoints
 from harness.models.blip2.model import TIED, Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
@@ -79,8 +78,7 @@ def load(
         _set_dropout(blip2.text_config, language_dropout)
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
-    if device.rank():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     parts = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
     model, info = Captioner.from_pretrained(
         folder,
