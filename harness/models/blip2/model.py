@@ -56,6 +56,7 @@ class Captioner(Blip2PreTrainedModel):
             torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size)
         )
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config, attn_implementation="eager")
+        self.text_dropout: float = config.qformer_config.attention_probs_dropout_prob
         self.embeddings = Blip2TextEmbeddings(config.qformer_config)
         self.cls = nn.Sequential(OrderedDict(predictions=_Head(config.qformer_config)))
         self.language_projection = self.language_model = None
@@ -143,7 +144,7 @@ class Captioner(Blip2PreTrainedModel):
                 keys,
                 values,
                 attn_mask=mask,
-                dropout_p=attention.dropout.p if self.training else 0.0,
+                dropout_p=self.text_dropout if self.training else 0.0,
             )
             hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
             hidden = layer.feed_forward_chunk(hidden)
