@@ -72,11 +72,14 @@ def measure(reward, words):
     return reward, said(words)
 
 
-def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
-    """Train the tiny checkpoint of `folder` -> what is loaded at the end, and the rows of losses.jsonl."""
+def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, load=None, **model):
+    """Train the tiny checkpoint of `folder` -> what is loaded at the end, and the rows of losses.jsonl.
+
+    `load` loads another model with the tokenizers of that folder.
+    """
     directory.mkdir(exist_ok=True)
 
-    def load():
+    def tiny():
         return load_tiny(folder, dropout=dropout, **model)
 
     scores = evaluate or (lambda: {"valid_primary": 0.0})
@@ -84,7 +87,7 @@ def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dro
     training = train.Training(
         settings,
         AugmentConfig(),
-        load,
+        load or tiny,
         data,
         "cpu",
         42,
@@ -104,7 +107,7 @@ def by_hand(folder, settings, language_model, place="cpu"):
     lengths = np.array([len(text.ids) for text in split.captions])
     losses = []
     for stage in schedule.stages(settings):
-        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"], True)
+        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"])
         own = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in own if p.ndim > 1]
         optimizer = torch.optim.AdamW(
