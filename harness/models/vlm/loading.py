@@ -1,0 +1,160 @@
+"""Loading a vision-language model with its processor from a checkpoint folder."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BlipForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from harness.errors import Problem, UserError
+from harness.machine import device
+from harness.models import adapters, parts
+from harness.models.settings import ModelConfig, longest_prompt, prompt_text
+from harness.models.text import Codec
+from harness.models.vlm.architectures import ARCHITECTURES
+from harness.models.vlm.blip import Blip
+from harness.models.vlm.images import WholeLoaded
+from harness.models.vlm.model import Captioner, Chatter
+from harness.models.vlm.text import blip_codec, image_token, turn_codec
+
+if TYPE_CHECKING:
+    from harness.training.settings import TrainConfig
+
+_PIL = {"use_fast": False, "trust_remote_code": False}
+"""Images are resized by PIL: torchvision gives other pixels, and it need not be installed."""
+
+
+def codec(config: ModelConfig, folder: Path, max_tokens: int) -> Codec:
+    """The codec of captions; raises `UserError` if a user turn does not have one image token."""
+    return _codec(config, folder, processor(folder), max_tokens)
+
+
+def load(
+    config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: torch.dtype
+) -> WholeLoaded:
+    """Load the model, with adapters if `model.lora` asks for them.
+
+    Weights that training may change are fp32, the others `frozen_dtype`. Raises `UserError` naming the
+    weights that the checkpoint lacks.
+    """
+    own = processor(folder)
+    captions = _codec(config, folder, own, train.max_caption_tokens)
+    model = captioner(_weights(folder, parts.trained(config, train), frozen_dtype), own, config, train)
+    images = own.image_processor
+    return WholeLoaded(
+        model, captions, captions, tuple(images.image_mean), tuple(images.image_std), processor=images
+    )
+
+
+def captioner(
+    model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig"
+) -> Captioner:
+    """The captioner of a model, with adapters if `model.lora` asks for them."""
+    trained, kind = parts.trained(config, train), model.config.model_type
+    if kind == "blip":
+        made = Blip(model, trained)
+    else:
+        instruction = None
+        if kind == "instructblip":
+            instruction = own.qformer_tokenizer(prompt_text(config.prompt)).input_ids
+        made = Chatter(model, trained, image_token(kind, own), instruction)
+    if config.lora:
+        adapters.add(made, config.lora)
+    return made
+
+
+def processor(folder: Path) -> Any:
+    """The processor of a checkpoint, with an image processor by PIL.
+
+    Raises `UserError` naming what it needs and this machine lacks.
+    """
+    kind = AutoConfig.from_pretrained(folder).model_type
+    try:
+        if ARCHITECTURES[kind].rotated:
+            return _WithoutVideo.of(folder)
+        return AutoProcessor.from_pretrained(folder, **_PIL)
+    except ImportError as error:
+        what = " ".join(str(error).split())
+        raise UserError([Problem(f"the processor of {folder} can't be loaded: {what}", key="model.checkpoint")]) from None
+
+
+@dataclass(frozen=True)
+class _WithoutVideo:
+    """The parts of Qwen's processor that images need; that of videos needs torchvision."""
+
+    image_processor: Any
+    tokenizer: Any
+    image_token_id: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "_WithoutVideo":
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return cls(AutoImageProcessor.from_pretrained(folder, **_PIL), tokenizer, image)
+
+
+def _codec(config: ModelConfig, folder: Path, own: Any, max_tokens: int) -> Codec:
+    words, model = prompt_text(config.prompt), AutoConfig.from_pretrained(folder)
+    text = model.get_text_config(decoder=True)
+    if model.model_type == "blip":
+        found = blip_codec(own.tokenizer, text.bos_token_id, words, max_tokens)
+    else:
+        architecture = ARCHITECTURES[model.model_type]
+        found = turn_codec(own, folder, model.model_type, architecture, words, max_tokens)
+    needed, positions = len(found.prompt) + longest_prompt(config.prompt) + max_tokens, _positions(text)
+    if positions and needed > positions:
+        what = f"a prompt and a caption may have {needed} tokens; this model reads {positions}"
+        hint = f"Lower train.max_caption_tokens ({max_tokens}), or shorten the prompt."
+        raise UserError([Problem(what, key="model.prompt", hint=hint)])
+    return found
+
+
+def _positions(text: Any) -> int | None:
+    return getattr(text, "max_position_embeddings", None)
+
+
+def _weights(folder: Path, trained: Collection[str], frozen_dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint; raises `UserError` if a weight would stay random."""
+    config = AutoConfig.from_pretrained(folder)
+    blip = config.model_type == "blip"
+    kind = BlipForConditionalGeneration if blip else AutoModelForImageTextToText._model_mapping[type(config)]
+    # missing weights are an error below; unused weights need no warning
+    logging.set_verbosity_error()
+    if device.rank():
+        logging.disable_progress_bar()
+    model, info = _in_fp32(kind, config, trained).from_pretrained(
+        folder, dtype=frozen_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
+    lacking -= set(model._tied_weights_keys or ()) | _tied(model)
+    if lacking:
+        names = sorted(lacking)
+        shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+        what = f"the checkpoint lacks these weights, and they can't stay random: {shown}"
+        raise UserError([Problem(what, folder, key="model.checkpoint")])
+    return model.train()
+
+
+def _in_fp32(kind: type[PreTrainedModel], config: Any, trained: Collection[str]) -> type[PreTrainedModel]:
+    """The class of a model that loads the weights of trained parts in fp32, whatever the others are."""
+    with torch.device("meta"):
+        names = {part for name, _ in kind(config).named_parameters() for part in name.split(".")}
+    wanted = ARCHITECTURES[config.model_type].modules(trained)
+    kept = [name for name in wanted if name in names]
+    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return set(every) - set(dict(model.named_parameters()))
