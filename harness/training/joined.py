@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from harness.data.images import Whole
-from harness.training.train import Split
+from harness.training.split import Split
 
 
 class Joined:
