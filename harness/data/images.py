@@ -220,7 +220,7 @@ def shrink(image: Image.Image, size: int) -> np.ndarray:
     if longest > size:
         sides = [max(1, round(side * size / longest)) for side in image.size]
         image = image.resize(sides, Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def _pixels(path: Path, size: int, fit: Callable[[Image.Image, int], np.ndarray] = resize) -> np.ndarray:

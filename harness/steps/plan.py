@@ -17,6 +17,7 @@ from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
+from harness.models import family
 from harness.models import problems as model_problems
 from harness.steps import STEPS, comparing, epochs
 from harness.steps.base import Step

@@ -1,6 +1,6 @@
 """Small vision-language checkpoints with random weights, in the layout of transformers, with processors."""
 
-import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -77,6 +77,8 @@ def make(kind: str, folder: Path, seed: int = 0) -> Path:
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=1.4 * weight.shape[-1] ** -0.5)
+        if "gemma" in kind:  # they multiply embeddings, by which every token would make itself the next one
+            model.get_input_embeddings().weight.mul_(0.2)
     model.save_pretrained(folder)
     for part in (processor, *rest):
         part.save_pretrained(folder)
@@ -96,6 +98,7 @@ def _sentencepiece(special: list[str], prefix: bool) -> Tokenizer:
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     spaces = normalizers.Replace(" ", "▁")
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     alphabet = sorted({*"".join(SENTENCES).replace(" ", "▁"), "\n", ":", "U", "S", "E", "R", "I", "N"})
     return _trained(made, special, alphabet)
@@ -119,15 +122,9 @@ def _gemma_tokens(cls: type, special: list[str], **named: str) -> PreTrainedToke
 def _bert() -> BertTokenizerFast:
     words = sorted({word.strip(".,:").lower() for text in SENTENCES for word in text.split()})
     every = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, ".", ",", ":", "[DEC]"]
-    return BertTokenizerFast(vocab={word: i for i, word in enumerate(every)}) if False else _vocabulary(every)
-
-
-def _vocabulary(words: list[str]) -> BertTokenizerFast:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vocab.txt"
-        file.write_text("\n".join(words) + "\n", encoding="utf-8")
+        file.write_text("\n".join(every) + "\n", encoding="utf-8")
         return BertTokenizerFast(str(file))
 
 
@@ -153,13 +150,17 @@ def _instructblip(kind: str) -> tuple:
     former |= {"max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     text = {"model_type": "llama", **_TEXT, "vocab_size": len(llama)}
     values = {"vision_config": _VISION, "qformer_config": former, "text_config": text}
-    return processor, values | {"num_query_tokens": 3, "image_token_id": len(llama) - 1}
+    return processor, values | {"num_query_tokens": 3, "image_token_index": len(llama) - 1}
 
 
 def _llava(kind: str) -> tuple:
     tokens = _llama(["<image>"])
     image = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    more = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    more = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     return LlavaProcessor(image, tokens, chat_template=_USER, **more), _llava_values(tokens)
 
 
@@ -177,7 +178,11 @@ def _llava_next(kind: str) -> tuple:
     tokens, pins = _llama(["<image>"]), [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     image = LlavaNextImageProcessor(**sides, image_grid_pinpoints=pins)
-    more = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    more = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     values = _llava_values(tokens) | {"image_grid_pinpoints": pins}
     return LlavaNextProcessor(image, tokens, chat_template=_USER, **more), values
 
@@ -195,7 +200,11 @@ def _paligemma(kind: str) -> tuple:
 
 
 def _gemma3(kind: str) -> tuple:
-    image = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    image = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
     turns = ["<start_of_turn>", "<end_of_turn>"]
     tokens = _gemma_tokens(PreTrainedTokenizerFast, [*image.values(), *turns], **image)
     processor = Gemma3Processor(_size(Gemma3ImageProcessor), tokens, chat_template=_GEMMA, image_seq_length=4)
@@ -208,7 +217,9 @@ def _gemma3(kind: str) -> tuple:
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": False,
         },
+        "tie_word_embeddings": False,
         "mm_tokens_per_image": 4,
         "image_token_index": number("<image_soft_token>"),
         "boi_token_index": number("<start_of_image>"),
@@ -240,13 +251,5 @@ def _qwen(kind: str) -> tuple:
     number = tokens.convert_tokens_to_ids
     ids = {f"{name}_token_id": number(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     ids |= {f"{name}_token_id": number(f"<|{name}_pad|>") for name in ("image", "video")}
-    text = {**_TEXT, "vocab_size": len(tokens), "rope_scaling": rope}
+    text = {**_TEXT, "vocab_size": len(tokens), "rope_scaling": rope, "num_hidden_layers": 3}
     return tokens, {"vision_config": depth, "text_config": text, **ids}, image
-
-
-def template_of(folder: Path) -> str | None:
-    """The chat template that a checkpoint was saved with."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")

@@ -32,7 +32,9 @@ def problems(model: ModelConfig) -> list[Problem]:
     """The problems of `model:` and of loading the checkpoint: missing, damaged, or of no known type."""
     found = [Problem(what, key=f"model.{key}") for key, what in _contradictions(model)]
     if model.checkpoint == TINY:
-        hint = "Name a checkpoint, such as Salesforce/blip-image-captioning-large, or use model.family: blip2."
+        hint = (
+            "Name a checkpoint, such as Salesforce/blip-image-captioning-large, or use model.family: blip2."
+        )
         return [*found, Problem("the family vlm has no tiny model", key="model.checkpoint", hint=hint)]
     at_hand = files.find(model.checkpoint)
     if at_hand is None:

@@ -31,18 +31,13 @@ from harness.models.vlm.text import blip_codec, image_token, turn_codec
 if TYPE_CHECKING:
     from harness.training.settings import TrainConfig
 
-_PIL = {"use_fast": False, "trust_remote_code": False}
-"""Images are resized by PIL: torchvision gives other pixels, and it need not be installed."""
-
 
 def codec(config: ModelConfig, folder: Path, max_tokens: int) -> Codec:
     """The codec of captions; raises `UserError` if a user turn does not have one image token."""
     return _codec(config, folder, processor(folder), max_tokens)
 
 
-def load(
-    config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: torch.dtype
-) -> WholeLoaded:
+def load(config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: torch.dtype) -> WholeLoaded:
     """Load the model, with adapters if `model.lora` asks for them.
 
     Weights that training may change are fp32, the others `frozen_dtype`. Raises `UserError` naming the
@@ -57,9 +52,7 @@ def load(
     )
 
 
-def captioner(
-    model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig"
-) -> Captioner:
+def captioner(model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig") -> Captioner:
     """The captioner of a model, with adapters if `model.lora` asks for them."""
     trained, kind = parts.trained(config, train), model.config.model_type
     if kind == "blip":
@@ -79,14 +72,18 @@ def processor(folder: Path) -> Any:
 
     Raises `UserError` naming what it needs and this machine lacks.
     """
-    kind = AutoConfig.from_pretrained(folder).model_type
+    kind, local = AutoConfig.from_pretrained(folder).model_type, {"trust_remote_code": False}
     try:
+        # torchvision gives other pixels than PIL, and it need not be installed
+        images = AutoImageProcessor.from_pretrained(folder, use_fast=False, **local)
         if ARCHITECTURES[kind].rotated:
-            return _WithoutVideo.of(folder)
-        return AutoProcessor.from_pretrained(folder, **_PIL)
+            return _WithoutVideo.of(images, AutoTokenizer.from_pretrained(folder, **local))
+        found = AutoProcessor.from_pretrained(folder, **local)
     except ImportError as error:
-        what = " ".join(str(error).split())
-        raise UserError([Problem(f"the processor of {folder} can't be loaded: {what}", key="model.checkpoint")]) from None
+        what = f"the processor of {folder} can't be loaded: {' '.join(str(error).split())}"
+        raise UserError([Problem(what, key="model.checkpoint")]) from None
+    found.image_processor = images
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,8 @@ class _WithoutVideo:
     image_token_id: int
 
     @classmethod
-    def of(cls, folder: Path) -> "_WithoutVideo":
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        return cls(AutoImageProcessor.from_pretrained(folder, **_PIL), tokenizer, image)
+    def of(cls, images: Any, tokenizer: Any) -> "_WithoutVideo":
+        return cls(images, tokenizer, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
 
 
 def _codec(config: ModelConfig, folder: Path, own: Any, max_tokens: int) -> Codec:

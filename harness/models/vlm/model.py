@@ -28,7 +28,7 @@ from harness.models.vlm.images import Images
 class Seen:
     """The image features (T, D) of each image, and those that are added to the first layers' outputs.
 
-    `grids` are the images' numbers of patches by time, height and width, (B, 3), of models with such positions.
+    `grids` (B, 3) are the images' numbers of patches by time, height and width, for models that need them.
     """
 
     images: list[Tensor]
@@ -332,7 +332,10 @@ def _unused(config: Any) -> re.Pattern[str]:
         states = [chosen] if isinstance(chosen, int) else chosen
         read = max(state if state >= 0 else layers + 1 + state for state in states)
         unread = "|".join(str(layer) for layer in range(read, layers))
-        patterns += [r"vision_tower\..*post_layernorm\.", rf"vision_tower\..*layers\.({unread})\." if unread else "$^"]
+        patterns += [
+            r"vision_tower\..*post_layernorm\.",
+            rf"vision_tower\..*layers\.({unread})\." if unread else "$^",
+        ]
     if config.model_type == "instructblip":  # the language model reads the queries' outputs alone
         last = config.qformer_config.num_hidden_layers - 1
         patterns.append(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")

@@ -28,7 +28,7 @@ class TurnCodec(Codec):
     ids: Callable[[str], list[int]]
 
     def prompt_after(self, text: str, most: int) -> tuple[int, ...]:
-        """The ids of a user turn that begins with a text of its own, of which at most `most` tokens are kept."""
+        """The ids of a user turn that begins with a text of its own, cut to `most` tokens."""
         if not text:
             return self.prompt
         own = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:most]
@@ -126,9 +126,7 @@ def _template(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     return tokenizer.chat_template
 
 
-def _answer(
-    before: str, whole: str, tokenizer: "PreTrainedTokenizerBase", separator: str
-) -> tuple[str, int]:
+def _answer(before: str, whole: str, tokenizer: "PreTrainedTokenizerBase", separator: str) -> tuple[str, int]:
     """What stands between a user turn and its answer, and the end token, from the text with an answer."""
     if whole.startswith(before):
         separator, _, after = whole[len(before) :].partition(_ANSWER)
