@@ -507,7 +507,9 @@ train:
   learning_rates: {{connector: 2e-4}}
   stages:
     - {{epochs: 1, losses: {{caption: 1}}}}
-    - {{epochs: 1, losses: {{reward: 1, caption: 0.1}}, reward: {{metrics: {{rouge1: 1}}, samples: 2, max_new_tokens: 6}}}}
+    - epochs: 1
+      losses: {{reward: 1, caption: 0.1}}
+      reward: {{metrics: {{rouge1: 1}}, samples: 2, max_new_tokens: 6}}
   max_caption_tokens: 24
   batch_size: 8
   micro_batch_size: 4
@@ -515,7 +517,7 @@ train:
   warmup_steps: 2
   evaluate_images: 4
 predict: {{num_beams: 2, num_return_sequences: 2, max_new_tokens: 8, samples: {{count: 2}}}}
-score: {{metrics: [rouge1], bootstrap: 50}}
+score: {{metrics: [bertscore, rouge1], bertscore: {{checkpoint: standin}}, bootstrap: 50}}
 """
 
 
