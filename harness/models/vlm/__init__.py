@@ -107,6 +107,13 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return codec, codec
 
 
+def export(loaded: "Loaded", folder: Path) -> None:
+    """Write the model as a checkpoint folder; see `loading.export`."""
+    from harness.models.vlm import loading
+
+    loading.export(loaded, folder)
+
+
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":
     """The model with its codec and image processor; see `loading.load`."""
     from harness.models.vlm import loading

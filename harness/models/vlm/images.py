@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +42,10 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class WholeLoaded(Loaded):
-    """A vision-language model with its codecs and the image processor of its checkpoint."""
+    """A vision-language model with its codecs, the image processor and the folder of its checkpoint."""
 
     processor: Any = None
+    folder: Path | None = None
 
     def normalise(self, images: Sequence[Tensor]) -> Images:
         """Whole images, uint8 (H, W, 3), as the model takes them, on its device."""

@@ -1,5 +1,6 @@
 """Loading a vision-language model with its processor from a checkpoint folder."""
 
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BlipForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -31,6 +33,9 @@ from harness.models.vlm.text import blip_codec, image_token, turn_codec
 if TYPE_CHECKING:
     from harness.training.settings import TrainConfig
 
+_PROCESSOR_FILES = {".json", ".jinja", ".txt", ".model"}
+_DROPOUTS = ("attention_dropout", "dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
 
 def codec(config: ModelConfig, folder: Path, max_tokens: int) -> Codec:
     """The codec of captions; raises `UserError` if a user turn does not have one image token."""
@@ -45,14 +50,24 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: 
     """
     own = processor(folder)
     captions = _codec(config, folder, own, train.max_caption_tokens)
-    model = captioner(_weights(folder, parts.trained(config, train), frozen_dtype), own, config, train)
-    images = own.image_processor
-    return WholeLoaded(
-        model, captions, captions, tuple(images.image_mean), tuple(images.image_std), processor=images
-    )
+    weights = _weights(folder, _configured(folder, train), parts.trained(config, train), frozen_dtype)
+    model, images = _captioner(weights, own, config, train), own.image_processor
+    units = tuple(images.image_mean), tuple(images.image_std)
+    return WholeLoaded(model, captions, captions, *units, processor=images, folder=folder)
 
 
-def captioner(model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig") -> Captioner:
+def export(loaded: WholeLoaded, folder: Path) -> None:
+    """Write a checkpoint folder that `load` and transformers read; the processor's files are copied."""
+    loaded.model.model.save_pretrained(folder)
+    for file in sorted(loaded.folder.rglob("*")):
+        name = file.relative_to(loaded.folder)
+        weights = file.name.endswith(".index.json") or str(name) == "config.json"
+        if file.is_file() and file.suffix in _PROCESSOR_FILES and not weights:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+
+def _captioner(model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig") -> Captioner:
     """The captioner of a model, with adapters if `model.lora` asks for them."""
     trained, kind = parts.trained(config, train), model.config.model_type
     if kind == "blip":
@@ -119,17 +134,33 @@ def _positions(text: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def _weights(folder: Path, trained: Collection[str], frozen_dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint; raises `UserError` if a weight would stay random."""
+def _configured(folder: Path, train: "TrainConfig") -> PretrainedConfig:
+    """The config of a checkpoint, with the dropout of `train`."""
     config = AutoConfig.from_pretrained(folder)
+    chosen = [(config.get_text_config(decoder=True), train.language_dropout)]
+    chosen += [(config.qformer_config, train.dropout)] if config.model_type == "instructblip" else []
+    for part, share in chosen:
+        for name in _DROPOUTS:
+            if share is not None and hasattr(part, name):
+                setattr(part, name, share)
+    return config
+
+
+def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     blip = config.model_type == "blip"
-    kind = BlipForConditionalGeneration if blip else AutoModelForImageTextToText._model_mapping[type(config)]
+    return BlipForConditionalGeneration if blip else AutoModelForImageTextToText._model_mapping[type(config)]
+
+
+def _weights(
+    folder: Path, config: PretrainedConfig, trained: Collection[str], frozen_dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a checkpoint; raises `UserError` if a weight would stay random."""
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
     if device.rank():
         logging.disable_progress_bar()
-    model, info = _in_fp32(kind, config, trained).from_pretrained(
-        folder, dtype=frozen_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    model, info = _in_fp32(_class_of(config), config, trained).from_pretrained(
+        folder, config=config, dtype=frozen_dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
     lacking -= set(model._tied_weights_keys or ()) | _tied(model)

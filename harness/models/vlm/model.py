@@ -238,18 +238,17 @@ class Chatter(Captioner):
 
     def _read(self, seen: Seen, wide: "_Expanded", positions: Tensor, **cached: Any) -> Tensor:
         """Run the language model on expanded ids -> hidden states (R, L, D)."""
-        is_image = wide.ids == self.image
-        embeds = self.model.get_input_embeddings()(wide.ids.masked_fill(is_image, 0))
+        embeds = self.model.get_input_embeddings()(wide.ids.masked_fill(wide.is_image, 0))
         images = torch.cat(seen.images).to(embeds.dtype)
-        embeds = embeds.masked_scatter(is_image[:, :, None], images)
+        embeds = embeds.masked_scatter(wide.is_image[:, :, None], images)
         extra: dict[str, Any] = {}
         if self.architecture.marked == "image":
-            extra["token_type_ids"] = is_image.long()
+            extra["token_type_ids"] = wide.is_image.long()
         elif self.architecture.marked == "answer" and not cached["use_cache"]:
             extra = {"token_type_ids": (wide.labels != IGNORE).long(), "labels": wide.labels}
         if seen.deep:
             layers = [torch.cat(layer) for layer in seen.deep]
-            extra |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
+            extra |= {"visual_pos_masks": wide.is_image, "deepstack_visual_embeds": layers}
         output = self.body(
             inputs_embeds=embeds, attention_mask=wide.mask, position_ids=positions, **extra, **cached
         )
@@ -259,8 +258,8 @@ class Chatter(Captioner):
 class _Expanded:
     """Ids, mask and labels (R, L) with as many image tokens as each row's image has features.
 
-    `places` (R, T) are the places of the given ids; that of the image's token is its last one. `left`: rows
-    with fewer image tokens are padded on the left.
+    `is_image` (R, L) marks them. `places` (R, T) are the places of the given ids; that of the image's token
+    is its last one. `left`: rows with fewer image tokens are padded on the left.
     """
 
     def __init__(
@@ -273,6 +272,7 @@ class _Expanded:
         every = torch.arange(size, device=ids.device)
         self.places = every + (every >= at) * (count - 1) + shift
         place = torch.arange(size + longest - 1, device=ids.device) - shift
+        self.is_image = (place >= at) & (place < at + count)
         source = torch.where(place < at + count, torch.minimum(place, at), place - count + 1)
         there = (source >= 0) & (source < size)
         source = source.clamp(0, size - 1)
