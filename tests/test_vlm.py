@@ -452,12 +452,13 @@ STAGES = [
 ]
 
 
-def training(folder: Path, place: Path, log) -> train.Training:
+def training(folder: Path, place: Path, log, **changes) -> train.Training:
     """A training of two stages of three steps each, with adapters, dropout and augmentation."""
     settings = TrainConfig(
         **{"batch_size": 4, "micro_batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 0},
         **{"precision": "fp32", "stages": STAGES, "train_vision": False, "gradient_checkpointing": True},
         learning_rates={"connector": 1e-3},
+        **changes,
     )
     chosen = config(folder, lora=LORA | {"dropout": 0.1})
     load = functools.partial(family(chosen).load, chosen, settings, folder, torch.float32)
@@ -502,6 +503,17 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(folders, tmp_path, kin
         name for name, weight in whole.model.state_dict().items() if not torch.equal(weight, before[name])
     }
     assert changed == set(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_trains_as_plain_training_does(folders, tmp_path, kind, stage):
+    plain, sharded = [], []
+    for rows, zero in ((plain, 0), (sharded, stage)):
+        training(folders(kind), tmp_path / str(zero), rows.append, zero_stage=zero).run()
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, sharded)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def whole_config() -> TrainConfig:
