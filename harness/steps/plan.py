@@ -17,6 +17,7 @@ from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
+from harness.models import family
 from harness.models import problems as model_problems
 from harness.steps import STEPS, comparing, epochs, origins
 from harness.steps.base import Step
@@ -171,7 +172,9 @@ def prepare(
 def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     """The problem of a disk that is too small for the decoded images of all unfinished steps."""
     wanted = {}
-    for plan in (plan for plan in plans if plan.config.data.cache):
+    for plan in plans:
+        if not plan.config.data.cache or family(plan.config.model).WHOLE_IMAGES:
+            continue
         left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
         for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
             key = (plan.config.data.root, split, side, plan.data.fingerprints[split])

@@ -52,7 +52,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
         sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
         counts, sized = {}, {}
-    return counts, {key: size for key, size in sized.items() if size and source.cache}
+    cached = source.cache and not family(config.model).WHOLE_IMAGES
+    return counts, {key: size for key, size in sized.items() if size and cached}
 
 
 @functools.lru_cache(maxsize=1)  # called for each variant of an experiment

@@ -152,7 +152,7 @@ class SelfCritical:
                 one: dict[int, tuple[list[list[int]], list[float]]] = {}
                 for length in dict.fromkeys(map(len, prompts)):
                     rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
-                    given = torch.tensor([prompts[row] for row in rows], device=seen.device)
+                    given = torch.tensor([prompts[row] for row in rows], device=self.loaded.model.device)
                     captions = decode(begin(seen[rows], given), [int(part[row]) for row in rows])
                     ids = [list(map(self._ended, own)) for own in captions.ids.tolist()]
                     one |= zip(rows, zip(ids, captions.scores.tolist(), strict=True), strict=True)
