@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # make quickstart TRANSFORMERS='transformers>=5' takes the newest
 TRANSFORMERS ?= transformers<5
+TESTS ?= not slow
 BIN := .venv/bin
 INSTALLED := .venv/installed
 NEWEST := .venv/newest
@@ -18,7 +19,7 @@ quickstart: $(INSTALLED)
 
 # tests wait a third of their time, so there are more workers than the cores of a small machine
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m '$(TESTS)'
 
 # models, metrics and a run beside the newest transformers
 test-newest: $(NEWEST)/installed
@@ -42,7 +43,7 @@ $(NEWEST)/installed: $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(NEWEST)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 	    > "$$($(NEWEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade transformers
 	touch $@
 
 clean:
