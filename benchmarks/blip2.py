@@ -14,7 +14,7 @@ from harness.models.blip2 import loading
 from harness.models.loading import Loaded
 from harness.models.settings import ModelConfig, TinyConfig
 from harness.models.text import concept_sentence
-from harness.training.train import Split
+from harness.training.split import Split
 
 IMAGE_SIZE, IMAGES, MAX_TOKENS = 224, 256, 128
 SIZES = TinyConfig(

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> float:
     blip2.vision_config.image_size = MODEL.image_size
     model = Captioner(blip2)
     place(model, config, "cpu")
-    model.freeze(["caption", "concept"], True)
+    model.freeze(["caption", "concept"])
     model.train()
     ids = torch.ones(config.micro_batch_size, TEXT, dtype=torch.long)
     texts = {"ids": ids, "mask": ids, "labels": ids}

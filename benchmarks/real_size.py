@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.machine import device
+from harness.models import parts
 from harness.models.blip2 import sizes
 from harness.training import memory
 from harness.training.memory import GB, Model
@@ -75,7 +76,7 @@ def captioner(config: TrainConfig, given: argparse.Namespace, kind: device.Kind)
         model = Captioner(blip2)
     torch.nn.init.normal_(model.query_tokens, std=0.02)
     place(model, config, kind)
-    model.freeze(["caption", "concept"], config.train_vision)
+    model.freeze(["caption", "concept"])
     return model.train()
 
 
@@ -163,7 +164,7 @@ def bare_step(model, config: TrainConfig, inputs: tuple, compiled: bool) -> Call
     if compiled:
         model.vision_model.encoder.compile()
     own = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(model.parameter_groups(config.weight_decay), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(parts.groups(model, config.weight_decay, {}), lr=1e-5, fused=True)
 
     def step() -> None:
         for _ in range(2):

@@ -44,7 +44,7 @@ def recipe(batch_size: int, half: bool) -> Model:
     """The recipe at 364 pixels; its language model is frozen."""
     (config,) = load(RECIPE)
     train = config.train.model_copy(update={"batch_size": batch_size})
-    shape = family(config.model).shape(config.model)
+    shape = family(config.model).shape(config.model, config.train)
     assert shape is not None
     return Model(shape, train, "cuda", half)
 

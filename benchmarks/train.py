@@ -29,6 +29,7 @@ from harness.machine import device, ranks
 from harness.models.loading import Loaded
 from harness.training import train
 from harness.training.engine import engine, place, release
+from harness.training.learning import Learner
 from harness.training.resume import State
 from harness.training.schedule import Stage
 from harness.training.settings import TrainConfig
@@ -46,13 +47,14 @@ class Ours(train.Training):
     def begin(self) -> None:
         """Do what precedes the first step of a stage."""
         self.loaded, self.state, self.order = self._placed(), State(), self._order(1, 0)
-        self.loaded.model.freeze(LOSSES, True)
+        self.loaded.model.freeze(LOSSES)
         self.trainer = engine(self.loaded.model, self.config, self.kind, self.directory)
+        self.learner = Learner(self, self.trainer, STAGE)
 
     def step(self, number: int) -> None:
         """One optimiser step."""
         number %= self.per_epoch
-        self._step(self.trainer, STAGE, number, self.order[number])
+        self.learner.step(number, self.order[number])
 
 
 def ours(folder: Path, directory: Path) -> Ours:
@@ -103,7 +105,7 @@ def bare(folder: Path, batches: list[list[dict[str, Any]]]) -> Iterator[float]:
     """The losses of successive optimiser steps in plain PyTorch."""
     model = blip2.load(folder).model
     place(model, CONFIG, "cpu")
-    model.freeze(LOSSES, True)
+    model.freeze(LOSSES)
     model.train()
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-4, weight_decay=CONFIG.weight_decay)
@@ -138,7 +140,7 @@ def trainer_steps(folder: Path, training: Ours, directory: Path) -> list[float]:
 
     loaded = blip2.load(folder)
     place(loaded.model, CONFIG, "cpu")
-    loaded.model.freeze(LOSSES, True)
+    loaded.model.freeze(LOSSES)
     data, times = training.splits["train"], []
 
     class Clock(TrainerCallback):

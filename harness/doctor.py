@@ -278,7 +278,7 @@ def _training(config: Config) -> str:
 
 
 def _shape(config: Config) -> Shape | None:
-    return family(config.model).shape(config.model)
+    return family(config.model).shape(config.model, config.train)
 
 
 def _trained(config: Config) -> int | None:

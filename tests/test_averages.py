@@ -122,7 +122,7 @@ def test_a_step_that_fp16_skips_leaves_the_average_alone(folder, tmp_path):
     settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
     loaded = load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    loaded.model.freeze(["caption"], True)
+    loaded.model.freeze(["caption"])
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     trainer.optimizer.loss_scaler.cur_scale = 2.0**10
     average, split, applied = Average(loaded.model, DECAY), splits(loaded)["train"], []

@@ -40,7 +40,7 @@ def test_compiled_parts_give_the_losses_and_gradients_of_eager_ones(folder, how,
     Gradients that are 0 but for rounding, those of keys' biases, are small beside the largest one.
     """
     loaded, lines = load_tiny(folder), []
-    loaded.model.freeze(["caption", "concept"], True)
+    loaded.model.freeze(["caption", "concept"])
     loaded.model.train()
     if checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -137,7 +137,7 @@ def test_a_reader_finds_the_new_keys_in_the_reference(tree):
     page = python(tree, "-m", "harness", "reference")
     assert "| `postprocess.drop_unfinished` | true or false | `false` | Remove a last sentence" in page
     assert "| `fill.fewest_words` | a whole number from 0 to 1,000 | `0` | Captions with" in page
-    assert "| `model.family` | `blip2` or `prefix` |" in page
+    assert "| `model.family` | `blip2` or `patches` |" in page
     assert "or `2027` |" in page
     assert "`numbers`" in page
     assert "| `train.stages[].losses.together` | a finite number of 0 or more | `0.0` | Next token of" in page

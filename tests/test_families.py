@@ -84,7 +84,7 @@ def test_a_family_has_the_functions_of_the_protocol(name):
 
 def test_a_captioner_and_a_shape_have_the_methods_of_the_protocol(folder):
     models = (load_tiny(folder).model, Toy(300))
-    shapes = (blip2.shape(ModelConfig()), toy_family.Shape(300))
+    shapes = (blip2.shape(ModelConfig(), SETTINGS), toy_family.Shape(300))
     every = [(base.Captioner, model) for model in models] + [(base.Shape, shape) for shape in shapes]
     for protocol, found in every:
         for method, wanted in methods(protocol).items():
@@ -97,11 +97,12 @@ def test_what_is_asked_before_a_run_imports_no_torch(name):
         import sys
         from harness.models.settings import ModelConfig
         from harness.models import family
+        from harness.training.settings import TrainConfig
         for checkpoint in ("tiny", ModelConfig().checkpoint):
             model = ModelConfig(family="{name}", checkpoint=checkpoint)
             found = family(model)
             found.checkpoints(model), found.problems(model), found.settings(model), found.built_from(model)
-            shape = found.shape(model)
+            shape = found.shape(model, TrainConfig())
             assert shape is None or shape.trained(True) > 0
         assert "torch" not in sys.modules
     """
@@ -111,7 +112,7 @@ def test_what_is_asked_before_a_run_imports_no_torch(name):
 
 @pytest.mark.parametrize("checkpoint", ["tiny", ModelConfig().checkpoint])
 def test_the_shape_of_blip2_is_known_without_its_weights(checkpoint):
-    shape = blip2.shape(ModelConfig(checkpoint=checkpoint))
+    shape = blip2.shape(ModelConfig(checkpoint=checkpoint), SETTINGS)
     assert shape.trained(True) > shape.trained(False)
 
 
@@ -180,7 +181,7 @@ def test_a_family_of_another_build_trains_is_kept_and_captions(toy, folder, tmp_
 
 
 def test_the_memory_forecast_asks_the_family(toy):
-    found = memory.Model(family(toy).shape(toy), SETTINGS, "cuda", True)
+    found = memory.Model(family(toy).shape(toy, SETTINGS), SETTINGS, "cuda", True)
     assert found.trained == sum(
         weight.numel() for name, weight in Toy(300).named_parameters() if not name.startswith("speaker.")
     )

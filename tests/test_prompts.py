@@ -174,7 +174,7 @@ def test_captions_from_before_an_interruption_are_kept(loaded, tmp_path):
 def test_the_memory_forecast_counts_the_longest_prompt():
     prompt = RetrievedPrompt(retrieved=3, words=10)
     assert longest_prompt(prompt) == 60
-    shape = blip2.shape(ModelConfig())
+    shape = blip2.shape(ModelConfig(), TrainConfig())
     models = [
         memory.Model(shape, TrainConfig(max_caption_tokens=tokens), "cuda", True, own)
         for tokens, own in ((40, 60), (100, 0), (40, 0))

@@ -135,7 +135,7 @@ def test_one_pass_with_gradient_gives_the_probabilities_of_the_samples(tiny_fold
     loaded = FAMILIES[family](tiny_folder)
     made, images, seen = critic(loaded, config(stages=[stage(**cut)]))
     found = made._sampled(0, images, seen)
-    loaded.model.freeze(["reward"], True)
+    loaded.model.freeze(["reward"])
     loaded.model.train()
     for part, pixels, samples in zip(images, seen, found, strict=True):
         given = made._collated(part, samples, np.ones((4, 4)))

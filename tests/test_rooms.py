@@ -28,7 +28,7 @@ from harness.models import FAMILIES
 from harness.models.settings import ModelConfig
 from harness.steps import STEPS
 from harness.steps.plan import Plan
-from harness.training import train
+from harness.training import finite
 from harness.training.losses import LOSSES
 from harness.training.settings import LossesConfig
 
@@ -131,7 +131,7 @@ def test_every_layout_of_data_can_be_read():
 def test_a_loss_is_in_the_schema_the_reference_and_the_rows_of_training(name):
     assert getattr(LossesConfig(**{name: 0.5}), name) == 0.5
     assert row(f"`train.stages[].losses.{name}`")[-1]
-    assert f"{name}_loss" in train.TERMS
+    assert f"{name}_loss" in finite.TERMS
 
 
 @pytest.mark.parametrize("name", LOSSES)

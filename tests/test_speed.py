@@ -44,7 +44,8 @@ def counted(config: Blip2Config, language_model: bool, texts: tuple[str, ...], t
 
     with without_contents(False), sdpa_kernel(SDPBackend.MATH):
         model = captioner(config, language_model, False, False)
-        model.freeze(texts, train_vision)
+        model.trained_parts = {"connector", *(["vision"] if train_vision else [])}
+        model.freeze(texts)
         model.train()
         side = config.vision_config.image_size
         ids = torch.zeros(3, 11, dtype=torch.long)

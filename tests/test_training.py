@@ -17,7 +17,7 @@ from harness.data.augment import augment
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.text import Codec
-from harness.training import losses, schedule, train
+from harness.training import learning, losses, schedule, train
 from harness.training.settings import LossesConfig
 
 device.probe("cpu")
@@ -295,7 +295,7 @@ def test_casts_of_a_step_are_those_of_each_micro_batch(folder, tmp_path, monkeyp
     half = {"precision": "bf16", "micro_batch_size": 2, "evaluate_every": 0, "stages": stages(2, 0)}
     settings = config(**half | changes)
     kept, rows = run(folder, tmp_path / "kept", settings)
-    monkeypatch.setattr(train, "casts_kept", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(learning, "casts_kept", lambda *_: contextlib.nullcontext())
     each, others = run(folder, tmp_path / "each", settings)
     assert losses_of(rows) == losses_of(others)
     for name, weight in each.model.state_dict().items():
@@ -333,8 +333,8 @@ def test_a_weight_is_cast_once_in_a_step(folder, tmp_path, monkeypatch):
 
     settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), gradient_checkpointing=True)
     counts = []
-    for keeps in (train.casts_kept, lambda *_: contextlib.nullcontext()):
-        monkeypatch.setattr(train, "casts_kept", keeps)
+    for keeps in (learning.casts_kept, lambda *_: contextlib.nullcontext()):
+        monkeypatch.setattr(learning, "casts_kept", keeps)
         casts = Casts()
         casts.shape = load_tiny(folder).model.vision_model.encoder.layers[0].mlp.fc1.weight.shape
         with casts, pytest.raises(Interrupted):
@@ -365,7 +365,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, 
     settings = config(precision="fp16", zero_stage=1, micro_batch_size=8)
     loaded = load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    loaded.model.freeze(["caption", "concept"], True)
+    loaded.model.freeze(["caption", "concept"])
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     trainer.optimizer.loss_scaler.cur_scale = 2.0**40
     split = splits(loaded)["train"]
@@ -394,7 +394,7 @@ def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on_fused(folder, t
     for round_ in range(2):
         loaded = load_tiny(folder)
         place(loaded.model, settings, "cpu")
-        loaded.model.freeze(["caption"], True)
+        loaded.model.freeze(["caption"])
         trainer = engine(loaded.model, settings, "cpu", tmp_path)
         if round_:
             resume(trainer, tmp_path / "step", universal=False)
@@ -447,7 +447,7 @@ def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monk
 
     linear, settings, loaded = F.linear, config(zero_stage=3, micro_batch_size=8), load_tiny(folder)
     place(loaded.model, settings, "cpu")
-    loaded.model.freeze(["caption"], True)
+    loaded.model.freeze(["caption"])
     hooks = len(loaded.model._forward_pre_hooks), len(loaded.model._forward_hooks)
     trainer = engine(loaded.model, settings, "cpu", tmp_path)
     split = splits(loaded)["train"]

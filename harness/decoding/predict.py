@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +14,14 @@ from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
 from harness.decoding.search import Captions, sample, search, uniforms
 from harness.machine import ranks
-from harness.models.base import Decoding
-from harness.models.loading import Loaded
+from harness.models.base import Decoding, Pixels
+from harness.models.loading import Loaded, batch_of
 from harness.models.text import Codec
 from harness.store import fingerprint
 
 PARTIALS = "partial-*.jsonl"
-_Begin = Callable[[Tensor, Tensor], Decoding]
-_Speak = Callable[[Tensor, Tensor, Tensor | None], list[list[Candidate]]]
+_Begin = Callable[[Pixels, Tensor], Decoding]
+_Speak = Callable[[Pixels, Tensor, Tensor | None], list[list[Candidate]]]
 
 
 def captions(
@@ -63,7 +62,7 @@ def candidates(
     result: dict[int, list[Candidate]] = {}
     with _speaking(loaded, config) as speak:
         for part in map(order.__getitem__, slices(len(order), config, model.device.type, breaks)):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[np.array(part)])).to(model.device)
+            batch = batch_of(pixels, part)
             said = torch.tensor([own[i] for i in part], device=model.device)
             found = speak(loaded.normalise(batch), said, draws(part).to(model.device) if draws else None)
             done(part, found)
@@ -74,10 +73,10 @@ def candidates(
 
 @contextlib.contextmanager
 def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
-    """A function of pixels (B, 3, S, S), prompts (B, P) and draws -> the candidates of each image."""
+    """A function of pixels of B images, prompts (B, P) and draws -> the candidates of each image."""
     model, caption, most = loaded.model, loaded.caption, config.max_new_tokens
 
-    def begun(begin: _Begin, pixels: Tensor, prompts: Tensor) -> Decoding:
+    def begun(begin: _Begin, pixels: Pixels, prompts: Tensor) -> Decoding:
         decoding = begin(pixels, prompts)
         # an image's own words in the prompt are not part of its caption, so penalties do not count them
         decoding.context = decoding.context[:, : len(caption.prompt)]
@@ -87,7 +86,7 @@ def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
         begin = opened.enter_context(model.decoder(config.num_beams, most))
         again = config.samples and opened.enter_context(model.decoder(config.samples.count, most))
 
-        def speak(pixels: Tensor, prompts: Tensor, draws: Tensor | None) -> list[list[Candidate]]:
+        def speak(pixels: Pixels, prompts: Tensor, draws: Tensor | None) -> list[list[Candidate]]:
             beams = search(begun(begin, pixels, prompts), config, caption.end, caption.pad)
             found = _worded(beams, config.num_return_sequences, "beam", caption)
             if draws is None:

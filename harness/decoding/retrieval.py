@@ -63,6 +63,8 @@ def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int,
     """Mean image features of unit length (N, D) float32 of pixels (N, S, S, 3); all ranks get them."""
     import torch
 
+    from harness.models.loading import batch_of
+
     model, found = loaded.model, []
     was_training = model.training
     model.eval()
@@ -70,8 +72,7 @@ def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int,
     with torch.inference_mode():
         for start in range(0, len(own), _BATCH):
             part = np.asarray(own[start : start + _BATCH])
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[part])).to(model.device)
-            pooled = model.image_features(loaded.normalise(batch)).float().mean(1)
+            pooled = model.image_features(loaded.normalise(batch_of(pixels, part))).float().mean(1)
             found.extend(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
             progress(min((start + _BATCH) * ranks.world_size(), count), count)
     model.train(was_training)

@@ -216,7 +216,9 @@ def torch_device(kind: Kind) -> Any:
 
 
 def moved(tensor: Any, place: Any) -> Any:
-    """A CPU tensor on another device; on CUDA from pinned memory, else the copy waits for earlier work."""
+    """A tensor on a device; from the CPU to CUDA by pinned memory, else the copy waits for earlier work."""
+    if tensor.device.type == place.type:
+        return tensor
     return (tensor.pin_memory() if place.type == "cuda" else tensor).to(place, non_blocking=True)
 
 

@@ -3,9 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from harness.errors import Problem
+
 if TYPE_CHECKING:
     from harness.models.base import Family
     from harness.models.settings import ModelConfig
+    from harness.training.settings import TrainConfig
 
 FAMILIES = {
     "blip2": "harness.models.blip2",
@@ -16,3 +19,19 @@ FAMILIES = {
 def family(model: "ModelConfig") -> "Family":
     """The family of the configured model; imports its module, without torch."""
     return importlib.import_module(FAMILIES[model.family])
+
+
+def problems(model: "ModelConfig", train: "TrainConfig") -> list[Problem]:
+    """The problems of a model on this machine, and of training it in these stages."""
+    chosen = family(model)
+    found = chosen.problems(model)
+    for number, stage in enumerate(train.stages):
+        for name, weight in stage.losses:
+            if weight and stage.epochs and name not in chosen.LOSSES:
+                what = f"the family {model.family} has no loss {name}; {', '.join(chosen.LOSSES)} are allowed"
+                found.append(Problem(what, key=f"train.stages.{number}.losses.{name}"))
+    new = chosen.new(model)
+    if new and not any(stage.epochs for stage in train.stages):
+        what = f"nothing is trained, but {' and '.join(new)} would be new and random"
+        found.append(Problem(what, key="train.stages", hint="Train at least one stage."))
+    return found

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
+PARTS = ("vision", "connector", "language")
+"""The parts of a captioner: image encoder; what leads from it to the language model; language model."""
 FLOAT, HALF, INDEX = 4, 2, 8
 """Bytes of a number in fp32, of a number in half precision, and of a token id."""
 
@@ -74,14 +76,26 @@ class Decoding(Protocol):
         """Go on from these rows only, in this order."""
 
 
+class Pixels(Protocol):
+    """The images of a batch as the model takes them, such as a tensor (B, 3, S, S)."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def __getitem__(self, rows: Any) -> "Pixels":
+        """These images; `rows` is a list of places in the batch."""
+
+
 class Captioner(Protocol):
     """A model of a family; it is also a `torch.nn.Module`."""
 
     device: "torch.device"
+    trained_parts: Collection[str]
+    """The parts (`PARTS`) all of whose weights training may change."""
 
     def __call__(
         self,
-        pixels: "Tensor",
+        pixels: Pixels,
         caption: "Mapping[str, Tensor] | None" = None,
         concept: "Mapping[str, Tensor] | None" = None,
         label_smoothing: float = 0.0,
@@ -89,37 +103,37 @@ class Captioner(Protocol):
     ) -> Losses:
         """Training losses of one micro-batch; the image encoder runs once for all of them.
 
-        `pixels` (B, 3, S, S) are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
+        `pixels` of B images are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
         ids, mask and labels, each (B, T), labels -100 for tokens without a loss.
         """
 
     def decoder(
         self, width: int, length: int
-    ) -> "AbstractContextManager[Callable[[Tensor, Tensor], Decoding]]":
+    ) -> "AbstractContextManager[Callable[[Pixels, Tensor], Decoding]]":
         """A function that begins the captions of a batch of images, for as long as the context is open.
 
-        The function takes pixels (B, 3, S, S) and prompts (B, P), ids that captions follow. Each image has
+        The function takes pixels of B images and prompts (B, P), ids that captions follow. Each image has
         `width` rows and room for `length` new tokens. A batch ends when the next one begins.
         """
 
-    def image_features(self, pixels: "Tensor") -> "Tensor":
-        """The image features that the text parts use: pixels (B, 3, S, S) -> (B, T, D)."""
+    def image_features(self, pixels: Pixels) -> "Tensor":
+        """The image features that the text parts use, (B, T, D)."""
 
-    def freeze(self, losses: Collection[str], train_vision: bool) -> None:
-        """Freeze all parameters except those that these losses train; `train_vision`: the image encoder too.
+    def part_of(self, name: str) -> str:
+        """The part (`PARTS`) of a parameter or buffer, by the beginning of its name."""
+
+    def freeze(self, losses: Collection[str]) -> None:
+        """Freeze all parameters except those of `trained_parts` and adapters that these losses train.
 
         `losses` are names of `Losses`. A parameter without a gradient must be frozen: ZeRO gives the
-        optimiser a zero gradient for it, so weight decay would shrink it.
+        optimiser a zero gradient for it, so weight decay would shrink it. See `parts.train_only`.
         """
 
     def is_saved(self, name: str) -> bool:
         """Whether a weight of the state dict is saved after training: all that training may change.
 
-        Only one of several tied weights is saved.
+        Only one of several tied weights is saved. See `parts.is_saved`.
         """
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The parameters that are not frozen, as parameter groups for torch's AdamW."""
 
     def compute_in(self, dtype: "torch.dtype | None", vision_in_fp32: bool) -> None:
         """Set the precision of every forward pass: autocast to `dtype`, or fp32 for None.
@@ -232,11 +246,19 @@ class Shape(Protocol):
 class Family(Protocol):
     """The module of a family."""
 
+    LOSSES: Collection[str]
+    """The losses of a stage (`training.losses`) that its models compute."""
+    WHOLE_IMAGES: bool
+    """Whether images keep their shape; else they are squashed to squares."""
+
     def checkpoints(self, model: ModelConfig) -> dict[str, str]:
         """The checkpoints to load, by their key in `model:`; empty for a model that is built here."""
 
     def problems(self, model: ModelConfig) -> list[Problem]:
-        """The problems of loading these checkpoints on this machine."""
+        """The problems of `model:` and of loading these checkpoints on this machine."""
+
+    def new(self, model: ModelConfig) -> tuple[str, ...]:
+        """The modules that no checkpoint has, by design, so they must be trained."""
 
     def settings(self, model: ModelConfig) -> dict[str, Any]:
         """The part of `model:` that affects training, besides the contents of checkpoints.
@@ -244,26 +266,35 @@ class Family(Protocol):
         It is part of the train step's fingerprint, so it must differ from that of any other family.
         """
 
-    def shape(self, model: ModelConfig) -> Shape | None:
-        """The shape of the model; None if its checkpoint is neither at hand nor known."""
+    def shape(self, model: ModelConfig, train: "TrainConfig") -> Shape | None:
+        """The shape of the model; None if its checkpoint is neither at hand nor known.
+
+        `train` tells which parts train; `Shape` gets whether the image encoder does.
+        """
 
     def built_from(self, model: ModelConfig) -> int | None:
         """Side in pixels of the training images that the model is built from; None if it is loaded."""
 
-    def codecs(self, model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, Codec]":
+    def codecs(self, model: ModelConfig, folder: Path | None, max_tokens: int) -> "tuple[Codec, Codec]":
         """The codecs of captions and of concept sentences, without weights.
 
-        `folder` is that of `model.checkpoint`. Raises `UserError` if a tokenizer is missing.
+        `folder` is that of `model.checkpoint`, if the family has one. Raises `UserError` if a tokenizer is
+        missing.
         """
 
     def sample(self) -> Sample | None:
         """The small model for `doctor --selftest`, equal in every call; None if the family has none."""
 
     def load(
-        self, model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype"
+        self,
+        model: ModelConfig,
+        train: "TrainConfig",
+        folder: Path | None,
+        frozen_dtype: "torch.dtype",
     ) -> "Loaded":
         """Load the model from `folder` (that of `model.checkpoint`) and from the other checkpoints.
 
-        Weights are fp32; those that are never trained are loaded as `frozen_dtype`. Raises `UserError` naming
-        the weights that no configured checkpoint has.
+        Weights are fp32; those that are never trained are loaded as `frozen_dtype`. Modules that are new by
+        design (`Loaded.new`) have the same weights in every call (`parts.new`). Raises `UserError` naming the
+        other weights that no configured checkpoint has.
         """

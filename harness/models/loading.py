@@ -5,32 +5,51 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.errors import Problem, UserError
-from harness.models.base import Captioner
+from harness.machine.device import moved
+from harness.models.base import Captioner, Pixels
 from harness.models.text import Codec
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with the codecs and pixel mean and std of its inputs; it writes captions by `caption`."""
+    """A model with the codecs and pixel mean and std of its inputs; it writes captions by `caption`.
+
+    `new` names the modules that no checkpoint has, by design.
+    """
 
     model: Captioner
     caption: Codec
     concept: Codec
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    new: tuple[str, ...] = ()
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Normalise uint8 (B, S, S, 3) -> float (B, 3, S, S), by the checkpoint's mean and std."""
-        mean, std = _levels(self.mean, pixels.device), _levels(self.std, pixels.device)
-        planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    def normalise(self, images: Tensor) -> Pixels:
+        """The images (`batch_of`) as the model takes them, on its device.
+
+        Here uint8 (B, S, S, 3) -> float (B, 3, S, S), by the checkpoint's mean and std.
+        """
+        images = moved(images, self.model.device)
+        mean, std = _levels(self.mean, images.device), _levels(self.std, images.device)
+        planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return planes.sub_(mean).div_(std)
+
+
+def batch_of(pixels: Any, indices: Sequence[int]) -> Tensor | list[Tensor]:
+    """The images at these places of a split: uint8 (B, S, S, 3), or whole images, each (H, W, 3)."""
+    found = pixels[np.asarray(indices)]
+    if isinstance(found, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(found))
+    return [torch.from_numpy(np.ascontiguousarray(image)) for image in found]
 
 
 @functools.cache

@@ -3,9 +3,22 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic_core import core_schema
 
-from harness.config.sections import Entries, Epochs, Layers, Section, Seed, Side, Tokens, Width, whole
+from harness.config.sections import (
+    Entries,
+    Epochs,
+    Layers,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Side,
+    Tokens,
+    Width,
+    whole,
+)
 from harness.models import FAMILIES
 
 TINY = "tiny"
@@ -60,6 +73,21 @@ class RetrievedPrompt(Section):
         return 2 * self.retrieved * self.words
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) in linear layers, whose own weights are then frozen."""
+
+    rank: whole(1, 4096) = 16
+    """Rank of an adapter's two matrices."""
+    alpha: Positive = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: Share = 0.05
+    """Dropout before an adapter."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers to adapt, such as [q_proj, v_proj]; empty: all of attention and MLPs."""
+    parts: tuple[Literal["language", "vision"], ...] = Field(("language",), min_length=1)
+    """The parts to adapt. Their weights are frozen, whatever `train.train_vision` says."""
+
+
 class _TextOrRetrieved:
     """Validates a text or a `RetrievedPrompt`; errors name the key and not a branch of a union."""
 
@@ -86,9 +114,19 @@ class ModelConfig(Section):
     checkpoint: str = "Salesforce/blip2-opt-2.7b-coco"
     """A hub name, a local folder, or `tiny`: a small stand-in built from the training captions."""
     image_size: Side = 364
-    """Side in pixels of the square to which images are resized; the position table is resized too."""
+    """Side in pixels of the square to which images are resized; the position table is resized too.
+
+    `vlm`: images keep their shape, and this is the most pixels of their longer side.
+    """
     language_model: bool = True
     """false: no language model; the Q-Former's own head is trained on captions and decodes them."""
+    language_checkpoint: str | None = None
+    """Another language model behind the Q-Former: any causal one of transformers (GPT-2, Llama, Qwen, ...).
+
+    The projection that leads to it is new and must be trained.
+    """
+    lora: LoraConfig | None = None
+    """Adapters (LoRA); `null`: none."""
     text_checkpoint: str | None = None
     """Source of the Q-Former's text path if `checkpoint` lacks it, such as Salesforce/blip2-itm-vit-g."""
     text_head_checkpoint: str | None = None

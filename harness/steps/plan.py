@@ -17,7 +17,7 @@ from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
-from harness.models import family
+from harness.models import problems as model_problems
 from harness.steps import STEPS, comparing, epochs
 from harness.steps.base import Step
 from harness.steps.train import choosing
@@ -117,7 +117,7 @@ def problems(config: "Config") -> list[Problem]:
     compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])
     found += metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
-    return found + (family(config.model).problems(config.model) if config.has_model else [])
+    return found + (model_problems(config.model, config.train) if config.has_model else [])
 
 
 def unscalable(config: "Config", kind: device.Kind) -> Problem | None:

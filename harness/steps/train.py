@@ -15,6 +15,7 @@ from harness.machine import device, ranks
 from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
+from harness.models.base import PARTS
 from harness.models.settings import longest_prompt
 from harness.steps import epochs
 from harness.steps.base import Step
@@ -25,7 +26,7 @@ from harness.steps.work import base, texts
 from harness.training import fit, forecast, judges, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import EMA, FLOOR, LOSSES, VALIDATION, kept, rows_of
+from harness.training.resume import EMA, FLOOR, LOSSES, PRIMARY, VALIDATION, kept, rows_of
 from harness.training.settings import IMAGE_GAP, TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "ke
 # Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
-_LATER = {"ema": None, "keep_best": 1, "patience": 0}
+_LATER = {
+    **{"ema": None, "keep_best": 1, "patience": 0},
+    **{"train_language": False, "learning_rates": dict.fromkeys(PARTS)},
+}
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
 _RESAMPLES = 1000  # of the intervals that may end a self-critical stage
@@ -126,7 +130,7 @@ class Train(Step):
                     steps = schedule.total_steps(config.train, images, patience.saved(ended))
                     for text in patience.told(ended[-1:]):
                         work.say(text)
-                if train.PRIMARY in row and work.watch:
+                if PRIMARY in row and work.watch:
                     work.watch(row)
 
             def run(setup: Setup) -> "Loaded":
@@ -167,7 +171,7 @@ class Train(Step):
         from harness.training import engine
 
         config, devices = self.inputs.config, ranks.world_size()
-        shape = family(config.model).shape(config.model)
+        shape = family(config.model).shape(config.model, config.train)
         half = engine.precision(config.train, work.kind) is not None
         trained, prompt = epochs.shortened(config.train, self._until), longest_prompt(config.model.prompt)
         model = shape and Model(shape, trained, work.kind, half, prompt, judges.size(config))
@@ -320,15 +324,13 @@ class Train(Step):
         return measure
 
     def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
-        from harness.training import train
-
         primary = self.inputs.facts["primary"]
         row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
         if f"valid_{primary}" not in row:
             what = f"{primary} must choose the best checkpoint, but is absent: {scores[primary].reason}"
             raise UserError(what, exit_code=1)
         self.starred = {f"valid_{name}" for name, score in scores.items() if not score.official}
-        return row | {train.PRIMARY: row[f"valid_{primary}"]}
+        return row | {PRIMARY: row[f"valid_{primary}"]}
 
     def _note(self, row: Mapping[str, Any]) -> str:
         """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""

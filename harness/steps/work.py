@@ -10,7 +10,6 @@ from harness import metrics
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.models import checkpoints, family
-from harness.models.settings import TINY
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 
@@ -106,10 +105,13 @@ class Work:
         gc.collect()
 
 
-def base(inputs: Inputs) -> Path:
-    """The folder of `model.checkpoint`."""
-    name = inputs.config.model.checkpoint
-    return inputs.directory("tiny") if name == TINY else checkpoints.find(name).folder
+def base(inputs: Inputs) -> Path | None:
+    """The folder of `model.checkpoint`; None if the family has no such checkpoint."""
+    model = inputs.config.model
+    if family(model).built_from(model) is not None:
+        return inputs.directory("tiny")
+    name = family(model).checkpoints(model).get("checkpoint")
+    return checkpoints.find(name).folder if name else None
 
 
 def texts(inputs: Inputs, split: str) -> list[tuple[str | None, str]]:

@@ -21,6 +21,7 @@ import torch
 from harness.errors import Problem, UserError
 from harness.machine import device as devices
 from harness.machine import ranks
+from harness.models import parts
 from harness.models.base import Captioner
 from harness.store import write_json
 from harness.training.compiling import compiled_parts
@@ -60,7 +61,7 @@ def engine(
     """
     deepspeed = _import_deepspeed(kind)
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
+        parts.groups(model, config.weight_decay, config.rate_factors),
         lr=config.learning_rate,
         betas=config.betas,
         fused=kind != "npu",  # torch-npu has a fused AdamW of its own, which no test compares with this one

@@ -79,7 +79,7 @@ def forecast(config: "Config") -> dict[str, Any]:
     if not counts and config.has_model:
         unknown.append(f"steps and pixel cache: no images in {config.data.root}")
     trains = config.trains
-    shape = family(config.model).shape(config.model) if trains else None
+    shape = family(config.model).shape(config.model, config.train) if trains else None
     if trains and shape is None:
         unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
@@ -126,7 +126,7 @@ def time(
         found = device.probe(config.device)
     except UserError:
         return None
-    shape = family(config.model).shape(config.model) if config.trains else None
+    shape = family(config.model).shape(config.model, config.train) if config.trains else None
     prompt = longest_prompt(config.model.prompt)
     model = shape and Model(
         shape, config.train, found.kind, _half(config.train, found.kind), prompt, judges.size(config)

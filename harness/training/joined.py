@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.training.train import Split
+from harness.training.split import Split
 
 
 class Joined:

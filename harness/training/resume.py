@@ -15,6 +15,8 @@ STATE, FINISHED = "state.json", "finished.json"
 UNIVERSAL, VALIDATED = "universal", "validated.safetensors"
 KEPT = "best.json"
 """The list of the kept weights, best first: file, step, stage, epoch, score, and whether of `train.ema`."""
+PRIMARY = "valid_primary"
+"""The validation score that chooses the best weights."""
 EMA = "ema_"
 """Begins the names of the average's validation scores."""
 VALIDATION = ("valid_", f"{EMA}valid_")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.machine import device as devices
+from harness.models import parts
 from harness.models.base import Family, Sample
 from harness.models.text import IGNORE, to_device
 from harness.training.engine import engine, place, precision, release
@@ -185,7 +186,7 @@ def _gradients(ours: Sample, theirs: Sample) -> float:
     """The difference of all gradients together: some, such as those of key biases, are noise around zero."""
     found = []
     for sample in (ours, theirs):
-        sample.model.freeze(("caption", "concept"), True)
+        sample.model.freeze(("caption", "concept"))
         _loss(sample.model, sample, sample.model.device).backward()
         trained = [weight for weight in sample.model.parameters() if weight.requires_grad]
         found.append(torch.cat([weight.grad.float().cpu().flatten() for weight in trained]))
@@ -206,7 +207,7 @@ def _step(ours: Sample, theirs: Sample, config: TrainConfig, kind: devices.Kind)
         ours.model.eval()
         with torch.no_grad():
             found = _loss(ours.model, ours, device)
-    groups = theirs.model.parameter_groups(config.weight_decay)
+    groups = parts.groups(theirs.model, config.weight_decay, {})
     plain = torch.optim.AdamW(groups, lr=_RATE, betas=config.betas, foreach=False)
     before = _loss(theirs.model, theirs, theirs.model.device)
     before.backward()
@@ -227,8 +228,8 @@ class _Weights(nn.Module):
         scales = 10.0 ** torch.randint(-6, 3, (3, 64, 64), generator=draw)
         self.gradients = scales * torch.randn(3, 64, 64, generator=draw)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return [{"params": [self.matrix], "weight_decay": weight_decay}]
+    def part_of(self, name: str) -> str:
+        return "connector"
 
     def take(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """What the steps change."""
@@ -245,7 +246,7 @@ def _adamw(config: TrainConfig, kind: devices.Kind) -> float:
     ours.to(devices.torch_device(kind))
     with _engine(ours, _settings("fp32"), kind) as trainer:
         found = ours.take(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
-    groups = theirs.parameter_groups(config.weight_decay)
+    groups = parts.groups(theirs, config.weight_decay, {})
     return _far(found, theirs.take(torch.optim.AdamW(groups, lr=_RATE, betas=config.betas, foreach=False)))
 
 

@@ -110,6 +110,20 @@ PAPERS_STAGES = (
 )
 
 
+class LearningRates(Section):
+    """The peak of a part's learning rate where `train.learning_rate` is that of the others; null: the same.
+
+    The schedule is the same for all parts. A stage with a learning rate of its own scales all of them alike.
+    """
+
+    vision: Positive | None = None
+    """Image encoder, or its adapters."""
+    connector: Positive | None = None
+    """What leads from the image encoder to the language model, such as the Q-Former."""
+    language: Positive | None = None
+    """Language model, or its adapters."""
+
+
 class TrainConfig(Section):
     """Fine-tuning in stages."""
 
@@ -153,7 +167,11 @@ class TrainConfig(Section):
     Each rank draws its own dropout: 1 and 2 ranks give equal results only if this and `dropout` are 0.
     """
     train_vision: bool = True
-    """false freezes the ViT."""
+    """false freezes the image encoder."""
+    train_language: bool = False
+    """true: train all weights of the language model too. `model.lora` trains adapters instead."""
+    learning_rates: LearningRates = LearningRates()
+    """Learning rates of the parts of a model that differ from `learning_rate`."""
     ema: Share | None = None
     """Decay of an exponential moving average of the trained weights after every step, such as 0.999.
 
@@ -220,6 +238,11 @@ class TrainConfig(Section):
     """
     deepspeed: dict[str, Any] = Field({})
     """Overrides keys of the generated DeepSpeed config; the keys are those of DeepSpeed 0.19.8."""
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """The learning rate of each part with its own, divided by `learning_rate`."""
+        return {part: rate / self.learning_rate for part, rate in self.learning_rates if rate is not None}
 
     @property
     def samples(self) -> bool:

@@ -215,7 +215,7 @@ def _trained(config: Mapping[str, Any], kind: str) -> Model | None:
         train = TrainConfig.model_validate(config["train"])
     except (KeyError, ValidationError):
         return None
-    shape = family(settings).shape(settings)
+    shape = family(settings).shape(settings, train)
     return shape and Model(shape, train, kind, False)
 
 

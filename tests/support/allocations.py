@@ -50,7 +50,7 @@ def allocated(stage: int, folder: Path) -> tuple[int, int, int]:
     """Bytes of weights, gradients, and the optimiser's own tensors after a step at a ZeRO stage."""
     config, _ = small()
     model = captioner(config, True, False, False)
-    model.freeze(["caption", "concept"], True)
+    model.freeze(["caption", "concept"])
     deep = engine(model, TrainConfig(**settings(stage)), "cpu", folder)
     side = config.vision_config.image_size
     ids = torch.ones(2, 9, dtype=torch.long)

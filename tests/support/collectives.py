@@ -59,7 +59,7 @@ def main(checkpoint: Path) -> None:
         values = {"zero_stage": stage, "deepspeed": {"zero_optimization": EAGER if stage == 3 else {}}}
         config = TrainConfig(batch_size=8, micro_batch_size=2, precision="fp32", **values)
         loaded = load_tiny(checkpoint)
-        loaded.model.freeze(["caption", "concept"], True)
+        loaded.model.freeze(["caption", "concept"])
         every = {p: p.numel() * p.element_size() for p in loaded.model.parameters()}
         sizes = sum(every.values()), sum(size for p, size in every.items() if p.requires_grad)
         with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer
 
+from harness.models import parts
 from harness.models.base import FLOAT, HALF, Activations, Losses
 from harness.models.loading import Loaded
 from harness.models.text import IGNORE, Codec
 
+LOSSES = ("caption", "concept", "reward")
+WHOLE_IMAGES = False
 WIDTH = 24
 
 
@@ -57,16 +60,14 @@ class Toy(nn.Module):
     def decoder(self, width, length):
         yield lambda pixels, prompts: Decoding(self, pixels, prompts, width)
 
-    def freeze(self, losses, train_vision):
-        self.requires_grad_(False)
-        self.projection.requires_grad_(True)
-        self.encoder.requires_grad_(train_vision)
+    def part_of(self, name):
+        return {"encoder": "vision", "speaker": "language"}.get(name.split(".")[0], "connector")
+
+    def freeze(self, losses):
+        parts.train_only(self)
 
     def is_saved(self, name):
-        return not name.startswith("speaker.")
-
-    def parameter_groups(self, weight_decay):
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+        return parts.is_saved(self, name, ())
 
     def compute_in(self, dtype, vision_in_fp32):
         assert dtype is None
@@ -134,7 +135,11 @@ def settings(model):
     return {"family": "toy", "checkpoint": model.checkpoint}
 
 
-def shape(model):
+def new(model):
+    return ()
+
+
+def shape(model, train):
     return Shape(300)
 
 
@@ -150,4 +155,6 @@ def codecs(model, folder, max_tokens):
 def load(model, train, folder, frozen_dtype):
     caption, concept = codecs(model, folder, train.max_caption_tokens)
     torch.manual_seed(0)
-    return Loaded(Toy(len(caption.tokenizer)), caption, concept, (0.5,) * 3, (0.5,) * 3)
+    toy = Toy(len(caption.tokenizer))
+    toy.trained_parts = parts.trained(model, train)
+    return Loaded(toy, caption, concept, (0.5,) * 3, (0.5,) * 3)

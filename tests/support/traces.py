@@ -66,7 +66,8 @@ def kept(
     model: Captioner, batch: int, tokens: int, concepts: bool, train_vision: bool = True
 ) -> tuple[int, int]:
     """Bytes saved by one training forward pass: of activations, and of weights cast to half precision."""
-    model.freeze(["caption", "concept"] if concepts else ["caption"], train_vision)
+    model.trained_parts = {"connector", *(["vision"] if train_vision else [])}
+    model.freeze(["caption", "concept"] if concepts else ["caption"])
     model.train()
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1}

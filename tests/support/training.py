@@ -104,7 +104,7 @@ def by_hand(folder, settings, language_model, place="cpu"):
     lengths = np.array([len(text.ids) for text in split.captions])
     losses = []
     for stage in schedule.stages(settings):
-        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"], True)
+        model.freeze(["caption", "concept"] if stage.number == 1 else ["caption"])
         own = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in own if p.ndim > 1]
         optimizer = torch.optim.AdamW(

@@ -1,5 +1,6 @@
 """The family of BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
-shape = sizes.of_model
-_KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
+LOSSES = ("caption", "concept", "reward")
+WHOLE_IMAGES = False
+_KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint", "language_checkpoint")
 
 
 def checkpoints(model: ModelConfig) -> dict[str, str]:
-    """The checkpoints to load, by their key in `model:`; empty for a tiny model, which is built here."""
-    if model.checkpoint == TINY:
-        return {}
-    return {key: name for key in _KEYS if (name := getattr(model, key))}
+    """The checkpoints to load, by their key in `model:`; a tiny model is built here."""
+    built = _KEYS[:3] if model.checkpoint == TINY else ()
+    return {key: name for key in _KEYS if key not in built and (name := getattr(model, key))}
 
 
 def problems(model: ModelConfig) -> list[Problem]:
@@ -35,11 +36,32 @@ def problems(model: ModelConfig) -> list[Problem]:
         if at_hand is None:
             found.append(files.missing(name, f"model.{key}"))
             continue
-        speaks = main and model.language_model
+        speaks = key == "language_checkpoint" or (main and model.language_model)
         other = files.other_kind(at_hand, sizes.MODEL_TYPE, "model.checkpoint") if main else None
-        flaws = files.flaws(at_hand, f"model.{key}", config=main, tokenizer=speaks)
+        flaws = files.flaws(at_hand, f"model.{key}", config=main or speaks, tokenizer=speaks)
         found += [other] if other else flaws
+    if not model.language_model:
+        found += [Problem(what, key=f"model.{key}") for key, what in _without_language_model(model)]
     return found
+
+
+def _without_language_model(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Keys that contradict `language_model: false`, and why."""
+    if model.language_checkpoint:
+        yield "language_checkpoint", "model.language_model is false, so no language model is used"
+    if model.lora and "language" in model.lora.parts:
+        yield "lora.parts", "model.language_model is false, so language can't be adapted; use [vision]"
+
+
+def new(model: ModelConfig) -> tuple[str, ...]:
+    """The projection to a language model that the Q-Former has not learned."""
+    return ("language_projection",) if model.language_checkpoint else ()
+
+
+def shape(model: ModelConfig, train: "TrainConfig") -> sizes.Shape | None:
+    """The shape of the model; None if it is not known, or if not only ViT and Q-Former are trained."""
+    known = not (model.language_checkpoint or model.lora or train.train_language)
+    return sizes.of_model(model) if known else None
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
@@ -49,6 +71,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     captions are those of another step.
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
+    unused |= {key for key in ("language_checkpoint", "lora") if getattr(model, key) is None}
     given = model.model_dump(exclude={"family", "tiny"} | unused)
     return given | {"prompt": prompt_text(model.prompt)}
 
@@ -74,8 +97,15 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":
     """The model with its codecs, ready to train; see `loading.load`."""
+    from harness.models import parts
     from harness.models.blip2 import loading
 
     return loading.load(
-        model, folder, train.max_caption_tokens, train.dropout, frozen_dtype, train.language_dropout
+        model,
+        folder,
+        train.max_caption_tokens,
+        train.dropout,
+        frozen_dtype,
+        train.language_dropout,
+        parts.trained(model, train),
     )

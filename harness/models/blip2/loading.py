@@ -2,19 +2,26 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, Blip2Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2Config,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
 from harness.machine import device
-from harness.models import checkpoints
-from harness.models.blip2.model import TIED, Captioner
+from harness.models import adapters, checkpoints, parts
+from harness.models.blip2.model import Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.loading import Loaded
 from harness.models.settings import ModelConfig, longest_prompt, prompt_text
@@ -39,9 +46,12 @@ def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, C
     if not config.language_model:
         _check_room(config, concept, blip2.qformer_config.max_position_embeddings)
         return concept, concept
-    language = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    caption = language_codec(language, blip2.text_config, prompt_text(config.prompt), max_tokens)
-    positions = getattr(blip2.text_config, "max_position_embeddings", None)
+    text_config, speaks = blip2.text_config, _folder(config.language_checkpoint)
+    if speaks:
+        text_config = AutoConfig.from_pretrained(speaks, trust_remote_code=False)
+    language = AutoTokenizer.from_pretrained(speaks or folder, trust_remote_code=False)
+    caption = language_codec(language, text_config, prompt_text(config.prompt), max_tokens)
+    positions = getattr(text_config, "max_position_embeddings", None)
     _check_room(config, caption, positions and positions - blip2.num_query_tokens)
     return caption, concept
 
@@ -63,12 +73,17 @@ def load(
     dropout: float | None = None,
     language_dtype: torch.dtype = torch.float32,
     language_dropout: float | None = None,
+    trained: Collection[str] = ("vision", "connector"),
 ) -> Loaded:
     """Load BLIP-2 from `folder`, and a missing text path from the other configured checkpoints.
 
-    Weights are fp32; those of the frozen language model, two thirds of all, are loaded as `language_dtype`.
-    Raises `UserError` naming the weights that no configured checkpoint has.
+    `trained` are the parts that training may change. Weights are fp32; those of a language model that is not
+    trained, two thirds of all, are loaded as `language_dtype`. Raises `UserError` naming the weights that no
+    configured checkpoint has.
     """
+    if "language" in trained:
+        language_dtype = torch.float32
+    speaks = _folder(config.language_checkpoint)
     caption, concept = codecs(config, folder, max_tokens)
     blip2 = Blip2Config.from_pretrained(folder)
     blip2.qformer_config.vocab_size = len(concept.tokenizer)
@@ -81,23 +96,46 @@ def load(
     logging.set_verbosity_error()
     if device.rank():
         logging.disable_progress_bar()
-    parts = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
+    dtypes = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
     model, info = Captioner.from_pretrained(
         folder,
         config=blip2,
-        language_model=config.language_model,
-        dtype=parts | {"text_config": language_dtype},
+        language_model=config.language_model and not speaks,
+        dtype=dtypes | {"text_config": language_dtype},
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
     lacking = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
     texts = [_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint)]
-    lacking = _fill(model, lacking - TIED, filter(None, texts))
+    lacking = _fill(model, lacking - model.tied, filter(None, texts))
     if lacking:
         raise UserError([_unfilled(lacking, folder)])
     model.tie_weights()
+    if speaks:
+        _speak_by(model, speaks, language_dtype, language_dropout)
     model.resize_images(config.image_size)
-    return Loaded(model, caption, concept, *_pixel_units(folder))
+    model.trained_parts = frozenset(trained)
+    if config.lora:
+        adapters.add(model, config.lora)
+    new = ("language_projection",) if speaks else ()
+    return Loaded(model, caption, concept, *_pixel_units(folder), new)
+
+
+def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float | None) -> None:
+    """Give the model the language model in `folder`, behind a new projection."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if dropout is not None:
+        _set_dropout(config, dropout)
+    language, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    tied = language._tied_weights_keys or () if config.tie_word_embeddings else ()
+    if lacking := set(info["missing_keys"]) - set(tied):
+        raise UserError([_unfilled(lacking, folder, "model.language_checkpoint")])
+    with parts.new():
+        model.speak_by(language)
+        model.language_projection.weight.data.normal_(std=model.config.initializer_range)
+        model.language_projection.bias.data.zero_()
 
 
 def _set_dropout(config: PretrainedConfig, share: float) -> None:
@@ -173,15 +211,17 @@ def _own_name(key: str) -> str:
     return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _unfilled(lacking: set[str], folder: Path) -> Problem:
+def _unfilled(lacking: set[str], folder: Path, key: str = "model.checkpoint") -> Problem:
     names = sorted(lacking)
     shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
     return Problem(
         f"no configured checkpoint has these weights, and they can't stay random: {shown}",
         folder,
-        key="model.checkpoint",
+        key=key,
         hint="The Q-Former's text path: model.text_checkpoint: Salesforce/blip2-itm-vit-g; its head: "
-        "model.text_head_checkpoint: bert-base-uncased.",
+        "model.text_head_checkpoint: bert-base-uncased."
+        if key == "model.checkpoint"
+        else "It must be a whole causal language model.",
     )
 
 

@@ -7,12 +7,12 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Blip2Config
+from transformers import AutoModelForCausalLM, Blip2Config, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2PreTrainedModel,
@@ -21,15 +21,13 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2VisionModel,
 )
 
+from harness.models import parts
 from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker
 from harness.models.text import IGNORE
 
 QueryStates = list[tuple[Tensor, Tensor]]
-TIED = frozenset(
-    ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight")
-)
-"""Weights that are not saved because they are tied to others."""
+_TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 
 
 class Captioner(Blip2PreTrainedModel):
@@ -52,19 +50,27 @@ class Captioner(Blip2PreTrainedModel):
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
         self.embeddings = Blip2TextEmbeddings(config.qformer_config)
         self.cls = BertOnlyMLMHead(config.qformer_config)
-        self._tied_weights_keys = ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"]
+        self._tied_weights_keys = [*_TIED]
         self.language_projection = self.language_model = None
         if language_model:
-            self.language_projection = nn.Linear(
-                config.qformer_config.hidden_size, config.text_config.hidden_size
-            )
-            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-            self._tied_weights_keys += [
-                f"language_model.{key}" for key in self.language_model._tied_weights_keys or ()
-            ]
+            self.speak_by(AutoModelForCausalLM.from_config(config.text_config))
+        self.trained_parts: Collection[str] = frozenset({"vision", "connector"})
         self.autocast_dtype: torch.dtype | None = None
         self.vision_in_fp32 = False
         self.post_init()
+
+    def speak_by(self, language_model: PreTrainedModel) -> None:
+        """Write captions by a causal language model of transformers, after a new projection."""
+        inner, outer = self.config.qformer_config.hidden_size, language_model.config.hidden_size
+        self.language_projection = nn.Linear(inner, outer)
+        self.language_model = language_model
+        tied = language_model._tied_weights_keys or () if language_model.config.tie_word_embeddings else ()
+        self._tied_weights_keys = [*_TIED, *(f"language_model.{key}" for key in tied)]
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Names of weights that are tied to others, and are neither saved nor looked for."""
+        return frozenset(self._tied_weights_keys)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -241,8 +247,9 @@ class Captioner(Blip2PreTrainedModel):
     def compute_in(self, dtype: torch.dtype | None, vision_in_fp32: bool) -> None:
         """Set the precision of every forward pass, and of the frozen language model's weights."""
         self.autocast_dtype, self.vision_in_fp32 = dtype, vision_in_fp32
-        if self.language_model is not None:
-            self.language_model.to(dtype or torch.float32)
+        for name, weight in self.named_parameters():
+            if name.startswith("language_model.") and not parts.changes(self, name):
+                weight.data = weight.data.to(dtype or torch.float32)
 
     def use_plain_attention(self) -> None:
         """Use plain products for attention in ViT and language model; the Q-Former's queries always do."""
@@ -255,34 +262,25 @@ class Captioner(Blip2PreTrainedModel):
         encoder = self.vision_model.encoder
         return list(encoder.layers) if how == "layers" else [encoder]
 
+    def part_of(self, name: str) -> str:
+        """The part of a weight; queries, Q-Former with its text path, and projection are the connector."""
+        return {"vision_model": "vision", "language_model": "language"}.get(name.split(".")[0], "connector")
+
     def is_saved(self, name: str) -> bool:
-        """Whether fine-tuning may change a weight: all but the frozen language model; tied weights once."""
-        return not name.startswith("language_model.") and name not in TIED
+        """Whether fine-tuning may change a weight; tied weights once."""
+        return parts.is_saved(self, name, self.tied)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The trained parameters in two groups: matrices with weight decay; biases and norms without."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-
-    def freeze(self, losses: Collection[str], train_vision: bool) -> None:
-        """Freeze the language model, and the Q-Former's text path if none of these losses needs it."""
-        text_path = "concept" in losses or self.language_model is None
-        self.requires_grad_(False)
-        self.vision_model.requires_grad_(train_vision)
-        self.query_tokens.requires_grad_(True)
-        self.qformer.requires_grad_(True)
-        self.embeddings.requires_grad_(text_path)
-        self.cls.requires_grad_(text_path)
+    def freeze(self, losses: Collection[str]) -> None:
+        """Freeze what is never trained, and what none of these losses needs."""
+        parts.train_only(self)
         layers = self.qformer.encoder.layer
-        for layer in layers:
-            layer.intermediate.requires_grad_(text_path)
-            layer.output.requires_grad_(text_path)
-        if self.language_projection is not None:
-            self.language_projection.requires_grad_(True)
-        else:
+        if "concept" not in losses and self.language_model is not None:  # nothing reads by the text path
+            reading = [part for layer in layers for part in (layer.intermediate, layer.output)]
+            for part in (self.embeddings, self.cls, *reading):
+                part.requires_grad_(False)
+        if not {"caption", "reward"} & set(losses) and self.language_model is not None:
+            self.language_model.requires_grad_(False)
+        if self.language_projection is None:
             # text attends to the queries at a layer's input, so nothing uses the last layer's query output
             for name in ("crossattention", "intermediate_query", "output_query"):
                 if hasattr(layers[-1], name):

@@ -14,12 +14,24 @@ DEC = "[DEC]"
 def language_codec(
     tokenizer: "PreTrainedTokenizerBase", text_config: Any, prompt: str, max_tokens: int
 ) -> Codec:
-    """The codec of captions for the language model: start, prompt, caption, end (a line break for OPT)."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text_config.bos_token_id
+    """The codec of captions for the language model: start, prompt, caption, end.
+
+    The end is that of the model's config, which is a line break for BLIP-2's OPT, else the tokenizer's. A
+    model without a start token, such as Qwen2, starts with its end token, and one without padding pads with
+    it. The mask hides padding.
+    """
+
+    def known(name: str, *others: int | None) -> int | None:
+        given = (getattr(tokenizer, name), getattr(text_config, name, None), *others)
+        return next((one for one in given if one is not None), None)
+
+    end = text_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    end = known("eos_token_id") if end is None else end
     ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text_config.pad_token_id
     separator = " " if prompt else ""
-    return Codec(tokenizer, (start, *ids), text_config.eos_token_id, pad, max_tokens, separator, prompt)
+    start, pad = known("bos_token_id", end), known("pad_token_id", end)
+    return Codec(tokenizer, (start, *ids), end, pad, max_tokens, separator, prompt)
 
 
 def qformer_codec(tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Codec:
