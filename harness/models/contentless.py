@@ -1,8 +1,8 @@
 """A training step on tensors without contents: the memory that it needs and its FLOPs.
 
-Floats are torch's fake tensors: they have a shape and no memory. Integers, masks and small new tensors are real,
-so that code which reads them runs as usual. All is on the CPU; an accelerator's way is imitated where it saves
-other tensors.
+Floats are torch's fake tensors: they have a shape and no memory. Integers, masks and small new tensors are
+real, so that code which reads them runs as usual. All is on the CPU. Where an accelerator saves other tensors,
+its way is imitated.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from harness.models.base import Captioner, Samples, Work
+from harness.models import parts
+from harness.models.base import Captioner, Pixels, Samples, Work
 
 _SMALL = 2**16
 """Numbers of a new tensor of floats that is real, such as a table of frequencies."""
@@ -61,7 +62,9 @@ class _Contentless(TorchFunctionMode):
     def _new(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The result of a function of no tensors: made again with contents if it is integers or small."""
         found = function(*args, **kwargs)
-        if not isinstance(found, FakeTensor) or found.is_floating_point() and (self.building or found.numel() > _SMALL):
+        if not isinstance(found, FakeTensor):
+            return found
+        if found.is_floating_point() and (self.building or found.numel() > _SMALL):
             return found
         with unset_fake_temporarily():
             return function(*args, **kwargs)
@@ -73,8 +76,32 @@ class _Contentless(TorchFunctionMode):
             rate = kwargs["p"] if "p" in kwargs else args[1]
             return torch.native_dropout(args[0], rate, True)[0] if rate else args[0]
         if function is F.scaled_dot_product_attention:
-            kwargs = kwargs | {"dropout_p": 0.0}
+            return _fused(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """CUDA's attention for these inputs: without a mask flash attention, else the memory-efficient one."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
+    if attn_mask is None:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return found[0]
+    bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+    bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -146,3 +173,84 @@ def without_contents(accelerator: bool) -> Iterator[_Contentless]:
         mode,
     ):
         yield mode
+
+
+def sizes(build: Callable[[], Captioner], half: bool) -> dict[str, int]:
+    """`trained`: parameters that training may change; `frozen`: bytes of all other weights and buffers."""
+    with without_contents(accelerator=True):
+        model = build()
+        model.compute_in(torch.bfloat16 if half else None, False)
+        own = [weight for name, weight in model.named_parameters() if parts.changes(model, name)]
+        held = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in _weights(model)}
+        for weight in own:
+            held.pop(weight.untyped_storage()._cdata)
+        return {"trained": sum(weight.numel() for weight in own), "frozen": sum(held.values())}
+
+
+def step(
+    build: Callable[[], Captioner],
+    pixels: Callable[[int], Pixels],
+    work: Work,
+    word: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """The most bytes of forward and backward pass of a micro batch (`peak`), and the FLOPs of its products.
+
+    Weights are not counted, and gradients only at the moment when they are made. One row of texts is shorter
+    than the others, so attention has a mask as in a training. FLOPs include those that `checkpointing` repeats.
+    """
+    with without_contents(work.accelerator) as mode:
+        model = build()
+        model.compute_in(torch.bfloat16 if work.half else None, not work.vision_half)
+        if not work.accelerator:
+            model.use_plain_attention()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        wanted = {"caption": work.captions, "concept": work.concepts, "reward": work.samples}
+        model.freeze([name for name, is_wanted in wanted.items() if is_wanted])
+        model.train()
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        mode.building = False
+        # the outer context keeps the casts of weights, as in a training
+        with _Memory(_weights(model)) as memory, torch.autocast("cpu", enabled=False):
+            given = {
+                name: _text(work.batch, work.tokens, word) for name in ("caption", "concept") if wanted[name]
+            }
+            if work.samples:
+                given["samples"] = Samples(
+                    _text(work.batch * work.samples, work.sample_tokens, word), _chosen
+                )
+            losses = [loss for loss in model(pixels(work.batch), **given) if loss is not None]
+            total = torch.stack(losses).sum()
+            # torch's own function would turn the mode off, and layers are run again in here
+            torch.autograd.Variable._execution_engine.run_backward(
+                (total,),
+                (torch.ones_like(total),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+    return {"peak": memory.peak, "flops": memory.flops}
+
+
+def _weights(model: Captioner) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _text(rows: int, tokens: int, word: int) -> dict[str, Tensor]:
+    """Texts as from `Codec.collate`, (rows, tokens)."""
+    ids = torch.full((rows, tokens), word)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return {"ids": ids, "mask": mask, "labels": ids.clone()}
+
+
+def _chosen(logits: Tensor) -> Tensor:
+    """A loss that makes tensors like those of `training.rewards.loss`: it scales the logits and cuts them."""
+    scores = logits[:, :-1].flatten(0, 1).float() / 2
+    kept = scores.masked_fill(scores < scores.topk(2).values[:, -1:], -torch.inf)
+    return -kept.log_softmax(-1)[:, 0].sum()
