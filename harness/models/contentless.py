@@ -1,8 +1,8 @@
 """A training step on tensors without contents: the memory that it needs and its FLOPs.
 
 Floats are torch's fake tensors: they have a shape and no memory. Integers, masks and small new tensors are
-real, so that code which reads them runs as usual. All is on the CPU. Where an accelerator saves other tensors,
-its way is imitated.
+real, so that code which reads them runs as usual. All is on the CPU. Where an accelerator saves other tensors
+than a CPU, the step can imitate it.
 """
 
 import contextlib
@@ -169,10 +169,26 @@ def without_contents(accelerator: bool) -> Iterator[_Contentless]:
     mode = _Contentless(accelerator)
     with (
         torch.random.fork_rng(devices=[]),
+        _weights_replaced(),
         FakeTensorMode(allow_non_fake_inputs=True),
         mode,
     ):
         yield mode
+
+
+@contextlib.contextmanager
+def _weights_replaced() -> Iterator[None]:
+    """`Module.to` gives a weight new data here; it would swap fake weights, which torch refuses for some."""
+    swap = torch.utils.swap_tensors
+
+    def replace(weight: Tensor, converted: Tensor) -> None:
+        weight.data = converted.data
+
+    torch.utils.swap_tensors = replace
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
 
 
 def sizes(build: Callable[[], Captioner], half: bool) -> dict[str, int]:
@@ -197,7 +213,7 @@ def step(
     """The most bytes of forward and backward pass of a micro batch (`peak`), and the FLOPs of its products.
 
     Weights are not counted, and gradients only at the moment when they are made. One row of texts is shorter
-    than the others, so attention has a mask as in a training. FLOPs include those that `checkpointing` repeats.
+    than the others, so attention has a mask as in a training. FLOPs include what `checkpointing` repeats.
     """
     with without_contents(work.accelerator) as mode:
         model = build()
@@ -215,26 +231,20 @@ def step(
         mode.building = False
         # the outer context keeps the casts of weights, as in a training
         with _Memory(_weights(model)) as memory, torch.autocast("cpu", enabled=False):
-            given = {
-                name: _text(work.batch, work.tokens, word) for name in ("caption", "concept") if wanted[name]
-            }
+            texts = [name for name in ("caption", "concept") if wanted[name]]
+            given: dict[str, Any] = {name: _text(work.batch, work.tokens, word) for name in texts}
             if work.samples:
-                given["samples"] = Samples(
-                    _text(work.batch * work.samples, work.sample_tokens, word), _chosen
-                )
+                said = work.of_samples
+                given["samples"] = Samples(_text(said.batch, said.tokens, word), _chosen)
             losses = [loss for loss in model(pixels(work.batch), **given) if loss is not None]
-            total = torch.stack(losses).sum()
-            # torch's own function would turn the mode off, and layers are run again in here
-            torch.autograd.Variable._execution_engine.run_backward(
-                (total,),
-                (torch.ones_like(total),),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            _backward(torch.stack(losses).sum())
     return {"peak": memory.peak, "flops": memory.flops}
+
+
+def _backward(total: Tensor) -> None:
+    """The backward pass; torch's own function would turn the mode off, in which layers are run again."""
+    engine, start = torch.autograd.Variable._execution_engine, torch.ones_like(total)
+    engine.run_backward((total,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _weights(model: Captioner) -> list[Tensor]:
@@ -250,7 +260,10 @@ def _text(rows: int, tokens: int, word: int) -> dict[str, Tensor]:
 
 
 def _chosen(logits: Tensor) -> Tensor:
-    """A loss that makes tensors like those of `training.rewards.loss`: it scales the logits and cuts them."""
-    scores = logits[:, :-1].flatten(0, 1).float() / 2
-    kept = scores.masked_fill(scores < scores.topk(2).values[:, -1:], -torch.inf)
-    return -kept.log_softmax(-1)[:, 0].sum()
+    """A loss that makes tensors like those of `training.rewards.loss`."""
+    rows = logits[:, :-1].flatten(0, 1).clone()
+    scores = rows.float() / 2
+    cut = scores < scores.topk(2).values[:, -1:]
+    kept = scores.masked_fill(cut, -torch.inf).log_softmax(-1)
+    scaled = rows.float() / 2
+    return -(kept[:, 0] + scaled[:, 0]).sum()

@@ -10,8 +10,7 @@
 
 The model is built from its config, so no weights are needed. Its weights and activations have a shape and no
 memory (`contentless`). Every tensor that the step makes is counted, from the forward pass to the end of the
-backward pass. This takes seconds and imports torch, so the results are kept in `runs/cache`. They are read from
-there without torch.
+backward pass. This takes seconds and imports torch, so the results are kept in `runs/cache`.
 """
 
 import contextlib
@@ -37,11 +36,11 @@ _BATCHES = (1, 8)
 class Shape:
     """`base.Shape` of a model that is run without contents.
 
-    `determined_by` is JSON-like: all settings and the checkpoints' `config.json` that the model is built from.
+    `determined_by` is JSON-like: all settings and configs of checkpoints that the model is built from.
     `build(train)` gives the model as the family's `load` does, but from configs alone: with its adapters and
-    `trained_parts`, and with the dropout of `train`. It is called where new tensors have no contents, so nothing
-    may be loaded in it. `pixels(batch)` gives images as `Loaded.normalise` does. `word` is the id of an ordinary
-    token, of which texts consist.
+    `trained_parts`, and with the dropout of `train`. It is called where new tensors have no contents, so no
+    weights may be loaded in it. `pixels(batch)` gives images as `Loaded.normalise` does. Texts consist of the
+    token `word`.
     """
 
     train: "TrainConfig"
