@@ -85,12 +85,20 @@ class Config(_Steps):
         if self.full_fit and self.train.patience and not self.train.epochs_of:
             what = "patience counts validations, but data.fit_on has valid; name a run in train.epochs_of"
             raise AcrossKeys(what, "train.patience", "data.fit_on")
+        best = [n for n, one in enumerate(self.train.stages) if one.epochs and one.start == "best"]
+        if self.full_fit and best:
+            what = "start is best, but data.fit_on has valid, so there are no validations; write last"
+            raise AcrossKeys(what, f"train.stages.{best[0]}.start", "data.fit_on")
         if self.predict.splits and not self.captioned:
             what = "data.fit_on has valid, so only test can be captioned, but predict.splits lacks it"
             raise AcrossKeys(what, "predict.splits", "data.fit_on")
         if self.train.epochs_of and not self.full_fit:
             what = "epochs_of needs data.fit_on: [train, valid]"
             raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
+        if self.retrieval and self.predict.has_candidates:
+            key = "samples" if self.predict.samples else "num_return_sequences"
+            what = f"retrieval takes captions of training images, so predict.{key} has no effect"
+            raise AcrossKeys(what, "retrieval", f"predict.{key}")
         if not self.has_model and self.soup:
             what = "soup gives this run a model, but own is 0; use 1 or more"
             raise AcrossKeys(what, "consensus.own", "soup")

@@ -16,7 +16,6 @@ from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
     Blip2Config,
-    BlipImageProcessor,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -29,6 +28,7 @@ from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
+from harness.models.remarks import quieten
 from harness.models.settings import TinyConfig
 from harness.models.text import IGNORE, Codec, Text
 
@@ -55,6 +55,7 @@ def build(
     control it. `pixels[indices]`: uint8 (B, S, S, 3), S = `image_side(config)`, of the same images. concepts:
     (N, C), 1 if an image has the concept. The same arguments give the same weights.
     """
+    quieten()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         _save_tokenizers(config, texts, folder)
@@ -70,6 +71,8 @@ def build(
         mean, std = float(sample.mean()), float(sample.std())
         _pretrain_vision(model.vision_model, pixels, (mean, std), concepts, augmentation, config, progress)
         model.save_pretrained(folder)
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
     BlipImageProcessor(image_mean=[mean / 255] * 3, image_std=[std / 255] * 3).save_pretrained(folder)
     checkpoints.mark_standin(folder, folder.name)
 
