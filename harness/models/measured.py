@@ -32,6 +32,10 @@ _BATCHES = (1, 8)
 """Micro batches that are run; memory is taken to be linear in their size."""
 
 
+class Unmeasured(Exception):
+    """Raised for a model that can't be run without contents; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """`base.Shape` of a model that is run without contents.
@@ -103,7 +107,12 @@ class Shape:
         )
         found = read_checked(file)
         if found is None:
-            found = measure()
+            try:
+                found = measure()
+            except Exception as error:  # the code of any model of transformers runs in it
+                first = str(error).strip().partition("\n")[0]
+                why = f"the model can't be run without weights: {type(error).__name__}: {first}"
+                raise Unmeasured(why) from error
             with contextlib.suppress(OSError):  # without the file it is measured again
                 write_checked(file, found)
         return found
