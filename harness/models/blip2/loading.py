@@ -91,7 +91,7 @@ def load(
         blip2.qformer_config.hidden_dropout_prob = dropout
         blip2.qformer_config.attention_probs_dropout_prob = dropout
     if language_dropout is not None:
-        _set_dropout(blip2.text_config, language_dropout)
+        set_dropout(blip2.text_config, language_dropout)
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
     if device.rank():
@@ -125,7 +125,7 @@ def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float
     """Give the model the language model in `folder`, behind a new projection."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if dropout is not None:
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
     language, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
@@ -138,7 +138,7 @@ def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float
         model.language_projection.bias.data.zero_()
 
 
-def _set_dropout(config: PretrainedConfig, share: float) -> None:
+def set_dropout(config: PretrainedConfig, share: float) -> None:
     """Set the dropout of a language model's layers; 0 also turns off all its other dropouts."""
     for name in ("dropout", "dropout_rate", "resid_pdrop", "hidden_dropout"):  # OPT, T5, GPT-2, NeoX
         if hasattr(config, name):

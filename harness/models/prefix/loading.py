@@ -1,0 +1,111 @@
+"""Loading image encoder and language model from their checkpoints; the connector between them is new."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from harness.errors import Problem, UserError
+from harness.machine import device
+from harness.models import adapters, parts
+from harness.models import checkpoints as files
+from harness.models.blip2.loading import set_dropout
+from harness.models.loading import Loaded
+from harness.models.prefix import vision
+from harness.models.prefix.checks import LANGUAGE, NEW
+from harness.models.prefix.model import Captioner, check_room, connector
+from harness.models.settings import TINY, ModelConfig, longest_prompt, prompt_text
+from harness.models.text import Codec
+
+if TYPE_CHECKING:
+    from harness.training.settings import TrainConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def codec(config: ModelConfig, max_tokens: int) -> Codec:
+    """The codec of captions: start, prompt, caption, end; start and end are the tokenizer's.
+
+    A language model without a start token, such as Qwen2, begins with its end token. One without a token for
+    padding pads with its end token; masks tell them apart. Raises `UserError` if there is no end token.
+    """
+    folder = files.find(config.language_checkpoint).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    end = tokenizer.eos_token_id
+    if end is None:
+        what = f"the tokenizer of {folder} has no end token, so no caption would end"
+        raise UserError([Problem(what, key=f"model.{LANGUAGE}")])
+    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    words = prompt_text(config.prompt)
+    ids = tokenizer(words, add_special_tokens=False).input_ids if words else []
+    return Codec(tokenizer, (start, *ids), end, pad, max_tokens, " " if words else "", words)
+
+
+def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_dtype: torch.dtype) -> Loaded:
+    """Load both models; weights are fp32, those of a language model that is never trained `frozen_dtype`.
+
+    `folder` is that of a tiny image encoder. Raises `UserError` if weights are missing, or if the models do
+    not fit together.
+    """
+    if train.dropout:
+        raise UserError([Problem("it is for a Q-Former, which family prefix lacks", key="train.dropout")])
+    logging.set_verbosity_error()  # missing weights are errors below; unused weights need no warning
+    if device.rank():
+        logging.disable_progress_bar()
+    seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
+    encoder = vision.load(seen, config.image_size)
+    trained = parts.trained(config, train)
+    speaks = files.find(config.language_checkpoint).folder
+    language = _language(
+        speaks, torch.float32 if "language" in trained else frozen_dtype, train.language_dropout
+    )
+    with parts.new():
+        between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
+    model = Captioner(encoder, between, language, trained, _room(language.config))
+    if config.lora:
+        adapters.add(model, config.lora)
+    caption = codec(config, train.max_caption_tokens)
+    tokens = config.connector.tokens or encoder.tokens
+    before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
+    check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
+    return Loaded(model, caption, caption, *_pixel_units(seen), NEW)
+
+
+def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTrainedModel:
+    """The causal language model of a checkpoint; `dropout` replaces all dropouts of its layers."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if dropout is not None:
+            set_dropout(config, dropout)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        what = f"AutoModelForCausalLM of transformers can't read {folder}: {first}"
+        raise UserError([Problem(what, key=f"model.{LANGUAGE}")]) from error
+    own = {name for name, _ in model.named_parameters()}  # tied weights once
+    if lacking := own & set(info["missing_keys"]):
+        raise UserError([vision.unfilled(lacking, folder, f"model.{LANGUAGE}")])
+    return model
+
+
+def _room(config: PretrainedConfig) -> int | None:
+    """The most tokens that each layer of a language model attends to; None if nothing limits them."""
+    sliding = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    limits = [getattr(config, "max_position_embeddings", None), sliding]
+    return min(filter(None, limits), default=None)
+
+
+def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
+    file = folder / "preprocessor_config.json"
+    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return (
+        tuple(values.get("image_mean") or IMAGENET_MEAN),
+        tuple(values.get("image_std") or IMAGENET_STD),
+    )
