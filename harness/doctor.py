@@ -217,8 +217,9 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Key and name of each checkpoint, and its origin if the user need not fetch it."""
-    if config.has_model and config.model.checkpoint == TINY:
-        yield "model.checkpoint", TINY, "made here"
+    for key in ("checkpoint", "vision_checkpoint"):
+        if config.has_model and getattr(config.model, key) == TINY:
+            yield f"model.{key}", TINY, "made here"
     named = family(config.model).checkpoints(config.model) if config.has_model else {}
     for key, name in named.items():
         yield f"model.{key}", name, None

@@ -7,6 +7,7 @@ Frozen (Tsimpoukelli et al. 2021, arXiv:2106.13884) has the language model froze
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.models.blip2.sizes import image_side
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
@@ -47,7 +48,7 @@ def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
 
 def built_from(model: ModelConfig) -> int | None:
     """Side in pixels of the training images that a tiny image encoder is built from; None if it is loaded."""
-    return model.image_size if model.vision_checkpoint == TINY else None
+    return image_side(model.tiny) if model.vision_checkpoint == TINY else None
 
 
 def sample() -> None:

@@ -13,6 +13,7 @@ from harness.machine import device
 from harness.models import adapters, parts
 from harness.models import checkpoints as files
 from harness.models.blip2.loading import set_dropout
+from harness.models.blip2.text import language_codec
 from harness.models.loading import Loaded
 from harness.models.prefix import vision
 from harness.models.prefix.checks import LANGUAGE, NEW
@@ -27,22 +28,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def codec(config: ModelConfig, max_tokens: int) -> Codec:
-    """The codec of captions: start, prompt, caption, end; start and end are the tokenizer's.
+    """The codec of captions: start, prompt, caption, end; see `blip2.text.language_codec`.
 
-    A language model without a start token, such as Qwen2, begins with its end token. One without a token for
-    padding pads with its end token; masks tell them apart. Raises `UserError` if there is no end token.
+    Raises `UserError` if neither the config nor the tokenizer of the language model has an end token.
     """
     folder = files.find(config.language_checkpoint).folder
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    end = tokenizer.eos_token_id
-    if end is None:
-        what = f"the tokenizer of {folder} has no end token, so no caption would end"
+    values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    found = language_codec(tokenizer, values, prompt_text(config.prompt), max_tokens)
+    if found.end is None or found.end >= values.vocab_size:
+        what = f"the config and tokenizer of {folder} have no usable end token, so no caption would end"
         raise UserError([Problem(what, key=f"model.{LANGUAGE}")])
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    words = prompt_text(config.prompt)
-    ids = tokenizer(words, add_special_tokens=False).input_ids if words else []
-    return Codec(tokenizer, (start, *ids), end, pad, max_tokens, " " if words else "", words)
+    return found
 
 
 def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_dtype: torch.dtype) -> Loaded:

@@ -191,9 +191,7 @@ def check_room(room: int | None, before: int, new: int, key: str) -> None:
     """Raise `UserError` if the language model cannot read `before` tokens and `new` ones after them."""
     if room is not None and before + new > room:
         what = f"image and prompt have {before} tokens, and {new} follow; the language model reads {room}"
-        hint = (
-            f"Use fewer tokens for an image (model.connector: {{kind: pooled, tokens: 32}}), or lower {key}."
-        )
+        hint = f"Lower {key}, or give an image fewer tokens: model.connector: {{kind: pooled, tokens: 32}}"
         raise UserError([Problem(what, key=key, hint=hint)])
 
 
