@@ -23,6 +23,7 @@ from harness.cli import (
     compare,
     consensus,
     data,
+    export,
     leaderboard,
     reference,
     report,
@@ -94,6 +95,7 @@ app.command("report", rich_help_panel=_SCORE)(report.report)
 app.command("leaderboard", rich_help_panel=_SCORE)(leaderboard.leaderboard)
 app.add_typer(submission.app, name="submission", rich_help_panel=_SUBMIT)
 app.add_typer(data.app, name="data", rich_help_panel=_DATA)
+app.command("export", rich_help_panel=_HOUSE)(export.export)
 app.command("reference", rich_help_panel=_HOUSE)(reference.reference)
 
 

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA) in a captioner, by peft (the sole import of it)."""
 
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,9 +37,9 @@ def add(model: Captioner, config: "LoraConfig") -> None:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        fan_in_fan_out=False,  # peft sets it itself for GPT-2's layers
     )
-    with parts.new():
+    with parts.new(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds it out for GPT-2's layers
         peft.inject_adapter_in_model(settings, model)
     for name, weight in model.named_parameters():
         if parts.is_adapter(name):

@@ -298,3 +298,6 @@ class Family(Protocol):
         design (`Loaded.new`) have the same weights in every call (`parts.new`). Raises `UserError` naming the
         other weights that no configured checkpoint has.
         """
+
+    def export(self, loaded: "Loaded", folder: Path) -> None:
+        """Write a model without adapters as checkpoint files that `load` reads, with its tokenizers."""

@@ -106,6 +106,8 @@ class Train(Step):
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         if self._full_fit:
             work.say(epochs.told(config.train, self.epochs_of))
+        if self._new:
+            work.say(f"{self._new}: new, so not in any checkpoint")
         splits = self._splits(work)
         images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
         steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
@@ -215,11 +217,17 @@ class Train(Step):
             "training": {
                 **fit.recorded(self.directory),
                 "best": kept(self.directory)[0],
+                **({"new": self._new} if self._new else {}),
                 **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
                 **({"ended": ended} if ended else {}),
                 **({"notes": notes} if notes else {}),
             }
         }
+
+    @property
+    def _new(self) -> str:
+        """The modules whose weights no checkpoint has."""
+        return " and ".join(family(self.inputs.config.model).new(self.inputs.config.model))
 
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
         """The stages that have ended, if a validation may end them early."""

@@ -72,11 +72,14 @@ def measure(reward, words):
     return reward, said(words)
 
 
-def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, **model):
-    """Train the tiny checkpoint of `folder` -> what is loaded at the end, and the rows of losses.jsonl."""
+def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dropout=0.0, load=None, **model):
+    """Train the tiny checkpoint of `folder` -> what is loaded at the end, and the rows of losses.jsonl.
+
+    `load` loads another model with the tokenizers of that folder.
+    """
     directory.mkdir(exist_ok=True)
 
-    def load():
+    def tiny():
         return load_tiny(folder, dropout=dropout, **model)
 
     scores = evaluate or (lambda: {"valid_primary": 0.0})
@@ -84,7 +87,7 @@ def run(folder, directory, settings, *, log=lambda row: None, evaluate=None, dro
     training = train.Training(
         settings,
         AugmentConfig(),
-        load,
+        load or tiny,
         data,
         "cpu",
         42,
