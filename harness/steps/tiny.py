@@ -26,13 +26,13 @@ class Tiny(Step):
         side = family(config.model).built_from(config.model) if config.has_model else None
         if side is None:
             return
-        keys = ("model.tiny", "data.augment")
+        read, facts = values(config, "model.tiny", "data.augment"), {"built_from": side}
         if config.model.checkpoint == TINY:
-            keys = (*keys, "train.caption_cleaning", "train.max_words")
-            read = values(config, *keys) | {"model.prompt": prompt_text(config.model.prompt)}
+            read |= values(config, "train.caption_cleaning", "train.max_words")
+            read |= {"model.prompt": prompt_text(config.model.prompt)}
         else:
-            read = values(config, *keys)
-        yield cls(Inputs(plan, read, ("train",), None, {"built_from": side}, ("data.cache",)))
+            facts["part"] = "vision"
+        yield cls(Inputs(plan, read, ("train",), None, facts, ("data.cache",)))
 
     @property
     def decodes(self) -> Mapping[str, int]:
@@ -48,7 +48,7 @@ class Tiny(Step):
         concepts = np.array([[cui in example.cuis for cui in names] for example in examples])
         pixels = work.pixels(self.inputs, "train", self.decodes["train"])
         with work.reporter.progress("Pre-training the tiny model") as advance:
-            if config.model.checkpoint != TINY:
+            if "part" in self.inputs.facts:
                 sizes, augmentation = config.model.tiny, config.data.augment
                 return tiny.build_vision(sizes, pixels, concepts, augmentation, directory, advance)
             tiny.build(
