@@ -1,6 +1,7 @@
 """Family `prefix`: an image encoder, a connector, and a causal language model, against transformers' own."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -248,13 +249,14 @@ def test_training_goes_on_to_the_bit(zero_stage, folder, tmp_path):
         | {"checkpoint_every_steps": 1}
     )
 
+    scores = {"whole": count(), "cut": count()}  # better at each validation
+
     def run(name, log=lambda row: None):
         def make():
             return loaded(folder, "cvt", "gpt2", settings)
 
         (tmp_path / name).mkdir(exist_ok=True)
-        scores = iter(range(100))
-        given = ("cpu", 42, tmp_path / name, log, lambda found: {"valid_primary": float(next(scores))})
+        given = ("cpu", 42, tmp_path / name, log, lambda _: {"valid_primary": float(next(scores[name]))})
         return train.Training(settings, AugmentConfig(), make, splits(make()), *given).run().model
 
     def stop(row):
@@ -273,7 +275,7 @@ def test_training_goes_on_to_the_bit(zero_stage, folder, tmp_path):
 
 def said(folder: Path, stages=TRAIN.stages, **values) -> list[str]:
     config = model_config(folder).model_copy(update=values)
-    return [str(one) for one in problems(config, TRAIN.model_copy(update={"stages": stages}))]
+    return [f"{one} {one.hint}" for one in problems(config, TRAIN.model_copy(update={"stages": stages}))]
 
 
 def test_every_mistake_is_told_at_once_before_a_run(folder):
@@ -372,8 +374,8 @@ def test_a_run_trains_two_stages_captions_and_is_marked(folder, tmp_path, empty_
     (tmp_path / "mlflow.db").write_bytes(empty_store)
     (tmp_path / "prefix.yaml").write_text(EXPERIMENT.replace("LANGUAGE", str(folder / "llama")))
     done = harness(tmp_path, "run", "prefix.yaml")
-    assert "connector: new, so not in any checkpoint" in done.stdout
-    assert "stage 1 trains vision" in done.stdout
+    assert "connector: new, so not in any checkpoint" in done.stderr
+    assert "stage 1 trains vision" in done.stderr
     record = json.loads((tmp_path / "runs/prefix/base-s42/run.json").read_text())
     assert record["status"] == "FINISHED"
     assert record["standin_model"]  # its image encoder is built here

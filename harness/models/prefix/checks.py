@@ -42,8 +42,8 @@ def _of_checkpoint(model: ModelConfig, key: str, name: str, check: Any) -> list[
     at_hand = files.find(name)
     if at_hand is None:
         return [files.missing(name, f"model.{key}")]
-    flaws = files.flaws(at_hand, f"model.{key}", tokenizer=key == LANGUAGE)
-    return flaws or check(model, at_hand.folder)
+    flaws = files.flaws(at_hand, f"model.{key}", tokenizer=False) or check(model, at_hand.folder)
+    return flaws or files.flaws(at_hand, f"model.{key}", tokenizer=key == LANGUAGE)
 
 
 def config_of(folder: Path) -> Mapping[str, Any]:
