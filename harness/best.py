@@ -207,7 +207,8 @@ def _apart(one: Option, others: Sequence[Option], metric: str) -> str | None:
     score = one.systems[TUNE].scores.get(metric)
     if score is None or score.value is None:
         computed = f"not computed; the run has {', '.join(one.systems[TUNE].scores)}"
-        return f"{metric} is absent: {score.reason if score else computed}"
+        hint = "choose by another one with --metric"
+        return f"{metric} is absent: {score.reason if score else computed}; {hint}"
     if not others:
         return None
     first = others[0]

@@ -42,9 +42,33 @@ def write_table(path: Path, rows: Iterable[Sequence[str]]) -> Path:
     return write(path, text.getvalue())
 
 
+def read_table(path: Path) -> list[list[str]]:
+    """The rows of a CSV file; a field may have any length.
+
+    Raises `OSError`, `ValueError` or `csv.Error` if it can't be read.
+    """
+    text = bytes_of(path).decode()
+    before = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of the whole process
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    finally:
+        csv.field_size_limit(before)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its first row.
+
+    Raises `ValueError` if a row has more or fewer columns; see `read_table`.
+    """
+    header, *rows = read_table(path) or [[]]
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError("a row has more or fewer columns than the header")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def read_captions(path: Path) -> dict[str, str]:
     """Read what `write_captions` wrote. Raises `ValueError` or `csv.Error` for anything else."""
-    rows = list(csv.reader(io.StringIO(bytes_of(path).decode(), newline=""), strict=True))
+    rows = read_table(path)
     if rows[:1] != [["ID", "caption"]] or any(len(row) != 2 for row in rows):
         raise ValueError("not every row has an ID and a caption")
     found = dict(rows[1:])
@@ -71,7 +95,7 @@ def read_candidates(path: Path) -> dict[str, list[Candidate]]:
 
     Raises `ValueError` or `csv.Error` for anything else.
     """
-    first, *rows = csv.reader(io.StringIO(bytes_of(path).decode(), newline=""), strict=True)
+    first, *rows = read_table(path) or [[]]
     if first == ["ID", "caption"]:
         return {image: [Candidate(caption)] for image, caption in read_captions(path).items()}
     if tuple(first) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):

@@ -5,7 +5,6 @@ file and says how to make it again. Readers of many runs leave such a record out
 """
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from harness.captions import Candidate, read_candidates, read_captions
+from harness.captions import Candidate, read_candidates, read_captions, read_rows
 from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
@@ -398,10 +397,9 @@ def candidates_file(folder: Path, record: Record, split: str) -> Path:
 def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
     """The rows of a `per_image.csv` by id. Raises `UserError` if they can't be read."""
     try:
-        text = io.StringIO(bytes_of(file).decode(), newline="")
-        rows = {row["ID"]: row for row in csv.DictReader(text)}
-        if any(None in row or None in row.values() or "reference" not in row for row in rows.values()):
-            raise ValueError("a row has more or fewer columns than the header")
+        rows = {row["ID"]: row for row in read_rows(file)}
+        if any("reference" not in row for row in rows.values()):
+            raise ValueError("it has no column reference")
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise damaged(file, record, f"can't be read: {error}") from None
     return rows

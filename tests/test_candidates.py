@@ -1,5 +1,6 @@
 """Candidates of a predict step: interrupted, in any batch and order, and on several ranks."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from support.commands import harness
 from support.experiments import EXPERIMENT
 from support.models import pixels
 
-from harness.captions import Candidate, read_candidates, read_captions, write_candidates, write_captions
+from harness import captions
+from harness.captions import Candidate, read_candidates, read_captions, write_candidates
 from harness.config.sections import PredictConfig
 from harness.decoding import predict
 
@@ -87,7 +89,7 @@ def test_a_file_of_candidates_is_read_as_written(tmp_path):
     candidates = {"a": [Candidate(odd, 1.0, -1.5, "beam1"), Candidate("", 1.0, -2.25, "sample1")]}
     candidates["b"] = [Candidate("constant", source="constant")]
     assert read_candidates(write_candidates(tmp_path / "candidates.csv", candidates)) == candidates
-    file = write_captions(tmp_path / "predictions.csv", {"a": odd})
+    file = captions.write_captions(tmp_path / "predictions.csv", {"a": odd})
     assert read_candidates(file) == {"a": [Candidate(odd)]}
     for text in ("", "ID,source\na,b\n", "ID,source,log_probability,caption\na,beam1,low,x\n"):
         file.write_text(text)
@@ -112,3 +114,14 @@ def test_two_ranks_sample_as_one(small_run, tmp_path):
             read_candidates(place / "runs" / record["artifacts"]["predictions/valid_candidates.csv"])
         )
     assert_same(*found)
+
+
+def test_tables_hold_captions_of_any_length(tmp_path):
+    """The csv module refuses fields of more than 131,072 characters, unless told otherwise."""
+    before, text = csv.field_size_limit(), "wort\r\n, " * 40_000
+    write_candidates(tmp_path / "c.csv", {"a": [Candidate(text, source="beam1")]})
+    assert [one.caption for one in read_candidates(tmp_path / "c.csv")["a"]] == [text]
+    captions.write_captions(tmp_path / "p.csv", {"a": text})
+    assert read_captions(tmp_path / "p.csv") == {"a": text}
+    assert captions.read_rows(tmp_path / "p.csv") == [{"ID": "a", "caption": text}]
+    assert csv.field_size_limit() == before

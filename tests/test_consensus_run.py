@@ -226,6 +226,8 @@ def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
     assert "there are no candidates" in said("\n  a: {consensus: {own: 0}}\n")
     beams = "{num_beams: 2, num_return_sequences: 3}"
     assert "num_return_sequences is 3, but there are only 2 beams" in said(f"\n  a: {{predict: {beams}}}\n")
+    both = "\n  a: {predict: {samples: {count: 2}}, retrieval: {}}\n"
+    assert "so predict.samples has no effect" in said(both)
     assert "is named twice" in said("\n  a: {consensus: {runs: [a/b-s1, {run: a/b-s1, weight: 2}]}}\n")
     assert "overall is no score of 2023" in said("\n  a: {consensus: {utility: {overall: 1}}}\n")
     assert "weights are not on this machine" in said("\n  a: {consensus: {utility: {bleurt: 1}}}\n")

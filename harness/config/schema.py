@@ -93,6 +93,10 @@ class Config(_Steps):
         if self.train.epochs_of and not self.full_fit:
             what = "epochs_of needs data.fit_on: [train, valid]"
             raise AcrossKeys(what, "train.epochs_of", "data.fit_on")
+        if self.retrieval and self.predict.has_candidates:
+            key = "samples" if self.predict.samples else "num_return_sequences"
+            what = f"retrieval takes captions of training images, so predict.{key} has no effect"
+            raise AcrossKeys(what, "retrieval", f"predict.{key}")
         if not self.has_model and self.soup:
             what = "soup gives this run a model, but own is 0; use 1 or more"
             raise AcrossKeys(what, "consensus.own", "soup")

@@ -1,20 +1,18 @@
 """Prompts with the captions of similar training images, `model.prompt: {retrieved: ...}`."""
 
-import csv
 import functools
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import records
-from harness.captions import write_table
+from harness.captions import read_rows, write_table
 from harness.decoding import retrieval
 from harness.errors import Problem, UserError
 from harness.models.settings import longest_prompt
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
-from harness.store import bytes_of, products
+from harness.store import products
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,8 +114,7 @@ def prompts_of(inputs: Inputs, split: str, codec: "Codec") -> "list[tuple[int, .
     found = [step for step in inputs.steps if step.kind == Prompts.kind and step.part == split]
     if not found:
         return [codec.prompt] * len(examples)
-    text = bytes_of(found[0].directory / PROMPTS).decode()
-    given = {row["ID"]: row["prompt"] for row in csv.DictReader(io.StringIO(text, newline=""))}
+    given = {row["ID"]: row["prompt"] for row in read_rows(found[0].directory / PROMPTS)}
     most = longest_prompt(inputs.config.model.prompt)
     return [codec.prompt_after(given[example.id], most) for example in examples]
 

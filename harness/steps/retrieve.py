@@ -1,12 +1,10 @@
 """Captions from the most similar training images; see `decoding.retrieval`."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS, Candidate, write_table
+from harness.captions import PREDICTIONS, Candidate, read_rows, write_table
 from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
@@ -15,7 +13,6 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predict import model_for, reads_checkpoint, reads_model
 from harness.steps.prompts import BASE, FEATURES, OWN, prompted
-from harness.store import bytes_of
 from harness.submission.checks import some
 
 if TYPE_CHECKING:
@@ -106,8 +103,7 @@ class Retrieve(Step):
         file = self.directory / COPIES
         if not file.is_file():
             return {}
-        rows = csv.DictReader(io.StringIO(bytes_of(file).decode(), newline=""))
-        shown, count = some([row["ID"] for row in rows]), len(self.inputs.data.examples(self.part))
+        shown, count = some([row["ID"] for row in read_rows(file)]), len(self.inputs.data.examples(self.part))
         what = f"{self.part}: {shown} of {count:,} images are also in train; their scores measure memory"
         return {"warnings": [*record["warnings"], what]}
 

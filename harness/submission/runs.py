@@ -1,16 +1,15 @@
 """The captions of a run, checked against the images of its splits."""
 
 import csv
-import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import records
+from harness.captions import read_rows
 from harness.data.captionfiles import as_predictions, read
 from harness.data.forms import INVALID
 from harness.errors import Problem, UserError
-from harness.store import bytes_of
 from harness.submission.checks import some
 
 
@@ -60,9 +59,8 @@ def _against_the_run(
 def _ids_in(table: Path) -> Collection[str]:
     """The ids of a CSV file from a step of the run; none if it can't be read."""
     try:
-        text = bytes_of(table).decode()
-        return dict.fromkeys(row["ID"] for row in csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error):
+        return dict.fromkeys(row["ID"] for row in read_rows(table))
+    except (OSError, ValueError, KeyError, csv.Error):
         return ()
 
 
