@@ -294,7 +294,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
     unknown: dict[str, None] = {}
     for config, kind in runs:
         if _shape(config) is None:
-            unknown[config.model.checkpoint] = None
+            unknown[" and ".join(family(config.model).checkpoints(config.model).values())] = None
         else:
             by_kind.setdefault(kind, []).append(config)
     for name in unknown:

@@ -18,10 +18,10 @@ from harness.config.sections import AugmentConfig, PredictConfig
 from harness.decoding.search import search
 from harness.errors import UserError
 from harness.machine import device
-from harness.models import parts, problems
+from harness.models import adapters, parts, problems
 from harness.models.base import Samples
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
-from harness.models.prefix import load
+from harness.models.prefix import export, load
 from harness.models.settings import ModelConfig
 from harness.training import train
 from harness.training.settings import TrainConfig
@@ -210,7 +210,18 @@ def test_adapters_train_instead_of_the_parts_that_they_are_in(folder, tmp_path):
     again = loaded(folder, lora=lora).model.eval()
     load_trained(again, tmp_path / "best.safetensors")
     with torch.no_grad():
-        assert torch.equal(again(images, text).caption, model(images, text).caption)
+        adapted = again(images, text).caption
+        assert torch.equal(adapted, model(images, text).caption)
+    adapters.merge(model)
+    named = {key: tmp_path / "out" / place for key, place in export(found, tmp_path / "out").items()}
+    between = {"checkpoint": str(named.pop("connector.checkpoint"))}
+    changes = {key: str(place) for key, place in named.items()}
+    config = ModelConfig(family="prefix", image_size=SIZE, connector=between, **changes)
+    assert problems(config, TrainConfig(stages=[])) == []
+    other = load(config, TRAIN, None, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(other.model.eval()(images, text).caption, adapted, rtol=1e-5, atol=1e-5)
+    assert (other.new, other.mean) == ((), found.mean)
 
 
 def test_half_precision_is_for_what_never_trains(folder):
@@ -294,6 +305,14 @@ def test_every_mistake_is_told_at_once_before_a_run(folder):
     (loss,) = said(folder, _concepts())
     assert "no loss concept" in loss
     assert said(folder) == []
+
+
+def test_a_folder_of_llama_cpp_gets_the_command_that_converts_it(folder, tmp_path):
+    (tmp_path / "small.Q4.gguf").touch()
+    (problem,) = said(folder, language_checkpoint=str(tmp_path))
+    assert "has no weights that transformers reads, but small.Q4.gguf" in problem
+    assert f"'{tmp_path}', 'gguf_file': 'small.Q4.gguf'}}; t.AutoModelForCausalLM" in problem
+    assert "save_pretrained('small.Q4', legacy_format=False)" in problem
 
 
 def _concepts():

@@ -90,13 +90,15 @@ class LoraConfig(Section):
 
 
 class ConnectorConfig(Section):
-    """What leads from the image encoder of family `prefix` to its language model; it is new and trained."""
+    """What leads from the image encoder of family `prefix` to its language model; it is trained."""
 
     kind: Literal["linear", "mlp", "pooled"] = "linear"
     """All kinds begin with a layer norm. linear: one matrix; mlp: two, with GELU between them; pooled: as
     linear, on the means of the encoder's features over `tokens` parts of the image."""
     tokens: Tokens | None = None
     """With pooled: the tokens of an image. `null`, for the other kinds: as many as the encoder gives."""
+    checkpoint: str | None = None
+    """A folder with the weights of a connector of the same kind, from `harness export`; `null`: it is new."""
 
     @model_validator(mode="after")
     def _pools_to_tokens(self) -> "ConnectorConfig":

@@ -101,11 +101,12 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return loading.codecs(model, folder, max_tokens)
 
 
-def export(loaded: "Loaded", folder: Path) -> None:
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
     """Write the model with its tokenizers as a checkpoint folder; see `loading.export`."""
     from harness.models.blip2 import loading
 
     loading.export(loaded, folder)
+    return {"checkpoint": "."}
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
-problems = checks.problems
+problems, new = checks.problems, checks.new
 LOSSES = ("caption", "reward")
 WHOLE_IMAGES = False
 
@@ -27,12 +27,8 @@ WHOLE_IMAGES = False
 def checkpoints(model: ModelConfig) -> dict[str, str]:
     """The checkpoints to load, by their key in `model:`; a tiny image encoder is built here."""
     named = {key: getattr(model, key) for key in (checks.VISION, checks.LANGUAGE)}
+    named[checks.CONNECTOR] = model.connector.checkpoint
     return {key: name for key, name in named.items() if name and name != TINY}
-
-
-def new(model: ModelConfig) -> tuple[str, ...]:
-    """The connector, which no checkpoint has."""
-    return checks.NEW
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
@@ -60,6 +56,13 @@ def codecs(model: ModelConfig, folder: Path | None, max_tokens: int) -> "tuple[C
     from harness.models.prefix import loading
 
     return (loading.codec(model, max_tokens),) * 2
+
+
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
+    """Write both models and the connector as checkpoint folders; see `loading.export`."""
+    from harness.models.prefix import loading
+
+    return loading.export(loaded, folder)
 
 
 def load(

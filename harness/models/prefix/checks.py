@@ -10,8 +10,7 @@ from harness.models import checkpoints as files
 from harness.models.settings import TINY, ModelConfig
 
 VISION, LANGUAGE = "vision_checkpoint", "language_checkpoint"
-NEW = ("connector",)
-"""The modules that no checkpoint has."""
+CONNECTOR = "connector.checkpoint"
 _EXAMPLES = {VISION: "microsoft/cvt-21-384-22k", LANGUAGE: "distilgpt2"}
 _OF_OTHERS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
 _INSTEAD = f"Use model.{VISION} and model.{LANGUAGE}."
@@ -35,7 +34,14 @@ def problems(model: ModelConfig) -> list[Problem]:
             found.append(Problem("family prefix needs it", key=f"model.{key}", hint=hint))
         elif not (key == VISION and name == TINY):
             found += _of_checkpoint(model, key, name, check)
+    if (name := model.connector.checkpoint) and files.find(name) is None:
+        found.append(files.missing(name, f"model.{CONNECTOR}"))
     return found
+
+
+def new(model: ModelConfig) -> tuple[str, ...]:
+    """The connector, unless a checkpoint has it."""
+    return () if model.connector.checkpoint else ("connector",)
 
 
 def _of_checkpoint(model: ModelConfig, key: str, name: str, check: Any) -> list[Problem]:

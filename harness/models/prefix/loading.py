@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BlipImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
@@ -16,7 +25,7 @@ from harness.models.blip2.loading import set_dropout
 from harness.models.blip2.text import language_codec
 from harness.models.loading import Loaded
 from harness.models.prefix import vision
-from harness.models.prefix.checks import LANGUAGE, NEW
+from harness.models.prefix.checks import CONNECTOR, LANGUAGE, VISION, new
 from harness.models.prefix.model import Captioner, check_room, connector
 from harness.models.settings import TINY, ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
@@ -24,6 +33,7 @@ from harness.models.text import Codec
 if TYPE_CHECKING:
     from harness.training.settings import TrainConfig
 
+_WEIGHTS = "model.safetensors"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -62,6 +72,8 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     )
     with parts.new():
         between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
+    if config.connector.checkpoint:
+        _fill(between, files.find(config.connector.checkpoint).folder)
     model = Captioner(encoder, between, language, trained, _room(language.config))
     if config.lora:
         adapters.add(model, config.lora)
@@ -69,7 +81,32 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     tokens = config.connector.tokens or encoder.tokens
     before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
     check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
-    return Loaded(model, caption, caption, *_pixel_units(seen), NEW)
+    return Loaded(model, caption, caption, *_pixel_units(seen), new(config))
+
+
+def export(loaded: Loaded, folder: Path) -> dict[str, str]:
+    """Write both models and the connector as checkpoints in `folder` -> the folder of each by its key.
+
+    transformers reads the two models too.
+    """
+    model, words, units = loaded.model, loaded.caption.tokenizer, (list(loaded.mean), list(loaded.std))
+    model.vision.model.save_pretrained(folder / "vision")
+    BlipImageProcessor(image_mean=units[0], image_std=units[1]).save_pretrained(folder / "vision")
+    model.language.save_pretrained(folder / "language")
+    words.save_pretrained(folder / "language")
+    (folder / "connector").mkdir()
+    save_file(model.connector.state_dict(), folder / "connector" / _WEIGHTS)
+    return {VISION: "vision", LANGUAGE: "language", CONNECTOR: "connector"}
+
+
+def _fill(connector: nn.Module, folder: Path) -> None:
+    """Read the weights of a connector that `export` wrote."""
+    weights = load_file(folder / _WEIGHTS)
+    own = connector.state_dict()
+    if {name: weight.shape for name, weight in weights.items()} != {n: w.shape for n, w in own.items()}:
+        what = f"{folder} has the weights of another connector, or of one between other models"
+        raise UserError([Problem(what, key=f"model.{CONNECTOR}")])
+    connector.load_state_dict(weights)
 
 
 def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTrainedModel:
