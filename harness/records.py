@@ -111,7 +111,7 @@ class _Base(_Part):
 class _Weights(_Part):
     step: int | None = None
     stage: int | None = None
-    epoch: int | None = None
+    epoch: int | Number | None = None
     average: bool = False
 
 

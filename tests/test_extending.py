@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.models import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(?P<where>[^\n]+):\n\n```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -137,7 +139,9 @@ def test_a_reader_finds_the_new_keys_in_the_reference(tree):
     page = python(tree, "-m", "harness", "reference")
     assert "| `postprocess.drop_unfinished` | true or false | `false` | Remove a last sentence" in page
     assert "| `fill.fewest_words` | a whole number from 0 to 1,000 | `0` | Captions with" in page
-    assert "| `model.family` | `blip2` or `patches` |" in page
+    first, *others = FAMILIES
+    names = [f"`{name}`" for name in (first, "patches", *others)]  # the page adds it after the first
+    assert f"| `model.family` | {', '.join(names[:-1])} or {names[-1]} |" in page
     assert "or `2027` |" in page
     assert "`numbers`" in page
     assert "| `train.stages[].losses.together` | a finite number of 0 or more | `0.0` | Next token of" in page

@@ -36,17 +36,16 @@ def test_query_and_text_path_equal_one_masked_pass(loaded):
     images, _, concepts = batch(loaded)
     ids, queries = concepts["ids"], model.config.num_query_tokens
     length = queries + ids.shape[1]
-    mask = torch.ones(length, length).tril()
-    mask[:queries, :queries] = 1
-    mask[:queries, queries:] = 0
+    mask = torch.full((length, length), -1e4).triu(1)
+    mask[:queries, :queries] = 0
+    mask[:queries, queries:] = -1e4
     with torch.no_grad():
         image = model.vision_model(pixel_values=images).last_hidden_state
-        joint = model.qformer(
-            query_embeds=torch.cat(
-                [model.query_tokens.expand(len(ids), -1, -1), model.embeddings(ids)], dim=1
-            ),
+        both = torch.cat([model.query_tokens.expand(len(ids), -1, -1), model.embeddings(ids)], dim=1)
+        joint = model.qformer.encoder(
+            model.qformer.layernorm(both),
             query_length=queries,
-            attention_mask=mask.expand(len(ids), -1, -1),
+            attention_mask=mask.expand(len(ids), 1, -1, -1),
             encoder_hidden_states=image,
         ).last_hidden_state
         found, states = model.see(images)

@@ -177,7 +177,7 @@ def test_remarks_of_libraries_do_not_reach_the_terminal(bleurt, tmp_path):
 
 
 def test_remarks_that_say_something_new_do_reach_the_terminal():
-    from harness.metrics.expected import REMARKS, quieten
+    from harness.models.remarks import REMARKS, quieten
 
     quieten()
     handlers = [h for h in logging.getLogger("transformers").handlers if type(h) is logging.StreamHandler]

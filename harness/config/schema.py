@@ -87,6 +87,10 @@ class Config(_Steps):
         if self.full_fit and self.train.patience and not self.train.epochs_of:
             what = "patience counts validations, but data.fit_on has valid; name a run in train.epochs_of"
             raise AcrossKeys(what, "train.patience", "data.fit_on")
+        best = [n for n, one in enumerate(self.train.stages) if one.epochs and one.start == "best"]
+        if self.full_fit and best:
+            what = "start is best, but data.fit_on has valid, so there are no validations; write last"
+            raise AcrossKeys(what, f"train.stages.{best[0]}.start", "data.fit_on")
         if self.predict.splits and not self.captioned:
             what = "data.fit_on has valid, so only test can be captioned, but predict.splits lacks it"
             raise AcrossKeys(what, "predict.splits", "data.fit_on")

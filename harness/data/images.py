@@ -196,9 +196,36 @@ class Decoded:
         return np.stack(pixels) if pixels else np.empty((0, *self.shape[1:]), np.uint8)
 
 
-def _pixels(path: Path, size: int) -> np.ndarray:
+class Whole:
+    """Images in their own shapes, decoded each time they are read; an array of indices gives a list.
+
+    An image whose longer side has more than `size` pixels is shrunk to it.
+    """
+
+    def __init__(self, examples: Sequence[Example], size: int) -> None:
+        self.paths, self.size = [example.image for example in examples], size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if np.ndim(index) == 0:
+            return _pixels(self.paths[index], self.size, shrink)
+        return [_pixels(self.paths[i], self.size, shrink) for i in index]
+
+
+def shrink(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB image with its longer side at most `size` pixels, in its shape: uint8 (H, W, 3)."""
+    longest = max(image.size)
+    if longest > size:
+        sides = [max(1, round(side * size / longest)) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+    return np.array(image)
+
+
+def _pixels(path: Path, size: int, fit: Callable[[Image.Image, int], np.ndarray] = resize) -> np.ndarray:
     try:
-        return resize(decode(path), size)
+        return fit(decode(path), size)
     except DAMAGE as error:
         hint = "All of them: python -m harness data check"
         raise UserError([Problem(damage(error), path, hint=hint)]) from None

@@ -22,7 +22,7 @@ from harness.config.editions import EDITIONS
 from harness.config.sections import Layers, Section
 from harness.errors import Problem
 from harness.machine.device import module, ram
-from harness.metrics import cache, text
+from harness.metrics import cache, slow_tokens, text
 from harness.metrics.base import (
     STANDIN,
     Absent,
@@ -63,6 +63,8 @@ _ATTENTION = 8  # matrices (tokens, tokens) for each head; measured on a DeBERTa
 _NO_LIMIT = 1_000_000  # transformers writes a larger number for a tokenizer without a limit
 _FIRST_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Models whose positions start after the padding position, so fewer positions are left for tokens."""
+_PREFIXED = ("GPT2Tokenizer", "RobertaTokenizer")
+"""Tokenizers that bert-score has put a space before the first word."""
 PLAIN = re.compile("[a-z0-9]+(?: +[a-z0-9]+)*")
 """Texts that the fast and the slow tokenizer split alike; they differ on some Unicode."""
 
@@ -235,26 +237,19 @@ class Embeddings:
         limit: int | None = 512,
         batch_tokens: int | None = None,
     ):
-        from transformers import (
-            AutoTokenizer,
-            BertTokenizer,
-            DebertaTokenizer,
-            GPT2Tokenizer,
-            RobertaTokenizer,
-        )
+        from transformers import AutoTokenizer
 
         self.device = device
         self.batch_tokens = batch_tokens
-        # bert-score's default is the slow tokenizer
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, trust_remote_code=False)
-        prefixed = isinstance(self.tokenizer, GPT2Tokenizer | RobertaTokenizer)
-        self.options = {"add_prefix_space": True} if prefixed else {}
-        known = isinstance(
-            self.tokenizer, BertTokenizer | DebertaTokenizer | GPT2Tokenizer | RobertaTokenizer
-        )
-        self.fast = (
-            AutoTokenizer.from_pretrained(folder, **self.options, trust_remote_code=False) if known else None
-        )
+        how = {"trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+        if type(self.tokenizer).__name__.removesuffix("Fast") in _PREFIXED:
+            how["add_prefix_space"] = True
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+        # bert-score's default is the slow tokenizer; transformers 5 has none
+        self.slow = slow_tokens.of(self.tokenizer)
+        if self.slow is None:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, **how)
         self.limit = limit
         self.model = _encoder(folder, layer, precision).to(device)
         self._kept: dict[str, tuple] = {}
@@ -303,11 +298,12 @@ class Embeddings:
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with [CLS] and [SEP], cut to `limit` tokens, as bert-score's `sent_encode` does."""
-        plain = [caption for caption in captions if self.fast and PLAIN.fullmatch(caption)]
-        found = dict(zip(plain, self.fast(plain, verbose=False)["input_ids"], strict=True)) if plain else {}
+        plain = [caption for caption in captions if self.slow and PLAIN.fullmatch(caption)]
+        taken = self.tokenizer(plain, verbose=False)["input_ids"] if plain else []
+        found = dict(zip(plain, taken, strict=True))
         for caption in captions:
             if caption not in found:
-                found[caption] = self.tokenizer.encode(caption.strip(), **self.options)
+                found[caption] = (self.slow or self.tokenizer.encode)(caption.strip())
         if self.limit is None:
             return [found[caption] for caption in captions]
         self._cut |= {caption for caption, ids in found.items() if len(ids) > self.limit}

@@ -1,7 +1,8 @@
-"""BLEURT (Sellam et al. 2020) with bleurt-pytorch, equal to its scores of one pair at a time to 1e-5."""
+"""BLEURT (Sellam et al. 2020), equal to bleurt-pytorch's scores of one pair at a time to 1e-5."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from harness.metrics.neural import (
     row_by_row,
 )
 from harness.models import checkpoints
+
+if TYPE_CHECKING:
+    from harness.models.bleurt import Encoded
 
 KEY = "score.bleurt.checkpoint"
 
@@ -71,38 +75,31 @@ class Scorer:
     """A BLEURT and its tokenizer."""
 
     def __init__(self, folder: Path, device: str, precision: str):
-        from bleurt_pytorch import BleurtForSequenceClassification, BleurtTokenizer
+        from harness.models.bleurt import Bleurt, Tokenizer, config_of
 
         self.device = device
-        self.tokenizer = BleurtTokenizer.from_pretrained(folder)
-        self.model = loaded(
-            BleurtForSequenceClassification, folder, "position_ids", dtype=dtype(precision)
-        ).to(device)
+        self.tokenizer = Tokenizer.of(folder)
+        self.model = loaded(Bleurt, folder, config=config_of(folder), dtype=dtype(precision)).to(device)
         self.limit = min(512, self.model.config.max_position_embeddings)
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """(n, 2): the score of each (reference, prediction), and the tokens that it was cut to, 0 if not."""
-        # as lists: a single empty prediction would be taken for no prediction and get no [SEP]
-        sides = tuple(map(list, zip(*pairs, strict=True)))
-        lengths = np.array([len(ids) for ids in self.tokenizer(*sides, verbose=False)["input_ids"]])
-        encoded = self.tokenizer(*sides, truncation=True, max_length=self.limit)
+        encoded = self.tokenizer.encode(pairs, self.limit)
         scores = by_length(
-            lambda rows, width: self._forward(
-                {key: [values[row] for row in rows] for key, values in encoded.items()}, width
-            ),
-            np.minimum(lengths, self.limit).tolist(),
+            lambda rows, width: self._forward(encoded, rows, width),
+            list(map(len, encoded.ids)),
             self.limit,
             self.device,
         )
-        return np.column_stack([scores, np.where(lengths > self.limit, self.limit, 0)])
+        return np.column_stack([scores, np.where(np.array(encoded.lengths) > self.limit, self.limit, 0)])
 
-    def _forward(self, encoded: dict[str, list[list[int]]], width: int) -> list[float]:
+    def _forward(self, encoded: "Encoded", rows: list[int], width: int) -> list[float]:
         import torch
 
-        how = {"padding": "max_length", "max_length": width, "return_tensors": "pt", "verbose": False}
-        batch = self.tokenizer.pad(encoded, **how).to(self.device)
+        from harness.models.bleurt import padded
+
         with torch.inference_mode():
-            pooled = self.model.bleurt(**batch).pooler_output
+            pooled = self.model.pooled(*(part.to(self.device) for part in padded(encoded, rows, width)))
             return row_by_row(self.model.classifier, pooled).flatten().float().tolist()
 
 

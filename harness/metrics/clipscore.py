@@ -193,7 +193,8 @@ class Clip:
         decoded = {path: pixels(path, self.size) for path in dict.fromkeys(paths)}
         values = torch.from_numpy(np.stack([decoded[path] for path in paths]))
         with torch.inference_mode():
-            return _unit(self.model.get_image_features(values.to(self.device, self.dtype)))
+            seen = self.model.vision_model(values.to(self.device, self.dtype)).pooler_output
+            return _unit(self.model.visual_projection(seen))
 
     def _text_features(self, encoded: list[list[int]], width: int) -> np.ndarray:
         import torch
@@ -201,7 +202,8 @@ class Clip:
         how = {"padding": "max_length", "max_length": width, "return_tensors": "pt", "verbose": False}
         batch = self.tokenizer.pad({"input_ids": encoded}, **how).to(self.device)
         with torch.inference_mode():
-            return _unit(self.model.get_text_features(batch["input_ids"], batch["attention_mask"]))
+            read = self.model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output
+            return _unit(self.model.text_projection(read))
 
 
 def _unit(features: Any) -> np.ndarray:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from harness.errors import Problem
 from harness.machine.device import out_of_memory
 from harness.metrics.base import Absent
-from harness.metrics.expected import quieten
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
+from harness.models.remarks import quieten
 from harness.store import fingerprint
 
 WIDTH_STEP = 8

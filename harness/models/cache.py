@@ -86,7 +86,7 @@ class CachedDecoding(Cache):
         return keys.new_zeros(1, 1, 1, self.room).masked_fill(empty, torch.finfo(keys.dtype).min)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: object = None
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values (R, heads, 1, D) of this step -> those that attention reads."""
         keys, values = (kept[: self.rows] for kept in self.stores[layer_idx])

@@ -82,7 +82,17 @@ def save_trained(model: Captioner, path: Path) -> None:
 
 def load_trained(model: Captioner, path: Path) -> None:
     """Read a file of `save_trained` into a model of the same shape, one weight at a time."""
-    own = trained_weights(model)
+    _load(trained_weights(model), path)
+
+
+def load_some(model: Captioner, path: Path) -> None:
+    """Read a file of `save_trained` of a training that may have changed fewer weights."""
+    with safe_open(path, "pt") as weights:
+        names = set(weights.keys())
+    _load({name: weight for name, weight in trained_weights(model).items() if name in names}, path)
+
+
+def _load(own: dict[str, Tensor], path: Path) -> None:
     with safe_open(path, "pt") as weights, torch.no_grad():
         found = set(weights.keys())
         if found != own.keys():

@@ -161,7 +161,10 @@ class ModelConfig(Section):
     text_head_checkpoint: str | None = None
     """Source of the Q-Former's language-model head if `checkpoint` lacks it, such as bert-base-uncased."""
     prompt: Annotated[str | RetrievedPrompt, _TextOrRetrieved(), "text or mapping"] = "a photo of"
-    """Text before every caption. The loss ignores it, as in LAVIS. A mapping adds similar captions."""
+    """Text before every caption; for the family vlm the user turn. The loss ignores it, as in LAVIS.
+
+    A mapping adds similar captions.
+    """
     tiny: TinyConfig = TinyConfig()
     """Sizes of the `tiny` checkpoint."""
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from harness.data import images as data_images
 from harness.models import checkpoints
+from harness.models.remarks import quieten
 from harness.store import fingerprint
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -33,27 +34,28 @@ def build_bleurt(captions: Sequence[str], folder: Path, seed: int = 0) -> None:
     words are dropped, swapped or replaced; also with another caption. The target is the mean of unigram and
     bigram F1. The same captions and seed give the same model.
     """
-    from bleurt_pytorch import BleurtConfig, BleurtForSequenceClassification
-    from bleurt_pytorch.bleurt.tokenization_bleurt_fast import BleurtTokenizerFast
+    quieten()
+    from transformers import BertTokenizerFast
+
+    from harness.models.bleurt import DEFAULTS, Bleurt, BleurtConfig, WordPieces
 
     texts = sorted({" ".join(caption.lower().split()) for caption in captions} - {""})
-    tokenizer = _tokenizer(BleurtTokenizerFast, texts, folder)
+    tokenizer = _tokenizer(BertTokenizerFast, texts, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BleurtForSequenceClassification(
-            BleurtConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=128,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                max_position_embeddings=512,
-            )
-        )
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "max_position_embeddings": 512,
+        }
+        model = Bleurt(BleurtConfig(**DEFAULTS | sizes))
         _attend_to_equals(model.bleurt)
-        _learn(model, _bleurt_losses(model, tokenizer, texts, seed), BLEURT_STEPS, 2e-3)
+        _learn(model, _bleurt_losses(model, WordPieces(tokenizer), texts, seed), BLEURT_STEPS, 2e-3)
     _save(model, folder, "bleurt", [texts, seed])
 
 
@@ -62,6 +64,7 @@ def build_clip(images: Sequence[Path], captions: Sequence[str], folder: Path, se
 
     The same images, captions and seed give the same model.
     """
+    quieten()
     from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     texts = [" ".join(caption.lower().split()) for caption in captions]
@@ -132,6 +135,8 @@ def _attend_to_equals(encoder: Any) -> None:
 
 
 def _bleurt_losses(model: Any, tokenizer: Any, texts: Sequence[str], seed: int) -> Callable[[], Tensor]:
+    from harness.models.bleurt import padded
+
     draw = random.Random(seed)
     vocabulary = [word for caption in texts for word in caption.split()]
 
@@ -139,10 +144,9 @@ def _bleurt_losses(model: Any, tokenizer: Any, texts: Sequence[str], seed: int) 
         references = [draw.choice(texts) for _ in range(BLEURT_BATCH)]
         predictions = [_perturb(reference, texts, vocabulary, draw) for reference in references]
         targets = torch.tensor([_overlap(*pair) for pair in zip(references, predictions, strict=True)])
-        batch = tokenizer(
-            references, predictions, padding=True, truncation=True, max_length=256, return_tensors="pt"
-        )
-        return functional.mse_loss(model(**batch).logits.flatten(), targets)
+        encoded = tokenizer.encode(list(zip(references, predictions, strict=True)), 256)
+        batch = padded(encoded, range(BLEURT_BATCH), max(map(len, encoded.ids)))
+        return functional.mse_loss(model(*batch), targets)
 
     return loss
 

@@ -16,7 +16,6 @@ from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
     Blip2Config,
-    BlipImageProcessor,
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -32,6 +31,7 @@ from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
+from harness.models.remarks import quieten
 from harness.models.settings import TinyConfig
 from harness.models.text import IGNORE, Codec, Text
 
@@ -58,6 +58,7 @@ def build(
     control it. `pixels[indices]`: uint8 (B, S, S, 3), S = `image_side(config)`, of the same images. concepts:
     (N, C), 1 if an image has the concept. The same arguments give the same weights.
     """
+    quieten()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         _save_tokenizers(config, texts, folder)
@@ -99,6 +100,8 @@ def _units(pixels: Any, count: int) -> tuple[float, float]:
 
 
 def _save(model: PreTrainedModel, units: tuple[float, float], folder: Path) -> None:
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
     model.save_pretrained(folder)
     mean, std = ([unit / 255] * 3 for unit in units)
     BlipImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)

@@ -8,7 +8,7 @@ import numpy as np
 from harness import metrics
 from harness.metrics import Score, concepts
 from harness.metrics.base import Inputs
-from harness.metrics.expected import quieten
+from harness.models.remarks import quieten
 
 TOLERANCE = 1e-5
 SEED = 0

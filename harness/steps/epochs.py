@@ -9,6 +9,7 @@ from harness import records
 from harness.config.sections import AugmentConfig
 from harness.errors import Problem, UserError
 from harness.models.settings import ModelConfig
+from harness.steps import origins
 from harness.training.resume import LOSSES, kept, rows_of
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -23,7 +24,7 @@ UNTIL = ("stage", "epoch", "before", "average")
 _SCORE = "valid_primary"
 _MAY_DIFFER = (
     *("micro_batch_size", "gradient_checkpointing"),
-    *("evaluate_every", "evaluate_images", "keep_best", "patience", "epochs_of"),
+    *("evaluate_every", "evaluate_images", "keep_best", "patience", "epochs_of", "start_from"),
 )
 """Keys of `train` that affect neither what a stage is nor how long it trains, besides `INDIFFERENT` ones."""
 
@@ -79,17 +80,23 @@ def _until(
 
 
 def check(plans: Sequence["Plan"]) -> list["Plan"]:
-    """The plans whose epochs are known before the first one runs; the others wait for an earlier one.
+    """The plans that are known before the first one runs; the others wait for an earlier one.
 
-    Raises `UserError` if such an earlier run is of another model or training.
+    They wait for its epochs (`train.epochs_of`) or its weights (`train.start_from`). Raises `UserError` if
+    such an earlier run is of another model or training.
     """
     earlier: dict[str, Config] = {}
     known = []
     for plan in plans:
-        if (run := plan.config.train.epochs_of) not in earlier:
+        run, start = plan.config.train.epochs_of, plan.config.train.start_from
+        if start in earlier:
+            origins.check(plan, earlier[start])
+        elif run not in earlier:
             known.append(plan)
-        elif differences := differing(plan.config, run, earlier[run].model_dump(mode="json")):
-            raise UserError([_refused(run, differences)])
+        if run in earlier:
+            differences = differing(plan.config, run, earlier[run].model_dump(mode="json"))
+            if differences:
+                raise UserError([_refused(run, differences)])
         earlier[f"{plan.config.name}/{plan.config.run_name}"] = plan.config
     return known
 
@@ -163,7 +170,7 @@ def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
     if until is None:
         return f"learns from train and valid for all planned epochs; {kept_ones}"
     planned = config.stages[until["stage"] - 1].epochs
-    where = f"stage {until['stage']}, epoch {until['epoch']} of {planned}"
+    where = f"stage {until['stage']}, epoch {until['epoch']:.4g} of {planned}"
     best = f"where {until['run']} has its best validation ({until['score']:.4f})"
     early = "; stages before it end after as many epochs as there" if "before" in until else ""
     return f"learns from train and valid up to {where}, {best}{early}; {kept_ones}"

@@ -17,8 +17,9 @@ from harness.data.images import unbuilt
 from harness.data.readers import together
 from harness.errors import Problem, UserError
 from harness.machine import device
+from harness.models import family
 from harness.models import problems as model_problems
-from harness.steps import STEPS, comparing, epochs
+from harness.steps import STEPS, comparing, epochs, origins
 from harness.steps.base import Step
 from harness.steps.train import choosing
 from harness.steps.work import Reporter
@@ -75,11 +76,12 @@ class Plan:
     @cached_property
     def looks(self) -> dict[str, str]:
         """The shares of the data that runs are quick looks at whose captions or weights this one uses."""
-        consensus, soup = self.config.consensus, self.config.soup
+        consensus, soup, start = self.config.consensus, self.config.soup, self.config.train.start_from
         found: dict[str, str] = {}
         for run in (
             *(one.run for one in (consensus.runs if consensus else ())),
             *(soup.runs if soup else ()),
+            *([start] if start and self.config.trains else ()),
         ):
             record = records.read(self.root / run)
             share = fraction.worded(record["config"].get("data", {}).get("fraction"))
@@ -170,7 +172,9 @@ def prepare(
 def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     """The problem of a disk that is too small for the decoded images of all unfinished steps."""
     wanted = {}
-    for plan in (plan for plan in plans if plan.config.data.cache):
+    for plan in plans:
+        if not plan.config.data.cache or family(plan.config.model).WHOLE_IMAGES:
+            continue
         left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
         for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
             key = (plan.config.data.root, split, side, plan.data.fingerprints[split])
@@ -194,6 +198,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     plan = Plan(config, load(config.data, root), root)
     if why := epochs.unknown(plan):
         return {"train": f"to do, but its epochs are not known yet: {why}"}
+    if why := config.trains and origins.waiting(plan):
+        return {"train": f"to do, but the weights that it starts from are not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

@@ -9,13 +9,14 @@ from harness import records
 from harness.data.halves import TUNE, half
 from harness.errors import Problem, UserError
 from harness.machine import ranks
+from harness.steps import origins
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in
 from harness.steps.train import greedy_scores, validating
-from harness.store import INPUTS, bytes_of, fingerprint, parsed, products, write_json
+from harness.store import fingerprint, parsed, write_json
 from harness.training import soups
-from harness.training.resume import BEST, kept
+from harness.training.resume import BEST
 from harness.training.soups import SoupConfig
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Soup(Step):
         read |= {"train": config.train.model_dump(include=used)}
         read |= values(config, "soup.half", "soup.images")
         steps |= prompts_in(before, "valid")
-        facts["candidates"] = _candidates(plan, _origin(read, facts, steps))
+        facts["candidates"] = _candidates(plan, origins.before_training(read, facts, steps))
         yield cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache",)))
 
     @property
@@ -152,12 +153,6 @@ class Soup(Step):
         }
 
 
-def _origin(read: Mapping[str, Any], facts: Mapping[str, Any], steps: Mapping[Step, Any]) -> dict[str, Any]:
-    """What determines the weights before training, by key, as JSON-like values."""
-    tiny = {step.name: step.canonical for step in steps if step.kind == "tiny"}
-    return _flat({"model": read["model"], "contents": facts["checkpoints"]} | tiny)
-
-
 def _candidates(plan: "Plan", origin: Mapping[str, Any]) -> list[dict[str, str]]:
     """Run, step, file and SHA-256 of each candidate; raises `UserError` if they can't be averaged."""
     found: list[dict[str, str]] = []
@@ -180,7 +175,8 @@ def _candidates(plan: "Plan", origin: Mapping[str, Any]) -> list[dict[str, str]]
     shapes = [_shapes(plan, one) for one in found]
     for one, own in zip(found, shapes, strict=True):
         if keys := soups.differing(shapes[0], own):
-            what = f"{one['run']} has weights of other names or shapes than {found[0]['run']}: {_some(keys)}"
+            first, which = found[0]["run"], origins.some(keys)
+            what = f"{one['run']} has weights of other names or shapes than {first}: {which}"
             raise UserError([Problem(what, key=_KEY)])
     return found
 
@@ -196,44 +192,16 @@ def _shapes(plan: "Plan", candidate: Mapping[str, str]) -> dict[str, list[int]]:
 
 def _of_run(plan: "Plan", run: str, origin: Mapping[str, Any]) -> list[dict[str, str]]:
     """The candidates of one run; raises `UserError` if it has none, or another initialisation."""
-    folder = plan.root / run
-    record = records.read(folder, ("steps",), _KEY)
-    step = record["steps"].get("train")
-    if step is None:
-        what = f"{run} has no training of its own" if record["steps"] else f"{run} has no steps yet"
-        raise UserError([Problem(what, folder, key=_KEY, hint="Name runs that trained.")])
-    if "valid" in (record["config"].get("data") or {}).get("fit_on", ()):
+    rule = "A soup needs one initialisation: the same model settings and checkpoints. Seeds may differ."
+    found = origins.of_run(plan, run, origin, _KEY, ("train",), rule)
+    if origins.learned_from_valid(found.record):
         what = f"{run} has learned from the validation images that choose and score a soup (data.fit_on)"
-        raise UserError([Problem(what, folder, key=_KEY, hint="Name runs that learn from train alone.")])
-    directory = plan.root / step
-    files = [one["file"] for one in kept(directory)]
-    digests = products(directory, files)
-    if len(digests) < len(files):
-        what = f"the training of {run} is not finished"
-        raise UserError([Problem(what, folder, key=_KEY, hint=records.again(record))])
-    made = parsed(bytes_of(records.checked(directory / INPUTS, record)))
-    theirs = {"model": made["config"]["model"], "contents": made["facts"]["checkpoints"]}
-    theirs |= {name: value for name, value in made["steps"].items() if name == "tiny"}
-    if keys := soups.differing(origin, _flat(theirs)):
-        what = f"{run} starts from other weights: it has another {_some(keys)}"
-        hint = "A soup needs one initialisation: the same model settings and checkpoints. Seeds may differ."
-        raise UserError([Problem(what, folder, key=_KEY, hint=hint)])
+        hint = "Name runs that learn from train alone."
+        raise UserError([Problem(what, plan.root / run, key=_KEY, hint=hint)])
+    step = str(found.directory.relative_to(plan.root))
     return [
-        {"run": run, "step": step, "file": file, "sha256": digests[f"{directory.name}/{file}"]}
-        for file in files
+        {"run": run, "step": step, "file": file, "sha256": digest} for file, digest in found.files.items()
     ]
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested JSON-like values by dotted key."""
-    if isinstance(value, Mapping) and value:
-        parts = (_flat(inner, f"{path}.{key}" if path else key) for key, inner in value.items())
-        return {key: inner for part in parts for key, inner in part.items()}
-    return {path: json.loads(json.dumps(value, default=str))}
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _keep(file: Path, members: tuple[int, ...], score: float, official: bool) -> None:

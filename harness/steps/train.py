@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import metrics
+from harness import metrics, records
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
@@ -17,7 +17,7 @@ from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
 from harness.models.base import PARTS
 from harness.models.settings import longest_prompt
-from harness.steps import epochs
+from harness.steps import epochs, origins
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of
@@ -64,6 +64,8 @@ class Train(Step):
     """The validation scores that are not official."""
     epochs_of: Mapping[str, Any] | None = None
     """The run that found for how long to train, and its best validation."""
+    start: Mapping[str, Any] | None = None
+    """The weights of another run that the training starts from."""
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
@@ -78,8 +80,10 @@ class Train(Step):
         if config.full_fit:
             read |= values(config, "data.fit_on")
             facts["until"] = found and {key: found[key] for key in epochs.UNTIL if key in found}
+        if start := origins.start(plan, origins.before_training(read, facts, steps)):
+            facts["start"] = start["sha256"]
         step = cls(Inputs(plan, read, ("train", "valid"), steps, facts, ("data.cache", "data.fit_on")))
-        step.epochs_of = found
+        step.epochs_of, step.start = found, start
         yield step
 
     @property
@@ -106,6 +110,8 @@ class Train(Step):
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         if self._full_fit:
             work.say(epochs.told(config.train, self.epochs_of))
+        if self.start:
+            work.say(origins.told(self.start))
         if self._new:
             work.say(f"{self._new}: new, so not in any checkpoint")
         splits = self._splits(work)
@@ -124,7 +130,7 @@ class Train(Step):
                         work.say(f"training steps that are left: {left}{self._at_most}")
                 advance(row["step"], steps, self._note(row))
                 if "valid_loss" in row:
-                    where = f"stage {row['stage']}, epoch {row['epoch']}, step {row['step']} of {steps}"
+                    where = f"stage {row['stage']}, epoch {row['epoch']:.4g}, step {row['step']} of {steps}"
                     work.say(f"{where}: {self._note(row)}")
                 ended = self._ended(directory) if "valid_loss" in row else []
                 # rank 0 writes, so a rank ahead of it does not know yet
@@ -139,7 +145,7 @@ class Train(Step):
                 training = train.Training(
                     memory.resolved(config.train, setup.micro_batch, setup.checkpointing),
                     config.data.augment,
-                    lambda: work.load(self.inputs),
+                    lambda: self._loaded(work),
                     splits,
                     work.kind,
                     config.seed,
@@ -167,6 +173,21 @@ class Train(Step):
                 work.model = run(setup)
         if ranks.rank() == 0:
             plots.curves(directory / LOSSES, directory / CURVES)
+
+    def _loaded(self, work: "Work") -> "Loaded":
+        """The model as it is before the first stage."""
+        from harness.models.loading import load_some
+
+        loaded = work.load(self.inputs)
+        if self.start:
+            root, record = self.inputs.root, records.read(self.inputs.root / self.start["run"])
+            file = records.checked(root / self.start["step"] / self.start["file"], record)
+            try:
+                load_some(loaded.model, file)
+            except ValueError as error:
+                what = f"the weights of {self.start['run']} are not of this model: {error}"
+                raise UserError([Problem(what, key=origins.START)], exit_code=1) from None
+        return loaded
 
     def _setup(self, work: "Work", directory: Path, images: int) -> Setup:
         """The set-up of the training, the same on all ranks; says the time that it takes, if known."""
@@ -212,6 +233,7 @@ class Train(Step):
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         ended = self._ended(self.directory)
         notes = [epochs.told(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
+        notes += [origins.told(self.start)] if self.start else []
         notes += patience.told(ended)
         return {
             "training": {
@@ -219,6 +241,7 @@ class Train(Step):
                 "best": kept(self.directory)[0],
                 **({"new": self._new} if self._new else {}),
                 **({"epochs_of": self.epochs_of} if self.epochs_of else {}),
+                **({"start": self.start} if self.start else {}),
                 **({"ended": ended} if ended else {}),
                 **({"notes": notes} if notes else {}),
             }
@@ -378,14 +401,14 @@ def greedy_scores(
 
 def _written(config: TrainConfig) -> dict[str, Any]:
     """The part of `train:` that determines the result."""
-    written = config.model_dump(exclude={*INDIFFERENT, "epochs_of"})  # `until` has what was found
+    written = config.model_dump(exclude={*INDIFFERENT, "epochs_of", "start_from"})  # facts have what is named
     for key, default in _LATER.items():
         if written[key] == default:
             del written[key]
     for stage in written["stages"]:  # without keys at their defaults, so that earlier trainings are found
-        for part, key, default in ((stage, "reward", None), (stage, "schedule", "cosine")):
-            if part[key] == default:
-                del part[key]
+        later = {"reward": None, "schedule": "cosine", "start": "last", "validations_per_epoch": 1}
+        for key in [key for key, default in later.items() if stage[key] == default]:
+            del stage[key]
         if not stage["losses"]["reward"]:
             del stage["losses"]["reward"]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}

@@ -115,6 +115,8 @@ class _Worker:
 
     def _judge(self, trial: Trial, plan: Plan, row: Mapping[str, Any]) -> str | None:
         """Report a validation to the pruner -> the reason to end the trial now, or None."""
+        if row["epoch"] % 1:  # a pruner compares trials after whole epochs
+            return None
         (metric,) = self.spec.objective
         name = f"valid_{metric}" if f"valid_{metric}" in row else "valid_primary"
         before = plan.config.train.stages[: row["stage"] - 1]

@@ -17,7 +17,7 @@ class Validated:
 
     step: int
     stage: int
-    epoch: int
+    epoch: float
     score: float
     average: bool = False
 

@@ -259,6 +259,30 @@ def whole(model: Captioner) -> contextlib.AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(own)
 
 
+@contextlib.contextmanager
+def gathered(trainer: Any) -> Iterator[None]:
+    """A block in which each rank can compute alone, with all weights whole; all ranks must enter it.
+
+    The hooks of ZeRO-3 are off in it: they free the weights of each layer after its use.
+    """
+    sharded = getattr(trainer.optimizer, "parameter_offload", None)
+    if sharded is None:
+        yield
+        return
+    import deepspeed
+
+    handles = [*sharded.forward_hooks, *sharded.backward_hooks]
+    off = [
+        (hooks, handle.id, hooks.pop(handle.id)) for handle in handles if (hooks := handle.hooks_dict_ref())
+    ]
+    try:
+        with deepspeed.zero.GatheredParameters(sharded.module.parameters()):
+            yield
+    finally:
+        for hooks, name, hook in off:
+            hooks[name] = hook
+
+
 def held(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter: at ZeRO-3 its part, flat and perhaps padded; else all of it."""
     return getattr(parameter, "ds_tensor", parameter).detach()

@@ -52,7 +52,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
         sized = {(s, n): counts[s] * n * n * 3 for s in counts for n in sides[s]}
     else:
         counts, sized = {}, {}
-    return counts, {key: size for key, size in sized.items() if size and source.cache}
+    cached = source.cache and not family(config.model).WHOLE_IMAGES
+    return counts, {key: size for key, size in sized.items() if size and cached}
 
 
 @functools.lru_cache(maxsize=1)  # called for each variant of an experiment
@@ -111,6 +112,8 @@ def _ends_early(config: "Config") -> str:
 def _notes(config: "Config") -> Iterator[str]:
     if share := fraction.worded(config.data.fraction):
         yield f"a quick look at {share}"
+    if config.trains and (start := config.train.start_from):
+        yield f"starts from the best weights of {start}"
     if config.full_fit:
         epochs = f", for the epochs that {of} found" if (of := config.train.epochs_of) else ""
         yield f"trains on train and valid{epochs}; there will be no scores"

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from harness.data.images import Whole
 from harness.training.split import Split
 
 
 class Joined:
     """The images of several splits one after another; an array of N indices gives uint8 (N, H, W, 3).
 
+    Whole images are a list.
     `parts` are the pixels of each split and the indices of those that are used.
     """
 
@@ -22,9 +24,10 @@ class Joined:
     def __len__(self) -> int:
         return len(self.place)
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray | list[np.ndarray]:
         places = zip(self.split[indices], self.place[indices], strict=True)
-        return np.stack([self.pixels[split][int(place)] for split, place in places])
+        found = [self.pixels[split][int(place)] for split, place in places]
+        return found if any(isinstance(one, Whole) for one in self.pixels) else np.stack(found)
 
 
 def joined(parts: Sequence[tuple[Split, Sequence[int]]]) -> Split:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 def rewarding(config: "Config | Any") -> tuple[str, ...]:
     """The metrics that reward captions in self-critical stages."""
-    rewards = [stage.reward.metrics for stage in config.train.stages if stage.reward]
-    parts = [part for one in rewards for name in one for part in EDITIONS[config.edition].parts(name)]
+    names = [name for reward in config.train.rewards for name in reward.metrics]
+    parts = [part for name in names for part in EDITIONS[config.edition].parts(name)]
     return tuple(dict.fromkeys(parts))
 
 
 def watched(config: TrainConfig) -> tuple[str, ...]:
     """The validation scores that may end a self-critical stage."""
-    return tuple(dict.fromkeys(n for stage in config.stages if stage.reward for n in stage.reward.stop_when))
+    return tuple(dict.fromkeys(name for reward in config.rewards for name in reward.stop_when))
 
 
 def needed(config: "Config | Any") -> tuple[str, ...]:

@@ -237,11 +237,16 @@ def usage(model: Model, setup: Setup) -> Usage:
     computing, stepping = _computing(held, setup.checkpointing), _stepping(model, setup, whole, shard)
     # glibc keeps the activations' memory, in pieces too small for the optimiser's flat tensors
     moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
-    if stage == 3:  # validation captions with a whole copy of the model
-        moment = max(moment, model.weights + (whole if averages else 0))
+    if stage == 3:  # validation captions with a whole copy of the model, and samples with gathered weights
+        moment = max(moment, model.weights + (whole if averages else 0), _sampling(model, held))
     tensors = weights + gradients + copy + moments + buffers + moment
     rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)
+
+
+def _sampling(model: Model, held: Activations) -> int:
+    """Bytes of captions that are sampled with whole weights: layers keep keys and values, not one input."""
+    return model.weights + 2 * held.kept_checkpointed if model.config.rewards else 0
 
 
 def _bucket(config: TrainConfig) -> int:
@@ -295,7 +300,7 @@ def means(config: TrainConfig, devices: int, kind: str = "cuda") -> Iterator[Set
     others = [replace(allowed[0], micro_batch=size, checkpointing=True) for size in sizes]
     others = [*allowed, *others] if is_auto(config) and sizes else others
     for offload in dict.fromkeys((config.offload, True)):
-        for stage in range(max(config.zero_stage, int(offload)), _zero_stages(config)):
+        for stage in range(max(config.zero_stage, int(offload)), 4):
             yield from (replace(setup, zero_stage=stage, offload=offload) for setup in others)
 
 
@@ -308,11 +313,6 @@ def smallest(model: Model, free: float, most: int = DEVICES[-1]) -> Setup | None
     return None
 
 
-def _zero_stages(config: TrainConfig) -> int:
-    """The number of ZeRO stages that a config allows, from 0."""
-    return 3 if config.samples else 4
-
-
 def table(model: Model) -> list[dict[str, Any]]:
     """Usage for each ZeRO stage, number of devices and offload, with and without checkpointing.
 
@@ -320,7 +320,7 @@ def table(model: Model) -> list[dict[str, Any]]:
     """
     return [
         _row(model, stage, devices, offload)
-        for stage in range(_zero_stages(model.config))
+        for stage in range(4)
         for devices in DEVICES
         for offload in (False, True)[: 1 + bool(stage)]
     ]

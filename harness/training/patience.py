@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from harness.training.resume import State, fallen
+from harness.training.resume import State, fallen, floors
 from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
 
@@ -34,6 +34,12 @@ def fallen_in(stage: Stage, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str
     """The scores that end a self-critical stage (`RewardConfig.stop_when`): name, value and floor."""
     watched = stage.reward.stop_when if stage.reward else ()
     return [one for one in fallen(rows, stage.number) if one[0] in watched]
+
+
+def floors_of(stage: Stage, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The floors of the scores that may end a self-critical stage, by name."""
+    watched = stage.reward.stop_when if stage.reward else ()
+    return {name: floor for name, floor in floors(rows, stage.number).items() if name in watched}
 
 
 def ended(config: TrainConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -76,12 +82,12 @@ def at_most(config: TrainConfig) -> str:
 def told(found: Iterable[Mapping[str, Any]]) -> list[str]:
     """A sentence for each stage of `ended` that ended early."""
     return [
-        f"stage {one['stage']} ended after epoch {one['epoch']} of {one['epochs']}: {one['why']}"
+        f"stage {one['stage']} ended after epoch {one['epoch']:.4g} of {one['epochs']}: {one['why']}"
         for one in found
         if one["epoch"] < one["epochs"]
     ]
 
 
-def saved(found: Iterable[Mapping[str, Any]]) -> int:
+def saved(found: Iterable[Mapping[str, Any]]) -> float:
     """The epochs that the stages of `ended` leave out."""
     return sum(one["epochs"] - one["epoch"] for one in found)

@@ -32,8 +32,12 @@ def _save(figure: Any, path: Path) -> None:
 def curves(losses: Path, path: Path) -> None:
     """Plot losses, learning rate and validation scores of a `losses.jsonl` by optimiser step."""
     rows = list(rows_of(losses))
+    rewarded = any("reward_loss" in row for row in rows)
     panels = {
-        "loss (nats per token)": [*losses_of(rows), *(f"{name}loss" for name in VALIDATION)],
+        f"loss (nats per token{'; reward: per sample' * rewarded})": [
+            *losses_of(rows),
+            *(f"{name}loss" for name in VALIDATION),
+        ],
         "learning rate": ["learning_rate"],
         "validation": sorted(
             {k for r in rows for k in r if k.startswith(VALIDATION) and not k.endswith(("_loss", "_primary"))}

@@ -111,7 +111,9 @@ def described(best: Mapping[str, Any]) -> str | None:
     if best.get("step") is None:
         return None
     which = "the average of train.ema" if best.get("average") else "the trained weights"
-    return f"{which} after step {best['step']} (stage {best.get('stage')}, epoch {best.get('epoch')})"
+    epoch = best.get("epoch")
+    epoch = epoch if epoch is None else f"{epoch:.4g}"
+    return f"{which} after step {best['step']} (stage {best.get('stage')}, epoch {epoch})"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -162,11 +164,16 @@ def losses_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return ["loss", *names]
 
 
+def floors(rows: Iterable[Mapping[str, Any]], stage: int) -> dict[str, float]:
+    """The floors of scores, by their name, that the validation at the start of a stage has set."""
+    own = [row for row in rows if row.get("stage") == stage]
+    return {name.removeprefix(FLOOR): row[name] for row in own for name in row if name.startswith(FLOOR)}
+
+
 def fallen(rows: Iterable[Mapping[str, Any]], stage: int) -> list[tuple[str, float, float]]:
     """The scores of a stage's last validation that are below their floors: name, value and floor."""
     own = [row for row in rows if row.get("stage") == stage and "valid_loss" in row]
-    floors = {name.removeprefix(FLOOR): row[name] for row in own for name in row if name.startswith(FLOOR)}
-    found = [(name, own[-1].get(f"valid_{name}"), floor) for name, floor in floors.items()]
+    found = [(name, own[-1].get(f"valid_{name}"), floor) for name, floor in floors(own, stage).items()]
     return [(name, value, floor) for name, value, floor in found if value is not None and value < floor]
 
 

@@ -30,10 +30,14 @@ class Stage:
     reward: RewardConfig | None = None
     constant: bool = False
     """Whether the learning rate stays as it is, without warm-up and cosine."""
-    until: int | None = None
+    until: float | None = None
+    from_best: bool = False
+    """Whether it starts from the best weights so far, and not from the last ones."""
+    validations: int = 1
+    """How many validations an epoch has."""
 
     @property
-    def last(self) -> int:
+    def last(self) -> float:
         """The last epoch that is trained; the schedule of the learning rate is that of all `epochs`."""
         return self.epochs if self.until is None else self.until
 
@@ -62,6 +66,8 @@ def stages(config: TrainConfig, until: Mapping[str, Any] | None = None) -> list[
             {name: weight for name, weight in stage.losses if weight},
             stage.reward,
             stage.schedule == "constant",
+            from_best=stage.start == "best",
+            validations=stage.validations_per_epoch,
         )
         for number, stage in enumerate(config.stages, 1)
         if stage.epochs
@@ -71,6 +77,11 @@ def stages(config: TrainConfig, until: Mapping[str, Any] | None = None) -> list[
     ends = [*until.get("before", ()), until["epoch"]]
     own = dict(zip(range(until["stage"], 0, -1), reversed(ends), strict=False))
     return [replace(one, until=own.get(one.number)) for one in found if one.number <= until["stage"]]
+
+
+def pauses(stage: Stage, steps: int) -> set[int]:
+    """After which of the `steps` of an epoch, counted from 1, the stage is validated; the last one is."""
+    return {math.ceil(part * steps / stage.validations) for part in range(1, stage.validations + 1)}
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -137,6 +148,7 @@ def indivisible(config: TrainConfig, devices: int) -> Problem | None:
     )
 
 
-def total_steps(config: TrainConfig, images: int, left_out: int = 0) -> int:
+def total_steps(config: TrainConfig, images: int, left_out: float = 0) -> int:
     """The number of optimiser steps of all stages, without `left_out` epochs."""
-    return (sum(stage.epochs for stage in stages(config)) - left_out) * math.ceil(images / config.batch_size)
+    per_epoch = math.ceil(images / config.batch_size)
+    return round((sum(stage.epochs for stage in stages(config)) - left_out) * per_epoch)

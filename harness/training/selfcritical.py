@@ -47,7 +47,8 @@ class Sampled(NamedTuple):
 class SelfCritical:
     """Makes the samples of one stage; `captions` are the texts of the training images by their number.
 
-    Draws depend only on seed, stage, step, image and number of the sample. `seconds` sums the time of
+    Draws depend only on seed, stage, step, image and number of the sample. In the block `gathered` the model
+    has all its weights, which ZeRO-3 shards. `seconds` sums the time of
     sampling and of rewards, `total` that of whole steps.
     """
 
@@ -60,7 +61,9 @@ class SelfCritical:
         measure: Measure,
         seed: int,
         multiple: int,
+        gathered: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self.gathered = gathered
         self.stage, self.loaded, self.ids, self.captions = stage, loaded, ids, captions
         self.measure, self.seed, self.multiple = measure, seed, multiple
         self.config: RewardConfig = stage.reward
@@ -76,7 +79,7 @@ class SelfCritical:
         this rank's. Captions are sampled in evaluation mode, without gradient. All are rewarded together.
         """
         own = parts[ranks.rank() :: ranks.world_size()]
-        with self._timed("sampling"):
+        with self._timed("sampling"), self.gathered():
             found = ranks.gather(self._sampled(step, own, pixels))
         with self._timed("rewards"):
             images = np.concatenate(parts)
@@ -149,7 +152,7 @@ class SelfCritical:
                 one: dict[int, tuple[list[list[int]], list[float]]] = {}
                 for length in dict.fromkeys(map(len, prompts)):
                     rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
-                    given = torch.tensor([prompts[row] for row in rows], device=seen.device)
+                    given = torch.tensor([prompts[row] for row in rows], device=self.loaded.model.device)
                     captions = decode(begin(seen[rows], given), [int(part[row]) for row in rows])
                     ids = [list(map(self._ended, own)) for own in captions.ids.tolist()]
                     one |= zip(rows, zip(ids, captions.scores.tolist(), strict=True), strict=True)

@@ -75,14 +75,19 @@ class RewardConfig(Truncation):
 
 
 class StageConfig(Section):
-    """One stage: it starts from the weights of the stage before."""
+    """One stage of training."""
 
     epochs: Epochs
     """0 skips the stage."""
+    start: Literal["last", "best"] = "last"
+    """The weights that the stage starts from: the last ones of the stage before, or the best ones so far."""
     learning_rate: Positive | None = None
     """Overrides `train.learning_rate` in this stage."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """constant: this stage has its learning rate from the first step to the last, without warm-up."""
+    validations_per_epoch: whole(1, 1000) = 1
+    """Validations of each epoch, at equal distances. With more than 1 each has scores, whatever
+    `train.evaluate_every` says, and each follows a checkpoint."""
     losses: LossesConfig
     """The weight of each loss by name; at least one must be above 0."""
     reward: RewardConfig | None = None
@@ -131,6 +136,11 @@ class TrainConfig(Section):
     """The stages in order of training; each has its own optimiser and schedule.
 
     With an empty list nothing is trained: the checkpoint captions as it is.
+    """
+    start_from: str | None = None
+    """A finished run, such as quickstart/opt_224-s42: the first stage starts from its best weights.
+
+    It has the same `model`; it may be an earlier run of the same file. null: from the checkpoints of `model`.
     """
     batch_size: Batch = 128
     """Captions per optimiser step over all devices. Gradients are accumulated to reach it."""
@@ -245,9 +255,9 @@ class TrainConfig(Section):
         return {part: rate / self.learning_rate for part, rate in self.learning_rates if rate is not None}
 
     @property
-    def samples(self) -> bool:
-        """Whether a stage samples captions, for the loss `reward`."""
-        return any(stage.reward for stage in self.stages)
+    def rewards(self) -> list[RewardConfig]:
+        """The sections `reward` of the stages that are trained."""
+        return [stage.reward for stage in self.stages if stage.reward and stage.epochs]
 
     @model_validator(mode="before")
     @classmethod
@@ -265,8 +275,20 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_best_weights_to_start_from(self) -> "TrainConfig":
+        scored = False
+        for number, stage in enumerate(self.stages):
+            if stage.epochs and stage.start == "best" and not scored:
+                what = "start is best, but no validation before this stage has scores"
+                raise AcrossKeys(what, f"stages.{number}.start", "evaluate_every")
+            often = stage.reward or stage.validations_per_epoch > 1
+            scored |= bool(stage.epochs and (often or 0 < self.evaluate_every <= stage.epochs))
+        return self
+
+    @model_validator(mode="after")
     def _has_validations_to_count(self) -> "TrainConfig":
-        if self.patience and not self.evaluate_every:
+        often = all(stage.reward or stage.validations_per_epoch > 1 for stage in self.stages if stage.epochs)
+        if self.patience and not self.evaluate_every and not often:
             what = "patience counts validations with scores, but evaluate_every is 0; use 1 or more"
             raise AcrossKeys(what, "patience", "evaluate_every")
         return self
@@ -284,14 +306,6 @@ class TrainConfig(Section):
         if found := deepspeed_keys.mistakes(given):
             raise AcrossKeys("; ".join(found.values()), *found)
         return given
-
-    @model_validator(mode="after")
-    def _samples_with_whole_weights(self) -> "TrainConfig":
-        found = [f"stages.{number}.reward" for number, stage in enumerate(self.stages) if stage.reward]
-        if found and self.zero_stage == 3:
-            what = "the loss reward samples captions, which needs whole weights on each device; zero_stage 3 "
-            raise AcrossKeys(f"{what}shards them; use 0, 1 or 2", "zero_stage", *found)
-        return self
 
     @model_validator(mode="after")
     def _scales_losses(self) -> "TrainConfig":

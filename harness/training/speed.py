@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from harness import records
+from harness.metrics import METRICS
 from harness.models import family
 from harness.models.base import FLOAT
 from harness.models.settings import ModelConfig
 from harness.training import fit, memory
 from harness.training.memory import Model, Setup
 from harness.training.resume import LOSSES, rows_of
-from harness.training.schedule import stages
+from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ SHARE, MEASURED = 0.42, Setup(1, 32, False, 0, False)
 """Share of the rate of its products that training reaches on an H200 at 364 pixels, and in which set-up."""
 LARGE = 1e12
 """FLOPs of one image for which these shares were measured (5.3e12); smaller models wait for the host."""
+STEP, ROW = 3.9e-3, 46e-6
+"""Seconds of a step of decoding on an H200 at the real size, and of each caption in it.
+
+From 4.6 ms for 16 captions and 9.7 ms for 128, with transformers' static cache.
+"""
+PAIR = {"bertscore": 2.3e-3}
+"""Seconds of a metric for a caption on an H200, with an encoder of DeBERTa-xlarge's size in fp32."""
 EARLY = 3  # steps that warm up: kernels are compiled and memory is allocated
 _RECENT = 20  # finished runs that are read
 
@@ -120,6 +128,8 @@ def of_run(
     if model and setup:
         images = sum(counts.get(split, 0) for split in config.data.fit_on)
         found["training"] = training(model, images, setup, device, root)
+        if model.config.rewards:
+            found["sampling and rewards"] = sampling(config.model, model, images, setup, device, root)
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
     splits = [split for split in config.captioned if split in counts]
@@ -160,6 +170,69 @@ def training(model: Model, images: int, setup: Setup, device: str, root: Path) -
     return Guess(flops / setup.devices / reached.flops * slowdown(setup, model.kind), reached.how)
 
 
+def sampling(
+    settings: ModelConfig, model: Model, images: int, setup: Setup, device: str, root: Path
+) -> Guess:
+    """The time of the samples and rewards of self-critical stages; `training` has their updates.
+
+    It is what their steps took beyond the updates in finished runs of this model with the same metrics; else
+    on a card, for a model of the real size, from measurements on an H200.
+    """
+    steps = math.ceil(images / model.config.batch_size)
+    work = [(stage.epochs * steps, stage) for stage in stages(model.config) if stage.reward]
+    reached = pace(device, model, root)
+    named = {name for _, stage in work for name in stage.reward.metrics}
+    runs = _finished(root, device, "train") if isinstance(reached, Pace) else ()
+    found = [seconds for run in runs for seconds in _beyond_updates(run, settings, reached, named)]
+    if found:
+        units = sum(count * _decoded(stage, model, setup) for count, stage in work)
+        return Guess(units * statistics.median(found), _runs(len(found)))
+    flops = max(model.flops(stage) for _, stage in work)
+    if rate(device) is None or flops < LARGE:
+        return Guess(None, "no self-critical training of this model and reward has finished on this device")
+    rows = [(count, stage.reward, _passes(stage, model, setup)) for count, stage in work]
+    seconds = 0.0
+    for count, reward, passes in rows:
+        seconds += count * passes * (STEP + ROW * reward.samples * setup.micro_batch)
+        pairs = count * reward.samples * model.config.batch_size
+        seconds += pairs * sum(PAIR.get(name, 0.0) for name in reward.metrics)
+    unknown = sorted(name for name in named - PAIR.keys() if name in METRICS and METRICS[name].weights)
+    without = f"; without {', '.join(unknown)}" if unknown else ""
+    return Guess(seconds, f"from an H200{without}")
+
+
+def _passes(stage: Stage, model: Model, setup: Setup) -> int:
+    """Steps of decoding of one device in an optimiser step, if each sample has all its tokens."""
+    parts = model.config.batch_size // (setup.micro_batch * setup.devices)
+    return parts * stage.reward.max_new_tokens * (1 + (stage.reward.baseline == "greedy"))
+
+
+def _decoded(stage: Stage, model: Model, setup: Setup) -> int:
+    """What the time of samples grows with: steps of decoding, on a CPU times their captions."""
+    rows = setup.micro_batch * stage.reward.samples if model.kind == "cpu" else 1
+    return _passes(stage, model, setup) * rows
+
+
+def _beyond_updates(
+    run: tuple[Path, Mapping[str, Any]], settings: ModelConfig, reached: Pace, named: Collection[str]
+) -> Iterator[float]:
+    """Seconds of samples and rewards for each unit of `_decoded` in a run's stages with these metrics.
+
+    None of them if the run is of another model.
+    """
+    known = _speeds(run)
+    if known is None or ModelConfig.model_validate(run[1]["config"]["model"]) != settings:
+        return
+    model, setup, rows = known
+    for stage in stages(model.config):
+        own = [row["images_per_second"] for row in rows if row.get("stage") == stage.number][EARLY:]
+        if stage.reward and own and named == set(stage.reward.metrics):
+            step = model.config.batch_size / statistics.median(own)
+            flops = model.flops(stage) * model.config.batch_size / setup.devices
+            beyond = step - flops / reached.flops * slowdown(setup, model.kind)
+            yield max(beyond, 0.0) / max(_decoded(stage, model, setup), 1)
+
+
 def slowdown(setup: Setup, kind: str) -> float:
     """The time of an image, compared with that in the set-up `MEASURED`."""
     return memory.relative_time(setup, kind) / memory.relative_time(MEASURED, kind)
@@ -188,24 +261,39 @@ def _finished(root: Path, device: str, name: str) -> Iterator[tuple[Path, Mappin
 
 
 def _reached(run: tuple[Path, Mapping[str, Any]]) -> float | None:
-    """FLOP/s of one device in a finished training, as if in the set-up `MEASURED`; None if not known."""
+    """FLOP/s of one device in a finished training, as if in the set-up `MEASURED`; None if not known.
+
+    Stages that sample captions take longer, so they do not count.
+    """
+    known = _speeds(run)
+    if known is None:
+        return None
+    model, then, rows = known
+    flops = {stage.number: model.flops(stage) for stage in stages(model.config) if not stage.reward}
+    speeds = [
+        row["images_per_second"] * flops[row["stage"]] for row in rows[EARLY:] if row.get("stage") in flops
+    ]
+    if not speeds:
+        return None
+    return statistics.median(speeds) / then.devices * slowdown(then, model.kind)
+
+
+def _speeds(run: tuple[Path, Mapping[str, Any]]) -> tuple[Model, Setup, list[dict[str, Any]]] | None:
+    """Model and set-up of a finished training, and the rows of its steps; None if they are not known."""
     folder, record = run
     place = records.root(folder, record) / record["steps"]["train"]
     kind = record["made"]["train"]["environment"]["device"].partition(" ")[0]
     if (model := _trained(record["config"], kind)) is None or not (place / LOSSES).is_file():
         return None
-    flops = {stage.number: model.flops(stage) for stage in stages(model.config)}
-    rows = [row for row in rows_of(place / LOSSES) if row.get("images_per_second")][EARLY:]
-    speeds = [row["images_per_second"] * flops.get(row.get("stage"), 0) for row in rows]
+    rows = [row for row in rows_of(place / LOSSES) if row.get("images_per_second")]
     train = model.config  # records of older versions have no set-up of their own
     setup = {key: getattr(train, key) for key in ("micro_batch_size", "gradient_checkpointing")}
     setup |= fit.recorded(place)
     how = (setup.get("micro_batch_size"), setup.get("gradient_checkpointing"))
     devices = record["made"]["train"].get("ranks")
-    if not speeds or not all(isinstance(value, int) and value >= 0 for value in (*how, devices)):
+    if not all(isinstance(value, int) and value >= 0 for value in (*how, devices)):
         return None
-    then = Setup(devices, max(how[0], 1), bool(how[1]), 0, False)
-    return statistics.median(speeds) / max(devices, 1) * slowdown(then, kind)
+    return model, Setup(max(devices, 1), max(how[0], 1), bool(how[1]), 0, False), rows
 
 
 def _trained(config: Mapping[str, Any], kind: str) -> Model | None:

@@ -9,8 +9,9 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
 from harness.models import parts
 from harness.models.loading import Loaded, load_trained, save_trained
-from harness.training import patience
+from harness.training import patience, schedule
 from harness.training.averages import Average
 from harness.training.best import Best
 from harness.training.compiling import OFF, Compiler, chosen
-from harness.training.engine import engine, place, release, resume, whole
+from harness.training.engine import engine, gathered, place, release, resume, whole
 from harness.training.finite import check_weights
 from harness.training.learning import Learner, Row
 from harness.training.profile import Profiler
@@ -137,9 +138,13 @@ class Training:
         start = self.checkpoints.start(stage.number)
         if resumed and start.exists():
             load_trained(self.loaded.model, start)
-        elif ranks.rank() == 0:
-            start.parent.mkdir(exist_ok=True)
-            save_trained(self.loaded.model, start)
+        else:
+            if stage.from_best and not resumed:
+                ranks.agree(None)  # waits until rank 0 has written
+                load_trained(self.loaded.model, self.directory / BEST)
+            if ranks.rank() == 0:
+                start.parent.mkdir(exist_ok=True)
+                save_trained(self.loaded.model, start)
         self.loaded.model.freeze(stage.texts)
         self.say(f"stage {stage.number} trains {parts.worded(parts.counts(self.loaded.model))} parameters")
         ranks.every(None)  # waits until all have loaded, because devices' collectives time out in minutes
@@ -158,7 +163,7 @@ class Training:
                 patience.begin(self.state)
                 if stage.reward and self.validates:
                     validate(self, stage, begins=True)
-            with self._sampling(stage) as critic:
+            with self._sampling(trainer, stage) as critic:
                 self._steps(trainer, stage, Learner(self, trainer, stage, critic))
         finally:
             release(trainer)
@@ -170,34 +175,35 @@ class Training:
             self._keep_last(average)
 
     def _steps(self, trainer: Any, stage: Stage, learner: Learner) -> None:
-        """Do the remaining steps of a stage, with checkpoints, and validation after each epoch.
+        """Do the remaining steps of a stage, with checkpoints and validations.
 
         After an interruption on any rank, all ranks finish the step, save and stop.
         """
         begun = self.state.done
+        pauses = schedule.pauses(stage, self.per_epoch) if self.validates else {self.per_epoch}
         check_weights(trainer, self.loaded.model, self.where(stage), self.directory)
-        for step in range(begun, stage.last * self.per_epoch):
+        for step in range(begun, round(stage.last * self.per_epoch)):
             if patience.is_over(self.config, self.state.waited):
                 break
             epoch, number = divmod(step, self.per_epoch)
             if number == 0 or step == begun:
                 order = self._order(stage.number, epoch)
-            if number == 0 and step and self._has_degenerated(stage):
+            if step and (number or self.per_epoch) in pauses and self._has_degenerated(stage):
                 break
-            ended = number + 1 == self.per_epoch
+            paused = number + 1 in pauses
             with self.interrupts.wait():
-                with self.profiler.step(self.state.step, ended):
+                with self.profiler.step(self.state.step, paused):
                     learner.step(step, order[number])
-                if ended or learner.interrupted or self._due(step + 1):
+                if paused or learner.interrupted or self._due(step + 1):
                     learner.read()
                     check_weights(trainer, self.loaded.model, self.where(stage), self.directory)
-                    validated = not (ended and self.validates)
+                    validated = not (paused and self.validates)
                     self.saver.save(trainer, self.state, self.average, validated)
                 if learner.interrupted:
                     self.saver.written()
-            if learner.interrupted or (ended and self.interrupts.came):
+            if learner.interrupted or (paused and self.interrupts.came):
                 raise KeyboardInterrupt
-            if ended and self.validates:
+            if paused and self.validates:
                 validate(self, stage)
 
     def _due(self, steps: int) -> bool:
@@ -226,7 +232,7 @@ class Training:
         return epoch_batches(self.lengths, self.config.batch_size, self.seed, stage, epoch, grouped)
 
     @contextlib.contextmanager
-    def _sampling(self, stage: Stage) -> Iterator[SelfCritical | None]:
+    def _sampling(self, trainer: Any, stage: Stage) -> Iterator[SelfCritical | None]:
         """The block of a stage's steps; what samples captions in it, if the stage has the loss `reward`."""
         if not stage.reward:
             yield None
@@ -235,7 +241,14 @@ class Training:
             raise ValueError("the loss reward needs a function that measures captions")
         split = self.splits["train"]
         critic = SelfCritical(
-            stage, self.loaded, split.ids, split.captions, self.measure, self.seed, self.multiple
+            stage,
+            self.loaded,
+            split.ids,
+            split.captions,
+            self.measure,
+            self.seed,
+            self.multiple,
+            partial(gathered, trainer),
         )
         with without_dropout(self.loaded.model):
             yield critic
@@ -244,11 +257,20 @@ class Training:
 
     def _has_degenerated(self, stage: Stage) -> bool:
         """Whether a validation score of the stage fell below its floor (`RewardConfig.stop_when`)."""
-        if not stage.reward:
-            return False
-        file = self.directory / LOSSES
-        rows = rows_of(file) if ranks.rank() == 0 else ()
-        return bool(ranks.agree(patience.fallen_in(stage, rows)))
+        return bool(stage.reward) and bool(ranks.agree(patience.fallen_in(stage, self._rows())))
+
+    def floors(self, stage: Stage) -> dict[str, float]:
+        """The floors of this stage's validation scores, by name."""
+        return ranks.agree(patience.floors_of(stage, self._rows())) if stage.reward else {}
+
+    def _rows(self) -> Iterable[Row]:
+        return rows_of(self.directory / LOSSES) if ranks.rank() == 0 else ()
+
+    @property
+    def epoch(self) -> float:
+        """The epochs of the stage that are done; whole after an epoch."""
+        done, rest = divmod(self.state.done, self.per_epoch)
+        return self.state.done / self.per_epoch if rest else done
 
     def where(self, stage: Stage) -> str:
         """The current step, stage and epoch in words."""

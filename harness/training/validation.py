@@ -24,45 +24,52 @@ Row = dict[str, Any]
 
 
 def validate(training: "Training", stage: Stage, begins: bool = False) -> None:
-    """Compute validation loss and, if due after this epoch, scores; keep the best weights so far.
+    """Compute validation loss and, if due, scores; keep the best weights so far.
 
     `begins`: the stage has not yet made a step; a checkpoint would be of the stage before.
     """
     config, state, average = training.config, training.state, training.average
-    every, epoch = config.evaluate_every, state.done // training.per_epoch
-    last = stage is training.plan[-1] and epoch == stage.epochs
-    scores = last or stage.reward is not None or (every > 0 and epoch % every == 0)
+    scores = _scored(training, stage)
     # at ZeRO-3 no rank can caption alone: each layer's forward pass gathers weights from all ranks
     zero3 = config.zero_stage == 3
     loaded = training.copy(training.checkpoints.folder / VALIDATED) if zero3 else training.loaded
     loaded.model.eval()
     row = _measured(training, loaded, stage, scores, begins)
-    found = [row.get(PRIMARY)]
+    found = {False: row.get(PRIMARY)}  # by whether they are of the average
     if average and not begins:  # at the start it equals the weights
         with average.instead(loaded.model):
             other = _measured(training, loaded, stage, scores)
-        found.append(other.get(PRIMARY))
+        found[True] = other.get(PRIMARY)
         row |= {f"{EMA}{name}": value for name, value in other.items()}
-        row |= {PRIMARY: max(found)} if scores else {}
+    found = {of_average: score for of_average, score in found.items() if score is not None}
+    row |= {PRIMARY: max(found.values())} if found else {}
     training.saver.written()  # else the best weights could be of a later step than the checkpoint
     loaded.model.train()
-    if scores and config.patience:
+    if found and config.patience:
         patience.count(state, row[PRIMARY])
         row[patience.WAITED] = state.waited
+    epoch = training.epoch
     training.note({"step": state.step, "stage": stage.number, "epoch": epoch, **row})
-    for of_average, score in enumerate(found if scores else ()):
-        new = Validated(state.step, stage.number, epoch, score, bool(of_average))
-        _keep(training, loaded, new)
+    if begins and stage.from_best:  # they are kept already
+        return
+    for of_average, score in found.items():
+        _keep(training, loaded, Validated(state.step, stage.number, epoch, score, of_average))
     if not begins:
         training.saver.validated(state)
 
 
-def _measured(training: "Training", loaded: Loaded, stage: Stage, scores: bool, floors: bool = False) -> Row:
-    """The validation loss of the weights that the model has now, and their `scores` if due."""
+def _measured(training: "Training", loaded: Loaded, stage: Stage, scores: bool, begins: bool = False) -> Row:
+    """The validation loss of the weights that the model has now, and their `scores` if due.
+
+    Without the primary score if another one fell below its floor, so they are never the best.
+    """
     row: Row = {"valid_loss": _valid_loss(training, loaded)}
     check_validation(row, training.where(stage))
     row |= ranks.agree(training.evaluate(loaded)) if scores else {}
-    row = {name: value for name, value in row.items() if floors or not name.startswith(FLOOR)}
+    if not begins:
+        row = {name: value for name, value in row.items() if not name.startswith(FLOOR)}
+        if any(row.get(f"valid_{name}", floor) < floor for name, floor in training.floors(stage).items()):
+            row.pop(PRIMARY, None)
     check_validation(row, training.where(stage))
     return row
 
@@ -75,6 +82,13 @@ def _keep(training: "Training", loaded: Loaded, new: Validated) -> None:
         with average.instead(loaded.model) if average else contextlib.nullcontext():
             best.add(new, lambda file: save_trained(loaded.model, file))
     state.best, state.best_step = best.ranked[0].score, best.ranked[0].step
+
+
+def _scored(training: "Training", stage: Stage) -> bool:
+    """Whether a validation of the stage has scores now."""
+    every, epoch = training.config.evaluate_every, training.epoch
+    last = stage is training.plan[-1] and epoch == stage.epochs
+    return last or stage.reward is not None or stage.validations > 1 or (every > 0 and epoch % every == 0)
 
 
 @torch.no_grad()

@@ -13,14 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Blip2Config,
-    BlipImageProcessor,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
-from harness.machine import device
 from harness.models import adapters, checkpoints, parts
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
@@ -95,8 +93,7 @@ def load(
         set_dropout(blip2.text_config, language_dropout)
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
-    if device.rank():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     dtypes = dict.fromkeys(("", "vision_config", "qformer_config"), torch.float32)
     model, info = Captioner.from_pretrained(
         folder,
@@ -135,6 +132,8 @@ def export(loaded: Loaded, folder: Path) -> None:
     model.config.qformer_config.vocab_size = len(loaded.concept.tokenizer)
     model.save_pretrained(folder)
     loaded.concept.tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
     BlipImageProcessor(
         image_mean=list(loaded.mean),
         image_std=list(loaded.std),
@@ -150,7 +149,7 @@ def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float
     language, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
-    tied = language._tied_weights_keys or () if config.tie_word_embeddings else ()
+    tied = language._tied_weights_keys or () if getattr(config, "tie_word_embeddings", False) else ()
     if lacking := set(info["missing_keys"]) - set(tied):
         raise UserError([_unfilled(lacking, folder, "model.language_checkpoint")])
     with parts.new():

@@ -6,14 +6,15 @@ checkpoints: the captioning ones (ViT, query path, OPT), `blip2-itm-vit-g` (text
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Blip2Config, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertOnlyMLMHead
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2PreTrainedModel,
     Blip2QFormerModel,
@@ -27,50 +28,55 @@ from harness.models.cache import CachedDecoding, Speaker
 from harness.models.text import IGNORE
 
 QueryStates = list[tuple[Tensor, Tensor]]
-_TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 
 
 class Captioner(Blip2PreTrainedModel):
     """BLIP-2 with the Q-Former's own language model, with or without OPT after it.
 
     Text attends to the queries and, causally, to itself; queries never attend to text. So the query outputs
-    do not depend on text, and one pass of ViT and queries serves both losses.
+    do not depend on text, and one pass of ViT and queries serves both losses. `tied` are the names of weights
+    that are tied to others, and are neither saved nor looked for.
     """
 
     config: Blip2Config
     _supports_flash_attn = False
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
 
     def __init__(self, config: Blip2Config, language_model: bool = True) -> None:
+        config.tie_word_embeddings = True
         super().__init__(config)
         config.qformer_config.use_qformer_text_input = True
         self.vision_model = Blip2VisionModel._from_config(config.vision_config)
         self.query_tokens = nn.Parameter(
             torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size)
         )
-        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.qformer = Blip2QFormerModel._from_config(config.qformer_config, attn_implementation="eager")
+        self.text_dropout: float = config.qformer_config.attention_probs_dropout_prob
         self.embeddings = Blip2TextEmbeddings(config.qformer_config)
-        self.cls = BertOnlyMLMHead(config.qformer_config)
-        self._tied_weights_keys = [*_TIED]
+        self.embeddings.word_embeddings.padding_idx = None  # else transformers 5 begins with zeros in its row
+        self.cls = nn.Sequential(OrderedDict(predictions=_Head(config.qformer_config)))
+        self.tied = frozenset(self._tied_weights_keys)
         self.language_projection = self.language_model = None
         if language_model:
-            self.speak_by(AutoModelForCausalLM.from_config(config.text_config))
+            # drawn before the language model
+            projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+            self.speak_by(AutoModelForCausalLM.from_config(config.text_config), projection)
         self.trained_parts: Collection[str] = frozenset({"vision", "connector"})
         self.autocast_dtype: torch.dtype | None = None
         self.vision_in_fp32 = False
         self.post_init()
 
-    def speak_by(self, language_model: PreTrainedModel) -> None:
-        """Write captions by a causal language model of transformers, after a new projection."""
+    def speak_by(self, language_model: PreTrainedModel, projection: nn.Linear | None = None) -> None:
+        """Write captions by a causal language model, behind `projection` or a new one."""
         inner, outer = self.config.qformer_config.hidden_size, language_model.config.hidden_size
-        self.language_projection = nn.Linear(inner, outer)
+        self.language_projection = projection or nn.Linear(inner, outer)
         self.language_model = language_model
-        tied = language_model._tied_weights_keys or () if language_model.config.tie_word_embeddings else ()
-        self._tied_weights_keys = [*_TIED, *(f"language_model.{key}" for key in tied)]
-
-    @property
-    def tied(self) -> frozenset[str]:
-        """Names of weights that are tied to others, and are neither saved nor looked for."""
-        return frozenset(self._tied_weights_keys)
+        ties = getattr(language_model.config, "tie_word_embeddings", False)
+        tied = language_model._tied_weights_keys or () if ties else ()
+        self.tied = frozenset([*self._tied_weights_keys, *(f"language_model.{key}" for key in tied)])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -79,10 +85,9 @@ class Captioner(Blip2PreTrainedModel):
         return self.cls.predictions.decoder
 
     def _tie_weights(self) -> None:
+        """What transformers 4 calls; 5 reads `_tied_weights_keys`."""
         self.cls.predictions.decoder.weight = self.embeddings.word_embeddings.weight
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
-        if self.language_model is not None:
-            self.language_model.tie_weights()
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -102,12 +107,8 @@ class Captioner(Blip2PreTrainedModel):
         states = []
         for layer in self.qformer.encoder.layer:
             attention = layer.attention.attention
-            states.append(
-                (
-                    attention.transpose_for_scores(attention.key(hidden)),
-                    attention.transpose_for_scores(attention.value(hidden)),
-                )
-            )
+            keys, values = attention.key(hidden), attention.value(hidden)
+            states.append((_heads(attention, keys), _heads(attention, values)))
             hidden = layer(hidden, encoder_hidden_states=image, query_length=hidden.shape[1])
         return hidden, states
 
@@ -143,16 +144,16 @@ class Captioner(Blip2PreTrainedModel):
         for number, layer in enumerate(self.qformer.encoder.layer):
             attention = layer.attention.attention
             keys, values = attended(
-                attention.transpose_for_scores(attention.key(hidden)),
-                attention.transpose_for_scores(attention.value(hidden)),
+                _heads(attention, attention.key(hidden)),
+                _heads(attention, attention.value(hidden)),
                 number,
             )
             context = F.scaled_dot_product_attention(
-                attention.transpose_for_scores(attention.query(hidden)),
+                _heads(attention, attention.query(hidden)),
                 keys,
                 values,
                 attn_mask=mask,
-                dropout_p=attention.dropout.p if self.training else 0.0,
+                dropout_p=self.text_dropout if self.training else 0.0,
             )
             hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
             hidden = layer.feed_forward_chunk(hidden)
@@ -287,6 +288,22 @@ class Captioner(Blip2PreTrainedModel):
                     getattr(layers[-1], name).requires_grad_(False)
 
 
+class _Head(nn.Module):
+    """BERT's head of masked language modelling, whose decoder gets the weights of the word embeddings.
+
+    transformers' own draws more random numbers in 5 than in 4, so that whatever is made after it differs.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = self.decoder.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden))
+
+
 class _Reader(CachedDecoding):
     """Decoding with the Q-Former's text path."""
 
@@ -303,6 +320,11 @@ class _Reader(CachedDecoding):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = (self.position - self.model.config.num_query_tokens)[None]
         return self.model._read(tokens[:, None], positions, self.mask, self.update)[:, -1]
+
+
+def _heads(attention: nn.Module, states: Tensor) -> Tensor:
+    """Split (B, T, D) into the heads of an attention, (B, heads, T, D / heads)."""
+    return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -86,5 +86,4 @@ def _config() -> Blip2Config:
         qformer_config=qformer | {"vocab_size": _WORDS, "use_qformer_text_input": True},
         text_config=wide | opt | {"model_type": "opt", "vocab_size": _WORDS, "pad_token_id": _PAD},
         num_query_tokens=4,
-        initializer_range=_WIDTH**-0.5,
     )

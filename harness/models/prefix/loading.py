@@ -11,14 +11,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BlipImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
-from harness.machine import device
 from harness.models import adapters, parts
 from harness.models import checkpoints as files
 from harness.models.blip2.loading import set_dropout
@@ -61,8 +59,7 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     if train.dropout:
         raise UserError([Problem("it is for a Q-Former, which family prefix lacks", key="train.dropout")])
     logging.set_verbosity_error()  # missing weights are errors below; unused weights need no warning
-    if device.rank():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
     encoder = vision.load(seen, config.image_size)
     trained = parts.trained(config, train)
@@ -89,6 +86,8 @@ def export(loaded: Loaded, folder: Path) -> dict[str, str]:
 
     transformers reads the two models too.
     """
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
     model, words, units = loaded.model, loaded.caption.tokenizer, (list(loaded.mean), list(loaded.std))
     model.vision.model.save_pretrained(folder / "vision")
     BlipImageProcessor(image_mean=units[0], image_std=units[1]).save_pretrained(folder / "vision")
