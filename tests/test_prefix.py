@@ -21,7 +21,7 @@ from harness.machine import device
 from harness.models import adapters, parts, problems
 from harness.models.base import Samples
 from harness.models.loading import Loaded, load_trained, save_trained, trained_weights
-from harness.models.prefix import export, load
+from harness.models.prefix import export, load, shape
 from harness.models.settings import ModelConfig
 from harness.training import train
 from harness.training.settings import TrainConfig
@@ -279,6 +279,16 @@ def test_training_goes_on_to_the_bit(zero_stage, folder, tmp_path):
         run("cut", stop)
     again = run("cut").state_dict()
     assert all(torch.equal(weight, whole[name]) for name, weight in again.items())
+
+
+def test_the_forecast_counts_what_trains_without_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for vision, language in PAIRS[:2]:
+        config = model_config(folder, vision, language, lora={"rank": 2})
+        model = load(config, TRAIN, None, torch.float32).model
+        counted = sum(w.numel() for name, w in model.named_parameters() if parts.changes(model, name))
+        assert shape(config, TRAIN).trained(True) == counted
+    assert shape(config.model_copy(update={"vision_checkpoint": "/nowhere"}), TRAIN) is None
 
 
 # mistakes

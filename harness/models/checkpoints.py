@@ -148,6 +148,15 @@ def _config_flaw(folder: Path) -> str | None:
     return None if isinstance(settings, dict) else "config.json is not a mapping"
 
 
+def config(name: str) -> dict[str, Any] | None:
+    """The contents of a checkpoint's `config.json`, also without weights; None if it is not at hand."""
+    with contextlib.suppress(OSError):  # a name that is too long for any folder
+        folder = Path(name) if Path(name).is_dir() else _cached(name)
+        if folder and not _config_flaw(folder):
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return None
+
+
 def contents(folder: Path, cache: Path | None) -> list[list[str]]:
     """Name and SHA-256 of each file that determines the results of a model: weights, config, tokenizer.
 

@@ -29,8 +29,8 @@ from harness.machine import device
 from harness.models import checkpoints
 from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
-from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
+from harness.models.prefix.checks import vision_values
 from harness.models.remarks import quieten
 from harness.models.settings import TinyConfig
 from harness.models.text import IGNORE, Codec, Text
@@ -86,7 +86,7 @@ def build_vision(
     """Build and save a small ViT that has learned to predict the concepts of the images; see `build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = ViTModel(ViTConfig(**_vision_config(config)), add_pooling_layer=False)
+        model = ViTModel(ViTConfig(**vision_values(config)), add_pooling_layer=False)
         model.set_attn_implementation("eager")
         units = _units(pixels, len(concepts))
         _pretrain_vision(model, pixels, units, concepts, augmentation, config, progress)
@@ -156,24 +156,12 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [word for word, _ in pieces]
 
 
-def _vision_config(config: TinyConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": 4 * config.hidden_size,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": max(config.hidden_size // 32, 1),
-        "image_size": image_side(config),
-        "patch_size": config.patch_size,
-        "initializer_range": 0.02,
-    }
-
-
 def _blip2_config(
     config: TinyConfig, language: PreTrainedTokenizerFast, qformer_vocabulary: int
 ) -> Blip2Config:
     heads = max(config.hidden_size // 32, 1)
     return Blip2Config(
-        vision_config=_vision_config(config),
+        vision_config={k: v for k, v in vision_values(config).items() if k != "model_type"},
         qformer_config={
             "vocab_size": qformer_vocabulary,
             "hidden_size": config.hidden_size,

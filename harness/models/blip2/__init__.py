@@ -1,18 +1,19 @@
 """The family of BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
+from harness.models import measured
 from harness.models.blip2 import sizes
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.models.base import Sample
+    from harness.models.base import Sample, Shape
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -64,10 +65,39 @@ def new(model: ModelConfig) -> tuple[str, ...]:
     return ("language_projection",) if model.language_checkpoint else ()
 
 
-def shape(model: ModelConfig, train: "TrainConfig") -> sizes.Shape | None:
-    """The shape of the model; None if it is not known, or if not only ViT and Q-Former are trained."""
-    known = not (model.language_checkpoint or model.lora or train.train_language)
-    return sizes.of_model(model) if known else None
+def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
+    """The shape of the model; None if a config is not at hand.
+
+    It is counted without torch if only ViT and Q-Former are trained and the language model is OPT.
+    """
+    counted = not (model.language_checkpoint or model.lora or train.train_language)
+    if counted and (found := sizes.of_model(model)):
+        return found
+    values = sizes.values_of(model)
+    language = files.config(model.language_checkpoint) if model.language_checkpoint else None
+    if values is None or (model.language_checkpoint and not language):
+        return None
+    if not language and values.get("text_config", {}).get("model_type") == "t5":
+        return None
+    return _measured(model, train, values, language)
+
+
+def _measured(
+    model: ModelConfig, train: "TrainConfig", values: Mapping[str, Any], language: Mapping[str, Any] | None
+) -> measured.Shape:
+    """The shape for the contents of the configs; `language` is that of `language_checkpoint`."""
+
+    def build(train: "TrainConfig") -> Any:
+        from harness.models.blip2 import loading
+
+        return loading.without_weights(model, train, values, language)
+
+    def pixels(batch: int) -> Any:
+        import torch
+
+        return torch.zeros(batch, 3, model.image_size, model.image_size)
+
+    return measured.Shape(train, {**settings(model), "configs": [values, language]}, build, pixels)
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
