@@ -29,6 +29,7 @@ from harness.machine import device
 from harness.models import checkpoints
 from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
+from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
 from harness.models.prefix.checks import vision_values
 from harness.models.remarks import quieten
@@ -86,7 +87,7 @@ def build_vision(
     """Build and save a small ViT that has learned to predict the concepts of the images; see `build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = ViTModel(ViTConfig(**vision_values(config)), add_pooling_layer=False)
+        model = ViTModel(ViTConfig(**_vision_config(config)), add_pooling_layer=False)
         model.set_attn_implementation("eager")
         units = _units(pixels, len(concepts))
         _pretrain_vision(model, pixels, units, concepts, augmentation, config, progress)
@@ -156,12 +157,17 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [word for word, _ in pieces]
 
 
+def _vision_config(config: TinyConfig) -> dict[str, Any]:
+    values = {key: value for key, value in vision_values(config).items() if key != "model_type"}
+    return values | {"image_size": image_side(config)}
+
+
 def _blip2_config(
     config: TinyConfig, language: PreTrainedTokenizerFast, qformer_vocabulary: int
 ) -> Blip2Config:
     heads = max(config.hidden_size // 32, 1)
     return Blip2Config(
-        vision_config={k: v for k, v in vision_values(config).items() if k != "model_type"},
+        vision_config=_vision_config(config),
         qformer_config={
             "vocab_size": qformer_vocabulary,
             "hidden_size": config.hidden_size,

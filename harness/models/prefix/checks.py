@@ -7,7 +7,6 @@ from typing import Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
-from harness.models.blip2.sizes import image_side
 from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 VISION, LANGUAGE = "vision_checkpoint", "language_checkpoint"
@@ -55,14 +54,13 @@ def values_of(model: ModelConfig) -> tuple[Mapping[str, Any] | None, Mapping[str
 
 
 def vision_values(tiny: TinyConfig) -> dict[str, Any]:
-    """The config of a tiny ViT, by transformers' names."""
+    """The config of a tiny ViT for images of any size, by transformers' names."""
     return {
         "model_type": "vit",
         "hidden_size": tiny.hidden_size,
         "intermediate_size": 4 * tiny.hidden_size,
         "num_hidden_layers": tiny.vision_layers,
         "num_attention_heads": max(tiny.hidden_size // 32, 1),
-        "image_size": image_side(tiny),
         "patch_size": tiny.patch_size,
         "initializer_range": 0.02,
     }
