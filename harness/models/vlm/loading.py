@@ -82,7 +82,7 @@ def blank(folder: Path, side: int, batch: int) -> Images:
     return Images([one] * batch)
 
 
-def export(loaded: WholeLoaded, folder: Path) -> None:
+def export(loaded: WholeLoaded, folder: Path) -> dict[str, str]:
     """Write a checkpoint folder that `load` and transformers read; the processor's files are copied."""
     loaded.model.model.save_pretrained(folder)
     for file in sorted(loaded.folder.rglob("*")):
@@ -91,6 +91,7 @@ def export(loaded: WholeLoaded, folder: Path) -> None:
         if file.is_file() and file.suffix in _PROCESSOR_FILES and not weights:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+    return {"checkpoint": "."}
 
 
 def _captioner(
