@@ -5,6 +5,7 @@ reads all of it under a mask. Then every step has the same shapes and can be cap
 starts one graph for each token instead of hundreds of kernels.
 """
 
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -165,18 +166,24 @@ class _Graph:
     logits: Tensor
 
 
+def keyword(model: PreTrainedModel) -> str:
+    """The argument of a model for its cache: `cache` in newer releases of transformers 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Speaker(CachedDecoding):
     """Decoding with a causal language model of transformers, after a prefix of embeddings."""
 
     def __init__(self, model: PreTrainedModel, width: int, length: int) -> None:
         super().__init__(width, length, model.device.type)
-        self.body = model.base_model
+        self.body, self.keyword = model.base_model, keyword(model.base_model)
         self.words, self.head = model.get_input_embeddings(), model.get_output_embeddings()
 
     def __call__(self, embeds: Tensor) -> CachedDecoding:
         """Begin after the prefix of each image, embeddings (B, T, D), which is read once for all its rows."""
         cache, seen = DynamicCache(), embeds.new_ones(embeds.shape[:2], dtype=torch.long)
-        output = self.body(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True)
+        given = {"inputs_embeds": embeds, "attention_mask": seen, self.keyword: cache}
+        output = self.body(**given, use_cache=True)
         logits = self.head(output.last_hidden_state[:, -1])
         states = [(layer.keys, layer.values) for layer in cache.layers]
         return self.begin(logits, states, seen[:, :0])
@@ -187,7 +194,7 @@ class Speaker(CachedDecoding):
             attention_mask=self.mask,
             position_ids=self.position[None],
             cache_position=self.position,
-            past_key_values=self,
             use_cache=True,
+            **{self.keyword: self},
         )
         return self.head(output.last_hidden_state[:, -1])
