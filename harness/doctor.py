@@ -1,5 +1,6 @@
 """Checks of this machine for an experiment: each is ok or tells how to repair it."""
 
+import contextlib
 import importlib
 import re
 import subprocess
@@ -18,6 +19,7 @@ from harness.metrics import java
 from harness.metrics.base import STANDIN, Absent
 from harness.models import FAMILIES, checkpoints, family
 from harness.models.base import FLOAT, Shape
+from harness.models.measured import Unmeasured
 from harness.models.settings import TINY, longest_prompt
 from harness.steps.plan import problems, unscalable
 from harness.store import RUNS, free, gb
@@ -217,8 +219,9 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Key and name of each checkpoint, and its origin if the user need not fetch it."""
-    if config.has_model and config.model.checkpoint == TINY:
-        yield "model.checkpoint", TINY, "made here"
+    for key in ("checkpoint", "vision_checkpoint"):
+        if config.has_model and getattr(config.model, key) == TINY:
+            yield f"model.{key}", TINY, "made here"
     named = family(config.model).checkpoints(config.model) if config.has_model else {}
     for key, name in named.items():
         yield f"model.{key}", name, None
@@ -284,7 +287,9 @@ def _shape(config: Config) -> Shape | None:
 def _trained(config: Config) -> int | None:
     """Number of parameters that training changes; None if unknown."""
     shape = _shape(config)
-    return shape and shape.trained(config.train.train_vision)
+    with contextlib.suppress(Unmeasured):
+        return shape and shape.trained(config.train.train_vision)
+    return None
 
 
 def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
@@ -293,21 +298,29 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
     unknown: dict[str, None] = {}
     for config, kind in runs:
         if _shape(config) is None:
-            unknown[config.model.checkpoint] = None
+            unknown[" and ".join(family(config.model).checkpoints(config.model).values())] = None
         else:
             by_kind.setdefault(kind, []).append(config)
     for name in unknown:
         yield Check("memory", True, f"not estimated: the sizes of {name} are not known without its config")
     for kind, configs in by_kind.items():
-        model = forecast.largest([_model(config, kind) for config in configs])
-        if kind == "cpu":
-            yield _fits("memory", "RAM", model, device.ram(), 1)
-            yield Check("memory of typical cards", True, _on_cards(configs))
-            continue
-        count, free = device.probe(configs[0].device).count, device.memory(kind)
-        yield _fits(f"memory of the {kind}", kind, model, free, count)
-        host = memory.usage(model, memory.chosen(model, count, free)).host
-        yield _loads(device.ram(), model.weights + host, count)
+        try:
+            yield from _memory_of(kind, configs)
+        except Unmeasured as error:
+            yield Check("memory", True, f"not estimated: {error}")
+
+
+def _memory_of(kind: str, configs: Sequence[Config]) -> Iterator[Check]:
+    """Check the memory of the largest of these runs on a kind of device."""
+    model = forecast.largest([_model(config, kind) for config in configs])
+    if kind == "cpu":
+        yield _fits("memory", "RAM", model, device.ram(), 1)
+        yield Check("memory of typical cards", True, _on_cards(configs))
+        return
+    count, free = device.probe(configs[0].device).count, device.memory(kind)
+    yield _fits(f"memory of the {kind}", kind, model, free, count)
+    host = memory.usage(model, memory.chosen(model, count, free)).host
+    yield _loads(device.ram(), model.weights + host, count)
 
 
 def _times(configs: Sequence[Config]) -> Iterator[Check]:
@@ -317,7 +330,9 @@ def _times(configs: Sequence[Config]) -> Iterator[Check]:
         shape = _shape(config) if config.trains else None
         free = device.memory(found.kind)
         for count in dict.fromkeys((1, found.count)) if counts else ():
-            setup = memory.chosen(_model(config, found.kind), count, free) if shape else None
+            setup = None
+            with contextlib.suppress(Unmeasured):
+                setup = memory.chosen(_model(config, found.kind), count, free) if shape else None
             time = forecast.time(config, counts, RUNS, setup)
             if time and time["parts"]:
                 yield Check("time", True, f"{config.run_name} on {count} x {found}: {forecast.timed(time)}")

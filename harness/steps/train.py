@@ -1,5 +1,6 @@
 """Fine-tuning in the stages of `train:`, with the validation that chooses the best weights."""
 
+import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, family
 from harness.models.base import PARTS
+from harness.models.measured import Unmeasured
 from harness.models.settings import longest_prompt
 from harness.steps import epochs, origins
 from harness.steps.base import Step
@@ -199,12 +201,17 @@ class Train(Step):
         trained, prompt = epochs.shortened(config.train, self._until), longest_prompt(config.model.prompt)
         model = shape and Model(shape, trained, work.kind, half, prompt, judges.size(config))
         free = min(ranks.every(work.free_memory()))
-        setup, why = ranks.agree(fit.pick(config.train, model, work.kind, devices, free, directory))
+        try:
+            picked = fit.pick(config.train, model, work.kind, devices, free, directory)
+        except Unmeasured:
+            picked = fit.pick(config.train, None, work.kind, devices, free, directory)
+        setup, why = ranks.agree(picked)
         self._record(work, directory, setup, why)
         if model and ranks.rank() == 0:
-            guess = speed.training(model, images, setup, work.device, self.inputs.root)
-            if guess.seconds is not None:
-                work.say(f"training steps: {guess}{self._at_most}")
+            with contextlib.suppress(Unmeasured):
+                guess = speed.training(model, images, setup, work.device, self.inputs.root)
+                if guess.seconds is not None:
+                    work.say(f"training steps: {guess}{self._at_most}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:

@@ -70,11 +70,14 @@ class Work:
             what = f"the {self.kind} has not enough memory for this step"
             raise UserError([Problem(what, key=step.name, hint=LESS_MEMORY)], exit_code=1) from error
 
-    def pixels(self, inputs: Inputs, split: str, side: int) -> Any:
-        """The readable images of a split as uint8 (N, side, side, 3); whole ones if the family takes them."""
+    def pixels(self, inputs: Inputs, split: str, side: int, squashed: bool = False) -> Any:
+        """The readable images of a split as uint8 (N, side, side, 3).
+
+        Unless `squashed`, whole ones if the family takes them.
+        """
         from harness.data.images import Whole, open_pixels
 
-        if family(inputs.config.model).WHOLE_IMAGES:
+        if not squashed and family(inputs.config.model).WHOLE_IMAGES:
             return Whole(inputs.data.readable(split), side)
         cache = inputs.root / "cache" if inputs.config.data.cache else None
         with self.reporter.progress(f"Decoding {split} images") as advance:

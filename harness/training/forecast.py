@@ -13,6 +13,7 @@ from harness.data.images import unbuilt
 from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
+from harness.models.measured import Unmeasured
 from harness.models.settings import longest_prompt
 from harness.store import RUNS, free, gb
 from harness.training import judges, memory, patience, speed
@@ -82,10 +83,16 @@ def forecast(config: "Config") -> dict[str, Any]:
     trains = config.trains
     shape = family(config.model).shape(config.model, config.train) if trains else None
     if trains and shape is None:
-        unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
+        names = " and ".join(family(config.model).checkpoints(config.model).values())
+        unknown.append(f"memory: the sizes of {names} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
     prompt = longest_prompt(config.model.prompt)
     model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))
+    fitting = None
+    try:
+        fitting = model and _memory(model)
+    except Unmeasured as error:
+        unknown.append(f"memory: {error}")
     return {
         "steps": (None if count is None else steps(config.train, count)) if trains else [],
         "ends_early": _ends_early(config),
@@ -93,7 +100,7 @@ def forecast(config: "Config") -> dict[str, Any]:
         "captions": _origin(config),
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
-        "memory": model and _memory(model),
+        "memory": fitting,
         "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }

@@ -5,6 +5,7 @@ config (`models.base.Shape`). The FLOP/s that a device reaches come from finishe
 device, or else from measurements on one H200 at the real size.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from harness import records
 from harness.metrics import METRICS
 from harness.models import family
 from harness.models.base import FLOAT
+from harness.models.measured import Unmeasured
 from harness.models.settings import ModelConfig
 from harness.training import fit, memory
 from harness.training.memory import Model, Setup
@@ -127,9 +129,12 @@ def of_run(
     found = {}
     if model and setup:
         images = sum(counts.get(split, 0) for split in config.data.fit_on)
-        found["training"] = training(model, images, setup, device, root)
-        if model.config.rewards:
-            found["sampling and rewards"] = sampling(config.model, model, images, setup, device, root)
+        try:
+            found["training"] = training(model, images, setup, device, root)
+            if model.config.rewards:
+                found["sampling and rewards"] = sampling(config.model, model, images, setup, device, root)
+        except Unmeasured as error:
+            found["training"] = Guess(None, str(error))
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
     splits = [split for split in config.captioned if split in counts]
@@ -304,7 +309,10 @@ def _trained(config: Mapping[str, Any], kind: str) -> Model | None:
     except (KeyError, ValidationError):
         return None
     shape = family(settings).shape(settings, train)
-    return shape and Model(shape, train, kind, False)
+    model = shape and Model(shape, train, kind, False)
+    with contextlib.suppress(Unmeasured):
+        return model if model and model.flops(stages(train)[0]) else None
+    return None
 
 
 def remaining(speeds: Sequence[float], left: int) -> Guess:

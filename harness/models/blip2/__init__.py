@@ -1,24 +1,26 @@
 """The family of BLIP-2: ViT, Q-Former with its text path, and an optional frozen language model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
+from harness.models import measured
 from harness.models.blip2 import sizes
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.models.base import Sample
+    from harness.models.base import Sample, Shape
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
 LOSSES = ("caption", "concept", "reward")
 WHOLE_IMAGES = False
+_OF_OTHERS = ("vision_checkpoint", "connector")  # keys of the family prefix
 _KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint", "language_checkpoint")
 
 
@@ -40,6 +42,11 @@ def problems(model: ModelConfig) -> list[Problem]:
         other = files.other_kind(at_hand, sizes.MODEL_TYPE, "model.checkpoint") if main else None
         flaws = files.flaws(at_hand, f"model.{key}", config=main or speaks, tokenizer=speaks)
         found += [other] if other else flaws
+    found += [
+        Problem("it is for family prefix", key=f"model.{key}")
+        for key in _OF_OTHERS
+        if getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
     if not model.language_model:
         found += [Problem(what, key=f"model.{key}") for key, what in _without_language_model(model)]
     return found
@@ -58,10 +65,39 @@ def new(model: ModelConfig) -> tuple[str, ...]:
     return ("language_projection",) if model.language_checkpoint else ()
 
 
-def shape(model: ModelConfig, train: "TrainConfig") -> sizes.Shape | None:
-    """The shape of the model; None if it is not known, or if not only ViT and Q-Former are trained."""
-    known = not (model.language_checkpoint or model.lora or train.train_language)
-    return sizes.of_model(model) if known else None
+def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
+    """The shape of the model; None if a config is not at hand.
+
+    It is counted without torch if only ViT and Q-Former are trained and the language model is OPT.
+    """
+    counted = not (model.language_checkpoint or model.lora or train.train_language)
+    if counted and (found := sizes.of_model(model)):
+        return found
+    values = sizes.values_of(model)
+    language = files.config(model.language_checkpoint) if model.language_checkpoint else None
+    if values is None or (model.language_checkpoint and not language):
+        return None
+    if not language and values.get("text_config", {}).get("model_type") == "t5":
+        return None
+    return _measured(model, train, values, language)
+
+
+def _measured(
+    model: ModelConfig, train: "TrainConfig", values: Mapping[str, Any], language: Mapping[str, Any] | None
+) -> measured.Shape:
+    """The shape for the contents of the configs; `language` is that of `language_checkpoint`."""
+
+    def build(train: "TrainConfig") -> Any:
+        from harness.models.blip2 import loading
+
+        return loading.without_weights(model, train, values, language)
+
+    def pixels(batch: int) -> Any:
+        import torch
+
+        return torch.zeros(batch, 3, model.image_size, model.image_size)
+
+    return measured.Shape(train, {**settings(model), "configs": [values, language]}, build, pixels)
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
@@ -72,7 +108,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
     unused |= {key for key in ("language_checkpoint", "lora") if getattr(model, key) is None}
-    given = model.model_dump(exclude={"family", "tiny"} | unused)
+    given = model.model_dump(exclude={"family", "tiny", *_OF_OTHERS} | unused)
     return given | {"prompt": prompt_text(model.prompt)}
 
 
@@ -95,11 +131,12 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return loading.codecs(model, folder, max_tokens)
 
 
-def export(loaded: "Loaded", folder: Path) -> None:
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
     """Write the model with its tokenizers as a checkpoint folder; see `loading.export`."""
     from harness.models.blip2 import loading
 
     loading.export(loaded, folder)
+    return {"checkpoint": "."}
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +26,9 @@ from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.loading import Loaded
 from harness.models.settings import ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
+
+if TYPE_CHECKING:
+    from harness.training.settings import TrainConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -86,11 +90,7 @@ def load(
     caption, concept = codecs(config, folder, max_tokens)
     blip2 = Blip2Config.from_pretrained(folder)
     blip2.qformer_config.vocab_size = len(concept.tokenizer)
-    if dropout is not None:
-        blip2.qformer_config.hidden_dropout_prob = dropout
-        blip2.qformer_config.attention_probs_dropout_prob = dropout
-    if language_dropout is not None:
-        _set_dropout(blip2.text_config, language_dropout)
+    _set_dropouts(blip2, dropout, language_dropout)
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -119,6 +119,31 @@ def load(
     return Loaded(model, caption, concept, *_pixel_units(folder), new)
 
 
+def without_weights(
+    config: ModelConfig,
+    train: "TrainConfig",
+    values: Mapping[str, Any],
+    language: Mapping[str, Any] | None,
+) -> Captioner:
+    """The model that `load` gives, but with random weights.
+
+    `values` is the `config.json` of its checkpoint, and `language` that of its `language_checkpoint`, if any.
+    """
+    blip2 = Blip2Config.from_dict(dict(values))
+    _set_dropouts(blip2, train.dropout, train.language_dropout)
+    model = Captioner(blip2, config.language_model and not language)
+    if language:
+        speaks = AutoConfig.for_model(**language)
+        set_dropout(speaks, train.language_dropout)
+        model.speak_by(AutoModelForCausalLM.from_config(speaks))
+    model.tie_weights()
+    model.resize_images(config.image_size)
+    model.trained_parts = parts.trained(config, train)
+    if config.lora:
+        adapters.add(model, config.lora)
+    return model
+
+
 def export(loaded: Loaded, folder: Path) -> None:
     """Write a checkpoint folder that `load` reads without further checkpoints; transformers' BLIP-2 too.
 
@@ -144,8 +169,7 @@ def export(loaded: Loaded, folder: Path) -> None:
 def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float | None) -> None:
     """Give the model the language model in `folder`, behind a new projection."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if dropout is not None:
-        _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     language, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
@@ -158,8 +182,18 @@ def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float
         model.language_projection.bias.data.zero_()
 
 
-def _set_dropout(config: PretrainedConfig, share: float) -> None:
-    """Set the dropout of a language model's layers; 0 also turns off all its other dropouts."""
+def _set_dropouts(config: Blip2Config, dropout: float | None, language_dropout: float | None) -> None:
+    """Set the dropouts of Q-Former and language model that are given."""
+    if dropout is not None:
+        config.qformer_config.hidden_dropout_prob = dropout
+        config.qformer_config.attention_probs_dropout_prob = dropout
+    set_dropout(config.text_config, language_dropout)
+
+
+def set_dropout(config: PretrainedConfig, share: float | None) -> None:
+    """Set the dropout of a language model's layers, if given; 0 also turns off all its other dropouts."""
+    if share is None:
+        return
     for name in ("dropout", "dropout_rate", "resid_pdrop", "hidden_dropout"):  # OPT, T5, GPT-2, NeoX
         if hasattr(config, name):
             setattr(config, name, share)

@@ -138,20 +138,30 @@ def of(values: Mapping[str, Any], image_size: int, language_model: bool) -> Shap
 
 def of_model(model: ModelConfig) -> Shape | None:
     """The shape of the configured model; None if its checkpoint is neither at hand nor known."""
+    values = values_of(model)
+    return None if values is None else of(values, model.image_size, model.language_model)
+
+
+def values_of(model: ModelConfig) -> Mapping[str, Any] | None:
+    """The contents of the checkpoint's `config.json`; None if it is neither at hand nor known."""
     if model.checkpoint == TINY:
-        return of_tiny(model.tiny, model.image_size, model.language_model)
+        return _tiny(model.tiny)
     found = checkpoints.find(model.checkpoint)
     damaged = found and checkpoints.other_kind(found, MODEL_TYPE, "model.checkpoint")
-    folder = found.folder if found and not damaged else None
-    return of_checkpoint(folder, model.checkpoint, model.image_size, model.language_model)
+    return _values(found.folder if found and not damaged else None, model.checkpoint)
 
 
 def of_checkpoint(folder: Path | None, name: str, image_size: int, language_model: bool) -> Shape | None:
     """The shape of a checkpoint in a folder, or of a published one that is not at hand; None if unknown."""
+    values = _values(folder, name)
+    return None if values is None else of(values, image_size, language_model)
+
+
+def _values(folder: Path | None, name: str) -> Mapping[str, Any] | None:
     file = folder / "config.json" if folder else None
     if file and file.exists():
-        return of(json.loads(file.read_text(encoding="utf-8")), image_size, language_model)
-    return of({"text_config": OPT_2_7B}, image_size, language_model) if name in PUBLISHED else None
+        return json.loads(file.read_text(encoding="utf-8"))
+    return {"text_config": OPT_2_7B} if name in PUBLISHED else None
 
 
 def image_side(tiny: TinyConfig) -> int:
@@ -161,9 +171,14 @@ def image_side(tiny: TinyConfig) -> int:
 
 def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:
     """The largest shape of `model.checkpoint: tiny`; its vocabularies can be smaller."""
+    return of(_tiny(tiny), image_size, language_model)
+
+
+def _tiny(tiny: TinyConfig) -> dict[str, Any]:
+    """The contents of its `config.json`."""
     width, text = tiny.hidden_size, tiny.text_hidden_size
     heads = max(width // 32, 1)
-    values = {
+    return {
         "num_query_tokens": tiny.num_query_tokens,
         "vision_config": {
             "hidden_size": width,
@@ -190,7 +205,6 @@ def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | 
             "max_position_embeddings": 512,
         },
     }
-    return of(values, image_size, language_model)
 
 
 def _linear(inner: int, outer: int) -> int:
