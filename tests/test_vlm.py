@@ -48,7 +48,7 @@ device.probe("cpu")
 PROMPT = "describe the image"
 KINDS = tuple(ARCHITECTURES)
 MANY = [
-    pytest.param(kind, marks=() if kind in ("blip", "llava", "gemma3", "qwen3_vl") else pytest.mark.slow)
+    pytest.param(kind, marks=() if kind in ("blip", "gemma3", "qwen3_vl") else pytest.mark.slow)
     for kind in ARCHITECTURES
 ]
 """All architectures; some only with the slow tests."""
@@ -310,7 +310,7 @@ def test_captions_do_not_depend_on_the_other_images_of_a_batch(folders, kind):
 
 
 @pytest.mark.parametrize("kind", MANY)
-@pytest.mark.parametrize("vision", [True, False])
+@pytest.mark.parametrize("vision", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_exactly_what_is_meant_to_train_has_gradients(folders, kind, vision):
     settings = TRAIN.model_copy(update={"train_vision": vision, "train_language": kind == "blip"})
     loaded = load(folders(kind), settings)
@@ -365,7 +365,7 @@ def test_adapters_are_trained_saved_loaded_and_merged(folders, kind, tmp_path):
     torch.testing.assert_close(exported, after, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llava", "blip", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[:-1])])
 def test_trained_weights_are_fp32_and_the_others_half(folders, kind):
     settings = TRAIN.model_copy(update={"train_vision": False})
     loaded = load(folders(kind), settings, torch.bfloat16)
@@ -394,7 +394,7 @@ def test_dropout_is_that_of_the_settings(folders, kind):
         assert model.model.config.get_text_config(decoder=True).attention_dropout == 0.5
 
 
-@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("kind", ["qwen3_vl", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[:-1])])
 def test_sizes_are_known_from_the_configs(folders, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     for name in ("config.json", "preprocessor_config.json"):
