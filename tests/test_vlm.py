@@ -39,7 +39,7 @@ from harness.models import adapters, family, parts
 from harness.models.base import Samples, Work
 from harness.models.loading import load_trained, save_trained
 from harness.models.settings import ModelConfig
-from harness.models.text import IGNORE
+from harness.models.text import IGNORE, Text
 from harness.models.vlm.architectures import ARCHITECTURES
 from harness.training import train
 from harness.training.settings import TrainConfig
@@ -429,6 +429,21 @@ def test_a_sample_for_rewards_is_read_after_its_own_image(folders):
         once = loaded.model._say(loaded.model.see(pixels), texts(loaded))
     torch.testing.assert_close(held[0][::2], once, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(held[0][1::2], once, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_caption_may_hold_the_tokens_of_images(folders, kind):
+    """A sampled caption may; the words before them are read as without them."""
+    loaded = load(folders(kind))
+    pixels, ids = loaded.normalise(tensors(1)), list(loaded.caption.prompt)
+    odd = loaded.caption.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>"])
+    found = []
+    for last in ([30, 31], [*odd]):
+        both = [*ids, 20, 21, *last]
+        text = loaded.caption.collate([Text(both, len(ids))])
+        with torch.no_grad():
+            found.append(loaded.model._say(loaded.model.see(pixels), text)[0, :-2])
+    torch.testing.assert_close(*found)
 
 
 def test_prompts_of_their_own_stand_in_the_user_turn(folders):
