@@ -92,6 +92,14 @@ def load(folder: Path, size: int) -> Encoder:
     return encoder
 
 
+def without_weights(config: PretrainedConfig, size: int) -> Encoder:
+    """The encoder that `load` gives for a config, but with random weights."""
+    config = copy.deepcopy(getattr(config, "vision_config", config))
+    if hasattr(config, "image_size"):
+        config.image_size = size
+    return Encoder(AutoModel.from_config(config), size)
+
+
 def _loaded(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Iterable]]:
     try:
         return AutoModel.from_pretrained(
