@@ -219,8 +219,9 @@ def _weights(configs: Sequence[Config]) -> Iterator[Check]:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Key and name of each checkpoint, and its origin if the user need not fetch it."""
-    if config.has_model and config.model.checkpoint == TINY:
-        yield "model.checkpoint", TINY, "made here"
+    for key in ("checkpoint", "vision_checkpoint"):
+        if config.has_model and getattr(config.model, key) == TINY:
+            yield f"model.{key}", TINY, "made here"
     named = family(config.model).checkpoints(config.model) if config.has_model else {}
     for key, name in named.items():
         yield f"model.{key}", name, None
@@ -297,7 +298,7 @@ def _memory(runs: Iterable[tuple[Config, str]]) -> Iterator[Check]:
     unknown: dict[str, None] = {}
     for config, kind in runs:
         if _shape(config) is None:
-            unknown[config.model.checkpoint] = None
+            unknown[" and ".join(family(config.model).checkpoints(config.model).values())] = None
         else:
             by_kind.setdefault(kind, []).append(config)
     for name in unknown:

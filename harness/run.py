@@ -24,8 +24,8 @@ from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
 from harness.masking import masked
-from harness.models import checkpoints
-from harness.models.settings import TINY
+from harness.models import checkpoints, family
+from harness.models.settings import ModelConfig
 from harness.steps.base import Step
 from harness.steps.plan import Plan
 from harness.steps.work import Reporter, Watch, Work
@@ -141,7 +141,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "edition": config.edition,
         "config": json.loads(config.model_dump_json()),
         "parameters": flat(config),
-        "standin_model": config.has_model and _is_standin(config.model.checkpoint),
+        "standin_model": config.has_model and _is_standin(config.model),
         "git": git_state(),
         "environment": environment(config.device),
         "data": {
@@ -167,11 +167,11 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
     }
 
 
-def _is_standin(name: str) -> bool:
-    if name == TINY:
-        return True
-    found = checkpoints.find(name)
-    return found is not None and found.standin
+def _is_standin(model: ModelConfig) -> bool:
+    """Whether a model or a part of it is built here, or is in a folder that is marked so."""
+    chosen = family(model)
+    found = map(checkpoints.find, chosen.checkpoints(model).values())
+    return chosen.built_from(model) is not None or any(one is not None and one.standin for one in found)
 
 
 @contextlib.contextmanager

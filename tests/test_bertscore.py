@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.versions import beside_4
 
 from harness import metrics
-from harness.metrics import bertscore, matching, text
+from harness.metrics import bertscore, matching, slow_tokens, text
 from harness.metrics.base import Documents
 from harness.metrics.cache import Embedded, TextCache
 from harness.metrics.settings import ScoreConfig
@@ -62,6 +63,7 @@ def single() -> bertscore.Embeddings:
     return bertscore.Embeddings(checkpoint.folder, layer, "cpu", batch_tokens=1)
 
 
+@beside_4
 @settings(max_examples=60, deadline=None)
 @given(prediction=CAPTIONS, reference=CAPTIONS)
 def test_bertscore_equals_bert_score(single, oracle, prediction, reference):
@@ -328,6 +330,22 @@ def tokenizers(request, tmp_path_factory, golden) -> tuple:
     return slow, transformers.AutoTokenizer.from_pretrained(folder, **options), options
 
 
+@beside_4
+def test_texts_are_taken_apart_as_by_slow_tokenizers(tokenizers):
+    slow, fast, options = tokenizers
+    ours = slow_tokens.of(fast)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(min_size=1))
+    @example("naïve émigré  α-lesion µm – 日本 \u0378\ufffd\x85")
+    def alike(caption):
+        caption = text.official(caption).strip()
+        assert not caption or ours(caption) == slow.encode(caption, **options)
+
+    alike()
+
+
+@beside_4
 def test_plain_texts_are_taken_apart_alike_by_slow_and_fast_tokenizers(tokenizers, golden):
     slow, fast, options = tokenizers
     assert fast.is_fast

@@ -50,8 +50,8 @@ def published_layouts(folder: Path, root: Path) -> tuple[Path, Path, Path]:
     folders = tuple(root / name for name in ("captioning", "matching", "bert"))
     for model, target in zip((captioning, matching, bert), folders, strict=True):
         model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (folders[0] / name).write_bytes((folder / name).read_bytes())
+    for file in folder.glob("*token*.json"):
+        (folders[0] / file.name).write_bytes(file.read_bytes())
     for file in (folder / loading.QFORMER_TOKENIZER).iterdir():
         (folders[1] / file.name).write_bytes(file.read_bytes())
     return folders

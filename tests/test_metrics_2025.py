@@ -75,10 +75,10 @@ def punkt(tmp_path_factory) -> None:
 
 def byte_pairs(folder: Path, texts: list[str]) -> None:
     """A RoBERTa tokenizer of all bytes and a few merges, in the published files."""
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+    from tokenizers import pre_tokenizers
 
     merges = ["Ġ a", "i n", "Ġ t", "o n", "e s", "in g", "Ġt h", "Ġth e"]
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values()]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += ["".join(merge.split()) for merge in merges] + ["<mask>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: row for row, token in enumerate(tokens)}))

@@ -12,11 +12,11 @@ def export(
 ) -> None:
     """Write the best weights of a run as a checkpoint folder, with adapters merged into the weights.
 
-    Other experiments read it as model.checkpoint, transformers by from_pretrained.
+    Other experiments read it by the keys that it prints, transformers by from_pretrained.
 
     Example: python -m harness export runs/quickstart/opt_364-s42 exported/opt_364
     """
     from harness.training import export
 
-    export.export(run, folder)
-    print(f"{folder}: use it with --set model.checkpoint={folder}")
+    named = export.export(run, folder)
+    print(f"{folder}: use it with " + " ".join(f"--set model.{key}={place}" for key, place in named.items()))

@@ -62,7 +62,9 @@ class Config(_Steps):
         if self.name.split("/")[0] in ("steps", "cache", "data"):
             what = f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
             raise AcrossKeys(what, "name")
-        if self.model.checkpoint == TINY and self.model.image_size % self.model.tiny.patch_size:
+        if TINY in (self.model.checkpoint, self.model.vision_checkpoint) and (
+            self.model.image_size % self.model.tiny.patch_size
+        ):
             what = (
                 f"model.image_size {self.model.image_size} is not a multiple of "
                 f"model.tiny.patch_size {self.model.tiny.patch_size}"

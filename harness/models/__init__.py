@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "blip2": "harness.models.blip2",
+    "prefix": "harness.models.prefix",
     "vlm": "harness.models.vlm",
 }
 """The module of each `model.family`; `base.Family` describes its functions."""

@@ -299,5 +299,8 @@ class Family(Protocol):
         other weights that no configured checkpoint has.
         """
 
-    def export(self, loaded: "Loaded", folder: Path) -> None:
-        """Write a model without adapters as checkpoint files that `load` reads, with its tokenizers."""
+    def export(self, loaded: "Loaded", folder: Path) -> dict[str, str]:
+        """Write a model without adapters as checkpoint files that `load` reads, with its tokenizers.
+
+        Returns which place in `folder` each key of `model:` is to name, such as {"checkpoint": "."}.
+        """

@@ -5,6 +5,7 @@ reads all of it under a mask. Then every step has the same shapes and can be cap
 starts one graph for each token instead of hundreds of kernels.
 """
 
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -165,29 +166,42 @@ class _Graph:
     logits: Tensor
 
 
+def logits_of(model: PreTrainedModel, embeds: Tensor, last: int, **inputs: Any) -> Tensor:
+    """The logits (B, last, V) after the last of embeddings (B, T, D), by a causal language model.
+
+    Some models scale or cap the logits of their head, such as Gemma 2 and Granite, so their own forward pass
+    computes them. Older ones cannot leave out the logits of other tokens, and change none.
+    """
+    inputs = {"use_cache": False} | inputs | {"inputs_embeds": embeds}
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        return model(logits_to_keep=last, **inputs).logits
+    hidden = model.base_model(**inputs).last_hidden_state[:, -last:]
+    return model.get_output_embeddings()(hidden)
+
+
 class Speaker(CachedDecoding):
     """Decoding with a causal language model of transformers, after a prefix of embeddings."""
 
     def __init__(self, model: PreTrainedModel, width: int, length: int) -> None:
         super().__init__(width, length, model.device.type)
-        self.body = model.base_model
-        self.words, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.model = model
 
     def __call__(self, embeds: Tensor) -> CachedDecoding:
         """Begin after the prefix of each image, embeddings (B, T, D), which is read once for all its rows."""
         cache, seen = DynamicCache(), embeds.new_ones(embeds.shape[:2], dtype=torch.long)
-        output = self.body(inputs_embeds=embeds, attention_mask=seen, past_key_values=cache, use_cache=True)
-        logits = self.head(output.last_hidden_state[:, -1])
+        logits = logits_of(self.model, embeds, 1, attention_mask=seen, past_key_values=cache, use_cache=True)
         states = [(layer.keys, layer.values) for layer in cache.layers]
-        return self.begin(logits, states, seen[:, :0])
+        return self.begin(logits[:, 0], states, seen[:, :0])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        output = self.body(
-            inputs_embeds=self.words(tokens[:, None]),
+        logits = logits_of(
+            self.model,
+            self.model.get_input_embeddings()(tokens[:, None]),
+            1,
             attention_mask=self.mask,
             position_ids=self.position[None],
             cache_position=self.position,
             past_key_values=self,
             use_cache=True,
         )
-        return self.head(output.last_hidden_state[:, -1])
+        return logits[:, 0]

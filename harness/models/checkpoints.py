@@ -33,6 +33,7 @@ _FILES = {
     ".pth": "a file of weights for LAVIS or plain PyTorch",
     ".pt": "a file of weights for plain PyTorch",
     ".ckpt": "a file of weights for Lightning",
+    ".gguf": "a file of weights for llama.cpp",
     ".bin": "a file of weights without their config",
     ".safetensors": "a file of weights without their config",
     ".zip": "an archive",
@@ -40,6 +41,16 @@ _FILES = {
     ".tar": "an archive",
 }
 """What a file is that a user gives instead of a folder, by its suffix."""
+
+
+_OTHERS = (".pth", ".pt", ".ckpt", ".gguf")
+_CONVERT = (
+    'python -c "import transformers as t; '
+    "of = {{'pretrained_model_name_or_path': '{0}', 'gguf_file': '{1}'}}; "
+    "t.AutoModelForCausalLM.from_pretrained(**of).save_pretrained('{2}'); "
+    "t.AutoTokenizer.from_pretrained(**of).save_pretrained('{2}', legacy_format=False)\""
+)
+"""Writes a checkpoint from a folder, the name of its GGUF file, and the name of the new folder."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +341,8 @@ def _no_folder(path: Path, key: str) -> Problem:
             " transformers has a script that converts LAVIS's files, convert_blip_2_original_to_pytorch.py; "
             "Salesforce/blip2-opt-2.7b-coco is LAVIS's blip2_opt2.7b caption_coco, converted."
         )
+    elif path.suffix == ".gguf":
+        hint = f"Convert it once, with the package gguf: {_CONVERT.format(path.parent, path.name, path.stem)}"
     elif path.suffix in (".zip", ".gz", ".tar"):
         hint = "Unpack it, and name the folder. " + hint
     return Problem(f"{path} is {kind}, not a folder", key=key, hint=hint)
@@ -337,7 +350,7 @@ def _no_folder(path: Path, key: str) -> Problem:
 
 def _not_whole(folder: Path, key: str) -> Problem:
     """The problem of an incomplete folder: what it lacks."""
-    others = [file.name for file in sorted(folder.iterdir()) if file.suffix in (".pth", ".pt", ".ckpt")]
+    others = [file.name for file in sorted(folder.iterdir()) if file.suffix in _OTHERS]
     if others:
         found = _no_folder(folder / others[0], key)
         return Problem(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_core import core_schema
 
 from harness.config.sections import (
@@ -19,6 +19,7 @@ from harness.config.sections import (
     Width,
     whole,
 )
+from harness.errors import AcrossKeys
 from harness.models import FAMILIES
 
 TINY = "tiny"
@@ -88,6 +89,27 @@ class LoraConfig(Section):
     """The parts to adapt. Their weights are frozen, whatever `train.train_vision` says."""
 
 
+class ConnectorConfig(Section):
+    """What leads from the image encoder of family `prefix` to its language model; it is trained."""
+
+    kind: Literal["linear", "mlp", "pooled"] = "linear"
+    """All kinds begin with a layer norm. linear: one matrix; mlp: two, with GELU between them; pooled: as
+    linear, on the means of the encoder's features over `tokens` parts of the image."""
+    tokens: Tokens | None = None
+    """With pooled: the tokens of an image. `null`, for the other kinds: as many as the encoder gives."""
+    checkpoint: str | None = None
+    """A folder with the weights of a connector of the same kind, from `harness export`; `null`: it is new."""
+
+    @model_validator(mode="after")
+    def _pools_to_tokens(self) -> "ConnectorConfig":
+        if (self.kind == "pooled") != (self.tokens is not None):
+            what = (
+                f"kind {self.kind} and tokens {self.tokens}: pooled needs tokens, and other kinds have none"
+            )
+            raise AcrossKeys(what, "kind", "tokens")
+        return self
+
+
 class _TextOrRetrieved:
     """Validates a text or a `RetrievedPrompt`; errors name the key and not a branch of a union."""
 
@@ -123,8 +145,15 @@ class ModelConfig(Section):
     language_checkpoint: str | None = None
     """Another language model behind the Q-Former: any causal one of transformers (GPT-2, Llama, Qwen, ...).
 
-    The projection that leads to it is new and must be trained.
+    The projection that leads to it is new and must be trained. Family `prefix` needs this key.
     """
+    vision_checkpoint: str | None = None
+    """Family `prefix`: its image encoder, any of transformers' `AutoModel` (ViT, CLIP, Swin, ConvNeXt, ...).
+
+    `tiny`: a small ViT that is built from the training images and their concepts.
+    """
+    connector: ConnectorConfig = ConnectorConfig()
+    """Family `prefix`: what leads from the image encoder to the language model."""
     lora: LoraConfig | None = None
     """Adapters (LoRA); `null`: none."""
     text_checkpoint: str | None = None

@@ -17,7 +17,10 @@ from transformers import (
     BertTokenizerFast,
     Blip2Config,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 from harness.config.sections import AugmentConfig
@@ -67,13 +70,41 @@ def build(
         nn.init.normal_(model.query_tokens, std=0.02)
         codec = language_codec(language, blip2.text_config, prompt, max_tokens=96)
         _pretrain_text(model.language_model, codec, texts, config, progress)
-        sample = pixels[np.linspace(0, len(texts) - 1, min(len(texts), 200)).astype(int)].astype(np.float32)
-        mean, std = float(sample.mean()), float(sample.std())
-        _pretrain_vision(model.vision_model, pixels, (mean, std), concepts, augmentation, config, progress)
-        model.save_pretrained(folder)
+        units = _units(pixels, len(texts))
+        _pretrain_vision(model.vision_model, pixels, units, concepts, augmentation, config, progress)
+        _save(model, units, folder)
+
+
+def build_vision(
+    config: TinyConfig,
+    pixels: Any,
+    concepts: np.ndarray,
+    augmentation: AugmentConfig,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Build and save a small ViT that has learned to predict the concepts of the images; see `build`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = ViTModel(ViTConfig(**_vision_config(config)), add_pooling_layer=False)
+        model.set_attn_implementation("eager")
+        units = _units(pixels, len(concepts))
+        _pretrain_vision(model, pixels, units, concepts, augmentation, config, progress)
+        _save(model, units, folder)
+
+
+def _units(pixels: Any, count: int) -> tuple[float, float]:
+    """Mean and deviation of the grey levels of up to 200 of these images."""
+    sample = pixels[np.linspace(0, count - 1, min(count, 200)).astype(int)].astype(np.float32)
+    return float(sample.mean()), float(sample.std())
+
+
+def _save(model: PreTrainedModel, units: tuple[float, float], folder: Path) -> None:
     from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
 
-    BlipImageProcessor(image_mean=[mean / 255] * 3, image_std=[std / 255] * 3).save_pretrained(folder)
+    model.save_pretrained(folder)
+    mean, std = ([unit / 255] * 3 for unit in units)
+    BlipImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
     checkpoints.mark_standin(folder, folder.name)
 
 
@@ -125,20 +156,24 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [word for word, _ in pieces]
 
 
+def _vision_config(config: TinyConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 4 * config.hidden_size,
+        "num_hidden_layers": config.vision_layers,
+        "num_attention_heads": max(config.hidden_size // 32, 1),
+        "image_size": image_side(config),
+        "patch_size": config.patch_size,
+        "initializer_range": 0.02,
+    }
+
+
 def _blip2_config(
     config: TinyConfig, language: PreTrainedTokenizerFast, qformer_vocabulary: int
 ) -> Blip2Config:
     heads = max(config.hidden_size // 32, 1)
     return Blip2Config(
-        vision_config={
-            "hidden_size": config.hidden_size,
-            "intermediate_size": 4 * config.hidden_size,
-            "num_hidden_layers": config.vision_layers,
-            "num_attention_heads": heads,
-            "image_size": image_side(config),
-            "patch_size": config.patch_size,
-            "initializer_range": 0.02,
-        },
+        vision_config=_vision_config(config),
         qformer_config={
             "vocab_size": qformer_vocabulary,
             "hidden_size": config.hidden_size,

@@ -1,4 +1,4 @@
-"""The small model that `model.checkpoint: tiny` names, built from the training split."""
+"""The small model, or image encoder, that `tiny` names in `model:`, built from the training split."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +22,17 @@ class Tiny(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        if plan.config.model.checkpoint == TINY and plan.config.has_model:
-            keys = ("model.tiny", "data.augment", "train.caption_cleaning", "train.max_words")
-            read = values(plan.config, *keys) | {"model.prompt": prompt_text(plan.config.model.prompt)}
-            facts = {"built_from": family(plan.config.model).built_from(plan.config.model)}
-            yield cls(Inputs(plan, read, ("train",), None, facts, ("data.cache",)))
+        config = plan.config
+        side = family(config.model).built_from(config.model) if config.has_model else None
+        if side is None:
+            return
+        read, facts = values(config, "model.tiny", "data.augment"), {"built_from": side}
+        if config.model.checkpoint == TINY:
+            read |= values(config, "train.caption_cleaning", "train.max_words")
+            read |= {"model.prompt": prompt_text(config.model.prompt)}
+        else:
+            facts["part"] = "vision"
+        yield cls(Inputs(plan, read, ("train",), None, facts, ("data.cache",)))
 
     @property
     def decodes(self) -> Mapping[str, int]:
@@ -40,11 +46,15 @@ class Tiny(Step):
         config, examples = self.inputs.config, self.inputs.data.readable("train")
         names = sorted({cui for example in examples for cui in example.cuis})
         concepts = np.array([[cui in example.cuis for cui in names] for example in examples])
+        pixels = work.pixels(self.inputs, "train", self.decodes["train"])
         with work.reporter.progress("Pre-training the tiny model") as advance:
+            if "part" in self.inputs.facts:
+                sizes, augmentation = config.model.tiny, config.data.augment
+                return tiny.build_vision(sizes, pixels, concepts, augmentation, directory, advance)
             tiny.build(
                 config.model.tiny,
                 [(sentence or "", caption) for sentence, caption in texts(self.inputs, "train")],
-                work.pixels(self.inputs, "train", self.decodes["train"]),
+                pixels,
                 concepts,
                 config.data.augment,
                 prompt_text(config.model.prompt),

@@ -23,8 +23,8 @@ _WEIGHTS = ("train", "soup")
 """The steps of which one gives the weights of a run."""
 
 
-def export(run: Path, folder: Path) -> None:
-    """Write the model of a run's folder to a new `folder`, whole or not at all.
+def export(run: Path, folder: Path) -> dict[str, Path]:
+    """Write the model of a run's folder to a new `folder`, whole or not at all -> what keys of `model:` name.
 
     Weights are fp32. Raises `UserError` if the run has no trained weights, if its checkpoints are not on this
     machine, or if `folder` exists and is not empty.
@@ -40,9 +40,10 @@ def export(run: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        family(model).export(loaded, temporary)
+        written = family(model).export(loaded, temporary)
         if standin := _standin(model):
-            checkpoints.mark_standin(temporary, standin)
+            for place in written.values():
+                checkpoints.mark_standin(temporary / place, standin)
         os.chmod(temporary, 0o755)  # mkdtemp lets nobody else read it
         if folder.exists():
             folder.rmdir()
@@ -50,6 +51,7 @@ def export(run: Path, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return {key: folder / place for key, place in written.items()}
 
 
 def _loaded(run: Path, record: Mapping[str, Any]) -> "tuple[ModelConfig, Loaded]":

@@ -83,7 +83,8 @@ def forecast(config: "Config") -> dict[str, Any]:
     trains = config.trains
     shape = family(config.model).shape(config.model, config.train) if trains else None
     if trains and shape is None:
-        unknown.append(f"memory: the sizes of {config.model.checkpoint} are not known without its config")
+        names = " and ".join(family(config.model).checkpoints(config.model).values())
+        unknown.append(f"memory: the sizes of {names} are not known without its config")
     kind = "cuda" if config.device == "auto" else config.device
     prompt = longest_prompt(config.model.prompt)
     model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))

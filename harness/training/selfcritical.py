@@ -225,6 +225,10 @@ def _described(found: Sequence[Sampled]) -> dict[str, float]:
     }
 
 
+_RATES = ("dropout", "layerdrop", "drop_prob")
+"""How transformers ends the names of rates of dropout; drop_prob is of stochastic depth."""
+
+
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """In this block a model in training mode drops nothing, so that layers can still be recomputed.
@@ -236,7 +240,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, value in vars(module).items()
         if isinstance(value, float)
-        and (name.endswith(("dropout", "layerdrop")) or (name == "p" and isinstance(module, nn.Dropout)))
+        and (name.endswith(_RATES) or (name == "p" and isinstance(module, nn.Dropout)))
     ]
     for module, name, _ in before:
         setattr(module, name, 0.0)

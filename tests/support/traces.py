@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, Blip2Config
-from transformers.modeling_utils import no_init_weights
+from transformers import AutoModelForCausalLM, Blip2Config, masking_utils
 from transformers.models.opt import modeling_opt
 
 from harness.models.blip2.model import Captioner
@@ -40,13 +39,14 @@ class _Like(TorchFunctionMode):
 @contextlib.contextmanager
 def without_contents(accelerator: bool) -> Iterator[None]:
     """Tensors made here have shapes and no memory."""
-    before = modeling_opt.AttentionMaskConverter._ignore_causal_mask_sdpa
-    modeling_opt.AttentionMaskConverter._ignore_causal_mask_sdpa = staticmethod(lambda *_, **__: False)
+    masks = getattr(modeling_opt, "AttentionMaskConverter", masking_utils)  # the second in transformers 5
+    before = masks._ignore_causal_mask_sdpa
+    masks._ignore_causal_mask_sdpa = lambda *_, **__: False
     try:
-        with FakeTensorMode(), _Like(accelerator), torch.device("cpu"), no_init_weights():
+        with FakeTensorMode(), _Like(accelerator), torch.device("cpu"):
             yield
     finally:
-        modeling_opt.AttentionMaskConverter._ignore_causal_mask_sdpa = before
+        masks._ignore_causal_mask_sdpa = before
 
 
 def captioner(config: Blip2Config, language_model: bool, half: bool, accelerator: bool) -> Captioner:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("caption", "concept", "reward")
 WHOLE_IMAGES = False
+_OF_OTHERS = ("vision_checkpoint", "connector")  # keys of the family prefix
 _KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint", "language_checkpoint")
 
 
@@ -41,6 +42,11 @@ def problems(model: ModelConfig) -> list[Problem]:
         other = files.other_kind(at_hand, sizes.MODEL_TYPE, "model.checkpoint") if main else None
         flaws = files.flaws(at_hand, f"model.{key}", config=main or speaks, tokenizer=speaks)
         found += [other] if other else flaws
+    found += [
+        Problem("it is for family prefix", key=f"model.{key}")
+        for key in _OF_OTHERS
+        if getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
     if not model.language_model:
         found += [Problem(what, key=f"model.{key}") for key, what in _without_language_model(model)]
     return found
@@ -102,7 +108,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
     unused |= {key for key in ("language_checkpoint", "lora") if getattr(model, key) is None}
-    given = model.model_dump(exclude={"family", "tiny"} | unused)
+    given = model.model_dump(exclude={"family", "tiny", *_OF_OTHERS} | unused)
     return given | {"prompt": prompt_text(model.prompt)}
 
 
@@ -125,11 +131,12 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return loading.codecs(model, folder, max_tokens)
 
 
-def export(loaded: "Loaded", folder: Path) -> None:
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
     """Write the model with its tokenizers as a checkpoint folder; see `loading.export`."""
     from harness.models.blip2 import loading
 
     loading.export(loaded, folder)
+    return {"checkpoint": "."}
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

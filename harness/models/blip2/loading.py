@@ -134,7 +134,7 @@ def without_weights(
     model = Captioner(blip2, config.language_model and not language)
     if language:
         speaks = AutoConfig.for_model(**language)
-        _set_dropout(speaks, train.language_dropout)
+        set_dropout(speaks, train.language_dropout)
         model.speak_by(AutoModelForCausalLM.from_config(speaks))
     model.tie_weights()
     model.resize_images(config.image_size)
@@ -169,7 +169,7 @@ def export(loaded: Loaded, folder: Path) -> None:
 def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float | None) -> None:
     """Give the model the language model in `folder`, behind a new projection."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     language, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
@@ -187,10 +187,10 @@ def _set_dropouts(config: Blip2Config, dropout: float | None, language_dropout: 
     if dropout is not None:
         config.qformer_config.hidden_dropout_prob = dropout
         config.qformer_config.attention_probs_dropout_prob = dropout
-    _set_dropout(config.text_config, language_dropout)
+    set_dropout(config.text_config, language_dropout)
 
 
-def _set_dropout(config: PretrainedConfig, share: float | None) -> None:
+def set_dropout(config: PretrainedConfig, share: float | None) -> None:
     """Set the dropout of a language model's layers, if given; 0 also turns off all its other dropouts."""
     if share is None:
         return

@@ -49,6 +49,8 @@ def _contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
     for key in _UNUSED:
         if getattr(model, key, None):
             yield key, "the family vlm loads all its parts from model.checkpoint"
+    if model.connector != ModelConfig.model_fields["connector"].default:
+        yield "connector", "it is for family prefix"
     if not model.language_model:
         yield "language_model", "a model of the family vlm has a language model"
 
@@ -107,11 +109,12 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
     return codec, codec
 
 
-def export(loaded: "Loaded", folder: Path) -> None:
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
     """Write the model as a checkpoint folder; see `loading.export`."""
     from harness.models.vlm import loading
 
     loading.export(loaded, folder)
+    return {"checkpoint": "."}
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

@@ -1,0 +1,74 @@
+"""The family `prefix`: image encoder, connector, and a causal language model that reads its output first.
+
+Frozen (Tsimpoukelli et al. 2021, arXiv:2106.13884) has the language model frozen; CSIRO's winner of 2023
+(Nicolson et al., MedICap) trains all parts.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.models.blip2.sizes import image_side
+from harness.models.prefix import checks
+from harness.models.settings import TINY, ModelConfig, prompt_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.models.base import Shape
+    from harness.models.loading import Loaded
+    from harness.models.text import Codec
+    from harness.training.settings import TrainConfig
+
+problems, new = checks.problems, checks.new
+LOSSES = ("caption", "reward")
+WHOLE_IMAGES = False
+
+
+def checkpoints(model: ModelConfig) -> dict[str, str]:
+    """The checkpoints to load, by their key in `model:`; a tiny image encoder is built here."""
+    named = {key: getattr(model, key) for key in (checks.VISION, checks.LANGUAGE)}
+    named[checks.CONNECTOR] = model.connector.checkpoint
+    return {key: name for key, name in named.items() if name and name != TINY}
+
+
+def settings(model: ModelConfig) -> dict[str, Any]:
+    """The part of `model:` that affects training."""
+    keys = {"family", checks.VISION, checks.LANGUAGE, "connector", "lora", "image_size", "prompt"}
+    return model.model_dump(include=keys) | {"prompt": prompt_text(model.prompt)}
+
+
+def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
+    """None: there is no forecast of memory."""
+    return None
+
+
+def built_from(model: ModelConfig) -> int | None:
+    """Side in pixels of the training images that a tiny image encoder is built from; None if it is loaded."""
+    return image_side(model.tiny) if model.vision_checkpoint == TINY else None
+
+
+def sample() -> None:
+    """None: `doctor --selftest` passes over this family."""
+
+
+def codecs(model: ModelConfig, folder: Path | None, max_tokens: int) -> "tuple[Codec, Codec]":
+    """The codec of captions, twice; see `loading.codec`."""
+    from harness.models.prefix import loading
+
+    return (loading.codec(model, max_tokens),) * 2
+
+
+def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
+    """Write both models and the connector as checkpoint folders; see `loading.export`."""
+    from harness.models.prefix import loading
+
+    return loading.export(loaded, folder)
+
+
+def load(
+    model: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_dtype: "torch.dtype"
+) -> "Loaded":
+    """The model with its codec, ready to train; see `loading.load`."""
+    from harness.models.prefix import loading
+
+    return loading.load(model, train, folder, frozen_dtype)

@@ -1,0 +1,85 @@
+"""What can be said of an image encoder and a language model from their `config.json` alone: no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Problem
+from harness.models import checkpoints as files
+from harness.models.settings import TINY, ModelConfig
+
+VISION, LANGUAGE = "vision_checkpoint", "language_checkpoint"
+CONNECTOR = "connector.checkpoint"
+_EXAMPLES = {VISION: "microsoft/cvt-21-384-22k", LANGUAGE: "distilgpt2"}
+_OF_OTHERS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
+_INSTEAD = f"Use model.{VISION} and model.{LANGUAGE}."
+_WRITES = ("ForCausalLM", "LMHeadModel")
+"""How transformers ends the names of classes that continue a text."""
+
+
+def problems(model: ModelConfig) -> list[Problem]:
+    """The problems of the keys of this family, of its two checkpoints and of the image size."""
+    found = [
+        Problem("family prefix does not read it", key=f"model.{key}", hint=_INSTEAD)
+        for key in _OF_OTHERS
+        if getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
+    if not model.language_model:
+        found.append(Problem("family prefix has one; use true", key="model.language_model"))
+    for key, check in ((VISION, _vision), (LANGUAGE, _language)):
+        name = getattr(model, key)
+        if name is None:
+            hint = f"Name a checkpoint, such as --set model.{key}={_EXAMPLES[key]}"
+            found.append(Problem("family prefix needs it", key=f"model.{key}", hint=hint))
+        elif not (key == VISION and name == TINY):
+            found += _of_checkpoint(model, key, name, check)
+    if (name := model.connector.checkpoint) and files.find(name) is None:
+        found.append(files.missing(name, f"model.{CONNECTOR}"))
+    return found
+
+
+def new(model: ModelConfig) -> tuple[str, ...]:
+    """The connector, unless a checkpoint has it."""
+    return () if model.connector.checkpoint else ("connector",)
+
+
+def _of_checkpoint(model: ModelConfig, key: str, name: str, check: Any) -> list[Problem]:
+    at_hand = files.find(name)
+    if at_hand is None:
+        return [files.missing(name, f"model.{key}")]
+    flaws = files.flaws(at_hand, f"model.{key}", tokenizer=False) or check(model, at_hand.folder)
+    return flaws or files.flaws(at_hand, f"model.{key}", tokenizer=key == LANGUAGE)
+
+
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """The contents of a checkpoint's `config.json`."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _vision(model: ModelConfig, folder: Path) -> list[Problem]:
+    config, key = config_of(folder), f"model.{VISION}"
+    sizes = config.get("vision_config", config)
+    if not {"image_size", "patch_size", "num_channels", "vision_config"} & {*config}:
+        what = f"{folder} holds a model of type {config.get('model_type')}, which is no image encoder"
+        hint = f"Name one that AutoModel of transformers reads, such as {_EXAMPLES[VISION]}."
+        return [Problem(what, key=key, hint=hint)]
+    patch, size = sizes.get("patch_size"), model.image_size
+    if isinstance(patch, int) and size % patch:
+        near = sorted({max(size // patch, 1) * patch, -(-size // patch) * patch})
+        what = f"{size} is not a multiple of {patch}, the patch size of {folder}"
+        hint = "Use " + " or ".join(map(str, near)) + "."
+        return [Problem(what, key="model.image_size", hint=hint)]
+    return []
+
+
+def _language(model: ModelConfig, folder: Path) -> list[Problem]:
+    config = config_of(folder)
+    classes = config.get("architectures") or ()
+    writes = any(str(name).endswith(_WRITES) for name in classes) if classes else "vocab_size" in config
+    if writes:
+        return []
+    kind = ", ".join(map(str, classes)) or f"a model of type {config.get('model_type')}"
+    what = f"{folder} holds {kind}, which is no causal language model"
+    hint = f"Name one that AutoModelForCausalLM of transformers reads, such as {_EXAMPLES[LANGUAGE]}."
+    return [Problem(what, key=f"model.{LANGUAGE}", hint=hint)]

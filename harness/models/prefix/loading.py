@@ -1,0 +1,144 @@
+"""Loading image encoder and language model from their checkpoints; the connector between them is new."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from harness.errors import Problem, UserError
+from harness.models import adapters, parts
+from harness.models import checkpoints as files
+from harness.models.blip2.loading import set_dropout
+from harness.models.blip2.text import language_codec
+from harness.models.loading import Loaded
+from harness.models.prefix import vision
+from harness.models.prefix.checks import CONNECTOR, LANGUAGE, VISION, new
+from harness.models.prefix.model import Captioner, check_room, connector
+from harness.models.settings import TINY, ModelConfig, longest_prompt, prompt_text
+from harness.models.text import Codec
+
+if TYPE_CHECKING:
+    from harness.training.settings import TrainConfig
+
+_WEIGHTS = "model.safetensors"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def codec(config: ModelConfig, max_tokens: int) -> Codec:
+    """The codec of captions: start, prompt, caption, end; see `blip2.text.language_codec`.
+
+    Raises `UserError` if neither the config nor the tokenizer of the language model has an end token.
+    """
+    folder = files.find(config.language_checkpoint).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    found = language_codec(tokenizer, values, prompt_text(config.prompt), max_tokens)
+    if found.end is None or found.end >= values.vocab_size:
+        what = f"the config and tokenizer of {folder} have no usable end token, so no caption would end"
+        raise UserError([Problem(what, key=f"model.{LANGUAGE}")])
+    return found
+
+
+def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_dtype: torch.dtype) -> Loaded:
+    """Load both models; weights are fp32, those of a language model that is never trained `frozen_dtype`.
+
+    `folder` is that of a tiny image encoder. Raises `UserError` if weights are missing, or if the models do
+    not fit together.
+    """
+    if train.dropout:
+        raise UserError([Problem("it is for a Q-Former, which family prefix lacks", key="train.dropout")])
+    logging.set_verbosity_error()  # missing weights are errors below; unused weights need no warning
+    logging.disable_progress_bar()
+    seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
+    encoder = vision.load(seen, config.image_size)
+    trained = parts.trained(config, train)
+    speaks = files.find(config.language_checkpoint).folder
+    language = _language(
+        speaks, torch.float32 if "language" in trained else frozen_dtype, train.language_dropout
+    )
+    with parts.new():
+        between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
+    if config.connector.checkpoint:
+        _fill(between, files.find(config.connector.checkpoint).folder)
+    model = Captioner(encoder, between, language, trained, _room(language.config))
+    if config.lora:
+        adapters.add(model, config.lora)
+    caption = codec(config, train.max_caption_tokens)
+    tokens = config.connector.tokens or encoder.tokens
+    before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
+    check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
+    return Loaded(model, caption, caption, *_pixel_units(seen), new(config))
+
+
+def export(loaded: Loaded, folder: Path) -> dict[str, str]:
+    """Write both models and the connector as checkpoints in `folder` -> the folder of each by its key.
+
+    transformers reads the two models too.
+    """
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
+    model, words, units = loaded.model, loaded.caption.tokenizer, (list(loaded.mean), list(loaded.std))
+    model.vision.model.save_pretrained(folder / "vision")
+    BlipImageProcessor(image_mean=units[0], image_std=units[1]).save_pretrained(folder / "vision")
+    model.language.save_pretrained(folder / "language")
+    words.save_pretrained(folder / "language")
+    (folder / "connector").mkdir()
+    save_file(model.connector.state_dict(), folder / "connector" / _WEIGHTS)
+    return {VISION: "vision", LANGUAGE: "language", CONNECTOR: "connector"}
+
+
+def _fill(connector: nn.Module, folder: Path) -> None:
+    """Read the weights of a connector that `export` wrote."""
+    weights = load_file(folder / _WEIGHTS)
+    own = connector.state_dict()
+    if {name: weight.shape for name, weight in weights.items()} != {n: w.shape for n, w in own.items()}:
+        what = f"{folder} has the weights of another connector, or of one between other models"
+        raise UserError([Problem(what, key=f"model.{CONNECTOR}")])
+    connector.load_state_dict(weights)
+
+
+def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTrainedModel:
+    """The causal language model of a checkpoint; `dropout` replaces all dropouts of its layers."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if dropout is not None:
+            set_dropout(config, dropout)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        what = f"AutoModelForCausalLM of transformers can't read {folder}: {first}"
+        raise UserError([Problem(what, key=f"model.{LANGUAGE}")]) from error
+    own = {name for name, _ in model.named_parameters()}  # tied weights once
+    if lacking := own & set(info["missing_keys"]):
+        raise UserError([vision.unfilled(lacking, folder, f"model.{LANGUAGE}")])
+    return model
+
+
+def _room(config: PretrainedConfig) -> int | None:
+    """The most tokens that each layer of a language model attends to; None if nothing limits them."""
+    sliding = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    limits = [getattr(config, "max_position_embeddings", None), sliding]
+    return min(filter(None, limits), default=None)
+
+
+def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
+    file = folder / "preprocessor_config.json"
+    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return (
+        tuple(values.get("image_mean") or IMAGENET_MEAN),
+        tuple(values.get("image_std") or IMAGENET_STD),
+    )

@@ -1,0 +1,143 @@
+"""Image encoders of transformers as modules that give the features of an image as a sequence."""
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from harness.errors import Problem, UserError
+
+_KEY = "model.vision_checkpoint"
+
+
+class Encoder(nn.Module):
+    """An image encoder: pixels (B, 3, S, S) -> features (B, N, D), feature maps row by row.
+
+    `tokens` is N, `width` is D. Batch norms keep the statistics of the checkpoint, so an image's features do
+    not depend on its batch. `unused` are the names of weights that the features do not depend on, such as
+    those of a pooler. Raises `UserError` if the encoder cannot read images of `size` pixels.
+    """
+
+    def __init__(self, model: PreTrainedModel, size: int) -> None:
+        super().__init__()
+        self.model = model.eval()
+        with torch.enable_grad():
+            features = self._tried(size)
+        self.tokens, self.width = features.shape[1:]
+        used = _leaves(features)
+        self.unused = frozenset(name for name, weight in self.named_parameters() if weight not in used)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The features of pixels (B, 3, S, S): (B, N, D)."""
+        features = self.model(pixels).last_hidden_state
+        return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set the mode of all modules but batch norms."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def _tried(self, size: int) -> Tensor:
+        """The features of a black image; it must be large enough for a token at least."""
+        try:
+            features = self(torch.zeros(1, 3, size, size))
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            what = f"{type(self.model).__name__} can't encode images of {size} pixels: {first}"
+            raise UserError([Problem(what, key="model.image_size")]) from error
+        if features.ndim != 3 or not features.shape[1]:
+            what = f"{type(self.model).__name__} gives no features of images of {size} pixels"
+            raise UserError([Problem(what, key="model.image_size")])
+        return features
+
+
+def _leaves(output: Tensor) -> set[Tensor]:
+    """The leaves of autograd's graph that an output depends on."""
+    found, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+def load(folder: Path, size: int) -> Encoder:
+    """The image encoder of a checkpoint, in fp32, for square images of `size` pixels.
+
+    Of a model of images and texts it is the image tower. Position tables are resized once (bicubic), as LAVIS
+    does. Raises `UserError` if weights are missing or the encoder cannot read such images.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    model, info = _loaded(folder, config)
+    if getattr(config, "image_size", size) != size:
+        model = _resized(model, folder, config, size)
+    encoder = Encoder(model, size)
+    lacking = {f"model.{name}" for name in info["missing_keys"]} - encoder.unused
+    if lacking := lacking & {name for name, _ in encoder.named_parameters()}:
+        raise UserError([unfilled({name.removeprefix("model.") for name in lacking}, folder, _KEY)])
+    return encoder
+
+
+def _loaded(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Iterable]]:
+    try:
+        return AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        what = f"AutoModel of transformers can't read {folder}: {first}"
+        raise UserError([Problem(what, key=_KEY)]) from error
+
+
+def _resized(model: PreTrainedModel, folder: Path, config: PretrainedConfig, size: int) -> PreTrainedModel:
+    """The model for images of another size, with its position tables resized."""
+    config = copy.deepcopy(config)
+    config.image_size = size
+    other, known = _loaded(folder, config)[0], model.state_dict()
+    with torch.no_grad():
+        for name, weight in other.state_dict().items():
+            if known[name].shape != weight.shape:
+                weight.copy_(_interpolated(known[name], weight.shape, name))
+            elif weight.is_floating_point():
+                weight.copy_(known[name])
+    return other
+
+
+def _interpolated(table: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """A position table (N, D) or (1, N, D) for another grid; its first rows may be of class tokens."""
+    was, now = math.isqrt(table.shape[-2]), math.isqrt(shape[-2])
+    extra = table.shape[-2] - was**2
+    fits = table.ndim == len(shape) and table.shape[-1] == shape[-1] and shape[-2] - now**2 == extra
+    if "position" not in name or not fits:
+        what = f"weights of this encoder depend on the size of images, and can't be resized: {name}"
+        raise UserError([Problem(what, key="model.image_size", hint="Use the size of the checkpoint.")])
+    first, grid = table.view(-1, shape[-1]).split([extra, was**2])
+    planes = grid.T.reshape(1, -1, was, was)
+    planes = F.interpolate(planes, size=(now, now), mode="bicubic", align_corners=False)
+    return torch.cat([first, planes[0].flatten(1).T]).view(shape)
+
+
+def unfilled(lacking: set[str], folder: Path, key: str) -> Problem:
+    """The problem of weights that a checkpoint lacks."""
+    names = sorted(lacking)
+    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+    return Problem(f"the checkpoint lacks weights, and they can't stay random: {shown}", folder, key=key)
