@@ -3,8 +3,8 @@
     python benchmarks/memory.py [blip2 | language | lora | prefix | vlm] ...
 
 Trains models with random weights for two steps of two micro batches. Without arguments: a BLIP-2 of 0.3 B
-parameters. Each set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory, and
-their ratio.
+parameters. Each set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory,
+and their ratio.
 """
 
 import json

@@ -64,7 +64,8 @@ class _Contentless(TorchFunctionMode):
         found = function(*args, **kwargs)
         if not isinstance(found, FakeTensor):
             return found
-        if found.is_floating_point() and (self.building or found.numel() > _SMALL):
+        weight = self.building and function is not torch.linspace  # rates of layers, which are read
+        if found.is_floating_point() and (weight or found.numel() > _SMALL):
             return found
         with unset_fake_temporarily():
             return function(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Loading image encoder and language model from their checkpoints; the connector between them is new."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,21 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
     check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
     return Loaded(model, caption, caption, *_pixel_units(seen), new(config))
+
+
+def without_weights(
+    config: ModelConfig, train: "TrainConfig", seen: Mapping[str, Any], language: Mapping[str, Any]
+) -> Captioner:
+    """The model that `load` gives for the `config.json` of both checkpoints, but with random weights."""
+    encoder = vision.without_weights(seen, config.image_size)
+    values = AutoConfig.for_model(**language)
+    set_dropout(values, train.language_dropout)
+    speaks = AutoModelForCausalLM.from_config(values)
+    between = connector(config.connector, encoder.width, speaks.get_input_embeddings().embedding_dim)
+    model = Captioner(encoder, between, speaks, parts.trained(config, train), _room(values))
+    if config.lora:
+        adapters.add(model, config.lora)
+    return model
 
 
 def export(loaded: Loaded, folder: Path) -> dict[str, str]:

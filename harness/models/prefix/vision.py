@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,15 @@ def load(folder: Path, size: int) -> Encoder:
     if lacking := lacking & {name for name, _ in encoder.named_parameters()}:
         raise UserError([unfilled({name.removeprefix("model.") for name in lacking}, folder, _KEY)])
     return encoder
+
+
+def without_weights(values: Mapping[str, Any], size: int) -> Encoder:
+    """The encoder that `load` gives for the contents of a `config.json`, but with random weights."""
+    config = AutoConfig.for_model(**values)
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "image_size"):
+        config.image_size = size
+    return Encoder(AutoModel.from_config(config), size)
 
 
 def _loaded(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Iterable]]:
