@@ -47,7 +47,7 @@ def run(model: ModelConfig, train: TrainConfig) -> measured.Shape:
     return by_running(model, train, sizes.values_of(model), None)
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("accelerator", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parameters_and_flops_are_those_that_are_counted_by_hand(accelerator):
     model, train = ModelConfig(**SMALL), TrainConfig()
     counted, found = family(model).shape(model, train), run(model, train)
