@@ -18,6 +18,7 @@ from harness.data import load
 from harness.decoding.search import truncated
 from harness.machine import device
 from harness.metrics import METRICS, base
+from harness.models.base import PARTS
 from harness.models.blip2 import sizes
 from harness.models.loading import Loaded
 from harness.models.settings import ModelConfig
@@ -118,7 +119,9 @@ def toy(folder):
     """A model of another family, without dropout."""
     caption, concept = toy_family.codecs(None, folder, 32)
     torch.manual_seed(0)
-    return Loaded(toy_family.Toy(len(caption.tokenizer)), caption, concept, (0.5,) * 3, (0.5,) * 3)
+    made = toy_family.Toy(len(caption.tokenizer))
+    made.trained_parts = frozenset(PARTS)
+    return Loaded(made, caption, concept, (0.5,) * 3, (0.5,) * 3)
 
 
 FAMILIES = {

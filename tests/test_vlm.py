@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ from harness.data.readers import Example
 from harness.decoding import search
 from harness.errors import UserError
 from harness.machine import device
-from harness.models import family
+from harness.models import adapters, family, parts
+from harness.models.base import Samples, Work
 from harness.models.loading import load_trained, save_trained
 from harness.models.settings import ModelConfig
 from harness.models.text import IGNORE
@@ -330,8 +332,6 @@ LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj", "
 
 @pytest.mark.parametrize("kind", [*MANY[:1], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
 def test_adapters_are_trained_saved_loaded_and_merged(folders, kind, tmp_path):
-    from harness.models import adapters
-
     settings = TRAIN.model_copy(update={"train_vision": False})
     loaded = load(folders(kind), settings, lora=LORA)
     batch, pixels = texts(loaded), loaded.normalise(tensors())
@@ -394,9 +394,31 @@ def test_dropout_is_that_of_the_settings(folders, kind):
         assert model.model.config.get_text_config(decoder=True).attention_dropout == 0.5
 
 
-def test_a_sample_for_rewards_is_read_after_its_own_image(folders):
-    from harness.models.base import Samples
+@pytest.mark.parametrize("kind", MANY)
+def test_sizes_are_known_from_the_configs(folders, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(folders(kind) / name, tmp_path)
+    loaded = load(folders(kind), lora=LORA)
+    shape = family(config(tmp_path)).shape(config(tmp_path, lora=LORA), TRAIN)
+    weights = dict(loaded.model.named_parameters())
+    trained = {name for name in weights if parts.changes(loaded.model, name)}
+    assert shape.trained(True) == sum(weights[name].numel() for name in trained)
+    assert shape.trained(False) < shape.trained(True)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_step_of_a_training_is_known_from_the_configs(folders, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    shape = family(config(tmp_path)).shape(config(folders(kind), lora=LORA), TRAIN)
+    work = Work(batch=2, tokens=20, half=True, vision_half=True, accelerator=True)
+    held = shape.activations(work)
+    assert held.kept > held.kept_checkpointed > 0
+    assert shape.flops(work) == 2 * shape.flops(replace(work, batch=1)) > 0
+
+
+def test_a_sample_for_rewards_is_read_after_its_own_image(folders):
     loaded = load(folders("qwen3_vl"))
     pixels = loaded.normalise(tensors())
     answers = [answer for answer in ANSWERS for _ in range(2)]

@@ -27,6 +27,10 @@ _IN_FP32 = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax
 """What autocast of an accelerator computes in fp32, and that of a CPU does not."""
 
 
+_SIZED = (Tensor.split, Tensor.view, Tensor.repeat)
+"""Functions whose sizes may be given as real tensors."""
+
+
 class _Contentless(TorchFunctionMode):
     """Keeps integers real; with `accelerator`, saves what an accelerator saves.
 
@@ -55,6 +59,8 @@ class _Contentless(TorchFunctionMode):
             return False
         if function in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], _places(args[1]), *args[2:])
+        if function in _SIZED:
+            args = (args[0], *_numbers(args[1:]))
         if self.accelerator:
             return self._like_an_accelerator(function, args, kwargs)
         return function(*args, **kwargs)
@@ -64,7 +70,7 @@ class _Contentless(TorchFunctionMode):
         found = function(*args, **kwargs)
         if not isinstance(found, FakeTensor):
             return found
-        weight = self.building and function is not torch.linspace  # rates of layers, which are read
+        weight = self.building and function is not torch.linspace  # rates of stochastic depth are read
         if found.is_floating_point() and (weight or found.numel() > _SMALL):
             return found
         with unset_fake_temporarily():
@@ -114,6 +120,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _numbers(value: Any) -> Any:
+    """Sizes in which real tensors of one integer are replaced by it."""
+    if isinstance(value, tuple | list):
+        return type(value)(_numbers(one) for one in value)
+    if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.ndim == 0:
+        with unset_fake_temporarily():
+            return value.item()
+    return value
 
 
 def _places(index: Any) -> Any:

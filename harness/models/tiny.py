@@ -31,6 +31,7 @@ from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import image_side
 from harness.models.blip2.text import DEC, language_codec
+from harness.models.prefix.checks import vision_values
 from harness.models.remarks import quieten
 from harness.models.settings import TinyConfig
 from harness.models.text import IGNORE, Codec, Text
@@ -157,15 +158,8 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def _vision_config(config: TinyConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": 4 * config.hidden_size,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": max(config.hidden_size // 32, 1),
-        "image_size": image_side(config),
-        "patch_size": config.patch_size,
-        "initializer_range": 0.02,
-    }
+    values = {key: value for key, value in vision_values(config).items() if key != "model_type"}
+    return values | {"image_size": image_side(config)}
 
 
 def _blip2_config(

@@ -43,6 +43,7 @@ class Work:
         found = device.probe(config.device)
         self.kind, self.device = found.kind, str(found)
         self.model: Loaded | None = None
+        self.whole_images = family(config.model).WHOLE_IMAGES
 
     @property
     def scoring_device(self) -> str:
@@ -74,7 +75,7 @@ class Work:
         """The readable images of a split as uint8 (N, side, side, 3); whole ones if the family takes them."""
         from harness.data.images import Whole, open_pixels
 
-        if family(inputs.config.model).WHOLE_IMAGES:
+        if self.whole_images:
             return Whole(inputs.data.readable(split), side)
         cache = inputs.root / "cache" if inputs.config.data.cache else None
         with self.reporter.progress(f"Decoding {split} images") as advance:

@@ -145,7 +145,7 @@ def of_model(model: ModelConfig) -> Shape | None:
 def values_of(model: ModelConfig) -> Mapping[str, Any] | None:
     """The contents of the checkpoint's `config.json`; None if it is neither at hand nor known."""
     if model.checkpoint == TINY:
-        return values_of_tiny(model.tiny)
+        return _tiny(model.tiny)
     found = checkpoints.find(model.checkpoint)
     damaged = found and checkpoints.other_kind(found, MODEL_TYPE, "model.checkpoint")
     return _values(found.folder if found and not damaged else None, model.checkpoint)
@@ -169,12 +169,12 @@ def image_side(tiny: TinyConfig) -> int:
     return GRID * tiny.patch_size
 
 
-def ofvalues_of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:
+def of_tiny(tiny: TinyConfig, image_size: int, language_model: bool) -> Shape | None:
     """The largest shape of `model.checkpoint: tiny`; its vocabularies can be smaller."""
-    return of(values_of_tiny(tiny), image_size, language_model)
+    return of(_tiny(tiny), image_size, language_model)
 
 
-def values_of_tiny(tiny: TinyConfig) -> dict[str, Any]:
+def _tiny(tiny: TinyConfig) -> dict[str, Any]:
     """The contents of its `config.json`."""
     width, text = tiny.hidden_size, tiny.text_hidden_size
     heads = max(width // 32, 1)

@@ -7,16 +7,14 @@ Frozen (Tsimpoukelli et al. 2021, arXiv:2106.13884) has the language model froze
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.models import checkpoints as files
 from harness.models import measured
-from harness.models.blip2.sizes import image_side, values_of_tiny
+from harness.models.blip2.sizes import image_side
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.models.base import Shape
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -39,30 +37,23 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     return model.model_dump(include=keys) | {"prompt": prompt_text(model.prompt)}
 
 
-def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
-    """The shape by a run without contents; None if a config is not at hand."""
-    seen, language = _vision_config(model), files.config(model.language_checkpoint or "")
-    if not seen or not language:
+def shape(model: ModelConfig, train: "TrainConfig") -> measured.Shape | None:
+    """The shape of the model, found by running it without contents; None if a config is not at hand."""
+    sees, speaks = checks.values_of(model)
+    if sees is None or speaks is None:
         return None
 
     def build(train: "TrainConfig") -> Any:
         from harness.models.prefix import loading
 
-        return loading.without_weights(model, train, seen, language)
+        return loading.without_weights(model, train, sees, speaks)
 
     def pixels(batch: int) -> Any:
         import torch
 
         return torch.zeros(batch, 3, model.image_size, model.image_size)
 
-    return measured.Shape(train, {**settings(model), "configs": [seen, language]}, build, pixels)
-
-
-def _vision_config(model: ModelConfig) -> dict[str, Any] | None:
-    """The `config.json` of the image encoder; None if it is not at hand."""
-    if model.vision_checkpoint == TINY:
-        return {"model_type": "vit"} | values_of_tiny(model.tiny)["vision_config"]
-    return files.config(model.vision_checkpoint or "")
+    return measured.Shape(train, {**settings(model), "configs": [sees, speaks]}, build, pixels)
 
 
 def built_from(model: ModelConfig) -> int | None:

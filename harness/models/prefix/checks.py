@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
-from harness.models.settings import TINY, ModelConfig
+from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 VISION, LANGUAGE = "vision_checkpoint", "language_checkpoint"
 CONNECTOR = "connector.checkpoint"
@@ -42,6 +42,28 @@ def problems(model: ModelConfig) -> list[Problem]:
 def new(model: ModelConfig) -> tuple[str, ...]:
     """The connector, unless a checkpoint has it."""
     return () if model.connector.checkpoint else ("connector",)
+
+
+def values_of(model: ModelConfig) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The contents of `config.json` of image encoder and language model; None if it is not at hand."""
+    if model.vision_checkpoint == TINY:
+        sees = vision_values(model.tiny)
+    else:
+        sees = model.vision_checkpoint and files.config(model.vision_checkpoint)
+    return sees or None, (model.language_checkpoint and files.config(model.language_checkpoint)) or None
+
+
+def vision_values(tiny: TinyConfig) -> dict[str, Any]:
+    """The config of a tiny ViT for images of any size, by transformers' names."""
+    return {
+        "model_type": "vit",
+        "hidden_size": tiny.hidden_size,
+        "intermediate_size": 4 * tiny.hidden_size,
+        "num_hidden_layers": tiny.vision_layers,
+        "num_attention_heads": max(tiny.hidden_size // 32, 1),
+        "patch_size": tiny.patch_size,
+        "initializer_range": 0.02,
+    }
 
 
 def _of_checkpoint(model: ModelConfig, key: str, name: str, check: Any) -> list[Problem]:

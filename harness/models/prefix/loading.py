@@ -63,18 +63,11 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     logging.disable_progress_bar()
     seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
     encoder = vision.load(seen, config.image_size)
-    trained = parts.trained(config, train)
+    dtype = torch.float32 if "language" in parts.trained(config, train) else frozen_dtype
     speaks = files.find(config.language_checkpoint).folder
-    language = _language(
-        speaks, torch.float32 if "language" in trained else frozen_dtype, train.language_dropout
-    )
-    with parts.new():
-        between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
+    model = _joined(config, train, encoder, _language(speaks, dtype, train.language_dropout))
     if config.connector.checkpoint:
-        _fill(between, files.find(config.connector.checkpoint).folder)
-    model = Captioner(encoder, between, language, trained, _room(language.config))
-    if config.lora:
-        adapters.add(model, config.lora)
+        _fill(model.connector, files.find(config.connector.checkpoint).folder)
     caption = codec(config, train.max_caption_tokens)
     tokens = config.connector.tokens or encoder.tokens
     before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
@@ -82,19 +75,26 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     return Loaded(model, caption, caption, *_pixel_units(seen), new(config))
 
 
-def without_weights(
-    config: ModelConfig, train: "TrainConfig", seen: Mapping[str, Any], language: Mapping[str, Any]
+def _joined(
+    config: ModelConfig, train: "TrainConfig", encoder: vision.Encoder, language: PreTrainedModel
 ) -> Captioner:
-    """The model that `load` gives for the `config.json` of both checkpoints, but with random weights."""
-    encoder = vision.without_weights(seen, config.image_size)
-    values = AutoConfig.for_model(**language)
-    set_dropout(values, train.language_dropout)
-    speaks = AutoModelForCausalLM.from_config(values)
-    between = connector(config.connector, encoder.width, speaks.get_input_embeddings().embedding_dim)
-    model = Captioner(encoder, between, speaks, parts.trained(config, train), _room(values))
+    """Both models with a new connector, and with adapters if the config has them."""
+    with parts.new():
+        between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
+    model = Captioner(encoder, between, language, parts.trained(config, train), _room(language.config))
     if config.lora:
         adapters.add(model, config.lora)
     return model
+
+
+def without_weights(
+    config: ModelConfig, train: "TrainConfig", sees: Mapping[str, Any], speaks: Mapping[str, Any]
+) -> Captioner:
+    """The model that `load` gives, but with random weights; `sees` and `speaks` are two `config.json`."""
+    language = AutoConfig.for_model(**speaks)
+    set_dropout(language, train.language_dropout)
+    encoder = vision.without_weights(AutoConfig.for_model(**sees), config.image_size)
+    return _joined(config, train, encoder, AutoModelForCausalLM.from_config(language))
 
 
 def export(loaded: Loaded, folder: Path) -> dict[str, str]:
@@ -128,8 +128,7 @@ def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTra
     """The causal language model of a checkpoint; `dropout` replaces all dropouts of its layers."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if dropout is not None:
-            set_dropout(config, dropout)
+        set_dropout(config, dropout)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )

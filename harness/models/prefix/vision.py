@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +92,9 @@ def load(folder: Path, size: int) -> Encoder:
     return encoder
 
 
-def without_weights(values: Mapping[str, Any], size: int) -> Encoder:
-    """The encoder that `load` gives for the contents of a `config.json`, but with random weights."""
-    config = AutoConfig.for_model(**values)
-    config = getattr(config, "vision_config", config)
+def without_weights(config: PretrainedConfig, size: int) -> Encoder:
+    """The encoder that `load` gives for a config, but with random weights."""
+    config = copy.deepcopy(getattr(config, "vision_config", config))
     if hasattr(config, "image_size"):
         config.image_size = size
     return Encoder(AutoModel.from_config(config), size)

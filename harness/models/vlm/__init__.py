@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
+from harness.models import measured
 from harness.models.settings import TINY, ModelConfig
 from harness.models.vlm.architectures import ARCHITECTURES
 
@@ -87,8 +88,25 @@ def settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
-    """None: the sizes of the tensors are not known without building the model."""
-    return None
+    """The shape of the model with square images of `model.image_size`; None if its config is not at hand."""
+    at_hand, folder = files.find(model.checkpoint), Path(model.checkpoint)
+    folder = at_hand.folder if at_hand else folder
+    configs = [folder / name for name in ("config.json", "preprocessor_config.json")]
+    if not all(file.is_file() for file in configs) or _other_type(folder):
+        return None
+
+    def build(train: "TrainConfig") -> Any:
+        from harness.models.vlm import loading
+
+        return loading.without_weights(model, train, folder)
+
+    def pixels(batch: int) -> Any:
+        from harness.models.vlm import loading
+
+        return loading.blank(folder, model.image_size, batch)
+
+    texts = [file.read_text(encoding="utf-8") for file in configs]
+    return measured.Shape(train, {**settings(model), "configs": texts}, build, pixels)
 
 
 def built_from(model: ModelConfig) -> int | None:

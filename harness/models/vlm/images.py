@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.machine.device import moved
 from harness.models.loading import Loaded
 
-_NAMES = ("pixel_values", "image_grid_thw", "image_sizes")
+NAMES = ("pixel_values", "image_grid_thw", "image_sizes")
 """What models take; a processor may give more."""
 
 
@@ -54,4 +54,4 @@ class WholeLoaded(Loaded):
     def _processed(self, image: Tensor) -> dict[str, Tensor]:
         given = {"input_data_format": "channels_last", "return_tensors": "pt"}
         found = self.processor(images=image.cpu().numpy(), **given)
-        return {name: moved(found[name], self.model.device) for name in _NAMES if name in found}
+        return {name: moved(found[name], self.model.device) for name in NAMES if name in found}

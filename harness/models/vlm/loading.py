@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from harness.models.settings import ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
 from harness.models.vlm.architectures import ARCHITECTURES
 from harness.models.vlm.blip import Blip
-from harness.models.vlm.images import WholeLoaded
+from harness.models.vlm.images import NAMES, Images, WholeLoaded
 from harness.models.vlm.model import Captioner, Chatter
 from harness.models.vlm.text import blip_codec, image_token, turn_codec
 
@@ -51,12 +52,37 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: 
     own = processor(folder)
     captions = _codec(config, folder, own, train.max_caption_tokens)
     weights = _weights(folder, _configured(folder, train), parts.trained(config, train), frozen_dtype)
-    model, images = _captioner(weights, own, config, train), own.image_processor
+    kind, instruction = weights.config.model_type, None
+    if kind == "instructblip":
+        instruction = own.qformer_tokenizer(prompt_text(config.prompt)).input_ids
+    image = None if kind == "blip" else image_token(kind, own)
+    model, images = _captioner(weights, image, instruction, config, train), own.image_processor
     units = tuple(images.image_mean), tuple(images.image_std)
     return WholeLoaded(model, captions, captions, *units, processor=images, folder=folder)
 
 
-def export(loaded: WholeLoaded, folder: Path) -> None:
+def without_weights(config: ModelConfig, train: "TrainConfig", folder: Path) -> Captioner:
+    """The captioner that `load` gives, made from its config alone: weights are random."""
+    made = _configured(folder, train)
+    words = [1] * (len(prompt_text(config.prompt).split()) + 2)  # about as many tokens as the instruction has
+    image, instruction = -1, words if made.model_type == "instructblip" else None
+    return _captioner(_class_of(made)._from_config(made), image, instruction, config, train)
+
+
+def blank(folder: Path, side: int, batch: int) -> Images:
+    """Black square images as the model takes them."""
+    image = np.zeros((side, side, 3), np.uint8)
+    own = AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+    found = own(images=image, input_data_format="channels_last", return_tensors="np")
+    given = {name: np.asarray(found[name]) for name in NAMES if name in found}
+    one = {
+        name: torch.zeros(value.shape) if value.dtype.kind == "f" else torch.tensor(value.tolist())
+        for name, value in given.items()
+    }
+    return Images([one] * batch)
+
+
+def export(loaded: WholeLoaded, folder: Path) -> dict[str, str]:
     """Write a checkpoint folder that `load` and transformers read; the processor's files are copied."""
     loaded.model.model.save_pretrained(folder)
     for file in sorted(loaded.folder.rglob("*")):
@@ -65,18 +91,20 @@ def export(loaded: WholeLoaded, folder: Path) -> None:
         if file.is_file() and file.suffix in _PROCESSOR_FILES and not weights:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+    return {"checkpoint": "."}
 
 
-def _captioner(model: PreTrainedModel, own: Any, config: ModelConfig, train: "TrainConfig") -> Captioner:
-    """The captioner of a model, with adapters if `model.lora` asks for them."""
-    trained, kind = parts.trained(config, train), model.config.model_type
-    if kind == "blip":
-        made = Blip(model, trained)
-    else:
-        instruction = None
-        if kind == "instructblip":
-            instruction = own.qformer_tokenizer(prompt_text(config.prompt)).input_ids
-        made = Chatter(model, trained, image_token(kind, own), instruction)
+def _captioner(
+    model: PreTrainedModel,
+    image: int | None,
+    instruction: list[int] | None,
+    config: ModelConfig,
+    train: "TrainConfig",
+) -> Captioner:
+    """The captioner of a model, with adapters if `model.lora` asks for them; see `Chatter`."""
+    trained = parts.trained(config, train)
+    blip = model.config.model_type == "blip"
+    made = Blip(model, trained) if blip else Chatter(model, trained, image, instruction)
     if config.lora:
         adapters.add(made, config.lora)
     return made
