@@ -29,6 +29,7 @@ PACKAGES = (
     "ftfy",
     "nltk",
     "regex",
+    "bleurt-pytorch",
     "pycocoevalcap",
 )
 _ASKED = 500
