@@ -142,7 +142,7 @@ def folder(simple, tmp_path_factory) -> Path:
         "eos_token_id": end,
         "pad_token_id": end,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(13)  # with transformers 4 and 5, no score of these weights is 0
     config = CLIPConfig(
         vision_config={**width, "image_size": 48, "patch_size": 16},
         text_config={**width, **text, "max_position_embeddings": 77},

@@ -10,7 +10,28 @@ from transformers import Blip2ForConditionalGeneration
 from harness.config.sections import PredictConfig
 from harness.decoding.search import search
 from harness.models import loading
+from harness.models.blip2 import small
 from harness.models.text import IGNORE
+
+
+def test_random_weights_are_the_same_with_each_version_of_transformers():
+    """Committed sums of absolute values, equal with 4.57.6 and 5.24.0: else a tiny model would be another."""
+    sums = {
+        name: sum(weight.double().abs().sum().item() for weight in part.parameters())
+        for name, part in small.make().model.named_children()
+    }
+    assert sums == pytest.approx(
+        {
+            "vision_model": 14011.923,
+            "qformer": 18493.982,
+            "embeddings": 643.182,
+            "cls": 253.238,
+            "language_projection": 66.456,
+            "language_model": 24026.025,
+        },
+        rel=1e-6,
+        abs=1e-3,
+    )
 
 
 def test_language_model_path_equals_transformers(loaded, tiny_folder):

@@ -28,6 +28,7 @@ from harness.training import train
 from harness.training.settings import TrainConfig
 
 device.probe("cpu")
+SCALED = ("clip", "granite")
 PAIRS = [("clip", "gpt2"), ("convnext", "llama"), ("cvt", "qwen2"), ("clip", "opt")]
 TRAIN = TrainConfig(
     batch_size=4,
@@ -68,7 +69,7 @@ def prefix(found: Loaded, images: torch.Tensor, ids: torch.Tensor) -> torch.Tens
     return torch.cat([found.model.connector(found.model.vision(images)), words], 1)
 
 
-@pytest.mark.parametrize(("vision", "language"), PAIRS)
+@pytest.mark.parametrize(("vision", "language"), [*PAIRS, SCALED])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_captions_are_those_of_generate(folder, vision, language, beams):
     found = loaded(folder, vision, language)
@@ -96,7 +97,7 @@ def test_captions_are_those_of_generate(folder, vision, language, beams):
     assert [codec.decode(row) for row in ours.tolist()] == [codec.decode(row) for row in theirs.tolist()]
 
 
-@pytest.mark.parametrize(("vision", "language"), PAIRS)
+@pytest.mark.parametrize(("vision", "language"), [*PAIRS, SCALED])
 def test_the_loss_is_that_of_transformers(folder, vision, language):
     found = loaded(folder, vision, language)
     found.model.eval()

@@ -28,7 +28,7 @@ PACKAGES = (
     "pillow",
     "ftfy",
     "nltk",
-    "bleurt-pytorch",
+    "regex",
     "pycocoevalcap",
 )
 _ASKED = 500

@@ -217,7 +217,8 @@ class Activations:
 
     `kept`: saved for the backward pass without gradient checkpointing, `kept_checkpointed` with it. `casts`:
     the trained weights that autocast holds in half precision until the optimiser's step. `loss`: temporaries
-    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
+    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer. `run`: the
+    model was run, so `kept` has all tensors of the worst moment.
     """
 
     kept: int
@@ -225,6 +226,7 @@ class Activations:
     casts: int
     loss: int
     layer: int
+    run: bool = False
 
 
 class Shape(Protocol):

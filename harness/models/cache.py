@@ -5,6 +5,7 @@ reads all of it under a mask. Then every step has the same shapes and can be cap
 starts one graph for each token instead of hundreds of kernels.
 """
 
+import functools
 import inspect
 import logging
 from abc import abstractmethod
@@ -166,14 +167,26 @@ class _Graph:
     logits: Tensor
 
 
-def logits_of(model: PreTrainedModel, embeds: Tensor, last: int, **inputs: Any) -> Tensor:
+@functools.cache
+def _arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def keyword(model: PreTrainedModel) -> str:
+    """The argument of a model for its cache: `cache` in newer releases of transformers 5."""
+    return "cache" if "cache" in _arguments(type(model)) else "past_key_values"
+
+
+def logits_of(
+    model: PreTrainedModel, embeds: Tensor, last: int, cache: Cache | None = None, **inputs: Any
+) -> Tensor:
     """The logits (B, last, V) after the last of embeddings (B, T, D), by a causal language model.
 
     Some models scale or cap the logits of their head, such as Gemma 2 and Granite, so their own forward pass
     computes them. Older ones cannot leave out the logits of other tokens, and change none.
     """
-    inputs = {"use_cache": False} | inputs | {"inputs_embeds": embeds}
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+    inputs |= {"inputs_embeds": embeds, "use_cache": cache is not None, keyword(model): cache}
+    if "logits_to_keep" in _arguments(type(model)):
         return model(logits_to_keep=last, **inputs).logits
     hidden = model.base_model(**inputs).last_hidden_state[:, -last:]
     return model.get_output_embeddings()(hidden)
@@ -189,7 +202,7 @@ class Speaker(CachedDecoding):
     def __call__(self, embeds: Tensor) -> CachedDecoding:
         """Begin after the prefix of each image, embeddings (B, T, D), which is read once for all its rows."""
         cache, seen = DynamicCache(), embeds.new_ones(embeds.shape[:2], dtype=torch.long)
-        logits = logits_of(self.model, embeds, 1, attention_mask=seen, past_key_values=cache, use_cache=True)
+        logits = logits_of(self.model, embeds, 1, cache, attention_mask=seen)
         states = [(layer.keys, layer.values) for layer in cache.layers]
         return self.begin(logits[:, 0], states, seen[:, :0])
 
@@ -198,10 +211,9 @@ class Speaker(CachedDecoding):
             self.model,
             self.model.get_input_embeddings()(tokens[:, None]),
             1,
+            self,
             attention_mask=self.mask,
             position_ids=self.position[None],
             cache_position=self.position,
-            past_key_values=self,
-            use_cache=True,
         )
         return logits[:, 0]

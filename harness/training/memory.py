@@ -32,7 +32,8 @@ Measured on an H200 at 364 pixels: 53 images/s with micro batches of 16, 61 with
 _REPEATED = 4 / 3  # gradient checkpointing computes the forward pass again: a third of the arithmetic
 _CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
-_FRAGMENTED = {"cpu": 0.3, "cuda": 0.05, "npu": 0.05}
+# "run": on a CPU, of a model that was run, since then the temporaries of its backward pass are counted
+_FRAGMENTED = {"cpu": 0.3, "run": 0.03, "cuda": 0.05, "npu": 0.05}
 _BUCKET = 500_000_000  # numbers in DeepSpeed's buffers for reducing gradients
 _LIVE = 1_000_000_000  # numbers that ZeRO-3 gathers at once
 
@@ -240,7 +241,8 @@ def usage(model: Model, setup: Setup) -> Usage:
     if stage == 3:  # validation captions with a whole copy of the model, and samples with gathered weights
         moment = max(moment, model.weights + (whole if averages else 0), _sampling(model, held))
     tensors = weights + gradients + copy + moments + buffers + moment
-    rest = int(_CONTEXT[model.kind] + _FRAGMENTED[model.kind] * tensors)
+    lost = _FRAGMENTED["run"] if held.run and model.kind == "cpu" else _FRAGMENTED[model.kind]
+    rest = int(_CONTEXT[model.kind] + lost * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)
 
 

@@ -16,6 +16,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -53,12 +55,16 @@ LANGUAGE: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**_GROUPED, logits_scaling=4.0, embedding_multiplier=2.0)
+    ),
 }
-"""Position tables or rotations, tied and own heads, grouped keys, words of another width."""
+"""Position tables or rotations, tied and own heads, grouped keys, words of another width, scaled logits."""
 _SPECIAL = {
     "gpt2": {"bos_token": "</s>", "eos_token": "</s>"},
     "opt": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
     "llama": {"bos_token": "<s>", "eos_token": "</s>"},
+    "granite": {"bos_token": "<s>", "eos_token": "</s>"},
     "qwen2": {"eos_token": "</s>", "pad_token": "<pad>"},
 }
 

@@ -13,6 +13,11 @@ from transformers.models.opt import modeling_opt
 
 from harness.models.blip2.model import Captioner
 
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
+
 
 class _Like(TorchFunctionMode):
     """Makes a CPU save what an accelerator saves, by the published list of CUDA's autocast: norms and softmax
@@ -43,7 +48,7 @@ def without_contents(accelerator: bool) -> Iterator[None]:
     before = masks._ignore_causal_mask_sdpa
     masks._ignore_causal_mask_sdpa = lambda *_, **__: False
     try:
-        with FakeTensorMode(), _Like(accelerator), torch.device("cpu"):
+        with FakeTensorMode(), _Like(accelerator), torch.device("cpu"), no_init_weights():
             yield
     finally:
         masks._ignore_causal_mask_sdpa = before

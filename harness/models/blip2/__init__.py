@@ -79,13 +79,13 @@ def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
         return None
     if not language and values.get("text_config", {}).get("model_type") == "t5":
         return None
-    return _measured(model, train, values, language)
+    return by_running(model, train, values, language)
 
 
-def _measured(
+def by_running(
     model: ModelConfig, train: "TrainConfig", values: Mapping[str, Any], language: Mapping[str, Any] | None
 ) -> measured.Shape:
-    """The shape for the contents of the configs; `language` is that of `language_checkpoint`."""
+    """The shape by a run without contents; `values` and `language` are `config.json` of both checkpoints."""
 
     def build(train: "TrainConfig") -> Any:
         from harness.models.blip2 import loading

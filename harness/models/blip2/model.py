@@ -76,7 +76,10 @@ class Captioner(Blip2PreTrainedModel):
         self.language_model = language_model
         ties = getattr(language_model.config, "tie_word_embeddings", False)
         tied = language_model._tied_weights_keys or () if ties else ()
-        self.tied = frozenset([*self._tied_weights_keys, *(f"language_model.{key}" for key in tied)])
+        own = type(self)._tied_weights_keys
+        self.tied = frozenset([*own, *(f"language_model.{key}" for key in tied)])
+        if isinstance(language_model._tied_weights_keys, list):  # transformers 4; peft wants all alike
+            self._tied_weights_keys = sorted(self.tied)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings

@@ -232,8 +232,11 @@ class Chatter(Captioner):
     def _positions(self, wide: "_Expanded", seen: Seen) -> Tensor:
         """The positions of tokens (R, L), or (3, R, L) for a model whose positions have three axes."""
         if self.architecture.rotated:
+            # a sampled caption may hold the token that begins an image, so only the image is shown
+            begins = F.pad(wide.is_image[:, 1:], (0, 1))
+            shown = wide.ids.masked_fill(~(wide.is_image | begins), 0)
             given = {"image_grid_thw": seen.grids, "attention_mask": wide.mask}
-            return self.model.model.get_rope_index(wide.ids, **given)[0]
+            return self.model.model.get_rope_index(shown, **given)[0]
         return (wide.mask.cumsum(1) - 1).clamp(min=0) + self.architecture.first
 
     def _read(self, seen: Seen, wide: "_Expanded", positions: Tensor, **cached: Any) -> Tensor:
