@@ -245,7 +245,7 @@ def test_images_are_squashed_by_a_bicubic_filter_and_normalised_with_clips_numbe
     mean, std = loading._pixel_units(tmp_path)  # a folder that says nothing of its own
     assert mean == (0.48145466, 0.4578275, 0.40821073)
     assert std == (0.26862954, 0.26130258, 0.27577711)
-    ours = loading.Loaded(None, None, None, mean, std)
+    ours = loading.Loaded(SimpleNamespace(device=torch.device("cpu")), None, None, mean, std)
     found = ours.normalise(torch.from_numpy(resize(decode(tmp_path / "i.png"), 364).copy())[None])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 

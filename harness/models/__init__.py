@@ -25,11 +25,14 @@ def family(model: "ModelConfig") -> "Family":
 
 def problems(model: "ModelConfig", train: "TrainConfig") -> list[Problem]:
     """The problems of a model on this machine, and of training it in these stages."""
+    from harness.models.base import Losses
+
     chosen = family(model)
     found = chosen.problems(model)
     for number, stage in enumerate(train.stages):
         for name, weight in stage.losses:
-            if weight and stage.epochs and name not in chosen.LOSSES:
+            needed = (name,) if name in Losses._fields else ("caption", "concept")
+            if weight and stage.epochs and not set(needed) <= set(chosen.LOSSES):
                 what = f"the family {model.family} has no loss {name}; {', '.join(chosen.LOSSES)} are allowed"
                 found.append(Problem(what, key=f"train.stages.{number}.losses.{name}"))
     new = chosen.new(model)
