@@ -19,7 +19,7 @@ from transformers import (
 from harness.errors import UserError
 from harness.models import checkpoints
 from harness.models.blip2 import loading
-from harness.models.blip2.model import TIED, Captioner
+from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import OPT_2_7B
 from harness.models.settings import ModelConfig
 
@@ -82,6 +82,11 @@ def store(folder: Path, found: dict[str, torch.Tensor]) -> None:
 
 
 # at full size
+
+TIED = {
+    *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "language_model.lm_head.weight"),
+}
+"""Weights that no checkpoint needs to have, because they are others."""
 
 
 def shapes(kind: type, config: object) -> dict[str, tuple[int, ...]]:
