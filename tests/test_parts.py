@@ -11,6 +11,7 @@ from support.experiments import EXPERIMENT
 from support.generate import generated
 from support.models import SIZES, batch, pixels, stages
 from support.training import Interrupted, config, run
+from transformers import Blip2ForConditionalGeneration
 
 from harness import records
 from harness.captions import read_captions
@@ -137,6 +138,16 @@ def test_each_part_trains_if_and_only_if_it_is_meant_to(load):
             assert saved == wanted
             counts = parts.counts(model)
             assert {part for part, count in counts.items() if count.trained == count.total} == wanted
+
+
+def test_weights_of_a_run_that_trained_other_parts_are_not_averaged(load, tmp_path):
+    whole, frozen = load().model, load(train=TRAIN.model_copy(update={"train_vision": False})).model
+    loading.save_trained(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(UserError) as caught:
+        loading.load_average(frozen, [tmp_path / "whole.safetensors"])
+    (problem,) = caught.value.problems
+    assert "other weights than this run trains: vision_model." in problem.what
+    assert "train.train_vision" in problem.hint
 
 
 @pytest.mark.parametrize("adapted", [("language",), ("vision",), ("language", "vision")])
@@ -288,6 +299,9 @@ def test_an_exported_run_is_a_checkpoint_that_captions_alike(small_run, tmp_path
     run = place / "runs" / "small" / "opt-s42"
     assert f"--set model.checkpoint={folder}" in harness(place, "export", run, folder).stdout
     assert "exists and is not an empty folder" in harness(place, "export", run, folder, code=2).stderr
+    _, info = Blip2ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
     changes = {"checkpoint: tiny": f"checkpoint: {folder}", "name: small": "name: as_is"}
     experiment = EXPERIMENT.partition("variants:")[0]
     for old, new in changes.items():

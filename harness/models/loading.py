@@ -108,8 +108,17 @@ def _load(own: dict[str, Tensor], path: Path) -> None:
 
 
 def load_average(model: Captioner, paths: Sequence[Path]) -> None:
-    """Load the mean of files of `save_trained`, computed in fp32, one weight at a time."""
+    """Load the mean of files of `save_trained`, computed in fp32, one weight at a time.
+
+    Raises `UserError` if a file does not have the weights that training may change.
+    """
+    own = trained_weights(model)
     with contextlib.ExitStack() as opened, torch.no_grad():
         files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
-        for name, weight in trained_weights(model).items():
+        for path, file in zip(paths, files, strict=True):
+            if others := sorted(own.keys() ^ set(file.keys())):
+                what = f"it has other weights than this run trains: {', '.join(others[:4])}"
+                hint = "Use the train.train_vision, train.train_language and model.lora of the runs."
+                raise UserError([Problem(what, path, hint=hint)], exit_code=1)
+        for name, weight in own.items():
             weight.copy_(torch.stack([file.get_tensor(name).float() for file in files]).mean(0))
