@@ -24,9 +24,8 @@ from harness.data.augment import augment, crops
 from harness.data.images import decode, resize
 from harness.machine import device
 from harness.models.blip2 import loading
-from harness.models.blip2.model import IGNORE, _summed_loss
 from harness.models.blip2.text import language_codec
-from harness.models.text import clean_caption, concept_sentence
+from harness.models.text import IGNORE, clean_caption, concept_sentence, summed_loss
 from harness.training import memory, schedule
 from harness.training.settings import TrainConfig
 
@@ -188,7 +187,7 @@ def test_label_smoothing_on_logits_by_hand(smoothing):
     labels = torch.tensor([[IGNORE, 0, IGNORE]])
     chances = np.exp([2.0, 0.0, -1.0]) / np.exp([2.0, 0.0, -1.0]).sum()
     expected = -(1 - smoothing) * math.log(chances[0]) - smoothing * np.log(chances).mean()
-    assert float(_summed_loss(logits, labels, smoothing)) == pytest.approx(expected, rel=1e-6)
+    assert float(summed_loss(logits, labels, smoothing)) == pytest.approx(expected, rel=1e-6)
 
 
 # the schedule

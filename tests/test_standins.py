@@ -14,7 +14,7 @@ from harness.data import phantom
 from harness.metrics import bleurt, clipscore
 from harness.metrics.settings import ScoreConfig
 from harness.models import checkpoints, standins
-from harness.models.bleurt import Tokenizer
+from harness.models.bleurt import tokenizer_of
 
 Split = tuple[list[Path], list[str]]
 
@@ -110,7 +110,7 @@ def test_words_are_known_to_the_saved_tokenizers(data, folders):
     from transformers import AutoTokenizer
 
     tokenizers = (
-        Tokenizer.of(folders["bleurt"]).tokenizer,
+        tokenizer_of(folders["bleurt"]).tokenizer,
         AutoTokenizer.from_pretrained(folders["clipscore"]),
     )
     for tokenizer in tokenizers:

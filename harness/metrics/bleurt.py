@@ -75,10 +75,10 @@ class Scorer:
     """A BLEURT and its tokenizer."""
 
     def __init__(self, folder: Path, device: str, precision: str):
-        from harness.models.bleurt import Bleurt, Tokenizer, config_of
+        from harness.models.bleurt import Bleurt, config_of, tokenizer_of
 
         self.device = device
-        self.tokenizer = Tokenizer.of(folder)
+        self.tokenizer = tokenizer_of(folder)
         self.model = loaded(Bleurt, folder, config=config_of(folder), dtype=dtype(precision)).to(device)
         self.limit = min(512, self.model.config.max_position_embeddings)
 

@@ -163,21 +163,16 @@ class Encoded(NamedTuple):
     lengths: list[int]
 
 
-class Tokenizer:
-    """Ids of pairs of texts, `[CLS] first [SEP] second [SEP]`."""
+def tokenizer_of(folder: Path) -> "WordPieces | SentencePieces":
+    """The tokenizer of a folder: words and their pieces, or BLEURT-20's, which is sentencepiece's.
 
-    @classmethod
-    def of(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of a folder: words and their pieces, or BLEURT-20's, which is sentencepiece's."""
-        words = any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
-        return WordPieces(BertTokenizerFast.from_pretrained(folder)) if words else SentencePieces(folder)
-
-    def encode(self, pairs: Sequence[tuple[str, str]], limit: int) -> Encoded:
-        """The ids of pairs of texts, cut to `limit` tokens, special ones included."""
-        raise NotImplementedError
+    Its `encode` gives the ids of pairs of texts, `[CLS] first [SEP] second [SEP]`, cut to `limit` tokens.
+    """
+    words = any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+    return WordPieces(BertTokenizerFast.from_pretrained(folder)) if words else SentencePieces(folder)
 
 
-class WordPieces(Tokenizer):
+class WordPieces:
     """Words and their pieces, as BERT's."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -192,7 +187,7 @@ class WordPieces(Tokenizer):
         return Encoded(cut["input_ids"], first, lengths)
 
 
-class SentencePieces(Tokenizer):
+class SentencePieces:
     """Pieces of `spm.model`, taken apart as by transformers' slow tokenizer of DeBERTa-v2."""
 
     def __init__(self, folder: Path) -> None:

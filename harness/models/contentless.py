@@ -181,7 +181,7 @@ class _Memory(TorchDispatchMode):
 def without_contents(accelerator: bool) -> Iterator[_Contentless]:
     """Floats made here have shapes and no memory; the state of random numbers stays as it was.
 
-    Gives the mode, which is `building` until it is told otherwise.
+    Gives the mode. Set its `building` to false once the model is built.
     """
     mode = _Contentless(accelerator)
     with (

@@ -96,7 +96,10 @@ class ConnectorConfig(Section):
     """All kinds begin with a layer norm. linear: one matrix; mlp: two, with GELU between them; pooled: as
     linear, on the means of the encoder's features over `tokens` parts of the image."""
     tokens: Tokens | None = None
-    """With pooled: the tokens of an image. `null`, for the other kinds: as many as the encoder gives."""
+    """How many tokens the language model reads for an image.
+
+    `pooled` needs a number. The other kinds take `null` and give as many tokens as the encoder does.
+    """
     checkpoint: str | None = None
     """A folder with the weights of a connector of the same kind, from `harness export`; `null`: it is new."""
 

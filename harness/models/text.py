@@ -1,4 +1,4 @@
-"""Encoding and decoding of captions and concept sentences, with masks and end tokens as in LAVIS."""
+"""Captions and concept sentences as ids and back, with masks, end tokens and their loss as in LAVIS."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from harness.machine.device import moved
 
@@ -103,6 +104,17 @@ class Codec:
             labels[row, text.prompt : length] = ids[row, text.prompt : length]
             mask[row, :length] = 1
         return {"ids": ids, "mask": mask, "labels": labels}
+
+
+def summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the next token, summed over labels except -100; logits (B, T, V), labels (B, T)."""
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
 
 
 def to_device(batch: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

@@ -15,8 +15,9 @@ ARCHITECTURES = {
     | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     "llama": ROTARY,
     "qwen2": ROTARY,
+    "granite": ROTARY | {"logits_scaling": 4.0},  # after the head
 }
-"""Sizes by model type; Llama's and Qwen2's heads are not tied to their word embeddings, the others' are."""
+"""Sizes by model type; the heads of OPT and GPT-2 are tied to their word embeddings."""
 
 
 def build(kind: str, tokenizer: Path, folder: Path) -> Path:

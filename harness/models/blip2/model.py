@@ -24,8 +24,8 @@ from transformers.models.blip_2.modeling_blip_2 import (
 
 from harness.models import parts
 from harness.models.base import Losses, Samples
-from harness.models.cache import CachedDecoding, Speaker
-from harness.models.text import IGNORE
+from harness.models.cache import CachedDecoding, Speaker, logits_of
+from harness.models.text import summed_loss
 
 QueryStates = list[tuple[Tensor, Tensor]]
 
@@ -168,11 +168,8 @@ class Captioner(Blip2PreTrainedModel):
         embeds = self.language_model.get_input_embeddings()(ids)
         everything = torch.cat([prefix.to(embeds.dtype), embeds], dim=1)
         ones = mask.new_ones(prefix.shape[:2])
-        output = self.language_model.base_model(
-            inputs_embeds=everything, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False
-        )
-        hidden = output.last_hidden_state[:, prefix.shape[1] :]
-        return self.language_model.get_output_embeddings()(hidden)
+        seen = torch.cat([ones, mask], dim=1)
+        return logits_of(self.language_model, everything, ids.shape[1], attention_mask=seen)
 
     def forward(
         self,
@@ -193,13 +190,13 @@ class Captioner(Blip2PreTrainedModel):
             caption_loss = concept_loss = reward_loss = None
             if concept is not None:
                 logits = self.read(concept["ids"], states)
-                concept_loss = _summed_loss(logits, concept["labels"], label_smoothing)
+                concept_loss = summed_loss(logits, concept["labels"], label_smoothing)
             if caption is not None and self.language_model is not None:
                 logits = self._speak(queries, caption["ids"], caption["mask"])
-                caption_loss = _summed_loss(logits, caption["labels"], 0.0)
+                caption_loss = summed_loss(logits, caption["labels"], 0.0)
             elif caption is not None:
                 logits = self.read(caption["ids"], states)
-                caption_loss = _summed_loss(logits, caption["labels"], label_smoothing)
+                caption_loss = summed_loss(logits, caption["labels"], label_smoothing)
             if samples is not None:
                 reward_loss = samples.loss(self._say(queries, states, samples.text))
         return Losses(caption_loss, concept_loss, reward_loss)
@@ -328,14 +325,3 @@ class _Reader(CachedDecoding):
 def _heads(attention: nn.Module, states: Tensor) -> Tensor:
     """Split (B, T, D) into the heads of an attention, (B, heads, T, D / heads)."""
     return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-
-def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of the next token, summed over labels except -100; logits (B, T, V), labels (B, T)."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels[:, 1:].flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )

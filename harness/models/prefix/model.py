@@ -16,7 +16,7 @@ from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker, logits_of
 from harness.models.prefix.vision import Encoder
 from harness.models.settings import ConnectorConfig
-from harness.models.text import IGNORE
+from harness.models.text import summed_loss
 
 
 class Pooled(nn.Module):
@@ -122,7 +122,8 @@ class Captioner(nn.Module):
         with self.autocast():
             prefix = self.connector(self.see(pixels))
             if caption is not None:
-                caption_loss = _summed(self._read(prefix, caption["ids"], caption["mask"]), caption["labels"])
+                logits = self._read(prefix, caption["ids"], caption["mask"])
+                caption_loss = summed_loss(logits, caption["labels"])
             if samples is not None:
                 ids, mask = samples.text["ids"], samples.text["mask"]
                 repeated = prefix.repeat_interleave(len(ids) // len(pixels), 0)
@@ -193,9 +194,3 @@ def check_room(room: int | None, before: int, new: int, key: str) -> None:
         what = f"image and prompt have {before} tokens, and {new} follow; the language model reads {room}"
         hint = f"Lower {key}, or give an image fewer tokens: model.connector: {{kind: pooled, tokens: 32}}"
         raise UserError([Problem(what, key=key, hint=hint)])
-
-
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the next token, summed over labels except -100; logits (B, T, V), labels (B, T)."""
-    said, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    return F.cross_entropy(said, wanted, ignore_index=IGNORE, reduction="sum")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from harness.models import parts
 from harness.models.base import Losses, Samples
-from harness.models.text import IGNORE
+from harness.models.text import IGNORE, summed_loss
 from harness.models.vlm.architectures import ARCHITECTURES
 from harness.models.vlm.images import Images
 
@@ -97,7 +97,7 @@ class Captioner(nn.Module):
             seen = self.see(pixels)
             if caption is not None:
                 smoothing = label_smoothing if self.smooths else 0.0
-                caption_loss = _summed_loss(self._say(seen, caption), caption["labels"], smoothing)
+                caption_loss = summed_loss(self._say(seen, caption), caption["labels"], smoothing)
             if samples is not None:
                 count = len(samples.text["ids"]) // len(pixels)
                 reward_loss = samples.loss(self._say(seen.repeated(count), samples.text))
@@ -233,7 +233,7 @@ class Chatter(Captioner):
         """The positions of tokens (R, L), or (3, R, L) for a model whose positions have three axes."""
         if self.architecture.rotated:
             # a sampled caption may hold the token that begins an image, so only the image is shown
-            begins = F.pad(wide.is_image[:, 1:], (0, 1))
+            begins = functional.pad(wide.is_image[:, 1:], (0, 1))
             shown = wide.ids.masked_fill(~(wide.is_image | begins), 0)
             given = {"image_grid_thw": seen.grids, "attention_mask": wide.mask}
             return self.model.model.get_rope_index(shown, **given)[0]
@@ -343,14 +343,3 @@ def _unused(config: Any) -> re.Pattern[str]:
         last = config.qformer_config.num_hidden_layers - 1
         patterns.append(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")
     return re.compile("|".join(patterns))
-
-
-def _summed_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of the next token, summed over labels except -100; logits (R, T, V), labels (R, T)."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels[:, 1:].flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
