@@ -257,6 +257,16 @@ def test_the_weights_of_sources_decide(files):
     assert read_captions(files / "run.csv")["ImageCLEF_2"] == "ct of the abdomen"
 
 
+def test_two_captions_of_equal_weight_are_no_choice(files):
+    how = ("--out", "run.csv", "--utility", "rouge1")
+    said = harness(files, "consensus", "a.csv", "b.csv", *how).stderr
+    assert "warning: 2 images have two captions of equal weight" in said
+    assert "equal weight" not in harness(files, "consensus", "a.csv", "b.csv", "c.json", *how).stderr
+    assert (
+        "equal weight" not in harness(files, "consensus", "a.csv", "b.csv", *how, "--weights", "2,1").stderr
+    )
+
+
 def test_mistakes_of_the_command_are_explained(files):
     def failed(*arguments: str) -> str:
         found = harness(files, "consensus", *arguments, "--out", "run.csv", code=2)
@@ -267,7 +277,9 @@ def test_mistakes_of_the_command_are_explained(files):
     assert "2 numbers above 0" in failed("a.csv", "b.csv", "--utility", "rouge1", "--weights", "1")
     assert "2 numbers above 0" in failed("a.csv", "b.csv", "--utility", "rouge1", "--weights", "1,nan")
     assert "got 'rouge=1'" in failed("a.csv", "b.csv", "--utility", "rouge=1")
-    assert "weights are not on this machine" in failed("a.csv", "b.csv")
+    said = failed("a.csv", "b.csv")
+    assert "weights are not on this machine" in said
+    assert "--utility rouge1" in said
     assert "would overwrite an input" in failed("a.csv", "b.csv", "--per-image", "a.csv")
     assert "the same file as --out" in failed("a.csv", "b.csv", "--per-image", "run.csv")
     assert "is given twice" in failed("a.csv", "a.csv", "--utility", "rouge1")

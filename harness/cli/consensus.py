@@ -92,7 +92,7 @@ def consensus(
     mixed = method.mixture(_mixture(utility, year), year)
     config = scoring.settings(year, list(mixed), standins, sets or ())
     if problems := metrics.problems(config, year):
-        raise UserError(problems)
+        raise UserError(problems, "Or compare by what needs no weights: --utility rouge1")
     seen = _images(images, files[0], scoring)
     texts, pairs = method.cost(candidates)
     say = Terminal().say
@@ -101,6 +101,8 @@ def consensus(
         for warning in file.warnings:
             say(f"warning: {file.path.name}: {warning}")
     say(f"{len(candidates):,} images, {texts:,} distinct candidates, {pairs:,} comparisons")
+    if undecided := _undecided(candidates):
+        say(f"warning: {undecided}")
     counted = _documents(documents, candidates)
     measure = method.Utility(mixed, config, year, _device(device), Documents(counted))
     chosen: dict[str, Choice] = {}
@@ -233,6 +235,22 @@ def _candidates(
         for key, every in given.items():
             found[key] += of_source(every, one_line(str(source)), weight)
     return found
+
+
+def _undecided(candidates: Mapping[str, Sequence["Candidate"]]) -> str | None:
+    """A warning if most images have two captions of equal weight, each as near to all as the other."""
+    pairs = 0
+    for given in candidates.values():
+        weights: Counter[str] = Counter()
+        for one in given:
+            weights[one.caption] += one.weight
+        pairs += len(weights) == 2 and len(set(weights.values())) == 1
+    if 2 * pairs <= len(candidates):
+        return None
+    return (
+        f"{pairs:,} images have two captions of equal weight. A symmetric metric, such as BERTScore, gives "
+        "both the same mean utility, and the first source is taken. Add a source, or --weights"
+    )
 
 
 def _images(folder: Path | None, file: "CaptionFile", scoring: Any) -> Mapping[str, Path] | None:
