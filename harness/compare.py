@@ -37,6 +37,8 @@ from harness.scoring import Rows
 LEVEL = 0.05
 PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time stay in memory
 ARRAYS = "arrays.npz"
+SCORED = {"captions": "score-after", "concepts": "score-concepts"}
+"""The step with the scores of a run, by its task."""
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error)
 """The exceptions of numpy and zipfile for a damaged file of arrays."""
 SMALL = 200
@@ -299,19 +301,23 @@ def _corrected(found: Sequence[Difference]) -> list[Difference]:
 
 
 def read_run(folder: Path, label: str) -> System:
-    """The validation scores of a run after post-processing, from its score step.
+    """The validation scores of a run: of its captions after post-processing, or of its concepts.
 
     Raises `UserError` if the folder is not a run, or if its scores lack the numbers per image.
     """
     record = records.read(folder)
-    table = records.step_file(folder, record, "score-after", "scores.json")
+    return _system(folder, record, label, SCORED[records.task_of(record)])
+
+
+def _system(folder: Path, record: records.Record, label: str, step: str) -> System:
+    table = records.step_file(folder, record, step, "scores.json")
     if table is None:
         unscored = record.get("unscored", {}).get("valid")
         why = unscored or (record.get("failure") or {}).get("reason")
         what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
         hint = "Compare runs that learn from train alone." if unscored else f"Finish it: {record['command']}"
         raise UserError([Problem(what, folder, hint=hint)])
-    if (file := records.step_file(folder, record, "score-after", ARRAYS)) is None:
+    if (file := records.step_file(folder, record, step, ARRAYS)) is None:
         what = "scored by an older version, without the numbers per image that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
     result = records.scores(table, record)
@@ -348,11 +354,15 @@ def on_half(system: System, wanted: str) -> System:
 def record_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
     """A run's record with the scores after post-processing, and the image gap, of one half of validation.
 
-    They come from the numbers per image that scoring left, so records of earlier versions have them too. The
-    gap is that of ROUGE-1, among the images of this half. Raises `UserError` if the run has no such numbers.
+    A run of concepts has the scores of its concepts instead, and no image gap. The scores come from the
+    numbers per image that scoring left, so records of earlier versions have them too. The gap is that of
+    ROUGE-1, among the images of this half. Raises `UserError` if the run has no such numbers.
     """
     system = on_half(read_run(folder, folder.name), wanted)
     scores = {name: score.as_dict() for name, score in system.scores.items()}
+    if records.task_of(record) == "concepts":
+        concepts = {**record["concepts"], "scores": {"valid": scores}}
+        return {**record, "concepts": concepts, "image_gap": {"rouge1": {}}, "half": wanted}
     gap = gap_on_half(folder, record, wanted)
     return {**record, "scores": {"valid": {"after": scores}}, "image_gap": gap, "half": wanted}
 
