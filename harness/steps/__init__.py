@@ -2,6 +2,7 @@
 
 from harness.steps.base import Step
 from harness.steps.consensus import Consensus
+from harness.steps.detect import Detect
 from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
 from harness.steps.prompts import Prompts
@@ -24,5 +25,6 @@ STEPS: tuple[type[Step], ...] = (
     Predict,
     Consensus,
     Postprocess,
+    Detect,
     Score,
 )

@@ -54,7 +54,7 @@ class Plan:
     @property
     def splits(self) -> list[str]:
         """The configured splits that have images."""
-        return [split for split in self.config.captioned if self.data.splits.get(split)]
+        return [split for split in self.config.predicted if self.data.splits.get(split)]
 
     @property
     def submitted(self) -> dict[str, Step]:
