@@ -187,7 +187,7 @@ def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
     """What the section `concepts` lacks, each as a message and its keys."""
     concepts = config.concepts
     learned = [
-        n for n, one in enumerate(config.train.stages) if one.epochs and getattr(one.losses, "concepts", 0)
+        n for n, one in enumerate(config.train.stages) if one.epochs and one.losses.concepts
     ]
     if concepts is None:
         for number in learned:

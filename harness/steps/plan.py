@@ -152,7 +152,7 @@ class Plan:
 
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
-    of_model = model_problems(config.model, config.train) if config.has_model else []
+    of_model = model_problems(config.model, config.train, config.captions) if config.has_model else []
     if not config.captions:
         return of_model
     chosen_by = choosing(config).metrics if config.trains or config.soup else ()
@@ -241,6 +241,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
         return {"train": f"to do, but its epochs are not known yet: {why}"}
     if why := config.trains and origins.waiting(plan):
         return {"train": f"to do, but the weights that it starts from are not known yet: {why}"}
+    if why := epochs.missing(plan):
+        return {"combine": f"to do, but what it combines is not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 
