@@ -326,9 +326,13 @@ def task_of(record: Record) -> str:
 
 
 def on_valid(record: Record) -> dict[str, Any]:
-    """The validation scores of what a run submits: captions after post-processing, or else concepts."""
+    """The validation scores of what a run submits: captions after post-processing, or else concepts.
+
+    Those of concepts are called `concept_f1` and `concept_f1_secondary`, as in MLflow.
+    """
     if task_of(record) == "concepts":
-        return (record.get("concepts") or {}).get("scores", {}).get("valid", {})
+        found = (record.get("concepts") or {}).get("scores", {}).get("valid", {})
+        return {f"concept_{name}": score for name, score in found.items()}
     return record["scores"].get("valid", {}).get("after", {})
 
 

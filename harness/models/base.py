@@ -118,8 +118,8 @@ class Captioner(Protocol):
         """Training losses of one micro-batch; the image encoder runs once for all of them.
 
         `pixels` of B images are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
-        ids, mask and labels, each (B, T), labels -100 for tokens without a loss. `concepts`, uint8 (B, L), are
-        the images' labels; they are given only for the loss `concepts`.
+        ids, mask and labels, each (B, T), labels -100 for tokens without a loss. `concepts`, uint8 (B, L),
+        are the images' labels, and are given only for the loss `concepts`.
         """
 
     def decoder(

@@ -21,6 +21,7 @@ from harness.machine import ranks
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predictors import PREDICTORS
+from harness.steps.work import labels
 
 if TYPE_CHECKING:
     from harness.steps.plan import Plan
@@ -78,23 +79,15 @@ class Detect(Step):
         return {f"concepts/{self.part}{SHOWN if self.alone else '_own.npz'}": PROBABILITIES}
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        about = {"predictor": self.inputs.config.concepts.predictor, "labels": len(self._labels)}
+        about = {"predictor": self.inputs.config.concepts.predictor, "labels": len(labels(self.inputs))}
         return {"concepts": (record["concepts"] or {}) | about}
 
     def build(self, work: "Work", directory: Path) -> None:
-        labels = self._labels
-        if not labels:
-            fewest = self.inputs.config.concepts.min_images
-            what = f"no concept has {fewest} or more training images, so there is none to predict"
-            raise UserError([Problem(what, key="concepts.min_images")], exit_code=1)
-        found = PREDICTORS[self.inputs.config.concepts.predictor].predict(self, work, labels)
+        known = labels(self.inputs)
+        found = PREDICTORS[self.inputs.config.concepts.predictor].predict(self, work, known)
         if ranks.rank() == 0:
             ids = tuple(example.id for example in self.inputs.data.readable(self.part))
-            write_probabilities(directory / PROBABILITIES, Probabilities(labels, ids, found))
-
-    @property
-    def _labels(self) -> tuple[str, ...]:
-        return labels_of(self.inputs.data.readable("train"), self.inputs.config.concepts.min_images)
+            write_probabilities(directory / PROBABILITIES, Probabilities(known, ids, found))
 
 
 class Combine(Step):
@@ -120,8 +113,8 @@ class Combine(Step):
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         standin = record["standin_model"] or self.inputs.facts["standin"]
-        labels = read_probabilities(self.directory / PROBABILITIES).labels
-        about = {"predictor": "ensemble", "labels": len(labels)}
+        known = read_probabilities(self.directory / PROBABILITIES).labels
+        about = {"predictor": "ensemble", "labels": len(known)}
         return {"standin_model": standin, "concepts": (record["concepts"] or {}) | about}
 
     def build(self, work: "Work", directory: Path) -> None:
@@ -132,20 +125,20 @@ class Combine(Step):
         files = [step.directory / PROBABILITIES for step in self.inputs.steps]
         files += files_of_runs(self.inputs, SHOWN, self.part)
         given = [read_probabilities(file, ids=ids) for file in files]
-        labels, several, notes = aligned(given, names)
+        known, several, notes = aligned(given, names)
         for note in notes:
             work.say(note)
         mean = ensembles.mean(several, weights)
-        order = in_order(labels, self.inputs)
-        place = {cui: number for number, cui in enumerate(labels)}
+        order = in_order(known, self.inputs)
+        place = {cui: number for number, cui in enumerate(known)}
         found = Probabilities(order, tuple(ids), mean[:, [place[cui] for cui in order]])
         write_probabilities(directory / PROBABILITIES, found)
 
 
-def in_order(labels: Sequence[str], inputs: Inputs) -> tuple[str, ...]:
+def in_order(concepts: Sequence[str], inputs: Inputs) -> tuple[str, ...]:
     """These concepts, those of most training images first; then those of none, by CUI."""
     rank = {cui: place for place, cui in enumerate(labels_of(inputs.data.readable("train"), 1))}
-    return tuple(sorted(set(labels), key=lambda cui: (rank.get(cui, len(rank)), cui)))
+    return tuple(sorted(set(concepts), key=lambda cui: (rank.get(cui, len(rank)), cui)))
 
 
 def of_runs(plan: "Plan", kind: str, split: str) -> dict[str, Any]:

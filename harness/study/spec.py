@@ -34,7 +34,7 @@ from harness.study.space import (
 _TRAINED = (f"train.{key}" for key in train.INDIFFERENT)
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *_TRAINED)
 """Keys of the base that may change during a study."""
-CONCEPT_SCORES = ("f1", "f1_secondary")
+CONCEPT_SCORES = ("concept_f1", "concept_f1_secondary")
 """The scores of `task: concepts`, the primary one first."""
 ADDRESS = re.compile(
     r"postgresql(\+psycopg)?://"
@@ -82,7 +82,7 @@ class StudyConfig(Section):
     objective: tuple[str, ...] = ("bertscore",)
     """The validation score to maximise, after post-processing; several scores give a Pareto front.
 
-    With `task: concepts` in the base it is f1 by default.
+    With `task: concepts` in the base it is concept_f1 by default.
     """
     half: Literal["tune"] | None = None
     """tune: the objective is the score on half of the validation images. The best trial is also reported on

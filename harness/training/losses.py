@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from harness.models.base import Losses
 
 Loss = Callable[["Losses", Mapping[str, int], float], "Tensor"]
-"""(the model's losses of a micro-batch, tokens, samples or images of the whole step by loss, weight) -> scalar."""
+"""(the model's losses of a micro-batch, by loss the tokens, samples or images of the whole step, weight)
+-> scalar."""
 
 
 def caption(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
