@@ -38,7 +38,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     searched = config.retrieval or longest_prompt(config.model.prompt)
     trained = ("train", "valid") if config.trains else ("train",) if searched else ()
     trained = (*trained, "valid") if config.soup else trained
-    wanted = dict.fromkeys([*trained, *config.captioned] if config.has_model else ())
+    wanted = dict.fromkeys([*trained, *config.predicted] if config.has_model else ())
     sides = {split: [side] for split in wanted}
     built_from = family(config.model).built_from(config.model) if config.has_model else None
     if built_from:
