@@ -20,6 +20,7 @@ from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
+CAPTIONS, CONCEPTS = "captions", "concepts"
 ON_VALID = "trained on validation images"
 """Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
 Record = Mapping[str, Any]
@@ -325,6 +326,14 @@ def task_of(record: Record) -> str:
     return record["config"].get("task", "captions")
 
 
+def tasks_of(record: Record) -> list[str]:
+    """The tasks of a run: captions, concepts, or captions with concepts beside them."""
+    if task_of(record) == CONCEPTS:
+        return [CONCEPTS]
+    beside = record["config"].get("concepts") or record.get("concepts")
+    return [CAPTIONS, CONCEPTS] if beside else [CAPTIONS]
+
+
 def on_valid(record: Record) -> dict[str, Any]:
     """The validation scores of what a run submits: captions after post-processing, or else concepts.
 
@@ -466,6 +475,28 @@ def per_image(file: Path, record: Record) -> dict[str, dict[str, str]]:
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise damaged(file, record, f"can't be read: {error}") from None
     return rows
+
+
+def per_concept_image(
+    file: Path, record: Record
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...], float]]:
+    """By id, the predicted and the true concepts of an image and its F1, as scoring concepts wrote them.
+
+    Raises `UserError` if they can't be read.
+    """
+    try:
+        return {row["ID"]: _detected(row) for row in read_rows(file)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read as scores of concepts: {error}") from None
+
+
+def _detected(row: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+    predicted, true = (
+        tuple(dict.fromkeys(filter(None, row[name].split(";")))) for name in ("prediction", "reference")
+    )
+    if not 0 <= (f1 := float(row["f1"])) <= 1:
+        raise ValueError(f"an F1 of {row['f1']}")
+    return predicted, true, round(f1, 4)
 
 
 def scores(file: Path, record: Record) -> dict[str, Any]:

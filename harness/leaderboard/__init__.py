@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.leaderboard.entries import (
-    CONCEPTS,
     SPLITS,
     STANDINGS,
     TASKS,
@@ -23,6 +22,7 @@ from harness.leaderboard.entries import (
 )
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
+from harness.records import CONCEPTS
 from harness.store import fingerprint, write
 from harness.tracking.server import failure_of, mirrored_as, status_of
 

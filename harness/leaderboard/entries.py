@@ -20,6 +20,7 @@ from harness.config.editions import EDITIONS
 from harness.data import fraction
 from harness.data.halves import HELD, TUNE
 from harness.errors import Problem, UserError
+from harness.records import CAPTIONS, CONCEPTS
 from harness.tracking.server import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
@@ -27,7 +28,6 @@ _NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", 
 NOT_METRICS = ("rank", "team", "run", "source")
 SCORE_KEYS = ("value", "low", "high", "n", "official", "signature", "reason")
 SPLITS = {"valid": "validation", "test": "test"}
-CAPTIONS, CONCEPTS = "captions", "concepts"
 TASKS = (CAPTIONS, CONCEPTS)
 F1, SECONDARY, WHOLE = "f1", "f1_secondary", "f1_whole"
 """The scores of concepts; `WHOLE` is the F1 on all of validation, beside that on a half."""
@@ -165,16 +165,8 @@ def editions(
 ) -> list[int]:
     """The editions that have official standings or runs of a task."""
     found = _records(runs, trials)[0]
-    with_runs = {record["edition"] for _, record in found if task in tasks_of(record)}
+    with_runs = {record["edition"] for _, record in found if task in records.tasks_of(record)}
     return [year for year in EDITIONS if year in with_runs or _file(standings, year, task).exists()]
-
-
-def tasks_of(record: Mapping[str, Any]) -> list[str]:
-    """The tasks of a run; runs of earlier versions have captions."""
-    config = record["config"]
-    if config.get("task", CAPTIONS) == CONCEPTS:
-        return [CONCEPTS]
-    return [CAPTIONS, CONCEPTS] if config.get("concepts") or record.get("concepts") else [CAPTIONS]
 
 
 def concept_scores(record: Mapping[str, Any], split: str, half: str | None) -> dict[str, dict[str, Any]]:
@@ -186,8 +178,9 @@ def concept_scores(record: Mapping[str, Any], split: str, half: str | None) -> d
     whole = concepts.get("scores", {}).get(split, {})
     if split != "valid" or F1 not in whole:
         return whole
-    tuned = {"tuned": (concepts.get("thresholds") or {}).get("chosen_on") == TUNE}
-    return concepts.get("halves", {}).get(half, {}) | {WHOLE: whole[F1] | tuned}
+    tuned = (concepts.get("thresholds") or {}).get("chosen_on") == TUNE
+    tuned = tuned or concepts.get("predictor") == "votes"  # of runs, which may each have chosen theirs
+    return concepts.get("halves", {}).get(half, {}) | {WHOLE: whole[F1] | {"tuned": tuned}}
 
 
 def _primary(edition: int, task: str) -> str | None:
@@ -216,7 +209,7 @@ def board(
         known = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {known}", key="--edition")])
     found, left_out = _records(runs, trials)
-    ours = [one for one in found if one[1]["edition"] == edition and task in tasks_of(one[1])]
+    ours = [one for one in found if one[1]["edition"] == edition and task in records.tasks_of(one[1])]
     if task == CONCEPTS:
         entries = _concept_entries(ours, half)
         half = half or HELD
