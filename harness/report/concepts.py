@@ -26,7 +26,8 @@ def as_dict(
     own = run.record.get("concepts") or {}
     names = images.concept_names if images else {}
     predicted, true = ([lists.get(key, ()) for key in found.ids] for lists in (found.predicted, found.true))
-    shown = [key for key in found.ids if key not in set(pictured)]
+    have = set(pictured)
+    shown = [key for key in found.ids if key not in have]
     links, thumbnails = gallery.pictures(shown, images, page)
     table = worst_first(per_concept(predicted, true, names)) if found.true else _unscored(found, names)
     return {
