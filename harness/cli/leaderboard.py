@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from harness.leaderboard import Board, Entry
 
 
+TUNED = "† on all of validation: the half tune of it chose the thresholds, the half held did not"
+
+
+class Task(StrEnum):
+    """What is predicted."""
+
+    captions = "captions"
+    concepts = "concepts"
+
+
 class BoardFormat(StrEnum):
     """How the leaderboard is given."""
 
@@ -27,6 +37,9 @@ class BoardFormat(StrEnum):
 def leaderboard(
     edition: Annotated[
         int | None, typer.Option(help="Year of the edition; by default all with standings or runs.")
+    ] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Captions or concepts alone; by default both, where there are any.")
     ] = None,
     output: Annotated[
         BoardFormat, typer.Option("--format", help="html writes leaderboard/index.html.")
@@ -43,8 +56,13 @@ def leaderboard(
     from harness import leaderboard as boards
     from harness.store import RUNS
 
-    years = [edition] if edition is not None else boards.editions(RUNS, trials=everything)
-    found = [boards.board(year, RUNS, trials=everything, half=half) for year in years]
+    found = []
+    for name in [task.value] if task else boards.TASKS:
+        years = boards.editions(RUNS, trials=everything, task=name)
+        if edition is not None:
+            asked = task is not None or name != boards.CONCEPTS or edition in years
+            years = [edition] if asked else []
+        found += [boards.board(year, RUNS, trials=everything, half=half, task=name) for year in years]
     for problem in dict.fromkeys(problem for board in found for problem in board.left_out):
         Terminal().say(f"left out: {problem}")
     if output is BoardFormat.html:
@@ -69,23 +87,30 @@ def _print(boards: Sequence["Board"]) -> None:
         ranked = [e for e in board.entries if not e.apart and e.split == "valid"]
         if ranked:
             where = f"validation{_half(board)} (ranked among each other)"
-            _runs(screen, board, ranked, f"{board.edition}: our runs, {where}")
+            _runs(screen, board, ranked, f"{_title(board)}: our runs, {where}")
         for split, word in SPLITS.items():
             apart = [e for e in board.entries if e.apart and e.split == split]
             if apart:
-                _runs(screen, board, apart, f"{board.edition}: our runs, {word}{_half(board)}, not ranked")
+                where = word + (_half(board) if split == "valid" else "")
+                _runs(screen, board, apart, f"{_title(board)}: our runs, {where}, not ranked")
                 _why(screen, apart)
         _seeds(screen, board)
         for entry in board.entries:
             for line in (*_origin(board, entry), *_beaten(board, entry)):
                 screen.print(line)
         if not board.entries:
-            screen.print(f"{board.edition}: no runs yet")
+            screen.print(f"{_title(board)}: no runs yet")
     if any(_starred(entry) for board in boards for entry in board.entries):
         screen.print(NOT_COMPARABLE)
+    if any(score.get("tuned") for board in boards for e in board.entries for score in e.scores.values()):
+        screen.print(TUNED)
     for warning in filter(None, dict.fromkeys(map(_few, boards))):
         screen.print(warning)
     screen.print("As a page: python -m harness leaderboard --format html")
+
+
+def _title(board: "Board") -> str:
+    return str(board.edition) if board.task == "captions" else f"{board.edition} {board.task}"
 
 
 def _half(board: "Board") -> str:
@@ -96,28 +121,36 @@ def _few(board: "Board") -> str | None:
     """A warning if the smallest of the halves has few images."""
     from harness.compare import few_images
 
-    counts = [score["n"] for entry in board.entries for score in entry.scores.values()]
+    counts = [score["n"] for entry in board.entries for score in _whole(board, entry)]
     few = few_images(min(counts), board.half) if board.half and counts else None
     return few and f"warning: {few}"
+
+
+def _whole(board: "Board", entry: "Entry") -> list[Any]:
+    """The scores of an entry over all images of the half; the secondary F1 leaves some out."""
+    if board.task == "captions":
+        return list(entry.scores.values())
+    return [score for name, score in entry.scores.items() if name == board.primary]
 
 
 def _standings(screen: Any, board: "Board") -> None:
     """Print the official rows and our runs on test in one table."""
     ours = [e for e in board.entries if e.split == "test" and not e.apart]
     if not board.standings and not ours:
-        screen.print(f"{board.edition}: no official standings at hand")
+        screen.print(f"{_title(board)}: no official standings at hand")
         return
-    table = _table(board, f"{board.edition}: official standings, test (the {len(board.standings)} at hand)")
-    last = max((row.rank for row in board.standings), default=0)
+    table = _table(board, f"{_title(board)}: official standings, test (the {len(board.standings)} at hand)")
+    last = max((row.rank for row in board.standings if row.rank), default=0)
     lines = [
-        (row.rank, False, [str(row.rank), row.team, row.run, *_official(board, row)])
+        (row.scores[board.primary], False, [str(row.rank or "-"), row.team, row.run, *_official(board, row)])
         for row in board.standings
     ]
     for entry in ours:
         rank = board.rank(entry)
-        cells = [f"({rank})" if rank else f"(>{last})", entry.record["name"], entry.run]
-        lines.append((rank or last + 1, True, [*cells, *_cells(board, entry)]))
-    for _, _, cells in sorted(lines, key=lambda line: (line[0], not line[1])):
+        place = f"({rank})" if rank else f"(>{last})" if last and board.is_last(entry) else "-"
+        cells = [place, entry.record["name"], entry.run, *_cells(board, entry)]
+        lines.append((entry.value(board.primary), True, cells))
+    for _, _, cells in sorted(lines, key=lambda line: (-line[0], not line[1])):
         table.add_row(*cells)
     screen.print(table)
 
@@ -150,7 +183,7 @@ def _seeds(screen: Any, board: "Board") -> None:
     groups = over_seeds(board)
     if not groups:
         return
-    title = f"{board.edition}: over seeds{_half(board)}, mean ± standard deviation (not ranked)"
+    title = f"{_title(board)}: over seeds{_half(board)}, mean ± standard deviation (not ranked)"
     names = [name for name in board.metrics if any(name in group["scores"] for group in groups)]
     table = Table("name", "variant", "split", "seeds", title=title, title_justify="left")
     for name in names:
@@ -166,7 +199,8 @@ def _seeds(screen: Any, board: "Board") -> None:
 def _mean(score: dict[str, Any] | None) -> str:
     if score is None or score["mean"] is None:
         return "-"
-    return f"{score['mean']:.4f}{'' if score['official'] else '*'}\n±{score['sd']:.4f}"
+    marks = ("" if score["official"] else "*") + ("†" if score.get("tuned") else "")
+    return f"{score['mean']:.4f}{marks}\n±{score['sd']:.4f}"
 
 
 def _starred(entry: "Entry") -> bool:
@@ -185,7 +219,8 @@ def _table(board: "Board", title: str) -> Any:
 def _cells(board: "Board", entry: "Entry") -> list[str]:
     from harness.cli.tables import cell
 
-    return [cell(entry.scores.get(name)) for name in board.metrics]
+    scores = [entry.scores.get(name) for name in board.metrics]
+    return [cell(score) + ("†" if score and score.get("tuned") else "") for score in scores]
 
 
 def _origin(board: "Board", entry: "Entry") -> list[str]:

@@ -2,16 +2,17 @@
 
 import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from harness.config.editions import EDITIONS
-from harness.config.sections import DataConfig, Section, Seed, summary
+from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
 from harness.steps import STEPS
+from harness.steps.detect import has_thresholds, voted
 from harness.store import run_name
 
 
@@ -23,6 +24,12 @@ class _Run(Section):
     """Name of the variant. A file sets it by `variants:`."""
     seed: Seed = 42
     """Seed of the run. A file gives several runs by `seeds:`."""
+    task: Literal["captions", "concepts"] = "captions"
+    """What is predicted, scored and submitted. concepts: the CUIs of each image, as `concepts` says.
+
+    A caption experiment with the section `concepts` does both. With `task: concepts` there are no captions:
+    of `predict` only `splits` counts, and of `score` only `bootstrap`.
+    """
     edition: Literal[*EDITIONS] = 2023
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
@@ -74,7 +81,7 @@ class Config(_Steps):
             what = f"num_return_sequences is {self.predict.num_return_sequences}, but there are only "
             what += f"{self.predict.num_beams} beams; lower it or raise num_beams"
             raise AcrossKeys(what, "predict.num_return_sequences", "predict.num_beams")
-        if not self.has_model and not self.consensus.runs:
+        if self.consensus and not self.has_model and not self.consensus.runs:
             raise AcrossKeys(
                 "own is 0 and runs is empty; there are no candidates", "consensus.runs", "consensus.own"
             )
@@ -91,8 +98,8 @@ class Config(_Steps):
         if self.full_fit and best:
             what = "start is best, but data.fit_on has valid, so there are no validations; write last"
             raise AcrossKeys(what, f"train.stages.{best[0]}.start", "data.fit_on")
-        if self.predict.splits and not self.captioned:
-            what = "data.fit_on has valid, so only test can be captioned, but predict.splits lacks it"
+        if self.predict.splits and not self.predicted:
+            what = "data.fit_on has valid, so only test can be predicted, but predict.splits lacks it"
             raise AcrossKeys(what, "predict.splits", "data.fit_on")
         if self.train.epochs_of and not self.full_fit:
             what = "epochs_of needs data.fit_on: [train, valid]"
@@ -109,9 +116,32 @@ class Config(_Steps):
             raise AcrossKeys(what, "predict.splits", "train.stages")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _concepts_are_predicted(cls, given: Any) -> Any:
+        """With `task: concepts` an unwritten section `concepts` is the default one."""
+        if isinstance(given, Mapping) and given.get("task") == "concepts" and given.get("concepts") is None:
+            return {**given, "concepts": {}}
+        return given
+
+    @model_validator(mode="after")
+    def _concepts_can_be_predicted(self) -> "Config":
+        conflicts = [*_beside_concepts(self), *_concepts(self)]
+        if conflicts:
+            what, *keys = conflicts[0]
+            raise AcrossKeys(what, *keys)
+        return self
+
+    @property
+    def captions(self) -> bool:
+        """Whether the run predicts captions."""
+        return self.task == "captions"
+
     @property
     def has_model(self) -> bool:
-        """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
+        """Whether the run predicts with a model of its own; an ensemble of other runs alone has none."""
+        if not self.captions:
+            return self.concepts.own > 0
         return self.consensus is None or self.consensus.own > 0
 
     @property
@@ -125,14 +155,71 @@ class Config(_Steps):
         return "valid" in self.data.fit_on
 
     @property
-    def captioned(self) -> tuple[str, ...]:
-        """The splits of `predict.splits` that the run captions."""
+    def predicted(self) -> tuple[str, ...]:
+        """The splits of `predict.splits` that the run predicts."""
         return tuple(split for split in self.predict.splits if split != "valid" or not self.full_fit)
 
     @property
     def run_name(self) -> str:
         """The name of this run in its experiment."""
         return run_name(self.variant, self.seed)
+
+
+def _beside_concepts(config: Config) -> Iterator[tuple[str, ...]]:
+    """The sections that need captions in a run of `task: concepts`, each as a message and its keys."""
+    if config.captions:
+        return
+    for name, does, instead in (
+        ("consensus", "chooses among captions", "concepts.runs is an ensemble of concepts"),
+        ("retrieval", "takes captions of training images", "concepts.predictor: knn takes their concepts"),
+        ("soup", "averages weights by scores of captions", "concepts.runs is an ensemble of concepts"),
+        ("postprocess", "changes captions", "leave it out"),
+    ):
+        if getattr(config, name) != type(config).model_fields[name].get_default():
+            yield f"{does}, but task is concepts; {instead}", name, "task"
+    for number, stage in enumerate(config.train.stages):
+        if stage.epochs and stage.losses.reward:
+            what = "the loss reward scores captions, but task is concepts; it takes the losses of the family"
+            yield what, f"train.stages.{number}.losses.reward", "task"
+
+
+def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
+    """What the section `concepts` lacks, each as a message and its keys."""
+    concepts = config.concepts
+    learned = [n for n, one in enumerate(config.train.stages) if one.epochs and one.losses.concepts]
+    if concepts is None:
+        for number in learned:
+            what = "the loss concepts needs the section concepts; write concepts: {} for its defaults"
+            yield what, f"train.stages.{number}.losses.concepts", "concepts"
+        return
+    if not concepts.own:
+        return
+    if config.full_fit and has_thresholds(concepts):
+        yield from _without_valid(config)
+    if concepts.predictor == "from_captions":
+        if not config.captions:
+            what = "from_captions reads the captions of this run, but task is concepts; use another predictor"
+            yield what, "concepts.predictor", "task"
+        elif config.predicted and "valid" not in config.predicted and not config.full_fit:
+            what = "thresholds are chosen on valid, but predict.splits lacks it, so it has no captions"
+            yield what, "predict.splits", "concepts.predictor"
+    elif not config.has_model:
+        what = f"{concepts.predictor} needs this run's model, but consensus.own is 0; use 1 or more"
+        yield what, "consensus.own", "concepts.predictor"
+    elif concepts.predictor == "classifier" and not (config.trains and learned):
+        what = "the classifier needs a stage with the loss concepts, such as losses: {concepts: 1}"
+        yield what, "concepts.predictor", "train.stages"
+
+
+def _without_valid(config: Config) -> Iterator[tuple[str, ...]]:
+    """The thresholds that a run can't have that learns from validation images."""
+    concepts = config.concepts
+    if concepts.runs and not voted(concepts):
+        what = "the thresholds of a mean are chosen on valid, which data.fit_on has; use votes"
+        yield what, "concepts.combine", "data.fit_on"
+    elif concepts.thresholds.start == AUTO and not config.train.epochs_of:
+        what = "auto chooses on valid, which data.fit_on has; give a number, or a run in train.epochs_of"
+        yield what, "concepts.thresholds.start", "data.fit_on"
 
 
 def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ rule is Eikema and Aziz's (2022): argmax over candidates c of the mean over cand
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
@@ -41,14 +41,26 @@ class SourceConfig(Section):
     """Its weight in the mean utility."""
 
 
-def _named(value: Any) -> Any:
+Source = TypeVar("Source", bound=SourceConfig)
+
+
+def named(value: Any) -> Any:
+    """A source from its name alone."""
     return {"run": value} if isinstance(value, str) else value
+
+
+def distinct(runs: tuple[Source, ...]) -> tuple[Source, ...]:
+    """The runs; raises `ValueError` if one is named twice."""
+    names = [source.run for source in runs]
+    if again := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{', '.join(again)} is named twice; give it a weight of 2 instead")
+    return runs
 
 
 class ConsensusConfig(Section):
     """Choose for each image the candidate that agrees best with all its candidates; `null` turns it off."""
 
-    runs: tuple[Annotated[SourceConfig, BeforeValidator(_named)], ...] = ()
+    runs: tuple[Annotated[SourceConfig, BeforeValidator(named)], ...] = ()
     """Finished runs with the same images whose captions, before post-processing, are candidates too.
 
     A name alone has the weight 1.
@@ -61,10 +73,7 @@ class ConsensusConfig(Section):
     @field_validator("runs")
     @classmethod
     def _distinct(cls, runs: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        names = [source.run for source in runs]
-        if again := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ValueError(f"{', '.join(again)} is named twice; give it a weight of 2 instead")
-        return runs
+        return distinct(runs)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.config.editions import EDITIONS
 from harness.leaderboard.entries import (
     SPLITS,
     STANDINGS,
+    TASKS,
+    WHOLE,
     Board,
     Entry,
     Standing,
@@ -21,11 +22,15 @@ from harness.leaderboard.entries import (
 )
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
+from harness.records import CONCEPTS
 from harness.store import fingerprint, write
 from harness.tracking.server import failure_of, mirrored_as, status_of
 
 __all__ = [
+    "CONCEPTS",
     "SPLITS",
+    "TASKS",
+    "WHOLE",
     "Board",
     "Entry",
     "Standing",
@@ -44,12 +49,16 @@ PAGE = "index.html"
 
 
 def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
-    """The board as JSON-like values; links are relative to the folder `page`."""
+    """The board as JSON-like values; links are relative to the folder `page`.
+
+    Only a board of concepts has a `task`: programs that read captions find what they always found.
+    """
     return {
+        **({"task": board.task} if board.task == CONCEPTS else {}),
         "edition": board.edition,
         "primary": board.primary,
         "half": board.half,
-        "ranking": EDITIONS[board.edition].ranking,
+        "ranking": board.ranking,
         "metrics": board.metrics,
         "standings": [vars(row) for row in board.standings],
         "runs": [_entry(board, entry, page) for entry in board.entries],
@@ -92,7 +101,8 @@ def _spread(group: Sequence[Entry], metric: str) -> dict[str, Any]:
         return {"mean": None, "reason": "the seeds have different signatures or numbers of images"}
     values = [score["value"] for score in scores]
     found = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
-    return found | {key: scores[0][key] for key in ("n", "official", "signature")}
+    shared = ("n", "official", "signature", "tuned")
+    return found | {key: scores[0][key] for key in shared if key in scores[0]}
 
 
 def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
         "apart": entry.apart,
         "scores": {metric: entry.score(metric) for metric in entry.scores},
         "beats": board.beats(entry),
-        "image_gap": (record["image_gap"] or {}).get("rouge1") if entry.split == "valid" else None,
+        "image_gap": _gap(entry),
         "seed": record["seed"],
         "status": status_of(record, None),
         "failure": failure_of(record),
@@ -121,6 +131,13 @@ def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
         },
         "mlflow": _mlflow(entry),
     }
+
+
+def _gap(entry: Entry) -> dict[str, Any] | None:
+    """The image gap of captions on validation."""
+    if entry.task == CONCEPTS or entry.split != "valid":
+        return None
+    return (entry.record["image_gap"] or {}).get("rouge1")
 
 
 def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
@@ -156,10 +173,11 @@ _COLUMNS += ("config.yaml", "report.html", "mlflow", "source")
 def rows(boards: Sequence[Board]) -> list[list[Any]]:
     """The boards as CSV rows with a header: one row for each metric of a team, a run or a group of seeds.
 
-    Links are relative to the working folder.
+    Links are relative to the working folder. With a board of concepts, the last column is the task.
     """
-    found = (row for board in boards for row in _rows(board))
-    return [list(_COLUMNS), *([row.get(column) for column in _COLUMNS] for row in found)]
+    columns = [*_COLUMNS, "task"] if any(board.task == CONCEPTS for board in boards) else list(_COLUMNS)
+    found = (row | {"task": board.task} for board in boards for row in _rows(board))
+    return [columns, *([row.get(column) for column in columns] for row in found)]
 
 
 def _rows(board: Board) -> Iterator[dict[str, Any]]:
@@ -170,22 +188,27 @@ def _rows(board: Board) -> Iterator[dict[str, Any]]:
             yield team | {"metric": metric, "value": value}
     for entry in board.entries:
         run = _entry(board, entry, Path())
-        run |= {"edition": board.edition, "half": board.half, "kind": "run", "name": run["experiment"]}
+        run |= {"edition": board.edition, "kind": "run", "name": run["experiment"]}
         run |= run["links"]
         run["mlflow"] = " ".join(place["link"] or place["run"] for place in run["mlflow"])
         for metric, score in run["scores"].items():
-            yield run | score | {"metric": metric}
+            yield run | score | {"metric": metric, "half": _half(board, entry.split, metric)}
     for group in over_seeds(board):
         mean = {
             "edition": board.edition,
             "split": group["split"],
-            "half": board.half,
             "kind": "seeds",
             "name": group["experiment"],
         }
         mean |= {"run": group["variant"], "seed": " ".join(map(str, group["seeds"]))}
         for metric, score in group["scores"].items():
-            yield mean | score | {"metric": metric, "value": score["mean"]}
+            half = _half(board, group["split"], metric)
+            yield mean | score | {"metric": metric, "value": score["mean"], "half": half}
+
+
+def _half(board: Board, split: str, metric: str) -> str | None:
+    """The half of validation that a score is of."""
+    return None if split == "test" or metric == WHOLE else board.half
 
 
 def write_page(boards: Sequence[Board], folder: Path = STANDINGS) -> Path:

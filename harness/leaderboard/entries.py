@@ -3,6 +3,9 @@
 Official standings are scores on the test split; the organisers keep its captions. Runs score themselves on
 validation. The two are never ranked together. A run gets a rank only if the official checkpoint computed the
 edition's primary score, on the edition's own images, for captions by a real model.
+
+Captions and concepts have boards of their own. Thresholds of concepts are chosen on the half `tune` of
+validation, so runs are ranked by their F1 on the half `held`; the F1 of all of validation stands beside it.
 """
 
 import csv
@@ -15,7 +18,9 @@ from harness import records
 from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.data import fraction
+from harness.data.halves import HELD, TUNE
 from harness.errors import Problem, UserError
+from harness.records import CAPTIONS, CONCEPTS
 from harness.tracking.server import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
@@ -23,13 +28,19 @@ _NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", 
 NOT_METRICS = ("rank", "team", "run", "source")
 SCORE_KEYS = ("value", "low", "high", "n", "official", "signature", "reason")
 SPLITS = {"valid": "validation", "test": "test"}
+TASKS = (CAPTIONS, CONCEPTS)
+F1, SECONDARY, WHOLE = "f1", "f1_secondary", "f1_whole"
+"""The scores of concepts; `WHOLE` is the F1 on all of validation, beside that on a half."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A row of an edition's official standings: scores on the test split."""
+    """A row of an edition's official standings: scores on the test split.
 
-    rank: int
+    `rank` is None if the source does not give the place. A score that the source does not give is missing.
+    """
+
+    rank: int | None
     team: str
     run: str
     scores: Mapping[str, float]
@@ -38,16 +49,23 @@ class Standing:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run's scores on one split; `apart` is the reason why it has no rank, or None."""
+    """One run's scores on one split; `apart` is the reason why it has no rank, or None.
+
+    `half` is the half of validation that the scores of concepts are of.
+    """
 
     record: Mapping[str, Any]
     folder: Path
     split: str
     apart: str | None
+    task: str = CAPTIONS
+    half: str | None = None
 
     @property
     def scores(self) -> Mapping[str, Mapping[str, Any]]:
-        """The scores after post-processing, by metric."""
+        """The scores of captions after post-processing, or those of concepts, by metric."""
+        if self.task == CONCEPTS:
+            return concept_scores(self.record, self.split, self.half)
         return self.record["scores"].get(self.split, {}).get("after", {})
 
     @property
@@ -58,7 +76,10 @@ class Entry:
     def score(self, metric: str) -> dict[str, Any] | None:
         """The fields of a score that pages and files show; None if the run does not have the metric."""
         score = self.scores.get(metric)
-        return {key: score.get(key) for key in SCORE_KEYS} if score else None
+        if not score:
+            return None
+        shown = {key: score.get(key) for key in SCORE_KEYS}
+        return shown | {"tuned": True} if score.get("tuned") else shown
 
     def value(self, metric: str | None) -> float | None:
         """The score's value, official or not; None if it is absent."""
@@ -67,10 +88,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Board:
-    """One edition: its official standings and our runs, both in order.
+    """One task of one edition: its official standings and our runs, both in order.
 
     `left_out` are the problems of records that can't be read, of runs of any edition. With a `half`, `tune`
-    or `held`, all scores of our runs are those of this half of validation.
+    or `held`, all scores of our runs are those of this half of validation; boards of concepts have one.
     """
 
     edition: int
@@ -78,11 +99,17 @@ class Board:
     entries: Sequence[Entry]
     left_out: Sequence[Problem] = ()
     half: str | None = None
+    task: str = CAPTIONS
 
     @property
     def primary(self) -> str | None:
         """The metric that determines the rank."""
-        return EDITIONS[self.edition].primary
+        return _primary(self.edition, self.task)
+
+    @property
+    def ranking(self) -> str:
+        """How the organisers rank, in words."""
+        return f"by {F1}, highest first" if self.task == CONCEPTS else EDITIONS[self.edition].ranking
 
     @property
     def metrics(self) -> list[str]:
@@ -93,38 +120,76 @@ class Board:
     def rank(self, entry: Entry) -> int | None:
         """The entry's rank: on test the one it would have in the standings, on validation among our runs.
 
-        None if the entry is `apart`. Also None on test below all standings, because they lack the last teams.
+        None if the entry is `apart`. Also None on test if the standings lack the teams next to it, as they do
+        below the last one.
         """
         if entry.apart:
             return None
         own = entry.value(self.primary)
         if entry.split == "test":
-            others = [row.scores[self.primary] for row in self.standings]
-        else:
-            peers = [e for e in self.entries if e.split == entry.split and not e.apart]
-            others = [e.value(self.primary) for e in peers]
-        above = sum(other > own for other in others)
-        return None if entry.split == "test" and above == len(others) else above + 1
+            rest = [row for row in self.standings if row.scores[self.primary] <= own]
+            place = len(self.standings) - len(rest) + 1
+            best = max(rest, key=lambda row: row.scores[self.primary], default=None)
+            return place if best and best.rank == place else None
+        peers = [e for e in self.entries if e.split == entry.split and not e.apart]
+        return 1 + sum(e.value(self.primary) > own for e in peers)
+
+    def is_last(self, entry: Entry) -> bool:
+        """Whether a ranked entry's score on test is below all standings."""
+        own = entry.value(self.primary)
+        return all(row.scores[self.primary] > own for row in self.standings)
 
     def beats(self, entry: Entry) -> dict[str, list[str]]:
         """By metric, the teams whose test score the entry exceeds; official scores only.
 
-        Empty if `apart`, and for a half.
+        Empty if `apart`, and for a half; for concepts, for the half that chose the thresholds.
         A validation entry is compared across splits; the caller must tell the reader.
         """
-        if entry.apart or not self.standings or self.half:
+        if entry.apart or self.half not in ((None,) if self.task == CAPTIONS else (None, HELD)):
             return {}
         return {
-            metric: [row.team for row in self.standings if row.scores[metric] < score["value"]]
+            metric: self._below(metric, score["value"])
             for metric, score in entry.scores.items()
-            if score["official"] and score["value"] is not None and metric in self.standings[0].scores
+            if score["official"] and score["value"] is not None and self._known(metric)
         }
 
+    def _below(self, metric: str, value: float) -> list[str]:
+        return [row.team for row in self.standings if row.scores.get(metric, value) < value]
 
-def editions(runs: Path, standings: Path = STANDINGS, trials: bool = False) -> list[int]:
-    """The editions that have official standings or runs."""
-    with_runs = {record["edition"] for _, record in _records(runs, trials)[0]}
-    return [year for year in EDITIONS if year in with_runs or (standings / f"{year}.csv").exists()]
+    def _known(self, metric: str) -> bool:
+        return any(metric in row.scores for row in self.standings)
+
+
+def editions(
+    runs: Path, standings: Path = STANDINGS, trials: bool = False, task: str = CAPTIONS
+) -> list[int]:
+    """The editions that have official standings or runs of a task."""
+    found = _records(runs, trials)[0]
+    with_runs = {record["edition"] for _, record in found if task in records.tasks_of(record)}
+    return [year for year in EDITIONS if year in with_runs or _file(standings, year, task).exists()]
+
+
+def concept_scores(record: Mapping[str, Any], split: str, half: str | None) -> dict[str, dict[str, Any]]:
+    """The scores of a run's concepts by metric: on validation those of a half, and the F1 of all of it.
+
+    That F1 is `tuned` if thresholds were chosen on a part of these images.
+    """
+    concepts = record.get("concepts") or {}
+    whole = concepts.get("scores", {}).get(split, {})
+    if split != "valid" or F1 not in whole:
+        return whole
+    tuned = (concepts.get("thresholds") or {}).get("chosen_on") == TUNE
+    tuned = tuned or concepts.get("predictor") == "votes"  # of runs, which may each have chosen theirs
+    return concepts.get("halves", {}).get(half, {}) | {WHOLE: whole[F1] | {"tuned": tuned}}
+
+
+def _primary(edition: int, task: str) -> str | None:
+    return F1 if task == CONCEPTS else EDITIONS[edition].primary
+
+
+def _file(standings: Path, edition: int, task: str) -> Path:
+    """The file with the official standings of a task."""
+    return standings / (f"{edition}.csv" if task == CAPTIONS else f"{task}_{edition}.csv")
 
 
 def board(
@@ -133,29 +198,51 @@ def board(
     standings: Path = STANDINGS,
     trials: bool = False,
     half: str | None = None,
+    task: str = CAPTIONS,
 ) -> Board:
-    """Read an edition's standings and our runs of it, with the trials of studies if `trials`.
+    """Read an edition's standings and our runs of a task, with the trials of studies if `trials`.
 
-    With a `half`, `tune` or `held`, our scores are those of this half of validation. Raises `UserError` for
-    an unknown edition or faulty standings.
+    With a `half`, `tune` or `held`, our scores are those of this half of validation; without one, those of
+    concepts are of `held`. Raises `UserError` for an unknown edition or faulty standings.
     """
     if edition not in EDITIONS:
         known = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {known}", key="--edition")])
     found, left_out = _records(runs, trials)
+    ours = [one for one in found if one[1]["edition"] == edition and task in records.tasks_of(one[1])]
+    if task == CONCEPTS:
+        entries = _concept_entries(ours, half)
+        half = half or HELD
+    else:
+        entries, more = _caption_entries(ours, half)
+        left_out += more
+    # entries apart are not sorted by score, because their scores can't be compared
+    primary = _primary(edition, task)
+    entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
+    return Board(edition, read_standings(_file(standings, edition, task)), entries, left_out, half, task)
+
+
+def _caption_entries(
+    ours: Sequence[tuple[Path, dict[str, Any]]], half: str | None
+) -> tuple[list[Entry], list[Problem]]:
+    """The entries of runs with captions, and the problems of those that have no scores on the half."""
     entries = [
-        Entry(record, folder, split, _apart(record, split, edition))
-        for folder, record in found
-        if record["edition"] == edition
+        Entry(record, folder, split, _apart(record, split))
+        for folder, record in ours
         for split in (record["scores"] if half is None else ()) or ("valid",)
     ]
-    if half is not None:
-        entries, more = _on_half(entries, half)
-        left_out += more
-    primary = EDITIONS[edition].primary
-    # entries apart are not sorted by score, because their scores can't be compared
-    entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
-    return Board(edition, read_standings(standings / f"{edition}.csv"), entries, left_out, half)
+    return (entries, []) if half is None else _on_half(entries, half)
+
+
+def _concept_entries(ours: Sequence[tuple[Path, dict[str, Any]]], half: str | None) -> list[Entry]:
+    """The entries of runs with concepts; on validation with the scores of the half, by default `held`."""
+    entries = []
+    for folder, record in ours:
+        scored = (record.get("concepts") or {}).get("scores", {})
+        for split in (scored if half is None else ()) or ("valid",):
+            apart = _apart(record, split, CONCEPTS, half or HELD)
+            entries.append(Entry(record, folder, split, apart, CONCEPTS, half or HELD))
+    return entries
 
 
 def _on_half(entries: Sequence[Entry], half: str) -> tuple[list[Entry], list[Problem]]:
@@ -174,7 +261,8 @@ def _on_half(entries: Sequence[Entry], half: str) -> tuple[list[Entry], list[Pro
 def read_standings(file: Path) -> list[Standing]:
     """The official rows of an edition; empty if there is no file.
 
-    Raises `UserError` naming every row without a source or with a score that is not a number.
+    A row may lack its rank or the secondary F1, if its source does. Raises `UserError` naming every row
+    without a source or with another score that is not a number.
     """
     if not file.exists():
         return []
@@ -182,8 +270,10 @@ def read_standings(file: Path) -> list[Standing]:
     with file.open(encoding="utf-8", newline="") as text:
         for line, row in enumerate(csv.DictReader(text), 2):
             try:
-                scores = {name: float(value) for name, value in row.items() if name not in NOT_METRICS}
-                rows.append(Standing(int(row["rank"]), row["team"], row["run"], scores, row["source"]))
+                given = {name: value for name, value in row.items() if (name, value) != (SECONDARY, "")}
+                scores = {name: float(value) for name, value in given.items() if name not in NOT_METRICS}
+                rank = None if row["rank"] == "" else int(row["rank"])
+                rows.append(Standing(rank, row["team"], row["run"], scores, row["source"]))
             except (KeyError, TypeError, ValueError) as error:
                 problems.append(Problem(f"not a standing: {error}", file, line))
                 continue
@@ -200,9 +290,12 @@ def _records(runs: Path, trials: bool) -> tuple[list[tuple[Path, dict[str, Any]]
     return [one for one in found if trials or one[1].get("trial") is None], left_out
 
 
-def _apart(record: Mapping[str, Any], split: str, edition: int) -> str | None:
+def _apart(
+    record: Mapping[str, Any], split: str, task: str = CAPTIONS, half: str | None = None
+) -> str | None:
     """All reasons not to rank a run on a split, or None."""
-    return "; ".join(_reasons(record, split, edition)) or None
+    reasons = [*_run_reasons(record, task), *_score_reasons(record, split, task, half)]
+    return "; ".join(reasons) or None
 
 
 def _because(failure: Mapping[str, Any] | None) -> str:
@@ -212,23 +305,29 @@ def _because(failure: Mapping[str, Any] | None) -> str:
     return (f" in {failure['step']}" if failure["step"] else "") + f": {failure['reason']}"
 
 
-def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[str]:
+def _run_reasons(record: Mapping[str, Any], task: str) -> Iterator[str]:
+    """What a run is, if that is nothing to rank."""
     if record["status"] != "FINISHED":
         yield f"the run is {status_of(record, None)}{_because(failure_of(record))}"
     if record.get("trial") is not None:
         yield "it is a trial of a study, or of harness best"
     if record["standin_model"]:
-        yield "its captions are by a stand-in model"
+        yield f"its {task} are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
         yield "its images are made up"
     if share := fraction.looked(record):
         yield f"it is a quick look at {share} (data.fraction)"
-    year = EDITIONS[edition]
-    primary = year.primary
+
+
+def _score_reasons(record: Mapping[str, Any], split: str, task: str, half: str | None) -> Iterator[str]:
+    """What a score is, or is not, if that can't be ranked."""
+    edition = record["edition"]
+    primary = _primary(edition, task)
     if primary is None:
         yield f"the ranking rule of {edition} is not established"
         return
-    score = record["scores"].get(split, {}).get("after", {}).get(primary)
+    scores = Entry(record, Path(), split, None, task, half).scores
+    score = scores.get(primary)
     if score is None and (why := record.get("unscored", {}).get(split)):
         yield f"it has no scores on {SPLITS[split]}: {why}"
         return
@@ -237,10 +336,16 @@ def _reasons(record: Mapping[str, Any], split: str, edition: int) -> Iterator[st
         return
     if not score["official"]:
         yield f"{primary}, the ranking score, is not the official one: {score['signature']}"
+    yield from _size_reasons(edition, split, scores.get(WHOLE, score)["n"])
+
+
+def _size_reasons(edition: int, split: str, n: int) -> Iterator[str]:
+    """Why a score of n images is not one of the edition's split."""
+    year = EDITIONS[edition]
     wanted = year.images.get(split)
     if wanted is None:
         yield f"the size of the {SPLITS[split]} split of {edition} is not established"
-    elif score["n"] != wanted:
-        alike = [name for name, images in year.subtasks.items() if images.get(split) == score["n"]]
+    elif n != wanted:
+        alike = [name for name, images in year.subtasks.items() if images.get(split) == n]
         of = f" (like the subtask {alike[0]})" if alike else ""
-        yield f"it has {score['n']:,} images{of}, but the {SPLITS[split]} split of {edition} has {wanted:,}"
+        yield f"it has {n:,} images{of}, but the {SPLITS[split]} split of {edition} has {wanted:,}"

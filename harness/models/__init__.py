@@ -14,6 +14,7 @@ FAMILIES = {
     "blip2": "harness.models.blip2",
     "prefix": "harness.models.prefix",
     "vlm": "harness.models.vlm",
+    "encoder": "harness.models.encoder",
 }
 """The module of each `model.family`; `base.Family` describes its functions."""
 
@@ -23,12 +24,29 @@ def family(model: "ModelConfig") -> "Family":
     return importlib.import_module(FAMILIES[model.family])
 
 
-def problems(model: "ModelConfig", train: "TrainConfig") -> list[Problem]:
-    """The problems of a model on this machine, and of training it in these stages."""
+def writes(model: "ModelConfig") -> bool:
+    """Whether the model writes captions."""
+    return "caption" in family(model).LOSSES
+
+
+def problems(model: "ModelConfig", train: "TrainConfig", captions: bool = True) -> list[Problem]:
+    """The problems of a model on this machine, and of training it in these stages.
+
+    `captions`: whether it shall write captions.
+    """
     from harness.models.base import Losses
 
     chosen = family(model)
     found = chosen.problems(model)
+    if not writes(model):
+        if captions:
+            what = f"the family {model.family} writes no captions; it predicts concepts"
+            found.append(Problem(what, key="model.family", hint="Use task: concepts, or another family."))
+        found += [
+            Problem(f"the family {model.family} has no texts", key=f"train.{key}")
+            for key in ("train_language", "dropout", "language_dropout")
+            if getattr(train, key)
+        ]
     for number, stage in enumerate(train.stages):
         for name, weight in stage.losses:
             needed = (name,) if name in Losses._fields else ("caption", "concept")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from harness.models.head import Head
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -26,19 +27,22 @@ PARTS = ("vision", "connector", "language")
 """The parts of a captioner: image encoder; what leads from it to the language model; language model."""
 FLOAT, HALF, INDEX = 4, 2, 8
 """Bytes of a number in fp32, of a number in half precision, and of a token id."""
+LABELS = 2500
+"""Labels of a head in forecasts of memory and time; only the data tell how many there are."""
 
 
 class Losses(NamedTuple):
     """Losses as sums over tokens, so that any split of a batch adds up to the same loss.
 
     A sum divided by the number of predicted tokens is the mean loss in nats; that of `reward` is divided by
-    the number of samples. None for a loss that was not requested. This is a tuple because ZeRO-3 finds the
-    start of the backward pass only in tuples.
+    the number of samples, and that of `concepts` by the number of images. None for a loss that was not
+    requested. This is a tuple because ZeRO-3 finds the start of the backward pass only in tuples.
     """
 
     caption: "Tensor | None"
     concept: "Tensor | None"
     reward: "Tensor | None" = None
+    concepts: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,15 @@ class Captioner(Protocol):
     device: "torch.device"
     trained_parts: Collection[str]
     """The parts (`PARTS`) all of whose weights training may change."""
+    head: "Head | None"
+    """The classifier of concepts on the image features, if a stage trains one: see `models.head.attach`.
+
+    Only families with the loss `concepts` have this and the next two; `head` is None at first.
+    """
+    feature_width: int
+    """D of the image features (B, T, D)."""
+    class_tokens: int
+    """How many of the first image features are of no part of the image, as far as it is known."""
 
     def __call__(
         self,
@@ -100,11 +113,13 @@ class Captioner(Protocol):
         concept: "Mapping[str, Tensor] | None" = None,
         label_smoothing: float = 0.0,
         samples: Samples | None = None,
+        concepts: "Tensor | None" = None,
     ) -> Losses:
         """Training losses of one micro-batch; the image encoder runs once for all of them.
 
         `pixels` of B images are from `Loaded.normalise`. `caption` and `concept` are from `Codec.collate`:
-        ids, mask and labels, each (B, T), labels -100 for tokens without a loss.
+        ids, mask and labels, each (B, T), labels -100 for tokens without a loss. `concepts`, uint8 (B, L),
+        are the images' labels, and are given only for the loss `concepts`.
         """
 
     def decoder(
@@ -178,7 +193,7 @@ class Work:
     `half`: 2-byte autocast, else fp32; `vision_half`: the same for the ViT. `accelerator`: attention is fused
     and autocast computes norms and softmax in fp32; else as on a CPU. `captions`, `concepts`: whether the
     stage has this loss. `samples`: how many captions of `sample_tokens` tokens each image has for the loss
-    `reward`.
+    `reward`. `labels`: how many labels the head has for the loss `concepts`; 0: no such loss.
     """
 
     batch: int
@@ -193,6 +208,7 @@ class Work:
     """`train.dropout`; None: the checkpoint's."""
     samples: int = 0
     sample_tokens: int = 0
+    labels: int = 0
 
     @property
     def says(self) -> bool:
@@ -203,7 +219,8 @@ class Work:
     def of_samples(self) -> "Work":
         """The work on the samples alone, as if each were the caption of an image."""
         rows = self.batch * self.samples
-        return replace(self, batch=rows, tokens=self.sample_tokens, captions=True, concepts=False, samples=0)
+        alone = {"concepts": False, "samples": 0, "labels": 0}
+        return replace(self, batch=rows, tokens=self.sample_tokens, captions=True, **alone)
 
     @property
     def bytes(self) -> int:
@@ -277,8 +294,10 @@ class Family(Protocol):
     def built_from(self, model: ModelConfig) -> int | None:
         """Side in pixels of the training images that the model is built from; None if it is loaded."""
 
-    def codecs(self, model: ModelConfig, folder: Path | None, max_tokens: int) -> "tuple[Codec, Codec]":
-        """The codecs of captions and of concept sentences, without weights.
+    def codecs(
+        self, model: ModelConfig, folder: Path | None, max_tokens: int
+    ) -> "tuple[Codec, Codec] | None":
+        """The codecs of captions and of concept sentences, without weights; None for a family without texts.
 
         `folder` is that of `model.checkpoint`, if the family has one. Raises `UserError` if a tokenizer is
         missing.

@@ -240,6 +240,7 @@ def step(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         wanted = {"caption": work.captions, "concept": work.concepts, "reward": work.samples}
+        wanted["concepts"] = work.labels
         model.freeze([name for name, is_wanted in wanted.items() if is_wanted])
         model.train()
         for weight in model.parameters():
@@ -253,6 +254,8 @@ def step(
             if work.samples:
                 said = work.of_samples
                 given["samples"] = Samples(_text(said.batch, said.tokens, word), _chosen)
+            if work.labels:
+                given["concepts"] = torch.zeros(work.batch, work.labels, dtype=torch.uint8)
             losses = [loss for loss in model(pixels(work.batch), **given) if loss is not None]
             _backward(torch.stack(losses).sum())
     return {"peak": memory.peak, "flops": memory.flops}

@@ -18,17 +18,20 @@ from harness.machine.device import moved
 from harness.models.base import Captioner, Pixels
 from harness.models.text import Codec
 
+HEAD = "head."
+"""Begins the names of the weights of the classifier of concepts (`models.head`)."""
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A model with the codecs and pixel mean and std of its inputs; it writes captions by `caption`.
 
-    `new` names the modules that no checkpoint has, by design.
+    A family without texts has no codecs. `new` names the modules that no checkpoint has, by design.
     """
 
     model: Captioner
-    caption: Codec
-    concept: Codec
+    caption: Codec | None
+    concept: Codec | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     new: tuple[str, ...] = ()
@@ -93,8 +96,11 @@ def load_some(model: Captioner, path: Path) -> None:
 
 
 def _load(own: dict[str, Tensor], path: Path) -> None:
+    """Copy the weights of a file; a model without a head needs none."""
     with safe_open(path, "pt") as weights, torch.no_grad():
         found = set(weights.keys())
+        if not any(name.startswith(HEAD) for name in own):
+            found = {name for name in found if not name.startswith(HEAD)}
         if found != own.keys():
             raise ValueError(f"{path} holds other weights: {sorted(found ^ own.keys())[:4]}")
         for name, weight in own.items():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from harness.models.base import Activations, Work
+from harness.models.base import LABELS, Activations, Work
 from harness.store import RUNS, fingerprint, read_checked, write_checked
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Shape:
         def measure() -> dict[str, int]:
             from harness.models import contentless
 
-            return contentless.sizes(lambda: self.build(train), half)
+            return contentless.sizes(lambda: self._built(train), half)
 
         train = self.train.model_copy(update={"train_vision": train_vision})
         return self._once(["sizes", train_vision, half], measure)
@@ -87,7 +87,7 @@ class Shape:
         def measure() -> dict[str, int]:
             from harness.models import contentless
 
-            return contentless.step(lambda: self.build(train), self.pixels, work, self.word, checkpointing)
+            return contentless.step(lambda: self._built(train), self.pixels, work, self.word, checkpointing)
 
         changes: dict[str, Any] = {"train_vision": work.train_vision}
         if work.samples:  # rewards compare captions that were sampled without dropout
@@ -95,10 +95,21 @@ class Shape:
         train = self.train.model_copy(update=changes)
         return self._once(["step", vars(work), checkpointing], measure)
 
+    def _built(self, train: "TrainConfig") -> "Captioner":
+        """The model with a head, if a stage trains one; how many labels it has is taken to be `LABELS`."""
+        model = self.build(train)
+        if train.trains_head:
+            import torch
+
+            from harness.models import head
+
+            head.attach_new(model, LABELS, head.Mean(), head.CrossEntropy(torch.ones(LABELS)))
+        return model
+
     def _once(self, what: list[Any], measure: Callable[[], dict[str, int]]) -> dict[str, int]:
         """What the cache has, or else what is measured now."""
         keys = {"train_language", "dropout", "language_dropout"}
-        train = self.train.model_dump(include=keys)
+        train = self.train.model_dump(include=keys) | {"head": self.train.trains_head}
         versions = [_VERSION, *map(version, ("torch", "transformers"))]
         file = (
             RUNS

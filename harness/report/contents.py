@@ -15,9 +15,9 @@ from harness.compare import few_images, record_on_half
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
-from harness.report import gallery, sources
+from harness.report import concepts, gallery, sources
 from harness.report.gallery import link
-from harness.report.sources import Captions, Run, scores
+from harness.report.sources import Captions, Run, main_scores, scores
 from harness.tracking.server import failure_of, status_of
 from harness.training import soups
 from harness.training.profile import TABLE, TRACE
@@ -34,7 +34,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     record = run.record
     images = sources.images(run)
     captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
-    halves = _halves(run)
+    detected, halves = sources.concepts(run), _halves(run)
     nearest = records.nearest_image(record, run.root)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
     same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
@@ -69,6 +69,8 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         "data": _data_facts(record),
         "environment": record["environment"],
         "captions": gallery.shown(captions, images, run, page),
+        "tasks": records.tasks_of(record),
+        "concepts": concepts.as_dict(detected, images, run, page, captions.ids),
     }
 
 
@@ -99,8 +101,9 @@ def _is_untrained(config: Mapping[str, Any]) -> bool:
 
 
 def _has_model(record: Mapping[str, Any]) -> bool:
-    """Whether the run captions with a model of its own; a consensus of other runs alone has none."""
-    return (record["config"].get("consensus") or {}).get("own") != 0
+    """Whether the run predicts with a model of its own; a consensus of other runs alone has none."""
+    section = "concepts" if records.task_of(record) == records.CONCEPTS else "consensus"
+    return (record["config"].get(section) or {}).get("own") != 0
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +115,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "status": status + gone,
         **{name: (failure_of(record) or {}).get(key) for name, key in _WHY.items()},
-        "captions by": "a stand-in model, not the paper's" if record["standin_model"] else "a real model",
-        "checkpoint": record["config"].get("model", {}).get("checkpoint") if _has_model(record) else None,
+        f"{records.task_of(record)} by": _by(record),
+        "checkpoint": _checkpoint(record) if _has_model(record) else None,
         "best weights": described((record.get("training") or {}).get("best") or {}),
         "training": "; ".join(record.get("training", {}).get("notes", ())) or None,
         "weights": soups.described(record["soup"]) if record.get("soup") else None,
@@ -125,6 +128,19 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "commit": git["commit"] and git["commit"] + changed,
         "submissions": ", ".join(record["submissions"]) or None,
     }
+
+
+def _by(record: Mapping[str, Any]) -> str:
+    if not record["standin_model"]:
+        return "a real model"
+    return "a stand-in model" + (", not the paper's" if records.task_of(record) == records.CAPTIONS else "")
+
+
+def _checkpoint(record: Mapping[str, Any]) -> str | None:
+    """The model's weights; a run of concepts alone uses those of the image encoder, if they are named."""
+    model = record["config"].get("model", {})
+    alone = records.task_of(record) == records.CONCEPTS
+    return (alone and model.get("vision_checkpoint")) or model.get("checkpoint")
 
 
 def _moment(text: str | None) -> str | None:
@@ -206,7 +222,7 @@ def _siblings(run: Run, page: Path) -> dict[str, Any]:
                 "here": one.name == run.name,
                 "status": status_of(one.record, None),
                 "values": [values[key] for key in keys],
-                "score": scores(one.record, "after").get(metric),
+                "score": main_scores(one.record).get(metric),
                 "link": link(one.folder / REPORT, page) if (one.folder / REPORT).exists() else None,
             }
             for one, values in zip(found, settings, strict=True)

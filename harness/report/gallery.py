@@ -21,9 +21,8 @@ MOST_EMBEDDED = 1_000
 
 def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> dict[str, Any]:
     """The captions as the page lists them: without absent fields, and with concepts as list positions."""
-    examples, files = (images.examples, images.files) if images else ({}, {})
-    files = {key: files[key] for key in captions.ids if key in files}
-    thumbnails = _thumbnails(files) if len(files) <= MOST_EMBEDDED else {}
+    examples = images.examples if images else {}
+    links, thumbnails = pictures(captions.ids, images, page)
     count = Counter(cui for key in captions.ids if key in examples for cui in examples[key].cuis)
     concepts = {cui: place for place, (cui, _) in enumerate(count.most_common())}
     listed = []
@@ -36,7 +35,7 @@ def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> di
             "scores_before": _numbers(captions.scored_before.get(key), captions.metrics),
             "scores_after": _numbers(captions.scored_after.get(key), captions.metrics),
             "concepts": [concepts[cui] for cui in examples[key].cuis] if key in examples else None,
-            "image": link(files[key], page) if key in files else None,
+            "image": links.get(key),
             "thumbnail": thumbnails.get(key),
         }
         listed.append({name: value for name, value in row.items() if value is not None})
@@ -45,8 +44,15 @@ def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> di
         "metrics": captions.metrics,
         "concepts": [[cui, names.get(cui, cui), count[cui]] for cui in concepts],
         "rows": listed,
-        "notes": list(_notes(captions, images, run, len(files), len(thumbnails))),
+        "notes": list(_notes(captions, images, run, len(links), len(thumbnails))),
     }
+
+
+def pictures(ids: Sequence[str], images: Images | None, page: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Links to the images with these ids, and their thumbnails; of too many images there are links alone."""
+    files = {key: images.files[key] for key in ids if key in images.files} if images else {}
+    thumbnails = _thumbnails(files) if len(files) <= MOST_EMBEDDED else {}
+    return {key: link(file, page) for key, file in files.items()}, thumbnails
 
 
 def _notes(captions: Captions, images: Images | None, run: Run, found: int, embedded: int) -> Iterator[str]:
@@ -55,20 +61,30 @@ def _notes(captions: Captions, images: Images | None, run: Run, found: int, embe
         yield "This run has no validation captions yet."
         return
     if images is None:
-        root = run.record["data"]["root"]
-        yield f"The data folder {root} is not here, so there are no images or names of concepts."
+        yield gone(run)
         return
     now = {key: example.caption for key, example in images.examples.items()}
     if changed := sum(now.get(key) != caption for key, caption in captions.references.items()):
         total = len(captions.references)
         yield f"The data folder has changed since the run: {changed:,} of {total:,} captions differ."
+    yield from missing(len(captions.ids), found, embedded)
+
+
+def gone(run: Run) -> str:
+    """What is said where the data folder is not here."""
+    root = run.record["data"]["root"]
+    return f"The data folder {root} is not here, so there are no images or names of concepts."
+
+
+def missing(ids: int, found: int, embedded: int) -> Iterator[str]:
+    """Notes on images that are not embedded, of `ids` images with `found` files."""
     if found > MOST_EMBEDDED:
         yield (
             f"{found:,} images are too many to embed (at most {MOST_EMBEDDED:,}). The page shows them from "
             "their files, as long as you do not move the page or the data."
         )
-    if missing := len(captions.ids) - (embedded if found <= MOST_EMBEDDED else found):
-        yield f"{missing:,} of {len(captions.ids):,} images are missing or damaged."
+    if missing := ids - (embedded if found <= MOST_EMBEDDED else found):
+        yield f"{missing:,} of {ids:,} images are missing or damaged."
 
 
 def _numbers(row: Mapping[str, str] | None, metrics: Sequence[str]) -> list[float | None] | None:

@@ -1,14 +1,15 @@
 """The data of a run's page: its record, captions, scores and images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.captions import PREDICTIONS
+from harness.captions import LISTS, PREDICTIONS
 from harness.config.editions import EDITIONS
+from harness.data.halves import HELD
 from harness.data.readers import Example, read
 from harness.errors import UserError
 
@@ -49,7 +50,7 @@ class Run:
 
     def main_metric(self) -> str | None:
         """The ranking metric of the run's edition, or the first metric with a value."""
-        found = {m: s for m, s in scores(self.record, "after").items() if s["value"] is not None}
+        found = {m: s for m, s in main_scores(self.record).items() if s["value"] is not None}
         primary = EDITIONS[self.record["edition"]].primary
         return primary if primary in found else next(iter(found), None)
 
@@ -84,6 +85,23 @@ class Captions:
 
 
 @dataclass(frozen=True)
+class Concepts:
+    """The concepts of a run's validation images by id, and the F1 of each; without scores, `f1` is empty.
+
+    `true` are those that the run was scored with; it is empty if there are no references.
+    """
+
+    predicted: Mapping[str, Sequence[str]]
+    true: Mapping[str, Sequence[str]]
+    f1: Mapping[str, float]
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids in the order of the data set."""
+        return list(self.predicted)
+
+
+@dataclass(frozen=True)
 class Images:
     """The validation images in the data folder as it is now: labels and files by id."""
 
@@ -113,6 +131,22 @@ def captions(run: Run, images: Images | None) -> Captions:
         labels = {key: images.examples[key].caption for key in texts[0] if key in images.examples}
         references = {key: caption for key, caption in labels.items() if caption is not None}
     return Captions(*texts, before, after, references)
+
+
+def main_scores(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The scores by which runs are compared: of captions after post-processing, or of concepts alone."""
+    if records.task_of(record) == records.CONCEPTS:
+        return (record.get("concepts") or {}).get("halves", {}).get(HELD, {})
+    return scores(record, "after")
+
+
+def concepts(run: Run) -> Concepts:
+    """The concepts of a run; before they are scored, only the predicted ones."""
+    rows = run.read("score-concepts", "per_image.csv", records.per_concept_image)
+    if not rows:
+        return Concepts(run.read("concepts-valid", LISTS, records.lists), {}, {})
+    predicted, true, f1 = ({key: row[at] for key, row in rows.items()} for at in range(3))
+    return Concepts(predicted, true, f1)
 
 
 def images(run: Run) -> Images | None:

@@ -32,7 +32,7 @@ def before_training(
 ) -> dict[str, Any]:
     """What determines the weights before training, by key, as JSON-like values."""
     tiny = {step.name: step.canonical for step in steps if step.kind == "tiny"}
-    return _flat({"model": read["model"], "contents": facts["checkpoints"]} | tiny)
+    return _flat({"model": read["model"], "contents": facts["checkpoints"], **_labels(facts)} | tiny)
 
 
 def of_run(
@@ -57,11 +57,18 @@ def of_run(
         raise UserError([Problem(what, folder, key=key, hint=records.again(record))])
     made = parsed(bytes_of(records.checked(directory / INPUTS, record)))
     theirs = {"model": made["config"]["model"], "contents": made["facts"]["checkpoints"]}
+    theirs |= _labels(made["facts"]) if "labels" in own else {}
     theirs |= {name: value for name, value in made["steps"].items() if name == "tiny"}
-    if keys := soups.differing(own, _flat(theirs)):
+    ours = own if "labels" in theirs else {key: value for key, value in own.items() if key != "labels"}
+    if keys := soups.differing(ours, _flat(theirs)):
         what = f"{run} starts from other weights: it has another {some(keys)}"
         raise UserError([Problem(what, folder, key=key, hint=rule)])
     return Origin(record, directory, {file: digests[f"{directory.name}/{file}"] for file in files})
+
+
+def _labels(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels of a head, by which the weights of two heads are of the same concepts."""
+    return {"labels": facts["labels"]} if "labels" in facts else {}
 
 
 def learned_from_valid(record: records.Record) -> bool:

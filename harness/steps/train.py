@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics, records
+from harness.concepts.labels import labels_of
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
 from harness.data.readers import Example
@@ -15,7 +16,7 @@ from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
-from harness.models import checkpoints, family
+from harness.models import checkpoints, family, writes
 from harness.models.base import PARTS
 from harness.models.measured import Unmeasured
 from harness.models.settings import longest_prompt
@@ -24,7 +25,8 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of
 from harness.steps.standin import Standin, trained_here, with_standins
-from harness.steps.work import base, texts
+from harness.steps.work import HEAD, base, labels, texts
+from harness.store import fingerprint
 from harness.training import fit, forecast, judges, memory, patience, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from harness.config.schema import Config
     from harness.models.loading import Loaded
+    from harness.models.text import Text
     from harness.steps.plan import Plan
     from harness.steps.work import Work
     from harness.training import train
@@ -52,6 +55,8 @@ _LATER = {
 }
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
+CONCEPT_F1 = "concept_f1"
+"""What chooses weights that predict concepts; see `training.detection`."""
 _RESAMPLES = 1000  # of the intervals that may end a self-critical stage
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
@@ -157,6 +162,7 @@ class Train(Step):
                     work.say,
                     self._until,
                     self._measure(work),
+                    "concepts" if self._detects else "caption",
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -260,7 +266,13 @@ class Train(Step):
     @property
     def _new(self) -> str:
         """The modules whose weights no checkpoint has."""
-        return " and ".join(family(self.inputs.config.model).new(self.inputs.config.model))
+        head = ["head"] if self.inputs.config.train.trains_head else []
+        return " and ".join([*family(self.inputs.config.model).new(self.inputs.config.model), *head])
+
+    @property
+    def _detects(self) -> bool:
+        """Whether the run predicts concepts and no captions."""
+        return self.inputs.facts["primary"] == CONCEPT_F1
 
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
         """The stages that have ended, if a validation may end them early."""
@@ -296,40 +308,72 @@ class Train(Step):
         return {"train": joined([(split, used[name]) for name, split in fit_on.items()])}
 
     def _split(self, work: "Work", name: str) -> "train.Split":
-        """The images and encoded texts of a split."""
-        from harness.models.text import Text
+        """The images of a split with their texts, encoded, and with their labels."""
         from harness.training import train
 
+        examples, side = self.inputs.data.readable(name), self.inputs.config.model.image_size
+        captions, concepts = self._texts(name, examples)
+        pixels = work.pixels(self.inputs, name, side)
+        return train.Split([e.id for e in examples], pixels, captions, concepts, self._labelled(examples))
+
+    def _labelled(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The concepts of each image that the head predicts, by their numbers; none without a head."""
+        if not self.inputs.config.train.trains_head:
+            return []
+        number = {cui: place for place, cui in enumerate(labels(self.inputs))}
+        return [[number[cui] for cui in set(e.cuis) & number.keys()] for e in examples]
+
+    def _texts(self, name: str, examples: Sequence[Example]) -> "tuple[list[Text], list[Text | None]]":
+        """Captions and concept sentences of a split; a family without texts gets empty ones."""
+        from harness.models.text import Text
+
         model, most = self.inputs.config.model, self.inputs.config.train.max_caption_tokens
-        caption, concept = family(model).codecs(model, base(self.inputs), most)
-        pairs, examples = texts(self.inputs, name), self.inputs.data.readable(name)
+        codecs = family(model).codecs(model, base(self.inputs), most)
+        if codecs is None:
+            return [Text([0], 1)] * len(examples), [None] * len(examples)
+        (caption, concept), pairs = codecs, texts(self.inputs, name)
         prompts = prompts_of(self.inputs, name, caption)
         captions = [caption.encode(text, own) for (_, text), own in zip(pairs, prompts, strict=True)]
         for i, example in enumerate(examples):
             if not example.trains:  # all tokens become prompt, which has no loss
                 captions[i] = Text(captions[i].ids, len(captions[i].ids))
-        pixels = work.pixels(self.inputs, name, model.image_size)
-        concepts = [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
-        return train.Split([e.id for e in examples], pixels, captions, concepts)
+        return captions, [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
 
     def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
-        """Score the current model on `train.evaluate_images` validation images.
+        """Score the current model on `train.evaluate_images` validation images; an encoder alone on all.
 
         Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
         """
         import numpy as np
 
         config, examples = self.inputs.config, self.inputs.data.readable("valid")
-        fit = np.flatnonzero([example.trains for example in examples])
-        count = min(config.train.evaluate_images, len(fit))
+        fit = np.flatnonzero([self._detects or example.trains for example in examples])
+        count = min(config.train.evaluate_images, len(fit)) if writes(config.model) else len(fit)
         chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
+        found = self._detected(loaded, pixels, chosen) if config.train.trains_head else {}
+        if self._detects:
+            return found | {PRIMARY: found[f"valid_{CONCEPT_F1}"]} if found else {}
         names, watched = judges.needed(config), judges.watched(config.train)
         scores, captions = greedy_scores(
             self.inputs, work, loaded, pixels, chosen, names, _RESAMPLES if watched else 0
         )
         if ranks.rank():
             return {}
-        return self._row(scores) | self._floors(scores, captions, [examples[i].caption for i in chosen])
+        floors = self._floors(scores, captions, [examples[i].caption for i in chosen])
+        return self._row(scores) | floors | found
+
+    def _detected(self, loaded: "Loaded", pixels: Any, chosen: Sequence[int]) -> dict[str, float]:
+        """The F1 of the concepts that the head predicts for these validation images, on rank 0."""
+        import numpy as np
+
+        from harness.models import head
+        from harness.training.detection import best_f1
+
+        examples, own = self.inputs.data.readable("valid"), labels(self.inputs)
+        found = ranks.gather(list(head.probabilities(loaded, pixels, ranks.share(chosen))))
+        if ranks.rank():
+            return {}
+        return {f"valid_{CONCEPT_F1}": best_f1(np.stack(found), own, [examples[i].cuis for i in chosen])}
 
     def _floors(
         self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
@@ -419,8 +463,9 @@ def _written(config: TrainConfig) -> dict[str, Any]:
         later = {"reward": None, "schedule": "cosine", "start": "last", "validations_per_epoch": 1}
         for key in [key for key, default in later.items() if stage[key] == default]:
             del stage[key]
-        if not stage["losses"]["reward"]:
-            del stage["losses"]["reward"]
+        for name in ("reward", "concepts"):
+            if not stage["losses"][name]:
+                del stage["losses"][name]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
 
 
@@ -458,14 +503,23 @@ def choosing(config: "Config") -> ScoreConfig:
 def validating(
     plan: "Plan", before: Mapping[str, Step]
 ) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
-    """What a step declares that chooses weights: parts of the config, earlier steps, and facts."""
+    """What a step declares that chooses weights: parts of the config, earlier steps, and facts.
+
+    With a head, these are also its settings and its labels.
+    """
     config, only = plan.config, choosing(plan.config)
-    read = model_of(plan)
+    read, facts = model_of(plan), {"checkpoints": contents_of(plan)}
+    if config.train.trains_head:
+        read |= values(config, "concepts.min_images", HEAD)
+        found = labels_of(plan.data.readable("train"), config.concepts.min_images)
+        facts["labels"] = [len(found), fingerprint(found)]
+    if not config.captions:
+        tiny = {step: None for name, step in before.items() if name == "tiny"}
+        return read, tiny, facts | {"primary": CONCEPT_F1}
     read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
     names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
     steps: dict[Step, Sequence[str] | None] = {step: None for name, step in before.items() if name in names}
-    facts = {
-        "checkpoints": contents_of(plan),
+    facts |= {
         "primary": primary_metric(config),
         "weights": metrics.identities_of(only, plan.root / "cache"),
     }

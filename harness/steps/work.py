@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harness import metrics
+from harness.concepts.labels import labels_of
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.models import checkpoints, family
@@ -21,6 +23,8 @@ LESS_MEMORY = (
     "Other processes may use it. `python -m harness doctor EXPERIMENT` shows what training needs, and which "
     "options need less; for captioning, lower predict.batch_size. Then the same command continues."
 )
+HEAD = "concepts.head"
+"""The key of the settings of a classifier of concepts."""
 Watch = Callable[[Mapping[str, Any]], None]
 """Called with every validation of a training, on every rank; may raise `Pruned` on all."""
 
@@ -82,13 +86,25 @@ class Work:
             return open_pixels(inputs.data.readable(split), side, cache, progress=advance)
 
     def load(self, inputs: Inputs) -> "Loaded":
-        """Load the model as it is before training; first unload metrics' models from an accelerator."""
+        """Load the model as it is before training; first unload metrics' models from an accelerator.
+
+        It has a head if the step or an earlier one declares its settings (`HEAD`), as training does.
+        """
         from harness.training import engine
 
         self.unload_metrics()
         gc.collect()  # frees the model of an earlier run, which has reference cycles
         model, config = inputs.config.model, inputs.config.train
-        return family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
+        loaded = family(model).load(model, config, base(inputs), engine.frozen_dtype(config, self.kind))
+        if HEAD in inputs.keys:
+            from harness.models import head
+
+            examples = inputs.data.readable("train")
+            images = Counter(cui for example in examples for cui in set(example.cuis))
+            head.attach(
+                loaded.model, inputs.config.concepts.head, [images[c] for c in labels(inputs)], len(examples)
+            )
+        return loaded
 
     def free_memory(self) -> float:
         """Bytes of memory that this rank can use for the captioner."""
@@ -106,6 +122,16 @@ class Work:
         """Free the captioner's memory."""
         self.model = None
         gc.collect()
+
+
+def labels(inputs: Inputs) -> tuple[str, ...]:
+    """The concepts that a head predicts, in its order. Raises `UserError` if there are none."""
+    fewest = inputs.config.concepts.min_images
+    found = labels_of(inputs.data.readable("train"), fewest)
+    if not found:
+        what = f"no concept has {fewest} or more training images, so there is none to predict"
+        raise UserError([Problem(what, key="concepts.min_images")], exit_code=1)
+    return found
 
 
 def base(inputs: Inputs) -> Path | None:

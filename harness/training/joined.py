@@ -38,4 +38,5 @@ def joined(parts: Sequence[tuple[Split, Sequence[int]]]) -> Split:
         Joined([(split.pixels, used) for split, used in parts]),
         [split.captions[i] for split, i in rows],
         [split.concepts[i] for split, i in rows],
+        [split.labels[i] for split, i in rows if split.labels],
     )

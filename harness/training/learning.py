@@ -113,12 +113,16 @@ class Learner:
             for number, batch in enumerate(seen):
                 if number:
                     trainer.step()  # of the micro-batch before
+                labels = {
+                    name: devices.moved(batch[name], self.device) for name in {"concepts"} & batch.keys()
+                }
                 computed = trainer(
                     batch.pop("pixels"),
                     to_device(batch["caption"], self.device),
                     to_device(batch["concept"], self.device),
                     self.config.label_smoothing,
                     batch.pop("samples", None),
+                    **labels,
                 )
                 none = torch.zeros((), device=self.device)
                 shares = [
@@ -136,11 +140,12 @@ class Learner:
         return Learnt(own, terms, numbers, on_host, scale, sampled)
 
     def _counted(self, indices: np.ndarray) -> dict[str, int]:
-        """The tokens or samples of a global batch, by loss."""
+        """The tokens, samples or images of a global batch, by loss."""
         split, reward = self.training.splits["train"], self.stage.reward
         counts = {
             "caption": sum(split.captions[i].predicted for i in indices),
             "concept": sum(split.concepts[i].predicted for i in indices if split.concepts[i]),
+            "concepts": len(indices),
         }
         if reward:
             counts["reward"] = reward.samples * sum(split.captions[i].predicted > 0 for i in indices)

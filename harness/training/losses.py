@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from harness.models.base import Losses
 
 Loss = Callable[["Losses", Mapping[str, int], float], "Tensor"]
-"""(the model's losses of a micro-batch, tokens or samples of the whole step by loss, weight) -> scalar."""
+"""(the model's losses of a micro-batch, by loss the tokens, samples or images of the whole step, weight)
+-> scalar."""
 
 
 def caption(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
@@ -41,8 +42,17 @@ def reward(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Ten
     return weight * computed.reward / max(tokens["reward"], 1)
 
 
+def concepts(computed: "Losses", tokens: Mapping[str, int], weight: float) -> "Tensor":
+    """The concepts of an image, predicted from its features by a classifier (`concepts.head`).
+
+    Mean over images of the loss of an image; see `models.head`. An image without concepts has only negatives.
+    """
+    return weight * computed.concepts / max(tokens["concepts"], 1)
+
+
 LOSSES: dict[str, Loss] = {
     "caption": caption,
     "concept": concept,
     "reward": reward,
+    "concepts": concepts,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config.sections import AUTO
-from harness.models.base import FLOAT, Activations, Shape, Work
+from harness.models.base import FLOAT, LABELS, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
 
@@ -140,6 +140,7 @@ class Model:
             dropout=0.0 if stage.reward else self.config.dropout,
             samples=stage.reward.samples if stage.reward else 0,
             sample_tokens=stage.reward.max_new_tokens + self.prompt if stage.reward else 0,
+            labels=LABELS if "concepts" in stage.texts else 0,
         )
 
 

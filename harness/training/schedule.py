@@ -43,7 +43,7 @@ class Stage:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to compute: those of `Losses` need only their own, any other loss the first two."""
+        """What to compute of `Losses`: its fields need only their own, any other loss the first two."""
         others = self.losses.keys() - set(Losses._fields)
         return tuple(
             text

@@ -259,6 +259,11 @@ class TrainConfig(Section):
         """The sections `reward` of the stages that are trained."""
         return [stage.reward for stage in self.stages if stage.reward and stage.epochs]
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether a stage trains a classifier of concepts."""
+        return any(stage.losses.concepts for stage in self.stages if stage.epochs)
+
     @model_validator(mode="before")
     @classmethod
     def _lists_its_stages(cls, given: Any) -> Any:

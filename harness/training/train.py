@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Training:
     the current model and returns `valid_*` numbers; among them, `valid_primary` chooses the best weights. All
     ranks use rank 0's numbers. `say` prints a line. Without a split `valid` there are no validations, and the
     last weights are kept, or their average. `until` is as in `stages`; if it has `average`, that says which
-    of the two. `measure` is needed for the loss `reward`.
+    of the two. `measure` is needed for the loss `reward`. `validates_by`: the loss of a validation.
     """
 
     config: TrainConfig
@@ -67,6 +67,7 @@ class Training:
     say: Callable[[str], None] = lambda text: None
     until: Mapping[str, Any] | None = None
     measure: Measure | None = None
+    validates_by: Literal["caption", "concepts"] = "caption"
 
     def __post_init__(self) -> None:
         if problem := indivisible(self.config, ranks.world_size()):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from harness.machine import ranks
+from harness.machine.device import moved
 from harness.models.loading import Loaded, save_trained
 from harness.models.text import to_device
 from harness.training import patience
@@ -93,12 +94,19 @@ def _scored(training: "Training", stage: Stage) -> bool:
 
 @torch.no_grad()
 def _valid_loss(training: "Training", loaded: Loaded) -> float:
-    """Mean caption loss per token over the whole validation split, without label smoothing."""
-    split, device = training.splits["valid"], training.device
+    """The loss of the whole validation split, without label smoothing.
+
+    Mean caption loss per token, or of a training that predicts concepts, mean loss per image.
+    """
+    split, device, name = training.splits["valid"], training.device, training.validates_by
     count = math.ceil(len(split.ids) / training.config.micro_batch_size)
     own = np.array_split(np.arange(len(split.ids)), count)[ranks.rank() :: ranks.world_size()]
     total = torch.zeros((), device=device)
-    for batch in batches(split, loaded, own, ("caption",), training.multiple):
+    for batch in batches(split, loaded, own, (name,), training.multiple):
         pixels = loaded.normalise(batch["pixels"])
-        total += loaded.model(pixels, to_device(batch["caption"], device)).caption
-    return float(ranks.total(total)) / sum(text.predicted for text in split.captions)
+        if name == "concepts":
+            total += loaded.model(pixels, concepts=moved(batch[name], device)).concepts
+        else:
+            total += loaded.model(pixels, to_device(batch[name], device)).caption
+    count = len(split.ids) if name == "concepts" else sum(text.predicted for text in split.captions)
+    return float(ranks.total(total)) / count

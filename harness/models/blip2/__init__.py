@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
-LOSSES = ("caption", "concept", "reward")
+LOSSES = ("caption", "concept", "reward", "concepts")
 WHOLE_IMAGES = False
 _OF_OTHERS = ("vision_checkpoint", "connector")  # keys of the family prefix
 _KEYS = ("checkpoint", "text_checkpoint", "text_head_checkpoint", "language_checkpoint")
@@ -68,9 +68,10 @@ def new(model: ModelConfig) -> tuple[str, ...]:
 def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
     """The shape of the model; None if a config is not at hand.
 
-    It is counted without torch if only ViT and Q-Former are trained and the language model is OPT.
+    It is counted without torch if only ViT and Q-Former are trained, the language model is OPT, and no stage
+    has the loss `concepts`.
     """
-    counted = not (model.language_checkpoint or model.lora or train.train_language)
+    counted = not (model.language_checkpoint or model.lora or train.train_language or train.trains_head)
     if counted and (found := sizes.of_model(model)):
         return found
     values = sizes.values_of(model)

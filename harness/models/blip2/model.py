@@ -22,7 +22,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2VisionModel,
 )
 
-from harness.models import parts
+from harness.models import head, parts
 from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker, logits_of
 from harness.models.text import summed_loss
@@ -65,6 +65,8 @@ class Captioner(Blip2PreTrainedModel):
             projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
             self.speak_by(AutoModelForCausalLM.from_config(config.text_config), projection)
         self.trained_parts: Collection[str] = frozenset({"vision", "connector"})
+        self.head: head.Head | None = None
+        self.feature_width, self.class_tokens = config.qformer_config.hidden_size, 0
         self.autocast_dtype: torch.dtype | None = None
         self.vision_in_fp32 = False
         self.post_init()
@@ -178,16 +180,18 @@ class Captioner(Blip2PreTrainedModel):
         concept: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
         samples: Samples | None = None,
+        concepts: Tensor | None = None,
     ) -> Losses:
         """Training losses of one micro-batch.
 
         pixels (B, 3, S, S). `caption` and `concept` hold ids, mask and labels, each (B, T), labels -100 for
         tokens without a loss. Caption ids are the language model's if there is one, else the Q-Former's.
-        Label smoothing affects only the Q-Former's losses, as in LAVIS.
+        `concepts` (B, L) are labels, predicted from the query outputs. Label smoothing affects only the
+        Q-Former's losses, as in LAVIS.
         """
         with self.autocast():
             queries, states = self.see(pixels)
-            caption_loss = concept_loss = reward_loss = None
+            caption_loss = concept_loss = reward_loss = concepts_loss = None
             if concept is not None:
                 logits = self.read(concept["ids"], states)
                 concept_loss = summed_loss(logits, concept["labels"], label_smoothing)
@@ -199,7 +203,9 @@ class Captioner(Blip2PreTrainedModel):
                 caption_loss = summed_loss(logits, caption["labels"], label_smoothing)
             if samples is not None:
                 reward_loss = samples.loss(self._say(queries, states, samples.text))
-        return Losses(caption_loss, concept_loss, reward_loss)
+            if concepts is not None:
+                concepts_loss = self.head.loss(queries, concepts)
+        return Losses(caption_loss, concept_loss, reward_loss, concepts_loss)
 
     def _say(self, queries: Tensor, states: QueryStates, text: Mapping[str, Tensor]) -> Tensor:
         """Logits (B * N, T, V) of captions, N for each image; see `see` for `queries` and `states`."""
@@ -274,14 +280,17 @@ class Captioner(Blip2PreTrainedModel):
     def freeze(self, losses: Collection[str]) -> None:
         """Freeze what is never trained, and what none of these losses needs."""
         parts.train_only(self)
-        layers = self.qformer.encoder.layer
-        if "concept" not in losses and self.language_model is not None:  # nothing reads by the text path
+        head.freeze(self, losses)
+        layers, writes = self.qformer.encoder.layer, bool({"caption", "reward"} & set(losses))
+        if "concept" not in losses and (self.language_model is not None or not writes):
+            # nothing reads by the text path
             reading = [part for layer in layers for part in (layer.intermediate, layer.output)]
             for part in (self.embeddings, self.cls, *reading):
                 part.requires_grad_(False)
-        if not {"caption", "reward"} & set(losses) and self.language_model is not None:
+        if not writes and self.language_model is not None:
             self.language_model.requires_grad_(False)
-        if self.language_projection is None:
+            self.language_projection.requires_grad_(False)
+        if "concepts" not in losses and (self.language_model is None or not writes):
             # text attends to the queries at a layer's input, so nothing uses the last layer's query output
             for name in ("crossattention", "intermediate_query", "output_query"):
                 if hasattr(layers[-1], name):

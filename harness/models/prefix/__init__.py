@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.models import measured
-from harness.models.blip2.sizes import image_side
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
-problems, new = checks.problems, checks.new
-LOSSES = ("caption", "reward")
+problems, new, built_from = checks.problems, checks.new, checks.built_from
+LOSSES = ("caption", "reward", "concepts")
 WHOLE_IMAGES = False
 
 
@@ -54,11 +53,6 @@ def shape(model: ModelConfig, train: "TrainConfig") -> measured.Shape | None:
         return torch.zeros(batch, 3, model.image_size, model.image_size)
 
     return measured.Shape(train, {**settings(model), "configs": [sees, speaks]}, build, pixels)
-
-
-def built_from(model: ModelConfig) -> int | None:
-    """Side in pixels of the training images that a tiny image encoder is built from; None if it is loaded."""
-    return image_side(model.tiny) if model.vision_checkpoint == TINY else None
 
 
 def sample() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
+from harness.models.blip2.sizes import image_side
 from harness.models.settings import TINY, ModelConfig, TinyConfig
 
 VISION, LANGUAGE = "vision_checkpoint", "language_checkpoint"
@@ -27,16 +28,15 @@ def problems(model: ModelConfig) -> list[Problem]:
     ]
     if not model.language_model:
         found.append(Problem("family prefix has one; use true", key="model.language_model"))
-    for key, check in ((VISION, _vision), (LANGUAGE, _language)):
-        name = getattr(model, key)
-        if name is None:
-            hint = f"Name a checkpoint, such as --set model.{key}={_EXAMPLES[key]}"
-            found.append(Problem("family prefix needs it", key=f"model.{key}", hint=hint))
-        elif not (key == VISION and name == TINY):
-            found += _of_checkpoint(model, key, name, check)
+    found += vision_problems(model) + _of_key(model, LANGUAGE, _language)
     if (name := model.connector.checkpoint) and files.find(name) is None:
         found.append(files.missing(name, f"model.{CONNECTOR}"))
     return found
+
+
+def vision_problems(model: ModelConfig) -> list[Problem]:
+    """The problems of the checkpoint of an image encoder, and of the image size for it."""
+    return [] if model.vision_checkpoint == TINY else _of_key(model, VISION, _vision)
 
 
 def new(model: ModelConfig) -> tuple[str, ...]:
@@ -46,11 +46,19 @@ def new(model: ModelConfig) -> tuple[str, ...]:
 
 def values_of(model: ModelConfig) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
     """The contents of `config.json` of image encoder and language model; None if it is not at hand."""
+    return vision_of(model), (model.language_checkpoint and files.config(model.language_checkpoint)) or None
+
+
+def vision_of(model: ModelConfig) -> Mapping[str, Any] | None:
+    """The contents of `config.json` of the image encoder; None if it is not at hand."""
     if model.vision_checkpoint == TINY:
-        sees = vision_values(model.tiny)
-    else:
-        sees = model.vision_checkpoint and files.config(model.vision_checkpoint)
-    return sees or None, (model.language_checkpoint and files.config(model.language_checkpoint)) or None
+        return vision_values(model.tiny)
+    return (model.vision_checkpoint and files.config(model.vision_checkpoint)) or None
+
+
+def built_from(model: ModelConfig) -> int | None:
+    """Side in pixels of the training images that a tiny image encoder is built from; None if it is loaded."""
+    return image_side(model.tiny) if model.vision_checkpoint == TINY else None
 
 
 def vision_values(tiny: TinyConfig) -> dict[str, Any]:
@@ -66,7 +74,11 @@ def vision_values(tiny: TinyConfig) -> dict[str, Any]:
     }
 
 
-def _of_checkpoint(model: ModelConfig, key: str, name: str, check: Any) -> list[Problem]:
+def _of_key(model: ModelConfig, key: str, check: Any) -> list[Problem]:
+    name = getattr(model, key)
+    if name is None:
+        hint = f"Name a checkpoint, such as --set model.{key}={_EXAMPLES[key]}"
+        return [Problem(f"family {model.family} needs it", key=f"model.{key}", hint=hint)]
     at_hand = files.find(name)
     if at_hand is None:
         return [files.missing(name, f"model.{key}")]

@@ -1,6 +1,5 @@
 """Loading image encoder and language model from their checkpoints; the connector between them is new."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from harness.training.settings import TrainConfig
 
 _WEIGHTS = "model.safetensors"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def codec(config: ModelConfig, max_tokens: int) -> Codec:
@@ -72,7 +70,7 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     tokens = config.connector.tokens or encoder.tokens
     before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
     check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
-    return Loaded(model, caption, caption, *_pixel_units(seen), new(config))
+    return Loaded(model, caption, caption, *vision.pixel_units(seen), new(config))
 
 
 def _joined(
@@ -102,11 +100,8 @@ def export(loaded: Loaded, folder: Path) -> dict[str, str]:
 
     transformers reads the two models too.
     """
-    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
-
-    model, words, units = loaded.model, loaded.caption.tokenizer, (list(loaded.mean), list(loaded.std))
-    model.vision.model.save_pretrained(folder / "vision")
-    BlipImageProcessor(image_mean=units[0], image_std=units[1]).save_pretrained(folder / "vision")
+    model, words = loaded.model, loaded.caption.tokenizer
+    vision.save(model.vision, loaded.mean, loaded.std, folder / "vision")
     model.language.save_pretrained(folder / "language")
     words.save_pretrained(folder / "language")
     (folder / "connector").mkdir()
@@ -147,13 +142,3 @@ def _room(config: PretrainedConfig) -> int | None:
     sliding = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     limits = [getattr(config, "max_position_embeddings", None), sliding]
     return min(filter(None, limits), default=None)
-
-
-def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
-    file = folder / "preprocessor_config.json"
-    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
-    return (
-        tuple(values.get("image_mean") or IMAGENET_MEAN),
-        tuple(values.get("image_std") or IMAGENET_STD),
-    )

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from harness.errors import Problem, UserError
 from harness.models import parts
 from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker, logits_of
-from harness.models.prefix.vision import Encoder
+from harness.models.prefix.vision import Encoder, Seeing
 from harness.models.settings import ConnectorConfig
 from harness.models.text import summed_loss
 
@@ -49,7 +49,7 @@ def connector(config: ConnectorConfig, inner: int, outer: int) -> nn.Sequential:
     return nn.Sequential(*pooling, norm, nn.Linear(inner, outer, bias=False))
 
 
-class Captioner(nn.Module):
+class Captioner(Seeing):
     """`base.Captioner`: image features become embeddings before the text; there is no cross-attention.
 
     `trained_parts` are the parts that training may change in full. `room` is the most tokens that the
@@ -64,36 +64,10 @@ class Captioner(nn.Module):
         trained_parts: frozenset[str],
         room: int | None,
     ) -> None:
-        super().__init__()
-        self.vision, self.connector, self.language = vision, connector, language
-        self.trained_parts, self.room = trained_parts, room
+        super().__init__(vision, trained_parts)
+        self.connector, self.language, self.room = connector, language, room
         every = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         self._tied = every - {name for name, _ in self.named_parameters()}
-        self._constant = {f"vision.{name}" for name in vision.unused}
-        self._constant |= {f"vision.{name}" for name, _ in vision.named_buffers()}
-        self.autocast_dtype: torch.dtype | None = None
-        self.vision_in_fp32 = False
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.connector.parameters()).device
-
-    def part_of(self, name: str) -> str:
-        """The part of a parameter or buffer: vision, connector or language."""
-        return name.partition(".")[0]
-
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
-        dtype = self.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
-
-    def see(self, pixels: Tensor) -> Tensor:
-        """The features of pixels (B, 3, S, S): (B, N, D)."""
-        mixed = torch.is_autocast_enabled(pixels.device.type) and not self.vision_in_fp32
-        with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=mixed):
-            return self.vision(pixels)
 
     def _embeds(self, prefix: Tensor, ids: Tensor) -> Tensor:
         """Embeddings of the image, (B, P, D), and of the text after it, ids (B, T): (B, P + T, D)."""
@@ -112,15 +86,19 @@ class Captioner(nn.Module):
         concept: Mapping[str, Tensor] | None = None,
         label_smoothing: float = 0.0,
         samples: Samples | None = None,
+        concepts: Tensor | None = None,
     ) -> Losses:
         """Training losses of one micro-batch.
 
         pixels (B, 3, S, S). `caption` holds ids, mask and labels, each (B, T), labels -100 for tokens without
-        a loss. There is no concept loss. As in BLIP-2, a language model's loss has no label smoothing.
+        a loss. There is no loss `concept`. `concepts` (B, L) are labels. As in BLIP-2, a language model's
+        loss has no label smoothing.
         """
-        caption_loss = reward_loss = None
+        caption_loss = reward_loss = concepts_loss = None
         with self.autocast():
-            prefix = self.connector(self.see(pixels))
+            features = self.see(pixels)
+            if caption is not None or samples is not None:
+                prefix = self.connector(features)
             if caption is not None:
                 logits = self._read(prefix, caption["ids"], caption["mask"])
                 caption_loss = summed_loss(logits, caption["labels"])
@@ -128,7 +106,9 @@ class Captioner(nn.Module):
                 ids, mask = samples.text["ids"], samples.text["mask"]
                 repeated = prefix.repeat_interleave(len(ids) // len(pixels), 0)
                 reward_loss = samples.loss(self._read(repeated, ids, mask))
-        return Losses(caption_loss, None, reward_loss)
+            if concepts is not None:
+                concepts_loss = self.head.loss(features, concepts)
+        return Losses(caption_loss, None, reward_loss, concepts_loss)
 
     @contextlib.contextmanager
     def decoder(self, width: int, length: int) -> Iterator[Callable[[Tensor, Tensor], CachedDecoding]]:
@@ -147,45 +127,30 @@ class Captioner(nn.Module):
 
             yield begin
 
-    @torch.no_grad()
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """The output of the image encoder: pixels (B, 3, S, S) -> (B, N, D)."""
-        with self.autocast():
-            return self.see(pixels)
-
     def compute_in(self, dtype: torch.dtype | None, vision_in_fp32: bool) -> None:
         """Set the precision of every forward pass, and of the language model's weights that never train."""
-        self.autocast_dtype, self.vision_in_fp32 = dtype, vision_in_fp32
+        super().compute_in(dtype, vision_in_fp32)
         for name, weight in self.named_parameters():
             if self.part_of(name) == "language" and not parts.changes(self, name):
                 weight.data = weight.data.to(dtype or torch.float32)
 
     def use_plain_attention(self) -> None:
         """Use plain products for attention in both models of transformers."""
-        for model in (self.vision.model, self.language):
-            model.set_attn_implementation("eager")
+        super().use_plain_attention()
+        self.language.set_attn_implementation("eager")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         """Keep only the inputs of layers, in those of the two models that support it."""
-        for model in (self.vision.model, self.language):
-            if model.supports_gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def parts_to_compile(self, how: Literal["layers", "whole"]) -> list[nn.Module]:
-        """The image encoder, or the longest list of its layers; texts differ in length."""
-        lists = [module for module in self.vision.modules() if isinstance(module, nn.ModuleList)]
-        return [self.vision] if how == "whole" else list(max(lists, key=len, default=()))
-
-    def is_saved(self, name: str) -> bool:
-        """Whether training may change a weight; buffers, such as statistics of batch norms, stay."""
-        return name not in self._constant and parts.is_saved(self, name, self._tied)
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        if self.language.supports_gradient_checkpointing:
+            self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def freeze(self, losses: Collection[str]) -> None:
-        """Freeze all but trained parts and adapters, and weights that the features do not depend on."""
-        parts.train_only(self)
-        for name, weight in self.named_parameters():
-            if name in self._constant:
-                weight.requires_grad_(False)
+        """Freeze what never trains, and the parts that write if no loss is of what they write."""
+        super().freeze(losses)
+        if not {"caption", "reward"} & set(losses):
+            self.connector.requires_grad_(False)
+            self.language.requires_grad_(False)
 
 
 def check_room(room: int | None, before: int, new: int, key: str) -> None:

@@ -1,25 +1,37 @@
 """Image encoders of transformers as modules that give the features of an image as a sequence."""
 
+import contextlib
 import copy
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 
 from harness.errors import Problem, UserError
+from harness.models import head, parts
 
+if TYPE_CHECKING:
+    from harness.models.head import Head
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _KEY = "model.vision_checkpoint"
+_BLIP2 = "blip_2_vision_model"
+"""The model type of BLIP-2's image tower, which AutoModel does not know."""
 
 
 class Encoder(nn.Module):
     """An image encoder: pixels (B, 3, S, S) -> features (B, N, D), feature maps row by row.
 
-    `tokens` is N, `width` is D. Batch norms keep the statistics of the checkpoint, so an image's features do
+    `tokens` is N, `width` is D. The first `class_tokens` features are of no part of the image, as far as the
+    config tells. Batch norms keep the statistics of the checkpoint, so an image's features do
     not depend on its batch. `unused` are the names of weights that the features do not depend on, such as
     those of a pooler. Raises `UserError` if the encoder cannot read images of `size` pixels.
     """
@@ -30,6 +42,7 @@ class Encoder(nn.Module):
         with torch.enable_grad():
             features = self._tried(size)
         self.tokens, self.width = features.shape[1:]
+        self.class_tokens = _class_tokens(model.config, size, self.tokens)
         used = _leaves(features)
         self.unused = frozenset(name for name, weight in self.named_parameters() if weight not in used)
 
@@ -58,6 +71,86 @@ class Encoder(nn.Module):
             what = f"{type(self.model).__name__} gives no features of images of {size} pixels"
             raise UserError([Problem(what, key="model.image_size")])
         return features
+
+
+def _class_tokens(config: PretrainedConfig, size: int, tokens: int) -> int:
+    """How many tokens there are besides one for each patch; 0 if tokens are no patches."""
+    patch = getattr(config, "patch_size", None)
+    patches = (size // patch) ** 2 if isinstance(patch, int) else 0
+    return tokens - patches if 0 < patches <= tokens else 0
+
+
+class Seeing(nn.Module):
+    """What a `base.Captioner` with an `Encoder` does by it; `trained_parts` may change in full."""
+
+    def __init__(self, vision: Encoder, trained_parts: frozenset[str]) -> None:
+        super().__init__()
+        self.vision, self.trained_parts = vision, trained_parts
+        self.head: Head | None = None
+        self.feature_width, self.class_tokens = vision.width, vision.class_tokens
+        self._constant = {f"vision.{name}" for name in vision.unused}
+        self._constant |= {f"vision.{name}" for name, _ in vision.named_buffers()}
+        self._tied: Collection[str] = ()
+        self.autocast_dtype: torch.dtype | None = None
+        self.vision_in_fp32 = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vision.parameters()).device
+
+    def part_of(self, name: str) -> str:
+        """The part of a parameter or buffer: vision, connector or language; the head is in the connector."""
+        first = name.partition(".")[0]
+        return "connector" if first == "head" else first
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
+        dtype = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """The features of pixels (B, 3, S, S): (B, N, D)."""
+        mixed = torch.is_autocast_enabled(pixels.device.type) and not self.vision_in_fp32
+        with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=mixed):
+            return self.vision(pixels)
+
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The output of the image encoder: pixels (B, 3, S, S) -> (B, N, D)."""
+        with self.autocast():
+            return self.see(pixels)
+
+    def compute_in(self, dtype: torch.dtype | None, vision_in_fp32: bool) -> None:
+        """Set the precision of every forward pass."""
+        self.autocast_dtype, self.vision_in_fp32 = dtype, vision_in_fp32
+
+    def use_plain_attention(self) -> None:
+        """Use plain products for attention in the image encoder."""
+        self.vision.model.set_attn_implementation("eager")
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        """Keep only the inputs of layers, if the image encoder supports it."""
+        if self.vision.model.supports_gradient_checkpointing:
+            self.vision.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def parts_to_compile(self, how: Literal["layers", "whole"]) -> list[nn.Module]:
+        """The image encoder, or the longest list of its layers; texts differ in length."""
+        lists = [module for module in self.vision.modules() if isinstance(module, nn.ModuleList)]
+        return [self.vision] if how == "whole" else list(max(lists, key=len, default=()))
+
+    def is_saved(self, name: str) -> bool:
+        """Whether training may change a weight; buffers, such as statistics of batch norms, stay."""
+        return name not in self._constant and parts.is_saved(self, name, self._tied)
+
+    def freeze(self, losses: Collection[str]) -> None:
+        """Freeze all but trained parts and adapters, and weights that the features do not depend on."""
+        parts.train_only(self)
+        head.freeze(self, losses)
+        for name, weight in self.named_parameters():
+            if name in self._constant:
+                weight.requires_grad_(False)
 
 
 def _leaves(output: Tensor) -> set[Tensor]:
@@ -97,14 +190,37 @@ def without_weights(config: PretrainedConfig, size: int) -> Encoder:
     config = copy.deepcopy(getattr(config, "vision_config", config))
     if hasattr(config, "image_size"):
         config.image_size = size
-    return Encoder(AutoModel.from_config(config), size)
+    return Encoder(
+        Blip2VisionModel(config) if config.model_type == _BLIP2 else AutoModel.from_config(config), size
+    )
+
+
+def pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
+    file = folder / "preprocessor_config.json"
+    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return (
+        tuple(values.get("image_mean") or IMAGENET_MEAN),
+        tuple(values.get("image_std") or IMAGENET_STD),
+    )
+
+
+def save(encoder: Encoder, mean: Iterable[float], std: Iterable[float], folder: Path) -> None:
+    """Write an encoder as a checkpoint folder that `load` reads."""
+    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
+
+    encoder.model.save_pretrained(folder)
+    BlipImageProcessor(image_mean=list(mean), image_std=list(std)).save_pretrained(folder)
 
 
 def _loaded(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Iterable]]:
+    blip2 = config.model_type == _BLIP2
+    names = {"key_mapping": {r"^vision_model\.": ""}} if blip2 else {}  # in the checkpoint of a whole BLIP-2
     try:
-        return AutoModel.from_pretrained(
+        return (Blip2VisionModel if blip2 else AutoModel).from_pretrained(
             folder,
             config=config,
+            **names,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

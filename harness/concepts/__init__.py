@@ -1,0 +1,1 @@
+"""Concept detection: labels, predictors without training, thresholds, ensembles and baselines."""
