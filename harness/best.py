@@ -180,6 +180,9 @@ def _single(label: str, name: str, given: Config | None, root: Path, notes: dict
     record = records.read(folder, ("variant", "seed", "scores"))
     if record["status"] != "FINISHED":
         raise UserError([Problem(f"its status is {record['status']}", folder)])
+    if records.task_of(record) == "concepts":
+        what = "it predicts concepts, and best chooses among captions; an ensemble of concepts is written as "
+        raise UserError([Problem(what + "concepts: {own: 0, runs: [...]}", folder)])
     values = {**record["config"], "score": scoring.of_run((folder, record), record["edition"])}
     if given is not None:  # the user named the file, so its programs and sums may be used
         own = given.score.model_dump(mode="json", exclude_unset=True)

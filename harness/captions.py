@@ -1,4 +1,4 @@
-"""Files of captions that steps pass to each other."""
+"""Files of captions, and of lists of concepts, that steps pass to each other."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.store import bytes_of, write
 
-PREDICTIONS, CANDIDATES = "predictions.csv", "candidates.csv"
+PREDICTIONS, CANDIDATES, LISTS = "predictions.csv", "candidates.csv", "concepts.csv"
 _MOSTLY = 0.9  # share of the captions; in human captions the most common one has 1 %
 _SHOWN = 80  # characters
 
@@ -77,6 +77,22 @@ def read_captions(path: Path) -> dict[str, str]:
     return found
 
 
+def write_lists(path: Path, lists: Mapping[str, Sequence[str]]) -> Path:
+    """Write `ID,CUIs` as CSV, the concepts of each image as `C1;C2`, whole or nothing."""
+    return write_table(path, [("ID", "CUIs"), *((image, ";".join(cuis)) for image, cuis in lists.items())])
+
+
+def read_lists(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read what `write_lists` wrote. Raises `ValueError` or `csv.Error` for anything else."""
+    rows = read_table(path)
+    if rows[:1] != [["ID", "CUIs"]] or any(len(row) != 2 for row in rows):
+        raise ValueError("not every row has an ID and concepts")
+    found = {image: tuple(filter(None, cuis.split(";"))) for image, cuis in rows[1:]}
+    if len(found) < len(rows) - 1:
+        raise ValueError("an id occurs twice")
+    return found
+
+
 _COLUMNS = ("ID", "source", "log_probability", "caption")
 
 
@@ -123,7 +139,7 @@ def sameness(values: Iterable[str], name: str = "captions") -> str | None:
     return f"{share} are the same: {text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}"
 
 
-def same_in(split: str, captions: Mapping[str, str]) -> list[str]:
+def same_in(split: str, captions: Mapping[str, str], name: str = "captions") -> list[str]:
     """The warning of `sameness` for a split, if there is one."""
-    found = sameness(captions.values())
+    found = sameness(captions.values(), name)
     return [f"{split}: {found}"] if found else []

@@ -7,7 +7,7 @@ CIDEr's document frequencies are always those of the whole reference set.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import combinations, zip_longest
@@ -32,16 +32,18 @@ from harness.metrics import (
     references_fingerprint,
 )
 from harness.metrics.settings import ScoreConfig
+from harness.metrics.swaps import PERMUTATIONS, p_value, swapped
 from harness.scoring import Rows
 
 LEVEL = 0.05
-PERMUTATIONS, DRAWS, BLOCK = 9_999, 1_000, 100  # BLOCK rows of swaps at a time stay in memory
+DRAWS = 1_000
 ARRAYS = "arrays.npz"
+SCORED = {"captions": "score-after", "concepts": "score-concepts"}
+"""The step with the scores of a run, by its task."""
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error)
 """The exceptions of numpy and zipfile for a damaged file of arrays."""
 SMALL = 200
 """With fewer images, intervals are wide and only large differences can be shown."""
-TIE = 1e-12  # smaller differences between scores of order 1 are rounding errors
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,10 @@ def _test(contrasts: Sequence[_Contrast], resamples: int, seed: int) -> list[Dif
     """Do both tests for all contrasts, with the same draws and the same swaps."""
     both = {str(i): np.hstack([one.rows, one.excess]) for i, one in enumerate(contrasts)}
     drawn = bootstrap.resample(both, {str(i): c.drawn for i, c in enumerate(contrasts)}, DRAWS, seed)
-    swapped = _swapped([one.excess for one in contrasts], resamples, seed)
+    sums = swapped([one.excess for one in contrasts], resamples, seed)
     exact = 2 ** len(contrasts[0].rows) <= resamples
     found: list[Difference] = []
-    for one, draws, moved in zip(contrasts, drawn.values(), swapped, strict=True):
+    for one, draws, moved in zip(contrasts, drawn.values(), sums, strict=True):
         a, b = one.rows.sum(0), one.rows.sum(0) + one.excess.sum(0)
         observed = float(one.score(b) - one.score(a))
         null = one.score(b - moved) - one.score(a + moved)
@@ -246,37 +248,6 @@ def adjust(one: Difference, p: float) -> Difference:
     """The difference with its adjusted p, and with `real` from that p and the interval."""
     without_0 = one.low is not None and (one.low > 0 or one.high < 0)
     return replace(one, adjusted_p=p, real=p < LEVEL and without_0)
-
-
-def _swapped(excess: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
-    """The sums of the swapped rows in each contrast's excess (n, k), each (resamples, k)."""
-    together = np.hstack(excess)
-    totals = [swaps.astype(float) @ together for swaps in _swaps(len(together), resamples, seed)]
-    ends = np.cumsum([part.shape[1] for part in excess])
-    return np.split(np.vstack(totals), ends[:-1], axis=1)
-
-
-def _swaps(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks of swaps, 1 for a swapped row, (at most `BLOCK`, rows): random, or all 2^rows if few enough."""
-    if 2**rows <= resamples:
-        yield np.arange(2**rows)[:, None] >> np.arange(rows) & 1
-        return
-    random = np.random.default_rng(seed)
-    for start in range(0, resamples, BLOCK):
-        yield random.integers(2, size=(min(BLOCK, resamples - start), rows), dtype=np.uint8)
-
-
-def p_value(null: np.ndarray, observed: float, exact: bool) -> float:
-    """The two-sided p of a difference against those of swapped rows (r,), as scipy's `permutation_test`.
-
-    Random swaps do not include the observed difference, so it is added. Raises `ValueError` for numbers that
-    are not finite, because they would count as extreme.
-    """
-    if not (np.isfinite(null).all() and np.isfinite(observed)):
-        raise ValueError("no p value of differences that are not finite")
-    added = 0 if exact else 1
-    tail = min((null <= observed + TIE).sum(), (null >= observed - TIE).sum())
-    return min(1.0, 2 * float(tail + added) / (len(null) + added))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -299,19 +270,23 @@ def _corrected(found: Sequence[Difference]) -> list[Difference]:
 
 
 def read_run(folder: Path, label: str) -> System:
-    """The validation scores of a run after post-processing, from its score step.
+    """The validation scores of a run: of its captions after post-processing, or of its concepts.
 
     Raises `UserError` if the folder is not a run, or if its scores lack the numbers per image.
     """
     record = records.read(folder)
-    table = records.step_file(folder, record, "score-after", "scores.json")
+    return _system(folder, record, label, SCORED[records.task_of(record)])
+
+
+def _system(folder: Path, record: records.Record, label: str, step: str) -> System:
+    table = records.step_file(folder, record, step, "scores.json")
     if table is None:
         unscored = record.get("unscored", {}).get("valid")
         why = unscored or (record.get("failure") or {}).get("reason")
         what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
         hint = "Compare runs that learn from train alone." if unscored else f"Finish it: {record['command']}"
         raise UserError([Problem(what, folder, hint=hint)])
-    if (file := records.step_file(folder, record, "score-after", ARRAYS)) is None:
+    if (file := records.step_file(folder, record, step, ARRAYS)) is None:
         what = "scored by an older version, without the numbers per image that a comparison needs"
         raise UserError([Problem(what, folder, hint="Score it again: " + record["command"])])
     result = records.scores(table, record)
@@ -348,11 +323,15 @@ def on_half(system: System, wanted: str) -> System:
 def record_on_half(folder: Path, record: records.Record, wanted: str) -> dict[str, Any]:
     """A run's record with the scores after post-processing, and the image gap, of one half of validation.
 
-    They come from the numbers per image that scoring left, so records of earlier versions have them too. The
-    gap is that of ROUGE-1, among the images of this half. Raises `UserError` if the run has no such numbers.
+    A run of concepts has the scores of its concepts instead, and no image gap. The scores come from the
+    numbers per image that scoring left, so records of earlier versions have them too. The gap is that of
+    ROUGE-1, among the images of this half. Raises `UserError` if the run has no such numbers.
     """
     system = on_half(read_run(folder, folder.name), wanted)
     scores = {name: score.as_dict() for name, score in system.scores.items()}
+    if records.task_of(record) == "concepts":
+        concepts = {**record["concepts"], "scores": {"valid": scores}}
+        return {**record, "concepts": concepts, "image_gap": {"rouge1": {}}, "half": wanted}
     gap = gap_on_half(folder, record, wanted)
     return {**record, "scores": {"valid": {"after": scores}}, "image_gap": gap, "half": wanted}
 

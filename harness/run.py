@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from harness import records, submission
-from harness.captions import PREDICTIONS, read_captions, same_in
+from harness.captions import LISTS, PREDICTIONS, read_captions, read_lists, same_in
 from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, flat
-from harness.data.forms import other_editions
+from harness.data.forms import other_editions, plural
 from harness.data.halves import HALVES
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
@@ -152,7 +152,7 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
             "left_out": len(plan.data.left_out),
             "notes": plan.notes,
         },
-        "fallback": plan.fallback,
+        "fallback": _fallback(plan),
         "steps": {},
         "made": {},
         "seconds": {},
@@ -161,10 +161,17 @@ def _new_record(plan: Plan, command: str) -> dict[str, Any]:
         "unscored": {"valid": records.ON_VALID} if config.full_fit else {},
         "image_gap": None,
         "baseline": None,
+        "concepts": None,
         "warnings": [],
         "artifacts": {},
         "submissions": [],
     }
+
+
+def _fallback(plan: Plan) -> dict[str, dict[str, Any]]:
+    """By split, the ids of unreadable images and what they get: a caption, concepts, or both."""
+    splits = [*plan.fallback, *plan.concept_fallback]
+    return {split: plan.fallback.get(split, {}) | plan.concept_fallback.get(split, {}) for split in splits}
 
 
 def _is_standin(model: ModelConfig) -> bool:
@@ -241,10 +248,13 @@ def _halves(folder: Path, record: records.Record) -> dict[str, Any]:
 
 
 def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
-    """A warning for each split whose captions are nearly all the same; prints each at once."""
+    """A warning for each split whose captions, or concepts, are nearly all the same; prints each at once."""
     found = []
     for split, step in plan.submitted.items():
         found += same_in(split, read_captions(step.directory / PREDICTIONS))
+    for split, step in plan.concepts.items():
+        lists = read_lists(step.directory / LISTS)
+        found += same_in(split, {image: ";".join(cuis) for image, cuis in lists.items()}, plural("concept"))
     for warning in found:
         reporter.say(f"warning: {plan.config.run_name}: {warning}")
     return found
@@ -252,26 +262,34 @@ def _all_the_same(plan: Plan, reporter: Reporter) -> list[str]:
 
 def _submit(plan: Plan, record: dict[str, Any]) -> list[str]:
     """Write and check the official file of every predicted split, if the edition's format is established."""
-    if EDITIONS[plan.config.edition].caption_format is None:
-        record["warnings"].append(
-            f"no submission file: its format in {plan.config.edition} is not established. {other_editions()}"
-        )
-        return []
-    made = []
-    for split, step in plan.submitted.items():
-        captions = read_captions(step.directory / PREDICTIONS)
-        directory = SUBMISSIONS / records.full_name(record)
-        manifest = {
-            "run": records.full_name(record),
-            "split": split,
-            "standin_model": record["standin_model"],
-            "commit": record["git"],
-            "made": record["made"],
-            "command": record["command"],
-            "config": record["config"],
-            "fallback": plan.fallback.get(split),
-            "notes": [*plan.notes, *record.get("training", {}).get("notes", ())],
-        }
-        ids = [example.id for example in plan.data.splits[split]]
-        made.append(str(submission.make(captions, ids, plan.config.edition, directory, manifest, split)))
+    edition, made = EDITIONS[plan.config.edition], []
+    tasks: dict[submission.Task, tuple[Any, Mapping[str, Step], str, Any, Any]] = {
+        "caption": (edition.caption_format, plan.submitted, PREDICTIONS, read_captions, plan.fallback),
+        "concept": (edition.concept_format, plan.concepts, LISTS, read_lists, plan.concept_fallback),
+    }
+    for task, (form, steps, file, read, fallback) in tasks.items():
+        if steps and form is None:
+            what = f"no submission file: its format in {edition.year} is not established"
+            record["warnings"].append(f"{what}. {other_editions(task)}")
+            continue
+        for split, step in steps.items():
+            values = read(step.directory / file)
+            ids = [example.id for example in plan.data.splits[split]]
+            manifest = _manifest(plan, record, split, fallback.get(split))
+            folder = SUBMISSIONS / records.full_name(record)
+            made.append(str(submission.make(values, ids, edition.year, folder, manifest, split, task)))
     return made
+
+
+def _manifest(plan: Plan, record: records.Record, split: str, fallback: Any) -> dict[str, Any]:
+    return {
+        "run": records.full_name(record),
+        "split": split,
+        "standin_model": record["standin_model"],
+        "commit": record["git"],
+        "made": record["made"],
+        "command": record["command"],
+        "config": record["config"],
+        "fallback": fallback,
+        "notes": [*plan.notes, *record.get("training", {}).get("notes", ())],
+    }

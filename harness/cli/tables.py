@@ -7,12 +7,16 @@ import statistics as numbers
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness.cli import concepts
 from harness.config.editions import EDITIONS
-from harness.records import comparable, full_name, name_of, nearest_image
+from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
 from harness.visible import console, json_text, print_csv
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
 Record = Mapping[str, Any]
@@ -41,19 +45,45 @@ def csv(records: Sequence[Record]) -> str:
     columns = ("value", "low", "high", "n", "official", "signature", "reason")
     writer.writerow(["experiment", "run", "split", "captions", "metric", *columns])
     for record in records:
-        for split, stages in record["scores"].items():
-            for stage, scores in stages.items():
-                for name, score in scores.items():
-                    values = ["" if score.get(c) is None else score[c] for c in columns]
-                    writer.writerow([record["name"], name_of(record), split, stage, name, *values])
+        stages = [(split, *one) for split, found in record["scores"].items() for one in found.items()]
+        found = (record.get("concepts") or {}).get("scores", {})
+        stages += [(split, "concepts", scores) for split, scores in found.items()]
+        for split, stage, scores in stages:
+            for name, score in scores.items():
+                values = ["" if score.get(c) is None else score[c] for c in columns]
+                writer.writerow([record["name"], name_of(record), split, stage, name, *values])
     return text.getvalue()
 
 
 def show(records: Sequence[Record]) -> None:
-    """Print the score table of an experiment, its notes, and the paths of all results."""
+    """Print the score tables of an experiment, their notes, and the paths of all results."""
+    screen = console()
+    captioned = [record for record in records if task_of(record) == "captions"]
+    detected = [record for record in records if record.get("concepts")]
+    if captioned:
+        screen.print(_captions(captioned))
+    if detected:
+        screen.print(concepts.table(detected))
+    for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(captioned)]):
+        screen.print(line)
+    screen.print("\nCheckpoints, predictions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
+    screen.print("Reports (images, predictions, curves, for a browser):")
+    for record in records:
+        screen.print(f"  runs/{full_name(record)}/report.html")
+    screen.print("Submissions (checked):")
+    for record in records:
+        for path in record["submissions"]:
+            screen.print(f"  {path}")
+    screen.print("All of it, with curves and artifacts:")
+    screen.print("  mlflow ui")
+    if shutil.which("mlflow") is None:
+        screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
+
+
+def _captions(records: Sequence[Record]) -> "Table":
+    """The score table of runs that caption."""
     from rich.table import Table
 
-    screen = console()
     names = metric_names(records)
     sizes = records[0]["data"]["splits"]
     title = f"{records[0]['name']}: validation scores, {sizes['valid']} images"
@@ -74,21 +104,7 @@ def show(records: Sequence[Record]) -> None:
     if nearest := _nearest(records):
         row = [cell(score) if score else "" for score in (_beside(nearest, records, name) for name in names)]
         table.add_row("nearest image", *row, _gap(nearest))
-    screen.print(table)
-    for line in _notes(records):
-        screen.print(line)
-    screen.print("\nCheckpoints, captions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
-    screen.print("Reports (images, captions, curves, for a browser):")
-    for record in records:
-        screen.print(f"  runs/{full_name(record)}/report.html")
-    screen.print("Submissions (checked):")
-    for record in records:
-        for path in record["submissions"]:
-            screen.print(f"  {path}")
-    screen.print("All of it, with curves and artifacts:")
-    screen.print("  mlflow ui")
-    if shutil.which("mlflow") is None:
-        screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
+    return table
 
 
 def _floor(baseline: Mapping[str, Any], name: str) -> str:
@@ -123,12 +139,15 @@ def _gap(record: Record) -> str:
 
 def _notes(records: Sequence[Record]) -> list[str]:
     notes: dict[str, None] = {}
-    if nearest := _nearest(records):
+    captioned = [record for record in records if task_of(record) == "captions"]
+    if captioned and (nearest := _nearest(captioned)):
         notes[f"nearest image: the caption of the most similar training image ({full_name(nearest)})"] = None
     every = [
         s for r in records for stages in r["scores"].values() for one in stages.values() for s in one.items()
     ]
-    if any(not score["official"] and score["value"] is not None for _, score in every):
+    starred = [score for _, score in every]
+    starred += [score for r in records if r.get("concepts") for score in concepts.scores(r).values()]
+    if any(not score["official"] and score["value"] is not None for score in starred):
         notes[NOT_COMPARABLE] = None
     for name, score in every:
         if score["value"] is None:
@@ -140,9 +159,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
         gap = (record["image_gap"] or {}).get("rouge1", {})
         if gap.get("low") is not None and gap["low"] <= 0:
             notes[f"{name_of(record)}: its captions fit other images equally well (image gap)"] = None
-    ranking = EDITIONS[records[0]["edition"]].ranking
-    notes[f"Ranking in {records[0]['edition']}: {ranking}"] = None
     return list(notes)
+
+
+def _rankings(records: Sequence[Record]) -> list[str]:
+    return [f"Ranking in {r['edition']}: {EDITIONS[r['edition']].ranking}" for r in records[:1]]
 
 
 def show_checks(checks: Sequence[Any]) -> None:

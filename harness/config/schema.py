@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from harness.config.editions import EDITIONS
-from harness.config.sections import DataConfig, Section, Seed, summary
+from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
 from harness.steps import STEPS
+from harness.steps.detect import has_thresholds, voted
 from harness.store import run_name
 
 
@@ -186,7 +187,7 @@ def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
     """What the section `concepts` lacks, each as a message and its keys."""
     concepts = config.concepts
     learned = [
-        n for n, one in enumerate(config.train.stages) if one.epochs and getattr(one.losses, "concepts", 0)
+        n for n, one in enumerate(config.train.stages) if one.epochs and one.losses.concepts
     ]
     if concepts is None:
         for number in learned:
@@ -195,6 +196,8 @@ def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
         return
     if not concepts.own:
         return
+    if config.full_fit and has_thresholds(concepts):
+        yield from _without_valid(config)
     if concepts.predictor == "from_captions":
         if not config.captions:
             what = "from_captions reads the captions of this run, but task is concepts; use another predictor"
@@ -208,6 +211,17 @@ def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
     elif concepts.predictor == "classifier" and not (config.trains and learned):
         what = "the classifier needs a stage with the loss concepts, such as losses: {concepts: 1}"
         yield what, "concepts.predictor", "train.stages"
+
+
+def _without_valid(config: Config) -> Iterator[tuple[str, ...]]:
+    """The thresholds that a run can't have that learns from validation images."""
+    concepts = config.concepts
+    if concepts.runs and not voted(concepts):
+        what = "the thresholds of a mean are chosen on valid, which data.fit_on has; use votes"
+        yield what, "concepts.combine", "data.fit_on"
+    elif concepts.thresholds.start == AUTO and not config.train.epochs_of:
+        what = "auto chooses on valid, which data.fit_on has; give a number, or a run in train.epochs_of"
+        yield what, "concepts.thresholds.start", "data.fit_on"
 
 
 def keys(section: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -249,29 +249,36 @@ def score_concepts(
     manual: Sequence[Set[str]] | None,
     edition: int,
     bootstrap: int = 1000,
+    validated: bool = True,
 ) -> dict[str, Score]:
     """The scores of concept detection, for a set of CUIs per row: `f1` over all concepts, and `f1_secondary`.
 
     `f1_secondary` compares with the `manual` references, over modalities and body parts only. Images whose
-    manual list has none of these do not count. It is absent without `manual`, and if no image counts.
+    manual list has none of these do not count. It is absent without `manual`, and if no image counts. It is
+    not official if nobody has `validated` these lists by hand.
     """
     _check_counts(predictions=predictions, references=references, manual=manual)
     started = time.perf_counter()
     per_image = concepts.scores(predictions, references)
     signature = sign("f1", edition, "all concepts", "like:sklearn")
     found = {"f1": _Found(Measured(per_image, signature), time.perf_counter() - started)}
-    found["f1_secondary"] = _secondary(predictions, manual, edition)
+    found["f1_secondary"] = _secondary(predictions, manual, edition, validated)
     return _with_intervals(found, len(references), bootstrap, None)
 
 
-def _secondary(predictions: Sequence[Set[str]], manual: Sequence[Set[str]] | None, edition: int) -> _Found:
+def _secondary(
+    predictions: Sequence[Set[str]], manual: Sequence[Set[str]] | None, edition: int, validated: bool
+) -> _Found:
     if manual is None:
         return _Found(None, 0.0, "needs the manually validated concepts (--manual)")
     per_image = concepts.secondary_scores(predictions, manual)
     what = f"{len(concepts.SECONDARY)} concepts"
     if np.isnan(per_image).all():
-        return _Found(None, 0.0, f"no image counts: no manual list has one of the {what} of this score")
-    return _Found(Measured(per_image, sign("f1_secondary", edition, f"{what}, manual", "like:sklearn")), 0.0)
+        lists = "manual list" if validated else "list"
+        return _Found(None, 0.0, f"no image counts: no {lists} has one of the {what} of this score")
+    whose = "manual" if validated else "not validated"
+    signature = sign("f1_secondary", edition, f"{what}, {whose}", "like:sklearn")
+    return _Found(Measured(per_image, signature, official=validated), 0.0)
 
 
 def _with_intervals(

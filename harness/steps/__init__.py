@@ -1,8 +1,9 @@
 """The steps of a run, one file each, in the order of planning and running."""
 
 from harness.steps.base import Step
+from harness.steps.concepts import Decide, ScoreConcepts, Thresholds
 from harness.steps.consensus import Consensus
-from harness.steps.detect import Detect
+from harness.steps.detect import Combine, Detect
 from harness.steps.postprocess import Postprocess
 from harness.steps.predict import Predict
 from harness.steps.prompts import Prompts
@@ -26,5 +27,9 @@ STEPS: tuple[type[Step], ...] = (
     Consensus,
     Postprocess,
     Detect,
+    Combine,
+    Thresholds,
+    Decide,
+    ScoreConcepts,
     Score,
 )

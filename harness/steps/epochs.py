@@ -82,8 +82,8 @@ def _until(
 def check(plans: Sequence["Plan"]) -> list["Plan"]:
     """The plans that are known before the first one runs; the others wait for an earlier one.
 
-    They wait for its epochs (`train.epochs_of`) or its weights (`train.start_from`). Raises `UserError` if
-    such an earlier run is of another model or training.
+    They wait for its epochs (`train.epochs_of`), its weights (`train.start_from`) or its predictions. Raises
+    `UserError` if such an earlier run is of another model or training.
     """
     earlier: dict[str, Config] = {}
     known = []
@@ -91,7 +91,7 @@ def check(plans: Sequence["Plan"]) -> list["Plan"]:
         run, start = plan.config.train.epochs_of, plan.config.train.start_from
         if start in earlier:
             origins.check(plan, earlier[start])
-        elif run not in earlier:
+        elif run not in earlier and not earlier.keys() & set(combined(plan.config)):
             known.append(plan)
         if run in earlier:
             differences = differing(plan.config, run, earlier[run].model_dump(mode="json"))
@@ -99,6 +99,24 @@ def check(plans: Sequence["Plan"]) -> list["Plan"]:
                 raise UserError([_refused(run, differences)])
         earlier[f"{plan.config.name}/{plan.config.run_name}"] = plan.config
     return known
+
+
+def combined(config: "Config") -> list[str]:
+    """The other runs whose captions or concepts a run combines with its own."""
+    sections = (config.consensus, config.concepts)
+    return [one.run for section in sections if section for one in section.runs]
+
+
+def missing(plan: "Plan") -> str:
+    """Why what a run combines is not known yet; empty if it is."""
+    waiting = []
+    for run in combined(plan.config):
+        try:
+            record = records.read(plan.root / run)
+            waiting += [] if record["status"] == "FINISHED" else [f"{run} has the status {record['status']}"]
+        except UserError as error:
+            waiting += map(str, error.problems)
+    return "; ".join(waiting)
 
 
 def unknown(plan: "Plan") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics, records
+from harness.concepts.labels import labels_of
 from harness.data import QUICK_IMAGES, Dataset, fraction, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
@@ -21,6 +22,7 @@ from harness.models import family
 from harness.models import problems as model_problems
 from harness.steps import STEPS, comparing, epochs, origins
 from harness.steps.base import Step
+from harness.steps.detect import has_thresholds
 from harness.steps.train import choosing
 from harness.steps.work import Reporter
 from harness.store import RUNS, free, gb
@@ -57,9 +59,23 @@ class Plan:
         return [split for split in self.config.predicted if self.data.splits.get(split)]
 
     @property
+    def detected(self) -> list[str]:
+        """The splits whose concepts get probabilities: those of `splits`, and valid for the thresholds."""
+        if self.config.concepts is None or not self.splits:
+            return []
+        chosen = has_thresholds(self.config.concepts) and not self.config.full_fit
+        chosen_on = ["valid"] if chosen and self.data.splits.get("valid") else []
+        return list(dict.fromkeys([*chosen_on, *self.splits]))
+
+    @property
     def submitted(self) -> dict[str, Step]:
         """By split, the step whose captions are submitted: the last one with captions of that split."""
         return {step.captions: step for step in self.steps.values() if step.captions}
+
+    @property
+    def concepts(self) -> dict[str, Step]:
+        """By split, the step whose concepts are submitted."""
+        return {step.part: step for step in self.steps.values() if step.kind == "concepts"}
 
     @cached_property
     def fallback(self) -> dict[str, dict[str, Any]]:
@@ -67,20 +83,39 @@ class Plan:
 
         The caption is the constant one of `metrics.constant_baseline`; the model does not write it.
         """
-        unreadable = {split: [e.id for e in self.data.unreadable(split)] for split in self.splits}
-        if not any(unreadable.values()):
+        unreadable = self._unreadable if self.config.captions else {}
+        if not unreadable:
             return {}
         caption = metrics.constant_caption([example.caption for example in self.data.splits["train"]])
-        return {split: {"caption": caption, "ids": ids} for split, ids in unreadable.items() if ids}
+        return {split: {"caption": caption, "ids": ids} for split, ids in unreadable.items()}
+
+    @cached_property
+    def concept_fallback(self) -> dict[str, dict[str, Any]]:
+        """By split, the `ids` of unreadable images, if any, and the `concepts` that they get.
+
+        This is the concept of the most training images.
+        """
+        if self.config.concepts is None or not self._unreadable:
+            return {}
+        concepts = list(labels_of(self.data.readable("train"), 1)[:1])
+        return {split: {"concepts": concepts, "ids": ids} for split, ids in self._unreadable.items()}
+
+    @cached_property
+    def _unreadable(self) -> dict[str, list[str]]:
+        """The ids of unreadable images by split, of splits that have some."""
+        found = {split: [e.id for e in self.data.unreadable(split)] for split in self.splits}
+        return {split: ids for split, ids in found.items() if ids}
 
     @cached_property
     def looks(self) -> dict[str, str]:
         """The shares of the data that runs are quick looks at whose captions or weights this one uses."""
         consensus, soup, start = self.config.consensus, self.config.soup, self.config.train.start_from
+        concepts = self.config.concepts
         found: dict[str, str] = {}
         for run in (
             *(one.run for one in (consensus.runs if consensus else ())),
             *(soup.runs if soup else ()),
+            *(one.run for one in (concepts.runs if concepts else ())),
             *([start] if start and self.config.trains else ()),
         ):
             record = records.read(self.root / run)
@@ -104,22 +139,28 @@ class Plan:
             if wordless:
                 found.append(f"{split}: no word in the caption of {some(wordless)}; not trained on")
             unscored = [e.id for e in examples if e.caption is None] if split == "valid" else []
-            if unscored:
+            if unscored and self.config.captions:
                 found.append(f"{split}: the caption of {some(unscored)} can't be read; not scored")
         for split, given in self.fallback.items():
             what = f"{some(given['ids'])}; it gets the constant caption: {given['caption']}"
+            found.append(f"{split}: no readable image for {what}")
+        for split, given in self.concept_fallback.items():
+            what = f"{some(given['ids'])}; it gets the most frequent concept: {'; '.join(given['concepts'])}"
             found.append(f"{split}: no readable image for {what}")
         return found
 
 
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
+    of_model = model_problems(config.model, config.train, config.captions) if config.has_model else []
+    if not config.captions:
+        return of_model
     chosen_by = choosing(config).metrics if config.trains or config.soup else ()
     found = comparing.problems(config)
     compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])
     found += metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
-    return found + (model_problems(config.model, config.train, config.captions) if config.has_model else [])
+    return found + of_model
 
 
 def unscalable(config: "Config", kind: device.Kind) -> Problem | None:
@@ -200,6 +241,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
         return {"train": f"to do, but its epochs are not known yet: {why}"}
     if why := config.trains and origins.waiting(plan):
         return {"train": f"to do, but the weights that it starts from are not known yet: {why}"}
+    if why := epochs.missing(plan):
+        return {"combine": f"to do, but what it combines is not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

@@ -31,7 +31,7 @@ class Predict(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        if not plan.config.has_model or plan.config.retrieval:
+        if not plan.config.captions or not plan.config.has_model or plan.config.retrieval:
             return
         read, steps, facts = reads_model(plan, before)
         read |= _written(plan.config)

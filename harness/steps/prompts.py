@@ -130,7 +130,7 @@ def prompted(plan: "Plan") -> list[str]:
     config = plan.config
     if isinstance(config.model.prompt, str) or not config.has_model:
         return []
-    captioned = [] if config.retrieval else plan.splits
+    captioned = plan.splits if config.captions and not config.retrieval else []
     used = ("train", "valid") if config.trains else ("valid",) if config.soup else ()
     return list(dict.fromkeys([*used, *captioned]))
 

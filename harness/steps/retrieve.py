@@ -16,6 +16,7 @@ from harness.steps.prompts import BASE, FEATURES, OWN, prompted
 from harness.submission.checks import some
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
@@ -30,10 +31,10 @@ class Features(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        if plan.config.retrieval is None or not plan.config.has_model:
+        if not plan.config.has_model or not _searched(plan.config):
             return
         read, steps, facts = reads_model(plan, before)
-        for split in dict.fromkeys(["train", *plan.splits]):
+        for split in dict.fromkeys(["train", *plan.splits, *plan.detected]):
             yield cls(Inputs(plan, read, (split,), steps, facts, ("data.cache",)), split)
 
     @property
@@ -76,9 +77,9 @@ class Retrieve(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        found = {step.part: step for step in before.values() if step.kind == OWN}
-        if not found:
+        if plan.config.retrieval is None or not plan.config.has_model:
             return
+        found = {step.part: step for step in before.values() if step.kind == OWN}
         read, steps, facts = comparing.reads(plan, before, plan.config.retrieval.utility)
         read |= values(plan.config, "retrieval")
         for split in plan.splits:
@@ -150,6 +151,13 @@ class Retrieve(Step):
         if copies:
             rows = [(examples[query].id, training[usable[row]].id) for query, row in copies.items()]
             write_table(directory / COPIES, [("ID", "train"), *rows])
+
+
+def _searched(config: "Config") -> bool:
+    """Whether the run looks for similar training images by the features of its own model."""
+    concepts = config.concepts
+    by_concepts = concepts is not None and concepts.predictor == "knn" and concepts.own > 0
+    return config.retrieval is not None or by_concepts
 
 
 def _is_near(cosines: Any, threshold: float | None) -> bool:

@@ -36,6 +36,8 @@ class Score(Step):
         if plan.config.full_fit:  # such a score would be of images that the model has seen
             return
         captions = [step for step in before.values() if step.captions == "valid"]
+        if not captions:
+            return
         standins = {step: None for step in before.values() if step.kind == "standin"}
         facts = {
             "weights": metrics.identities_of(plan.config.score, plan.root / "cache"),

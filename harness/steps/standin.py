@@ -22,7 +22,7 @@ class Standin(Step):
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
-        for section in trained_here(plan.config.score):
+        for section in trained_here(plan.config.score) if plan.config.captions else ():
             yield cls(Inputs(plan, {}, ("train",), facts={"metric": section}), section)
 
     def build(self, work: "Work", directory: Path) -> None:

@@ -97,7 +97,7 @@ def held(spec: Study, trial: FrozenTrial, folder: Path) -> dict[str, Any] | None
         return {"reason": "its run is gone"}
     except UserError as error:
         return {"reason": "; ".join(map(str, error.problems))}
-    scores = {name: record["scores"]["valid"]["after"][name] for name in spec.objective}
+    scores = {name: records.on_valid(record)[name] for name in spec.objective}
     return {"scores": scores, "image_gap": record["image_gap"]["rouge1"]}
 
 

@@ -34,6 +34,8 @@ from harness.study.space import (
 _TRAINED = (f"train.{key}" for key in train.INDIFFERENT)
 INDIFFERENT = ("name", "variant", "device", "predict.batch_size", *_TRAINED)
 """Keys of the base that may change during a study."""
+CONCEPT_SCORES = ("concept_f1", "concept_f1_secondary")
+"""The scores of `task: concepts`, the primary one first."""
 ADDRESS = re.compile(
     r"postgresql(\+psycopg)?://"
     r"([^\s/?@:]+(:[^\s/?@:]*)?@)?"  # user, password
@@ -78,7 +80,10 @@ class StudyConfig(Section):
     space: dict[str, ParameterConfig]
     """The search space: keys of the experiment, such as `predict.num_beams`, and their values."""
     objective: tuple[str, ...] = ("bertscore",)
-    """The validation score to maximise, after post-processing; several scores give a Pareto front."""
+    """The validation score to maximise, after post-processing; several scores give a Pareto front.
+
+    With `task: concepts` in the base it is concept_f1 by default.
+    """
     half: Literal["tune"] | None = None
     """tune: the objective is the score on half of the validation images. The best trial is also reported on
     the held half, which no choice has seen. By default all images count."""
@@ -127,7 +132,7 @@ class Study:
     @property
     def objective(self) -> tuple[str, ...]:
         """The names of the scores to maximise."""
-        return self.config.objective
+        return _objective(self.config, self.base)
 
     @cached_property
     def grid(self) -> list[dict[str, Any]] | None:
@@ -398,24 +403,30 @@ def _name_problems(name: str, base: Config, places: Mapping[KeyPath, Place], fil
 def _objective_problems(
     config: StudyConfig, base: Config, places: Mapping[KeyPath, Place], file: Path
 ) -> list[Problem]:
-    scored = [*base.score.metrics, *EDITIONS[base.edition].aggregates]
-    problems = []
+    scored = [*base.score.metrics, *EDITIONS[base.edition].aggregates] if base.captions else CONCEPT_SCORES
+    objective, problems = _objective(config, base), []
     if base.full_fit:
         what = "the base learns from validation images (data.fit_on), so its trials have no scores"
         problems.append(experiment.problem_at(what, ("base",), places, file))
-    for metric in config.objective:
+    for metric in objective:
         if metric not in scored:
             what = f"got {metric}; the base scores {', '.join(scored)}"
             problems.append(experiment.problem_at(what, ("objective",), places, file))
-    if len(set(config.objective)) != len(config.objective) or not config.objective:
+    if len(set(objective)) != len(objective) or not objective:
         problems.append(experiment.problem_at("name each score once", ("objective",), places, file))
-    if len(config.objective) > 1 and config.pruner.name != "none":
+    if len(objective) > 1 and config.pruner.name != "none":
         what = "a pruner can't rank trials with several objectives; use none"
         problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
     if config.half and config.pruner.name != "none":
         what = "a pruner judges by validations on both halves; with half: tune use none"
         problems.append(experiment.problem_at(what, ("pruner", "name"), places, file))
     return problems
+
+
+def _objective(config: StudyConfig, base: Config) -> tuple[str, ...]:
+    """The scores to maximise: those of the file, else the primary one of the base's task."""
+    written = base.captions or "objective" in config.model_fields_set
+    return config.objective if written else CONCEPT_SCORES[:1]
 
 
 def _start_problems(study: Study, places: Mapping[KeyPath, Place]) -> list[Problem]:

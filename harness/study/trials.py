@@ -295,7 +295,7 @@ def counting(spec: Study, folder: Path, record: records.Record) -> records.Recor
 
 def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
     """The reasons for absent objective scores of a finished run."""
-    scores = record["scores"].get("valid", {}).get("after", {})
+    scores = records.on_valid(record)
     none = {"value": None, "reason": "not computed"}
     found = {name: scores.get(name, none) for name in objective}
     return [
@@ -306,12 +306,12 @@ def absent(record: Mapping[str, Any], objective: Sequence[str]) -> list[str]:
 
 
 def scores_of(record: Mapping[str, Any], objective: Sequence[str]) -> dict[str, float]:
-    """The objective's validation scores after post-processing; the finished run must have them."""
-    scores = record["scores"]["valid"]["after"]
+    """The objective's validation scores (`records.on_valid`); the finished run must have them."""
+    scores = records.on_valid(record)
     return {name: scores[name]["value"] for name in objective}
 
 
 def is_official(record: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether all these scores are official: no stand-ins and no unclear readings of a metric."""
-    scores = record["scores"]["valid"]["after"]
+    scores = records.on_valid(record)
     return all(scores[name]["official"] for name in names)

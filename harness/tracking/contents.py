@@ -34,9 +34,24 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
             key = f"{half}/{metric}"
             values |= {key: score["value"], f"{key}.low": score["low"], f"{key}.high": score["high"]}
         values[f"{half}/image_gap"] = one["image_gap"]["rouge1"].get("gap")
+    values |= _concepts(record.get("concepts") or {})
     for metric, value in (record.get("baseline") or {}).items():
         values[f"baseline/{metric}"] = value
     return {key: float(value) for key, value in values.items() if is_measured(key, value)}
+
+
+def _concepts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores as `valid/concept_f1` and `held/concept_f1`; baselines as `baseline/concept_f1/<name>`."""
+    stages = {**found.get("scores", {}), **found.get("halves", {})}
+    values = {
+        f"{split}/concept_{metric}": score for split, one in stages.items() for metric, score in one.items()
+    }
+    values |= {f"baseline/concept_f1/{name}": one for name, one in found.get("baselines", {}).items()}
+    return {
+        key if end == "value" else f"{key}.{end}": score.get(end)
+        for key, score in values.items()
+        for end in ("value", "low", "high")
+    }
 
 
 def is_measured(key: str, value: Any) -> bool:
@@ -55,6 +70,8 @@ def rows(record: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
 def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
     stages = [stage for stages in record["scores"].values() for stage in stages.values()]
     scores = {metric: score for stage in stages for metric, score in stage.items()}
+    concepts = record.get("concepts") or {}
+    scores |= {f"concept_{name}": one for name, one in concepts.get("scores", {}).get("valid", {}).items()}
     signatures = {metric: score["signature"] for metric, score in scores.items()}
     reasons = {metric: score["reason"] for metric, score in scores.items() if score.get("reason")}
     made_by_standins = [metric for metric, signature in signatures.items() if "STAND-IN" in signature]
@@ -65,6 +82,8 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "standin": ", ".join(made_by_standins) or None,
         "standin_model": record.get("standin_model"),
         "soup": soups.described(record["soup"]) if record.get("soup") else None,
+        "task": record["config"].get("task"),
+        "predictor": concepts.get("predictor"),
         "best_weights": described((record.get("training") or {}).get("best") or {}),
         **{key: record[key] for key in ("edition", "variant", "seed")},
         "command": masked(record["command"]),

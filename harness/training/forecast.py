@@ -35,7 +35,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     Counts without opening more than a few images. A run whose steps are done needs no cache.
     """
     source, side = config.data, config.model.image_size
-    searched = config.retrieval or longest_prompt(config.model.prompt)
+    by_neighbours = config.concepts and config.concepts.own and config.concepts.predictor == "knn"
+    searched = config.retrieval or by_neighbours or longest_prompt(config.model.prompt)
     trained = ("train", "valid") if config.trains else ("train",) if searched else ()
     trained = (*trained, "valid") if config.soup else trained
     wanted = dict.fromkeys([*trained, *config.predicted] if config.has_model else ())
@@ -148,7 +149,9 @@ def time(
 
 
 def _origin(config: "Config") -> str:
-    """Where captions are from if nothing is trained."""
+    """Where captions, or concepts, are from if nothing is trained."""
+    if not config.captions:
+        return "the concepts are of " + ("similar images" if config.has_model else "other runs")
     if not config.has_model:
         return "the captions are of other runs"
     if config.soup:

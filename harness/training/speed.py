@@ -137,7 +137,7 @@ def of_run(
             found["training"] = Guess(None, str(error))
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
-    splits = [split for split in config.predicted if split in counts]
+    splits = [split for split in config.predicted if split in counts and config.captions]
     predicted = {} if config.retrieval else {f"predict-{split}": split for split in splits}
     scored = dict.fromkeys(("score-before", "score-after"), "valid") if "valid" in splits else {}
     parts = {
