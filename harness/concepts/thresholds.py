@@ -123,7 +123,8 @@ def _swept(
     score = 2 * right / (number + truth.counts[rows])
     gain = score - np.where(number == 1, floor[rows], np.roll(score, 1))
     lower = np.max(values, where=values < cut, initial=0) if cut > 0 else np.float32(0)
-    sums, thresholds, _ = _cuts(found, gain, lower)
+    order = np.argsort(-found, kind="stable")
+    sums, thresholds, _ = _cuts(found[order], gain[order], lower)
     best = np.flatnonzero(sums >= sums.max() - TIE)[0]
     reachable, correct = truth.has.sum(axis=1), np.bincount(rows, weights=hits, minlength=len(values))
     highest = 2 * reachable / np.maximum(given + reachable - correct + truth.counts, 1)
@@ -145,7 +146,7 @@ def one_pass(values: np.ndarray, truth: Truth, floor: np.ndarray, start: np.ndar
         part = slice(first, first + _LABELS)
         columns = zip(*(np.ascontiguousarray(one[:, part].T) for one in (values, truth.has)), strict=True)
         for place, (column, has) in enumerate(columns, first):
-            has &= column > 0
+            has = has & (column > 0)
             above = column > thresholds[place]
             (rows,) = np.nonzero(above | (column >= np.min(column, where=has, initial=2)))
             if not len(rows):
