@@ -1,4 +1,4 @@
-"""The classifier of concepts: pooling, its two losses and their gradients, against formulas and torch's own."""
+"""The classifier of concepts: pooling, its two losses and their gradients, against formulas and torch."""
 
 from typing import get_args
 
@@ -129,7 +129,9 @@ def test_gem_is_its_formula_and_learns_its_exponent(exponent):
     found.sum().backward()
     step = 1e-6
     with torch.no_grad():
-        moved = [(features.clamp(min=1e-6) ** p).mean(1) ** (1 / p) for p in (exponent + step, exponent - step)]
+        moved = [
+            (features.clamp(min=1e-6) ** p).mean(1) ** (1 / p) for p in (exponent + step, exponent - step)
+        ]
     slope = (moved[0].sum() - moved[1].sum()) / (2 * step)
     torch.testing.assert_close(pool.exponent.grad[0], slope, rtol=1e-5, atol=1e-5)
 
