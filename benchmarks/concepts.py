@@ -151,6 +151,7 @@ def _steps(settings: Any, features: Any, rows: list[list[int]]) -> None:
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1e3
     )
+    epoch = len(rows) / rate
     what, size = f"head, {settings.pooling}, {settings.loss}", f"{LABELS:,} x {width:,} x {tokens} tokens"
     shown = f"{rate:>8,.0f} images/s {epoch:>6.0f} s an epoch {peak / 1e9:>6.1f} GB on {place.type}"
     print(f"{what:<28}{size:<30}{shown}", flush=True)
