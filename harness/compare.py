@@ -269,13 +269,15 @@ def _corrected(found: Sequence[Difference]) -> list[Difference]:
     return corrected
 
 
-def read_run(folder: Path, label: str) -> System:
+def read_run(folder: Path, label: str, task: str | None = None) -> System:
     """The validation scores of a run: of its captions after post-processing, or of its concepts.
+
+    `task` is captions or concepts, by default that of the run.
 
     Raises `UserError` if the folder is not a run, or if its scores lack the numbers per image.
     """
     record = records.read(folder)
-    return _system(folder, record, label, SCORED[records.task_of(record)])
+    return _system(folder, record, label, SCORED[task or records.task_of(record)])
 
 
 def _system(folder: Path, record: records.Record, label: str, step: str) -> System:

@@ -49,6 +49,15 @@ Inside = Annotated[str, AfterValidator(_inside)]
 Moment = Annotated[str, AfterValidator(_moment)]
 
 
+FINAL = {"caption": "predictions/{split}_after.csv", "concept": "concepts/{split}.csv"}
+"""The artifact with what a run submits, by task."""
+PER_IMAGE = {
+    "caption": "scores/{split}_after_per_image.csv",
+    "concept": "scores/{split}_concepts_per_image.csv",
+}
+"""The artifact with the scores of each image, by task."""
+
+
 class _Part(BaseModel):
     """A part of a record. Keys that earlier versions lacked may be absent; types are strict."""
 
@@ -384,12 +393,12 @@ def _next(record: Record, name: str) -> str:
     split = name.partition("/")[2].partition("_")[0].removesuffix(".csv")
     if why := record.get("unscored", {}).get(split):
         return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
-    predicts = {"predictions": True, "concepts": record.get("concepts") is not None}
-    if record["status"] == "FINISHED" and predicts.get(name.partition("/")[0]):
+    kinds = {"predictions": task_of(record) == "captions", "concepts": bool(record.get("concepts"))}
+    if record["status"] == "FINISHED" and kinds.get(name.partition("/")[0]):
         verb = "Caption" if name.startswith("predictions/") else "Predict"
         return f"{verb} this split too: {command} --set 'predict.splits=[valid,test]'"
-    if record["status"] == "FINISHED":
-        return "Name runs that have it; a run of concepts has task: concepts, or the section concepts."
+    if record["status"] == "FINISHED" and name.partition("/")[0] in kinds:
+        return f"It is a run of task: {task_of(record)}; the section concepts adds concepts to captions."
     return f"Finish it: {command}"
 
 

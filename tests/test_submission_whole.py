@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.records import read as run_record
 from harness.store import seal
 from harness.submission import check, folder, make
-from harness.submission.runs import captions
+from harness.submission.runs import predictions
 
 IDS = [f"scan_{number}" for number in range(6)]
 CAPTIONS = {key: f"caption {key}" for key in IDS}
@@ -207,11 +207,11 @@ DAMAGE = {
 def test_a_run_knows_its_size_and_its_ids(case, split, run):
     damage, words = DAMAGE[case]
     record = run_record(run)
-    assert captions(run, record, split) == CAPTIONS
+    assert predictions(run, record, split) == CAPTIONS
     file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
     file.write_bytes(damage(file.read_bytes().decode()).encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError) as error:
-        captions(run, record, split)
+        predictions(run, record, split)
     assert error.value.exit_code == 3
     for word in words:
         assert word in str(error.value)
@@ -222,10 +222,10 @@ def test_a_run_knows_its_size_and_its_ids(case, split, run):
 def test_captions_altered_since_the_step_left_them_are_not_submitted(run):
     file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
     seal(file.parent, {})
-    assert captions(run, run_record(run), "test") == CAPTIONS
+    assert predictions(run, run_record(run), "test") == CAPTIONS
     file.write_bytes(file.read_bytes().replace(b"caption scan_0", b"caption scan_1"))
     with pytest.raises(UserError) as error:
-        captions(run, run_record(run), "test")
+        predictions(run, run_record(run), "test")
     assert error.value.exit_code == 3
     assert "not what the step left: its SHA-256 differs" in str(error.value)
     assert f"The run makes it again: {COMMAND}" in str(error.value)
@@ -236,26 +236,26 @@ def test_a_record_without_sizes_and_layout_is_compared_with_what_there_is(run, m
     record = run_record(run)
     for key in ("splits", "layout"):
         del record["data"][key]
-        assert captions(run, record, "test") == CAPTIONS
+        assert predictions(run, record, "test") == CAPTIONS
     file = run.parents[1] / "steps" / "postprocess-1" / "predictions.csv"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
     with pytest.raises(UserError, match=r"3 ids .*missing"):
-        captions(run, record, "test")
+        predictions(run, record, "test")
     del record["data"]
     with pytest.raises(UserError, match=r"3 ids .*missing"):
-        captions(run, record, "test")
+        predictions(run, record, "test")
 
 
 def test_ids_of_the_data_folder_count_where_none_are_given(run, monkeypatch):
     monkeypatch.chdir(run.parents[2])
     record = run_record(run)
-    assert captions(run, record, "test") == CAPTIONS
+    assert predictions(run, record, "test") == CAPTIONS
     Path("data/test_ids.csv").write_text("\n".join(["ID", *IDS, "scan_6"]))
     with pytest.raises(UserError) as error:
-        captions(run, record, "test")
+        predictions(run, record, "test")
     assert "1 id (scan_6): missing, compared with the test split in data" in str(error.value)
     assert "--ids FILE" in str(error.value)
-    assert captions(run, record, "test", IDS) == CAPTIONS
+    assert predictions(run, record, "test", IDS) == CAPTIONS
 
 
 def test_make_of_half_a_split_exits_with_3_and_writes_nothing(run):

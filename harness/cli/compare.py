@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import DeviceName, DeviceOption, Format, Half, HalfOption, Output, Sets, Terminal
+from harness.cli.terminal import (
+    DeviceName,
+    DeviceOption,
+    Format,
+    Half,
+    HalfOption,
+    OfTask,
+    Output,
+    Sets,
+    Task,
+    Terminal,
+)
 from harness.errors import Problem, UserError
 from harness.visible import console, json_text, print_csv
 
@@ -23,7 +34,9 @@ if TYPE_CHECKING:
 def compare(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_OR_FILE...", help="Folders of runs, files of captions; two or more."),
+        typer.Argument(
+            metavar="RUN_OR_FILE...", help="Folders of runs, files of captions or concepts; two or more."
+        ),
     ],
     references: Annotated[
         Path | None, typer.Option(help="A label file or submission; needed if a file is compared.")
@@ -43,13 +56,14 @@ def compare(
         bool,
         typer.Option("--standins", help="Score files with stand-ins if official weights are missing."),
     ] = False,
+    of: OfTask = None,
     sets: Sets = None,
     device: DeviceOption = None,
     half: HalfOption = None,
     resamples: Annotated[int, typer.Option(min=99, help="Number of random swaps for each p value.")] = 9_999,
     output: Output = Format.table,
 ) -> None:
-    """Show which differences between runs or files of captions are real at 95 %, metric by metric.
+    """Show which differences between runs or files are real at 95 %, metric by metric.
 
     A difference is real if p < 0.05 (Holm-corrected for more than two) and its interval does not contain 0.
 
@@ -67,13 +81,14 @@ def compare(
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
     _check(sources, references)
+    task = _task(sources, of)
     metrics = metric_names(names)
-    systems, files = _read(sources, references, images)
+    systems, files = _read(sources, references, images, task)
     comparison.check_rows(systems)
     comparison.check_resamples(systems, resamples)
     if files:
         year, config = _settings(sources, edition, metrics, standins, sets or ())
-        systems = [_scored(system, files, config, year, device) for system in systems]
+        systems = [_scored(system, files, config, year, device, task) for system in systems]
     if half:
         systems = [comparison.on_half(system, half) for system in systems]
     found = comparison.compare(systems, metrics, resamples)
@@ -101,6 +116,20 @@ def _check(sources: Sequence[Path], references: Path | None) -> None:
         raise UserError(problems)
 
 
+def _task(sources: Sequence[Path], given: Task | None) -> Task:
+    """The task to compare: that of the option, else that of all runs, else captions."""
+    from harness.cli.score import task_of
+    from harness.records import read
+
+    tasks = {source: task_of(given, read(source)) for source in sources if source.is_dir()}
+    if len(set(tasks.values())) > 1:
+        problems = [Problem(f"a run of {task}s", source) for source, task in tasks.items()]
+        raise UserError(
+            problems, "Compare runs of one task; --task concept compares concepts beside captions."
+        )
+    return next(iter(tasks.values()), task_of(given, None))
+
+
 def _labels(sources: Sequence[Path]) -> list[str]:
     """Short names without duplicates: the last part of each path, or whole paths if two are the same."""
     names = [source.resolve().name for source in sources]
@@ -108,7 +137,7 @@ def _labels(sources: Sequence[Path]) -> list[str]:
 
 
 def _read(
-    sources: Sequence[Path], references: Path | None, images: Path | None
+    sources: Sequence[Path], references: Path | None, images: Path | None, task: Task
 ) -> tuple[list["System"], dict[str, "Rows"]]:
     """The systems, and the rows of each file by its label; systems of files have no scores yet."""
     from harness.compare import of_rows, read_run
@@ -118,9 +147,9 @@ def _read(
     for source, label in zip(sources, _labels(sources), strict=True):
         try:
             if source.is_dir():
-                systems.append(read_run(source, label))
+                systems.append(read_run(source, label, f"{task}s"))
             else:
-                files[label] = rows(source, references, images)
+                files[label] = rows(source, references, images, task.value)
                 systems.append(of_rows(files[label], label))
         except UserError as error:
             problems += error.problems
@@ -154,15 +183,20 @@ def _scored(
     config: "ScoreConfig",
     edition: int,
     device: DeviceName | None,
+    task: Task,
 ) -> "System":
     """A file's system with its scores; a run's system unchanged."""
-    from harness.scoring import score
+    from harness.scoring import score, score_concepts
 
     if system.label not in files:
         return system
     say = Terminal().say
-    say(f"{system.label}: scoring {len(system.ids):,} captions")
-    scores, warnings = score(files[system.label], config, edition, device.value if device else "auto")
+    say(f"{system.label}: scoring {len(system.ids):,} rows of {task}s")
+    rows = files[system.label]
+    if task is Task.concept:
+        scores, warnings = score_concepts(rows, None, edition, config.bootstrap)
+    else:
+        scores, warnings = score(rows, config, edition, device.value if device else "auto")
     for warning in warnings:
         say(f"warning: {system.label}: {warning.removeprefix(f'{system.label}: ')}")
     return replace(system, scores=scores)

@@ -17,17 +17,23 @@ def table(records: Sequence[Record]) -> "Table":
     """One row per run, then one per baseline; `records` have concepts."""
     from rich.table import Table
 
+    floors = _baselines(records)
     title = f"{records[0]['name']}: concepts, {records[0]['data']['splits']['valid']} validation images"
     found = Table(title=title, title_justify="left")
     found.add_column("run", no_wrap=True)
-    gains = [f"{F1} - {name} ({HELD})" for name in _baselines(records)]
-    for name in (F1, f"{F1} ({HELD})", SECONDARY, *gains):
+    best = max(floors, key=lambda name: floors[name]["value"] or 0, default=None)
+    for name in (F1, f"{F1} ({HELD})", SECONDARY, *([f"above {best} ({HELD})"] if best else [])):
         found.add_column(name, justify="right")
     for record in records:
-        found.add_row(name_of(record), *_cells(record, list(_baselines(records))))
+        concepts, own = record["concepts"], scores(record)
+        held = concepts.get("halves", {}).get(HELD, {}).get(F1, {})
+        gain = concepts.get("paired", {}).get(best, {}).get(HELD) or {}
+        cells = [_value(own.get(F1, {})), _value(held), _value(own.get(SECONDARY, {}))]
+        cells += [_interval(gain.get("difference"), gain, "+")] if best else []
+        found.add_row(name_of(record), *cells)
     found.add_section()
-    for name, one in _baselines(records).items():
-        found.add_row(name, _value(one), _value(one.get("held") or {}), *[""] * (1 + len(gains)))
+    for name, one in floors.items():
+        found.add_row(name, _value(one), _value(one.get(HELD) or {}), *[""] * (2 if best else 1))
     return found
 
 
@@ -46,18 +52,6 @@ def notes(records: Sequence[Record]) -> Iterator[str]:
                 yield f"{run}: not shown to be better than the {name} on the half {HELD}"
     if any(record["concepts"].get("halves") for record in records):
         yield f"({HELD}): the half of validation on which no threshold was chosen"
-
-
-def _cells(record: Record, baselines: Sequence[str]) -> list[str]:
-    concepts = record["concepts"]
-    half, own = concepts.get("halves", {}).get(HELD, {}), scores(record)
-    gains = [concepts.get("paired", {}).get(name, {}).get("held", {}) for name in baselines]
-    return [
-        _value(own.get(F1, {})),
-        _value(half.get(F1, {})),
-        _value(own.get(SECONDARY, {})),
-        *(_interval(gain.get("difference"), gain, "+") for gain in gains),
-    ]
 
 
 def scores(record: Record) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli import verified as verification
-from harness.cli.terminal import DeviceOption, Format, Output, Sets, Task, Terminal
+from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal
 from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
 from harness.visible import is_terminal, json_text, print_csv
@@ -46,7 +46,7 @@ def score(
     standins: Annotated[
         bool, typer.Option("--standins", help="Use stand-ins if official weights are missing.")
     ] = False,
-    task: Task = Task.caption,
+    of: OfTask = None,
     manual: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Manually validated concepts, for the secondary concept score."),
@@ -72,9 +72,10 @@ def score(
     from harness import scoring
     from harness.machine.device import rank
 
+    run = scoring.find_run(predictions)
+    task = task_of(of, run and run[1])
     of_captions = {"--metrics": names is not None, "--images": images is not None, "--standins": standins}
     _check_task(task, [option for option, given in of_captions.items() if given], manual)
-    run = scoring.find_run(predictions)
     year = edition_of(edition, run)
     if per_image is not None:
         _check_output(per_image, [predictions, references, manual], run)
@@ -127,6 +128,13 @@ def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) 
         allowed = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {allowed}", key="--edition")])
     return edition
+
+
+def task_of(task: Task | None, record: Mapping[str, Any] | None) -> Task:
+    """The task of the option, else the run's, else captions."""
+    from harness import records
+
+    return task or (Task.concept if record and records.task_of(record) == "concepts" else Task.caption)
 
 
 def metric_names(names: str | None) -> list[str] | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Report, ReportFormat, Task, command_line
+from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line
 from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
 from harness.visible import json_text, one_line
@@ -42,7 +42,7 @@ def make(
         int | None, typer.Option(help=f"Year of the edition, {SPAN}; by default the run's.")
     ] = None,
     ids: Annotated[Path | None, typer.Option(help=f"{IDS_HELP} By default the run's.")] = None,
-    task: Task = Task.caption,
+    of: OfTask = None,
     split: Annotated[Split, typer.Option(help="Which of a run's predictions; part of the file's name.")] = (
         Split.test
     ),
@@ -57,24 +57,24 @@ def make(
     """
     from harness import submission
     from harness.captions import sameness
+    from harness.cli.score import task_of
     from harness.data.captionfiles import read_ids
-    from harness.records import place_of
+    from harness.records import FINAL, place_of
     from harness.records import read as run_record
-    from harness.submission.runs import captions
+    from harness.submission.runs import predictions
 
     record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
     if record is None:
         _require(edition, ids, source)
-    elif task is Task.concept:
-        raise UserError([Problem("a run predicts captions; give a file of concepts", source, key="--task")])
+    task = task_of(of, record)
     year = edition if edition is not None else record["edition"]
     submission.rules(year, task.value)
     wanted = read_ids(ids) if ids else None
     if record is None:
         file, values = source, _of_file(source, task, wanted)
     else:
-        values = captions(source, record, split.value, wanted)
-        file = place_of(source, record, f"predictions/{split.value}_after.csv")
+        values = predictions(source, record, split.value, wanted, task.value)
+        file = place_of(source, record, FINAL[task.value].format(split=split.value))
     manifest = _manifest(file, record, split.value)
     folder = out or _folder(source, record, year)
     upload = submission.make(values, wanted or list(values), year, folder, manifest, split.value, task.value)

@@ -63,6 +63,7 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.batch_size=32."),
 ]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
+OfTask = Annotated[Task | None, typer.Option("--task", help="By default that of the run, else captions.")]
 ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]
 HalfOption = Annotated[
     Half | None,

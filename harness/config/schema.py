@@ -186,9 +186,7 @@ def _beside_concepts(config: Config) -> Iterator[tuple[str, ...]]:
 def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
     """What the section `concepts` lacks, each as a message and its keys."""
     concepts = config.concepts
-    learned = [
-        n for n, one in enumerate(config.train.stages) if one.epochs and one.losses.concepts
-    ]
+    learned = [n for n, one in enumerate(config.train.stages) if one.epochs and one.losses.concepts]
     if concepts is None:
         for number in learned:
             what = "the loss concepts needs the section concepts; write concepts: {} for its defaults"

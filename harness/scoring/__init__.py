@@ -74,7 +74,10 @@ def rows(
     """
     problems: list[Problem] = []
     files = []
-    for load in (lambda: _predictions(predictions), lambda: _references(references, predictions)):
+    for load in (
+        lambda: _predictions(predictions, task),
+        lambda: _references(references, predictions, task),
+    ):
         try:
             files.append(load())
         except UserError as error:
@@ -115,18 +118,18 @@ def _of_predictions(file: CaptionFile, task: Task) -> Iterator[str]:
         yield f"{file.path.name}: {same}"
 
 
-def _predictions(path: Path) -> CaptionFile:
+def _predictions(path: Path, task: Task) -> CaptionFile:
     run = find_run(path)
-    return read(run_artifact(*run, "predictions/valid_after.csv") if run else path)
+    return read(run_artifact(*run, records.FINAL[task].format(split="valid")) if run else path)
 
 
-def _references(path: Path | None, predictions: Path) -> CaptionFile:
+def _references(path: Path | None, predictions: Path, task: Task) -> CaptionFile:
     if path is not None:
         return read(path)
     run = find_run(predictions)
     if run is None:
         raise UserError([Problem("is needed, unless a run's folder is scored", key="--references")])
-    table = run_artifact(*run, "scores/valid_after_per_image.csv")
+    table = run_artifact(*run, records.PER_IMAGE[task].format(split="valid"))
     values = {key: row["reference"] for key, row in records.per_image(table, run[1]).items()}
     return CaptionFile(table, ",", "references of the run's validation split", values, {})
 

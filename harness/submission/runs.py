@@ -1,4 +1,4 @@
-"""The captions of a run, checked against the images of its splits."""
+"""The captions or concepts of a run, checked against the images of its splits."""
 
 import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,28 +8,34 @@ from typing import Any
 from harness import records
 from harness.captions import read_rows
 from harness.data.captionfiles import as_predictions, read
-from harness.data.forms import INVALID
+from harness.data.forms import INVALID, Task, plural
 from harness.errors import Problem, UserError
 from harness.submission.checks import some
 
 
-def captions(
-    folder: Path, record: Mapping[str, Any], split: str, ids: Sequence[str] | None = None
-) -> dict[str, str]:
-    """The post-processed captions of a split of the run in `folder`, by id, in the order of the split.
+def predictions(
+    folder: Path,
+    record: Mapping[str, Any],
+    split: str,
+    ids: Sequence[str] | None = None,
+    task: Task = "caption",
+) -> dict[str, Any]:
+    """What the run in `folder` submits for a split, by id, in the order of the split.
+
+    These are its post-processed captions, or lists of CUIs.
 
     They are compared with the size of the split in the run's record, with the ids of the run's other files
     and, unless `ids` are given to submit, with the ids of its data folder. Raises `UserError`, with exit code
     3 if captions are missing, altered, cut short or of other images, and with 2 if the run has none yet.
     """
-    file = records.place_of(folder, record, f"predictions/{split}_after.csv")
+    file = records.place_of(folder, record, records.FINAL[task].format(split=split))
     again = records.again(record)
     try:
-        found = as_predictions(read(records.checked(file, record)))
+        found = as_predictions(read(records.checked(file, record)), task)
     except UserError as error:
         problems = [Problem(p.what, p.file, p.line, hint=again) for p in error.problems]
         raise UserError(problems, exit_code=INVALID) from None
-    problems = list(_against_the_run(found, file, folder, record, split, again))
+    problems = list(_against_the_run(found, file, folder, record, split, task))
     if ids is None and not problems:
         problems = list(_against_the_data(found, file, folder, record, split))
     if problems:
@@ -38,14 +44,18 @@ def captions(
 
 
 def _against_the_run(
-    found: Mapping[str, str], file: Path, folder: Path, record: Mapping[str, Any], split: str, again: str
+    found: Mapping[str, Any], file: Path, folder: Path, record: Mapping[str, Any], split: str, task: Task
 ) -> Iterator[Problem]:
+    again = records.again(record)
     size = record.get("data", {}).get("splits", {}).get(split)
     if size is not None and len(found) != size:
         yield Problem(
-            f"holds {len(found):,} captions; the {split} split of the run has {size:,}", file, hint=again
+            f"holds {len(found):,} {plural(task)}; the {split} split of the run has {size:,}",
+            file,
+            hint=again,
         )
-    for name in (f"predictions/{split}_before.csv", f"scores/{split}_after_per_image.csv"):
+    before = [f"predictions/{split}_before.csv"] if task == "caption" else []
+    for name in (*before, records.PER_IMAGE[task].format(split=split)):
         if name not in record["artifacts"]:
             continue
         other = records.root(folder, record) / record["artifacts"][name]
@@ -65,7 +75,7 @@ def _ids_in(table: Path) -> Collection[str]:
 
 
 def _against_the_data(
-    found: Mapping[str, str], file: Path, folder: Path, record: Mapping[str, Any], split: str
+    found: Mapping[str, Any], file: Path, folder: Path, record: Mapping[str, Any], split: str
 ) -> Iterator[Problem]:
     from harness.data.readers import read as listed
 
@@ -73,12 +83,12 @@ def _against_the_data(
     roots = [Path(data["root"]), records.root(folder, record).parent / data["root"]] if "root" in data else []
     root = next((root for root in roots if root.is_dir()), None)
     examples = listed(root, data.get("layout", "imageclef2023")).splits.get(split) if root else None
-    hint = "Caption them all, or give the ids to submit: --ids FILE"
+    hint = "Predict them all, or give the ids to submit: --ids FILE"
     for what in _differences(found, [example.id for example in examples or ()]) if examples else ():
         yield Problem(f"{what}, compared with the {split} split in {root}", file, hint=hint)
 
 
-def _differences(found: Mapping[str, str], ids: Collection[str]) -> Iterator[str]:
+def _differences(found: Mapping[str, Any], ids: Collection[str]) -> Iterator[str]:
     known = set(ids)
     if missing := [key for key in ids if key not in found]:
         yield f"{some(missing)}: missing"
