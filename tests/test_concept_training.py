@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import prefix as small
+from support.commands import harness
+from support.experiments import EXPERIMENT
 from support.models import load_tiny, pixels
 from support.ranks import TRAIN, rows, train
 from support.shared_folders import made_once
@@ -487,3 +489,81 @@ def allocated(model, images) -> int:
         now += change
         most = max(most, now)
     return most
+
+
+# runs
+
+BESIDE_RUNS = EXPERIMENT.partition("variants:")[0].replace("name: small", "name: beside")
+STAGES = "stages: [{epochs: 2, losses: {caption: 1, concepts: 0.1}}]"
+RUNS = f"""
+variants:
+  alone: {{train: {{keep_best: 2}}}}
+  both: {{train: {{keep_best: 2, {STAGES}}}, concepts: {{head: {{class_weights: balanced}}}}}}
+  later:
+    train: {{start_from: beside/both-s42, stages: [{{epochs: 1, losses: {{caption: 1}}}}]}}
+"""
+SOUP = f"""
+variants:
+  soup:
+    train: {{{STAGES}}}
+    concepts: {{head: {{class_weights: balanced}}}}
+    soup: {{runs: [beside/both-s42]}}
+"""
+OTHER_LABELS = (
+    f"""
+variants:
+  started:
+    train: {{start_from: beside/both-s42, {STAGES}}}
+    concepts: {{min_images: 20}}
+""",
+    f"""
+variants:
+  averaged:
+    train: {{{STAGES}}}
+    concepts: {{min_images: 20}}
+    soup: {{runs: [beside/both-s42]}}
+""",
+)
+
+
+@pytest.mark.slow
+def test_runs_with_concepts_beside_captions(tmp_path, empty_store):
+    """They are scored, averaged, started from and exported; only weights for the same concepts are mixed."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    for name, runs in (("beside", RUNS), ("soup", SOUP)):
+        (tmp_path / f"{name}.yaml").write_text(BESIDE_RUNS + runs)
+        harness(tmp_path, "run", f"{name}.yaml")
+    records = {name: json.loads((tmp_path / f"runs/beside/{name}-s42/run.json").read_text()) for name in KEPT}
+    assert {record["status"] for record in records.values()} == {"FINISHED"}
+    logs = {
+        name: [
+            json.loads(line)
+            for line in (tmp_path / "runs" / record["steps"]["train"] / "losses.jsonl").open()
+        ]
+        for name, record in records.items()
+        if "train" in record["steps"]
+    }
+    for row in logs["both"]:
+        if "valid_loss" in row:
+            assert 0 < row["valid_concept_f1"] <= 1
+            assert row["valid_primary"] == row["valid_bertscore"]
+    assert not any("concept_f1" in key for row in logs["alone"] + logs["later"] for key in row)
+    assert records["both"]["concepts"]["scores"]["valid"]["f1"]["value"] > 0
+    assert "head" in records["both"]["training"]["new"]
+    weights = {name: load_file(tmp_path / "runs" / steps(records[name]) / training.BEST) for name in KEPT}
+    assert {name for name, own in weights.items() if "head.linear.weight" in own} == {"both", "soup"}
+    harness(tmp_path, "export", "runs/beside/both-s42", "out")
+    assert not any("head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    for others in OTHER_LABELS:
+        (tmp_path / "other.yaml").write_text(BESIDE_RUNS + others)
+        done = harness(tmp_path, "run", "other.yaml", code=None)
+        assert done.returncode
+        assert "it has another labels" in " ".join(done.stderr.split())
+
+
+KEPT = ("alone", "both", "soup", "later")
+
+
+def steps(record: dict) -> str:
+    """The step with the weights of a run."""
+    return record["steps"].get("soup") or record["steps"]["train"]
