@@ -10,13 +10,14 @@ from harness import metrics, records
 from harness.concepts.labels import labels_of
 from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, PredictConfig
+from harness.data.halves import TUNE, half
 from harness.data.readers import Example
 from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.base import Documents
 from harness.metrics.settings import ScoreConfig
-from harness.models import checkpoints, family, writes
+from harness.models import checkpoints, family
 from harness.models.base import PARTS
 from harness.models.measured import Unmeasured
 from harness.models.settings import longest_prompt
@@ -340,16 +341,12 @@ class Train(Step):
         return captions, [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
 
     def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
-        """Score the current model on `train.evaluate_images` validation images; an encoder alone on all.
+        """Score the current model on validation images.
 
         Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
         """
-        import numpy as np
-
         config, examples = self.inputs.config, self.inputs.data.readable("valid")
-        fit = np.flatnonzero([self._detects or example.trains for example in examples])
-        count = min(config.train.evaluate_images, len(fit)) if writes(config.model) else len(fit)
-        chosen = np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
+        chosen = self._validated_on(examples)
         found = self._detected(loaded, pixels, chosen) if config.train.trains_head else {}
         if self._detects:
             return found | {PRIMARY: found[f"valid_{CONCEPT_F1}"]} if found else {}
@@ -361,6 +358,20 @@ class Train(Step):
             return {}
         floors = self._floors(scores, captions, [examples[i].caption for i in chosen])
         return self._row(scores) | floors | found
+
+    def _validated_on(self, examples: Sequence[Example]) -> "np.ndarray":
+        """The places of the images that choose weights: of valid, `train.evaluate_images` at random.
+
+        For concepts, all of the half `tune`, so that scores on the half `held` are of unseen images.
+        """
+        import numpy as np
+
+        if self._detects:
+            tune = np.flatnonzero([half(example.id) == TUNE for example in examples])
+            return tune if len(tune) else np.arange(len(examples))
+        fit = np.flatnonzero([example.trains for example in examples])
+        count = min(self.inputs.config.train.evaluate_images, len(fit))
+        return np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
 
     def _detected(self, loaded: "Loaded", pixels: Any, chosen: Sequence[int]) -> dict[str, float]:
         """The F1 of the concepts that the head predicts for these validation images, on rank 0."""
