@@ -184,16 +184,20 @@ def test_a_steps_section_is_in_the_schema_and_the_reference(step):
 
 
 def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
-    """A run captions by its model or by retrieval, never by both. A soup needs runs; test_soup has one."""
+    """A run captions by its model or by retrieval, never by both.
+
+    A soup and the mean of concepts need runs; test_soup and test_concepts_run have them.
+    """
     everything = {
         "model": {"checkpoint": "tiny", "prompt": {"retrieved": 1}},
         "consensus": {"utility": {"rouge1": 1}},
+        "concepts": {"predictor": "from_captions"},
     }
     everything |= {"score": {"bleurt": {"checkpoint": STANDIN}}}
     kinds = [
-        {name.partition("-")[0] for name in made(**everything, retrieval=how).values()} for how in (None, {})
+        {name.rpartition("-")[0] for name in made(**everything, retrieval=how).values()} for how in (None, {})
     ]
-    assert kinds[0] | kinds[1] | {"soup"} == {step.kind for step in STEPS}
+    assert kinds[0] | kinds[1] | {"soup", "combine"} == {step.kind for step in STEPS}
     assert kinds[0] ^ kinds[1] == {"predict", "features", "retrieve"}
 
 
