@@ -242,7 +242,8 @@ class TrainConfig(Section):
     evaluate_images: Images = 200
     """Validation images that are captioned (greedily) and scored to choose the best checkpoint.
 
-    With `task: concepts` the images of the half `tune` choose it, all of them.
+    A head predicts the concepts of as many. With `task: concepts` it predicts all of the half `tune`, and
+    these choose the weights.
     """
     profile: whole(0, 1000) = 0
     """Profile this number of steps, after the first three and within one epoch; 0: none.
