@@ -1,7 +1,8 @@
-"""What deciding concepts costs: thresholds, nearest neighbours and names in captions, on made-up numbers.
+"""What concepts cost: a head's training, thresholds, neighbours and names in captions, on made-up numbers.
 
     python benchmarks/concepts.py                      # all
     python benchmarks/concepts.py thresholds names     # some
+    python benchmarks/concepts.py head                 # on a GPU, if there is one
 
 Concept k of K is in about 0.5/k of the images, as rare concepts are in real sets. Prints for each part its
 size, seconds of the clock and of the CPU, and the most memory of the process so far.
@@ -90,7 +91,73 @@ def names() -> None:
     )
 
 
-PARTS = {"thresholds": thresholds, "knn": knn, "names": names}
+def head() -> None:
+    """Steps of the head alone: labels as indicators, forward and backward pass, AdamW; by pooling and loss.
+
+    The widths are those of ViT-g (257 tokens at 224 pixels) and of BLIP-2's 32 queries. The features of
+    `_POOL` images stand for those of all, which would need 145 GB.
+    """
+    import torch
+
+    from harness.concepts.settings import HeadConfig
+
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw = np.random.default_rng(0)
+    share = frequencies() / frequencies().sum()
+    rows = [list(set(row)) for row in draw.choice(LABELS, (TRAINING, 4), p=share)]
+    for width, tokens in ((1_408, 257), (768, 32)):
+        features = torch.randn(_POOL, tokens, width).to(place)
+        for settings in (HeadConfig(), HeadConfig(pooling="gem", loss="asymmetric")):
+            _steps(settings, features, rows)
+
+
+_POOL, _BATCH, _STEPS = 256, 128, 60
+
+
+def _steps(settings: Any, features: Any, rows: list[list[int]]) -> None:
+    """Time `_STEPS` optimiser steps after three others, and print images/s and the memory of the steps."""
+    import torch
+
+    from harness.models import head, parts
+
+    place, (_, tokens, width) = features.device, features.shape
+    model = torch.nn.Module()
+    model.feature_width, model.class_tokens, model.part_of = width, 1, lambda name: "connector"
+    head.attach(model, settings, (frequencies() * TRAINING).astype(int).tolist(), TRAINING)
+    model.to(place).train()
+    optimizer = torch.optim.AdamW(parts.groups(model, 0.05, {}), lr=1e-3, fused=True)
+    draw = np.random.default_rng(1)
+
+    def step() -> None:
+        chosen = draw.integers(len(rows), size=_BATCH)
+        labels = head.indicators([rows[i] for i in chosen], LABELS).to(place)
+        (model.head.loss(features[torch.from_numpy(chosen % _POOL).to(place)], labels) / _BATCH).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    cuda = place.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(_STEPS):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    rate = _STEPS * _BATCH / (time.perf_counter() - begun)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1e3
+    )
+    epoch = len(rows) / rate
+    what, size = f"head, {settings.pooling}, {settings.loss}", f"{LABELS:,} x {width:,} x {tokens} tokens"
+    shown = f"{rate:>8,.0f} images/s {epoch:>6.0f} s an epoch {peak / 1e9:>6.1f} GB on {place.type}"
+    print(f"{what:<28}{size:<30}{shown}", flush=True)
+
+
+PARTS = {"head": head, "thresholds": thresholds, "knn": knn, "names": names}
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """Labels, the file of probabilities and the alignment of several runs; damaged files are refused in words."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from support.concepts import rows
@@ -128,3 +131,9 @@ def test_runs_with_other_labels_are_aligned_and_it_is_said():
     assert aligned([one, one], ["a", "b"])[2] == []
     with pytest.raises(UserError, match=r"b: has other images than those of a: it lacks 1 of 3 \(first c\)"):
         aligned([one, made(ids=("a", "b", "d"))], ["a", "b"])
+
+
+def test_the_room_needs_no_torch():
+    rooms = "baselines, ensembles, knn, labels, names, probabilities, results, settings, thresholds"
+    ask = f"import sys; from harness.concepts import {rooms}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask]).returncode == 0

@@ -275,6 +275,7 @@ def test_the_steps_of_concepts_are_planned_without_torch(project):
     assert [line.split()[-1] for line in done.stdout.splitlines()] == ["score-concepts"] * len(VARIANTS)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_concepts(project, tmp_path):
     begin(tmp_path)
     code = """if True:
@@ -344,6 +345,30 @@ def test_captions_and_their_steps_stay_the_same_beside_concepts(small_run, tmp_p
     assert kinds == ["caption-valid", "caption-test", "concept-valid", "concept-test"]
     assert "constant caption" in done.stdout
     assert "most frequent set" in done.stdout
+
+
+def test_lists_that_are_all_the_same_get_a_warning(project):
+    text = CONCEPTS.partition("variants:")[0].replace("name: found", "name: same")
+    of_all = "concepts: {predictor: knn, knn: {neighbours: 60, rule: votes}}\n"
+    (project / "same.yaml").write_text(text.replace("{epochs: 2, losses: {concepts: 1}}", "") + of_all)
+    done = harness(project, "run", "same.yaml")
+    first, second = record(project, "base", "same")["warnings"]
+    assert first.startswith("valid: all 24 lists of concepts are the same: ")
+    assert second.startswith("test: ")
+    assert f"warning: base-s42: {first}" in done.stderr
+    checks = json.loads(harness(project, "doctor", "same.yaml", "--format", "json").stdout)
+    assert not [one for one in checks if one["name"].startswith("score.")]  # no metric of captions is needed
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(project, tmp_path):
+    begin(tmp_path)
+    harness(tmp_path, "run", "concepts.yaml", "--nproc", "2")
+    labels, values = probabilities(tmp_path, "classifier")
+    ours, wanted = probabilities(project, "classifier")
+    assert labels == ours
+    np.testing.assert_allclose(values, wanted, atol=1e-4)
+    assert lists(tmp_path, "knn") == lists(project, "knn")
 
 
 MISTAKES = {

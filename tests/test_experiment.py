@@ -144,6 +144,7 @@ def test_every_key_has_a_type_and_shows_up_flat():
         "data": {"root": "x"},
         "consensus": {"runs": ["a/b-s1"]},
         "soup": {"runs": ["a/b-s1"]},
+        "concepts": {"predictor": "from_captions", "runs": ["a/b-s1"]},
     }
     given |= {"model": {"prompt": {"retrieved": 3}, "lora": {}}}
     stage = {"epochs": 1, "losses": {"reward": 1}, "reward": {"metrics": {"rouge1": 1}}}

@@ -16,6 +16,7 @@ from harness.metrics import bertscore
 from harness.models import checkpoints
 from harness.models.checkpoints import Checkpoint
 from harness.steps import STEPS
+from harness.steps.detect import Combine
 from harness.steps.inputs import Undeclared
 from harness.steps.plan import Plan, problems
 from harness.steps.predict import Predict
@@ -222,10 +223,11 @@ def test_every_kind_of_step_has_fingerprints_of_its_own(data, tmp_path):
     made = plan(data, tmp_path, score=score, consensus={"utility": {"rouge1": 1}})
     retrieving = plan(data, tmp_path, score=score, retrieval={"utility": {"rouge1": 1}})
     prompted = plan(data, tmp_path, score=score, model={"checkpoint": "tiny", "prompt": {"retrieved": 1}})
-    steps = list(
-        {step.directory: step for run in (made, retrieving, prompted) for step in run.steps.values()}.values()
-    )
-    assert {type(step) for step in steps} == set(STEPS) - {Soup}  # which needs runs; see test_soup
+    beside = plan(data, tmp_path, score=score, concepts={"predictor": "knn"})
+    runs = (made, retrieving, prompted, beside)
+    steps = list({step.directory: step for run in runs for step in run.steps.values()}.values())
+    # these need runs; see test_soup and test_concepts_run
+    assert {type(step) for step in steps} == set(STEPS) - {Soup, Combine}
     assert len({kind.kind for kind in STEPS}) == len(STEPS)
     assert len({step.directory for step in steps}) == len(steps)
     for step in steps:
@@ -249,3 +251,30 @@ def test_without_stages_nothing_is_trained_and_the_checkpoint_captions(data, tmp
         assert changed.steps["predict-test"].directory != predict.directory, other
     same = plan(data, tmp_path, train=nothing | {"learning_rate": 1})
     assert same.steps["predict-test"].directory == predict.directory
+
+
+def test_a_section_concepts_changes_no_step_of_captions(data, tmp_path):
+    """With it a run has further steps; those that it had before keep their fingerprints."""
+    without = plan(data, tmp_path)
+    for concepts in ({"predictor": "knn"}, {"predictor": "from_captions", "thresholds": {"kind": "global"}}):
+        beside = plan(data, tmp_path, concepts=concepts)
+        kept = {name: step.directory for name, step in beside.steps.items() if name in without.steps}
+        assert kept == {name: step.directory for name, step in without.steps.items()}
+        assert {"detect-valid", "thresholds", "concepts-test", "score-concepts"} <= beside.steps.keys()
+
+
+def test_thresholds_and_rules_of_concepts_detect_nothing_again(data, tmp_path):
+    def steps(**changes):
+        made = plan(data, tmp_path, concepts={"predictor": "knn"} | changes)
+        return {name: step.directory for name, step in made.steps.items()}
+
+    first = steps()
+    for changes in ({"thresholds": {"start": 0.1}}, {"thresholds": {"fallback": "none"}}):
+        changed = steps(**changes)
+        assert changed["detect-valid"] == first["detect-valid"]
+        assert changed["concepts-valid"] != first["concepts-valid"]
+    counted = steps(knn={"rule": "votes"})
+    assert counted["detect-valid"] == first["detect-valid"]
+    assert "thresholds" not in counted
+    assert steps(knn={"neighbours": 2})["detect-valid"] != first["detect-valid"]
+    assert steps(min_images=2)["detect-test"] != first["detect-test"]

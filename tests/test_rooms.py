@@ -138,7 +138,7 @@ def test_a_loss_is_in_the_schema_the_reference_and_the_rows_of_training(name):
 def test_a_loss_is_in_the_fingerprint_of_training(name, made):
     weights, reward = dict.fromkeys(LOSSES, 1.0), {"metrics": {"rouge1": 1}}
     stages = [[{"epochs": 1, "losses": weights | {name: value}, "reward": reward}] for value in (1.0, 0.5)]
-    one, other = (made(train={"stages": stage})["train"] for stage in stages)
+    one, other = (made(train={"stages": stage}, concepts={})["train"] for stage in stages)
     assert one != other
 
 
@@ -171,16 +171,20 @@ def test_a_steps_section_is_in_the_schema_and_the_reference(step):
 
 
 def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
-    """A run captions by its model or by retrieval, never by both. A soup needs runs; test_soup has one."""
+    """A run captions by its model or by retrieval, never by both.
+
+    A soup and the mean of concepts need runs; test_soup and test_concepts_run have them.
+    """
     everything = {
         "model": {"checkpoint": "tiny", "prompt": {"retrieved": 1}},
         "consensus": {"utility": {"rouge1": 1}},
+        "concepts": {"predictor": "from_captions"},
     }
     everything |= {"score": {"bleurt": {"checkpoint": STANDIN}}}
     kinds = [
-        {name.partition("-")[0] for name in made(**everything, retrieval=how).values()} for how in (None, {})
+        {name.rpartition("-")[0] for name in made(**everything, retrieval=how).values()} for how in (None, {})
     ]
-    assert kinds[0] | kinds[1] | {"soup"} == {step.kind for step in STEPS}
+    assert kinds[0] | kinds[1] | {"soup", "combine"} == {step.kind for step in STEPS}
     assert kinds[0] ^ kinds[1] == {"predict", "features", "retrieve"}
 
 

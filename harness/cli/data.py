@@ -96,19 +96,28 @@ def data_stats(
     plot: Annotated[Path, typer.Option(help="Where the histogram of caption lengths goes.")] = Path(
         "caption_lengths.png"
     ),
+    concept_plot: Annotated[Path, typer.Option(help="Where the picture of the concepts goes.")] = Path(
+        "concepts.png"
+    ),
     output: Output = Format.table,
 ) -> None:
-    """Images per modality (the paper's Table 1) and caption lengths (Figure 2, as PNG).
+    """Images per modality (the paper's Table 1), caption lengths (Figure 2, as PNG), and concepts (as PNG).
+
+    For concepts: how frequent they are, which occur together, images per number of concepts, and concepts of
+    valid that are unseen in train. JSON and CSV have all of them, the table the first ones.
 
     Example: python -m harness data stats data/imageclef2023 --plot lengths.png
     """
     from harness.cli import tables
-    from harness.data import load, statistics
+    from harness.data import concepts, load, statistics
     from harness.store import RUNS
 
     with Terminal().progress("Checking images") as advance:
         dataset = load(_data_config(root, layout, skip_bad=True), RUNS, advance)
     modalities, lengths = statistics.modalities(dataset), statistics.caption_lengths(dataset)
     statistics.plot_lengths(dataset, plot)
-    tables.show_statistics(modalities, lengths, output.value)
+    found = concepts.table(dataset)
+    tables.show_statistics(modalities, lengths, concepts.described(dataset, found), output.value)
     print(f"histogram: {plot}", file=sys.stderr)
+    if found:
+        print(f"concepts: {concepts.plot(dataset, found, concept_plot)}", file=sys.stderr)

@@ -5,7 +5,7 @@ import io
 import shutil
 import statistics as numbers
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,10 +177,19 @@ def show_checks(checks: Sequence[Any]) -> None:
             screen.print(f"     {check.fix}")
 
 
+_SHOWN = 20  # concepts in a table
+
+
 def show_statistics(
-    modalities: Mapping[str, Mapping[str, int]], lengths: Mapping[str, Sequence[int]], output: str
+    modalities: Mapping[str, Mapping[str, int]],
+    lengths: Mapping[str, Sequence[int]],
+    concepts: Mapping[str, Any],
+    output: str,
 ) -> None:
-    """Print images per modality and the spread of caption lengths, as table, JSON or CSV."""
+    """Print images per modality, the spread of caption lengths, and concepts, as table, JSON or CSV.
+
+    `concepts` are from `data.concepts.described`.
+    """
     summary = {
         split: {
             "captions": len(words),
@@ -193,23 +202,56 @@ def show_statistics(
         if words
     }
     if output == "json":
-        print(json_text({"modalities": modalities, "caption_lengths": summary}))
+        print(json_text({"modalities": modalities, "caption_lengths": summary, "concepts": concepts}))
         return
-    rows = [
-        [name, *(modalities[s].get(name, 0) for s in modalities)]
-        for name in dict.fromkeys(n for m in modalities.values() for n in m)
-    ]
-    keys = dict.fromkeys(key for values in summary.values() for key in values)
-    more = [[key, *(summary.get(split, {}).get(key, "") for split in modalities)] for key in keys]
-    if output == "csv":
+    every = output == "csv"
+    bodies = {
+        "Images per modality": _by_split(modalities, modalities, 0),
+        "Caption lengths": _by_split(summary, modalities),
+        "Concepts": _by_split(concepts["summary"], modalities),
+        "Images per number of concepts": _per_number(concepts["per_image"], modalities),
+        "Images of each concept": _images_of(concepts["frequency"], modalities, every),
+        "Concepts of valid that are unseen in train": _images_of(concepts["unseen"], modalities, every),
+    }
+    if every:
+        del bodies["Concepts of valid that are unseen in train"]  # they are in the table of all concepts
         text = io.StringIO()
-        csv_module.writer(text, lineterminator="\n").writerows([["", *modalities], *rows, *more])
+        rows = [row for body in bodies.values() for row in body]
+        csv_module.writer(text, lineterminator="\n").writerows([["", *modalities], *rows])
         print_csv(text.getvalue())
         return
     from rich.table import Table
 
-    for title, body in (("Images per modality", rows), ("Caption lengths", more)):
+    for title, body in bodies.items():
         table = Table("", *modalities, title=title, title_justify="left")
         for row in body:
             table.add_row(*map(str, row))
-        console().print(table)
+        if body:
+            console().print(table)
+
+
+def _by_split(found: Mapping[str, Mapping[str, Any]], splits: Iterable[str], absent: Any = "") -> list[Any]:
+    """A row for each key of any split, with the value of each split."""
+    keys = dict.fromkeys(key for values in found.values() for key in values)
+    return [[key, *(found.get(split, {}).get(key, absent) for split in splits)] for key in keys]
+
+
+def _per_number(found: Mapping[str, Mapping[int, int]], splits: Iterable[str]) -> list[Any]:
+    """A row for each number of concepts that an image has; a split without labels has no numbers."""
+    most = range(min(map(min, found.values()), default=0), max(map(max, found.values()), default=-1) + 1)
+    rows = {
+        split: {f"{n} concept{'s' * (n != 1)}": counts.get(n, 0) for n in most}
+        for split, counts in found.items()
+    }
+    return _by_split(rows, splits)
+
+
+def _images_of(found: Sequence[Mapping[str, Any]], splits: Iterable[str], every: bool) -> list[Any]:
+    """A row for each concept, or for the first ones and the number of the others."""
+    shown = found if every else found[:_SHOWN]
+    rows = [
+        [f"{one['cui']} {one['name']}".strip(), *(one["images"].get(s, "") for s in splits)] for one in shown
+    ]
+    if more := len(found) - len(shown):
+        rows.append([f"and {more:,} more: --format csv", *("" for _ in splits)])
+    return rows

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from harness.data.concepts import frequencies
 from harness.data.readers import Example
-from harness.data.statistics import concept_frequencies
 
 
 def most_frequent_concept(training: Iterable[Example]) -> tuple[str, ...]:
     """The concept of most training images, ties by CUI; empty if none has a concept."""
-    return tuple(concept_frequencies(training))[:1]
+    return tuple(frequencies(training))[:1]
 
 
 def most_frequent_set(training: Iterable[Example]) -> tuple[str, ...]:

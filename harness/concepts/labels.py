@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.data.concepts import frequencies
 from harness.data.readers import Example
-from harness.data.statistics import concept_frequencies
 
 
 def labels_of(examples: Iterable[Example], min_images: int) -> tuple[str, ...]:
     """The concepts of at least `min_images` of the training images: the most frequent first, ties by CUI."""
-    found = concept_frequencies(examples)
+    found = frequencies(examples)
     return tuple(cui for cui, images in found.items() if images >= min_images)
 
 

@@ -37,6 +37,13 @@ class HeadConfig(Section):
     clip: Share = 0.05
     """In asymmetric: the probability of negatives is lowered by this, so that easy ones have no loss."""
 
+    @model_validator(mode="after")
+    def _weighs_cross_entropy(self) -> "HeadConfig":
+        if self.class_weights != "none" and self.loss != "bce":
+            what = f"class_weights {self.class_weights} are for the loss bce; {self.loss} has its gammas"
+            raise AcrossKeys(what, "class_weights", "loss")
+        return self
+
 
 class KnnConfig(Section):
     """Concepts of the training images with the most similar features, by cosine."""

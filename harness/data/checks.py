@@ -35,8 +35,8 @@ QUICK_IMAGES = 1500
 """So many images are decoded in about a second; with more, problems of labels are reported first."""
 REPAIR = (
     "Correct them, or continue with --set data.skip_bad=true: training then leaves these rows out; "
-    "validation and test rows are all captioned and submitted, with the constant caption if the image "
-    "can't be read."
+    "validation and test rows are all predicted and submitted, with the constant caption or the most "
+    "frequent concept if the image can't be read."
 )
 _Key = tuple[str, int, int]
 _SCAN_FORMAT = 1  # raise it when the pixels from `decode` change
@@ -284,13 +284,13 @@ def _unusable(config: DataConfig, splits: Mapping[str, tuple[Example, ...]]) -> 
 
 
 def _kept(finding: Finding, splits: Mapping[str, tuple[Example, ...]]) -> Finding:
-    """The finding, with what happens to its row, which is captioned and submitted despite the problem."""
+    """The finding, with what happens to its row, which is predicted and submitted despite the problem."""
     split, id = finding.row
     example = next(example for example in splits[split] if example.id == id)
     if example.damage:
-        becomes = "it gets the constant caption"
+        becomes = "it gets the constant caption, or the most frequent concept"
     elif split == "valid" and example.caption is None:
-        becomes = "the row is captioned and submitted, and not scored"
+        becomes = "the row is captioned and submitted, and its caption is not scored"
     else:
         becomes = "the row is used nevertheless"
     problem = replace(finding.problem, what=f"{finding.problem.what}; {becomes}")

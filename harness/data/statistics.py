@@ -2,7 +2,6 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -36,12 +35,6 @@ def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
 
 def _modality(example: Example) -> str:
     return next((MODALITIES[cui] for cui in example.cuis if cui in MODALITIES), OTHER)
-
-
-def concept_frequencies(examples: Iterable[Example]) -> dict[str, int]:
-    """How many images have each concept: the most frequent concept first, ties by CUI."""
-    counts = Counter(cui for example in examples for cui in set(example.cuis))
-    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
 
 def caption_lengths(dataset: Dataset) -> dict[str, list[int]]:

@@ -115,7 +115,9 @@ class Head(nn.Module):
 def attach(model: "Captioner", config: "HeadConfig", positives: Sequence[int], images: int) -> None:
     """Give a model a new head for labels that so many of the training `images` have (`positives`).
 
-    `balanced` weights of positives are (images - positives) / positives, at most `HEAVIEST`.
+    `balanced` weights of positives are (images - positives) / positives, at most `HEAVIEST`. The first
+    probabilities are the frequencies of the labels, (positives + 1) / (images + 2), as for rare labels in Lin
+    et al., ICCV 2017.
     """
     counts = torch.tensor(positives, dtype=torch.float32)
     weights = torch.ones_like(counts)
@@ -123,11 +125,10 @@ def attach(model: "Captioner", config: "HeadConfig", positives: Sequence[int], i
         weights = ((images - counts) / counts.clamp(min=1)).clamp(max=HEAVIEST)
     bce = config.loss == "bce"
     asymmetric = Asymmetric(config.gamma_negative, config.gamma_positive, config.clip)
-    pool, criterion = (
-        GeM() if config.pooling == "gem" else Mean(),
-        CrossEntropy(weights) if bce else asymmetric,
-    )
-    attach_new(model, len(counts), pool, criterion)
+    pool = GeM() if config.pooling == "gem" else Mean()
+    attach_new(model, len(counts), pool, CrossEntropy(weights) if bce else asymmetric)
+    with torch.no_grad():
+        model.head.linear.bias.copy_(((counts + 1) / (images - counts + 1)).log())
 
 
 def attach_new(model: "Captioner", labels: int, pool: nn.Module, criterion: nn.Module) -> None:

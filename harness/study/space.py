@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from harness.config.schema import Config
 from harness.config.sections import Section
 
-FIXED = ("name", "variant", "edition", "score", "predict.splits", "data.fit_on")
+FIXED = ("name", "variant", "task", "edition", "score", "predict.splits", "data.fit_on")
 """Keys that no study searches, because they name or compare trials."""
 
 MOST_POINTS = 100_000

@@ -16,7 +16,7 @@ from harness.training import train
 from harness.training.settings import TrainConfig
 from support.models import load_tiny
 from support.slow_saves import SlowSave
-from support.training import measure, splits
+from support.training import measure, splits, with_head
 
 
 def main(given):
@@ -26,7 +26,8 @@ def main(given):
     scores = iter(given.get("scores") or range(1000))
 
     def load():
-        return load_tiny(Path(given["folder"]), dropout=given.get("dropout", 0.0), **given.get("model", {}))
+        found = load_tiny(Path(given["folder"]), dropout=given.get("dropout", 0.0), **given.get("model", {}))
+        return with_head(found, **given["head"]) if "head" in given else found
 
     def log(row):
         if row["step"] == given.get("kill_at") and "valid_loss" not in row:

@@ -43,7 +43,7 @@ class Toy(nn.Module):
         hidden, memory = self.speaker.memory(self.speaker.words(ids), memory)
         return hidden @ self.speaker.words.weight.T, memory
 
-    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0, samples=None):
+    def forward(self, pixels, caption=None, concept=None, label_smoothing=0.0, samples=None, concepts=None):
         def loss(text):
             logits = self.read(text["ids"], self.first(pixels))[0][:, :-1].flatten(0, 1)
             counts = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}

@@ -8,12 +8,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from harness.concepts.settings import HeadConfig
 from harness.config.sections import AugmentConfig
+from harness.models import head
 from harness.models.blip2.model import Captioner
 from harness.models.text import IGNORE
 from harness.training import schedule, train
 from harness.training.settings import TrainConfig
-from support.models import TEXTS, load_tiny, pixels, stages
+from support.models import FINDINGS, ORGANS, TEXTS, load_tiny, pixels, stages
+
+HEAD = (ORGANS + FINDINGS, HeadConfig())
+"""The labels of a head in tests, and its settings."""
 
 
 class Interrupted(Exception):
@@ -48,9 +53,23 @@ def splits(loaded):
             pixels(len(texts), seed=seed),
             [loaded.caption.encode(caption) for _, caption in texts],
             [loaded.concept.encode(concepts) for concepts, _ in texts],
+            labels_of_texts(chosen),
         )
 
     return {"train": split("train", range(20), 1), "valid": split("valid", range(0, 20, 5), 2)}
+
+
+def labels_of_texts(chosen):
+    """The labels of these texts, by their numbers in `HEAD`."""
+    return [[n for n, word in enumerate(HEAD[0]) if word in TEXTS[i][1]] for i in chosen]
+
+
+def with_head(loaded, **changes):
+    """The same, with a head for the labels of `TEXTS`."""
+    numbers = [number for own in labels_of_texts(range(20)) for number in own]
+    counts = np.bincount(numbers, minlength=len(HEAD[0]))
+    head.attach(loaded.model, HEAD[1].model_copy(update=changes), counts.tolist(), 20)
+    return loaded
 
 
 @cache
