@@ -185,7 +185,7 @@ def test_the_memory_forecast_counts_the_longest_prompt():
 
 def test_mistakes_in_a_prompt_name_the_key(tmp_path):
     cases = {
-        "5": "model.prompt: got 5; a text or a mapping with the key retrieved is allowed",
+        "5": "model.prompt: got 5; a text or a mapping with the key retrieved or concepts is allowed",
         "{retreived: 3}": "model.prompt.retreived: unknown key. Did you mean model.prompt.retrieved?",
         "{retrieved: 0}": "model.prompt.retrieved: got 0; a whole number from 1 to 100 is allowed",
     }

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from harness.data.files import read as read_file
 from harness.data.folders import File
 from harness.data.images import DAMAGE, Progress, damage, decode, each
 from harness.data.readers import (
+    CUI,
+    CUI_FORM,
     SPLITS,
     Dataset,
     Example,
@@ -30,7 +31,6 @@ from harness.data.readers import (
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, fingerprint, read_checked, write_checked
 
-CUI = re.compile(r"C\d{7}")
 QUICK_IMAGES = 1500
 """So many images are decoded in about a second; with more, problems of labels are reported first."""
 REPAIR = (
@@ -98,7 +98,7 @@ def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | 
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
-    return Examined(listing.fatal, findings, list(_without_words(listing)))
+    return Examined(listing.fatal, findings, _notes(listing))
 
 
 def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
@@ -153,8 +153,7 @@ def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tu
     names = listing.concept_names
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
-        cause = "C and seven digits are allowed"
-        yield f"got the CUI {', '.join(map(repr, malformed))}; {cause}", cause
+        yield f"got the CUI {', '.join(map(repr, malformed))}; {CUI_FORM}", CUI_FORM
     if names:  # without names, the file of concept names is the problem
         unknown = [cui for cui in example.cuis if cui not in names and cui not in malformed]
         if unknown:
@@ -182,6 +181,21 @@ def _without_words(listing: Listing) -> Iterator[Finding]:
             if example.caption is not None and not has_words(example.caption):
                 what = f"no word in the caption of {example.id}: {_USED_FOR[split]}"
                 yield _finding(listing, split, example, what, WITHOUT_WORDS)
+
+
+def _without_manual(listing: Listing) -> Iterator[Finding]:
+    """Images of valid without manually validated concepts, if other images have some."""
+    found = listing.manual.get("valid", {})
+    for example in listing.splits.get("valid", []) if found else ():
+        if example.id not in found:
+            cause = "no manually validated concepts"
+            yield _finding(
+                listing, "valid", example, f"{cause} of {example.id}: f1_secondary leaves it out", cause
+            )
+
+
+def _notes(listing: Listing) -> list[Finding]:
+    return [*_without_words(listing), *_without_manual(listing)]
 
 
 def _finding(listing: Listing, split: str, example: Example, what: str, cause: str) -> Finding:
@@ -245,7 +259,8 @@ def _dataset(
         listing.concept_names,
         fingerprints,
         left_out=tuple(finding for finding in findings if finding.row not in listed),
-        notes=(*_without_words(listing), *notes),
+        notes=(*_notes(listing), *notes),
+        manual=listing.manual,
     )
 
 

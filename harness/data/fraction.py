@@ -36,6 +36,10 @@ def keep(listing: Listing, fraction: FractionConfig) -> Listing:
         },
         files={row: file for row, file in listing.files.items() if kept(row)},
         lacking={row: why for row, why in listing.lacking.items() if kept(row)},
+        manual={
+            split: {image: cuis for image, cuis in found.items() if kept((split, image))}
+            for split, found in listing.manual.items()
+        },
         findings=[finding for finding in listing.findings if kept(finding.row)],
     )
 

@@ -6,6 +6,7 @@ and of ROCOv2.
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ Table = dict[str, tuple[int | None, str | None]]
 """Line and value by id; the value is None if the row can't be read, or has only an id."""
 _TWICE = "duplicate id"
 _BLANK_IN_ID = "white space in an id"
+CUI, CUI_FORM = re.compile(r"C\d{7}"), "C and seven digits are allowed"
 _APART = 3  # up to this number, problems of one cause are listed one by one
 
 
@@ -55,6 +57,9 @@ class Dataset:
     must be captioned and submitted. `fingerprints` identify the contents of each split's labels and images,
     whatever their path and date. `left_out` are rows that are not used, `notes` rows that are used only for
     some purposes.
+
+    `manual` are the manually validated concepts by split and id, for splits with a file of them. Only scores
+    read them, so they are no part of `fingerprints`.
     """
 
     root: Path
@@ -64,6 +69,7 @@ class Dataset:
     fingerprints: Mapping[str, str]
     left_out: tuple["Finding", ...]
     notes: tuple["Finding", ...] = ()
+    manual: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     def readable(self, split: str) -> list[Example]:
         """The rows of a split whose images can be read."""
@@ -94,6 +100,8 @@ class Listing:
     lacking: dict[Row, str] = field(default_factory=dict)
     """For each row without an image, the reason."""
     concept_names: dict[str, str] = field(default_factory=dict)
+    manual: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Per split with such a file, the manually validated concepts of each image."""
     findings: list[Finding] = field(default_factory=list)
     doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
     """Per split, the supposed ids of rows that can't be read."""
@@ -103,13 +111,17 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family of data sets names and writes its label files; real names end with these."""
+    """How a family of data sets names and writes its label files; real names end with these.
+
+    `manual` is a file like that of `concepts`, which a data set may lack; None if no data set has one.
+    """
 
     separator: Literal["tab", "comma"]
     captions: str
     concepts: str
     caption_header: tuple[str, str]
     concept_header: tuple[str, str]
+    manual: str | None = None
 
 
 _COMMA = Layout("comma", "{split}_captions.csv", "{split}_concepts.csv", ("ID", "Caption"), ("ID", "CUIs"))
@@ -122,7 +134,7 @@ LAYOUTS: Mapping[str, Layout] = {
         ("ID", "cuis"),
     ),
     "imageclef2024": _COMMA,
-    "rocov2": _COMMA,
+    "rocov2": replace(_COMMA, manual="{split}_concepts_manual.csv"),
 }
 
 
@@ -183,6 +195,36 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
         )
         for id, (line, caption) in rows.items()
     ]
+    if how.manual:
+        _read_manual(root, split, how, listing)
+
+
+def _read_manual(root: Path, split: str, how: Layout, listing: Listing) -> None:
+    """List the manually validated concepts of a split, if it has such a file.
+
+    A wrong row there is left out alone; the image keeps its caption and its other concepts.
+    """
+    file = _find(root, how.manual.format(split=split), f"{split} manual concepts", False, listing)
+    if file is None:
+        return
+    own = Listing()
+    table = _table(file, how.separator, how.concept_header, split, own)
+    listing.fatal += own.fatal
+    problems = [(finding.problem, finding.cause) for finding in own.findings]
+    known = listing.doubtful[split].union(example.id for example in listing.splits[split])
+    found = {}
+    for id, (line, value) in table.items():
+        cuis = tuple(value.split(";")) if value else ()
+        if id not in known:
+            cause = f"is not an id of {split}"
+            problems.append((Problem(f"{id} {cause}", file, line), cause))
+        elif wrong := [cui for cui in cuis if not CUI.fullmatch(cui)]:
+            what = f"got the CUI {', '.join(map(repr, wrong))}; {CUI_FORM}"
+            problems.append((Problem(what, file, line), CUI_FORM))
+        elif value is not None:
+            found[id] = cuis
+    listing.findings += [Finding(problem, None, cause) for problem, cause in problems]
+    listing.manual[split] = found
 
 
 def _find(root: Path, suffix: str, what: str, required: bool, listing: Listing) -> Path | None:

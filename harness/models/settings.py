@@ -69,9 +69,34 @@ class RetrievedPrompt(Section):
     """A finished run with `retrieval:`, whose image features are used; `null`: those of `checkpoint`."""
 
     @property
-    def most(self) -> int:
+    def tokens(self) -> int:
         """The most tokens before `text`, without the start token."""
         return 2 * self.retrieved * self.words
+
+
+class ConceptPrompt(Section):
+    """The concepts of the image before the text: `The image shows a, b. a photo of`.
+
+    The sentence is that of the paper's stage 1; here the loss ignores it. Images that are trained on get
+    their own true concepts. All others get the concepts that another run has predicted, which have mistakes.
+    So the model learns to trust its prompt more than it can when it captions.
+    """
+
+    concepts: str
+    """A finished run with concepts on the same data, of `task: concepts` or with the section `concepts`."""
+    most: whole(1, 100) = 10
+    """Most concepts of an image, the first of its list; together at most 12 x (`most` + 1) tokens."""
+    text: str = "a photo of"
+    """Text after them."""
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens before `text`, without the start token."""
+        return 12 * (self.most + 1)
+
+
+Prompt = str | RetrievedPrompt | ConceptPrompt
+"""`model.prompt`: the same text for all images, or a text that begins with one of each image's own."""
 
 
 class LoraConfig(Section):
@@ -113,22 +138,24 @@ class ConnectorConfig(Section):
         return self
 
 
-class _TextOrRetrieved:
-    """Validates a text or a `RetrievedPrompt`; errors name the key and not a branch of a union."""
+class _TextOrMapping:
+    """Validates a `Prompt`; errors name the key and not a branch of a union."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        def chosen(value: Any, check: Any) -> Any:
-            if isinstance(value, str):
-                return value
-            if not isinstance(value, Mapping | RetrievedPrompt):
-                raise ValueError(f"got {value!r}; a text or a mapping with the key retrieved is allowed")
-            return check(value)
-
-        return core_schema.no_info_wrap_validator_function(
-            chosen,
-            handler.generate_schema(RetrievedPrompt),
-            serialization=core_schema.simple_ser_schema("any"),
+        return core_schema.no_info_plain_validator_function(
+            _prompt, serialization=core_schema.simple_ser_schema("any")
         )
+
+
+def _prompt(value: Any) -> Prompt:
+    if isinstance(value, str | RetrievedPrompt | ConceptPrompt):
+        return value
+    if not isinstance(value, Mapping):
+        what = "a text or a mapping with the key retrieved or concepts is allowed"
+        raise ValueError(f"got {value!r}; {what}")
+    if {"retrieved", "concepts"} <= value.keys():
+        raise ValueError("has retrieved and concepts; one of the two is allowed")
+    return (ConceptPrompt if "concepts" in value else RetrievedPrompt).model_validate(value)
 
 
 class ModelConfig(Section):
@@ -164,20 +191,20 @@ class ModelConfig(Section):
     """Source of the Q-Former's text path if `checkpoint` lacks it, such as Salesforce/blip2-itm-vit-g."""
     text_head_checkpoint: str | None = None
     """Source of the Q-Former's language-model head if `checkpoint` lacks it, such as bert-base-uncased."""
-    prompt: Annotated[str | RetrievedPrompt, _TextOrRetrieved(), "text or mapping"] = "a photo of"
+    prompt: Annotated[Prompt, _TextOrMapping(), "text or mapping"] = "a photo of"
     """Text before every caption; for the family vlm the user turn. The loss ignores it, as in LAVIS.
 
-    A mapping adds similar captions.
+    A mapping adds similar captions, or concepts.
     """
     tiny: TinyConfig = TinyConfig()
     """Sizes of the `tiny` checkpoint."""
 
 
-def prompt_text(prompt: str | RetrievedPrompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """The part of a prompt that is the same for all images."""
     return prompt if isinstance(prompt, str) else prompt.text
 
 
-def longest_prompt(prompt: str | RetrievedPrompt) -> int:
+def longest_prompt(prompt: Prompt) -> int:
     """The most tokens of a prompt that differ between images."""
-    return 0 if isinstance(prompt, str) else prompt.most
+    return 0 if isinstance(prompt, str) else prompt.tokens

@@ -27,8 +27,8 @@ from harness.steps.detect import (
     of_runs,
     voted,
 )
-from harness.steps.inputs import Inputs, values
-from harness.store import finite, parsed, write_json
+from harness.steps.inputs import MANUAL, Inputs, values
+from harness.store import fingerprint, finite, parsed, write_json
 
 if TYPE_CHECKING:
     from harness.data.readers import Example
@@ -193,8 +193,9 @@ class ScoreConcepts(Step):
         source = before.get(f"{Decide.kind}-valid")
         if source is None or plan.config.full_fit:
             return
-        read = values(plan.config, "score.bootstrap", "edition")
-        yield cls(Inputs(plan, read, ("train", "valid"), {source: (LISTS,)}))
+        read, manual = values(plan.config, "score.bootstrap", "edition"), plan.data.manual.get("valid")
+        facts = {} if manual is None else {MANUAL: fingerprint(manual)}
+        yield cls(Inputs(plan, read, ("train", "valid"), {source: (LISTS,)}, facts))
 
     @property
     def artifacts(self) -> Mapping[str, str]:
@@ -242,11 +243,18 @@ class ScoreConcepts(Step):
     def _scored(
         self, predictions: Sequence[Sequence[str]], examples: Sequence["Example"]
     ) -> dict[str, Score]:
-        """The scores; the secondary one compares with the concepts of the data, which nobody validated."""
+        """The scores; the secondary one is official if the data have manually validated concepts.
+
+        Without them it compares with the concepts of the data, which nobody has validated.
+        """
         config = self.inputs.config
         own, true = [set(cuis) for cuis in predictions], [set(example.cuis) for example in examples]
+        secondary, validated = true, MANUAL in self.inputs.facts
+        if validated:
+            manual = self.inputs.data.manual("valid")
+            secondary = [set(manual.get(example.id, ())) for example in examples]
         resamples = config.score.bootstrap
-        return metrics.score_concepts(own, true, true, config.edition, resamples, validated=False)
+        return metrics.score_concepts(own, true, secondary, config.edition, resamples, validated)
 
     def _on(self, scores: Mapping[str, Score], rows: np.ndarray) -> dict[str, Score]:
         return metrics.on_rows(scores, rows, self.inputs.config.score.bootstrap)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from harness import records
 from harness.config.sections import AugmentConfig
 from harness.errors import Problem, UserError
-from harness.models.settings import ModelConfig
+from harness.models.settings import ConceptPrompt, ModelConfig
 from harness.steps import origins
 from harness.training.resume import LOSSES, kept, rows_of
 from harness.training.schedule import stages
@@ -102,13 +102,15 @@ def check(plans: Sequence["Plan"]) -> list["Plan"]:
 
 
 def combined(config: "Config") -> list[str]:
-    """The other runs whose captions or concepts a run combines with its own."""
+    """The other runs whose captions or concepts a run combines with its own, or has in its prompts."""
     sections = (config.consensus, config.concepts)
-    return [one.run for section in sections if section for one in section.runs]
+    prompt = config.model.prompt
+    named = [prompt.concepts] if config.has_model and isinstance(prompt, ConceptPrompt) else []
+    return [*(one.run for section in sections if section for one in section.runs), *named]
 
 
 def missing(plan: "Plan") -> str:
-    """Why what a run combines is not known yet; empty if it is."""
+    """Why what a run takes from other runs is not known yet; empty if it is."""
     waiting = []
     for run in combined(plan.config):
         try:

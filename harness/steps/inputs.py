@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from harness.steps.plan import Plan
 
 
+MANUAL = "manual"
+"""The fact that identifies the manually validated concepts, in a step that reads them."""
+
+
 class Undeclared(Exception):
     """Raised if a step reads something outside its fingerprint: a bug in the step's code."""
 
@@ -34,10 +38,10 @@ class Settings:
 
 
 class Rows:
-    """A data set; only declared splits can be read."""
+    """A data set; only declared splits can be read, and manual concepts only with a fact of that name."""
 
-    def __init__(self, data: Dataset, splits: frozenset[str]) -> None:
-        self._data, self._splits = data, splits
+    def __init__(self, data: Dataset, splits: frozenset[str], facts: Mapping[str, Any]) -> None:
+        self._data, self._splits, self._facts = data, splits, facts
 
     @property
     def concept_names(self) -> Mapping[str, str]:
@@ -53,6 +57,13 @@ class Rows:
         """The rows of a split whose images can be read."""
         self._check(split)
         return self._data.readable(split)
+
+    def manual(self, split: str) -> Mapping[str, tuple[str, ...]]:
+        """The manually validated concepts of a split by id; the fingerprint of the split lacks them."""
+        self._check(split)
+        if MANUAL not in self._facts:
+            raise Undeclared(f"the manual concepts of {split} are read, but no fact declares them")
+        return self._data.manual[split]
 
     def _check(self, split: str) -> None:
         if split not in self._splits:
@@ -84,7 +95,7 @@ class Inputs:
         self.keys = frozenset({*config, *besides}.union(*(inputs.keys for inputs in earlier)))
         self.splits = frozenset({*data}.union(*(inputs.splits for inputs in earlier)))
         self.config: Any = Settings(plan.config, self.keys)
-        self.data = Rows(plan.data, self.splits)
+        self.data = Rows(plan.data, self.splits, self.facts)
         self.canonical = {
             "config": dict(config),
             "data": {split: plan.data.fingerprints[split] for split in data},

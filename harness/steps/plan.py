@@ -109,13 +109,11 @@ class Plan:
     @cached_property
     def looks(self) -> dict[str, str]:
         """The shares of the data that runs are quick looks at whose captions or weights this one uses."""
-        consensus, soup, start = self.config.consensus, self.config.soup, self.config.train.start_from
-        concepts = self.config.concepts
+        soup, start = self.config.soup, self.config.train.start_from
         found: dict[str, str] = {}
         for run in (
-            *(one.run for one in (consensus.runs if consensus else ())),
+            *epochs.combined(self.config),
             *(soup.runs if soup else ()),
-            *(one.run for one in (concepts.runs if concepts else ())),
             *([start] if start and self.config.trains else ()),
         ):
             record = records.read(self.root / run)
@@ -242,7 +240,7 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     if why := config.trains and origins.waiting(plan):
         return {"train": f"to do, but the weights that it starts from are not known yet: {why}"}
     if why := epochs.missing(plan):
-        return {"combine": f"to do, but what it combines is not known yet: {why}"}
+        return {"combine": f"to do, but what it takes from other runs is not known yet: {why}"}
     steps = plan.steps
     return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
 

@@ -1,15 +1,20 @@
-"""Prompts with the captions of similar training images, `model.prompt: {retrieved: ...}`."""
+"""Prompts that begin with a text of each image's own: captions of similar images, or concepts.
+
+The former are `model.prompt: {retrieved: ...}`, the latter `model.prompt: {concepts: ...}`.
+"""
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness import records
-from harness.captions import read_rows, write_table
+from harness.captions import read_lists, read_rows, write_table
+from harness.concepts.labels import labels_of
 from harness.decoding import retrieval
 from harness.errors import Problem, UserError
-from harness.models.settings import longest_prompt
+from harness.models.settings import ConceptPrompt, longest_prompt
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.store import products
@@ -22,22 +27,26 @@ if TYPE_CHECKING:
     from harness.steps.work import Work
 
 FEATURES, PROMPTS = "features.npy", "prompts.csv"
-"""For each readable image: its features; the training images nearest to it and the captions of its prompt."""
+"""For each readable image: its features; its prompt, and the nearest training images or concepts in it."""
 OWN, BASE = "features", "base_features"
 """The kinds of steps with image features: of the run's own model, and of `model.checkpoint` as it is."""
 _COLUMNS = ("ID", "neighbours", "prompt")
-_KEY = "model.prompt.features"
+_KEY, _CONCEPTS = "model.prompt.features", "model.prompt.concepts"
 
 
 class Prompts(Step):
-    """Writes for each image of a split the captions that its prompt begins with."""
+    """Writes for each image of a split the captions, or the concepts, that its prompt begins with."""
 
     kind, version = "prompts", 1
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
+        splits = prompted(plan)
+        if isinstance(plan.config.model.prompt, ConceptPrompt):
+            yield from (cls(_reads_concepts(plan, split), split) for split in splits)
+            return
         read = ("model.prompt.retrieved", "model.prompt.words", "model.image_size", "train.caption_cleaning")
-        for split in prompted(plan):
+        for split in splits:
             parts = ("train", split)
             steps: dict[Step, Sequence[str] | None] = {
                 step: (FEATURES,) for step in before.values() if step.kind == BASE and step.part in parts
@@ -52,9 +61,51 @@ class Prompts(Step):
 
     @property
     def decodes(self) -> Mapping[str, int]:
+        if self._of_concepts:
+            return {}
         return dict.fromkeys(("train", self.part), self.inputs.config.model.image_size)
 
+    def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"standin_model": record["standin_model"] or self.inputs.facts.get("standin", False)}
+
+    @property
+    def _of_concepts(self) -> bool:
+        return "predicted" in self.inputs.facts
+
     def build(self, work: "Work", directory: Path) -> None:
+        write_table(directory / PROMPTS, self._concepts() if self._of_concepts else self._captions(work))
+
+    def _concepts(self) -> list[tuple[str, ...]]:
+        """The concepts of each image and their sentence; an image without concepts gets neither."""
+        from harness.models.text import concept_sentence
+
+        data, most = self.inputs.data, self.inputs.config.model.prompt.most
+        place = {cui: number for number, cui in enumerate(labels_of(data.readable("train"), 1))}
+        predicted = self._predicted()
+        rows = [("ID", "CUIs", "prompt")]
+        for example in data.readable(self.part):
+            cuis = example.cuis if predicted is None else predicted[example.id]
+            kept = list(dict.fromkeys(cuis))[:most]
+            # one order for true and predicted concepts, which are listed in orders of their own
+            kept.sort(key=lambda cui: (place.get(cui, len(place)), cui))
+            names = [data.concept_names.get(cui, cui) for cui in kept]
+            rows.append((example.id, ";".join(kept), concept_sentence(names) if names else ""))
+        return rows
+
+    def _predicted(self) -> dict[str, tuple[str, ...]] | None:
+        """The concepts that the named run has predicted; None if the true ones are used."""
+        digest = self.inputs.facts["predicted"]
+        if digest is None:
+            return None
+        run = self.inputs.config.model.prompt.concepts
+        folder = self.inputs.root / run
+        file = records.artifact(folder, records.read(folder, key=_CONCEPTS), _lists(self.part))
+        if _digest(file) != digest:
+            raise UserError(f"the concepts of {run} changed; start again", exit_code=1)
+        return read_lists(file)
+
+    def _captions(self, work: "Work") -> list[tuple[str, ...]]:
+        """The neighbours of each image and their captions."""
         from harness.models.text import clean_caption
 
         cleaning, words = self.inputs.config.train.caption_cleaning, self.inputs.config.model.prompt.words
@@ -70,7 +121,7 @@ class Prompts(Step):
             )
             for example, near in zip(examples, self._neighbours(work), strict=True)
         ]
-        write_table(directory / PROMPTS, [_COLUMNS, *rows])
+        return [_COLUMNS, *rows]
 
     def _neighbours(self, work: "Work") -> list[list[int]]:
         """The nearest training images of each image, by row; a training image gets no copy of itself."""
@@ -123,6 +174,35 @@ def prompts_in(before: Mapping[str, Step], *splits: str) -> dict[Step, Sequence[
     """The prompts of these splits among earlier steps, as a step declares them that reads them."""
     wanted = [f"{Prompts.kind}-{split}" for split in splits]
     return {before[name]: (PROMPTS,) for name in wanted if name in before}
+
+
+def _reads_concepts(plan: "Plan", split: str) -> Inputs:
+    """What the prompts of a split are made of: its own concepts if it is trained on, else predicted ones.
+
+    Raises `UserError` if the named run has not finished, or has no concepts of these images.
+    """
+    read = values(plan.config, "model.prompt.most")
+    if plan.config.trains and split in plan.config.data.fit_on:
+        return Inputs(plan, read, ("train", split), {}, {"predicted": None})
+    run, hint = plan.config.model.prompt.concepts, "Name a finished run with concepts on the same data."
+    folder = plan.root / run
+    record = records.read(folder, ("standin_model", "data"), _CONCEPTS)
+    if record["status"] != "FINISHED":
+        what = f"{run} has not finished (status {record['status']})"
+        raise UserError([Problem(what, folder, key=_CONCEPTS, hint=f"Finish it: {record['command']}")])
+    if record["data"]["fingerprints"].get(split) != plan.data.fingerprints[split]:
+        raise UserError([Problem(f"{run} has other images or labels of {split}", key=_CONCEPTS, hint=hint)])
+    digest = _digest(records.artifact(folder, record, _lists(split)))
+    facts = {"predicted": digest, "standin": record["standin_model"]}
+    return Inputs(plan, read, ("train", split), {}, facts, (_CONCEPTS,))
+
+
+def _lists(split: str) -> str:
+    return records.FINAL["concept"].format(split=split)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def prompted(plan: "Plan") -> list[str]:

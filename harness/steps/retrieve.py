@@ -8,6 +8,7 @@ from harness.captions import PREDICTIONS, Candidate, read_rows, write_table
 from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
+from harness.models.settings import RetrievedPrompt
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
@@ -58,7 +59,8 @@ class BaseFeatures(Features):
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:
         splits = prompted(plan)
-        if splits and plan.config.model.prompt.features is None:
+        prompt = plan.config.model.prompt
+        if splits and isinstance(prompt, RetrievedPrompt) and prompt.features is None:
             read, steps, facts = reads_checkpoint(plan, before)
             for split in dict.fromkeys(["train", *splits]):
                 yield cls(Inputs(plan, read, (split,), steps, facts, ("data.cache",)), split)

@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
 from harness.models.measured import Unmeasured
-from harness.models.settings import longest_prompt
+from harness.models.settings import RetrievedPrompt, longest_prompt
 from harness.store import RUNS, free, gb
 from harness.training import judges, memory, patience, speed
 from harness.training.memory import GB, Model, Setup
@@ -36,7 +36,8 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
     """
     source, side = config.data, config.model.image_size
     by_neighbours = config.concepts and config.concepts.own and config.concepts.predictor == "knn"
-    searched = config.retrieval or by_neighbours or longest_prompt(config.model.prompt)
+    prompted = isinstance(config.model.prompt, RetrievedPrompt)
+    searched = config.retrieval or by_neighbours or prompted
     trained = ("train", "valid") if config.trains else ("train",) if searched else ()
     trained = (*trained, "valid") if config.soup else trained
     wanted = dict.fromkeys([*trained, *config.predicted] if config.has_model else ())

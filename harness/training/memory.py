@@ -82,8 +82,8 @@ class Usage:
 class Model:
     """A model to train on one kind of device; `half`: it computes in half precision.
 
-    `prompt` is the most tokens of retrieved captions before a caption. `judges`: bytes of the metrics' models
-    that stay beside it for the loss `reward`.
+    `prompt` is the most tokens of an image's own prompt before a caption. `judges`: bytes of the metrics'
+    models that stay beside it for the loss `reward`.
     """
 
     shape: Shape
@@ -118,7 +118,7 @@ class Model:
     def flops(self, stage: Stage) -> int:
         """FLOPs of one image with its texts in a stage; the texts have `TOKENS` tokens, or the maximum.
 
-        Half of the tokens of retrieved captions are taken to be in use.
+        Half of the tokens of an image's own prompt are taken to be in use.
         """
         tokens = min(self.config.max_caption_tokens, TOKENS) + self.prompt // 2
         return self.shape.flops(replace(self._work(stage, 1), tokens=tokens))

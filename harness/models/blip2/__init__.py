@@ -105,7 +105,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     """The part of `model:` that affects training.
 
     It has no family name, so trainings from before there were families keep their fingerprints. Retrieved
-    captions are those of another step.
+    captions and concepts in a prompt are those of another step.
     """
     unused = {"text_checkpoint", "text_head_checkpoint"} if model.checkpoint == TINY else set()
     unused |= {key for key in ("language_checkpoint", "lora") if getattr(model, key) is None}

@@ -24,7 +24,7 @@ from harness.models import adapters, checkpoints, parts
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.loading import Loaded
-from harness.models.settings import ModelConfig, longest_prompt, prompt_text
+from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt, prompt_text
 from harness.models.text import Codec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, C
     """The codecs of captions and of concept sentences, without weights.
 
     Raises `UserError` if no configured checkpoint has a tokenizer for the Q-Former's text path, or if
-    retrieved captions and a caption may be too long for the model.
+    an image's own prompt and its caption may be too long for the model.
     """
     text, head = (_folder(name) for name in (config.text_checkpoint, config.text_head_checkpoint))
     concept = qformer_codec(_qformer_tokenizer([folder / QFORMER_TOKENIZER, text, head]), max_tokens)
@@ -60,13 +60,16 @@ def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, C
 
 
 def _check_room(config: ModelConfig, codec: Codec, positions: int | None) -> None:
-    """Raise `UserError` if retrieved captions and a caption may have more tokens than the model reads."""
-    retrieved = longest_prompt(config.prompt)
-    needed = len(codec.prompt) + retrieved + codec.max_tokens
-    if retrieved and positions and needed > positions:
-        what = f"retrieved captions and a caption may have {needed} tokens; this model reads {positions}"
-        hint = f"Lower it, or model.prompt.retrieved, or train.max_caption_tokens ({codec.max_tokens})."
-        raise UserError([Problem(what, key="model.prompt.words", hint=hint)])
+    """Raise `UserError` if an image's own prompt and its caption may be longer than the model reads."""
+    own = longest_prompt(config.prompt)
+    needed = len(codec.prompt) + own + codec.max_tokens
+    if own and positions and needed > positions:
+        said, key, others = "concepts", "most", ""
+        if isinstance(config.prompt, RetrievedPrompt):
+            said, key, others = "retrieved captions", "words", " or model.prompt.retrieved,"
+        what = f"{said} and a caption may have {needed} tokens; this model reads {positions}"
+        hint = f"Lower it,{others} or train.max_caption_tokens ({codec.max_tokens})."
+        raise UserError([Problem(what, key=f"model.prompt.{key}", hint=hint)])
 
 
 def load(

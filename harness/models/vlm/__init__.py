@@ -80,7 +80,7 @@ def new(model: ModelConfig) -> tuple[str, ...]:
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
-    """The part of `model:` that affects training; retrieved captions are those of another step."""
+    """The part of `model:` that affects training; an image's own prompt is that of another step."""
     from harness.models.settings import prompt_text
 
     given = model.model_dump(include={"family", "checkpoint", "image_size", "lora"}, exclude_none=True)
