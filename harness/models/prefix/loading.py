@@ -1,6 +1,5 @@
 """Loading image encoder and language model from their checkpoints; the connector between them is new."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,8 +150,7 @@ def _room(config: PretrainedConfig) -> int | None:
 
 def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
-    file = folder / "preprocessor_config.json"
-    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    values = files.image_processor(folder)
     return (
         tuple(values.get("image_mean") or IMAGENET_MEAN),
         tuple(values.get("image_std") or IMAGENET_STD),
