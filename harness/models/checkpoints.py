@@ -19,6 +19,8 @@ from harness.models.outline import Flawed, check_weights
 from harness.store import fingerprint, read_checked, write_checked
 
 STANDIN_FILE = "standin.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files with the settings of an image processor, as transformers 4 and 5 write them."""
 STANDIN_VERSION = 1
 """Increase it when `standins` trains another model from the same captions."""
 _UNREAD = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
@@ -155,6 +157,16 @@ def config(name: str) -> dict[str, Any] | None:
         if folder and not _config_flaw(folder):
             return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return None
+
+
+def image_processor(folder: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's image processor, such as `image_mean`; empty if it has none.
+
+    They are in one of `PROCESSORS`, in the second with those of the tokenizer.
+    """
+    own, both = (folder / name for name in PROCESSORS)
+    found = json.loads(both.read_bytes()).get("image_processor") if both.is_file() else None
+    return found or (json.loads(own.read_bytes()) if own.is_file() else {})
 
 
 def contents(folder: Path, cache: Path | None) -> list[list[str]]:

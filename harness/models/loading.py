@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,22 @@ def save_trained(model: Captioner, path: Path) -> None:
 
 
 def load_trained(model: Captioner, path: Path) -> None:
-    """Read a file of `save_trained` into a model of the same shape, one weight at a time."""
-    _load(trained_weights(model), path)
+    """Read a file of `save_trained` into a model of the same shape, one weight at a time.
+
+    Raises `UserError` if it has other weights.
+    """
+    own = trained_weights(model)
+    with safe_open(path, "pt") as weights:
+        check_names(own.keys() ^ set(weights.keys()), path)
+    _load(own, path)
+
+
+def check_names(others: Collection[str], path: Path) -> None:
+    """Raise `UserError` if there are names of weights that either a file or the model lacks."""
+    if others:
+        what = f"it has other weights than the model: {', '.join(sorted(others)[:4])}"
+        hint = "transformers 4 and 5 have other names for those of CLIP and SigLIP: use the one that trained."
+        raise UserError([Problem(what, path, hint=hint)], exit_code=1)
 
 
 def load_some(model: Captioner, path: Path) -> None:

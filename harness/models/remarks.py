@@ -15,6 +15,7 @@ REMARKS = (
     # transformers 5: the same pixels by PIL
     "`BlipImageProcessor` requires torchvision",
     "`CLIPImageProcessor` requires torchvision",
+    "The `use_fast` parameter is deprecated",
 )
 
 

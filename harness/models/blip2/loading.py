@@ -1,6 +1,5 @@
 """Loading a BLIP-2 from checkpoint folders: every weight comes from a file, none stays random."""
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -283,6 +282,5 @@ def _unfilled(lacking: set[str], folder: Path, key: str = "model.checkpoint") ->
 
 
 def _pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_bytes()) if file.exists() else {}
+    values = checkpoints.image_processor(folder)
     return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))

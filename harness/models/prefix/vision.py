@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 
 from harness.errors import Problem, UserError
-from harness.models import head, parts
+from harness.models import checkpoints, head, parts
 
 if TYPE_CHECKING:
     from harness.models.head import Head
@@ -197,8 +196,7 @@ def without_weights(config: PretrainedConfig, size: int) -> Encoder:
 
 def pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of pixels from 0 to 1; ImageNet's where the checkpoint does not say."""
-    file = folder / "preprocessor_config.json"
-    values: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    values = checkpoints.image_processor(folder)
     return (
         tuple(values.get("image_mean") or IMAGENET_MEAN),
         tuple(values.get("image_std") or IMAGENET_STD),

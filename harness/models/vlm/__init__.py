@@ -91,8 +91,10 @@ def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
     """The shape of the model with square images of `model.image_size`; None if its config is not at hand."""
     at_hand, folder = files.find(model.checkpoint), Path(model.checkpoint)
     folder = at_hand.folder if at_hand else folder
-    configs = [folder / name for name in ("config.json", "preprocessor_config.json")]
-    if not all(file.is_file() for file in configs) or _other_type(folder):
+    if not (folder / "config.json").is_file() or _other_type(folder):
+        return None
+    processors = [folder / name for name in files.PROCESSORS if (folder / name).is_file()]
+    if not processors:
         return None
 
     def build(train: "TrainConfig") -> Any:
@@ -105,7 +107,7 @@ def shape(model: ModelConfig, train: "TrainConfig") -> "Shape | None":
 
         return loading.blank(folder, model.image_size, batch)
 
-    texts = [file.read_text(encoding="utf-8") for file in configs]
+    texts = [file.read_text(encoding="utf-8") for file in (folder / "config.json", *processors)]
     return measured.Shape(train, {**settings(model), "configs": texts}, build, pixels)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from harness.models.cache import keyword
 from harness.models.vlm.images import Images
 from harness.models.vlm.model import Captioner, Growing, Seen
 
@@ -40,8 +41,8 @@ class Blip(Captioner):
                 input_ids=ids,
                 attention_mask=mask,
                 encoder_hidden_states=image,
-                past_key_values=cache,
                 use_cache=True,
+                **{keyword(self.model.text_decoder): cache},
             )
             return output.logits[:, -1]
 

@@ -7,18 +7,18 @@ for the ids alone, so nothing outside this folder knows how many tokens an image
 import contextlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from harness.models import parts
 from harness.models.base import Losses, Samples
+from harness.models.cache import keyword
 from harness.models.text import IGNORE, summed_loss
 from harness.models.vlm.architectures import ARCHITECTURES
 from harness.models.vlm.images import Images
@@ -189,11 +189,9 @@ class Chatter(Captioner):
         if self.instruction is not None:
             words = torch.tensor(self.instruction, device=self.device).expand(len(pixels), -1)
             given |= {"qformer_input_ids": words, "qformer_attention_mask": torch.ones_like(words)}
-        found, deep = inner.get_image_features(**given), []
-        if self.model.config.model_type == "qwen3_vl":
-            found, layers = found
-            lengths = [len(one) for one in found]
-            deep = [list(layer.split(lengths)) for layer in layers]
+        found, layers = _features(inner.get_image_features(**given))
+        lengths = [len(one) for one in found]
+        deep = [list(layer.split(lengths)) for layer in layers]
         return Seen(list(found), deep, given.get("image_grid_thw"))
 
     def _say(self, seen: Seen, text: Mapping[str, Tensor]) -> Tensor:
@@ -206,7 +204,7 @@ class Chatter(Captioner):
         ones, none = torch.ones_like(prompts), torch.full_like(prompts, IGNORE)
         wide = _Expanded(prompts, ones, none, self._lengths(seen), self.image, left=True)
         cache, positions = DynamicCache(config=self.model.config), self._positions(wide, seen)
-        hidden = self._read(seen, wide, positions, past_key_values=cache, use_cache=True)
+        hidden = self._read(seen, wide, positions, **self._kept(cache))
         logits = self.model.get_output_embeddings()(hidden[:, -1])
         last = positions.amax(0) if positions.ndim == 3 else positions
         return Growing(self._next, logits, cache, wide.mask, last.amax(1) + 1)
@@ -221,23 +219,24 @@ class Chatter(Captioner):
             attention_mask=state.mask,
             position_ids=positions,
             cache_position=torch.tensor([state.mask.shape[1] - 1], device=tokens.device),
-            past_key_values=state.cache,
-            use_cache=True,
+            **self._kept(state.cache),
         )
         return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
+
+    def _kept(self, cache: Cache) -> dict[str, Any]:
+        """The arguments of `body` for a cache that it fills."""
+        return {keyword(self.body): cache, "use_cache": True}
 
     def _lengths(self, seen: Seen) -> list[int]:
         return [len(features) for features in seen.images]
 
     def _positions(self, wide: "_Expanded", seen: Seen) -> Tensor:
         """The positions of tokens (R, L), or (3, R, L) for a model whose positions have three axes."""
+        order = (wide.mask.cumsum(1) - 1).clamp(min=0)
         if self.architecture.rotated:
-            # a sampled caption may hold the token that begins an image, so only the image is shown
-            begins = functional.pad(wide.is_image[:, 1:], (0, 1))
-            shown = wide.ids.masked_fill(~(wide.is_image | begins), 0)
-            given = {"image_grid_thw": seen.grids, "attention_mask": wide.mask}
-            return self.model.model.get_rope_index(shown, **given)[0]
-        return (wide.mask.cumsum(1) - 1).clamp(min=0) + self.architecture.first
+            merged = self.model.config.vision_config.spatial_merge_size
+            return _rotated(order, wide.is_image, seen.grids[:, 1:] // merged)
+        return order + self.architecture.first
 
     def _read(self, seen: Seen, wide: "_Expanded", positions: Tensor, **cached: Any) -> Tensor:
         """Run the language model on expanded ids -> hidden states (R, L, D)."""
@@ -247,7 +246,7 @@ class Chatter(Captioner):
         extra: dict[str, Any] = {}
         if self.architecture.marked == "image":
             extra["token_type_ids"] = wide.is_image.long()
-        elif self.architecture.marked == "answer" and not cached["use_cache"]:
+        elif self.architecture.marked == "answer":
             extra = {"token_type_ids": (wide.labels != IGNORE).long(), "labels": wide.labels}
         if seen.deep:
             layers = [torch.cat(layer) for layer in seen.deep]
@@ -256,6 +255,32 @@ class Chatter(Captioner):
             inputs_embeds=embeds, attention_mask=wide.mask, position_ids=positions, **extra, **cached
         )
         return output.last_hidden_state
+
+
+def _features(found: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The features (T, D) of each image, and those (all T, D) for each of the first layers.
+
+    transformers 4.57 gives the first, or Qwen3-VL's pair of both; 5 gives an output that has them.
+    """
+    if hasattr(found, "pooler_output"):
+        deep = getattr(found, "deepstack_features", None) or ()
+        return found.pooler_output, [torch.cat(tuple(layer)) for layer in deep]
+    paired = isinstance(found, tuple) and not isinstance(found[0], Tensor)
+    return found if paired else (found, ())
+
+
+def _rotated(order: Tensor, is_image: Tensor, grids: Tensor) -> Tensor:
+    """Positions of tokens by time, row and column, (3, R, L), as Qwen-VL rotates them.
+
+    `order` (R, L) numbers the tokens of a row. Those of the image, marked by `is_image` (R, L), have one
+    time, and their rows and columns in its grid (R, 2); the text goes on after the larger of the two.
+    """
+    (rows, columns), count = grids[:, :, None].unbind(1), is_image.sum(1, keepdim=True)
+    first = order.gather(1, is_image.int().argmax(1, keepdim=True))
+    within = (order - first).clamp(min=0)
+    image = torch.stack([first.expand_as(order), first + within // columns, first + within % columns])
+    text = torch.where(order < first, order, order - count + torch.maximum(rows, columns))
+    return torch.where(is_image, image, text)
 
 
 class _Expanded:
@@ -329,7 +354,7 @@ class Growing:
 
 def _unused(config: Any) -> re.Pattern[str]:
     """Matches the names of weights that no caption depends on, so that they must not be trained."""
-    patterns = [r"vision_tower\.vision_model\.head\."]
+    patterns = [r"vision_tower\.(vision_model\.)?head\."]
     if config.model_type in ("llava", "llava_next"):
         chosen, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
         states = [chosen] if isinstance(chosen, int) else chosen

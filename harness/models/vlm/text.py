@@ -96,6 +96,8 @@ def image_token(kind: str, processor: Any) -> int:
     """The id of the token that stands for the image."""
     if kind == "instructblip":
         return processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    if kind == "gemma3":  # its processor of transformers 5 has the token that begins an image by this name
+        return processor.tokenizer.image_token_id
     return processor.image_token_id
 
 
