@@ -147,9 +147,10 @@ def test_every_key_has_a_type_and_shows_up_flat():
         "concepts": {"predictor": "from_captions", "runs": ["a/b-s1"]},
     }
     given |= {"model": {"prompt": {"retrieved": 3}, "lora": {}}}
+    by_concepts = {"model": {"prompt": {"concepts": "a/b-s1"}}}
     stage = {"epochs": 1, "losses": {"reward": 1}, "reward": {"metrics": {"rouge1": 1}}}
     given |= {"train": {"stages": [stage]}}
-    ways = ({"predict": {"samples": {}}}, {"retrieval": {}})  # not both
+    ways = ({"predict": {"samples": {}}}, {"retrieval": {}}, by_concepts)  # not two of them
     shown = {key for way in ways for key in flat(Config.model_validate(given | way))}
     for path in keys():
         name = ".".join(path)

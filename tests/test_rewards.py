@@ -149,9 +149,9 @@ def test_one_pass_with_gradient_gives_the_probabilities_of_the_samples(tiny_fold
     computed.reward.backward()
     own = [weight.grad for weight in loaded.model.parameters() if weight.requires_grad]
     assert all(grad is not None and torch.isfinite(grad).all() for grad in own)
-    if family != "toy":  # with dropout p is another one
-        again = loaded.model(pixels, samples=given).reward.item()
-        assert again != pytest.approx(computed.reward.item(), rel=1e-4)
+    if family != "toy":  # with dropout p is another one; one draw may be close by chance
+        again = [loaded.model(pixels, samples=given).reward.item() for _ in range(5)]
+        assert max(abs(one - computed.reward.item()) for one in again) > 1e-4 * computed.reward.item()
 
 
 def test_draws_depend_on_stage_step_image_and_number_alone(tiny_folder):
