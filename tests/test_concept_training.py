@@ -1,5 +1,6 @@
 """Training a classifier of concepts, alone and beside a captioner."""
 
+import inspect
 import json
 from functools import partial
 from itertools import count
@@ -20,7 +21,7 @@ from support.training import HEAD, Interrupted, config, labels_of_texts, splits,
 from harness.config.sections import AugmentConfig
 from harness.machine import device
 from harness.metrics.concepts import f1
-from harness.models import adapters, contentless, encoder, family, head, parts, prefix, problems
+from harness.models import adapters, base, contentless, encoder, family, head, parts, prefix, problems
 from harness.models.base import LABELS, Work
 from harness.models.loading import Loaded, load_average, load_some, load_trained, save_trained
 from harness.models.settings import ModelConfig
@@ -291,6 +292,17 @@ def test_the_image_tower_of_a_blip2_is_read_from_its_checkpoint(tiny_folder):
 @pytest.mark.parametrize(("vision", "expected"), [("clip", 1), ("convnext", 0), ("cvt", 0)])
 def test_class_tokens_are_known_by_the_patches_of_an_image(folder, vision, expected):
     assert classifier(folder, vision).model.class_tokens == expected
+
+
+def test_a_classifier_has_the_methods_of_a_captioner_but_no_decoder(folder):
+    model = classifier(folder).model
+    wanted = {name for name, value in vars(base.Captioner).items() if inspect.isfunction(value)}
+    assert {name for name in wanted if not hasattr(model, name)} == {"decoder"}
+    own, theirs = (inspect.signature(one) for one in (model.forward, base.Captioner.__call__))
+    assert list(own.parameters) == [name for name in theirs.parameters if name != "self"]
+    loaded = encoder.load(model_config(folder), ALONE, None, torch.float32)
+    assert loaded.model.head is loaded.caption is loaded.concept is None
+    assert encoder.codecs(model_config(folder), None, 9) is None
 
 
 # beside captions
