@@ -23,12 +23,12 @@ def family(model: "ModelConfig") -> "Family":
     return importlib.import_module(FAMILIES[model.family])
 
 
-def problems(model: "ModelConfig", train: "TrainConfig") -> list[Problem]:
-    """The problems of a model on this machine, and of training it in these stages."""
+def problems(model: "ModelConfig", train: "TrainConfig", new_tokens: int = 0) -> list[Problem]:
+    """The problems of a model on this machine, of training it, and of decoding `new_tokens`."""
     from harness.models.base import Losses
 
     chosen = family(model)
-    found = chosen.problems(model)
+    found = chosen.problems(model, train, new_tokens)
     for number, stage in enumerate(train.stages):
         for name, weight in stage.losses:
             needed = (name,) if name in Losses._fields else ("caption", "concept")

@@ -119,7 +119,9 @@ def problems(config: "Config") -> list[Problem]:
     compared_by = () if found else comparing.compared_by(config)
     wanted = dict.fromkeys([*config.score.metrics, *chosen_by, *compared_by])
     found += metrics.problems(config.score.model_copy(update={"metrics": tuple(wanted)}), config.edition)
-    return found + (model_problems(config.model, config.train) if config.has_model else [])
+    if config.has_model:
+        found += model_problems(config.model, config.train, config.predict.max_new_tokens)
+    return found
 
 
 def unscalable(config: "Config", kind: device.Kind) -> Problem | None:
