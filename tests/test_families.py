@@ -103,8 +103,10 @@ def test_what_is_asked_before_a_run_imports_no_torch(name):
         for checkpoint in ("tiny", ModelConfig().checkpoint):
             model = ModelConfig(family="{name}", checkpoint=checkpoint)
             found = family(model)
-            found.checkpoints(model), found.problems(model), found.settings(model), found.built_from(model)
-            shape = found.shape(model, TrainConfig())
+            train = TrainConfig()
+            found.checkpoints(model), found.problems(model, train, 9), found.built_from(model)
+            found.settings(model), found.new(model)
+            shape = found.shape(model, train)
             assert shape is None or shape.trained(True) > 0
         assert "torch" not in sys.modules
     """

@@ -1,6 +1,8 @@
 """Family `prefix`: an image encoder, a connector, and a causal language model, against transformers' own."""
 
 import json
+import shutil
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from support.commands import harness
 from support.models import TEXTS, pixels
 from support.shared_folders import made_once
 from support.training import Interrupted, splits
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, LevitConfig, LevitModel
 
 from harness.config.sections import AugmentConfig, PredictConfig
 from harness.decoding.search import search
@@ -351,9 +353,10 @@ def test_the_forecast_counts_what_trains_without_weights(folder, tmp_path, monke
 # mistakes
 
 
-def said(folder: Path, stages=TRAIN.stages, **values) -> list[str]:
-    config = model_config(folder).model_copy(update=values)
-    return [f"{one} {one.hint}" for one in problems(config, TRAIN.model_copy(update={"stages": stages}))]
+def said(folder: Path, train: dict | None = None, new_tokens: int = 0, **values) -> list[str]:
+    config = ModelConfig.model_validate(model_config(folder).model_dump() | values)
+    found = problems(config, TRAIN.model_copy(update=train or {}), new_tokens)
+    return [f"{one} {one.hint}" for one in found]
 
 
 def test_every_mistake_is_told_at_once_before_a_run(folder):
@@ -369,9 +372,52 @@ def test_every_mistake_is_told_at_once_before_a_run(folder):
     (size,) = said(folder, image_size=60)
     assert "60 is not a multiple of 8" in size
     assert "Use 56 or 64." in size
-    (loss,) = said(folder, _concepts())
+    (loss,) = said(folder, {"stages": _concepts()})
     assert "no loss concept" in loss
+    dropout, *_ = said(folder, {"dropout": 0.1})
+    assert dropout.startswith("train.dropout: it is for a Q-Former")
     assert said(folder) == []
+
+
+def test_what_would_fail_hours_later_is_told_before(folder, tmp_path):
+    """Sizes, tokens and names of layers are known from configs and tokenizers, without weights."""
+    (longer,) = said(folder, {"max_caption_tokens": 250})
+    assert "train.max_caption_tokens: image and prompt have 76 tokens, and 250 follow" in longer
+    assert "predict.max_new_tokens: " in said(folder, new_tokens=200)[0]
+    pooled = {"kind": "pooled", "tokens": 4}
+    assert said(folder, new_tokens=200, connector=pooled) == []
+    stage = {"losses": {"reward": 1}, "reward": {"metrics": {"rouge1": 1}, "max_new_tokens": 240}}
+    rewarded = TrainConfig.model_validate({"stages": [{"epochs": 1} | stage]}).stages
+    assert "train.stages.0.reward.max_new_tokens: " in said(folder, {"stages": rewarded})[0]
+    (layers,) = said(folder, lora={"rank": 2, "targets": ["q_proj"]})
+    assert "model.lora.targets: no layer of language is named q_proj These parts have layers" in layers
+    convnext = {"vision_checkpoint": str(folder / "convnext"), "image_size": 16}
+    assert "ConvNextModel can't encode images of 16 pixels" in said(folder, **convnext)[0]
+    other = loaded(folder, "cvt", "gpt2")
+    export(other, tmp_path)
+    (connector,) = said(folder, connector={"kind": "mlp", "checkpoint": str(tmp_path / "connector")})
+    assert "has the weights of another connector" in connector
+
+
+def test_a_table_that_depends_on_the_size_of_images_is_told_before(folder, tmp_path):
+    """LeViT's distances between patches are a table for one size."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [16] * 3, "depths": [1] * 3, "num_attention_heads": [1] * 3, "key_dim": [4] * 3}
+    LevitModel(LevitConfig(**sizes, image_size=64)).save_pretrained(tmp_path)
+    given = {"vision_checkpoint": str(tmp_path)}
+    assert said(folder, **given) == []
+    (found,) = said(folder, **given, image_size=128)
+    assert "weights of this encoder depend on the size of images" in found
+
+
+def test_a_model_that_transformers_does_not_know_is_told_before(folder, tmp_path):
+    new = tmp_path / "new"
+    shutil.copytree(folder / "gpt2", new)
+    config = json.loads((new / "config.json").read_text())
+    (new / "config.json").write_text(json.dumps(config | {"model_type": "gpt9"}))
+    (found,) = said(folder, language_checkpoint=str(new))
+    assert f"model.language_checkpoint: the config of {new} can't be loaded: ValueError" in found
+    assert f"this one is {version('transformers')}" in found
 
 
 def test_a_folder_of_llama_cpp_gets_the_command_that_converts_it(folder, tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,12 @@ from harness.data.readers import Example
 from harness.decoding import search
 from harness.errors import UserError
 from harness.machine import device
-from harness.models import adapters, family, parts
+from harness.models import adapters, checkpoints, family, needs, parts, problems
 from harness.models.base import Samples, Work
 from harness.models.loading import load_trained, save_trained
 from harness.models.settings import ModelConfig
 from harness.models.text import IGNORE, Text
+from harness.models.vlm import loading as vlm_loading
 from harness.models.vlm.architectures import ARCHITECTURES
 from harness.training import train
 from harness.training.settings import TrainConfig
@@ -617,7 +619,75 @@ def test_what_the_family_cannot_load_is_a_problem(folders, tmp_path, changes, me
     (tmp_path / "model.safetensors").touch()
     changes = {key: str(tmp_path) if value == "{blip2}" else value for key, value in changes.items()}
     chosen = config(folders("llava")).model_copy(update=changes)
-    assert any(message in str(problem) for problem in family(chosen).problems(chosen))
+    assert any(message in str(problem) for problem in problems(chosen, TRAIN))
+
+
+def altered(folder: Path, place: Path, name: str, **values) -> Path:
+    """A copy of a checkpoint with other values in a JSON file."""
+    shutil.copytree(folder, place)
+    file = place / name
+    if name == "preprocessor_config.json":
+        values = checkpoints.image_processor(place) | values
+        (place / "processor_config.json").unlink(missing_ok=True)
+    else:
+        values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps(values))
+    return place
+
+
+def said(folder: Path, new_tokens: int = 0, max_caption_tokens: int = 30, **changes) -> list[str]:
+    train = TrainConfig(max_caption_tokens=max_caption_tokens, stages=STAGES)
+    return [f"{one} {one.hint}" for one in problems(config(folder, **changes), train, new_tokens)]
+
+
+def test_a_processor_whose_needs_are_missing_is_told_before(folders, tmp_path):
+    assert said(folders("llava")) == []
+    only_fast = {"image_processor_type": "Llama4ImageProcessorFast"}  # there is none by PIL
+    fast = altered(folders("llava"), tmp_path / "fast", "preprocessor_config.json", **only_fast)
+    if find_spec("torchvision") is None:
+        (found,) = said(fast)
+        assert f"model.checkpoint: the image processor of {fast} can't be loaded: " in found
+        assert found.endswith("pip install torchvision")
+    unknown = {"image_processor_type": "NoImageProcessor"}
+    (found,) = said(altered(folders("llava"), tmp_path / "a", "preprocessor_config.json", **unknown))
+    assert "the image processor of" in found
+    (tmp_path / "fast" / "preprocessor_config.json").unlink()
+    (found,) = said(fast)
+    assert "the image processor of" in found
+    cut = altered(folders("llava"), tmp_path / "b", "config.json")
+    (cut / "tokenizer.json").write_text("{")
+    (found,) = said(cut)
+    assert f"the tokenizer of {cut} can't be loaded" in found
+
+
+def test_a_package_that_a_tokenizer_needs_is_named_with_its_command(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(needs, "_is_installed", lambda name: name != "sentencepiece")
+    monkeypatch.setattr(vlm_loading.AutoTokenizer, "from_pretrained", missing)
+    (found,) = said(folders("gemma3"))
+    assert found.endswith(
+        "LlamaConverter requires the SentencePiece library but it was not found in your "
+        "environment. Install what it needs: pip install sentencepiece"
+    )
+
+
+def missing(*_, **__):
+    raise ImportError(
+        "\nLlamaConverter requires the SentencePiece library but it was not found in your environment."
+    )
+
+
+def test_lengths_prompts_and_adapters_are_checked_before_weights_are_read(folders, monkeypatch):
+    monkeypatch.setattr(vlm_loading, "_weights", None)
+    for kind in ("blip", "gemma3"):
+        assert said(folders(kind), new_tokens=200) == []
+        (found,) = said(folders(kind), new_tokens=256)
+        assert "predict.max_new_tokens: a prompt and a caption may have" in found
+        (found,) = said(folders(kind), max_caption_tokens=256)
+        assert "train.max_caption_tokens: a prompt and a caption may have" in found
+    (found,) = said(folders("blip"), lora={"rank": 2, "targets": ["q_proj"]})
+    assert "model.lora.targets: no layer of language is named q_proj" in found
+    chosen = config(folders("llava")).model_copy(update={"prompt": "what is <image>?"})
+    assert "2 image tokens" in str(problems(chosen, TRAIN)[0])
 
 
 def test_a_prompt_with_the_token_of_an_image_is_a_problem(folders):

@@ -29,15 +29,17 @@ def writes(model: "ModelConfig") -> bool:
     return "caption" in family(model).LOSSES
 
 
-def problems(model: "ModelConfig", train: "TrainConfig", captions: bool = True) -> list[Problem]:
-    """The problems of a model on this machine, and of training it in these stages.
+def problems(
+    model: "ModelConfig", train: "TrainConfig", captions: bool = True, new_tokens: int = 0
+) -> list[Problem]:
+    """The problems of a model on this machine, of training it, and of decoding `new_tokens`.
 
     `captions`: whether it shall write captions.
     """
     from harness.models.base import Losses
 
     chosen = family(model)
-    found = chosen.problems(model)
+    found = chosen.problems(model, train, new_tokens)
     if not writes(model):
         if captions:
             what = f"the family {model.family} writes no captions; it predicts concepts"

@@ -273,8 +273,12 @@ class Family(Protocol):
     def checkpoints(self, model: ModelConfig) -> dict[str, str]:
         """The checkpoints to load, by their key in `model:`; empty for a model that is built here."""
 
-    def problems(self, model: ModelConfig) -> list[Problem]:
-        """The problems of `model:` and of loading these checkpoints on this machine."""
+    def problems(self, model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[Problem]:
+        """The problems of `model:` and of loading these checkpoints on this machine.
+
+        All that configs, tokenizers and processors tell, since a run reads weights hours later. `new_tokens`
+        is the length of decoded captions. It imports no torch unless a checkpoint is at hand.
+        """
 
     def new(self, model: ModelConfig) -> tuple[str, ...]:
         """The modules that no checkpoint has, by design, so they must be trained."""

@@ -16,6 +16,8 @@ REMARKS = (
     "`BlipImageProcessor` requires torchvision",
     "`CLIPImageProcessor` requires torchvision",
     "The `use_fast` parameter is deprecated",
+    # transformers 4: of the processor as a whole, which then gets an image processor that was asked for
+    "Using a slow image processor as `use_fast` is unset",
 )
 
 

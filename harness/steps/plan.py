@@ -150,7 +150,10 @@ class Plan:
 
 def problems(config: "Config") -> list[Problem]:
     """What a run lacks on this machine, such as checkpoints that it would need only hours later."""
-    of_model = model_problems(config.model, config.train, config.captions) if config.has_model else []
+    of_model = []
+    if config.has_model:
+        length = config.predict.max_new_tokens
+        of_model = model_problems(config.model, config.train, config.captions, length)
     if not config.captions:
         return of_model
     chosen_by = choosing(config).metrics if config.trains or config.soup else ()

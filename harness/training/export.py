@@ -70,7 +70,7 @@ def _loaded(run: Path, record: Mapping[str, Any]) -> "tuple[ModelConfig, Loaded]
     except (KeyError, ValidationError):
         what = "another version of the harness wrote this record"
         raise UserError([Problem(what, run, hint=records.again(record))]) from None
-    if found := family(model).problems(model):
+    if found := family(model).problems(model, train, 0):
         raise UserError(found)
     loaded = family(model).load(model, train, _base(run, record, model), torch.float32)
     load_trained(loaded.model, files[0])

@@ -30,7 +30,7 @@ def checkpoints(model: ModelConfig) -> dict[str, str]:
     return {key: name for key in _KEYS if key not in built and (name := getattr(model, key))}
 
 
-def problems(model: ModelConfig) -> list[Problem]:
+def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[Problem]:
     """The problems of loading these checkpoints: files that are missing, damaged or of another model."""
     found = []
     for key, name in checkpoints(model).items():

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import Problem
+from harness.errors import Problem, UserError
 from harness.models import measured
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig
@@ -33,8 +33,8 @@ def checkpoints(model: ModelConfig) -> dict[str, str]:
     return {_VISION: name} if name and name != TINY else {}
 
 
-def problems(model: ModelConfig) -> list[Problem]:
-    """The problems of keys that this family lacks, of its checkpoint and of the image size."""
+def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[Problem]:
+    """The problems of keys that this family lacks, of its checkpoint, image size and adapters."""
     found = [
         Problem("family encoder does not read it", key=f"model.{key}", hint=f"Use model.{_VISION}.")
         for key in _OF_OTHERS
@@ -43,7 +43,15 @@ def problems(model: ModelConfig) -> list[Problem]:
     if model.lora and "language" in model.lora.parts:
         what = "family encoder has no language model, so only vision can be adapted; use [vision]"
         found.append(Problem(what, key="model.lora.parts"))
-    return found + checks.vision_problems(model)
+    found += checks.vision_problems(model)
+    if not found and model.vision_checkpoint != TINY:
+        from harness.models.encoder import loading
+
+        try:
+            loading.check(model, train)
+        except UserError as error:
+            found += error.problems
+    return found
 
 
 def new(model: ModelConfig) -> tuple[str, ...]:

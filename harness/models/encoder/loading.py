@@ -9,9 +9,11 @@ from transformers.utils import logging
 
 from harness.models import adapters, parts
 from harness.models import checkpoints as files
+from harness.models.contentless import without_contents
 from harness.models.encoder.model import Classifier
 from harness.models.loading import Loaded
 from harness.models.prefix import vision
+from harness.models.prefix.checks import vision_of
 from harness.models.settings import TINY, ModelConfig
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None) -> Load
     seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
     model = _made(config, train, vision.load(seen, config.image_size))
     return Loaded(model, None, None, *vision.pixel_units(seen))
+
+
+def check(config: ModelConfig, train: "TrainConfig") -> None:
+    """Raise `UserError` for what `load` would raise, but for weights that are missing."""
+    with without_contents(accelerator=False):
+        without_weights(config, train, vision_of(config))
 
 
 def without_weights(config: ModelConfig, train: "TrainConfig", sees: Mapping[str, Any]) -> Classifier:

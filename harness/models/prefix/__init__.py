@@ -7,6 +7,7 @@ Frozen (Tsimpoukelli et al. 2021, arXiv:2106.13884) has the language model froze
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Problem, UserError
 from harness.models import measured
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig, prompt_text
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
 
-problems, new, built_from = checks.problems, checks.new, checks.built_from
+new, built_from = checks.new, checks.built_from
 LOSSES = ("caption", "reward", "concepts")
 WHOLE_IMAGES = False
 
@@ -28,6 +29,24 @@ def checkpoints(model: ModelConfig) -> dict[str, str]:
     named = {key: getattr(model, key) for key in (checks.VISION, checks.LANGUAGE)}
     named[checks.CONNECTOR] = model.connector.checkpoint
     return {key: name for key, name in named.items() if name and name != TINY}
+
+
+def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[Problem]:
+    """The problems of `model:`, of loading its checkpoints and of joining them."""
+    found = checks.problems(model)
+    if train.dropout:
+        hint = "Dropout of the language model: train.language_dropout."
+        found.append(
+            Problem("it is for a Q-Former, which family prefix lacks", key="train.dropout", hint=hint)
+        )
+    if not found:
+        from harness.models.prefix import loading
+
+        try:
+            loading.check(model, train, new_tokens)
+        except UserError as error:
+            found += error.problems
+    return found
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -21,9 +22,11 @@ from harness.models import adapters, parts
 from harness.models import checkpoints as files
 from harness.models.blip2.loading import set_dropout
 from harness.models.blip2.text import language_codec
+from harness.models.contentless import without_contents
 from harness.models.loading import Loaded
+from harness.models.needs import lengths, told
 from harness.models.prefix import vision
-from harness.models.prefix.checks import CONNECTOR, LANGUAGE, VISION, new
+from harness.models.prefix.checks import CONNECTOR, LANGUAGE, VISION, new, values_of
 from harness.models.prefix.model import Captioner, check_room, connector
 from harness.models.settings import TINY, ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
@@ -40,13 +43,30 @@ def codec(config: ModelConfig, max_tokens: int) -> Codec:
     Raises `UserError` if neither the config nor the tokenizer of the language model has an end token.
     """
     folder = files.find(config.language_checkpoint).folder
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with told(f"the tokenizer of {folder}", f"model.{LANGUAGE}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with told(f"the config of {folder}", f"model.{LANGUAGE}"):
+        values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     found = language_codec(tokenizer, values, prompt_text(config.prompt), max_tokens)
     if found.end is None or found.end >= values.vocab_size:
         what = f"the config and tokenizer of {folder} have no usable end token, so no caption would end"
         raise UserError([Problem(what, key=f"model.{LANGUAGE}")])
     return found
+
+
+def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
+    """Raise `UserError` for what `load` or decoding would raise, but for weights that are missing.
+
+    `new_tokens` is the most that decoding adds.
+    """
+    spoken = codec(config, train.max_caption_tokens)
+    with without_contents(accelerator=False):
+        model = without_weights(config, train, *values_of(config))
+    if config.connector.checkpoint:
+        _of_this_shape(model.connector, files.find(config.connector.checkpoint).folder)
+    before = _before(config, model.vision, spoken)
+    for key, count in lengths(train, new_tokens).items():
+        check_room(model.room, before, count, key)
 
 
 def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_dtype: torch.dtype) -> Loaded:
@@ -55,8 +75,6 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     `folder` is that of a tiny image encoder. Raises `UserError` if weights are missing, or if the models do
     not fit together.
     """
-    if train.dropout:
-        raise UserError([Problem("it is for a Q-Former, which family prefix lacks", key="train.dropout")])
     logging.set_verbosity_error()  # missing weights are errors below; unused weights need no warning
     logging.disable_progress_bar()
     seen = folder if config.vision_checkpoint == TINY else files.find(config.vision_checkpoint).folder
@@ -67,10 +85,14 @@ def load(config: ModelConfig, train: "TrainConfig", folder: Path | None, frozen_
     if config.connector.checkpoint:
         _fill(model.connector, files.find(config.connector.checkpoint).folder)
     caption = codec(config, train.max_caption_tokens)
-    tokens = config.connector.tokens or encoder.tokens
-    before = tokens + len(caption.prompt) + longest_prompt(config.prompt)
-    check_room(model.room, before, train.max_caption_tokens, "train.max_caption_tokens")
+    key, before = "train.max_caption_tokens", _before(config, encoder, caption)
+    check_room(model.room, before, train.max_caption_tokens, key)
     return Loaded(model, caption, caption, *vision.pixel_units(seen), new(config))
+
+
+def _before(config: ModelConfig, encoder: vision.Encoder, codec: Codec) -> int:
+    """The most tokens that precede a caption: those of the image, the prompt and what was retrieved."""
+    return (config.connector.tokens or encoder.tokens) + len(codec.prompt) + longest_prompt(config.prompt)
 
 
 def _joined(
@@ -89,10 +111,13 @@ def without_weights(
     config: ModelConfig, train: "TrainConfig", sees: Mapping[str, Any], speaks: Mapping[str, Any]
 ) -> Captioner:
     """The model that `load` gives, but with random weights; `sees` and `speaks` are two `config.json`."""
-    language = AutoConfig.for_model(**speaks)
-    set_dropout(language, train.language_dropout)
-    encoder = vision.without_weights(AutoConfig.for_model(**sees), config.image_size)
-    return _joined(config, train, encoder, AutoModelForCausalLM.from_config(language))
+    with told("the image encoder", f"model.{VISION}"):
+        encoder = vision.without_weights(AutoConfig.for_model(**sees), config.image_size)
+    with told("the language model", f"model.{LANGUAGE}"):
+        language = AutoConfig.for_model(**speaks)
+        set_dropout(language, train.language_dropout)
+        made = AutoModelForCausalLM.from_config(language)
+    return _joined(config, train, encoder, made)
 
 
 def export(loaded: Loaded, folder: Path) -> dict[str, str]:
@@ -111,12 +136,18 @@ def export(loaded: Loaded, folder: Path) -> dict[str, str]:
 
 def _fill(connector: nn.Module, folder: Path) -> None:
     """Read the weights of a connector that `export` wrote."""
-    weights = load_file(folder / _WEIGHTS)
-    own = connector.state_dict()
-    if {name: weight.shape for name, weight in weights.items()} != {n: w.shape for n, w in own.items()}:
+    _of_this_shape(connector, folder)
+    connector.load_state_dict(load_file(folder / _WEIGHTS))
+
+
+def _of_this_shape(connector: nn.Module, folder: Path) -> None:
+    """Raise `UserError` unless `export` wrote the weights of such a connector into this folder."""
+    own = {name: list(weight.shape) for name, weight in connector.state_dict().items()}
+    with told(f"the connector in {folder}", f"model.{CONNECTOR}"), safe_open(folder / _WEIGHTS, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    if found != own:
         what = f"{folder} has the weights of another connector, or of one between other models"
         raise UserError([Problem(what, key=f"model.{CONNECTOR}")])
-    connector.load_state_dict(weights)
 
 
 def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTrainedModel:

@@ -187,11 +187,18 @@ def load(folder: Path, size: int) -> Encoder:
 def without_weights(config: PretrainedConfig, size: int) -> Encoder:
     """The encoder that `load` gives for a config, but with random weights."""
     config = copy.deepcopy(getattr(config, "vision_config", config))
-    if hasattr(config, "image_size"):
-        config.image_size = size
-    return Encoder(
-        Blip2VisionModel(config) if config.model_type == _BLIP2 else AutoModel.from_config(config), size
-    )
+    model = _random(config)
+    if getattr(config, "image_size", size) != size:
+        config.image_size, own = size, model
+        model, known = _random(config), own.state_dict()
+        for name, weight in model.state_dict().items():
+            if known[name].shape != weight.shape:
+                _grids(known[name].shape, weight.shape, name)
+    return Encoder(model, size)
+
+
+def _random(config: PretrainedConfig) -> PreTrainedModel:
+    return Blip2VisionModel(config) if config.model_type == _BLIP2 else AutoModel.from_config(config)
 
 
 def pixel_units(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -246,16 +253,21 @@ def _resized(model: PreTrainedModel, folder: Path, config: PretrainedConfig, siz
 
 def _interpolated(table: Tensor, shape: torch.Size, name: str) -> Tensor:
     """A position table (N, D) or (1, N, D) for another grid; its first rows may be of class tokens."""
-    was, now = math.isqrt(table.shape[-2]), math.isqrt(shape[-2])
-    extra = table.shape[-2] - was**2
-    fits = table.ndim == len(shape) and table.shape[-1] == shape[-1] and shape[-2] - now**2 == extra
-    if "position" not in name or not fits:
-        what = f"weights of this encoder depend on the size of images, and can't be resized: {name}"
-        raise UserError([Problem(what, key="model.image_size", hint="Use the size of the checkpoint.")])
+    was, now, extra = _grids(table.shape, shape, name)
     first, grid = table.view(-1, shape[-1]).split([extra, was**2])
     planes = grid.T.reshape(1, -1, was, was)
     planes = F.interpolate(planes, size=(now, now), mode="bicubic", align_corners=False)
     return torch.cat([first, planes[0].flatten(1).T]).view(shape)
+
+
+def _grids(before: torch.Size, after: torch.Size, name: str) -> tuple[int, int, int]:
+    """The sides of the grids of two position tables, and the number of other rows; `UserError` if none."""
+    if "position" in name and len(before) == len(after) > 1 and before[-1] == after[-1]:
+        was, now = math.isqrt(before[-2]), math.isqrt(after[-2])
+        if before[-2] - was**2 == after[-2] - now**2:
+            return was, now, before[-2] - was**2
+    what = f"weights of this encoder depend on the size of images, and can't be resized: {name}"
+    raise UserError([Problem(what, key="model.image_size", hint="Use the size of the checkpoint.")])
 
 
 def unfilled(lacking: set[str], folder: Path, key: str) -> Problem:

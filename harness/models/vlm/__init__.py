@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import Problem
+from harness.errors import Problem, UserError
 from harness.models import checkpoints as files
 from harness.models import measured
 from harness.models.settings import TINY, ModelConfig
@@ -29,8 +29,11 @@ def checkpoints(model: ModelConfig) -> dict[str, str]:
     return {"checkpoint": model.checkpoint}
 
 
-def problems(model: ModelConfig) -> list[Problem]:
-    """The problems of `model:` and of loading the checkpoint: missing, damaged, or of no known type."""
+def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[Problem]:
+    """The problems of `model:` and of loading the checkpoint: missing, damaged, or of no known type.
+
+    If there are none, those of its processor, of the lengths of texts, and of the layers for adapters.
+    """
     found = [Problem(what, key=f"model.{key}") for key, what in _contradictions(model)]
     if model.checkpoint == TINY:
         hint = (
@@ -42,7 +45,15 @@ def problems(model: ModelConfig) -> list[Problem]:
         return [*found, files.missing(model.checkpoint, "model.checkpoint")]
     if other := _other_type(at_hand.folder):
         return [*found, other]
-    return found + files.flaws(at_hand, "model.checkpoint", config=True, tokenizer=True)
+    found += files.flaws(at_hand, "model.checkpoint", config=True, tokenizer=True)
+    if not found:
+        from harness.models.vlm import loading
+
+        try:
+            loading.check(model, train, at_hand.folder, new_tokens)
+        except UserError as error:
+            found += error.problems
+    return found
 
 
 def _contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:

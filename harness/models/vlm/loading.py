@@ -23,6 +23,9 @@ from transformers.utils import logging
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import adapters, parts
+from harness.models.contentless import without_contents
+from harness.models.needs import lengths, told
+from harness.models.remarks import quieten
 from harness.models.settings import ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
 from harness.models.vlm.architectures import ARCHITECTURES
@@ -34,6 +37,7 @@ from harness.models.vlm.text import blip_codec, image_token, turn_codec
 if TYPE_CHECKING:
     from harness.training.settings import TrainConfig
 
+_KEY = "model.checkpoint"
 _PROCESSOR_FILES = {".json", ".jinja", ".txt", ".model"}
 _DROPOUTS = ("attention_dropout", "dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -41,6 +45,19 @@ _DROPOUTS = ("attention_dropout", "dropout", "hidden_dropout_prob", "attention_p
 def codec(config: ModelConfig, folder: Path, max_tokens: int) -> Codec:
     """The codec of captions; raises `UserError` if a user turn does not have one image token."""
     return _codec(config, folder, processor(folder), max_tokens)
+
+
+def check(config: ModelConfig, train: "TrainConfig", folder: Path, new_tokens: int) -> None:
+    """Raise `UserError` for what `load` or decoding would raise, but for weights that are missing.
+
+    `new_tokens` is the most that decoding adds.
+    """
+    own = processor(folder)
+    for key, count in lengths(train, new_tokens).items():
+        _codec(config, folder, own, count, key)
+    if config.lora:
+        with without_contents(accelerator=False):
+            without_weights(config, train, folder)
 
 
 def load(config: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: torch.dtype) -> WholeLoaded:
@@ -115,16 +132,19 @@ def processor(folder: Path) -> Any:
 
     Raises `UserError` naming what it needs and this machine lacks.
     """
-    kind, local = AutoConfig.from_pretrained(folder).model_type, {"trust_remote_code": False}
-    try:
+    quieten()
+    local = {"trust_remote_code": False}
+    with told(f"the config of {folder}", _KEY):
+        kind = AutoConfig.from_pretrained(folder, **local).model_type
+    with told(f"the image processor of {folder}", _KEY):
         # torchvision gives other pixels than PIL, and it need not be installed
         images = AutoImageProcessor.from_pretrained(folder, use_fast=False, **local)
-        if ARCHITECTURES[kind].rotated:
-            return _WithoutVideo.of(images, AutoTokenizer.from_pretrained(folder, **local))
+    with told(f"the tokenizer of {folder}", _KEY):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    if ARCHITECTURES[kind].rotated:
+        return _WithoutVideo.of(images, tokenizer)
+    with told(f"the processor of {folder}", _KEY):
         found = AutoProcessor.from_pretrained(folder, **local)
-    except ImportError as error:
-        what = f"the processor of {folder} can't be loaded: {' '.join(str(error).split())}"
-        raise UserError([Problem(what, key="model.checkpoint")]) from None
     found.image_processor = images
     return found
 
@@ -142,7 +162,10 @@ class _WithoutVideo:
         return cls(images, tokenizer, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
 
 
-def _codec(config: ModelConfig, folder: Path, own: Any, max_tokens: int) -> Codec:
+def _codec(
+    config: ModelConfig, folder: Path, own: Any, max_tokens: int, key: str = "train.max_caption_tokens"
+) -> Codec:
+    """See `codec`; `max_tokens` is the value of `key`."""
     words, model = prompt_text(config.prompt), AutoConfig.from_pretrained(folder)
     text = model.get_text_config(decoder=True)
     if model.model_type == "blip":
@@ -153,8 +176,8 @@ def _codec(config: ModelConfig, folder: Path, own: Any, max_tokens: int) -> Code
     needed, positions = len(found.prompt) + longest_prompt(config.prompt) + max_tokens, _positions(text)
     if positions and needed > positions:
         what = f"a prompt and a caption may have {needed} tokens; this model reads {positions}"
-        hint = f"Lower train.max_caption_tokens ({max_tokens}), or shorten the prompt."
-        raise UserError([Problem(what, key="model.prompt", hint=hint)])
+        hint = f"Lower {key} ({max_tokens}), or shorten the prompt."
+        raise UserError([Problem(what, key=key, hint=hint)])
     return found
 
 
@@ -185,8 +208,7 @@ def _weights(
     """The model of a checkpoint; raises `UserError` if a weight would stay random."""
     # missing weights are an error below; unused weights need no warning
     logging.set_verbosity_error()
-    if device.rank():
-        logging.disable_progress_bar()
+    (logging.disable_progress_bar if device.rank() else logging.enable_progress_bar)()
     model, info = _in_fp32(_class_of(config), config, trained).from_pretrained(
         folder, config=config, dtype=frozen_dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -196,7 +218,7 @@ def _weights(
         names = sorted(lacking)
         shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
         what = f"the checkpoint lacks these weights, and they can't stay random: {shown}"
-        raise UserError([Problem(what, folder, key="model.checkpoint")])
+        raise UserError([Problem(what, folder, key=_KEY)])
     return model.train()
 
 
