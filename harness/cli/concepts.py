@@ -19,6 +19,8 @@ def table(records: Sequence[Record]) -> "Table":
 
     floors = _baselines(records)
     title = f"{records[0]['name']}: concepts, {records[0]['data']['splits']['valid']} validation images"
+    if any(record["standin_model"] for record in records):
+        title += " (by a STAND-IN model: tiny)"
     found = Table(title=title, title_justify="left")
     found.add_column("run", no_wrap=True)
     best = max(floors, key=lambda name: floors[name]["value"] or 0, default=None)
