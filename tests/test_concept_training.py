@@ -435,7 +435,7 @@ def test_the_f1_of_a_validation_is_the_best_of_all_thresholds():
 
 
 def said(model: ModelConfig, settings=ALONE, captions=False) -> list[str]:
-    return [str(one) for one in problems(model, settings, captions)]
+    return [str(one) for one in problems(model, settings, captions=captions)]
 
 
 def test_every_mistake_is_told_before_a_run(folder, tiny_folder):

@@ -30,7 +30,7 @@ def writes(model: "ModelConfig") -> bool:
 
 
 def problems(
-    model: "ModelConfig", train: "TrainConfig", captions: bool = True, new_tokens: int = 0
+    model: "ModelConfig", train: "TrainConfig", new_tokens: int = 0, captions: bool = True
 ) -> list[Problem]:
     """The problems of a model on this machine, of training it, and of decoding `new_tokens`.
 

@@ -90,8 +90,14 @@ def load_trained(model: Captioner, path: Path) -> None:
     """
     own = trained_weights(model)
     with safe_open(path, "pt") as weights:
-        check_names(own.keys() ^ set(weights.keys()), path)
+        check_names(own.keys() ^ _names(weights, own), path)
     _load(own, path)
+
+
+def _names(weights: Any, own: Collection[str]) -> set[str]:
+    """The names in an opened file, without those of a head if the model's `own` are without."""
+    headless = not any(name.startswith(HEAD) for name in own)
+    return {name for name in weights.keys() if not (headless and name.startswith(HEAD))}  # noqa: SIM118
 
 
 def check_names(others: Collection[str], path: Path) -> None:
@@ -112,9 +118,7 @@ def load_some(model: Captioner, path: Path) -> None:
 def _load(own: dict[str, Tensor], path: Path) -> None:
     """Copy the weights of a file; a model without a head needs none."""
     with safe_open(path, "pt") as weights, torch.no_grad():
-        found = set(weights.keys())
-        if not any(name.startswith(HEAD) for name in own):
-            found = {name for name in found if not name.startswith(HEAD)}
+        found = _names(weights, own)
         if found != own.keys():
             raise ValueError(f"{path} holds other weights: {sorted(found ^ own.keys())[:4]}")
         for name, weight in own.items():

@@ -153,7 +153,7 @@ def problems(config: "Config") -> list[Problem]:
     of_model = []
     if config.has_model:
         length = config.predict.max_new_tokens
-        of_model = model_problems(config.model, config.train, config.captions, length)
+        of_model = model_problems(config.model, config.train, length, config.captions)
     if not config.captions:
         return of_model
     chosen_by = choosing(config).metrics if config.trains or config.soup else ()
