@@ -85,6 +85,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_stand_beside_a_command_are_its_own(page):
+    rows = re.findall(
+        r"`((?:run|best|doctor|study|score|compare|report|sync)) (--[a-z-]+)", page.read_text("utf-8")
+    )
+    for command, option in rows:
+        asked = ["study", "run"] if command == "study" else [command]
+        shown = CliRunner().invoke(app, [*asked, "--help"], env={"COLUMNS": "200"}).stdout
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"{command} has no {option}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in LINKS.findall(page.read_text(encoding="utf-8")):
