@@ -293,6 +293,8 @@ def _said(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
+        if first["type"] == "model_type":  # its message has the name of our class
+            return f"{place}: not a mapping" if place else "it is no mapping of names to values"
         return f"{place}: {first['msg']}" if place else first["msg"]
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
 

@@ -87,7 +87,11 @@ MISTAKES = {
     "half a number": ([1.5], ["a1"], ["no image_id"]),
     "true": ([True], ["a1"], ["no image_id"]),
     "NaN": ([float("nan")], ["a1"], ["no image_id"]),
-    "white space": (["a b"], ["a"], ["no image_id that is a whole number or a text without white space"]),
+    "white space": (
+        ["a b"],
+        ["a"],
+        ["no image_id that is a whole number below 10^18 or a text without white"],
+    ),
 }
 
 

@@ -224,6 +224,7 @@ def test_a_record_that_can_not_be_read_is_named_and_spoils_no_other(tmp_path, ca
     assert [problem.file.parent.name for problem in left_out] == ["bad-s1"]
     with pytest.raises(UserError, match=r"bad-s1/run\.json: is not what a run writes"):
         records.read(tmp_path / "a" / "b" / "bad-s1")
+    assert "_Run" not in str(left_out[0])  # a name of our code
 
 
 def test_a_file_of_a_run_is_given_only_as_the_step_left_it(tmp_path):

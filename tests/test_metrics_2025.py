@@ -286,6 +286,7 @@ def test_alignscore_says_what_is_wrong_with_its_files(align, tmp_path, monkeypat
         return str(raised.value)
 
     assert "no such file" in wrong(tmp_path / "AlignScore-base.ckpt")
+    assert "a folder, not a file" in wrong(tmp_path)
     (tmp_path / "page.ckpt").write_text("<html>not found</html>")
     assert "not a checkpoint of AlignScore" in wrong(tmp_path / "page.ckpt")
     kept = torch.load(align, weights_only=True)

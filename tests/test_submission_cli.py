@@ -107,6 +107,11 @@ def test_concepts(folder):
     assert "file of concepts" in done.stderr
 
 
+def test_a_path_without_a_file_is_a_mistake_of_the_command(folder):
+    done = submission(folder, "check", "none.csv", "--edition", "2026", "--ids", "ids.csv", code=2)
+    assert "none.csv: no such file" in done.stderr
+
+
 def test_check_prints_line_and_fix_and_exits_with_3(folder):
     (folder / "bad.csv").write_bytes(b"\xef\xbb\xbfID,Caption\nimg_2,x, y\nimg_2,z\nimg_9,\xff\n")
     done = submission(folder, "check", "bad.csv", "--edition", "2026", "--ids", "ids.csv", code=3)

@@ -160,8 +160,11 @@ def check(
     Example: python -m harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
+    from harness.config.yamlfile import no_file
     from harness.data.captionfiles import read_ids
 
+    if what := no_file(file):
+        raise UserError([Problem(what, file)])
     wanted = read_ids(ids)
     problems = submission.check(file, wanted, edition, task.value)
     repaired = submission.fix(file, fix, wanted, edition, task.value) if fix else []

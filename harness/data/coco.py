@@ -46,7 +46,7 @@ def candidates(text: str, path: Path, most: int | None = None) -> dict[str, list
         key = _key(entry, names)
         caption = entry.get("caption") if isinstance(entry, dict) else None
         if key is None:
-            what = "has no image_id that is a whole number or a text without white space"
+            what = "has no image_id that is a whole number below 10^18 or a text without white space"
             flaws.append(Flaw(None, what, WANTED, place))
         elif not isinstance(caption, str):
             flaws.append(Flaw(None, "has no caption that is a text", WANTED, f"{place}, {key[:80]}"))

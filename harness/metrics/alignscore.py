@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from harness.config.sections import Section
+from harness.config.yamlfile import no_file
 from harness.errors import Problem
 from harness.metrics.base import Absent, Inputs, Measured, Metric, Weights, cut_rows, sign
 from harness.metrics.cache import Row
@@ -48,8 +49,8 @@ def problems(config: AlignScoreConfig) -> list[Problem]:
     """What prevents AlignScore, if the config names a checkpoint; found without loading it."""
     if config.checkpoint is None:
         return []
-    if not config.checkpoint.is_file():
-        return [Problem(f"no such file: {config.checkpoint}", key=KEY, hint=HINT)]
+    if what := no_file(config.checkpoint):
+        return [Problem(f"{what}: {config.checkpoint}", key=KEY, hint=HINT)]
     found = []
     try:
         roberta = made_of(config.checkpoint)
