@@ -142,8 +142,10 @@ class _TextOrMapping:
     """Validates a `Prompt`; errors name the key and not a branch of a union."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            _prompt, serialization=core_schema.simple_ser_schema("any")
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, check: _prompt(value),
+            handler(source),  # tells studies which types are allowed
+            serialization=core_schema.simple_ser_schema("any"),
         )
 
 
