@@ -146,11 +146,13 @@ def test_every_key_has_a_type_and_shows_up_flat():
         "soup": {"runs": ["a/b-s1"]},
         "concepts": {"predictor": "from_captions", "runs": ["a/b-s1"]},
     }
-    given |= {"model": {"prompt": {"retrieved": 3}, "lora": {}}}
-    by_concepts = {"model": {"prompt": {"concepts": "a/b-s1"}}}
+    prompts = ({"retrieved": 3}, {"concepts": "a/b-s1"})
     stage = {"epochs": 1, "losses": {"reward": 1}, "reward": {"metrics": {"rouge1": 1}}}
     given |= {"train": {"stages": [stage]}}
-    ways = ({"predict": {"samples": {}}}, {"retrieval": {}}, by_concepts)  # not two of them
+    ways = [  # not both of each
+        way | {"model": {"prompt": prompt, "lora": {}}}
+        for way, prompt in zip(({"predict": {"samples": {}}}, {"retrieval": {}}), prompts, strict=True)
+    ]
     shown = {key for way in ways for key in flat(Config.model_validate(given | way))}
     for path in keys():
         name = ".".join(path)

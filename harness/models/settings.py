@@ -144,7 +144,7 @@ class _TextOrMapping:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_wrap_validator_function(
             lambda value, check: _prompt(value),
-            handler.generate_schema(RetrievedPrompt | ConceptPrompt),  # for the JSON schema
+            handler(source),  # tells studies which types are allowed
             serialization=core_schema.simple_ser_schema("any"),
         )
 
