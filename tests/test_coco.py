@@ -8,6 +8,7 @@ import pytest
 
 from harness import scoring, submission
 from harness.cli import compare as cli_compare
+from harness.cli.terminal import Task
 from harness.data.captionfiles import read, read_ids, read_predictions
 from harness.errors import UserError
 
@@ -58,11 +59,11 @@ def test_compare_reads_them_and_says_so(tmp_path):
     coco(tmp_path / "ours.json", [16, 7, 300])
     references = coco(tmp_path / "references.json", [f"{key}.jpg" for key in IDS], ["a", "b", "c"])
     sources = [tmp_path / "ours.json", _pipes(tmp_path / "theirs.csv")]
-    systems, files = cli_compare._read(sources, _pipes(tmp_path / "labels.csv"), None, "caption")
+    systems, files = cli_compare._read(sources, _pipes(tmp_path / "labels.csv"), None, Task.caption)
     assert [system.ids for system in systems] == [IDS, IDS]
     assert files["ours.json"].predictions == TEXTS
     assert any("3 image_ids matched by number: 16 is" in w for w in files["ours.json"].warnings)
-    systems, files = cli_compare._read(sources[1:], references, None, "caption")
+    systems, files = cli_compare._read(sources[1:], references, None, Task.caption)
     assert files["theirs.csv"].references == ["a", "b", "c"]
 
 
