@@ -1,5 +1,6 @@
 """Training a classifier of concepts, alone and beside a captioner."""
 
+import inspect
 import json
 from functools import partial
 from itertools import count
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import prefix as small
+from support.commands import harness
+from support.experiments import EXPERIMENT
 from support.models import load_tiny, pixels
 from support.ranks import TRAIN, rows, train
 from support.shared_folders import made_once
@@ -18,7 +21,7 @@ from support.training import HEAD, Interrupted, config, labels_of_texts, splits,
 from harness.config.sections import AugmentConfig
 from harness.machine import device
 from harness.metrics.concepts import f1
-from harness.models import adapters, contentless, encoder, family, head, parts, prefix, problems
+from harness.models import adapters, base, contentless, encoder, family, head, parts, prefix, problems
 from harness.models.base import LABELS, Work
 from harness.models.loading import Loaded, load_average, load_some, load_trained, save_trained
 from harness.models.settings import ModelConfig
@@ -291,6 +294,17 @@ def test_class_tokens_are_known_by_the_patches_of_an_image(folder, vision, expec
     assert classifier(folder, vision).model.class_tokens == expected
 
 
+def test_a_classifier_has_the_methods_of_a_captioner_but_no_decoder(folder):
+    model = classifier(folder).model
+    wanted = {name for name, value in vars(base.Captioner).items() if inspect.isfunction(value)}
+    assert {name for name in wanted if not hasattr(model, name)} == {"decoder"}
+    own, theirs = (inspect.signature(one) for one in (model.forward, base.Captioner.__call__))
+    assert list(own.parameters) == [name for name in theirs.parameters if name != "self"]
+    loaded = encoder.load(model_config(folder), ALONE, None, torch.float32)
+    assert loaded.model.head is loaded.caption is loaded.concept is None
+    assert encoder.codecs(model_config(folder), None, 9) is None
+
+
 # beside captions
 
 
@@ -441,10 +455,11 @@ def test_every_mistake_is_told_before_a_run(folder, tiny_folder):
     whole = ALONE.model_copy(update={"train_language": True, "language_dropout": 0.1})
     assert len(said(model_config(folder), whole)) == 2
     texts = ALONE.model_copy(update={"stages": TrainConfig().stages[:1]})
-    assert [one.rpartition("no loss ")[2] for one in said(model_config(folder), texts)] == [
-        "caption; concepts are allowed",
-        "concept; concepts are allowed",
-    ]
+    aim, *others = said(model_config(folder), texts)
+    assert aim.startswith("train.stages: no stage has the loss concepts")
+    kinds = [one.rpartition("no loss ")[2] for one in others]
+    assert kinds == ["caption; concepts are allowed", "concept; concepts are allowed"]
+    assert said(model_config(folder), ALONE.model_copy(update={"stages": ()})) == []
     vlm = ModelConfig(family="vlm", checkpoint=str(tiny_folder))
     assert any("the family vlm has no loss concepts" in one for one in said(vlm))
 
@@ -487,3 +502,81 @@ def allocated(model, images) -> int:
         now += change
         most = max(most, now)
     return most
+
+
+# runs
+
+BESIDE_RUNS = EXPERIMENT.partition("variants:")[0].replace("name: small", "name: beside")
+STAGES = "stages: [{epochs: 2, losses: {caption: 1, concepts: 0.1}}]"
+RUNS = f"""
+variants:
+  alone: {{train: {{keep_best: 2}}}}
+  both: {{train: {{keep_best: 2, {STAGES}}}, concepts: {{head: {{class_weights: balanced}}}}}}
+  later:
+    train: {{start_from: beside/both-s42, stages: [{{epochs: 1, losses: {{caption: 1}}}}]}}
+"""
+SOUP = f"""
+variants:
+  soup:
+    train: {{{STAGES}}}
+    concepts: {{head: {{class_weights: balanced}}}}
+    soup: {{runs: [beside/both-s42]}}
+"""
+OTHER_LABELS = (
+    f"""
+variants:
+  started:
+    train: {{start_from: beside/both-s42, {STAGES}}}
+    concepts: {{min_images: 20}}
+""",
+    f"""
+variants:
+  averaged:
+    train: {{{STAGES}}}
+    concepts: {{min_images: 20}}
+    soup: {{runs: [beside/both-s42]}}
+""",
+)
+
+
+@pytest.mark.slow
+def test_runs_with_concepts_beside_captions(tmp_path, empty_store):
+    """They are scored, averaged, started from and exported; only weights for the same concepts are mixed."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    for name, runs in (("beside", RUNS), ("soup", SOUP)):
+        (tmp_path / f"{name}.yaml").write_text(BESIDE_RUNS + runs)
+        harness(tmp_path, "run", f"{name}.yaml")
+    records = {name: json.loads((tmp_path / f"runs/beside/{name}-s42/run.json").read_text()) for name in KEPT}
+    assert {record["status"] for record in records.values()} == {"FINISHED"}
+    logs = {
+        name: [
+            json.loads(line)
+            for line in (tmp_path / "runs" / record["steps"]["train"] / "losses.jsonl").open()
+        ]
+        for name, record in records.items()
+        if "train" in record["steps"]
+    }
+    for row in logs["both"]:
+        if "valid_loss" in row:
+            assert 0 < row["valid_concept_f1"] <= 1
+            assert row["valid_primary"] == row["valid_bertscore"]
+    assert not any("concept_f1" in key for row in logs["alone"] + logs["later"] for key in row)
+    assert records["both"]["concepts"]["scores"]["valid"]["f1"]["value"] > 0
+    assert "head" in records["both"]["training"]["new"]
+    weights = {name: load_file(tmp_path / "runs" / steps(records[name]) / training.BEST) for name in KEPT}
+    assert {name for name, own in weights.items() if "head.linear.weight" in own} == {"both", "soup"}
+    harness(tmp_path, "export", "runs/beside/both-s42", "out")
+    assert not any("head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    for others in OTHER_LABELS:
+        (tmp_path / "other.yaml").write_text(BESIDE_RUNS + others)
+        done = harness(tmp_path, "run", "other.yaml", code=None)
+        assert done.returncode
+        assert "it has another labels" in " ".join(done.stderr.split())
+
+
+KEPT = ("alone", "both", "soup", "later")
+
+
+def steps(record: dict) -> str:
+    """The step with the weights of a run."""
+    return record["steps"].get("soup") or record["steps"]["train"]

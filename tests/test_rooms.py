@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
+from harness.concepts.settings import HeadConfig
 from harness.config import reference
 from harness.config.editions import EDITIONS, LayoutName
 from harness.config.schema import Config, keys
@@ -140,6 +141,18 @@ def test_a_loss_is_in_the_fingerprint_of_training(name, made):
     stages = [[{"epochs": 1, "losses": weights | {name: value}, "reward": reward}] for value in (1.0, 0.5)]
     one, other = (made(train={"stages": stage}, concepts={})["train"] for stage in stages)
     assert one != other
+
+
+@pytest.mark.parametrize("key", HeadConfig.model_fields)
+def test_a_setting_of_the_head_is_in_the_fingerprint_of_a_training_that_has_one(key, made):
+    default = HeadConfig().model_dump()[key]
+    others = {"pooling": "gem", "loss": "asymmetric", "class_weights": "balanced"}
+    value = others[key] if key in others else default / 2
+    for weight in (0, 0.1):
+        stage = {"epochs": 1, "losses": {"caption": 1, "concepts": weight}}
+        each = [{"predictor": "from_captions", "head": {key: one}} for one in (default, value)]
+        one, other = (made(train={"stages": [stage]}, concepts=concepts)["train"] for concepts in each)
+        assert (one != other) == bool(weight)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -104,7 +104,7 @@ def test_concepts(folder):
     assert text == "ID,CUIs\nimg_2,C1306645\nimg_1,C0040405;C0817096\nimg_3,\n"
     submission(folder, "check", done.stdout.strip(), "--edition", "2026", *options)
     done = submission(folder, "make", "runs/group/exp/base-s42", "--task", "concept", code=2)
-    assert "file of concepts" in done.stderr
+    assert "has no concepts/test.csv" in done.stderr
 
 
 def test_check_prints_line_and_fix_and_exits_with_3(folder):

@@ -206,7 +206,7 @@ def _concepts(config: Config) -> Iterator[tuple[str, ...]]:
     elif not config.has_model:
         what = f"{concepts.predictor} needs this run's model, but consensus.own is 0; use 1 or more"
         yield what, "consensus.own", "concepts.predictor"
-    elif concepts.predictor == "classifier" and not (config.trains and learned):
+    elif concepts.predictor == "classifier" and not ((config.trains or config.soup) and learned):
         what = "the classifier needs a stage with the loss concepts, such as losses: {concepts: 1}"
         yield what, "concepts.predictor", "train.stages"
 

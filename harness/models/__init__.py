@@ -47,6 +47,10 @@ def problems(model: "ModelConfig", train: "TrainConfig", captions: bool = True) 
             for key in ("train_language", "dropout", "language_dropout")
             if getattr(train, key)
         ]
+    if not captions and not train.trains_head and any(stage.epochs for stage in train.stages):
+        what = "no stage has the loss concepts, by which the best weights are chosen if task is concepts"
+        hint = "Give it to a stage, such as losses: {concepts: 1}, or train nothing: stages: []"
+        found.append(Problem(what, key="train.stages", hint=hint))
     for number, stage in enumerate(train.stages):
         for name, weight in stage.losses:
             needed = (name,) if name in Losses._fields else ("caption", "concept")

@@ -180,9 +180,10 @@ class ModelConfig(Section):
     The projection that leads to it is new and must be trained. Family `prefix` needs this key.
     """
     vision_checkpoint: str | None = None
-    """Family `prefix`: its image encoder, any of transformers' `AutoModel` (ViT, CLIP, Swin, ConvNeXt, ...).
+    """Families `prefix` and `encoder`: the image encoder, any of transformers' `AutoModel` (ViT, CLIP, ...).
 
-    `tiny`: a small ViT that is built from the training images and their concepts.
+    Of a BLIP-2 it is the image tower. `tiny`: a small ViT that is built from the training images and their
+    concepts.
     """
     connector: ConnectorConfig = ConnectorConfig()
     """Family `prefix`: what leads from the image encoder to the language model."""

@@ -240,7 +240,10 @@ class TrainConfig(Section):
     trained.
     """
     evaluate_images: Images = 200
-    """Validation images that are captioned (greedily) and scored to choose the best checkpoint."""
+    """Validation images that are captioned (greedily) and scored to choose the best checkpoint.
+
+    A head predicts the concepts of as many; family `encoder` predicts those of all.
+    """
     profile: whole(0, 1000) = 0
     """Profile this number of steps, after the first three and within one epoch; 0: none.
 
