@@ -470,42 +470,11 @@ def test_weights_that_a_checkpoint_lacks_are_named(folder, tmp_path):
 
 # a run
 
-EXPERIMENT = """
-name: prefix
-device: cpu
-data:
-  root: data/phantom
-  phantom: {train: 24, valid: 6, test: 3, seed: 3}
-model:
-  family: prefix
-  vision_checkpoint: tiny
-  language_checkpoint: LANGUAGE
-  connector: {kind: pooled, tokens: 4}
-  lora: {rank: 2}
-  image_size: 56
-  tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, vision_epochs: 1}
-train:
-  stages:
-    - {epochs: 1, losses: {caption: 1}}
-    - {epochs: 1, losses: {reward: 1}, reward: {metrics: {rouge1: 1}, samples: 2, max_new_tokens: 12}}
-  batch_size: 8
-  micro_batch_size: 8
-  learning_rate: 1e-2
-  warmup_steps: 2
-  max_words: 12
-  evaluate_images: 6
-predict: {num_beams: 2, max_new_tokens: 16}
-score:
-  metrics: [bertscore, rouge1]
-  bertscore: {checkpoint: standin}
-  bootstrap: 200
-"""
-
 
 @pytest.mark.slow
 def test_a_run_trains_two_stages_captions_and_is_marked(folder, tmp_path, empty_store):
     (tmp_path / "mlflow.db").write_bytes(empty_store)
-    (tmp_path / "prefix.yaml").write_text(EXPERIMENT.replace("LANGUAGE", str(folder / "llama")))
+    (tmp_path / "prefix.yaml").write_text(small.EXPERIMENT.replace("LANGUAGE", str(folder / "llama")))
     done = harness(tmp_path, "run", "prefix.yaml")
     assert "connector: new, so not in any checkpoint" in done.stderr
     assert "stage 1 trains vision" in done.stderr

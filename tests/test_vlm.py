@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.commands import harness
 from support.models import TEXTS
 from support.training import Interrupted
-from support.vlm_checkpoints import make
+from support.vlm_checkpoints import RUN, make
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -557,37 +557,6 @@ def test_zero_trains_as_plain_training_does(folders, tmp_path, kind, stage):
 
 def whole_config() -> TrainConfig:
     return TRAIN.model_copy(update={"train_vision": False})
-
-
-RUN = """
-name: vlm
-device: cpu
-data:
-  root: data/phantom
-  phantom: {{train: 24, valid: 6, test: 4, seed: 3}}
-model:
-  family: vlm
-  checkpoint: {folder}
-  image_size: 64
-  prompt: describe the image
-  lora: {{rank: 4, alpha: 8, dropout: 0.05}}
-train:
-  train_vision: false
-  learning_rates: {{connector: 2e-4}}
-  stages:
-    - {{epochs: 1, losses: {{caption: 1}}}}
-    - epochs: 1
-      losses: {{reward: 1, caption: 0.1}}
-      reward: {{metrics: {{rouge1: 1}}, samples: 2, max_new_tokens: 6}}
-  max_caption_tokens: 24
-  batch_size: 8
-  micro_batch_size: 4
-  learning_rate: 1e-3
-  warmup_steps: 2
-  evaluate_images: 4
-predict: {{num_beams: 2, num_return_sequences: 2, max_new_tokens: 8, samples: {{count: 2}}}}
-score: {{metrics: [bertscore, rouge1], bertscore: {{checkpoint: standin}}, bootstrap: 50}}
-"""
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,37 @@ LANGUAGE: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Position tables or rotations, tied and own heads, grouped keys, words of another width, scaled logits."""
+EXPERIMENT = """
+name: prefix
+device: cpu
+data:
+  root: data/phantom
+  phantom: {train: 24, valid: 6, test: 3, seed: 3}
+model:
+  family: prefix
+  vision_checkpoint: tiny
+  language_checkpoint: LANGUAGE
+  connector: {kind: pooled, tokens: 4}
+  lora: {rank: 2}
+  image_size: 56
+  tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, vision_epochs: 1}
+train:
+  stages:
+    - {epochs: 1, losses: {caption: 1}}
+    - {epochs: 1, losses: {reward: 1}, reward: {metrics: {rouge1: 1}, samples: 2, max_new_tokens: 12}}
+  batch_size: 8
+  micro_batch_size: 8
+  learning_rate: 1e-2
+  warmup_steps: 2
+  max_words: 12
+  evaluate_images: 6
+predict: {num_beams: 2, max_new_tokens: 16}
+score:
+  metrics: [bertscore, rouge1]
+  bertscore: {checkpoint: standin}
+  bootstrap: 200
+"""
+"""An experiment with the language model in LANGUAGE: adapters, two stages, a tiny image encoder."""
 _SPECIAL = {
     "gpt2": {"bos_token": "</s>", "eos_token": "</s>"},
     "opt": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},

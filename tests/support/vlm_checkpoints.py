@@ -53,6 +53,36 @@ _GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 """Chat templates in the forms of Qwen, LLaVA and Gemma 3."""
+RUN = """
+name: vlm
+device: cpu
+data:
+  root: data/phantom
+  phantom: {{train: 24, valid: 6, test: 4, seed: 3}}
+model:
+  family: vlm
+  checkpoint: {folder}
+  image_size: 64
+  prompt: describe the image
+  lora: {{rank: 4, alpha: 8, dropout: 0.05}}
+train:
+  train_vision: false
+  learning_rates: {{connector: 2e-4}}
+  stages:
+    - {{epochs: 1, losses: {{caption: 1}}}}
+    - epochs: 1
+      losses: {{reward: 1, caption: 0.1}}
+      reward: {{metrics: {{rouge1: 1}}, samples: 2, max_new_tokens: 6}}
+  max_caption_tokens: 24
+  batch_size: 8
+  micro_batch_size: 4
+  learning_rate: 1e-3
+  warmup_steps: 2
+  evaluate_images: 4
+predict: {{num_beams: 2, num_return_sequences: 2, max_new_tokens: 8, samples: {{count: 2}}}}
+score: {{metrics: [bertscore, rouge1], bertscore: {{checkpoint: standin}}, bootstrap: 50}}
+"""
+"""An experiment with the checkpoint in `folder`: adapters, two stages, beams and samples."""
 
 
 def make(kind: str, folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,103 @@
+"""Runs of the families `prefix` and `vlm` by the command: killed, on two ranks, and combined."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from support import prefix, vlm_checkpoints
+from support.commands import by_server, harness
+from support.shared_folders import made_once
+
+pytestmark = pytest.mark.slow
+KEPT = ("step", "loss", "caption_loss", "reward_loss", "valid_loss", "valid_primary")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """A function that writes the experiment of a family, with changes, into a folder."""
+    parts = made_once(tmp_path_factory, "prefix", prefix.build)
+    made = functools.cache(lambda kind: vlm_checkpoints.make(kind, tmp_path_factory.mktemp("vlm") / kind))
+
+    def write(folder: Path, kind: str, *changes: tuple[str, str]) -> Path:
+        text = prefix.EXPERIMENT.replace("LANGUAGE", str(parts / "llama"))
+        if kind != "prefix":
+            text = vlm_checkpoints.RUN.format(folder=made(kind))
+        for before, after in changes:
+            assert before in text
+            text = text.replace(before, after)
+        folder.mkdir(exist_ok=True)
+        (folder / "family.yaml").write_text(text)
+        return folder
+
+    return write
+
+
+def rows(folder: Path) -> list[dict]:
+    return [
+        json.loads(line)
+        for file in folder.glob("runs/steps/train-*/losses.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [{key: row[key] for key in KEPT if key in row} for row in rows(folder)]
+
+
+def captions(folder: Path) -> dict[str, str]:
+    (record,) = (json.loads(file.read_text()) for file in folder.glob("runs/*/*/run.json"))
+    assert record["status"] == "FINISHED"
+    files = {split: record["artifacts"][f"predictions/{split}_before.csv"] for split in ("valid", "test")}
+    return {split: (folder / "runs" / file).read_text() for split, file in files.items()}
+
+
+@pytest.mark.parametrize(("kind", "after"), [("blip", 5), ("qwen2_5_vl", 3), ("gemma3", 5), ("prefix", 5)])
+def test_a_killed_run_goes_on_to_the_same_bits(experiment, tmp_path, kind, after):
+    """kill -9 in the first or second of two stages, with adapters and dropout; then the same command."""
+    often = ("  warmup_steps: 2\n", "  warmup_steps: 2\n  checkpoint_every_steps: 1\n")
+    whole, cut = (experiment(tmp_path / name, kind, often) for name in ("whole", "cut"))
+    harness(whole, "run", "family.yaml")
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = by_server("run", "family.yaml", server="commands")
+    process = subprocess.Popen(command, cwd=cut, env=environment, **nowhere)
+    until = time.monotonic() + 300
+    while len([row for row in rows(cut) if "loss" in row]) < after:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not list(cut.glob("runs/steps/train-*/DONE"))
+    harness(cut, "run", "family.yaml")
+    assert numbers(cut) == numbers(whole)
+    one, other = (
+        load_file(next(place.glob("runs/steps/train-*/best.safetensors"))) for place in (whole, cut)
+    )
+    assert one.keys() == other.keys()
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    assert captions(cut) == captions(whole)
+
+
+@pytest.mark.parametrize("kind", ["blip", "qwen3_vl", "gemma3", "prefix"])
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_two_ranks_train_and_caption_as_one(experiment, tmp_path, kind, zero_stage):
+    """Without dropout, which each rank draws for itself; images of a batch differ in shape."""
+    still = [("dropout: 0.05", "dropout: 0.0")] if kind != "prefix" else []
+    small = ("micro_batch_size: 8" if kind == "prefix" else "micro_batch_size: 4", "micro_batch_size: 2")
+    how = (small[0], f"micro_batch_size: 2\n  zero_stage: {zero_stage}\n  language_dropout: 0.0")
+    one = experiment(tmp_path / "one", kind, *still, small)
+    two = experiment(tmp_path / "two", kind, *still, how)
+    harness(one, "run", "family.yaml", "--set", "train.language_dropout=0")
+    harness(two, "run", "family.yaml", "--nproc", "2")
+    losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (one, two)]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
+    assert captions(one) == captions(two)
