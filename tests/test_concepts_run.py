@@ -352,9 +352,10 @@ def test_lists_that_are_all_the_same_get_a_warning(project):
     of_all = "concepts: {predictor: knn, knn: {neighbours: 60, rule: votes}}\n"
     (project / "same.yaml").write_text(text.replace("{epochs: 2, losses: {concepts: 1}}", "") + of_all)
     done = harness(project, "run", "same.yaml")
-    first, second = record(project, "base", "same")["warnings"]
+    (first,) = record(project, "base", "same")[
+        "warnings"
+    ]  # of test one list differs, that of the broken image
     assert first.startswith("valid: all 24 lists of concepts are the same: ")
-    assert second.startswith("test: ")
     assert f"warning: base-s42: {first}" in done.stderr
     checks = json.loads(harness(project, "doctor", "same.yaml", "--format", "json").stdout)
     assert not [one for one in checks if one["name"].startswith("score.")]  # no metric of captions is needed
@@ -363,7 +364,7 @@ def test_lists_that_are_all_the_same_get_a_warning(project):
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(project, tmp_path):
     begin(tmp_path)
-    harness(tmp_path, "run", "concepts.yaml", "--nproc", "2")
+    harness(tmp_path, "run", "concepts.yaml", "--nproc", "2", "--set", "train.micro_batch_size=8")
     labels, values = probabilities(tmp_path, "classifier")
     ours, wanted = probabilities(project, "classifier")
     assert labels == ours
