@@ -127,7 +127,7 @@ def test_no_kind_of_file_is_taken_for_weights_or_for_alignscore(kind, tmp_path):
 def test_a_folder_is_no_checkpoint_of_alignscore(tmp_path):
     config = ScoreConfig.model_validate({"alignscore": {"checkpoint": str(tmp_path)}})
     (problem,) = alignscore.problems(config.alignscore)
-    assert problem.what == f"no such file: {tmp_path}"
+    assert problem.what == f"a folder, not a file: {tmp_path}"
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):

@@ -1,5 +1,6 @@
 """`harness compare`: which of the differences between runs or files are real."""
 
+import contextlib
 import csv
 import io
 import os
@@ -121,7 +122,10 @@ def _task(sources: Sequence[Path], given: Task | None) -> Task:
     from harness.cli.score import task_of
     from harness.records import read
 
-    tasks = {source: task_of(given, read(source)) for source in sources if source.is_dir()}
+    tasks = {}
+    for source in filter(Path.is_dir, sources):
+        with contextlib.suppress(UserError):  # told later, with all other mistakes
+            tasks[source] = task_of(given, read(source))
     if len(set(tasks.values())) > 1:
         problems = [Problem(f"a run of {task}s", source) for source, task in tasks.items()]
         raise UserError(
