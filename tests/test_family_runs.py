@@ -1,5 +1,6 @@
 """Runs of the families `prefix` and `vlm` by the command: killed, on two ranks, and combined."""
 
+import csv
 import functools
 import json
 import os
@@ -90,14 +91,62 @@ def test_a_killed_run_goes_on_to_the_same_bits(experiment, tmp_path, kind, after
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_two_ranks_train_and_caption_as_one(experiment, tmp_path, kind, zero_stage):
     """Without dropout, which each rank draws for itself; images of a batch differ in shape."""
-    still = [("dropout: 0.05", "dropout: 0.0")] if kind != "prefix" else []
-    small = ("micro_batch_size: 8" if kind == "prefix" else "micro_batch_size: 4", "micro_batch_size: 2")
-    how = (small[0], f"micro_batch_size: 2\n  zero_stage: {zero_stage}\n  language_dropout: 0.0")
-    one = experiment(tmp_path / "one", kind, *still, small)
-    two = experiment(tmp_path / "two", kind, *still, how)
-    harness(one, "run", "family.yaml", "--set", "train.language_dropout=0")
-    harness(two, "run", "family.yaml", "--nproc", "2")
+    one, two = (experiment(tmp_path / name, kind) for name in ("one", "two"))
+    settings = ("model.lora.dropout=0", "train.language_dropout=0", "train.micro_batch_size=2")
+    common = [word for setting in settings for word in ("--set", setting)]
+    harness(one, "run", "family.yaml", *common)
+    harness(two, "run", "family.yaml", *common, "--set", f"train.zero_stage={zero_stage}", "--nproc", "2")
     losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (one, two)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
     assert captions(one) == captions(two)
+
+
+COMBINED = """
+seeds: [1, 2]
+variants:
+  plain: {}
+  retrieved: {model: {prompt: {retrieved: 3, words: 6, text: see}}}
+  agreed: {predict: {samples: {count: 2}}, consensus: {}}
+"""
+SOUP = """
+base: family.yaml
+name: soup
+seeds: [1]
+soup: {runs: [NAME/plain-s1, NAME/plain-s2]}
+variants: {average: {}}
+"""
+
+
+@pytest.mark.parametrize(("kind", "name"), [("prefix", "prefix"), ("qwen3_vl", "vlm")])
+def test_what_combines_runs_and_captions_works_for_each_family(experiment, tmp_path, kind, name):
+    """Soups, retrieved captions in the prompt, and the consensus of beams and samples."""
+    folder = experiment(tmp_path, kind)
+    with (folder / "family.yaml").open("a") as file:
+        file.write(COMBINED)
+    (folder / "soup.yaml").write_text(SOUP.replace("NAME", name))
+    harness(folder, "run", "family.yaml")
+    harness(folder, "run", "soup.yaml")
+    runs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("runs/*/*/run.json")}
+    assert len(runs) == 7
+    assert {run["status"] for run in runs.values()} == {"FINISHED"}
+    soup = runs["average-s1"]["soup"]
+    assert [one["name"] for one in soup["candidates"]] == [f"{name}/plain-s1", f"{name}/plain-s2"]
+    assert all(np.isfinite(one["score"]) for one in [*soup["candidates"], *soup["trials"]])
+    assert len(soup["trials"]) == 1
+
+    def table(run: str, artifact: str) -> list[dict[str, str]]:
+        with (folder / "runs" / runs[run]["artifacts"][artifact]).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    prompts = table("retrieved-s1", "prompts/train.csv")
+    assert len(prompts) == 24
+    for row in prompts:
+        neighbours = row["neighbours"].split()
+        assert len(neighbours) == 3
+        assert row["ID"] not in neighbours
+        assert row["prompt"].startswith("Similar: ")
+    said = [(row["ID"], row["caption"]) for row in table("agreed-s1", "predictions/valid_candidates.csv")]
+    chosen = table("agreed-s1", "consensus/valid.csv")
+    assert len(chosen) == 6
+    assert all((row["ID"], row["caption"]) in said for row in chosen)
