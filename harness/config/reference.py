@@ -41,10 +41,13 @@ def page(commands: Mapping[str, str]) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _sections(section: type[Section], path: str) -> Iterator[str]:
-    """Heading, docstring and table of a section, then the same for the sections in it."""
+def _sections(section: type[Section], path: str, which: str = "") -> Iterator[str]:
+    """Heading, docstring and table of a section, then the same for the sections in it.
+
+    `which` tells the sections apart that one key allows.
+    """
     hints = get_type_hints(section, include_extras=True)
-    yield f"### `{path.rstrip('.')}`" if path else "### The run"
+    yield f"### `{path.rstrip('.')}`{which}" if path else "### The run"
     yield _line(section.__doc__)
     rows = [
         [f"`{path}{name}`", _type(hints[name]), _default(field), _line(field.description)]
@@ -53,8 +56,11 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
     yield _table(["key", "type", "default", "meaning"], rows)
     for name in section.model_fields:
         many = "[]" if get_origin(hints[name]) in (list, tuple) else ""
-        for inner in _inner(hints[name]):
-            yield from _sections(inner, f"{path}{name}{many}.")
+        inside = _inner(hints[name])
+        for inner in inside:
+            required = next((key for key, field in inner.model_fields.items() if field.is_required()), None)
+            which = f" with `{required}`" if len(inside) > 1 else ""
+            yield from _sections(inner, f"{path}{name}{many}.", which)
 
 
 def _inner(hint: Any) -> list[type[Section]]:

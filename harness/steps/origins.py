@@ -66,6 +66,12 @@ def of_run(
     return Origin(record, directory, {file: digests[f"{directory.name}/{file}"] for file in files})
 
 
+def check_split(plan: "Plan", record: records.Record, run: str, split: str, key: str, hint: str) -> None:
+    """Raise `UserError` if the run that the config names by `key` has other data of a split."""
+    if record["data"]["fingerprints"].get(split) != plan.data.fingerprints[split]:
+        raise UserError([Problem(f"{run} has other images or labels of {split}", key=key, hint=hint)])
+
+
 def _labels(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The labels of a head, by which the weights of two heads are of the same concepts."""
     return {"labels": facts["labels"]} if "labels" in facts else {}

@@ -23,7 +23,7 @@ from harness.models import problems as model_problems
 from harness.steps import STEPS, comparing, epochs, origins
 from harness.steps.base import Step
 from harness.steps.detect import has_thresholds
-from harness.steps.train import choosing
+from harness.steps.validating import choosing
 from harness.steps.work import Reporter
 from harness.store import RUNS, free, gb
 from harness.submission.checks import some

@@ -13,7 +13,7 @@ from harness.steps import origins
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in
-from harness.steps.train import greedy_scores, validating
+from harness.steps.validating import greedy_scores, validating
 from harness.store import fingerprint, parsed, write_json
 from harness.training import soups
 from harness.training.resume import BEST

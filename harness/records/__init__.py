@@ -8,15 +8,14 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from harness.captions import Candidate, read_candidates, read_captions, read_lists, read_rows
-from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
+from harness.records.form import SCORES, Run
 from harness.store import bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
@@ -24,32 +23,6 @@ CAPTIONS, CONCEPTS = "captions", "concepts"
 ON_VALID = "trained on validation images"
 """Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
 Record = Mapping[str, Any]
-
-
-def _inside(path: str) -> str:
-    """The path, if it stays inside the folder that it starts from."""
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in path or not parts.parts:
-        raise ValueError("a path inside runs/ is allowed")
-    return path
-
-
-def _moment(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-def _edition(year: int) -> int:
-    if year not in EDITIONS:
-        raise ValueError(f"allowed are {', '.join(map(str, EDITIONS))}")
-    return year
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Inside = Annotated[str, AfterValidator(_inside)]
-Moment = Annotated[str, AfterValidator(_moment)]
-
-
 FINAL = {"caption": "predictions/{split}_after.csv", "concept": "concepts/{split}.csv"}
 """The artifact with what a run submits, by task."""
 PER_IMAGE = {
@@ -57,184 +30,6 @@ PER_IMAGE = {
     "concept": "scores/{split}_concepts_per_image.csv",
 }
 """The artifact with the scores of each image, by task."""
-
-
-class _Part(BaseModel):
-    """A part of a record. Keys that earlier versions lacked may be absent; types are strict."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Score(_Part):
-    value: Number | None
-    official: bool
-    signature: str
-    n: int = 0
-    low: Number | None = None
-    high: Number | None = None
-    reason: str | None = None
-
-
-class _Gap(_Part):
-    gap: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-
-
-class _OnHalf(_Part):
-    scores: dict[str, _Score]
-    image_gap: dict[str, _Gap | Number | str | None]
-
-
-class _Floor(_Part):
-    value: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-
-
-class _Baseline(_Floor):
-    held: _Floor = _Floor()
-
-
-class _Gain(_Part):
-    difference: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-    p: Number | None = None
-    reason: str | None = None
-
-
-class _Paired(_Gain):
-    held: _Gain = _Gain()
-
-
-class _Concepts(_Part):
-    scores: dict[str, dict[str, _Score]] = {}
-    halves: dict[str, dict[str, _Score]] = {}
-    baselines: dict[str, _Baseline] = {}
-    paired: dict[str, _Paired] = {}
-    thresholds: dict[str, Any] = {}
-    predictor: str | None = None
-    labels: int | None = None
-
-
-class _Git(_Part):
-    commit: str | None
-    dirty: bool | None
-
-
-class _Made(_Part):
-    command: str
-    git: _Git
-    seconds: Number
-    ranks: Annotated[int, Field(ge=1)] = 1
-    environment: dict[str, str] = {}
-
-
-class _Data(_Part):
-    root: str
-    layout: LayoutName = "imageclef2023"
-    splits: dict[str, int] = {}
-    fingerprints: dict[str, str] = {}
-    left_out: int = 0
-    notes: list[str] = []
-
-
-class _Fallback(_Part):
-    ids: list[str]
-    caption: str | None = None
-    concepts: list[str] = []
-
-
-class _Base(_Part):
-    file: str
-    parameters: dict[str, Any]
-
-
-class _Weights(_Part):
-    step: int | None = None
-    stage: int | None = None
-    epoch: int | Number | None = None
-    average: bool = False
-
-
-class _Candidate(_Part):
-    name: str
-    score: Number
-
-
-class _Soup(_Part):
-    members: list[str]
-    candidates: list[_Candidate]
-    metric: str
-    n: int
-    half: str | None = None
-    official: bool = False
-
-
-class _ModelConfig(_Part):
-    checkpoint: str = ""
-
-
-class _Training(_Part):
-    best: _Weights = _Weights()
-    notes: list[str] = []
-
-
-class _Failure(_Part):
-    reason: str
-    step: str | None = None
-    error: str | None = None
-    hint: str | None = None
-    exit_code: int | None = None
-
-
-class _Sections(_Part):
-    model: _ModelConfig = _ModelConfig()
-    data: dict[str, Any] = {}
-    score: dict[str, Any] = {}
-
-
-class _Run(_Part):
-    name: Inside
-    status: Literal["RUNNING", "FINISHED", "FAILED", "PRUNED", "KILLED"]
-    edition: Annotated[int, AfterValidator(_edition)]
-    command: str
-    config: _Sections
-    variant: Inside = "base"
-    seed: int = 0
-    pid: int | None = None
-    host: str | None = None
-    started: Moment = "2000-01-01"
-    ended: Moment | None = None
-    at: str | None = None
-    failure: _Failure | None = None
-    parameters: dict[str, Any] = {}
-    standin_model: bool = False
-    git: _Git = _Git(commit=None, dirty=None)
-    environment: dict[str, str] = {}
-    data: _Data = _Data(root="")
-    training: _Training = _Training()
-    fallback: dict[str, _Fallback] = {}
-    soup: _Soup | None = None
-    steps: dict[str, Inside] = {}
-    made: dict[str, _Made | None] = {}
-    seconds: dict[str, Number] = {}
-    scores: dict[str, dict[str, dict[str, _Score]]] = {}
-    unscored: dict[str, str] = {}
-    looks: dict[str, str] = {}
-    image_gap: dict[str, _Gap | Number | str | None] | None = None
-    halves: dict[str, _OnHalf] = {}
-    baseline: dict[str, Number | str | list[str] | None] | None = None
-    concepts: _Concepts | None = None
-    warnings: list[str] = []
-    artifacts: dict[str, Inside] = {}
-    submissions: list[Inside] = []
-    base: _Base | None = None
-    trial: dict[str, Any] | None = None
-
-
-_SCORES = TypeAdapter(dict[str, _Score])
 
 
 def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dict[str, Any]:
@@ -279,7 +74,7 @@ def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
             raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
         record = parsed(file.read_bytes())
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written to any file
-        _Run.model_validate(record)
+        Run.model_validate(record)
         if missing := [key for key in needs if key not in record]:
             raise ValueError(f"{', '.join(missing)} is missing")
         if len(PurePosixPath(record["name"]).parts) + 1 >= len(file.resolve().parts):
@@ -334,7 +129,7 @@ def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
 
 def task_of(record: Record) -> str:
     """The task of a run, captions or concepts; runs of earlier versions have captions."""
-    return record["config"].get("task", "captions")
+    return record["config"].get("task", CAPTIONS)
 
 
 def tasks_of(record: Record) -> list[str]:
@@ -350,7 +145,7 @@ def on_valid(record: Record) -> dict[str, Any]:
 
     Those of concepts are called `concept_f1` and `concept_f1_secondary`, as in MLflow.
     """
-    if task_of(record) == "concepts":
+    if task_of(record) == CONCEPTS:
         found = (record.get("concepts") or {}).get("scores", {}).get("valid", {})
         return {f"concept_{name}": score for name, score in found.items()}
     return record["scores"].get("valid", {}).get("after", {})
@@ -404,7 +199,7 @@ def _next(record: Record, name: str) -> str:
     split = name.partition("/")[2].partition("_")[0].removesuffix(".csv")
     if why := record.get("unscored", {}).get(split):
         return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
-    kinds = {"predictions": task_of(record) == "captions", "concepts": bool(record.get("concepts"))}
+    kinds = {"predictions": task_of(record) == CAPTIONS, "concepts": bool(record.get("concepts"))}
     if record["status"] == "FINISHED" and kinds.get(name.partition("/")[0]):
         verb = "Caption" if name.startswith("predictions/") else "Predict"
         return f"{verb} this split too: {command} --set 'predict.splits=[valid,test]'"
@@ -514,7 +309,7 @@ def scores(file: Path, record: Record) -> dict[str, Any]:
     """The content of a score step's `scores.json`. Raises `UserError` if it can't be read."""
     try:
         content = parsed(bytes_of(file))
-        _SCORES.validate_python(content["scores"])
+        SCORES.validate_python(content["scores"])
         if not isinstance(content["references"], str):
             raise ValueError("references is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
