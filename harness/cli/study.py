@@ -218,14 +218,19 @@ def best(
     Example: python -m harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
     """
     from harness.store import write
-    from harness.study import results, storage
+    from harness.study import against, results, storage
 
     spec = _load(file, sets, None, base, variant)
     study, _ = storage.open_study(spec, _folder(spec), _begun(spec))
     out = out or file.with_name(f"{file.stem}_best.yaml")
-    text = results.as_experiment(results.winner(study, spec, trial), spec, out, command_line())
-    write(out, text)
-    print(f"{out}: trial {results.winner(study, spec, trial).number} of {spec.name}")
+    won = results.winner(study, spec, trial)
+    write(out, results.as_experiment(won, spec, out, command_line()))
+    print(f"{out}: trial {won.number} of {spec.name}")
+    if found := against.against_base(spec, won, _folder(spec)):
+        print(f"trial {won.number} {against.told(found, len(study.get_trials(deepcopy=False)))}")
+    else:
+        print("Trial 0 is the base itself.")
+    print(f"Run it: python -m harness run {shlex.quote(str(out))}")
 
 
 def _begun(spec: "Study") -> str:
@@ -263,7 +268,7 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from harness.cli import tables
     from harness.compare import few_images
-    from harness.study import results
+    from harness.study import against, results, storage
 
     screen = console()
     keys = [parameter.key for parameter in spec.space]
@@ -287,6 +292,11 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
             screen.print(f"trial {row['number']} {results.on_held(row['held'])}")
             few = [few_images(one["n"], "held") for one in row["held"].get("scores", {}).values()]
             screen.print(*(f"warning: {warning}" for warning in dict.fromkeys(filter(None, few))))
+        if "against_base" in row:
+            screen.print(f"trial {row['number']} {against.told(row['against_base'], len(rows))}")
+    if rows and rows[0]["best"]:
+        screen.print("No trial is better than the base (trial 0).")
+    screen.print(*(f"{note}\n" for note in storage.read_record(_folder(spec)).get("notes", ())), end="")
     screen.print(f"Plots and records: runs/{spec.name}/")
     screen.print(f"The best as an experiment: python -m harness study best {_words(spec)}")
     screen.print(f"In a browser: optuna-dashboard {address}")
