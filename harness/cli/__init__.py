@@ -37,6 +37,7 @@ from harness.cli.terminal import (
     Experiment,
     Format,
     Output,
+    Replace,
     Report,
     ReportFormat,
     Sets,
@@ -271,6 +272,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option(help="Print the runs and which steps are done; start nothing.")
     ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Overrides the name of the experiment.")
+    ] = None,
+    replace: Replace = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Make deleted weights again, even if no step needs them.")
+    ] = False,
     output: Output = Format.table,
 ) -> None:
     """Train, caption, post-process, score, write the submission, and mirror it all to MLflow.
@@ -279,14 +287,14 @@ def run(
 
     Example: python -m harness run experiments/quickstart.yaml --dry-run
     """
-    configs = _configs(experiment, sets, device)
+    configs = _configs(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device)
     if dry_run:
         _print_plans(configs, output)
         return
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
         sys.exit(_launched(configs, nproc, hostfile))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _run_all(experiment, configs, output)
+    _run_all(experiment, configs, output, replace, weights)
 
 
 @app.command(rich_help_panel=_RUN)
@@ -303,6 +311,7 @@ def soup(
     ] = True,
     sets: Sets = None,
     device: DeviceOption = None,
+    replace: Replace = False,
     output: Output = Format.table,
 ) -> None:
     """Average the weights of runs if that scores better, and run what it gives: captions, scores, submission.
@@ -319,7 +328,7 @@ def soup(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = soups.experiment(runs, out, half)
     configs = _configs(file, sets, device)
-    records = _run_all(file, configs, output)
+    records = _run_all(file, configs, output, replace)
     print(f"the experiment: {file}", file=sys.stderr)
     if records and output is Format.table and not launch.is_rank():
         member = soups.best_member(records[0])
@@ -343,7 +352,9 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
     return launch.here(sys.argv[1:], count)
 
 
-def _run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[str, Any]]:
+def _run_all(
+    experiment: Path, configs: list[Any], output: Format, replace: bool = False, weights: bool = False
+) -> list[dict[str, Any]]:
     """Run all configs, in this process or as one of several ranks -> their records.
 
     Only rank 0 writes and prints; others get no records.
@@ -359,11 +370,13 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[
     from harness import run as runs
     from harness import tracking
     from harness.config.experiment import base_of
+    from harness.keeping import replacing
     from harness.steps.plan import prepare
     from harness.store import RUNS
 
     terminal = Terminal()
     plans = prepare(configs, terminal)
+    replacing.check(plans, terminal, replace)
     ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
     follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
@@ -371,7 +384,8 @@ def _run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[
         for plan in plans:
             try:
                 base = base_of(experiment, plan.config.variant)
-                records.append(runs.run(plan, terminal, command_line(), base))
+                replacing.check([plan], terminal, replace)  # an earlier run may have changed what it takes
+                records.append(runs.run(plan, terminal, command_line(), base, weights=weights))
             except Exception:
                 with contextlib.suppress(Exception):  # the run's own error matters more than the page's
                     reports.write(plan.folder)

@@ -11,6 +11,7 @@ from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
+from harness.records import ARCHIVE
 from harness.steps import STEPS
 from harness.steps.detect import has_thresholds, voted
 from harness.store import run_name
@@ -69,6 +70,8 @@ class Config(_Steps):
         if self.name.split("/")[0] in ("steps", "cache", "data"):
             what = f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
             raise AcrossKeys(what, "name")
+        if ARCHIVE in self.name.split("/"):
+            raise AcrossKeys(f"{ARCHIVE!r} is the folder of runs that others replaced", "name")
         if TINY in (self.model.checkpoint, self.model.vision_checkpoint) and (
             self.model.image_size % self.model.tiny.patch_size
         ):
