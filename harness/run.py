@@ -260,7 +260,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
                 record["artifacts"][TRACEBACK] = f"{record['name']}/{folder.name}/{TRACEBACK}"
         raise
     finally:
-        record["ended"] = record["ended"] or datetime.now(UTC).isoformat(timespec="seconds")
+        record["ended"] = record.get("ended") or datetime.now(UTC).isoformat(timespec="seconds")
         try:
             write_json(folder / records.FILE, record)
         except OSError:  # a full disk may be the cause of the failure, which says more

@@ -42,8 +42,7 @@ def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dic
     """
     file = folder / FILE
     if not file.is_file():
-        why = "it has no run.json" if folder.exists() else "no such folder"
-        raise UserError([Problem(f"not a run: {why}", folder, key=key, hint=_runs_near(folder))])
+        raise UserError([Problem("not a run: it has no run.json", folder, key=key, hint=_runs_near(folder))])
     problem = _problem(file, needs)
     if isinstance(problem, Problem):
         raise UserError([problem])

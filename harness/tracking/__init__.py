@@ -54,7 +54,7 @@ def sync(root: Path) -> list[str]:
     """
     server = masked(tracking_uri())
     if not (files := records.below(root)):
-        records.read(root)  # raises: says which runs there are
+        records.read(root)  # raises, and names the runs that there are
     found, left_out = records.read_all(files, NEEDS)
     done, problems = [f"left out: {problem}" for problem in left_out], []
     done += [f"left out: {folder}: archived" for folder, record in found if record.get("archived")]
