@@ -75,6 +75,7 @@ def run(
         ranks.agree(None)
         return old
     with _status(record, folder):
+        record["planned"] = [str(step.directory.relative_to(plan.root)) for step in plan.steps.values()]
         steps = _Steps(Work(plan.config, reporter, watch), record, folder)
         for name, step in plan.steps.items():
             record["steps"][name] = place = str(step.directory.relative_to(plan.root))
@@ -100,6 +101,7 @@ def run(
         record["submissions"] = _submit(plan, record) if trial is None else []
         if old.get("steps") == record["steps"] and not steps.built:
             record |= {key: old[key] for key in _OF_THE_WORK if key in old}
+        del record["planned"]  # by now these are the steps
     return record
 
 

@@ -40,16 +40,40 @@ class Status(StrEnum):
     PRUNED = "PRUNED"
 
 
+def _print_version(wanted: bool) -> None:
+    from importlib import metadata
+
+    from harness.machine.environment import PACKAGES, git_state
+
+    if wanted:
+        git = git_state()
+        changed = ", with changes" if git["dirty"] else ""
+        commit = f" at commit {git['commit'][:12]}{changed}" if git["commit"] else ""
+        print(f"harness {metadata.version(PACKAGES[0])}{commit}")
+        raise typer.Exit
+
+
+def version(
+    wanted: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command without a subcommand."""
+
+
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def ls(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME ...]", help="Runs or experiments, with * for any text; by default all."),
+        typer.Argument(
+            metavar="[NAME ...]", help="Runs or experiments, with * for any text; by default all."
+        ),
     ] = None,
     status: Annotated[
-        list[Status] | None, typer.Option("--status", help="Only these; repeat it for several.", case_sensitive=False)
+        list[Status] | None,
+        typer.Option("--status", help="Only these; repeat it for several.", case_sensitive=False),
     ] = None,
     sort: Annotated[Sort, typer.Option("--sort", help="Best, largest and newest first.")] = Sort.date,
     metric: Annotated[
@@ -113,7 +137,19 @@ def _table(rows: Sequence["Row"]) -> None:
 
 def _csv(rows: Sequence["Row"]) -> str:
     text = io.StringIO()
-    columns = ("run", "status", "edition", "metric", "value", "low", "high", "official", "gap", "size", "moment")
+    columns = (
+        "run",
+        "status",
+        "edition",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "official",
+        "gap",
+        "size",
+        "moment",
+    )
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, "standin_model", "why"])
     for row in rows:
@@ -124,7 +160,9 @@ def _csv(rows: Sequence["Row"]) -> str:
 
 
 def rm(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Runs, such as quickstart/opt_224-s42.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Runs, such as quickstart/opt_224-s42.")
+    ],
     yes: Yes = False,
 ) -> None:
     """Delete runs with their submissions; steps, MLflow's runs and other runs stay.

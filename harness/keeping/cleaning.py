@@ -177,7 +177,7 @@ def _delete_unused(path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder; a folder first gets another name, so that no half of it is taken for whole."""
+    """Delete a file or a folder; a folder gets another name first, so that no half of it looks whole."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def rows(
     shown = [
         row
         for row in made
-        if (not wanted or row.status in wanted) and (not patterns or any(_fits(row.run, one) for one in patterns))
+        if (not wanted or row.status in wanted)
+        and (not patterns or any(_fits(row.run, one) for one in patterns))
     ]
     return sorted(shown, key=SORTS[sort]), left_out
 
@@ -85,9 +87,7 @@ def size(path: Path) -> int:
     return sum(os.lstat(file).st_size for file in files if os.path.lexists(file))
 
 
-def _row(
-    folder: Path, record: records.Record, metric: str | None, root: Path, sizes: dict[Path, int]
-) -> Row:
+def _row(folder: Path, record: records.Record, metric: str | None, root: Path, sizes: dict[Path, int]) -> Row:
     scores = records.on_valid(record)
     chosen = metric or _primary(record)
     places = [folder, *(root / place for place in dict.fromkeys(record["steps"].values()))]
@@ -126,6 +126,4 @@ def _number(value: float | None) -> float:
 
 
 def _reversed(moment: str) -> float:
-    from datetime import datetime
-
     return -datetime.fromisoformat(moment).timestamp()
