@@ -16,12 +16,17 @@ from harness.steps import STEPS
 from harness.steps.detect import has_thresholds, voted
 from harness.store import run_name
 
+NAME = "name of letters, digits, `_`, `.` and `-` that begins with a letter or a digit"
+PATH_NAME = "one or more names, joined by `/`, of letters, digits, `_`, `.` and `-`"
+
 
 # In three classes, since keys are listed class by class.
 class _Run(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)]
+    name: Annotated[
+        str, PATH_NAME, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)
+    ]
     """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
-    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
+    variant: Annotated[str, NAME, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
     """Name of the variant. A file sets it by `variants:`."""
     seed: Seed = 42
     """Seed of the run. A file gives several runs by `seeds:`."""
