@@ -250,7 +250,8 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
 def _data(configs: Sequence[Config]) -> Iterator[Check]:
     for data in {str(config.data.root): config.data for config in configs}.values():
         if data.root.is_dir():
-            yield Check("data", True, f"{data.root} is there; verify it: python -m harness data check")
+            command = f"python -m harness data check {data.root} --layout {data.layout}"
+            yield Check("data", True, f"{data.root} is there; verify it: {command}")
         elif data.phantom:
             yield Check("data", True, f"the made-up set will be drawn into {data.root}")
         else:
