@@ -70,8 +70,7 @@ def rules(edition: int, task: Task = "caption") -> Rules:
     if form is None:
         raise UserError(
             [Problem(f"the submission format of {edition} is not established", key="edition")],
-            hint="Write or check another format: --edition 2023 (pipes, no header) or --edition 2025 "
-            "(commas, header, zip)",
+            hint=f"{other_editions(task)}. submission check takes the same editions.",
         )
     separator, header = ("|", None) if form == "pipe" else (",", HEADERS[task])
     return Rules(task, separator, header, year.max_cuis, year.strict_checker, edition, year.skips_ids)
