@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from harness import records
 from harness.cli import compare
 from harness.cli.run import run_all
 from harness.cli.terminal import DeviceOption, Format, Output, Replace, Sets, configs_of
@@ -84,6 +83,8 @@ def best_member(record: Mapping[str, Any]) -> str:
 
 def _read(given: Path) -> dict[str, Any]:
     """The record of a run under runs/, given by its name or its folder."""
+    from harness import records
+
     folder = given if (given / records.FILE).is_file() else RUNS / given
     record = records.read(folder, ("variant", "seed"))
     if folder.resolve() != (RUNS / records.full_name(record)).resolve():
@@ -94,6 +95,8 @@ def _read(given: Path) -> dict[str, Any]:
 
 def _config(found: Sequence[Mapping[str, Any]], half: bool) -> dict[str, Any]:
     """The first run's config, with a soup in place of its training; its name says whose soup it is."""
+    from harness import records
+
     names = [records.full_name(record) for record in found]
     together = len({record["name"] for record in found}) == 1
     named = list(map(records.name_of, found)) if together else names
