@@ -89,12 +89,12 @@ def unknown_cui(root):
     edit(
         root / CONCEPTS.format("train"), lambda lines: lines.__setitem__(5, "phantom_train_000005\tC7654321")
     )
-    return CAPTIONS.format("train"), 6, "unknown CUI C7654321"
+    return CONCEPTS.format("train"), 6, "unknown CUI C7654321"
 
 
 def malformed_cui(root):
     edit(root / CONCEPTS.format("train"), lambda lines: lines.__setitem__(5, lines[5] + ";C12; "))
-    return CAPTIONS.format("train"), 6, "got the CUI 'C12', ' '; C and seven digits"
+    return CONCEPTS.format("train"), 6, "got the CUI 'C12', ' '; C and seven digits"
 
 
 def no_concepts(root):

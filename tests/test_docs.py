@@ -59,7 +59,7 @@ def test_every_key_has_a_docstring_of_its_own(section):
         ("train.dropout", "a number from 0 to 1 or `null`", "`null`"),
         ("data.root", "path", "required"),
         ("predict.splits", "list of `valid` or `test`", '`["valid", "test"]`'),
-        ("variant", r"text of at most 100 characters that matches `^[A-Za-z0-9][\w.-]*$`", '`"base"`'),
+        ("model.checkpoint", "text", '`"Salesforce/blip2-opt-2.7b-coco"`'),
     ],
 )
 def test_the_reference_has_type_range_and_default(key, kind, default):

@@ -63,6 +63,24 @@ def test_the_scores_of_runs_are_all_there(width, capsys, tmp_path, monkeypatch):
     assert ("[+0.2752, +0.3520]" in table) == (width >= 80)
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({}, "it predicts test alone"),
+        ({"unscored": {"valid": "trained on validation images"}}, "trained on validation images"),
+    ],
+)
+def test_a_run_without_scores_on_validation_has_no_table(capsys, tmp_path, monkeypatch, more, why):
+    monkeypatch.chdir(tmp_path)
+    (run,) = runs(1)
+    config = run["config"] | {"predict": {"splits": ["test"]}}
+    tables.show([run | {"scores": {}, "image_gap": None, "config": config} | more])
+    text = capsys.readouterr().out
+    assert f"{run['name']}: no scores on validation: {why}" in text
+    assert "validation scores" not in text
+    assert "Ranking" not in text
+
+
 def test_a_comparison_is_all_there(width, capsys):
     labels = ("qformer_224-s42", "opt_224-s42", "opt_364_dedup-s42")
     scores = {m: Score(m, 0.5, 0.4, 0.6, 100, "a|b", True, 0.0) for m in METRICS[:3]}

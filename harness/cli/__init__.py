@@ -12,6 +12,7 @@ from harness.cli import (
     data,
     doctor,
     export,
+    keeping,
     leaderboard,
     process,
     reference,
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(keeping.version)
 app.command("run", rich_help_panel=_RUN)(run.run)
 app.command("soup", rich_help_panel=_RUN)(soups.soup)
 app.add_typer(study.app, name="study", rich_help_panel=_RUN)
@@ -55,6 +57,9 @@ app.command("report", rich_help_panel=_SCORE)(report.report)
 app.command("leaderboard", rich_help_panel=_SCORE)(leaderboard.leaderboard)
 app.add_typer(submission.app, name="submission", rich_help_panel=_SUBMIT)
 app.add_typer(data.app, name="data", rich_help_panel=_DATA)
+app.command("ls", rich_help_panel=_HOUSE)(keeping.ls)
+app.command("rm", rich_help_panel=_HOUSE)(keeping.rm)
+app.command("gc", rich_help_panel=_HOUSE)(keeping.gc)
 app.command("export", rich_help_panel=_HOUSE)(export.export)
 app.command("reference", rich_help_panel=_HOUSE)(reference.reference)
 app.command("sync", rich_help_panel=_HOUSE)(sync.sync)

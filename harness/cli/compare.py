@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig
     from harness.scoring import Rows
 
+_OF_EXPERIMENTS = (".json", ".lock", ".log", ".db", ".yaml", ".html", ".png", ".jsonl")
+"""The endings of files that MLflow's mirror and studies keep beside runs."""
+
 
 def compare(
     sources: Annotated[
@@ -82,6 +85,7 @@ def compare(
 
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
+    sources = _without_others(sources)
     _check(sources, references)
     task = _task(sources, of)
     metrics = metric_names(names)
@@ -103,6 +107,27 @@ def compare(
         print_csv(text.getvalue())
     else:
         _print(systems, found, resamples, half)
+
+
+def _without_others(sources: Sequence[Path]) -> list[Path]:
+    """The sources without what else lies beside runs, so that `runs/x/*` can be given; says what it skips."""
+    from harness.records import CONFIG, FILE
+
+    beside = {source.resolve().parent for source in sources if (source / FILE).is_file()}
+    skipped = [
+        source
+        for source in sources
+        if source.resolve().parent in beside
+        and (source.suffix in _OF_EXPERIMENTS if source.is_file() else not _has(source, FILE, CONFIG))
+        and source.exists()
+    ]
+    if skipped:
+        Terminal().say(f"skipped, since they are not runs: {', '.join(map(str, skipped))}")
+    return [source for source in sources if source not in skipped]
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def _check(sources: Sequence[Path], references: Path | None) -> None:

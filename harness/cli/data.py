@@ -26,12 +26,13 @@ def _data_config(root: Path, layout: str, **more: Any) -> Any:
     from pydantic import ValidationError
 
     from harness.config.sections import DataConfig
+    from harness.config.words import allowed
 
     try:
         return DataConfig(root=root, layout=layout, **more)
     except ValidationError as error:
         raise UserError(
-            [Problem(f"got {layout!r}; {error.errors()[0]['msg'].lower()}", key="--layout")]
+            [Problem(f"got {layout!r}; {allowed(error.errors()[0], DataConfig)} is allowed", key="--layout")]
         ) from None
 
 

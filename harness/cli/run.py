@@ -14,6 +14,7 @@ from harness.cli.terminal import (
     Experiment,
     Format,
     Output,
+    Replace,
     Sets,
     Terminal,
     command_line,
@@ -37,6 +38,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option(help="Print the runs and which steps are done; start nothing.")
     ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Overrides the name of the experiment.")
+    ] = None,
+    replace: Replace = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Make deleted weights again, even if no step needs them.")
+    ] = False,
     output: Output = Format.table,
 ) -> None:
     """Train, caption, post-process, score, write the submission, and mirror it all to MLflow.
@@ -45,14 +53,14 @@ def run(
 
     Example: python -m harness run experiments/quickstart.yaml --dry-run
     """
-    configs = configs_of(experiment, sets, device)
+    configs = configs_of(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device)
     if dry_run:
         plans.show(configs, output)
         return
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
         sys.exit(_launched(configs, nproc, hostfile))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run_all(experiment, configs, output)
+    run_all(experiment, configs, output, replace, weights)
 
 
 def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> int:
@@ -69,10 +77,13 @@ def _launched(configs: list[Any], nproc: int | None, hostfile: Path | None) -> i
     return launch.here(sys.argv[1:], count)
 
 
-def run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[str, Any]]:
+def run_all(
+    experiment: Path, configs: list[Any], output: Format, replace: bool = False, weights: bool = False
+) -> list[dict[str, Any]]:
     """Run all configs, in this process or as one of several ranks -> their records.
 
-    Only rank 0 writes and prints; others get no records.
+    Only rank 0 writes and prints; others get no records. `replace` puts finished runs of the same names but
+    other settings into the archive; otherwise they raise `UserError`. `weights` makes deleted ones again.
     """
     from harness.machine import device as devices
 
@@ -85,11 +96,13 @@ def run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[s
     from harness import run as runs
     from harness import tracking
     from harness.config.experiment import base_of
+    from harness.keeping import replacing
     from harness.steps.plan import prepare
     from harness.store import RUNS
 
     terminal = Terminal()
     plans = prepare(configs, terminal)
+    replacing.check(plans, terminal, replace)
     ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
     follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
@@ -97,7 +110,8 @@ def run_all(experiment: Path, configs: list[Any], output: Format) -> list[dict[s
         for plan in plans:
             try:
                 base = base_of(experiment, plan.config.variant)
-                records.append(runs.run(plan, terminal, command_line(), base))
+                replacing.check([plan], terminal, replace)  # an earlier run may have changed what it takes
+                records.append(runs.run(plan, terminal, command_line(), base, weights=weights))
             except Exception:
                 with contextlib.suppress(Exception):  # the run's own error matters more than the page's
                     reports.write(plan.folder)

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from harness import records
 from harness.cli import compare
 from harness.cli.run import run_all
-from harness.cli.terminal import DeviceOption, Format, Output, Sets, configs_of
+from harness.cli.terminal import DeviceOption, Format, Output, Replace, Sets, configs_of
 from harness.errors import Problem, UserError
 from harness.machine import launch
 from harness.store import RUNS, fingerprint, write
@@ -37,6 +36,7 @@ def soup(
     ] = True,
     sets: Sets = None,
     device: DeviceOption = None,
+    replace: Replace = False,
     output: Output = Format.table,
 ) -> None:
     """Average the weights of runs if that scores better, and run what it gives: captions, scores, submission.
@@ -50,7 +50,7 @@ def soup(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = experiment(runs, out, half)
     configs = configs_of(file, sets, device)
-    records = run_all(file, configs, output)
+    records = run_all(file, configs, output, replace)
     print(f"the experiment: {file}", file=sys.stderr)
     if records and output is Format.table and not launch.is_rank():
         member = best_member(records[0])
@@ -83,6 +83,8 @@ def best_member(record: Mapping[str, Any]) -> str:
 
 def _read(given: Path) -> dict[str, Any]:
     """The record of a run under runs/, given by its name or its folder."""
+    from harness import records
+
     folder = given if (given / records.FILE).is_file() else RUNS / given
     record = records.read(folder, ("variant", "seed"))
     if folder.resolve() != (RUNS / records.full_name(record)).resolve():
@@ -93,9 +95,12 @@ def _read(given: Path) -> dict[str, Any]:
 
 def _config(found: Sequence[Mapping[str, Any]], half: bool) -> dict[str, Any]:
     """The first run's config, with a soup in place of its training; its name says whose soup it is."""
+    from harness import records
+
     names = [records.full_name(record) for record in found]
     together = len({record["name"] for record in found}) == 1
-    parts = list(map(records.name_of, found)) if together else [name.replace("/", ".") for name in names]
+    named = list(map(records.name_of, found)) if together else names
+    parts = [name.replace("/", ".") for name in named]
     joined = "_".join(parts)
     if len(joined) > 90:
         joined = f"{parts[0][:60]}_{len(names)}_{fingerprint(names)}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line
-from harness.config.editions import SPAN
+from harness.config.editions import FORMATS
 from harness.errors import Problem, UserError
 from harness.visible import json_text, one_line
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Edition = Annotated[int, typer.Option("--edition", help=f"Year of the edition, {SPAN}.")]
+Edition = Annotated[int, typer.Option("--edition", help=f"Year of the edition: {FORMATS}.")]
 IDS_HELP = "The ids to submit, in order: one a line, or the first column of a label file."
 
 
@@ -39,7 +39,7 @@ def make(
         typer.Argument(metavar="RUN|PREDICTIONS", help="A run's folder, or a file of captions or concepts."),
     ],
     edition: Annotated[
-        int | None, typer.Option(help=f"Year of the edition, {SPAN}; by default the run's.")
+        int | None, typer.Option(help=f"Year of the edition: {FORMATS}; by default the run's.")
     ] = None,
     ids: Annotated[Path | None, typer.Option(help=f"{IDS_HELP} By default the run's.")] = None,
     of: OfTask = None,

@@ -58,11 +58,15 @@ def show(records: Sequence[Record]) -> None:
     screen = console()
     captioned = [record for record in records if task_of(record) == "captions"]
     detected = [record for record in records if record.get("concepts")]
-    if captioned:
+    scored = [record for record in captioned if record["scores"].get("valid")]
+    known = [record for record in detected if concepts.scores(record)]
+    if scored:
         _captions(captioned).show(screen)
-    if detected:
+    if known:
         concepts.table(detected).show(screen)
-    for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(captioned)]):
+    if not scored and not known:
+        screen.print(_unscored(records[0]))
+    for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(scored)]):
         screen.print(line)
     screen.print("\nCheckpoints, predictions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
     screen.print("Reports (images, predictions, curves, for a browser):")
@@ -76,6 +80,13 @@ def show(records: Sequence[Record]) -> None:
     screen.print("  mlflow ui")
     if shutil.which("mlflow") is None:
         screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
+
+
+def _unscored(record: Record) -> str:
+    """Why an experiment has no table of scores."""
+    splits = ", ".join(record["config"].get("predict", {}).get("splits") or ()) or "nothing"
+    why = record.get("unscored", {}).get("valid") or f"it predicts {splits} alone"
+    return f"{record['name']}: no scores on validation: {why}"
 
 
 def _captions(records: Sequence[Record]) -> Sheet:

@@ -69,6 +69,10 @@ HalfOption = Annotated[
     Half | None,
     typer.Option("--half", help="Only half of the images: tune, to choose by, or held, to report."),
 ]
+Replace = Annotated[
+    bool,
+    typer.Option("--replace", help="Let a run take the name of a finished one, which goes into the archive."),
+]
 DeviceOption = Annotated[
     DeviceName | None, typer.Option("--device", help="Overrides the device of the experiment.")
 ]

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from harness.config.schema import Config, keys
+from harness.config.words import allowed
 from harness.config.yamlfile import KeyPath, Place, no_file, parse, parse_text, places_of
 from harness.errors import AcrossKeys, Problem, UserError
 
@@ -20,12 +21,6 @@ _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
 """The most mistakes of one run that are shown, and the most characters of a value."""
-_WANTED = {
-    "tuple_type": "a list",
-    "model_type": "a mapping of keys to values",
-    "too_short": "one entry or more",
-}
-"""What is allowed, by the name of a pydantic mistake whose message has Python's words."""
 
 
 def load(
@@ -307,14 +302,13 @@ def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
         return "is missing"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    if item["type"] in _WANTED:
-        return f"got {_shown(item['input'])}; {_WANTED[item['type']]} is allowed"
-    return f"got {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"got {_shown(item['input'])}; {allowed(item, Config if known is None else None)} is allowed"
 
 
 def _shown(value: Any) -> str:
     """A value as a message shows it, cut if it is long."""
-    text = f"the date {value}" if isinstance(value, date) else repr(value)
+    words = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    text = f"the date {value}" if isinstance(value, date) else words
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 

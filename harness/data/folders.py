@@ -100,6 +100,17 @@ def folders(root: Path, split: str) -> list[Path]:
     return [*outer, *inner]
 
 
+def deeper(root: Path, split: str) -> tuple[Path, int] | None:
+    """The first folder with images below those of a split, and their number; None if there is none."""
+    for place in folders(root, split):
+        if not place.is_dir():
+            continue
+        for folder in sorted(path for path in place.rglob("*") if path.is_dir()):
+            if count := sum(_is_image(entry.name) for entry in _entries(folder)):
+                return folder, count
+    return None
+
+
 def scan(places: Sequence[Path], root: Path) -> Images | None:
     """The images in these folders, with names relative to `root`; None if there are none."""
     images, entries = None, [(place, list(_entries(place))) for place in places]

@@ -70,7 +70,7 @@ def rules(edition: int, task: Task = "caption") -> Rules:
     if form is None:
         raise UserError(
             [Problem(f"the submission format of {edition} is not established", key="edition")],
-            hint=other_editions(task),
+            hint=f"{other_editions(task)}. submission check takes the same editions.",
         )
     separator, header = ("|", None) if form == "pipe" else (",", HEADERS[task])
     return Rules(task, separator, header, year.max_cuis, year.strict_checker, edition, year.skips_ids)

@@ -7,6 +7,7 @@ and of ROCOv2.
 import csv
 import io
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from harness.data import files, folders
 from harness.data.folders import IMAGE_SUFFIXES, File
+from harness.data.misplaced import misplaced, plain_ids
 from harness.errors import Problem
 
 SPLITS = ("train", "valid", "test")
@@ -95,6 +97,8 @@ class Listing:
     splits: dict[str, list[Example]] = field(default_factory=dict)
     sources: dict[str, Path | None] = field(default_factory=dict)
     """Per split, the file that `Example.line` refers to; None if the ids come from the images."""
+    concepts: dict[str, tuple[Path | None, Mapping[str, int | None]]] = field(default_factory=dict)
+    """Per split, the file of concepts, and the line of each id in it."""
     files: dict[Row, File] = field(default_factory=dict)
     """The images that exist."""
     lacking: dict[Row, str] = field(default_factory=dict)
@@ -142,6 +146,9 @@ def read(root: Path, layout: str) -> Listing:
     """List the data set in `root`; the listing has all problems, and nothing is raised."""
     listing = Listing()
     how = LAYOUTS[layout]
+    if elsewhere := misplaced(root, layout):
+        listing.fatal.append(elsewhere)  # the one cause of all that would be missing
+        return listing
     listing.concept_names = _concept_names(root, listing)
     for split in SPLITS:
         _read_split(root, split, how, listing)
@@ -154,13 +161,17 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
+    images = folders.of_split(root, split)
+    if images:
+        captions = plain_ids(captions, captions_file, images, listing)
+        concepts = plain_ids(concepts, concepts_file, images, listing)
     if captions and concepts:  # an unreadable file is already reported
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
     source = captions_file
     if not required and captions_file is None:
         source = _find(root, "test_ids.csv", "test ids", False, listing)
         captions = _ids(source, split, listing) if source else {}
-    images = folders.of_split(root, split)
+        captions = plain_ids(captions, source, images, listing) if images else captions
     if images is None:
         if required or captions:
             listing.fatal.append(_no_images(root, split))
@@ -180,6 +191,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     if rivals := images.ambiguous(rows):
         listing.fatal.append(Problem(rivals, images.folder, hint=folders.KEEP_ONE))
     listing.sources[split] = source
+    listing.concepts[split] = (concepts_file, {id: line for id, (line, _) in concepts.items()})
     listing.files |= {(split, id): images.files[id] for id in rows if id in images.files}
     for id in rows:
         if id not in images.files and id not in images.rivals:
@@ -440,6 +452,13 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
 
 
 def _no_images(root: Path, split: str) -> Problem:
+    if deeper := folders.deeper(root, split):
+        place, count = deeper
+        above = folders.folders(root, split)[0]
+        what = f"no {split} images in {above.name}/, but {count:,} in {place.relative_to(root)}/"
+        return Problem(
+            what, root, hint=f"Move them up: mv {shlex.quote(str(place))}/* {shlex.quote(str(above))}/"
+        )
     looked = ", ".join(f"{folder.relative_to(root)}/" for folder in folders.folders(root, split)[:3])
     what = f"no {split} images: looked for {', '.join(IMAGE_SUFFIXES)} in {looked} and one folder deeper"
     unread = folders.foreign(root, split)

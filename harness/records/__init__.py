@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from harness.captions import Candidate, read_candidates, read_captions, read_lists, read_rows
 from harness.errors import Problem, UserError
 from harness.records.form import SCORES, Run
-from harness.store import bytes_of, damage_of, parsed, run_name
+from harness.store import GONE, bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
+ARCHIVE = "archive"
+"""The folder in an experiment's folder with the runs that others replaced; see `keeping.replacing`."""
 CAPTIONS, CONCEPTS = "captions", "concepts"
 ON_VALID = "trained on validation images"
 """Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
@@ -48,8 +50,17 @@ def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dic
 
 
 def below(root: Path) -> list[Path]:
-    """The `run.json` of every run in a folder; also a missing one, if the run's config is still there."""
-    return sorted({file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)})
+    """The `run.json` of every run in a folder; also a missing one, if the run's config is still there.
+
+    Archived runs are not among them, unless `root` is a folder of archived runs.
+    """
+    found = {file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)}
+    return sorted(file for file in found if file.relative_to(root).parts[-3:-2] != (ARCHIVE,))
+
+
+def archived(root: Path) -> list[Path]:
+    """The `run.json` of every archived run in a folder."""
+    return sorted(root.rglob(f"{ARCHIVE}/*/{FILE}"))
 
 
 def read_all(
@@ -71,13 +82,14 @@ def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
     hint = "Run the same command to write it again, or delete this folder. Finished steps are kept."
     try:
         if not file.is_file():
-            raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
+            raise ValueError("not a file" if os.path.lexists(file) else GONE)
         record = parsed(file.read_bytes())
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written to any file
         Run.model_validate(record)
         if missing := [key for key in needs if key not in record]:
             raise ValueError(f"{', '.join(missing)} is missing")
-        if len(PurePosixPath(record["name"]).parts) + 1 >= len(file.resolve().parts):
+        above = len(PurePosixPath(record["name"]).parts) + (file.resolve().parts[-3:-2] == (ARCHIVE,))
+        if above + 1 >= len(file.resolve().parts):
             raise ValueError("name has more parts than the path of this folder")
     except (OSError, ValueError, RecursionError) as error:
         return Problem(f"is not what a run writes: {_said(error)}", file, hint=hint)
@@ -97,7 +109,7 @@ def _said(error: Exception) -> str:
 def _runs_near(folder: Path) -> str:
     """A hint with the runs below the folder, or else below runs/."""
     for place in (folder, Path("runs")):
-        files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
+        files = (file for file in below(place) if "mlartifacts" not in file.parts)  # copies, by MLflow
         if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
@@ -159,7 +171,9 @@ def comparable(score: Record | None, own: Record | None) -> bool:
 
 
 def name_of(record: Record) -> str:
-    """The name of a run within its experiment."""
+    """The name of a run within its experiment, such as `base-s42`."""
+    if record.get("archived"):
+        return f"{ARCHIVE}/{record['archived']}"
     return run_name(record["variant"], record["seed"])
 
 
@@ -170,7 +184,9 @@ def full_name(record: Record) -> str:
 
 def root(folder: Path, record: Record) -> Path:
     """The folder that a run's paths start from: `runs`, even if it was moved."""
-    return folder.resolve().parents[len(PurePosixPath(record["name"]).parts)]
+    folder = folder.resolve()
+    experiment = folder.parent.parent if folder.parent.name == ARCHIVE else folder.parent
+    return experiment.parents[len(PurePosixPath(record["name"]).parts) - 1]
 
 
 def artifact(folder: Path, record: Record, name: str) -> Path:
@@ -222,7 +238,7 @@ def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None
 
 def checked(file: Path, record: Record) -> Path:
     """The file of a step. Raises `UserError` if it is gone or altered since the step wrote it."""
-    wrong = damage_of(file) or (None if file.is_file() else "it is gone")
+    wrong = damage_of(file) or (None if file.is_file() else GONE)
     if wrong:
         raise damaged(file, record, f"not what the step left: {wrong}")
     return file
@@ -230,12 +246,20 @@ def checked(file: Path, record: Record) -> Path:
 
 def damaged(file: Path, record: Record, what: str) -> UserError:
     """The error for a file of a step that can't be used."""
-    return UserError([Problem(what, file, hint=again(record))])
+    return UserError([Problem(what, file, hint=again(record, file.suffix == ".safetensors"))])
 
 
-def again(record: Record) -> str:
-    """What to do about an unusable file of a step: the run notices it and builds the step again."""
-    return f"The run makes it again: {record['command']}"
+def again(record: Record, weights: bool = False) -> str:
+    """What to do about an unusable file of a step: the run notices it and builds the step again.
+
+    `weights` alone are made again only on request, since captions and scores do not need them any more.
+    """
+    command = record["command"]
+    if not weights:
+        return f"The run makes it again: {command}"
+    if " run " in command:
+        return f"The run makes it again: {command} --weights"
+    return "Run the experiment of this run with --weights: python -m harness run EXPERIMENT.yaml --weights"
 
 
 def captions(file: Path, record: Record) -> dict[str, str]:

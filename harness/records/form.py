@@ -183,6 +183,7 @@ class Run(_Part):
     host: str | None = None
     started: Moment = "2000-01-01"
     ended: Moment | None = None
+    archived: Inside | None = None
     at: str | None = None
     failure: _Failure | None = None
     parameters: dict[str, Any] = {}

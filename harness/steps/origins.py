@@ -53,8 +53,9 @@ def of_run(
     files = [one["file"] for one in kept(directory)]
     digests = products(directory, files)
     if len(digests) < len(files):
-        what = f"the training of {run} is not finished"
-        raise UserError([Problem(what, folder, key=key, hint=records.again(record))])
+        gone = record["status"] == "FINISHED"
+        what = f"the weights of {run} are gone" if gone else f"the training of {run} is not finished"
+        raise UserError([Problem(what, folder, key=key, hint=records.again(record, weights=gone))])
     made = parsed(bytes_of(records.checked(directory / INPUTS, record)))
     theirs = {"model": made["config"]["model"], "contents": made["facts"]["checkpoints"]}
     theirs |= _labels(made["facts"]) if "labels" in own else {}

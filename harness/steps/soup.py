@@ -32,7 +32,7 @@ _KEY = "soup.runs"
 class Soup(Step):
     """Writes the averaged weights as a training writes its best ones."""
 
-    kind, version, shared = "soup", 1, True
+    kind, version, shared, weights = "soup", 1, True, True
     section = ("soup", SoupConfig | None, None)
 
     @classmethod

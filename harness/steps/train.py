@@ -58,7 +58,7 @@ FIRST_STEPS = 20
 class Train(Step):
     """Writes the best weights, and losses and validation scores in `losses.jsonl`."""
 
-    kind, version, shared = "train", 3, True
+    kind, version, shared, weights = "train", 3, True, True
     section = ("train", TrainConfig, TrainConfig())
     epochs_of: Mapping[str, Any] | None = None
     """The run that found for how long to train, and its best validation."""

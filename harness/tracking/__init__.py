@@ -18,7 +18,7 @@ from harness import records
 from harness.errors import Problem, UserError
 from harness.masking import masked
 from harness.store import fingerprint
-from harness.tracking.server import Mirror, State, alive, read_study
+from harness.tracking.server import LOCK, Mirror, State, alive, read_study
 from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
 
 NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
@@ -41,7 +41,7 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
 
     run_directory = Path(run_directory).resolve()
     record = records.read(run_directory, NEEDS)
-    with FileLock(run_directory.parent / "mlflow.lock", timeout=60):
+    with FileLock(run_directory.parent / LOCK, timeout=60):
         state = State.load(run_directory.parent)
         Mirror(run_directory, record, owner, state).bring_up_to_date()
 
@@ -53,8 +53,12 @@ def sync(root: Path) -> list[str]:
     were not mirrored and the reasons, within seconds if the server does not answer.
     """
     server = masked(tracking_uri())
-    found, left_out = records.read_all(sorted(root.rglob(records.FILE)), NEEDS)
+    if not (files := records.below(root)):
+        records.read(root)  # raises, and names the runs that there are
+    found, left_out = records.read_all(files, NEEDS)
     done, problems = [f"left out: {problem}" for problem in left_out], []
+    done += [f"left out: {folder}: archived" for folder, record in found if record.get("archived")]
+    found = [one for one in found if not one[1].get("archived")]
     if found:
         _look_for(server, found[0][0] if len(found) == 1 else root)
     set_environment(_PATIENT)

@@ -62,7 +62,10 @@ def _loaded(run: Path, record: Mapping[str, Any]) -> "tuple[ModelConfig, Loaded]
 
     files = [found for step in _WEIGHTS if (found := records.step_file(run, record, step, BEST))]
     if not files:
-        hint = f"Finish it: {record['command']}" if record["status"] != "FINISHED" else None
+        hint = f"Finish it: {record['command']}"
+        if record["status"] == "FINISHED":
+            trained = any(step in record.get("steps", {}) for step in _WEIGHTS)
+            hint = records.again(record, weights=True) if trained else None
         raise UserError([Problem("the run has no trained weights", run, hint=hint)])
     try:
         model = ModelConfig.model_validate(record["config"]["model"])
