@@ -139,7 +139,7 @@ def _standings(screen: Any, board: "Board") -> None:
     if not board.standings and not ours:
         screen.print(f"{_title(board)}: no official standings at hand")
         return
-    table = _table(board, f"{_title(board)}: official standings, test (the {len(board.standings)} at hand)")
+    table = _table(board, f"{_title(board)}: official standings, test ({board.known})")
     last = max((row.rank for row in board.standings if row.rank), default=0)
     lines = [
         (row.scores[board.primary], False, [str(row.rank or "-"), row.team, row.run, *_official(board, row)])
@@ -226,12 +226,15 @@ def _cells(board: "Board", entry: "Entry") -> list[str]:
 def _origin(board: "Board", entry: "Entry") -> list[str]:
     """The primary score with its interval, and the time, commit and command of a run."""
     from harness.cli.tables import cell
+    from harness.leaderboard import official
 
     record, score = entry.record, entry.scores.get(board.primary or "")
     line = _name(entry)
     if score and score["value"] is not None:
         line += f": {board.primary} {cell(score)}"
         line += f" [{score['low']:.4f}, {score['high']:.4f}]" if score["low"] is not None else ""
+    if place := official(board, entry):
+        line += f"; {'hypothetical place' if place['hypothetical'] else 'place'}: {place['text']}"
     changed = " (changed since)" if record["git"]["dirty"] else ""
     commit = (record["git"]["commit"] or "no commit")[:10] + changed
     return [line, f"  {record['ended'] or record['started']}  {commit}  {record['command']}"]
