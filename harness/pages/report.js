@@ -85,21 +85,21 @@ function overview() {
   const failed = data.facts.status.startsWith("FINISHED") ? [] : facts(Object.fromEntries(["status", "failed in", "why", "what helps"].map((name) => [name, data.facts[name]])));
   const tiles = [...(CAPTIONED ? captionTiles() : []), ...(DETECTED ? conceptTiles() : [])], cells = data.scores.map((row) => row.after || row.before);
   const some = cells.find((cell) => !none(cell.value)), stars = tiles.some((one) => one.textContent.includes("*"));
-  const words = [some && `On ${plural(some.n, "validation image")}; 95 % intervals in brackets.`, stars && STARRED, data.facts["captions by"]?.startsWith("a stand-in") && "The captions are by a STAND-IN model."];
+  const words = [some && `On ${plural(some.n, "validation image")}; 95 % intervals in brackets.`, stars && STARRED, (data.facts["captions by"] ?? data.facts["concepts by"]).startsWith("a stand-in") && `The ${CAPTIONED ? "captions" : "concepts"} are by a STAND-IN model.`];
   return [...(failed.length ? [make("dl", { class: "facts failed" }, ...failed)] : []), ...(tiles.length ? [make("ul", { class: "tiles", "aria-label": "Scores" }, ...tiles), make("p", { class: "soft" }, words.filter(Boolean).join(" "))] : []), ...warned()];
 }
 const KINDS = { best: "Best", worst: "Worst", random: "At random" };
-function openers({ metric, chosen }, rows, show, scoreOf) {
+function openers({ metric, chosen }, rows, show, scoreOf, control = null) {
   const byKey = new Map(rows.map((row) => [row.id, row]));
   const groups = Object.entries(KINDS).map(([kind, name]) => [name, chosen.filter(([one]) => one === kind).map(([, key]) => byKey.get(key))]).filter(([, found]) => found.length);
   const said = metric ? `By ${metric}, the two best, the two worst and two images at random, always the same ones.` : "Images at random, always the same ones.";
   if (!groups.length) return [];
   const column = ([name, found]) => make("section", {}, make("h3", {}, name), ...found.map((row) => show(row, metric ? `${metric} ${none(scoreOf(row)) ? DASH : digits(scoreOf(row)) + star(metric)}` : null)));
-  return [make("p", { class: "soft" }, said), make("div", { class: "openers" }, ...groups.map(column))];
+  return [make("p", { class: "soft" }, said), control, make("div", { class: "openers" }, ...groups.map(column))];
 }
 function examples() {
   const at = metrics.indexOf(data.examples.metric);
-  return [...(CAPTIONED ? [lookSwitch(), ...openers(data.examples, all, opener, (row) => own(row)[at])] : []), ...(DETECTED ? openers(data.concepts.examples, data.concepts.rows, imageOpener, (row) => row.f1) : [])];
+  return [...(CAPTIONED ? openers(data.examples, all, opener, (row) => own(row)[at], lookSwitch()) : []), ...(DETECTED ? openers(data.concepts.examples, data.concepts.rows, imageOpener, (row) => row.f1) : [])];
 }
 
 // Mean scores of modalities and concepts, as dots with intervals.
@@ -125,7 +125,7 @@ function grouped(found, title, prefix) {
   let draws = [];
   choice.addEventListener("change", () => show(false));
   show(true);
-  return [make("div", { class: "bar" }, make("label", {}, "Mean of ", choice)), make("p", { class: "soft" }, "Number of images in parentheses; lines are 95 % intervals of a bootstrap over these images; the dashed line is the mean of all images. The axis begins where the values do. Groups overlap, and their images differ in more than the concept."), box];
+  return [found.metrics.length > 1 ? make("div", { class: "bar" }, make("label", {}, "Mean of ", choice)) : null, make("p", { class: "soft" }, "Number of images in parentheses; lines are 95 % intervals of a bootstrap over these images; the dashed line is the mean of all images. The axis begins where the values do. Groups overlap, and their images differ in more than the concept."), box];
 }
 const captionGroups = () => grouped(data.groups, "Captions", "group-");
 function scores() {

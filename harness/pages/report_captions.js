@@ -62,7 +62,7 @@ function picture(one) {
   const image = make("img", { loading: "lazy", alt: `image ${row.id}`, src: row.thumbnail ? `data:image/jpeg;base64,${row.thumbnail}` : row.image });
   return make("a", { class: "picture", href: row.image, title: "The whole image, from its file" }, make("span", { class: "frame" }, image, row.attention ? looked(row.attention) : null));
 }
-// Where the queries look, over the image: the more a part is looked at, the less it is veiled by colour.
+// Where the queries look, over the image: the more, the stronger the colour.
 function looked(text) {
   const [height, width] = data.captions.attention_grid, node = make("canvas", { width, height, class: "look", "aria-hidden": "true" });
   const values = Uint8Array.from(atob(text), (one) => one.charCodeAt(0)), pen = node.getContext("2d"), pixels = pen.createImageData(width, height);
@@ -74,8 +74,8 @@ function lookSwitch() {
   if (!data.captions.attention_grid) return null;
   const box = make("input", { type: "checkbox", id: "look" });
   box.addEventListener("change", () => document.body.classList.toggle("looking", box.checked));
-  return make("div", { class: "bar" }, make("label", { class: "check" }, box, "Show where the model looks"),
-    make("p", { class: "soft" }, "The attention of the Q-Former\u2019s queries over the image, the mean over queries, heads and the last layers, relative to the most in that image. It is the same for all words."));
+  return make("div", { class: "bar" }, make("label", { class: "check" }, box, "Show where the model looks:"),
+    make("p", { class: "soft" }, "the mean attention of the Q-Former\u2019s queries over the image, relative to its highest value in that image. It is the same for all words."));
 }
 function opener(row, said) {
   return make("article", { class: "opener" }, picture(row), make("div", {}, make("h4", {}, make("bdi", {}, row.id)), said ? make("p", { class: "soft" }, said) : null, captionParts(row, true)));

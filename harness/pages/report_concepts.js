@@ -17,7 +17,7 @@ function conceptScores() {
   const gain = (one) => (!one || none(one.difference) ? long(one && one.reason ? `absent: ${one.reason}` : DASH) : number(make("span", {}, signed(one.difference), interval(one), make("span", { class: "interval" }, pValue(one.p)))));
   if (baselines.length) parts.push(...table("What the run gains over baselines", ["f1 of the run minus that of the", "held half [95 %]", "all of validation [95 %]"], baselines.map((one) => [one.name, gain(one.gain_held), gain(one.gain)])),
     make("p", { class: "soft" }, "Each baseline gives every image the same concepts: the most frequent one, or the most frequent set, of the training images. The tests are paired by image."));
-  return [...parts, ...grouped(data.concepts.groups, "F1 of images", "image-group-"), ...conceptTable()];
+  return [...parts, ...grouped(data.concepts.groups, "F1 of images", "image-group-").filter((one) => one), ...conceptTable()];
 }
 
 // A table of thousands of concepts: a page at a time, sorted by any column. An absent value comes last.
