@@ -20,11 +20,6 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 COLORS = 64
 MOST_BYTES = 150_000
-REPORT = """
-<style>nav, #facts, #scores, #training, #lengths, #config, #origin { display: none }</style>
-<script>document.getElementById("high").click()</script>
-"""
-"""The captions alone, the best first."""
 
 
 def main() -> None:
@@ -32,22 +27,22 @@ def main() -> None:
         sys.exit("Chromium is missing; on Debian: apt-get install chromium")
     report = Path("runs/quickstart/opt_364_dedup-s42/report.html")
     pages = {
-        "report.png": (report, REPORT, 1200, 690),
-        "leaderboard.png": (Path("leaderboard/index.html"), "", 1400, 900),
+        "report.png": (report, 1300, 900),
+        "leaderboard.png": (Path("leaderboard/index.html"), 1400, 1010),
     }
-    for name, (page, change, width, height) in pages.items():
+    for name, (page, width, height) in pages.items():
         if not page.is_file():
             sys.exit(f"{page} is missing; the first lines of {Path(__file__).name} say how to make it")
-        (HERE / name).write_bytes(small(screenshot(browser, page, change, width, height)))
+        (HERE / name).write_bytes(small(screenshot(browser, page, width, height)))
 
 
-def screenshot(browser: str, page: Path, change: str, width: int, height: int) -> bytes:
-    """The top of a page with `change` at its end, in a window of `width` x `height` pixels, as PNG."""
+def screenshot(browser: str, page: Path, width: int, height: int) -> bytes:
+    """The top of a page in a window of `width` x `height` pixels, as PNG."""
     with tempfile.TemporaryDirectory() as folder:
-        copy, picture = Path(folder, "page.html"), Path(folder, "picture.png")
-        copy.write_text(page.read_text(encoding="utf-8") + change, encoding="utf-8")
+        picture = Path(folder, "picture.png")
         options = ("--virtual-time-budget=5000", f"--window-size={width},{height}", f"--screenshot={picture}")
-        command = [browser, *FLAGS, *QUIET, f"--user-data-dir={folder}/profile", *options, copy.as_uri()]
+        flags = (*FLAGS, *QUIET, f"--user-data-dir={folder}/profile")
+        command = [browser, *flags, *options, page.resolve().as_uri()]
         subprocess.run(command, check=True, capture_output=True)
         return picture.read_bytes()
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from harness.store import bytes_of, write
 
 PREDICTIONS, CANDIDATES, LISTS = "predictions.csv", "candidates.csv", "concepts.csv"
+ATTENTION = "attention.npy"
+"""Where the model looks in each image, uint8 (N, h, w) in the order of `PREDICTIONS`; all 0: unknown."""
 _MOSTLY = 0.9  # share of the captions; in human captions the most common one has 1 %
 _SHOWN = 80  # characters
 

@@ -189,6 +189,13 @@ def _contrast(metric: str, a: System, b: System, order: Mapping[str, np.ndarray]
     return _Contrast(metric, a.label, b.label, ours, theirs - ours)
 
 
+def rows_of(system: System, metric: str) -> np.ndarray:
+    """What each image gives to a score, (n, k), in the order of ids. Raises `UserError` if it is absent."""
+    if why := _lacks(metric, system):
+        raise UserError([Problem(f"{metric}: {why}", system.label)])
+    return _rows(system.scores[metric])
+
+
 def _lacks(metric: str, system: System) -> str | None:
     score = system.scores.get(metric)
     if score is None:

@@ -141,7 +141,7 @@ def test_captions_of_an_interrupted_step_are_kept_only_as_they_were_written(tmp_
     (tmp_path / "partial-0.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "partial-1.jsonl").mkdir()
     os.mkfifo(tmp_path / "partial-2.jsonl")
-    assert predict._read_partials(tmp_path) == {"a": [Candidate("mass", 1.0, -1.5, "beam1")]}
+    assert predict._read_partials(tmp_path) == {"a": ([Candidate("mass", 1.0, -1.5, "beam1")], None)}
 
 
 def test_large_files_are_read_only_when_asked(tmp_path, monkeypatch):

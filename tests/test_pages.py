@@ -1,18 +1,21 @@
 """The page of a run in a real browser: mouse and keys, hostile text, large sets, a phone."""
 
 import csv
+import json
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.browser import CHROMIUM, Browser
+from rouge_score import tokenizers
+from support import pages
+from support.pages import button, check_readable, tabbed
 from support.reports import captions, record, score, write_data, write_run
 
 from harness import leaderboard, report
 from harness.decoding.postprocess import deduplicate
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+browser = pages.browser  # the fixture
 HOSTILE = (
     "</script><script>window.evil=1</script>",
     "<img src=x onerror=window.evil=2>",
@@ -27,18 +30,8 @@ def written_out(text: str) -> str:
     return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "\u2028\u2029\u202e\u2066"})
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
 IDS = "[...document.querySelectorAll('#list h3')].map((one) => one.textContent)"
 STATUS = "document.getElementById('status').textContent"
-
-
-def button(text: str, place: str = "#captions") -> str:
-    return f"[...document.querySelectorAll('{place} button')].find((one) => one.textContent === '{text}')"
 
 
 def test_sorting_searching_filtering_and_paging_with_mouse_and_keys(tmp_path, browser):
@@ -54,7 +47,7 @@ def test_sorting_searching_filtering_and_paging_with_mouse_and_keys(tmp_path, br
     browser.open(page)
     assert browser.evaluate(IDS) == worst[:20], "first of all the worst by the score that ranks"
     assert browser.evaluate(STATUS) == "1 to 20 of 45 captions"
-    browser.click(button("best first"))
+    browser.click(button("best first", "#captions"))
     assert browser.evaluate(IDS) == best[:20]
     browser.click(button("Next", "#pages-above"))
     assert browser.evaluate(IDS) == best[20:40]
@@ -89,15 +82,8 @@ def test_sorting_searching_filtering_and_paging_with_mouse_and_keys(tmp_path, br
 def test_every_control_is_reached_by_keyboard_and_shows_its_focus(tmp_path, browser):
     write_data(tmp_path, captions(25))
     browser.open(report.write(write_run(tmp_path, record(), captions(25))))
-    browser.evaluate("document.getElementById('captions-title').focus()")
-    reached = []
-    for _ in range(9):
-        browser.press("Tab", 9)
-        active = "document.activeElement"
-        assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
-        reached.append(browser.evaluate(f"{active}.id || {active}.textContent"))
-    assert reached[:8] == ["search", "sort", "low", "high", "filter", "concept", "First", "Previous"]
-    browser.press("Tab", 9)
+    reached = tabbed(browser, "captions-title", 8)
+    assert reached == ["search", "sort", "low", "high", "filter", "concept", "First", "Previous"]
     browser.evaluate(f"{button('Next', '#pages-above')}.focus()")
     browser.press("Enter", 13, "\r")
     assert browser.evaluate(STATUS) == "21 to 25 of 25 captions"
@@ -117,25 +103,10 @@ def test_all_text_has_contrast_and_a_phone_shows_it(scheme, tmp_path, browser):
     stage = {"bertscore": score(0.4, official=False), "rouge1": score(0.3)}
     for seed in (1, 2):
         run = record(seed=seed, scores={"valid": {"before": stage, "after": stage}})
-        pages = [report.write(write_run(tmp_path, run, captions(25)))]
+        written = [report.write(write_run(tmp_path, run, captions(25)))]
     board = leaderboard.board(2023, tmp_path / "runs", tmp_path / "leaderboard")
-    pages.append(leaderboard.write_page([board], tmp_path / "leaderboard"))
-    browser.prefer(scheme)
-    try:
-        for page in pages:
-            for width in (1280, 400):
-                browser.resize(width, 900)
-                browser.open(page)
-                browser.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-                assert browser.faint() == []
-                assert browser.evaluate("document.documentElement.scrollWidth") <= width
-                browser.evaluate(
-                    "document.body.style.color = getComputedStyle(document.body).backgroundColor"
-                )
-                assert browser.faint(), "the check sees text that can't be read"
-    finally:
-        browser.prefer("light")
-        browser.resize(1280, 900)
+    written.append(leaderboard.write_page([board], tmp_path / "leaderboard"))
+    check_readable(browser, written, scheme)
 
 
 def test_hostile_text_stays_text(tmp_path, browser):
@@ -161,7 +132,7 @@ def test_hostile_text_stays_text(tmp_path, browser):
         texts = f"{lists}.map((one) => one.querySelectorAll('dd')[{at}].textContent)"
         assert browser.evaluate(texts) == shown
     assert browser.evaluate(IDS) == [written_out(text) for text in ids]
-    assert browser.evaluate("document.querySelectorAll('#list dd.caption *:not(del)').length") == 0
+    assert browser.evaluate("document.querySelectorAll('#list dd.caption *:not(del, mark)').length") == 0
     for node in ("dd.caption", "h3 bdi"):  # an override of the direction ends where the text does
         assert (
             browser.evaluate(f"getComputedStyle(document.querySelector('#list {node}')).unicodeBidi")
@@ -192,7 +163,9 @@ def test_removed_words_are_struck_through_and_no_others(tmp_path, browser):
     browser.choose("sort", "order")
     cards = browser.evaluate(
         """[...document.querySelectorAll('#list > li')].map((one) => {
-          const line = one.querySelectorAll('dd')[2], kept = line.cloneNode(true);
+          const line = one.querySelectorAll('dd')[2];
+          if (!line) return null;
+          const kept = line.cloneNode(true);
           kept.querySelectorAll('del').forEach((gone) => gone.remove());
           const styles = [...line.querySelectorAll('del')].map((gone) => getComputedStyle(gone));
           return [line.textContent, kept.textContent, styles.map((style) => style.textDecorationLine)];
@@ -202,11 +175,96 @@ def test_removed_words_are_struck_through_and_no_others(tmp_path, browser):
     def bare(text: str) -> list[str]:
         return [word.strip(".,").casefold() for word in text.split()]
 
-    for (before, after), (whole, kept, lines) in zip(pairs, cards, strict=True):
+    for (before, after), card in zip(pairs, cards, strict=True):
+        assert (card is None) == (bare(before) == bare(after)), "shown where words differ"
+        if card is None:
+            continue
+        whole, kept, lines = card
         assert whole == before
         assert bare(kept) == bare(after)
         assert set(lines) <= {"line-through"}
-        assert bool(lines) == (bare(before) != bare(after))
+        assert lines
+    assert None in cards
+
+
+def test_words_that_reference_and_prediction_share_are_marked_as_often_as_in_both(tmp_path, browser):
+    pairs = [
+        ("The left lung, and the left hilum.", "Left left LEFT lung of the hilum"),
+        ("Nothing alike", "entirely other words"),
+        ("Fluid (arrow) is seen.", "arrow: fluid"),
+    ]
+    found = [
+        {**caption, "reference": reference, "before": said, "after": said}
+        for caption, (reference, said) in zip(captions(len(pairs)), pairs, strict=True)
+    ]
+    browser.open(report.write(write_run(tmp_path, record(), found)))
+    browser.choose("sort", "order")
+    marked = browser.evaluate(
+        """[...document.querySelectorAll('#list > li')].map((one) =>
+          [...one.querySelectorAll('dd')].map((text) =>
+            [...text.querySelectorAll('mark')].map((mark) => mark.textContent).join(' ')))"""
+    )
+    tokens = tokenizers.DefaultTokenizer(use_stemmer=False).tokenize
+    for (reference, said), (one, other) in zip(pairs, marked, strict=True):
+        shared = Counter(tokens(reference)) & Counter(tokens(said))
+        assert Counter(tokens(one)) == Counter(tokens(other)) == shared
+
+
+def test_each_loss_of_each_stage_has_its_own_chart_and_one_point_has_none(tmp_path, browser):
+    run = record()
+    folder = write_run(tmp_path, run, captions(2))
+    at = {"stage": 1, "epoch": 1}
+    rows = [
+        {"step": n, **at, "loss": 8 - n / 9, "caption_loss": 1 - n / 90, "concept_loss": 7.0 - n / 10}
+        for n in range(1, 10)
+    ]
+    rows += [{"step": 9, **at, "valid_loss": 0.8}]
+    at["stage"] = 2
+    rows += [{"step": n, **at, "loss": 0.5 - n / 100, "caption_loss": 0.5 - n / 100} for n in range(10, 20)]
+    rows += [{"step": 19, **at, "valid_loss": 0.4, "valid_rouge1": 0.3}]
+    losses = tmp_path / "runs" / run["steps"]["train"] / "losses.jsonl"
+    losses.parent.mkdir()
+    losses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(report.write(folder))
+    titles = "[...document.querySelectorAll('#training .charts h3')].map((one) => one.textContent)"
+    assert browser.evaluate(titles) == [
+        "Caption loss, stage 1, nats per token",
+        "Concept loss, stage 1, nats per token",
+        "Caption loss, stage 2, nats per token",
+    ]
+    ticks = """[...document.querySelectorAll('#training .charts svg[role]')].map((one) =>
+      [...one.querySelectorAll('text[text-anchor=end]')].map((tick) => Number(tick.textContent)))"""
+    first, second, third = browser.evaluate(ticks)
+    assert max(first) <= 1 < min(second)
+    assert max(third) < 0.5
+    assert "0.3000" in browser.evaluate("document.querySelector('#training table').textContent")
+    assert browser.problems == []
+
+
+def test_the_page_opens_with_scores_and_examples_and_ends_with_the_config(tmp_path, browser):
+    found = captions(31)
+    for caption in found[::2]:
+        caption["cuis"] = ["C1306645"]
+    write_data(tmp_path, found)
+    browser.open(report.write(write_run(tmp_path, record(), found)))
+    shown = browser.evaluate("[...document.querySelectorAll('main > [id]')].map((one) => one.id)")
+    assert shown[:3] == ["overview", "examples", "scores"]
+    assert shown[-1] == "config"
+    tiles = browser.evaluate("[...document.querySelectorAll('.tiles li')].map((one) => one.textContent)")
+    assert tiles[0] == "bertscore0.6100[0.6000, 0.6200]"
+    assert tiles[1].startswith("image gap+0.0500[0.0100, 0.0900]")
+    kinds = "[...document.querySelectorAll('.openers h3')].map((one) => one.textContent)"
+    assert browser.evaluate(kinds) == ["Best", "Worst", "At random"]
+    assert browser.evaluate("document.querySelectorAll('.openers img').length") == 6
+    names = "[...document.querySelectorAll('#groups svg title')].map((one) => one.textContent)"
+    values = "[...document.querySelectorAll('#groups svg text.axis')].map((one) => one.textContent)"
+    by_bertscore, before = sorted(browser.evaluate(names)), browser.evaluate(values)
+    assert {"X-ray (16)", "other/unknown (15)"} < set(by_bertscore)
+    browser.choose("group-metric", "rouge1")
+    assert sorted(browser.evaluate(names)) == by_bertscore
+    assert browser.evaluate(values) != before
+    assert browser.evaluate("document.querySelectorAll('#groups .dot').length") == len(by_bertscore)
+    assert browser.problems == []
 
 
 @pytest.mark.slow
@@ -222,7 +280,7 @@ def test_ten_thousand_captions_open_and_sort_quickly(tmp_path, browser):
     assert "images are too many to embed" in browser.evaluate("document.getElementById('notes').textContent")
     times = {}
     for name, act in (
-        ("sort", lambda: browser.click(button("best first"))),
+        ("sort", lambda: browser.click(button("best first", "#captions"))),
         ("search", lambda: browser.type("document.getElementById('search')", "r 9999")),
     ):
         began = time.monotonic()
@@ -265,9 +323,9 @@ def test_the_leaderboard_draws_the_chosen_metric_and_leads_to_the_report(tmp_pat
     board = leaderboard.board(2023, tmp_path / "runs", tmp_path / "leaderboard")
     browser.open(leaderboard.write_page([board], tmp_path / "leaderboard"))
     names = "[...document.querySelectorAll('svg title')].map((one) => one.textContent)"
-    assert browser.evaluate(names) == ["small/two-s42", "small/one-s42"]
+    assert browser.evaluate(names) == ["small/two-s42, validation", "small/one-s42, validation"]
     browser.choose("metric", "rouge1")
-    assert browser.evaluate(names) == ["small/one-s42", "small/two-s42"]
+    assert browser.evaluate(names) == ["small/one-s42, validation", "small/two-s42, validation"]
     lines = "[...document.querySelectorAll('tr')].find((one) => one.textContent.includes('two-s42'))"
     assert browser.problems == []
     browser.follow(f"[...{lines}.querySelectorAll('a')].find((one) => one.textContent === 'report')")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import commands
 from support.models import stages
@@ -15,6 +16,7 @@ from support.small_sets import CAPTIONS
 from harness import pages, report
 from harness.cli import tables
 from harness.errors import UserError
+from harness.report import examples
 
 
 def harness(folder: Path, *arguments: str, code: int = 0) -> str:
@@ -196,6 +198,63 @@ def test_captions_that_are_all_the_same_are_warned_of(tmp_path):
     assert page["warnings"] == record()["warnings"]
 
 
+def test_a_page_opens_with_the_best_the_worst_and_two_at_random(tmp_path):
+    found = captions(30)
+    opening = data_of(report.write(write_run(tmp_path, record(), found)))["examples"]
+    order = sorted(range(30), key=lambda n: -found[n]["scores"][0])
+    assert opening["metric"] == "bertscore"
+    kinds, ids = zip(*opening["chosen"], strict=True)
+    assert kinds == ("best", "best", "worst", "worst", "random", "random")
+    assert ids[:4] == tuple(f"valid_{n}" for n in (*order[:2], order[-1], order[-2]))
+    assert len(set(ids)) == 6
+    again = data_of(report.write(tmp_path / "runs" / "small" / "base-s42"))["examples"]
+    assert again == opening, "the same ones in every page"
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_few_images_are_each_shown_once(count):
+    ids = [f"i{n}" for n in range(count)]
+    scores = {key: n / 10 for n, key in enumerate(ids)}
+    for given, kinds in ((scores, {"best", "worst", "random"}), ({}, {"random"})):
+        found = examples.chosen(ids, given)
+        assert len(found) == len({key for _, key in found}) == min(count, 6)
+        assert {kind for kind, _ in found} <= kinds
+
+
+def test_the_means_of_modalities_and_concepts_are_those_of_numpy(tmp_path):
+    found = captions(40)
+    xray, other = "C1306645", "C0000002"
+    for n, caption in enumerate(found):
+        caption["cuis"] = [xray, other] if n % 3 == 0 else [other] if n % 3 == 1 else []
+    found[1]["scores"][1] = ""
+    write_data(tmp_path, found)
+    groups = data_of(report.write(write_run(tmp_path, record(), found)))["groups"]
+    assert groups["metrics"] == ["bertscore", "rouge1"]
+    first = {row["name"]: row for row in groups["modalities"]}
+    assert {name: row["n"] for name, row in first.items()} == {"X-ray": 14, "other/unknown": 26}
+    second = {row["name"]: row for row in groups["concepts"]}
+    assert {name: row["n"] for name, row in second.items()} == {"Skull": 27, "C1306645": 14}
+    values = np.array([caption["scores"][0] for caption in found[::3]])
+    mean, low, high = first["X-ray"]["scores"][0]
+    assert mean == pytest.approx(values.mean())
+    random = np.random.default_rng(3)
+    drawn = values[random.integers(14, size=(4_000, 14))].mean(axis=1)
+    assert [low, high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.02)
+    assert second["Skull"]["scores"][1] is None, "an image of it has no such score"
+    assert second["C1306645"]["scores"] == first["X-ray"]["scores"]
+
+
+def test_without_concepts_or_scores_there_are_no_groups(tmp_path):
+    found = [caption | {"cuis": []} for caption in captions(3)]
+    write_data(tmp_path, found)
+    assert data_of(report.write(write_run(tmp_path, record(), found)))["groups"] is None
+    run = record("unscored", scores={}, image_gap=None, baseline=None)
+    run["steps"] = {"predict-valid": run["steps"]["predict-valid"]}
+    page = data_of(report.write(write_run(tmp_path, run, found)))
+    assert (page["groups"], page["examples"]["metric"]) == (None, None)
+    assert [kind for kind, _ in page["examples"]["chosen"]] == ["random"] * 3
+
+
 def test_a_score_that_is_no_number_is_absent(tmp_path):
     found = captions(2)
     found[0]["scores"], found[1]["scores"] = ["nan", 0.5], ["", 0.25]
@@ -218,7 +277,7 @@ def test_no_run_is_a_mistake_with_the_runs_that_there_are(tmp_path):
 def palettes() -> Iterator[dict[str, str]]:
     """The colours of the page, in light and in dark."""
     templates = Path(pages.__file__).parent
-    text = "".join((templates / name).read_text(encoding="utf-8") for name in ("common.html", "report.html"))
+    text = "".join((templates / name).read_text(encoding="utf-8") for name in ("common.css", "report.css"))
     dark = re.findall(r"prefers-color-scheme: dark\) \{ :root \{(.*?)\} \}", text, re.DOTALL)
     light = [one for one in re.findall(r":root \{(.*?)\}", text, re.DOTALL) if one not in dark]
     for found in (light, dark):
@@ -246,3 +305,4 @@ def test_text_and_lines_have_the_contrast_of_aa_in_light_and_dark():
             assert contrast(colours[ink], colours["paper"]) >= 4.5, ink
         for ink in ("ink", "soft", "gone"):
             assert contrast(colours[ink], colours["raised"]) >= 4.5, ink
+        assert contrast(colours["ink"], colours["tint"]) >= 4.5, "words that are marked"

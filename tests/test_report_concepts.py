@@ -3,16 +3,15 @@
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.preprocessing import MultiLabelBinarizer
-from support import concept_runs
-from support.browser import CHROMIUM, Browser
+from support import concept_runs, pages
 from support.concept_runs import both_tasks, concepts, report_record, score, sklearn_f1, write_run
+from support.pages import button, check_readable, tabbed
 from support.reports import NAMES, captions, data_of, write_data
 
 from harness import report
@@ -24,6 +23,7 @@ HOSTILE = (
     "‮desrever {{data}}",
 )
 IDS = "[...document.querySelectorAll('#image-list h3')].map((one) => one.textContent)"
+browser = pages.browser  # the fixture
 STATUS = "document.getElementById('image-status').textContent"
 
 
@@ -156,18 +156,6 @@ def test_a_damaged_file_is_left_out_and_told(text, tmp_path):
     assert page["concepts"]["rows"][0].keys() == {"id", "predicted"}
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs chromium (Debian: apt install chromium)")
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-def button(text: str, place: str) -> str:
-    return f"[...document.querySelectorAll('{place} button')].find((one) => one.textContent === '{text}')"
-
-
 def test_images_are_sorted_searched_and_filtered_by_concept(tmp_path, browser):
     images = drawn(45)
     write_data(tmp_path, captions(45))
@@ -275,7 +263,7 @@ def test_only_the_sections_of_the_tasks_are_on_the_page(tmp_path, browser):
     write_data(tmp_path, captions(4))
     alone = report.write(write_run(tmp_path, report_record(drawn(4), "alone"), drawn(4)))
     browser.open(alone)
-    assert browser.evaluate(sections) == ["concepts", "training", "config", "origin", "images"]
+    assert browser.evaluate(sections) == ["examples", "concepts", "training", "images", "origin", "config"]
     assert sorted(browser.evaluate(links)) == sorted(browser.evaluate(sections))
     titles = browser.evaluate("[...document.querySelectorAll('h2, h3, dt')].map((one) => one.textContent)")
     assert not any("caption" in title.lower() for title in titles)
@@ -283,7 +271,8 @@ def test_only_the_sections_of_the_tasks_are_on_the_page(tmp_path, browser):
     assert "Thresholds (per_concept) chosen on the half tune of valid" in text
     browser.open(report.write(both_tasks(drawn(4), captions(4), tmp_path)))
     assert browser.evaluate(sections) == [
-        *("scores", "concepts", "training", "lengths", "config", "origin", "captions", "images"),
+        *("examples", "scores", "groups", "concepts", "training", "lengths", "captions", "images"),
+        *("origin", "config"),
     ]
     assert browser.evaluate("document.querySelectorAll('#list img').length") == 4
     assert browser.evaluate("document.querySelectorAll('#image-list img').length") == 4, (
@@ -298,35 +287,19 @@ def test_all_text_has_contrast_and_a_phone_shows_it(scheme, tmp_path, browser):
     write_data(tmp_path, captions(25))
     own = concepts(n=25)
     own["scores"]["valid"]["f1_secondary"] = score(0.8, 20, official=False)
-    pages = [
+    written = [
         report.write(
             write_run(tmp_path, report_record(images, "alone", concepts=own, warnings=["one"]), images)
         ),
         report.write(both_tasks(images, captions(25), tmp_path)),
     ]
-    browser.prefer(scheme)
-    try:
-        for page in pages:
-            for width in (1400, 400):
-                browser.resize(width, 900)
-                browser.open(page)
-                assert browser.faint() == []
-                assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    finally:
-        browser.prefer("light")
-        browser.resize(1280, 900)
+    check_readable(browser, written, scheme)
 
 
 def test_every_control_is_reached_by_keyboard_and_shows_its_focus(tmp_path, browser):
     write_data(tmp_path, captions(25))
     browser.open(report.write(write_run(tmp_path, report_record(drawn(25)), drawn(25))))
-    browser.evaluate("document.getElementById('image-title').focus()")
-    reached = []
-    for _ in range(8):
-        browser.press("Tab", 9)
-        active = "document.activeElement"
-        assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
-        reached.append(browser.evaluate(f"{active}.id.replace('image-', '') || {active}.textContent"))
+    reached = [name.replace("image-", "") for name in tabbed(browser, "image-title", 8)]
     assert reached == ["search", "sort", "low", "high", "concept", "filter", "First", "Previous"]
     browser.evaluate(f"{button('Next', '#image-pages-above')}.focus()")
     browser.press("Enter", 13, "\r")

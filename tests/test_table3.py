@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import commands, leaderboards
-from support.browser import CHROMIUM, Browser
+from support import commands, leaderboards, pages
 from support.leaderboards import board, harness, record, write_run
 
 from harness import leaderboard
-from harness.metrics import Score, write_arrays
-from harness.store import write_json
 
 project = leaderboards.project  # the fixture
+browser = pages.browser  # the fixture
 
 
 def test_table_3_has_a_difference_where_it_is_one_and_its_significance(project):
@@ -43,27 +41,22 @@ ROWS_OF_TABLE_3 = {
 KEYS = ("model.language_model", "model.image_size", "postprocess.deduplicate")
 
 
-def write_scored(project: Path, variant: str, means: dict[str, float], references="r", **more) -> Path:
+def scored_run(project: Path, variant: str, means: dict[str, float], references="r", **more) -> Path:
     """A run with the scores of 200 single images, as its score step leaves them."""
     rng = np.random.default_rng(len(variant))
-    arrays = {metric: rng.normal(mean, 0.1, 200) for metric, mean in means.items()}
     scores = {
-        metric: Score(metric, float(rows.mean()), None, None, 200, f"{metric}|x", True, 0.0, per_image=rows)
-        for metric, rows in arrays.items()
+        metric: leaderboards.scored(rng.normal(mean, 0.1, 200), metric, f"{metric}|x")
+        for metric, mean in means.items()
     }
-    plain = {metric: one.as_dict() for metric, one in scores.items()}
-    run = record(variant=variant, scores={"valid": {"after": plain}}, artifacts={}, **more)
-    step = f"steps/score-{variant}-{run['seed']}"
-    write_arrays(project / "runs" / step / "arrays.npz", [f"i{n}" for n in range(200)], scores)
-    write_json(project / "runs" / step / "scores.json", {"scores": plain, "references": references})
-    return write_run(project, run | {"steps": {"score-after": step}})
+    run = record(variant=variant, **more) | {"scores": {"valid": {"after": {}}}}
+    return leaderboards.write_scored(project, run, scores, references)
 
 
 def write_table_3(project: Path, seed: int = 42, **references: str) -> list[Path]:
     """Rows 1 to 4: the second is far above the first, the third equals it, the fourth is a little higher."""
     means = dict(zip(ROWS_OF_TABLE_3, (0.2, 0.4, 0.4, 0.43), strict=True))
     return [
-        write_scored(
+        scored_run(
             project,
             variant,
             {"bertscore": means[variant], "rouge1": 0.2},
@@ -113,58 +106,53 @@ def test_rows_that_can_not_be_compared_say_why_and_other_seeds_and_settings_are_
     (project / "runs/steps/score-opt_224-42/arrays.npz").unlink()
     assert "older version" in leaderboard.steps(board(project))[0]["scores"]["rouge1"]["reason"]
     lone = {"parameters_changed": dict(zip(KEYS, (True, 224, False), strict=True))}
-    write_scored(project, "alone", {"bertscore": 0.3}, seed=7, name="other", **lone)
+    scored_run(project, "alone", {"bertscore": 0.3}, seed=7, name="other", **lone)
     assert len(leaderboard.steps(board(project))) == 3
     slower = {"parameters_changed": dict(zip(KEYS, (True, 224, False), strict=True)) | {"train.epochs": 9}}
-    write_scored(project, "longer", {"bertscore": 0.3}, **slower)
+    scored_run(project, "longer", {"bertscore": 0.3}, **slower)
     assert len(leaderboard.steps(board(project))) == 3, "it differs in more than its row"
     assert leaderboard.steps(board(project, 2026)) == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
-def test_the_page_says_what_the_rows_of_table_3_change_and_is_used_by_keyboard(project, tmp_path_factory):
+def test_the_page_says_what_the_rows_of_table_3_change_and_is_used_by_keyboard(project, browser):
     write_table_3(project)
     write_table_3(project, seed=7)
     write_run(project, record(name="elsewhere", split="test", standin_model=True))
     write_run(project, record(name="placed", split="test", bertscore=0.62))
     harness(project, "--format", "html")
     table = "[...document.querySelectorAll('table')].find(t => t.textContent.includes('{}'))"
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        browser.open(project / "leaderboard" / "index.html")
-        cells = (
-            f"[...{table.format('row above')}.tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent))"
-        )
-        rows = browser.evaluate(cells)
-        assert len(rows) == 6
-        assert rows[0][2] == "imageclef2023/table3: opt_224-s42 \u2212 qformer_224-s42"
-        assert rows[0][3] == "+0.0520"
-        rounded = "[digits(-1e-17), signed(-1e-17), digits(-0.5), signed(-0.5)]"
-        assert browser.evaluate(rounded) == ["0.0000", "+0.0000", "-0.5000", "\u22120.5000"]
-        said = "significant: opt_224-s42 higher, p = 0.0002, corrected = 0.0006"
-        assert rows[0][5].replace("\u00a0", " ") == said
-        assert rows[2][5].startswith("no difference shown, p\u00a0=\u00a0")
-        placed = f"[...{table.format('would have beaten')}.tBodies[0].rows].map(r => r.textContent)"
-        (line,) = browser.evaluate(placed)
-        assert line.startswith("(3)placed")
-        assert "bertscore: AUEB-NLP-Group, PCLmed, VCMI" in line
-        assert "c0ffeec0ff" in line
-        seeds = f"[...{table.format('variant')}.tBodies[0].rows].map(r => r.cells[3].textContent)"
-        assert browser.evaluate(seeds) == ["7, 42"] * 4
-        headings = "[...document.querySelectorAll('h3')].map(h => h.textContent)"
-        for words in ("Our runs on validation that are not ranked", "Our runs on test that are not ranked"):
-            assert words in browser.evaluate(headings)
-        assert browser.evaluate("document.querySelectorAll('table:not([aria-labelledby])').length") == 0
-        assert (
-            browser.evaluate("document.querySelectorAll('tbody tr:not(:has(> th[scope=row]))').length") == 0
-        )
-        browser.evaluate("document.getElementById('metric').focus()")
-        for wanted in ("scroll", "rank", "team"):
-            browser.press("Tab", 9)
-            active = "document.activeElement"
-            assert browser.evaluate(f"{active}.className || {active}.textContent") == wanted
-            assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
-        browser.press("Enter", 13, "\r")
-        assert browser.evaluate(f"{active}.closest('th').getAttribute('aria-sort')") == "ascending"
-        browser.choose("experiment", "elsewhere")
-        assert not any("Table 3 changes" in words for words in browser.evaluate(headings))
-        assert browser.problems == []
+    browser.open(project / "leaderboard" / "index.html")
+    cells = f"[...{table.format('row above')}.tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent))"
+    rows = browser.evaluate(cells)
+    assert len(rows) == 6
+    assert rows[0][2] == "imageclef2023/table3: opt_224-s42 \u2212 qformer_224-s42"
+    assert rows[0][3] == "+0.0520"
+    rounded = "[digits(-1e-17), signed(-1e-17), digits(-0.5), signed(-0.5)]"
+    assert browser.evaluate(rounded) == ["0.0000", "+0.0000", "-0.5000", "\u22120.5000"]
+    said = "significant: opt_224-s42 higher, p = 0.0002, corrected = 0.0006"
+    assert rows[0][5].replace("\u00a0", " ") == said
+    assert rows[2][5].startswith("no difference shown, p\u00a0=\u00a0")
+    browser.click("document.getElementById('compact')")
+    placed = f"[...{table.format('would have beaten')}.tBodies[0].rows].map(r => r.textContent)"
+    (line,) = browser.evaluate(placed)
+    assert line.startswith("3rd95 %: 3rd to 4thopt_364-s42placed")
+    assert "bertscore: AUEB-NLP-Group, PCLmed, VCMI" in line
+    assert "c0ffeec0ff" in line
+    seeds = f"[...{table.format('variant')}.tBodies[0].rows].map(r => r.cells[3].textContent)"
+    assert browser.evaluate(seeds) == ["7, 42"] * 4
+    headings = "[...document.querySelectorAll('h3')].map(h => h.textContent)"
+    for words in ("Not ranked, on validation", "Not ranked, on test"):
+        assert words in browser.evaluate(headings)
+    assert browser.evaluate("document.querySelectorAll('table:not([aria-labelledby])').length") == 0
+    assert browser.evaluate("document.querySelectorAll('tbody tr:not(:has(> th[scope=row]))').length") == 0
+    browser.evaluate("document.getElementById('edition').focus()")
+    for wanted in ("scroll", "rank", "team"):
+        browser.press("Tab", 9)
+        active = "document.activeElement"
+        assert browser.evaluate(f"{active}.className || {active}.textContent") == wanted
+        assert browser.evaluate(f"getComputedStyle({active}).outlineStyle") == "solid"
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate(f"{active}.closest('th').getAttribute('aria-sort')") == "ascending"
+    browser.choose("experiment", "elsewhere")
+    assert not any("Table 3 changes" in words for words in browser.evaluate(headings))
+    assert browser.problems == []

@@ -150,7 +150,7 @@ def _standings(screen: Any, board: "Board") -> None:
         place = f"({rank})" if rank else f"(>{last})" if last and board.is_last(entry) else "-"
         cells = [place, entry.record["name"], entry.run, *_cells(board, entry)]
         lines.append((entry.value(board.primary), True, cells))
-    title = f"{_title(board)}: official standings, test (the {len(board.standings)} at hand)"
+    title = f"{_title(board)}: official standings, test ({board.known})"
     ordered = sorted(lines, key=lambda line: (-line[0], not line[1]))
     _sheet(board, title, [cells for _, _, cells in ordered]).show(screen)
 
@@ -221,12 +221,15 @@ def _cells(board: "Board", entry: "Entry") -> list[str]:
 def _origin(board: "Board", entry: "Entry") -> list[str]:
     """The primary score with its interval, and the time, commit and command of a run."""
     from harness.cli.tables import cell
+    from harness.leaderboard import official
 
     record, score = entry.record, entry.scores.get(board.primary or "")
     line = _name(entry)
     if score and score["value"] is not None:
         line += f": {board.primary} {cell(score)}"
         line += f" [{score['low']:.4f}, {score['high']:.4f}]" if score["low"] is not None else ""
+    if place := official(board, entry):
+        line += f"; {'hypothetical place' if place['hypothetical'] else 'place'}: {place['text']}"
     changed = " (changed since)" if record["git"]["dirty"] else ""
     commit = (record["git"]["commit"] or "no commit")[:10] + changed
     return [line, f"  {record['ended'] or record['started']}  {commit}  {record['command']}"]

@@ -65,6 +65,8 @@ class Edition:
     """Scores that are the unweighted mean of other scores, in an order in which they can be computed."""
     images: Mapping[str, int] = field(default_factory=dict)
     """Number of images of each split as the organisers released them; empty: not established."""
+    teams: Mapping[str, int] = field(default_factory=dict)
+    """How many teams took part, by task; empty: not established."""
     subtasks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Further caption subtasks with their own ids: by name, the number of images of their splits."""
 
@@ -93,6 +95,7 @@ _2023 = Edition(
     bertscore_tokens=512,
     blanks=Blanks("clean", "the rule of 2023"),
     images={"train": 60_918, "valid": 10_437, "test": 10_473},
+    teams={"captions": 13, "concepts": 9},
 )
 _2025 = Edition(
     year=2025,
@@ -120,6 +123,7 @@ _YEARS = (
         ranking="not established",
         blanks=Blanks("clean", "the rule of 2023; that of 2022 is not established"),
         images={},
+        teams={},
     ),
     _2023,
     replace(
@@ -132,6 +136,7 @@ _YEARS = (
         metrics=(*_2023.metrics, "refclipscore"),
         blanks=Blanks("clean", "the rule of 2023; that of 2024 is not established"),
         images={},
+        teams={},
     ),
     _2025,
     replace(

@@ -2,10 +2,11 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from harness.data.readers import Dataset, Example
+from harness.data.readers import Dataset
 from harness.store import write
 
 MODALITIES = {
@@ -27,14 +28,15 @@ def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
     """
     counts = {}
     for split, examples in dataset.splits.items():
-        count = Counter(_modality(example) for example in examples)
+        count = Counter(modality(example.cuis) for example in examples)
         names = [*MODALITIES.values(), *([OTHER] if count[OTHER] else [])]
         counts[split] = {name: count[name] for name in names}
     return counts
 
 
-def _modality(example: Example) -> str:
-    return next((MODALITIES[cui] for cui in example.cuis if cui in MODALITIES), OTHER)
+def modality(cuis: Sequence[str]) -> str:
+    """The modality of an image with these concepts: the first one that is a modality, or other/unknown."""
+    return next((MODALITIES[cui] for cui in cuis if cui in MODALITIES), OTHER)
 
 
 def caption_lengths(dataset: Dataset) -> dict[str, list[int]]:

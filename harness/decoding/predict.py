@@ -1,15 +1,25 @@
 """Captions of a split by a model; captions from before an interruption are kept."""
 
+import base64
 import contextlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from harness.captions import CANDIDATES, PREDICTIONS, Candidate, write_candidates, write_captions
+from harness.captions import (
+    ATTENTION,
+    CANDIDATES,
+    PREDICTIONS,
+    Candidate,
+    write_candidates,
+    write_captions,
+)
 from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
 from harness.decoding.search import Captions, sample, search, uniforms
@@ -17,10 +27,12 @@ from harness.machine import ranks
 from harness.models.base import Decoding, Pixels
 from harness.models.loading import Loaded, batch_of
 from harness.models.text import Codec
-from harness.store import fingerprint
+from harness.store import fingerprint, write
 
 PARTIALS = "partial-*.jsonl"
 _Begin = Callable[[Pixels, Tensor], Decoding]
+_Done = tuple[list[Candidate], np.ndarray | None]
+"""The candidates of an image, and where the model looked in it, uint8 (h, w), if that is known."""
 _Speak = Callable[[Pixels, Tensor, Tensor | None], list[list[Candidate]]]
 
 
@@ -121,8 +133,11 @@ def predict_split(
     given: Mapping[str, str] | None = None,
     seed: int = 0,
     prompts: Sequence[Sequence[int]] | None = None,
+    look: bool = False,
 ) -> None:
     """Write `predictions.csv` (ID, caption), with captions from `partial-*.jsonl` of an interrupted call.
+
+    With `look`, `attention.npy` tells where the model looked, if its family can.
 
     If images get further candidates, `candidates.csv` has them all. `given` are the captions of ids whose
     images can't be read; `pixels` (N, S, S, 3) are the other images. `seed` is for samples. `prompts`
@@ -131,16 +146,19 @@ def predict_split(
     """
     given = given or {}
     every, ids = ids, [image for image in ids if image not in given]
-    known = ranks.agree(_read_partials(directory))
+    known: dict[str, _Done] = ranks.agree(_read_partials(directory))
     waiting = ranks.share([i for i, image in enumerate(ids) if image not in known])
     with (directory / f"partial-{ranks.rank()}.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that an interruption left incomplete
-        done = len(known)
+        done, maps = len(known), {}
 
         def keep(part: Sequence[int], found: Sequence[list[Candidate]]) -> None:
             nonlocal done
+            looked = seen()
+            maps.update(zip(part, [None] * len(part) if looked is None else looked.numpy(), strict=True))
             for i, given in zip(part, found, strict=True):
                 row = [ids[i], [[one.source, one.log_probability, one.caption] for one in given]]
+                row += [] if maps[i] is None else [_packed(maps[i])]
                 file.write(json.dumps([*row, fingerprint(row)], ensure_ascii=False) + "\n")
             file.flush()
             done += len(part) * ranks.world_size()
@@ -149,27 +167,52 @@ def predict_split(
         def draws(part: Sequence[int]) -> Tensor:
             return uniforms(seed, [ids[i] for i in part], config.samples.count, config.max_new_tokens)
 
-        found = candidates(loaded, pixels, waiting, config, draws if config.samples else None, keep, prompts)
-    known |= ranks.gather([(ids[i], one) for i, one in zip(waiting, found, strict=True)])
+        watched = loaded.model.looking() if look and hasattr(loaded.model, "looking") else None
+        with watched or contextlib.nullcontext(lambda: None) as seen:
+            found = candidates(
+                loaded, pixels, waiting, config, draws if config.samples else None, keep, prompts
+            )
+    known |= ranks.gather([(ids[i], (one, maps[i])) for i, one in zip(waiting, found, strict=True)])
     if ranks.rank() == 0:
-        known |= {image: [Candidate(caption, source="constant")] for image, caption in given.items()}
+        known |= {image: ([Candidate(caption, source="constant")], None) for image, caption in given.items()}
         if config.has_candidates:
-            write_candidates(directory / CANDIDATES, {image: known[image] for image in every})
-        write_captions(directory / PREDICTIONS, {image: known[image][0].caption for image in every})
+            write_candidates(directory / CANDIDATES, {image: known[image][0] for image in every})
+        _write_maps(directory / ATTENTION, [known[image][1] for image in every])
+        write_captions(directory / PREDICTIONS, {image: known[image][0][0].caption for image in every})
         for partial in directory.glob(PARTIALS):
             partial.unlink()
 
 
-def _read_partials(directory: Path) -> dict[str, list[Candidate]]:
-    """Candidates by id; a row that an interruption cut, or a bit of which has changed, is left out."""
+def _write_maps(path: Path, maps: Sequence[np.ndarray | None]) -> None:
+    """Write the maps of all images, 0 everywhere for an image without one; nothing if no image has one."""
+    shape = next((one.shape for one in maps if one is not None), None)
+    if shape is None:
+        return
+    content = io.BytesIO()
+    np.save(content, np.stack([np.zeros(shape, np.uint8) if one is None else one for one in maps]))
+    write(path, content.getvalue())
+
+
+def _packed(values: np.ndarray) -> list[Any]:
+    return [*values.shape, base64.b64encode(values.tobytes()).decode()]
+
+
+def _unpacked(height: int, width: int, text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width)
+
+
+def _read_partials(directory: Path) -> dict[str, _Done]:
+    """What is done by id; a row that an interruption cut, or a bit of which has changed, is left out."""
     known = {}
     for file in sorted(filter(Path.is_file, directory.glob(PARTIALS))):
         for line in file.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 match json.loads(line):
-                    case [str(image), list(found), digest] if digest == fingerprint([image, found]):
-                        known[image] = [
+                    case [*row, digest] if digest == fingerprint(row):
+                        image, found, *rest = row
+                        made = [
                             Candidate(caption, log_probability=own, source=source)
                             for source, own, caption in found
                         ]
+                        known[image] = made, _unpacked(*rest[0]) if rest else None
     return known

@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from harness.leaderboard.entries import (
     editions,
     read_standings,
 )
+from harness.leaderboard.places import among_ours, official, ranked_text
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
 from harness.records import CONCEPTS
@@ -34,9 +35,11 @@ __all__ = [
     "Board",
     "Entry",
     "Standing",
+    "among_ours",
     "as_dict",
     "board",
     "editions",
+    "official",
     "over_seeds",
     "read_standings",
     "rows",
@@ -53,15 +56,18 @@ def as_dict(board: Board, page: Path = STANDINGS) -> dict[str, Any]:
 
     Only a board of concepts has a `task`: programs that read captions find what they always found.
     """
+    ranks, why = among_ours(board)
     return {
         **({"task": board.task} if board.task == CONCEPTS else {}),
         "edition": board.edition,
         "primary": board.primary,
         "half": board.half,
         "ranking": board.ranking,
+        "known": board.known,
+        "without_intervals": why,
         "metrics": board.metrics,
         "standings": [vars(row) for row in board.standings],
-        "runs": [_entry(board, entry, page) for entry in board.entries],
+        "runs": [_entry(board, entry, page, ranks) for entry in board.entries],
         "left_out": [str(problem) for problem in board.left_out],
         "seeds": over_seeds(board),
         "table_3": table_3(board),
@@ -105,14 +111,19 @@ def _spread(group: Sequence[Entry], metric: str) -> dict[str, Any]:
     return found | {key: scores[0][key] for key in shared if key in scores[0]}
 
 
-def _entry(board: Board, entry: Entry, page: Path) -> dict[str, Any]:
-    record = entry.record
+def _entry(board: Board, entry: Entry, page: Path, ranks: Mapping[Path, tuple[int, int]]) -> dict[str, Any]:
+    record, rank = entry.record, board.rank(entry)
+    ends = ranks.get(entry.folder) if entry.split == "valid" else None
     links = {name: entry.folder / name for name in ("config.yaml", "report.html")}
     return {
         "experiment": record["name"],
         "run": entry.run,
         "split": entry.split,
-        "rank": board.rank(entry),
+        "rank": rank,
+        "rank_best": ends[0] if ends else None,
+        "rank_worst": ends[1] if ends else None,
+        "rank_text": ranked_text(rank, ends) if rank and entry.split == "valid" else None,
+        "place": official(board, entry),
         "apart": entry.apart,
         "scores": {metric: entry.score(metric) for metric in entry.scores},
         "beats": board.beats(entry),
@@ -167,7 +178,7 @@ _COLUMNS = (
     "n",
 )
 _COLUMNS += ("official", "signature", "reason", "apart", "seed", "date", "commit", "dirty", "command")
-_COLUMNS += ("config.yaml", "report.html", "mlflow", "source")
+_COLUMNS += ("config.yaml", "report.html", "mlflow", "source", "rank_best", "rank_worst", "place")
 
 
 def rows(boards: Sequence[Board]) -> list[list[Any]]:
@@ -186,8 +197,10 @@ def _rows(board: Board) -> Iterator[dict[str, Any]]:
         team |= {"rank": row.rank, "run": row.run, "source": row.source}
         for metric, value in row.scores.items():
             yield team | {"metric": metric, "value": value}
+    ranks, _ = among_ours(board)
     for entry in board.entries:
-        run = _entry(board, entry, Path())
+        run = _entry(board, entry, Path(), ranks)
+        run["place"] = (run["place"] or {}).get("text")
         run |= {"edition": board.edition, "kind": "run", "name": run["experiment"]}
         run |= run["links"]
         run["mlflow"] = " ".join(place["link"] or place["run"] for place in run["mlflow"])

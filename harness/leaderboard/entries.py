@@ -117,27 +117,44 @@ class Board:
         names = dict.fromkeys(name for row in self.standings for name in row.scores)
         return list(names | dict.fromkeys(name for entry in self.entries for name in entry.scores))
 
+    @property
+    def known(self) -> str:
+        """How many of the teams the standings have, in words."""
+        count, every = len(self.standings), EDITIONS[self.edition].teams.get(self.task)
+        if every == count:
+            return f"all {count} teams"
+        return f"{count} of the {every} teams" if every else f"{count} known; there may be more teams"
+
+    def place(self, value: float) -> int | None:
+        """The place of a score among the official ones on test; None if the teams next to it are not known.
+
+        So it is below the last team that is known.
+        """
+        rest = [row for row in self.standings if row.scores[self.primary] <= value]
+        place = len(self.standings) - len(rest) + 1
+        best = max(rest, key=lambda row: row.scores[self.primary], default=None)
+        return place if best and best.rank == place else None
+
     def rank(self, entry: Entry) -> int | None:
         """The entry's rank: on test the one it would have in the standings, on validation among our runs.
 
-        None if the entry is `apart`. Also None on test if the standings lack the teams next to it, as they do
-        below the last one.
+        None if the entry is `apart`. Also None on test if `place` is.
         """
         if entry.apart:
             return None
         own = entry.value(self.primary)
         if entry.split == "test":
-            rest = [row for row in self.standings if row.scores[self.primary] <= own]
-            place = len(self.standings) - len(rest) + 1
-            best = max(rest, key=lambda row: row.scores[self.primary], default=None)
-            return place if best and best.rank == place else None
+            return self.place(own)
         peers = [e for e in self.entries if e.split == entry.split and not e.apart]
         return 1 + sum(e.value(self.primary) > own for e in peers)
 
     def is_last(self, entry: Entry) -> bool:
         """Whether a ranked entry's score on test is below all standings."""
-        own = entry.value(self.primary)
-        return all(row.scores[self.primary] > own for row in self.standings)
+        return self.below_all(entry.value(self.primary))
+
+    def below_all(self, value: float) -> bool:
+        """Whether a score is below all standings."""
+        return all(row.scores[self.primary] > value for row in self.standings)
 
     def beats(self, entry: Entry) -> dict[str, list[str]]:
         """By metric, the teams whose test score the entry exceeds; official scores only.
@@ -216,9 +233,11 @@ def board(
     else:
         entries, more = _caption_entries(ours, half)
         left_out += more
-    # entries apart are not sorted by score, because their scores can't be compared
+    # entries apart are the newest first, because their scores can't be compared
     primary = _primary(edition, task)
-    entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary), e.folder))
+    entries.sort(key=lambda e: e.folder)
+    entries.sort(key=lambda e: e.record["ended"] or e.record["started"] or "", reverse=True)
+    entries.sort(key=lambda e: (e.split, bool(e.apart), 0 if e.apart else -e.value(primary)))
     return Board(edition, read_standings(_file(standings, edition, task)), entries, left_out, half, task)
 
 

@@ -131,6 +131,12 @@ class Captioner(Protocol):
         `width` rows and room for `length` new tokens. A batch ends when the next one begins.
         """
 
+    def looking(self) -> "AbstractContextManager[Callable[[], Tensor | None]]":
+        """While it is open, the function gives where the model looked in the last batch, uint8 (B, h, w).
+
+        For the page of a run; None if that is not known. Only families that can tell have this method.
+        """
+
     def image_features(self, pixels: Pixels) -> "Tensor":
         """The image features that the text parts use, (B, T, D)."""
 

@@ -1,6 +1,7 @@
-"""HTML pages in one file: a template, the common style and scripts, and data that can't become code."""
+"""HTML pages in one file: a template with its styles and scripts, and data that can't become code."""
 
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -9,7 +10,7 @@ from harness.visible import visible
 
 
 def filled(template: str, data: Any) -> str:
-    """A template of this folder with the common style and scripts, and the data as JSON.
+    """A template of this folder with the styles and scripts that it names, and the data as JSON.
 
     The data can't become markup: in a JSON string "</script>" would end the element, and "<!--" would hide
     its end. Characters that reverse text or are invisible become escapes, as on a terminal. NaN and infinity
@@ -17,11 +18,12 @@ def filled(template: str, data: Any) -> str:
     """
     text = json.dumps(_shown(finite(data)), allow_nan=False, separators=(",", ":"))
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    templates = files("harness.pages")
-    common, page = (
-        templates.joinpath(name).read_text(encoding="utf-8") for name in ("common.html", template)
-    )
-    return page.replace("{{common}}", common).replace("{{data}}", text)
+    # one pass, so that nothing in the data or in a script is taken for a name
+    return re.sub(r"{{([\w.]+)}}", lambda one: text if one[1] == "data" else _file(one[1]), _file(template))
+
+
+def _file(name: str) -> str:
+    return files("harness.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def _shown(value: Any) -> Any:

@@ -8,7 +8,7 @@ from harness import records
 from harness.compare import few_images
 from harness.concepts.results import Concept, per_concept, worst_first
 from harness.data.halves import HALVES, TUNE
-from harness.report import gallery
+from harness.report import examples, gallery, groups
 from harness.report.sources import Concepts, Images, Run
 
 F1 = "f1"
@@ -27,8 +27,9 @@ def as_dict(
     names = images.concept_names if images else {}
     predicted, true = ([lists.get(key, ()) for key in found.ids] for lists in (found.predicted, found.true))
     have = set(pictured)
+    opening = examples.chosen(found.ids, found.f1)
     shown = [key for key in found.ids if key not in have]
-    links, thumbnails = gallery.pictures(shown, images, page)
+    links, thumbnails = gallery.pictures(shown, images, page, [key for _, key in opening])
     table = worst_first(per_concept(predicted, true, names)) if found.true else _unscored(found, names)
     return {
         "predictor": own.get("predictor"),
@@ -36,6 +37,8 @@ def as_dict(
         "told": _told(own),
         "tuned": _tuned(own),
         "scores": list(_scores(own)),
+        "examples": {"metric": F1 if found.f1 else None, "chosen": opening},
+        "groups": groups.as_dict({key: {F1: value} for key, value in found.f1.items()}, found.true, names),
         "baselines": list(_baselines(own)),
         "few": list(_few(own)),
         "table": [_row(concept, bool(found.true)) for concept in table],

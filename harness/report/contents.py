@@ -15,9 +15,9 @@ from harness.compare import few_images, record_on_half
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
-from harness.report import concepts, gallery, sources
+from harness.report import concepts, examples, gallery, groups, sources
 from harness.report.gallery import link
-from harness.report.sources import Captions, Run, main_scores, scores
+from harness.report.sources import Captions, Images, Run, main_scores, scores
 from harness.tracking.server import failure_of, status_of
 from harness.training import soups
 from harness.training.profile import TABLE, TRACE
@@ -36,6 +36,7 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
     captions, curves, siblings = sources.captions(run, images), _curves(run), _siblings(run, page)
     detected, halves = sources.concepts(run), _halves(run)
     nearest = records.nearest_image(record, run.root)
+    opening = _examples(captions, run)
     left_out = [f"left out: {problem}" for problem in dict.fromkeys(run.left_out)]
     same = [*same_in("valid", captions.after or captions.before), *record["data"].get("notes", ())]
     return {
@@ -68,10 +69,30 @@ def as_dict(run: Run, page: Path) -> dict[str, Any]:
         },
         "data": _data_facts(record),
         "environment": record["environment"],
-        "captions": gallery.shown(captions, images, run, page),
+        "examples": opening,
+        "groups": _groups(captions, images),
+        "captions": gallery.shown(captions, images, run, page, [key for _, key in opening["chosen"]]),
         "tasks": records.tasks_of(record),
         "concepts": concepts.as_dict(detected, images, run, page, captions.ids),
     }
+
+
+def _examples(captions: Captions, run: Run) -> dict[str, Any]:
+    """The captions that open the page, (kind, id), and the metric by which the best and the worst are so."""
+    main = run.main_metric()
+    metric = main if main in captions.metrics else next(iter(captions.metrics), None)
+    scores = {key: gallery.number(row.get(metric)) for key, row in captions.scored.items()}
+    return {"metric": metric, "chosen": examples.chosen(captions.ids, scores)}
+
+
+def _groups(captions: Captions, images: Images | None) -> dict[str, Any] | None:
+    """Mean scores of the images of each modality and concept; None without scores or concepts."""
+    cuis = {key: one.cuis for key, one in images.examples.items()} if images else {}
+    scores = {
+        key: {metric: gallery.number(row.get(metric)) for metric in captions.metrics}
+        for key, row in captions.scored.items()
+    }
+    return groups.as_dict(scores, cuis, images.concept_names) if images else None
 
 
 def _halves(run: Run) -> dict[str, Any] | None:

@@ -5,12 +5,15 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from harness.data.images import DAMAGE, decode, each
+from harness.report import sources
 from harness.report.sources import Captions, Images, Run
 
 SIDE = 192
@@ -19,10 +22,16 @@ MOST_EMBEDDED = 1_000
 """Maximum number of images in a page, 6 to 10 kB each; the page of a larger set links to the files."""
 
 
-def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> dict[str, Any]:
-    """The captions as the page lists them: without absent fields, and with concepts as list positions."""
+def shown(
+    captions: Captions, images: Images | None, run: Run, page: Path, opening: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The captions as the page lists them: without absent fields, and with concepts as list positions.
+
+    The images of `opening` are always in the page.
+    """
     examples = images.examples if images else {}
-    links, thumbnails = pictures(captions.ids, images, page)
+    links, thumbnails = pictures(captions.ids, images, page, opening)
+    attention = sources.attention(run, captions)
     count = Counter(cui for key in captions.ids if key in examples for cui in examples[key].cuis)
     concepts = {cui: place for place, (cui, _) in enumerate(count.most_common())}
     listed = []
@@ -37,6 +46,7 @@ def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> di
             "concepts": [concepts[cui] for cui in examples[key].cuis] if key in examples else None,
             "image": links.get(key),
             "thumbnail": thumbnails.get(key),
+            "attention": _encoded(attention[key]) if key in thumbnails and key in attention else None,
         }
         listed.append({name: value for name, value in row.items() if value is not None})
     names = images.concept_names if images else {}
@@ -44,15 +54,18 @@ def shown(captions: Captions, images: Images | None, run: Run, page: Path) -> di
         "metrics": captions.metrics,
         "concepts": [[cui, names.get(cui, cui), count[cui]] for cui in concepts],
         "rows": listed,
+        "attention_grid": next((one.shape for one in attention.values()), None),
         "notes": list(_notes(captions, images, run, len(links), len(thumbnails))),
     }
 
 
-def pictures(ids: Sequence[str], images: Images | None, page: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Links to the images with these ids, and their thumbnails; of too many images there are links alone."""
+def pictures(
+    ids: Sequence[str], images: Images | None, page: Path, always: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Links to the images with these ids, and their thumbnails; of too many, only those of `always`."""
     files = {key: images.files[key] for key in ids if key in images.files} if images else {}
-    thumbnails = _thumbnails(files) if len(files) <= MOST_EMBEDDED else {}
-    return {key: link(file, page) for key, file in files.items()}, thumbnails
+    embedded = files if len(files) <= MOST_EMBEDDED else {key: files[key] for key in always if key in files}
+    return {key: link(file, page) for key, file in files.items()}, _thumbnails(embedded)
 
 
 def _notes(captions: Captions, images: Images | None, run: Run, found: int, embedded: int) -> Iterator[str]:
@@ -91,15 +104,21 @@ def _numbers(row: Mapping[str, str] | None, metrics: Sequence[str]) -> list[floa
     """Scores of one image, rounded for the page; None for a score that is not a finite number."""
     if row is None:
         return None
-    values = [_number(row.get(metric)) for metric in metrics]
-    return [round(value, 4) if math.isfinite(value) else None for value in values]
+    values = [number(row.get(metric)) for metric in metrics]
+    return [None if value is None else round(value, 4) for value in values]
 
 
-def _number(text: str | None) -> float:
+def number(text: str | None) -> float | None:
+    """A score of one image as it is in a table; None for one that is not a finite number."""
     try:
-        return float(text or "nan")
+        value = float(text or "nan")
     except ValueError:
-        return math.nan
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _encoded(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()
 
 
 def _thumbnails(files: Mapping[str, Path]) -> dict[str, str]:

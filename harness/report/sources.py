@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness import records
-from harness.captions import LISTS, PREDICTIONS
+from harness.captions import ATTENTION, LISTS, PREDICTIONS
 from harness.config.editions import EDITIONS
 from harness.data.halves import HELD
 from harness.data.readers import Example, read
@@ -131,6 +133,24 @@ def captions(run: Run, images: Images | None) -> Captions:
         labels = {key: images.examples[key].caption for key in texts[0] if key in images.examples}
         references = {key: caption for key, caption in labels.items() if caption is not None}
     return Captions(*texts, before, after, references)
+
+
+def attention(run: Run, captions: Captions) -> Mapping[str, np.ndarray]:
+    """Where the model looks in each image by id, uint8 (h, w); empty if prediction left no such file."""
+    maps = run.read("predict-valid", ATTENTION, _maps)
+    if len(maps) != len(captions.before):
+        return {}
+    return {key: one for key, one in zip(captions.before, maps, strict=True) if one.any()}
+
+
+def _maps(file: Path, record: records.Record) -> np.ndarray:
+    try:
+        maps = np.load(file, allow_pickle=False)
+        if maps.ndim != 3 or maps.dtype != np.uint8:
+            raise ValueError(f"{maps.dtype} {maps.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise records.damaged(file, record, f"can't be read: {error}") from None
+    return maps
 
 
 def main_scores(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

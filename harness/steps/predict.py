@@ -75,6 +75,7 @@ class Predict(Step):
                 given,
                 self.inputs.config.seed if config.samples else 0,
                 prompts,
+                look=self.part == "valid",
             )
 
 

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness import leaderboard
+from harness.metrics import Score, bootstrap, write_arrays
+from harness.store import write_json
 from support import commands
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +61,25 @@ def record(
         "image_gap": {"rouge1": {"gap": 0.02, "low": 0.01, "high": 0.03}},
     }
     return found | more
+
+
+def scored(values: np.ndarray, metric: str = "bertscore", signature: str = SIGNATURE) -> Score:
+    """The score of images with these values (n,), with its interval."""
+    low, high = bootstrap.interval(bootstrap.resample({"": values}, {"": None}, 1_000)[""])
+    return Score(metric, float(values.mean()), low, high, len(values), signature, True, 0.0, per_image=values)
+
+
+def write_scored(root: Path, run: dict, scores: dict[str, Score], references: str = "same") -> Path:
+    """The folder of a run with these scores of its images after post-processing, as scoring leaves them."""
+    (split,) = run["scores"]
+    plain = {metric: one.as_dict() for metric, one in scores.items()}
+    step = f"steps/score-{run['variant']}-{run['seed']}"
+    ids = [f"i{n}" for n in range(next(iter(scores.values())).n)]
+    write_arrays(root / "runs" / step / "arrays.npz", ids, scores)
+    write_json(root / "runs" / step / "scores.json", {"scores": plain, "references": references})
+    after = run["scores"][split]["after"] | plain
+    steps = {"steps": {"score-after": step}} if split == "valid" else {}
+    return write_run(root, run | steps | {"artifacts": {}, "scores": {split: {"after": after}}})
 
 
 def write_run(root: Path, run: dict) -> Path:

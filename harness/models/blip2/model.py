@@ -24,6 +24,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 
 from harness.models import head, parts
 from harness.models.base import Losses, Samples
+from harness.models.blip2 import attention
 from harness.models.cache import CachedDecoding, Speaker, logits_of
 from harness.models.text import summed_loss
 
@@ -233,6 +234,10 @@ class Captioner(Blip2PreTrainedModel):
         queries = self.language_projection(self.see(pixels)[0])
         words = self.language_model.get_input_embeddings()(prompts)
         return torch.cat([queries.to(words.dtype), words], dim=1)
+
+    def looking(self) -> contextlib.AbstractContextManager[Callable[[], Tensor | None]]:
+        """See `attention.watched`."""
+        return attention.watched(self)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
