@@ -20,6 +20,7 @@ from typer.exceptions import TyperException as ClickException
 
 from harness.cli import (
     best,
+    caption,
     compare,
     consensus,
     data,
@@ -87,6 +88,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(study.app, name="study", rich_help_panel=_RUN)
+app.command("caption", rich_help_panel=_RUN)(caption.caption)
 app.command("score", rich_help_panel=_SCORE)(score.score)
 app.command("compare", rich_help_panel=_SCORE)(compare.compare)
 app.command("consensus", rich_help_panel=_SCORE)(consensus.consensus)
