@@ -57,6 +57,7 @@ def test_the_runs_own_images_get_the_runs_own_captions(project):
     assert "bad.jpg" in page
 
 
+@pytest.mark.slow
 def test_captions_from_before_an_interruption_are_kept(project, monkeypatch):
     from harness.cli.terminal import Terminal
     from harness.decoding import predict
