@@ -142,10 +142,9 @@ class Captioner:
     def _utility(self) -> consensus.Utility:
         """The utility of the run's consensus, as its step has it; see `steps.comparing`."""
         config = self.config
-        weights = config.consensus.utility or {primary_metric(config): 1.0}
         training = [one.caption for one in self._data.splits["train"] if one.caption]
         return consensus.Utility(
-            consensus.mixture(weights, config.edition),
+            _compared_by(config),
             self._scoring(),
             config.edition,
             device.scoring_device(self._kind),
@@ -207,6 +206,20 @@ def _of(run: Path, kind: str | None, batch_size: int | None, problems: list[Prob
     return Captioner(run, record, config, tuple(one for one in members if one))
 
 
+def _compared_by(config: Config) -> Mapping[str, float]:
+    """The weights by metric of the run's consensus; empty if it has none."""
+    if config.consensus is None:
+        return {}
+    weights = config.consensus.utility or {primary_metric(config): 1.0}
+    return consensus.mixture(weights, config.edition)
+
+
+def _executes(metric: str) -> bool:
+    """Whether a metric executes a program that the config names."""
+    weights = metrics.METRICS[metric].weights
+    return weights is not None and weights.executes
+
+
 def _refused(config: Config) -> Iterator[tuple[str, str, str | None]]:
     """Why a run can't caption other images than its own: key, reason, and what to do instead."""
     if not config.captions:
@@ -220,6 +233,9 @@ def _refused(config: Config) -> Iterator[tuple[str, str, str | None]]:
         other = "similar training images" if kind == "retrieved" else "the concepts that another run predicts"
         what = f"its prompt begins with a text from {other}, which other images do not have"
         yield f"model.prompt.{kind}", what, "Caption with a run whose prompt is the same text for all images."
+    if programs := [name for name in _compared_by(config) if _executes(name)]:
+        what = f"its consensus compares by {', '.join(programs)}, and a record is not trusted to name programs"
+        yield "consensus.utility", what, None
     if config.consensus and not config.data.root.is_dir():
         what = f"no such folder: {config.data.root}; the consensus weighs words by its training captions"
         yield "data.root", what, "Run this in the folder of the project, or bring the data back."

@@ -90,6 +90,7 @@ def test_captions_from_before_an_interruption_are_kept(project, monkeypatch):
         ({"task": "concepts", "concepts": {"predictor": "knn"}}, "task"),
         ({"retrieval": {"neighbours": 1}}, "retrieval"),
         ({"consensus": {"utility": {"rouge1": 1}}}, "data.root"),
+        ({"consensus": {"utility": {"medcat": 1}}}, "consensus.utility"),
         ({"model": {"prompt": {"retrieved": 2}}}, "model.prompt.retrieved"),
         ({"model": {"prompt": {"concepts": "a/b-s1"}}}, "model.prompt.concepts"),
     ],

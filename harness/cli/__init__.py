@@ -25,6 +25,7 @@ from harness.cli import (
     consensus,
     data,
     export,
+    init,
     leaderboard,
     reference,
     report,
@@ -88,6 +89,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(study.app, name="study", rich_help_panel=_RUN)
+app.command("init", rich_help_panel=_DATA)(init.init)
 app.command("caption", rich_help_panel=_RUN)(caption.caption)
 app.command("score", rich_help_panel=_SCORE)(score.score)
 app.command("compare", rich_help_panel=_SCORE)(compare.compare)
