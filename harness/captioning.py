@@ -234,7 +234,7 @@ def _refused(config: Config) -> Iterator[tuple[str, str, str | None]]:
         what = f"its prompt begins with a text from {other}, which other images do not have"
         yield f"model.prompt.{kind}", what, "Caption with a run whose prompt is the same text for all images."
     if programs := [name for name in _compared_by(config) if _executes(name)]:
-        what = f"its consensus compares by {', '.join(programs)}, and a record is not trusted to name programs"
+        what = f"its consensus compares by {', '.join(programs)}, which runs programs that its record names"
         yield "consensus.utility", what, None
     if config.consensus and not config.data.root.is_dir():
         what = f"no such folder: {config.data.root}; the consensus weighs words by its training captions"
