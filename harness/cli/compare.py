@@ -23,6 +23,7 @@ from harness.cli.terminal import (
     Task,
     Terminal,
 )
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
 from harness.visible import console, json_text, print_csv
 
@@ -246,23 +247,21 @@ def _csv(systems: Sequence["System"], found: Sequence["Difference"], half: Half 
 def _print(
     systems: Sequence["System"], found: Sequence["Difference"], resamples: int, half: Half | None
 ) -> None:
-    from rich.table import Table
-
     from harness.compare import few_images
 
     screen = console()
     several, n = len(systems) > 2, len(systems[0].ids)
     images = f"{n} images" + (f" of the {half} half" if half else "")
     title = f"{len(systems)} systems, {images}: scores and differences [95 % interval]"
-    table = Table("metric", "system", title=title, title_justify="left")
-    for name in ("score", "p", *(["p, Holm"] if several else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("at 95 %")
-    for metric in dict.fromkeys(one.metric for one in found):
-        for row in _section(metric, systems, found, several):
-            table.add_row(*row)
-        table.add_section()
-    screen.print(table)
+    columns = [Column("metric"), Column("system"), Column("score", 0), Column("p", 2 - several)]
+    columns += [Column("p, Holm", 1)] if several else []
+    columns.append(Column("at 95 %", 1 + several, text=True))
+    rows = [
+        Row(cells, section=number == 0)
+        for metric in dict.fromkeys(one.metric for one in found)
+        for number, cells in enumerate(_section(metric, systems, found, several))
+    ]
+    Sheet(title, columns, rows, labels=2, grouped=True).show(screen)
     for line in _notes(systems, found, resamples):
         screen.print(line)
     if half and (few := few_images(n, half)):
@@ -273,12 +272,12 @@ def _section(
     metric: str, systems: Sequence["System"], found: Sequence["Difference"], several: bool
 ) -> list[list[str]]:
     """The rows of one metric: each system's score, then each difference."""
-    rows = [["", system.label, _value(system.scores.get(metric))] for system in systems]
-    rows[0][0] = metric
+    blank = [""] * (3 if several else 2)
+    rows = [[metric, system.label, _value(system.scores.get(metric)), *blank] for system in systems]
     for one in found:
         if one.metric == metric:
             ps = (one.p, one.adjusted_p) if several else (one.p,)
-            rows.append(["", f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
+            rows.append([metric, f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
     return rows
 
 

@@ -1,11 +1,19 @@
 """`harness soup`: an experiment that averages the weights of finished runs, written from their records."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from harness import records
+from harness.cli import compare
+from harness.cli.run import run_all
+from harness.cli.terminal import DeviceOption, Format, Output, Sets, configs_of
 from harness.errors import Problem, UserError
+from harness.machine import launch
 from harness.store import RUNS, fingerprint, write
 
 _HEAD = """\
@@ -14,6 +22,42 @@ _HEAD = """\
 # Expected  the score of the best run, or better: an average that scores less is not kept
 # Cost      two scored validations of {images} images at most for each candidate; nothing is trained
 """
+
+
+def soup(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Finished runs of one initialisation.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="EXPERIMENT.yaml", help="Where to write the experiment; by default runs/soup/."),
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half/--all", help="Choose on one half of the validation images, or on all.")
+    ] = True,
+    sets: Sets = None,
+    device: DeviceOption = None,
+    output: Output = Format.table,
+) -> None:
+    """Average the weights of runs if that scores better, and run what it gives: captions, scores, submission.
+
+    It starts from the best weights and adds the others one by one. It keeps one if the score does not fall.
+
+    All weights that train.keep_best kept are candidates. At the end it compares the soup with the best run.
+
+    Example: python -m harness soup quickstart/opt_224-s42 quickstart/opt_224-s43
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    file = experiment(runs, out, half)
+    configs = configs_of(file, sets, device)
+    records = run_all(file, configs, output)
+    print(f"the experiment: {file}", file=sys.stderr)
+    if records and output is Format.table and not launch.is_rank():
+        member = best_member(records[0])
+        if len(records[0]["soup"]["members"]) == 1:
+            print(f"No average scored better than {member} alone: the soup has its weights.")
+            return
+        compare.compare([RUNS / member, RUNS / configs[0].name / configs[0].run_name])
 
 
 def experiment(runs: Sequence[Path], out: Path | None, half: bool) -> Path:

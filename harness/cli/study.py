@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal, command_line
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
 from harness.visible import console, json_text, print_csv
 
@@ -260,8 +261,6 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 
 
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
-    from rich.table import Table
-
     from harness.cli import tables
     from harness.compare import few_images
     from harness.study import results
@@ -269,17 +268,18 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     screen = console()
     keys = [parameter.key for parameter in spec.space]
     where = f", the {spec.config.half} half" if spec.config.half else ""
-    table = Table(title=f"{spec.name}: validation scores{where}", title_justify="left")
-    for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    names = [*spec.objective, *(key.rpartition(".")[2] for key in keys)]
+    columns = [Column("trial"), *(Column(name, number) for number, name in enumerate(names))]
+    columns += [Column("s"), Column("note", text=True)]
+    table = []
     for row in rows:
         scores = [tables.cell({"value": v, "official": row["official"]}) for v in row["values"].values()]
         values = [_short(row["params"].get(key)) for key in keys]
         spent = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         note = _note(row)
-        table.add_row(str(row["number"]), *scores, *values, spent, note, style="bold" if row["best"] else "")
-    screen.print(table)
+        cells = [str(row["number"]), *scores, *values, spent, note]
+        table.append(Row(cells, style="bold" if row["best"] else ""))
+    Sheet(f"{spec.name}: validation scores{where}", columns, table).show(screen)
     if any(row["official"] is False for row in rows):
         screen.print(tables.NOT_COMPARABLE)
     for row in rows:

@@ -74,6 +74,14 @@ DeviceOption = Annotated[
 ]
 
 
+def configs_of(experiment: Path, sets: list[str] | None, device: DeviceName | None) -> list[Any]:
+    """The configs of an experiment file, a variant and seed each; raises `UserError`."""
+    from harness.config.experiment import load
+
+    extra = [f"device={device}"] if device else []
+    return load(experiment, [*(sets or ()), *extra])
+
+
 class Terminal:
     """Reports progress on stderr: lines, and bars if stderr is a terminal; nothing if `silent`."""
 
