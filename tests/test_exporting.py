@@ -81,6 +81,11 @@ def test_weights_of_an_unfinished_training_are_not_exported(small_run, tmp_path)
     with pytest.raises(UserError, match="no trained weights"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["consensus"] = {"own": 0, "runs": [{"run": "a/b-s1", "weight": 1}]}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="no model of its own: it combines a/b-s1"):
+        export(run, tmp_path / "out")
 
 
 def pictures(folder: Path, count: int = 4) -> list[Given]:

@@ -28,11 +28,6 @@ class Given:
     image: Path
     note: str = ""
 
-    @property
-    def damage(self) -> str:
-        """Nothing: damaged images are left out before."""
-        return ""
-
 
 @dataclass(frozen=True)
 class Found:

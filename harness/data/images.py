@@ -70,9 +70,15 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def frames(content: bytes) -> int:
-    """How many pictures are in an image file that `decode` reads; `decode` gives the first one."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return getattr(image, "n_frames", 1)
+    """How many pictures are in an image file that `decode` reads; `decode` gives the first one.
+
+    Raises `ValueError` if the file ends before its last picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception as error:  # on strange files PIL's readers raise any kind of error
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

@@ -67,7 +67,12 @@ class Finished:
 
 
 def of(run: Path, record: Mapping[str, Any]) -> Finished:
-    """The model of a run. Raises `UserError` if its training has not finished, or its weights are damaged."""
+    """The model of a run. Raises `UserError` if it has none, or if its training has not finished."""
+    concepts = records.task_of(record) == records.CONCEPTS
+    section = record["config"].get("concepts" if concepts else "consensus") or {}
+    if section.get("own") == 0:
+        names = ", ".join(one["run"] for one in section["runs"])
+        raise UserError([Problem(f"the run has no model of its own: it combines {names}", run)])
     try:
         model = ModelConfig.model_validate(record["config"]["model"])
         train = TrainConfig.model_validate(record["config"]["train"])
