@@ -7,11 +7,13 @@ from typer.core import TyperGroup
 
 from harness.cli import (
     best,
+    caption,
     compare,
     consensus,
     data,
     doctor,
     export,
+    init,
     keeping,
     leaderboard,
     process,
@@ -49,6 +51,8 @@ app.callback()(keeping.version)
 app.command("run", rich_help_panel=_RUN)(run.run)
 app.command("soup", rich_help_panel=_RUN)(soups.soup)
 app.add_typer(study.app, name="study", rich_help_panel=_RUN)
+app.command("init", rich_help_panel=_DATA)(init.init)
+app.command("caption", rich_help_panel=_RUN)(caption.caption)
 app.command("score", rich_help_panel=_SCORE)(score.score)
 app.command("compare", rich_help_panel=_SCORE)(compare.compare)
 app.command("consensus", rich_help_panel=_SCORE)(consensus.consensus)

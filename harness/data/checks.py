@@ -98,7 +98,7 @@ def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | 
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
-    return Examined(listing.fatal, findings, _notes(listing))
+    return Examined(listing.fatal, findings, [*_notes(listing), *_without_concepts(config.root, listing)])
 
 
 def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
@@ -206,6 +206,14 @@ def _notes(listing: Listing) -> list[Finding]:
     return [*_without_words(listing), *_without_manual(listing)]
 
 
+def _without_concepts(root: Path, listing: Listing) -> Iterator[Finding]:
+    """A note on missing files of concepts; a run that uses them reports them as problems."""
+    if listing.absent:
+        names, looked = ", ".join(listing.absent), ", ".join(listing.absent.values())
+        what = f"no files of {names}, looked for {looked}; captions need none of them"
+        yield Finding(Problem(what, root), None, "no files of concepts")
+
+
 def _finding(listing: Listing, split: str, example: Example, what: str, cause: str) -> Finding:
     source = listing.sources[split] or example.image
     return Finding(Problem(what, source, example.line), (split, example.id), cause)
@@ -271,6 +279,7 @@ def _dataset(
         left_out=tuple(finding for finding in findings if finding.row not in listed),
         notes=(*_notes(listing), *notes),
         manual=listing.manual,
+        absent=listing.absent,
     )
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from harness.data.files import other_than_file, why
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_FOREIGN = (
+ODD_SUFFIXES = (
     *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif", ".heic", ".ppm", ".pgm"),
     *(".dcm", ".dicom", ".nii", ".nii.gz"),
 )
-"""Suffixes of image formats that are not read."""
+"""Suffixes of image formats that data sets do not have; as images of a data set they are not read."""
 KEEP_ONE = "Keep one image of each id."
 _NAMED = 3
 
@@ -167,7 +167,7 @@ def _is_image(name: str) -> bool:
 
 def _without_foreign(name: str) -> str | None:
     """The id in the name of an image whose format is not read; None for other names."""
-    suffix = next((suffix for suffix in _FOREIGN if name.lower().endswith(suffix)), None)
+    suffix = next((suffix for suffix in ODD_SUFFIXES if name.lower().endswith(suffix)), None)
     return name[: -len(suffix)] if suffix else None
 
 

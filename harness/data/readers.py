@@ -72,6 +72,8 @@ class Dataset:
     left_out: tuple["Finding", ...]
     notes: tuple["Finding", ...] = ()
     manual: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """The files of concepts that the data lacks, as in `Listing.absent`."""
 
     def readable(self, split: str) -> list[Example]:
         """The rows of a split whose images can be read."""
@@ -111,6 +113,11 @@ class Listing:
     """Per split, the supposed ids of rows that can't be read."""
     fatal: list[Problem] = field(default_factory=list)
     """Problems that leaving out rows does not solve."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """The missing files of `train concepts`, `valid concepts` and `concept names`, as looked for.
+
+    Captions need none of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def read(root: Path, layout: str) -> Listing:
 def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     required = split != "test"
     captions_file = _find(root, how.captions.format(split=split), f"{split} captions", required, listing)
-    concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
+    concepts_file = _concept_file(root, how.concepts.format(split=split), f"{split} concepts", listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
     images = folders.of_split(root, split)
@@ -249,6 +256,13 @@ def _find(root: Path, suffix: str, what: str, required: bool, listing: Listing) 
     elif required:
         listing.fatal.append(Problem(f"no file of {what}: looked for *{suffix}", root, hint=_there(root)))
     return None
+
+
+def _concept_file(root: Path, suffix: str, what: str, listing: Listing) -> Path | None:
+    found = _find(root, suffix, what, False, listing)
+    if found is None and not what.startswith("test"):  # the labels of test may be withheld
+        listing.absent[what] = f"*{suffix}"
+    return found
 
 
 def _there(root: Path) -> str:
@@ -435,7 +449,7 @@ def _ids(path: Path, split: str, listing: Listing) -> Table:
 
 def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
     """The name of each CUI, from a tab file without header (2023) or a comma file with one (2024, ROCOv2)."""
-    path = _find(root, "cui_mapping.csv", "concept names", True, listing)
+    path = _concept_file(root, "cui_mapping.csv", "concept names", listing)
     text = _text(path, listing) if path else None
     if text is None:
         return {}

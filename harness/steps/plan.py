@@ -20,7 +20,7 @@ from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import family
 from harness.models import problems as model_problems
-from harness.steps import STEPS, comparing, epochs, origins
+from harness.steps import STEPS, comparing, epochs, lacking, origins
 from harness.steps.base import Step
 from harness.steps.detect import has_thresholds
 from harness.steps.validating import choosing
@@ -209,6 +209,7 @@ def prepare(
                 hints.append(error.hint)
         if key in loaded:
             plans.append(Plan(config, loaded[key], root))
+            found += lacking.problems(plans[-1])
     if found or (found := _lacking_space(epochs.check(plans))):
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
@@ -248,6 +249,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     if (images := unchecked(config.data, root)) > QUICK_IMAGES:
         return {"data": f"to do: {images} images will be decoded and checked first"}
     plan = Plan(config, load(config.data, root), root)
+    if found := lacking.problems(plan):
+        raise UserError(found)
     if why := epochs.unknown(plan):
         return {"train": f"to do, but its epochs are not known yet: {why}"}
     if why := config.trains and origins.waiting(plan):
