@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "imageclef-harness"
 OLDEST_CANN = (9, 1)
 """What torch-npu 2.12 needs, the version before ours (COMPATIBILITY.md of github.com/Ascend/pytorch)."""
-VERIFY = "verify them with the original packages: python -m harness score FILE --references FILE --verify 20"
+VERIFY = "verify them with the original packages: harness score FILE --references FILE --verify 20"
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
 def _data(configs: Sequence[Config]) -> Iterator[Check]:
     for data in {str(config.data.root): config.data for config in configs}.values():
         if data.root.is_dir():
-            yield Check("data", True, f"{data.root} is there; verify it: python -m harness data check")
+            yield Check("data", True, f"{data.root} is there; verify it: harness data check")
         elif data.phantom:
             yield Check("data", True, f"the made-up set will be drawn into {data.root}")
         else:

@@ -14,7 +14,7 @@ def export(
 
     Other experiments read it by the keys that it prints, transformers by from_pretrained.
 
-    Example: python -m harness export runs/quickstart/opt_364-s42 exported/opt_364
+    Example: harness export runs/quickstart/opt_364-s42 exported/opt_364
     """
     from harness.training import export
 

@@ -14,7 +14,7 @@ def reference(
 ) -> None:
     """Print every key of an experiment file with its type, default and meaning, as Markdown.
 
-    Example: python -m harness reference --output docs/reference.md
+    Example: harness reference --output docs/reference.md
     """
     from harness.config.reference import page
 

@@ -16,6 +16,7 @@ from harness.cli.terminal import (
     Output,
     Sets,
     Terminal,
+    Variants,
     command_line,
     configs_of,
 )
@@ -26,6 +27,7 @@ from harness.visible import json_text, print_csv
 
 def run(
     experiment: Experiment,
+    variants: Variants = None,
     sets: Sets = None,
     device: DeviceOption = None,
     nproc: Annotated[
@@ -43,9 +45,9 @@ def run(
 
     After an interruption the same command continues where it stopped. Finished steps are not repeated.
 
-    Example: python -m harness run experiments/quickstart.yaml --dry-run
+    Example: harness run experiments/quickstart.yaml --dry-run
     """
-    configs = configs_of(experiment, sets, device)
+    configs = configs_of(experiment, sets, device, variants)
     if dry_run:
         plans.show(configs, output)
         return

@@ -121,7 +121,7 @@ def _ensure(config: DataConfig) -> None:
     if config.phantom:
         phantom.ensure(config.root, config.phantom)
     if not config.root.is_dir():
-        hint = "Put the competition's files there, or try: python -m harness run experiments/quickstart.yaml"
+        hint = "Put the competition's files there, or try: harness run experiments/quickstart.yaml"
         raise UserError([Problem(f"no such folder: {config.root}", key="data.root", hint=hint)])
 
 
@@ -130,9 +130,7 @@ def _error(listing: Listing, findings: list[Finding], unknown: list[File], confi
     if findings and not listing.fatal and not config.skip_bad:
         hints.append(REPAIR)
     if unknown:
-        hints.append(
-            f"{len(unknown)} images were not decoded yet; to check them too: python -m harness data check"
-        )
+        hints.append(f"{len(unknown)} images were not decoded yet; to check them too: harness data check")
     return UserError(listing.fatal + together(findings), " ".join(hints) or None)
 
 

@@ -227,7 +227,7 @@ def _pixels(path: Path, size: int, fit: Callable[[Image.Image, int], np.ndarray]
     try:
         return fit(decode(path), size)
     except DAMAGE as error:
-        hint = "All of them: python -m harness data check"
+        hint = "All of them: harness data check"
         raise UserError([Problem(damage(error), path, hint=hint)]) from None
 
 

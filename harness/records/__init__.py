@@ -101,7 +101,7 @@ def _runs_near(folder: Path) -> str:
         if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
-    return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+    return "There are no runs yet; make some: harness run experiments/quickstart.yaml"
 
 
 def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
