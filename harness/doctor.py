@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "imageclef-harness"
 OLDEST_CANN = (9, 1)
 """What torch-npu 2.12 needs, the version before ours (COMPATIBILITY.md of github.com/Ascend/pytorch)."""
-VERIFY = "verify them with the original packages: python -m harness score FILE --references FILE --verify 20"
+VERIFY = "verify them with the original packages: harness score FILE --references FILE --verify 20"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _disk_use() -> Check:
         left = sum(item.size for item in cleaning.unneeded())
     except UserError:  # of a record that can't be read, which ls names
         return Check("disk use", True, found)
-    return Check("disk use", True, f"{found}; no run needs {gb(left)}: python -m harness gc --dry-run")
+    return Check("disk use", True, f"{found}; no run needs {gb(left)}: harness gc --dry-run")
 
 
 def _python() -> Check:
@@ -250,7 +250,7 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
 def _data(configs: Sequence[Config]) -> Iterator[Check]:
     for data in {str(config.data.root): config.data for config in configs}.values():
         if data.root.is_dir():
-            command = f"python -m harness data check {data.root} --layout {data.layout}"
+            command = f"harness data check {data.root} --layout {data.layout}"
             yield Check("data", True, f"{data.root} is there; verify it: {command}")
         elif data.phantom:
             yield Check("data", True, f"the made-up set will be drawn into {data.root}")

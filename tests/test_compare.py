@@ -293,7 +293,7 @@ def write_run(root: Path, variant: str, ids, captions, references, config=None, 
     found = {
         "name": "imageclef2023/ablation",
         "status": "FINISHED",
-        "command": "python -m harness run experiments/ablation.yaml",
+        "command": "harness run experiments/ablation.yaml",
         "edition": 2023,
         "artifacts": {},
         "config": {"score": json.loads(config.for_edition(2023).model_dump_json())},
@@ -402,7 +402,7 @@ def test_every_mistake_at_once(runs, golden, tmp_path):
     early = write_run(tmp_path / "runs", "early", ids, references, references, steps={}, status="FAILED")
     done = harness(tmp_path, runs[0], old, early, tmp_path)
     assert done.returncode == 2
-    again = "python -m harness run experiments/ablation.yaml"
+    again = "harness run experiments/ablation.yaml"
     assert f"{old}: scored by an older version" in done.stderr
     assert f"Score it again: {again}" in done.stderr
     assert f"{early}: the run (status FAILED) has no scores\n       Finish it: {again}" in done.stderr

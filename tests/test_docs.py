@@ -76,7 +76,7 @@ def test_every_command_has_a_panel_and_an_example():
     assert {"run", "score", "submission make", "data check"} <= set(commands)
     for command in commands:
         text = CliRunner().invoke(app, [*command.split(), "--help"], catch_exceptions=False).stdout
-        assert f"Example: python -m harness {command}".removesuffix(" run") in text
+        assert f"Example: harness {command}".removesuffix(" run") in text
     assert "─ Commands ─" not in CliRunner().invoke(app, ["--help"], catch_exceptions=False).stdout
 
 

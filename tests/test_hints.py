@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from harness.cli import app
+from harness.program import _COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SLOT = "X"
@@ -36,8 +37,7 @@ MESSAGES = [
 COMMANDS = [
     (place, found)
     for place, text in MESSAGES
-    for found in re.findall(r"python -m harness( [^\n`]*)", text)
-    if found.strip()[:1].islower()
+    for found in re.findall(rf"(?<![\w.`/-])harness((?= (?:{_COMMANDS})\b)[^\n`]*)", text)
 ]
 MAIN = typer.main.get_command(app)
 

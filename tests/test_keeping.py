@@ -35,7 +35,7 @@ def make(
         "seed": int(seed.partition("-")[0]),
         "status": "FINISHED",
         "edition": 2023,
-        "command": "python -m harness run x.yaml",
+        "command": "harness run x.yaml",
         "config": {"model": {}, "data": {}, "score": {}},
         "started": "2026-01-02T03:04:05+00:00",
         "ended": "2026-01-02T04:04:05+00:00",

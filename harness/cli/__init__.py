@@ -1,5 +1,6 @@
 """The commands; the only room that prints and sets exit codes."""
 
+import inspect
 from typing import Any
 
 import typer
@@ -26,6 +27,7 @@ from harness.cli import (
     submission,
     sync,
 )
+from harness.program import spelled
 
 _PANELS = ("Run and study", "Score and compare", "Submit", "Data", "Keep house")
 _RUN, _SCORE, _SUBMIT, _DATA, _HOUSE = _PANELS
@@ -42,7 +44,7 @@ app = typer.Typer(
     name="harness",
     cls=_InPanels,
     help="From one YAML file to a trained captioner, its scores and an official submission file.\n\n"
-    "Example: python -m harness run experiments/quickstart.yaml",
+    "Example: harness run experiments/quickstart.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -68,6 +70,10 @@ app.command("export", rich_help_panel=_HOUSE)(export.export)
 app.command("reference", rich_help_panel=_HOUSE)(reference.reference)
 app.command("sync", rich_help_panel=_HOUSE)(sync.sync)
 app.command("doctor", rich_help_panel=_HOUSE)(doctor.doctor)
+for _every in (app, study.app, submission.app, data.app):
+    _every.info.help = spelled(str(_every.info.help))
+    for _one in _every.registered_commands:
+        _one.help = spelled(inspect.getdoc(_one.callback) or "")
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Report, ReportFormat, Terminal, command_line
+from harness.cli.terminal import Report, ReportFormat, Terminal, all_by_name, command_line
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
+from harness.program import spelled
 from harness.visible import console, json_text
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def best(
         list[Path],
         typer.Argument(
             metavar="EXPERIMENT_OR_RUN...",
+            callback=all_by_name,
             help="Experiment files, or names of runs such as table3/opt_364-s42. Only finished runs count.",
         ),
     ],
@@ -52,7 +54,7 @@ def best(
 
     An experiment is written that makes the test submission.
 
-    Example: python -m harness best experiments/quickstart.yaml
+    Example: harness best experiments/quickstart.yaml
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import best as choosing
@@ -103,7 +105,7 @@ def _beside(source: Path, name: str) -> Path:
 
 
 def _run_command(place: Path) -> str:
-    return f"python -m harness run {place}"
+    return f"harness run {place}"
 
 
 def _print_plan(given: "Candidates", few: int, soup: bool, terminal: Terminal, output: Report) -> None:
@@ -179,7 +181,7 @@ def _print(choice: "Choice", place: Path) -> None:
     if not all(one.systems["held"].scores[metric].official for one in choice.options):
         screen.print(NOT_COMPARABLE)
     screen.print(f"Written: {place}")
-    screen.print(f"The test submission: {_run_command(place)}")
+    screen.print(spelled(f"The test submission: {_run_command(place)}"), soft_wrap=True)
 
 
 def _row(one: "Option", metric: str) -> list[str]:

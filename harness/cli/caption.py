@@ -52,7 +52,7 @@ def caption(
 
     If some images can't be read, it names each, captions the others and ends with exit code 1.
 
-    Example: python -m harness caption runs/quickstart/opt_364-s42 my_images --out captions.csv
+    Example: harness caption runs/quickstart/opt_364-s42 my_images --out captions.csv
     """
     from harness import captioning
     from harness.captions import same_in, write_captions

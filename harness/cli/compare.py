@@ -76,7 +76,7 @@ def compare(
 
     The exit code is 1 if nothing can be compared.
 
-    Example: python -m harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
+    Example: harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, configs_of
+from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, all_by_name, configs_of
 from harness.visible import json_text
 
 
 def doctor(
     experiments: Annotated[
-        list[Path] | None, typer.Argument(help="Experiments to check this machine for.")
+        list[Path] | None,
+        typer.Argument(help="Experiments to check this machine for.", callback=all_by_name),
     ] = None,
     sets: Sets = None,
     device: DeviceOption = None,
@@ -24,7 +25,7 @@ def doctor(
 ) -> None:
     """Show what this machine has and lacks: device, versions, weights, Java, disk and memory.
 
-    Example: python -m harness doctor experiments/ablation_364.yaml
+    Example: harness doctor experiments/ablation_364.yaml
     """
     from harness import doctor as diagnosis
 

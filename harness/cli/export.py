@@ -20,7 +20,7 @@ def export(
 
     The model card, README.md, has data, training, scores and licences. Nothing is uploaded.
 
-    Example: python -m harness export runs/quickstart/opt_364-s42 exported/opt_364
+    Example: harness export runs/quickstart/opt_364-s42 exported/opt_364
     """
     from harness.training import export
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from harness.errors import Problem, UserError
+from harness.program import spelled
 from harness.visible import is_terminal, one_line
 
 
@@ -30,7 +31,7 @@ def init(
     It finds the layout, the sizes, the concepts, the device and the weights on this machine. It checks the
     experiment as `run --dry-run` does before it writes it. It never overwrites a file.
 
-    Example: python -m harness init data/imageclef2023
+    Example: harness init data/imageclef2023
     """
     from harness import beginning
 
@@ -48,8 +49,8 @@ def init(
     for line in forecast:
         print(one_line(f"  {line}"))
     if config.data.skip_bad:
-        print(f"  Some rows have problems and are left out of training: harness data check {root}")
-    print(f"wrote {file}; next: harness run {file}")
+        print(spelled(f"  Some rows have problems and are left out of training: harness data check {root}"))
+    print(spelled(f"wrote {file}; next: harness run {file}"))
 
 
 def _chosen(found: list[Path]) -> Path:

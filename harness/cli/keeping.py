@@ -13,6 +13,7 @@ import typer
 
 from harness.cli.terminal import Format, Output
 from harness.errors import UserError
+from harness.program import spelled
 from harness.visible import console, is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def ls(
 
     A run's size includes its steps. Runs share equal steps, so the sizes may add up to more than the total.
 
-    Example: python -m harness ls quickstart --sort score
+    Example: harness ls quickstart --sort score
     """
     from harness.keeping import listing
     from harness.store import RUNS, gb
@@ -103,7 +104,7 @@ def ls(
         _table(found)
         console().print(f"{len(found)} runs; {RUNS}/ has {gb(listing.size(RUNS))} in all")
     else:
-        print("No such runs." if runs or status else "No runs yet: python -m harness run quickstart")
+        print("No such runs." if runs or status else spelled("No runs yet: harness run quickstart"))
 
 
 def _table(rows: Sequence["Row"]) -> None:
@@ -167,7 +168,7 @@ def rm(
 ) -> None:
     """Delete runs with their submissions; steps, MLflow's runs and other runs stay.
 
-    Example: python -m harness rm quickstart/opt_224-s42
+    Example: harness rm quickstart/opt_224-s42
     """
     from harness.keeping import cleaning
     from harness.store import gb
@@ -193,7 +194,7 @@ def gc(
 
     It keeps what a running process uses. Scores in the cache stay: they are small and save much time.
 
-    Example: python -m harness gc --dry-run
+    Example: harness gc --dry-run
     """
     from harness.keeping import cleaning
     from harness.store import gb
@@ -205,7 +206,7 @@ def gc(
     if not found:
         print("Nothing to delete: runs need all steps that there are.")
     elif dry_run:
-        print(f"{total} in all; nothing was deleted. Delete it: python -m harness gc")
+        print(spelled(f"{total} in all; nothing was deleted. Delete it: harness gc"))
     elif yes or not is_terminal(sys.stdin) or typer.confirm(f"Delete {total}?"):
         done, kept = cleaning.delete(found)
         print(f"deleted {gb(sum(item.size for item in done))}")

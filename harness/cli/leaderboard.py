@@ -10,6 +10,7 @@ import typer
 
 from harness.cli.terminal import HalfOption, Terminal
 from harness.cli.widths import Column, Row, Sheet
+from harness.program import spelled
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def leaderboard(
 ) -> None:
     """Show official standings (test) and our runs (validation), each with a rank or the reason for none.
 
-    Example: python -m harness leaderboard --edition 2023 --format html
+    Example: harness leaderboard --edition 2023 --format html
     """
     from harness import leaderboard as boards
     from harness.store import RUNS
@@ -98,7 +99,7 @@ def _print(boards: Sequence["Board"]) -> None:
         _seeds(screen, board)
         for entry in board.entries:
             for line in (*_origin(board, entry), *_beaten(board, entry)):
-                screen.print(line, soft_wrap=True)  # a command is copied whole
+                screen.print(spelled(line), soft_wrap=True)  # a command is copied whole
         if not board.entries:
             screen.print(f"{_title(board)}: no runs yet")
     if any(_starred(entry) for board in boards for entry in board.entries):
@@ -107,7 +108,7 @@ def _print(boards: Sequence["Board"]) -> None:
         screen.print(TUNED)
     for warning in filter(None, dict.fromkeys(map(_few, boards))):
         screen.print(warning)
-    screen.print("As a page: python -m harness leaderboard --format html")
+    screen.print(spelled("As a page: harness leaderboard --format html"))
 
 
 def _title(board: "Board") -> str:

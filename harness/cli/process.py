@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.machine import launch, ranks
 from harness.machine.launch import INTERRUPTED
 from harness.masking import masked
+from harness.program import spelled
 from harness.visible import STANDARD_OUTPUT, guard
 
 _INTERRUPTED = "interrupted; the same command continues where this one stopped"
@@ -86,7 +87,9 @@ def _run_command(app: Callable[..., Any]) -> None:
         if gone := _without_folder():
             _fail(gone, 2)
         launch.end_with_parent()
-        if app(standalone_mode=False) == INTERRUPTED:  # typer returns this after a KeyboardInterrupt
+        if (
+            app(prog_name="harness", standalone_mode=False) == INTERRUPTED
+        ):  # typer returns this after a KeyboardInterrupt
             _fail(_INTERRUPTED, INTERRUPTED)
     except UserError as error:
         _fail(str(error), error.exit_code, len(error.problems))
@@ -180,7 +183,7 @@ def _fail(text: str, code: int, problems: int = 0) -> None:
                 if not ranks.first_fails_too():
                     print(f"rank {ranks.rank()}: {text}", file=sys.stderr)
         sys.exit(code)
-    print(masked(text), file=sys.stderr)
+    print(masked(spelled(text)), file=sys.stderr)
     if problems and code == 2:
         noun = "problem" if problems == 1 else "problems"
         print(f"{problems} {noun}; nothing was run.", file=sys.stderr)

@@ -17,6 +17,7 @@ from harness.cli.terminal import (
     Replace,
     Sets,
     Terminal,
+    Variants,
     command_line,
     configs_of,
 )
@@ -27,6 +28,7 @@ from harness.visible import json_text, print_csv
 
 def run(
     experiment: Experiment,
+    variants: Variants = None,
     sets: Sets = None,
     device: DeviceOption = None,
     nproc: Annotated[
@@ -51,9 +53,9 @@ def run(
 
     After an interruption the same command continues where it stopped. Finished steps are not repeated.
 
-    Example: python -m harness run experiments/quickstart.yaml --dry-run
+    Example: harness run experiments/quickstart.yaml --dry-run
     """
-    configs = configs_of(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device)
+    configs = configs_of(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device, variants)
     if dry_run:
         plans.show(configs, output)
         return

@@ -17,7 +17,7 @@ from harness.store import RUNS, fingerprint, write
 
 _HEAD = """\
 # Question  Does the average of these weights score better than the best of them?
-# Command   python -m harness run {file}
+# Command   harness run {file}
 # Expected  the score of the best run, or better: an average that scores less is not kept
 # Cost      two scored validations of {images} images at most for each candidate; nothing is trained
 """
@@ -45,7 +45,7 @@ def soup(
 
     All weights that train.keep_best kept are candidates. At the end it compares the soup with the best run.
 
-    Example: python -m harness soup quickstart/opt_224-s42 quickstart/opt_224-s43
+    Example: harness soup quickstart/opt_224-s42 quickstart/opt_224-s43
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = experiment(runs, out, half)
@@ -70,7 +70,7 @@ def experiment(runs: Sequence[Path], out: Path | None, half: bool) -> Path:
     head = _HEAD.format(file=file, images=config["soup"]["images"])
     text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
     if out is not None and out.exists() and (not out.is_file() or out.read_bytes() != text.encode()):
-        hint = f"Name a new file, or run that one: python -m harness run {out}"
+        hint = f"Name a new file, or run that one: harness run {out}"
         raise UserError([Problem(f"exists and is another experiment: {out}", key="--out", hint=hint)])
     return write(file, text)
 

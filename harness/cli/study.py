@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal, command_line
+from harness.cli.terminal import (
+    DeviceName,
+    DeviceOption,
+    Format,
+    Output,
+    Sets,
+    Terminal,
+    by_name,
+    command_line,
+)
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
+from harness.program import spelled
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -34,11 +44,15 @@ app = typer.Typer(
     cls=_FileFirst,
     no_args_is_help=True,
     help="Search an experiment's keys for the best validation score.\n\n"
-    "Example: python -m harness study experiments/study_lr.yaml",
+    "Example: harness study experiments/study_lr.yaml",
 )
 
-StudyFile = Annotated[Path, typer.Argument(help="The study's YAML file.")]
-Base = Annotated[Path | None, typer.Option(help="An experiment file that replaces the study's base.")]
+StudyFile = Annotated[
+    Path, typer.Argument(help="The study's YAML file, or its name in experiments/.", callback=by_name)
+]
+Base = Annotated[
+    Path | None, typer.Option(help="An experiment file that replaces the study's base.", callback=by_name)
+]
 Variant = Annotated[str | None, typer.Option(help="Variant of the base.")]
 
 
@@ -61,7 +75,7 @@ def run(
 
     After an interruption the same command continues with the trials that were not finished.
 
-    Example: python -m harness study run experiments/study_lr.yaml --workers 4
+    Example: harness study run experiments/study_lr.yaml --workers 4
     """
     from harness.machine import launch
     from harness.study import storage
@@ -196,7 +210,7 @@ def show(
 ) -> None:
     """List the trials of a study.
 
-    Example: python -m harness study show experiments/study_lr.yaml
+    Example: harness study show experiments/study_lr.yaml
     """
     spec = _load(file, sets, None, base, variant)
     _print(spec, _begun(spec), output)
@@ -215,7 +229,7 @@ def best(
 ) -> None:
     """Write the config of the best trial as an experiment that `harness run` takes.
 
-    Example: python -m harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
+    Example: harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
     """
     from harness.store import write
     from harness.study import against, results, storage
@@ -230,7 +244,7 @@ def best(
         print(f"trial {won.number} {against.told(found, len(study.get_trials(deepcopy=False)))}")
     else:
         print("Trial 0 is the base itself.")
-    print(f"Run it: python -m harness run {shlex.quote(str(out))}")
+    print(spelled(f"Run it: harness run {shlex.quote(str(out))}"))
 
 
 def _begun(spec: "Study") -> str:
@@ -238,7 +252,7 @@ def _begun(spec: "Study") -> str:
     from harness.study import storage
 
     if not storage.read_record(_folder(spec)):
-        hint = f"Start it: python -m harness study {_words(spec)}"
+        hint = f"Start it: harness study {_words(spec)}"
         raise UserError([Problem(f"the study {spec.name} has no trials yet", spec.file, hint=hint)])
     return storage.choose(spec, _folder(spec), 1)
 
@@ -298,7 +312,7 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
         screen.print("No trial is better than the base (trial 0).")
     screen.print(*(f"{note}\n" for note in storage.read_record(_folder(spec)).get("notes", ())), end="")
     screen.print(f"Plots and records: runs/{spec.name}/")
-    screen.print(f"The best as an experiment: python -m harness study best {_words(spec)}")
+    screen.print(spelled(f"The best as an experiment: harness study best {_words(spec)}"), soft_wrap=True)
     screen.print(f"In a browser: optuna-dashboard {address}")
 
 

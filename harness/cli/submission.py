@@ -17,7 +17,7 @@ from harness.visible import json_text, one_line
 
 app = typer.Typer(
     help="Make official submission files, and check them.\n\n"
-    "Example: python -m harness submission make runs/quickstart/opt_364-s42",
+    "Example: harness submission make runs/quickstart/opt_364-s42",
     no_args_is_help=True,
 )
 
@@ -53,7 +53,7 @@ def make(
 ) -> None:
     """Write an official file with its manifest; exit code 3 if the organisers would refuse it.
 
-    Example: python -m harness submission make runs/quickstart/opt_364-s42 --edition 2026
+    Example: harness submission make runs/quickstart/opt_364-s42 --edition 2026
     """
     from harness import submission
     from harness.captions import sameness
@@ -157,7 +157,7 @@ def check(
 
     With --fix the exit code says whether OUT is valid.
 
-    Example: python -m harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
+    Example: harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
     from harness.config.yamlfile import no_file

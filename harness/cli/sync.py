@@ -16,7 +16,7 @@ def sync(
 ) -> None:
     """Mirror runs to MLflow at MLFLOW_TRACKING_URI, by default mlflow.db in this folder.
 
-    Example: python -m harness sync runs/quickstart
+    Example: harness sync runs/quickstart
     """
     from harness import tracking
     from harness.store import RUNS

@@ -12,6 +12,7 @@ from typing import Any
 from harness.cli import concepts
 from harness.cli.widths import Column, Row, Sheet, wrapped
 from harness.config.editions import EDITIONS
+from harness.program import spelled
 from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
 from harness.visible import console, json_text, print_csv
@@ -185,10 +186,10 @@ def show_checks(checks: Sequence[Any]) -> None:
     screen = console()
     for check in checks:
         screen.print("ok  " if check.ok else "FIX ", style="green" if check.ok else "red", end="")
-        first, *more = wrapped(f"{check.name:<27} {check.found}", screen.width - 4, " " * 8)
+        first, *more = wrapped(spelled(f"{check.name:<27} {check.found}"), screen.width - 4, " " * 8)
         screen.print("\n".join([first, *more]), soft_wrap=True)
         if check.fix:
-            screen.print(f"     {check.fix}", soft_wrap=True)  # a command is copied whole
+            screen.print(spelled(f"     {check.fix}"), soft_wrap=True)  # a command is copied whole
 
 
 _SHOWN = 20  # concepts in a table

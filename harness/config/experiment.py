@@ -17,6 +17,8 @@ from harness.config.words import allowed
 from harness.config.yamlfile import KeyPath, Place, no_file, parse, parse_text, places_of
 from harness.errors import AcrossKeys, Problem, UserError
 
+EXPERIMENTS = Path("experiments")
+"""Where an experiment is looked for by its name alone."""
 _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
@@ -24,22 +26,28 @@ _SHOWN, _LONGEST = 50, 80
 
 
 def load(
-    file: Path | str, sets: Sequence[str] = (), amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {})
+    file: Path | str,
+    sets: Sequence[str] = (),
+    amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {}),
+    only: Sequence[str] = (),
 ) -> list[Config]:
     """Read an experiment file into its runs: variants x seeds, in the order written.
 
     `amended` is a pair of values and their places. These values override the file in every run, and `--set`
-    overrides them. Raises `UserError` with all problems of the file, its bases, `amended` and `--set` at
-    once.
+    overrides them. `only` are the names of variants to read, by default all. Raises `UserError` with all
+    problems of the file, its bases, `amended` and `--set` at once.
     """
     values, places, problems = _read_with_bases(Path(file), ())
     if "space" in values:
-        hint = f"Run it by: python -m harness study {file}"
+        hint = f"Run it by: harness study {file}"
         raise UserError([Problem("a study, not an experiment", file, hint=hint)])
     overrides, set_problems = parse_sets(sets)
     problems += set_problems
     variants = _variants(values, places, file, problems)
     seeds = _seeds(values, variants, places, file, problems)
+    if only:
+        problems += _unknown_variants(variants, only, file)
+        variants = {name: changes for name, changes in variants.items() if name in only}
     if "seed" in amended[0] or ("seed",) in dict(overrides):
         seeds = [None]
     if len(variants) * len(seeds) > _RUNS:
@@ -83,6 +91,16 @@ def _variants(
     what = "variants: a mapping of names to overrides is allowed"
     problems.append(problem_at(what, ("variants",), places, file))
     return {None: None}
+
+
+def _unknown_variants(
+    variants: Mapping[str | None, Any], only: Sequence[str], file: Path | str
+) -> list[Problem]:
+    known = [name for name in variants if name is not None]
+    hint = f"There: {', '.join(known)}" if known else "The file has no variants; leave --variant out."
+    return [
+        Problem(f"no variant {name}", file, key="--variant", hint=hint) for name in only if name not in known
+    ]
 
 
 def _seeds(
@@ -161,11 +179,22 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
     return copy.deepcopy((values.get("variants") or {}).get(variant) or {})
 
 
+def near(file: Path) -> str:
+    """The experiments that a name which is no file may mean, as a sentence; else all that there are."""
+    there = sorted(file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+    there = there or sorted(EXPERIMENTS.glob("*.yaml"))
+    if not there:
+        return f"Experiments are in {EXPERIMENTS}/."
+    named = {one.stem: one for one in there}
+    if alike := difflib.get_close_matches(file.stem, named, 3, 0.6):
+        return f"Did you mean {' or '.join(str(named[name]) for name in alike)}?"
+    names = named if there[0].parent == EXPERIMENTS else [one.name for one in there]
+    return f"In {there[0].parent}: {', '.join(names)}"
+
+
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[KeyPath, Place], list[Problem]]:
     if what := no_file(file):
-        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Experiments are in experiments/."
-        raise UserError([Problem(what, file, hint=hint)])
+        raise UserError([Problem(what, file, hint=near(file))])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
     if len(seen) >= _BASES:

@@ -13,7 +13,7 @@ from harness.config.sections import Section
 from harness.config.words import type_of
 from harness.metrics import METRICS
 
-COMMAND = "python -m harness reference --output docs/reference.md"
+COMMAND = "harness reference --output docs/reference.md"
 HEAD = f"""# Reference
 
 `{COMMAND}` writes this page from the code. Do not edit it by hand.

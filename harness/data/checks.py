@@ -121,7 +121,7 @@ def _ensure(config: DataConfig) -> None:
     if config.phantom:
         phantom.ensure(config.root, config.phantom)
     if not config.root.is_dir():
-        hint = "Put the competition's files there, or try: python -m harness run experiments/quickstart.yaml"
+        hint = "Put the competition's files there, or try: harness run experiments/quickstart.yaml"
         raise UserError([Problem(f"no such folder: {config.root}", key="data.root", hint=hint)])
 
 
@@ -132,7 +132,7 @@ def _error(listing: Listing, findings: list[Finding], unknown: list[File], confi
     if unknown:
         hints.append(
             f"{len(unknown)} images were not decoded yet; to check them too: "
-            f"python -m harness data check {config.root} --layout {config.layout}"
+            f"harness data check {config.root} --layout {config.layout}"
         )
     return UserError(listing.fatal + together(findings), " ".join(hints) or None)
 

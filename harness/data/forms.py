@@ -80,7 +80,7 @@ def other_editions(task: Task = "caption") -> str:
     """The commands that write a file if an edition's own format is not established."""
     of_task = " --task concept" if task == "concept" else ""
     return (
-        "To write pipes or commas: python -m harness submission make RUN|FILE --ids IDS "
+        "To write pipes or commas: harness submission make RUN|FILE --ids IDS "
         f"--edition 2023{of_task} (pipes, no header) or --edition 2025{of_task} (commas, header, zip)"
     )
 

@@ -243,7 +243,7 @@ def _pixels(path: Path, size: int, fit: Callable[[Image.Image, int], np.ndarray]
     try:
         return fit(decode(path), size)
     except DAMAGE as error:
-        hint = "All of them: python -m harness data check FOLDER"
+        hint = "All of them: harness data check FOLDER"
         raise UserError([Problem(damage(error), path, hint=hint)]) from None
 
 

@@ -113,7 +113,7 @@ def _runs_near(folder: Path) -> str:
         if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
-    return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+    return "There are no runs yet; make some: harness run experiments/quickstart.yaml"
 
 
 def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
@@ -259,7 +259,7 @@ def again(record: Record, weights: bool = False) -> str:
         return f"The run makes it again: {command}"
     if " run " in command:
         return f"The run makes it again: {command} --weights"
-    return "Run the experiment of this run with --weights: python -m harness run EXPERIMENT.yaml --weights"
+    return "Run the experiment of this run with --weights: harness run EXPERIMENT.yaml --weights"
 
 
 def captions(file: Path, record: Record) -> dict[str, str]:

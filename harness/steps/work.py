@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.models.loading import Loaded
 
 LESS_MEMORY = (
-    "Other processes may use it. `python -m harness doctor EXPERIMENT` shows what training needs, and which "
+    "Other processes may use it. `harness doctor EXPERIMENT` shows what training needs, and which "
     "options need less; for captioning, lower predict.batch_size. Then the same command continues."
 )
 HEAD = "concepts.head"

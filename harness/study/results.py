@@ -188,7 +188,7 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
         scores = f"{scores} on the tune half, by which it was chosen; {on_held(found)}"
     head = [
         f"# Question  How good is this trial of the study {spec.name}, by every score and on test?",
-        f"# Command   python -m harness run {output}",
+        f"# Command   harness run {output}",
         f"# Expected  validation {scores}{star}, as trial {trial.number} of {spec.trials}",
         f"# Cost      that of {spec.base_file.name}, without the steps that the study has finished",
         f"# Made by   {command}",

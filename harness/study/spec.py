@@ -248,7 +248,7 @@ def _read(file: Path, problems: list[Problem]) -> tuple[Any, dict[str, Any]]:
     if not isinstance(values, dict):
         raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
     if "data" in values and "space" not in values:
-        hint = f"Run it: python -m harness run {file}"
+        hint = f"Run it: harness run {file}"
         raise UserError([Problem("this is an experiment, not a study", file, hint=hint)])
     return node, values
 

@@ -72,7 +72,7 @@ def sync(root: Path) -> list[str]:
             if time.monotonic() - began > _SLOW:
                 break
     if problems:
-        raise UserError(problems, hint="Nothing is lost. Try again: python -m harness sync", exit_code=1)
+        raise UserError(problems, hint="Nothing is lost. Try again: harness sync", exit_code=1)
     return done
 
 
@@ -85,7 +85,7 @@ def _look_for(server: str, waiting: Path) -> None:
         opened(tracking_uri())
     except failures() as error:
         what = f"not mirrored to {server}: {first_line(error)}"
-        hint = "Nothing is lost. Try again: python -m harness sync"
+        hint = "Nothing is lost. Try again: harness sync"
         raise UserError([Problem(what, waiting, hint=hint)], exit_code=1) from None
     finally:
         for key in unset:
@@ -112,7 +112,7 @@ class Follower:
         if all(_is_mirrored(*one) for one in found if one[1]["status"] != "RUNNING"):
             return None
         log, server = self.experiment_directory / "mlflow.log", masked(tracking_uri())
-        return f"MLflow at {server} was not reached (see {log}). Try again: python -m harness sync"
+        return f"MLflow at {server} was not reached (see {log}). Try again: harness sync"
 
 
 def start(experiment_directory: Path) -> Follower:

@@ -143,7 +143,7 @@ def _changes(database: Path) -> bool:
 
 def _broken(database: Path, error: Exception) -> UserError:
     what = f"MLflow can't use this store; its tables are incomplete or another version's: {first_line(error)}"
-    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && python -m harness sync"
+    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && harness sync"
     return UserError([Problem(what, database, hint=hint)], exit_code=1)
 
 
