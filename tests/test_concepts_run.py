@@ -253,7 +253,7 @@ def test_concepts_are_compared_scored_and_written_for_another_edition(project):
 
 
 def test_the_same_command_repeats_nothing(project):
-    again = harness(project, "run", "concepts.yaml", "--dry-run")
+    again = harness(project, "run", "concepts.yaml", "--dry-run", "--verbose")
     states = [line.split()[2] for line in again.stdout.splitlines() if " runs/steps/" in line]
     assert len(states) > 30
     assert set(states) == {"done"}

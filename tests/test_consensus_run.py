@@ -80,7 +80,7 @@ def expected(project: Path, weights: dict[str, float], metrics: dict[str, float]
 
 def test_a_consensus_of_runs_has_no_model_and_is_scored_and_submitted(project):
     (project / "alone.yaml").write_text(variants(ALONE))
-    shown = harness(project, "run", "alone.yaml", "--dry-run").stdout
+    shown = harness(project, "run", "alone.yaml", "--dry-run", "--verbose").stdout
     assert "the captions are of other runs" in shown
     assert "train" not in {line.split()[1] for line in shown.splitlines() if line.startswith("#   ")}
     found = harness(project, "run", "alone.yaml")
@@ -216,7 +216,7 @@ def test_other_captions_of_a_source_give_another_step(project, tmp_path):
     (place / "alone.yaml").write_text(variants(ALONE))
 
     def names() -> list[str]:
-        shown = harness(place, "run", "alone.yaml", "--dry-run").stdout
+        shown = harness(place, "run", "alone.yaml", "--dry-run", "--verbose").stdout
         return [line.split()[-1] for line in shown.splitlines() if "consensus-" in line]
 
     first = names()

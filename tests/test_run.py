@@ -51,6 +51,8 @@ def test_the_table_says_what_was_scored_by_what(finished):
     assert "* not comparable with official scores: another model, precision or reading" in finished.stdout
     assert "constant caption" in finished.stdout
     assert "mlflow ui" in finished.stdout
+    assert "report.html" in finished.stdout
+    assert "submissions/small/" in finished.stdout
 
 
 def test_a_run_has_a_page_of_all_it_left_and_mlflow_has_the_page(folder, finished):
@@ -194,7 +196,7 @@ def test_submissions_pass_the_check_and_hold_the_captions(folder, finished):
 
 def test_a_run_without_training_is_captioned_by_the_checkpoint(folder, finished):
     command = ("run", "small.yaml", "--set=name=untrained", "--set=train.stages=[]")
-    assert "nothing is trained" in harness(folder, *command, "--dry-run").stdout
+    assert "nothing is trained" in harness(folder, *command, "--dry-run", "--verbose").stdout
     done = harness(folder, *command)
     run = json.loads((folder / "runs/untrained/opt-s42/run.json").read_text())
     assert "train" not in run["steps"]
@@ -238,7 +240,10 @@ def test_the_same_command_repeats_nothing(folder, finished):
 def test_dry_run_says_which_steps_are_done(folder, finished):
     done = harness(folder, "run", "small.yaml", "--dry-run").stdout
     assert done.count("to do") == 0
-    changed = harness(folder, "run", "small.yaml", "--dry-run", "--set", "predict.num_beams=1").stdout
+    assert done.count("done") == 2
+    changed = harness(
+        folder, "run", "small.yaml", "--dry-run", "--verbose", "--set", "predict.num_beams=1"
+    ).stdout
     states = [line.split()[1:3] for line in changed.splitlines() if line.startswith("#   ")]
     assert ["tiny", "done"] in states
     assert ["train", "done"] in states

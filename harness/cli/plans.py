@@ -3,14 +3,22 @@
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.cli.terminal import Format
-from harness.visible import json_text, print_csv
+from harness.cli.widths import Column, Row, Sheet
+from harness.program import spelled
+from harness.visible import console, json_text, one_line, print_csv
 
 
-def show(configs: list[Any], output: Format) -> None:
-    """Print what each run would do, as text, JSON or CSV; starts nothing and does not import torch."""
+def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False) -> None:
+    """Print what each run would do, as a table, JSON or CSV; starts nothing and does not import torch.
+
+    A table has a line a run; `verbose` prints the config, steps and forecasts of each run instead. JSON has
+    all of it.
+    """
     from harness.steps.plan import dry, problems
     from harness.training.forecast import forecast
 
@@ -28,12 +36,95 @@ def show(configs: list[Any], output: Format) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
         print_csv(text.getvalue())
-    else:
+    elif verbose:
         for row in rows:
             _show_one(row)
+    else:
+        _show_all(configs[0].name, rows, [_changes(experiment, config) for config in configs])
 
 
-def _show_one(row: dict[str, Any]) -> None:
+def _changes(experiment: Path, config: Any) -> str:
+    """The keys that a variant sets, with their values."""
+    from harness.config.experiment import variant_of
+
+    def walk(values: Mapping[str, Any], path: str = "") -> list[str]:
+        found = []
+        for key, value in values.items():
+            inner = isinstance(value, dict) and value
+            found += walk(value, f"{path}{key}.") if inner else [f"{path}{key}={_short(value)}"]
+        return found
+
+    return ", ".join(walk(variant_of(experiment, config.variant)))
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return one_line(text if len(text) <= 40 else f"{text[:39]}…")
+
+
+def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str]) -> None:
+    screen = console()
+    columns = [Column("run"), Column("state", 0), Column("time", 1), Column("memory", 2), Column("disk", 3)]
+    columns.append(Column("differs by", 4, text=True))
+    table = [
+        Row([row["run"].removeprefix(f"{name}/"), *_cells(row), changed])
+        for row, changed in zip(rows, changes, strict=True)
+    ]
+    Sheet(f"{name}: {len(rows)} run{'s' * (len(rows) != 1)}, nothing is started", columns, table).show(screen)
+    waiting = [f"{step}: {state}" for row in rows for step, state in row["steps"].items() if _waits(state)]
+    notes = [note for row in rows for note in row["training"]["notes"]]
+    missing = [f"missing: {problem}" for row in rows for problem in row["missing"]]
+    unknown = [f"unknown: {reason}" for row in rows for reason in row["training"]["unknown"]]
+    for line in dict.fromkeys([*waiting, *notes, *missing, *unknown]):
+        screen.print(spelled(line), soft_wrap=True)
+    if times := [row["training"]["time"] for row in rows if row["training"]["time"]]:
+        screen.print(f"time: a forecast for one {times[0]['device']}; a dash is a time that is not known")
+    if any(row["training"]["memory"] for row in rows):
+        screen.print("memory: of training on one device; a range is what auto may take")
+    screen.print("Config, steps, memory on more devices and how times are known: --verbose")
+
+
+def _waits(state: str) -> bool:
+    """Whether the steps of a run are not known yet, so `dry` says why in place of them."""
+    return state.startswith("to do") and not state.startswith("to do  ")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """State, time, memory and disk of a run."""
+    from harness.training.speed import duration
+
+    states, found = list(row["steps"].values()), row["training"]
+    to_do = sum(state.startswith("to do") for state in states)
+    state = f"to do: {to_do} of {len(states)} steps" if to_do else "done"
+    parts = (found["time"] or {}).get("parts", {}).values()
+    seconds = [part["seconds"] for part in parts]
+    known = bool(seconds) and None not in seconds and to_do
+    return [
+        "to do" if any(map(_waits, states)) else state,
+        duration(sum(seconds)) if known else "-",
+        _memory(row) if to_do else "-",
+        _disk(found["pixel_cache"]) if to_do else "-",
+    ]
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    """The memory of training on one device as configured, in GB."""
+    found, train = row["training"]["memory"], row["config"]["train"]
+    if not found:
+        return "-"
+    wanted = (train["zero_stage"], train["offload"], 1)
+    one = next(r for r in found["per_device"] if (r["zero_stage"], r["offload"], r["devices"]) == wanted)
+    ways = {True: ["total_checkpointed"], False: ["total"]}.get(train["gradient_checkpointing"])
+    return " to ".join(f"{one[way] / 1e9:.1f}" for way in ways or ["total_checkpointed", "total"]) + " GB"
+
+
+def _disk(found: Mapping[str, Any] | None) -> str:
+    """What decoded images will need on disk, in GB."""
+    total = sum(one["bytes"] for one in found["to_build"]) if found else 0
+    return f"{total / 1e9:.1f} GB" if total else "-"
+
+
+def _show_one(row: Mapping[str, Any]) -> None:
     import yaml
 
     from harness.training.forecast import lines

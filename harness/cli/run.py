@@ -38,7 +38,10 @@ def run(
         Path | None, typer.Option(help="File with a line `name slots=8` for each host, as for DeepSpeed.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Print the runs and which steps are done; start nothing.")
+        bool, typer.Option(help="Print a line for each run: state, time, memory, disk; start nothing.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --dry-run: config, steps and forecasts of each run.")
     ] = False,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Overrides the name of the experiment.")
@@ -57,7 +60,7 @@ def run(
     """
     configs = configs_of(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device, variants)
     if dry_run:
-        plans.show(configs, output)
+        plans.show(configs, output, experiment, verbose)
         return
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
         sys.exit(_launched(configs, nproc, hostfile))

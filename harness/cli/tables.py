@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.cli import concepts
+from harness.cli import between, concepts
 from harness.cli.widths import Column, Row, Sheet, wrapped
 from harness.config.editions import EDITIONS
 from harness.program import spelled
@@ -69,16 +69,19 @@ def show(records: Sequence[Record]) -> None:
         screen.print(_unscored(records[0]))
     for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(scored)]):
         screen.print(line)
-    screen.print("\nCheckpoints, predictions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
-    screen.print("Reports (images, predictions, curves, for a browser):")
-    for record in records:
-        screen.print(f"  runs/{full_name(record)}/report.html")
-    screen.print("Submissions (checked):")
-    for record in records:
-        for path in record["submissions"]:
-            screen.print(f"  {path}")
-    screen.print("All of it, with curves and artifacts:")
-    screen.print("  mlflow ui")
+    for line in between.told(records):
+        screen.print(line)
+    _next(screen, records)
+
+
+def _next(screen: Any, records: Sequence[Record]) -> None:
+    """Print what to look at next: the page of the best run, the official files, all runs in MLflow."""
+    first = between.best(records)
+    screen.print("\nNext:")
+    screen.print(f"  captions and curves, in a browser  runs/{full_name(first)}/report.html", soft_wrap=True)
+    if any(record["submissions"] for record in records):
+        screen.print(f"  the official files, checked        submissions/{first['name']}/", soft_wrap=True)
+    screen.print("  all runs side by side              mlflow ui")
     if shutil.which("mlflow") is None:
         screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
 
@@ -138,10 +141,6 @@ def _beside(nearest: Record, records: Sequence[Record], name: str) -> Mapping[st
     """The score of the nearest images, if a run of the table has one that compares."""
     score, *own = (one["scores"].get("valid", {}).get("after", {}).get(name) for one in (nearest, *records))
     return score if any(comparable(score, other) for other in own) else None
-
-
-def _paths(paths: Any) -> str:
-    return ", ".join(dict.fromkeys(paths))
 
 
 def _gap(record: Record) -> str:
