@@ -15,7 +15,7 @@ test test-newest: export PYTHONDONTWRITEBYTECODE =
 .PHONY: quickstart test test-newest lint clean
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m harness run experiments/quickstart.yaml
+	$(BIN)/harness run quickstart
 
 # tests wait a third of their time, so there are more workers than the cores of a small machine
 test: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Predicted memory compared with the peak of a training process, on this machine's CPU.
 
-    python benchmarks/memory.py [blip2 | language | lora | prefix | vlm] ...
+    python benchmarks/memory.py [blip2 | language | lora | prefix | vlm | convnext | qwen | paligemma] ...
 
 Trains models with random weights for two steps of two micro batches. Without arguments: a BLIP-2 of 0.3 B
 parameters. Each set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory,
@@ -60,6 +60,23 @@ LLAVA = {
     "vision_config": CLIP,
     "architectures": ["LlavaForConditionalGeneration"],
 }
+CONVNEXT = {"model_type": "convnext", "depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
+QWEN = LLAMA | {
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+    "intermediate_size": 3072,
+    "hidden_size": 640,
+}
+QWEN |= {"intermediate_size": 3072, "num_attention_heads": 10, "num_hidden_layers": 14}
+PALIGEMMA = {
+    "model_type": "paligemma",
+    "image_token_index": 29999,
+    "hidden_size": 768,
+    "projection_dim": 768,
+    "text_config": LLAMA | {"model_type": "gemma", "head_dim": 64},
+    "vision_config": CLIP | {"model_type": "siglip_vision_model", "projection_dim": 768},
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+}
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 224},
@@ -79,9 +96,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 224,
     },
     "vlm": {"family": "vlm", "checkpoint": "llava", "image_size": 224, "lora": {"rank": 16}},
+    # these had no part in the choice of the allowance
+    "convnext": {
+        "family": "prefix",
+        "vision_checkpoint": "convnext",
+        "language_checkpoint": "gpt2",
+        "image_size": 224,
+        "lora": {"rank": 8},
+    },
+    "qwen": TINY_ONE | {"tiny": SMALLER, "language_checkpoint": "qwen"},
+    "paligemma": {"family": "vlm", "checkpoint": "paligemma", "image_size": 224, "lora": {"rank": 16}},
 }
 """The section `model:` of each model."""
-CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "clip": CLIP, "llava": LLAVA}
+CONFIGS = {
+    **{"gpt2": GPT2, "llama": LLAMA, "clip": CLIP, "llava": LLAVA},
+    **{"convnext": CONVNEXT, "qwen": QWEN, "paligemma": PALIGEMMA},
+}
 """The `config.json` of each folder that these name."""
 TEXT = 48
 ZERO = ({"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload": True})

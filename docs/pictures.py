@@ -1,6 +1,6 @@
 """The screenshots of README, from a finished quickstart: docs/report.png and docs/leaderboard.png.
 
-    make quickstart && python -m harness leaderboard --format html && python docs/pictures.py
+    make quickstart && harness leaderboard --format html && python docs/pictures.py
 
 It needs Chromium.
 """

@@ -134,7 +134,7 @@ def find(sources: Sequence[Path], name: str | None, metric: str | None, root: Pa
             left_out[run_name] = "; ".join(problem.what for problem in error.problems)
     if not singles:
         problems = [Problem(why, root / run_name) for run_name, why in left_out.items()]
-        hint = "No run can be used. This makes or finishes one: python -m harness run EXPERIMENT.yaml"
+        hint = "No run can be used. This makes or finishes one: harness run EXPERIMENT.yaml"
         raise UserError(problems, hint, exit_code=1)
     return Candidates(
         name or Path(next(iter(named))).parent.as_posix(), metric, singles, left_out, list(notes)
@@ -469,7 +469,7 @@ def as_experiment(choice: Choice, output: Path, command: str) -> str:
     interval = "" if held.low is None else f" [{held.low:.4f}, {held.high:.4f}]"
     head = [
         f"# Question  How good is the best of {len(choice.options)} choices, by every score and on test?",
-        f"# Command   python -m harness run {output}",
+        f"# Command   harness run {output}",
         f"# Expected  {metric} {held.value:.4f}{star}{interval} on the held half of validation (n={held.n});",
         f"#           {tune.value:.4f}{star} on the tune half (n={tune.n}), by which it was chosen",
         "# Cost      the captions of the test split; finished steps are not repeated",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from harness import metrics
 from harness.config.schema import Config
 from harness.errors import UserError
+from harness.keeping import cleaning, listing
 from harness.machine import device
 from harness.metrics import java
 from harness.metrics.base import STANDIN, Absent
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "imageclef-harness"
 OLDEST_CANN = (9, 1)
 """What torch-npu 2.12 needs, the version before ours (COMPATIBILITY.md of github.com/Ascend/pytorch)."""
-VERIFY = "verify them with the original packages: python -m harness score FILE --references FILE --verify 20"
+VERIFY = "verify them with the original packages: harness score FILE --references FILE --verify 20"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = Fa
     if not configs or any(metrics.uses_java(config.score) for config in configs if config.captions):
         checks.append(_java())
     checks.append(Check("scores", True, VERIFY))
+    if RUNS.is_dir():
+        checks.append(_disk_use())
     if configs:
         checks += _weights(configs)
         checks += _data(configs)
@@ -71,6 +74,19 @@ def examine(configs: Sequence[Config], device: str = "auto", selftest: bool = Fa
     if selftest:
         checks += _selftest(configs, kinds)
     return list(dict.fromkeys(checks))
+
+
+def _disk_use() -> Check:
+    """What runs/ takes, and what of it no run needs."""
+    parts = {part: listing.size(RUNS / part) for part in ("steps", "cache")}
+    found = f"{gb(listing.size(RUNS))} in {RUNS}/: " + ", ".join(
+        f"{gb(n)} {part}" for part, n in parts.items()
+    )
+    try:
+        left = sum(item.size for item in cleaning.unneeded())
+    except UserError:  # of a record that can't be read, which ls names
+        return Check("disk use", True, found)
+    return Check("disk use", True, f"{found}; no run needs {gb(left)}: harness gc --dry-run")
 
 
 def _python() -> Check:
@@ -234,7 +250,8 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str, str | None]]:
 def _data(configs: Sequence[Config]) -> Iterator[Check]:
     for data in {str(config.data.root): config.data for config in configs}.values():
         if data.root.is_dir():
-            yield Check("data", True, f"{data.root} is there; verify it: python -m harness data check")
+            command = f"harness data check {data.root} --layout {data.layout}"
+            yield Check("data", True, f"{data.root} is there; verify it: {command}")
         elif data.phantom:
             yield Check("data", True, f"the made-up set will be drawn into {data.root}")
         else:

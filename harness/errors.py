@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from harness.visible import one_line
 
-_NAMED = 3  # of many rows with the same fault
+_NAMED = 5  # of many rows with the same fault
 _LONGEST = 200  # characters of a row that are shown
 
 

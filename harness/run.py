@@ -29,10 +29,14 @@ from harness.models.settings import ModelConfig
 from harness.steps.base import Step
 from harness.steps.plan import Plan
 from harness.steps.work import Reporter, Watch, Work
-from harness.store import MADE, bytes_of, damage, once, write, write_json
+from harness.store import DONE, MADE, bytes_of, damage, once, write, write_json
 
 TRACEBACK = "traceback.txt"
 SUBMISSIONS = Path("submissions")
+_OF_THE_WORK = ("started", "ended", "command", "git", "environment", "seconds", "host", "pid")
+"""Keys of a record that tell of the process that built its steps."""
+_ABOUT = ("base", "trial", "data", "fallback", "looks", "unscored", "edition")
+"""Keys of a record that come neither from its steps nor from the process that built them."""
 
 
 def assist(plan: Plan, reporter: Reporter, watch: Watch | None = None) -> None:
@@ -49,27 +53,42 @@ def run(
     base: tuple[str, Config] | None = None,
     trial: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
+    weights: bool = False,
 ) -> dict[str, Any]:
     """Run the unfinished steps of one plan -> its record, also kept in `runs/<name>/<variant>-s<seed>/`.
 
     `base`: file name and config of the experiment that this one starts from; the report shows differences.
     `trial`: the trial's record if the run belongs to a study; such a run makes no submission. `watch` may end
     training with `Pruned`. With several ranks, rank 0 calls this and the others call `assist`.
+
+    A run that is finished stays as it is, with its dates. Weights that are gone are made again only if a step
+    needs them, or if `weights`.
     """
     record = _new_record(plan, command)
     record["base"] = base and {"file": base[0], "parameters": flat(base[1])}
     if trial is not None:
         record["trial"] = dict(trial)
     folder = plan.folder
+    old = _finished(folder)
+    if old and not weights and _is_same(plan, record, old):
+        reporter.say(f"{plan.config.run_name}: finished on {old['ended'][:16]}; nothing is left to do")
+        ranks.agree(None)
+        return old
     with _status(record, folder):
+        record["planned"] = [str(step.directory.relative_to(plan.root)) for step in plan.steps.values()]
         steps = _Steps(Work(plan.config, reporter, watch), record, folder)
         for name, step in plan.steps.items():
             record["steps"][name] = place = str(step.directory.relative_to(plan.root))
             record["at"] = name
-            steps.ensure(step)
-            record["made"][name] = _made_by(step.directory)
-            record["artifacts"] |= {shown: f"{place}/{file}" for shown, file in step.artifacts.items()}
-            record |= step.found(record)
+            spared = not weights and _is_spared(plan, step, old)
+            if not spared:
+                steps.ensure(step)
+            record["made"][name] = _made_by(step.directory) or old.get("made", {}).get(name)
+            left = {
+                shown: file for shown, file in step.artifacts.items() if not spared or _is_left(step, file)
+            }
+            record["artifacts"] |= {shown: f"{place}/{file}" for shown, file in left.items()}
+            record |= _found_before(old) if spared and not _is_left(step, DONE) else step.found(record)
             write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
@@ -80,7 +99,49 @@ def run(
                 record["warnings"] += [f"no scores of halves: {problem}" for problem in error.problems]
         record["at"] = "submission"
         record["submissions"] = _submit(plan, record) if trial is None else []
+        if old.get("steps") == record["steps"] and not steps.built:
+            record |= {key: old[key] for key in _OF_THE_WORK if key in old}
+        del record["planned"]  # by now these are the steps
     return record
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The record of the finished run in a folder; empty if there is none."""
+    try:
+        record = records.read(folder, ("steps", "made", "ended"))
+    except UserError:
+        return {}
+    return record if record["status"] == "FINISHED" else {}
+
+
+def _is_same(plan: Plan, record: dict[str, Any], old: records.Record) -> bool:
+    """Whether a finished run would be the same again: each step and submission is there and unchanged."""
+    places = {name: str(step.directory.relative_to(plan.root)) for name, step in plan.steps.items()}
+    facts = [
+        json.loads(json.dumps({key: one.get(key) for key in _ABOUT}, default=str)) for one in (record, old)
+    ]
+    if places != old["steps"] or facts[0] != facts[1] or not record.keys() <= old.keys():
+        return False
+    whole = (
+        (step.is_done() and not damage(step.directory, thorough=False)) or _is_spared(plan, step, old)
+        for step in plan.steps.values()
+    )
+    return all(whole) and all(submission.is_intact(Path(made)) for made in old["submissions"])
+
+
+def _is_spared(plan: Plan, step: Step, old: records.Record) -> bool:
+    """Whether a step's weights are gone, are not needed, and it is known what else the step has left."""
+    known = old.get("steps", {}).get(step.name) == str(step.directory.relative_to(plan.root))
+    return plan.spared(step) and (known or _is_left(step, DONE))
+
+
+def _is_left(step: Step, file: str) -> bool:
+    return (step.directory / file).is_file()
+
+
+def _found_before(old: records.Record) -> dict[str, Any]:
+    """What the record has from a step of weights."""
+    return {key: old[key] for key in ("training", "soup") if key in old}
 
 
 class _Steps:
@@ -88,6 +149,7 @@ class _Steps:
 
     def __init__(self, work: Work, record: dict[str, Any], folder: Path) -> None:
         self.work, self.record, self.folder = work, record, folder
+        self.built = False
 
     def ensure(self, step: Step, thorough: bool = False) -> None:
         """Build a step and first its inputs, unless it is done; `thorough` checks large weights too."""
@@ -107,6 +169,7 @@ class _Steps:
     def _build(self, step: Step, directory: Path) -> bool:
         """Build with all ranks; record commit, environment and command for later runs that share the step."""
         ranks.agree(step.name)
+        self.built = True
         begun = time.perf_counter()
         complete = self.work.build(step, directory)
         made = {key: self.record[key] for key in ("git", "environment", "command")}
@@ -199,7 +262,7 @@ def _status(record: dict[str, Any], folder: Path) -> Iterator[None]:
                 record["artifacts"][TRACEBACK] = f"{record['name']}/{folder.name}/{TRACEBACK}"
         raise
     finally:
-        record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        record["ended"] = record.get("ended") or datetime.now(UTC).isoformat(timespec="seconds")
         try:
             write_json(folder / records.FILE, record)
         except OSError:  # a full disk may be the cause of the failure, which says more

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+GONE = "it is gone"
+"""What is wrong with a file of a step that someone deleted."""
 DONE, INPUTS, READ, MADE = "DONE", "inputs.json", "read.json", "made.json"
 RUNS = Path("runs")
 """The folder of records, steps and caches, in the current folder."""
@@ -161,7 +163,7 @@ def _seal(directory: Path) -> dict[str, Any] | None:
 
 def _misfit(file: Path, size: int) -> str | None:
     if not file.is_file():
-        return "it is gone"
+        return GONE
     found = file.stat().st_size
     return None if found == size else f"it has {found:,} bytes, and had {size:,}"
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 STANDARD_OUTPUT = "standard output"
 """The `filename` of an error when writing there."""
+_UNFOLDED = 10_000
 _OBEYED = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
 """Unicode categories: controls, formats (bidirectional, zero width), lone surrogates, line ends."""
 _INKLESS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
@@ -54,7 +55,10 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def console(stderr: bool = False) -> Any:
-    """The rich console for every table; it shows text literally (no markup, no emoji codes), as `visible`."""
+    """The rich console for every table; it shows text literally (no markup, no emoji codes), as `visible`.
+
+    It is as wide as the terminal. In a file or a pipe no line is folded, unless COLUMNS gives a width.
+    """
     from rich.console import Console
 
     class Shown(Console):
@@ -62,8 +66,13 @@ def console(stderr: bool = False) -> Any:
             return super().render_str(visible(text), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if is_terminal(stream) else 160
+    width = None if is_terminal(stream) else _columns()
     return Shown(file=_styled(stream), width=width, highlight=False, markup=False, emoji=False)
+
+
+def _columns() -> int:
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isascii() and given.isdigit() and int(given) else _UNFOLDED
 
 
 def guard() -> None:

@@ -14,9 +14,14 @@ from support import small_sets
 from support.small_sets import CAPTIONS, CONCEPTS, PREFIX, config, edit, one, problems, write_comma
 
 from harness import data
-from harness.data import checks
+from harness.cli.terminal import Terminal
+from harness.config.experiment import load
+from harness.config.schema import Config
+from harness.data import checks, statistics
 from harness.data.readers import read
 from harness.errors import UserError
+from harness.steps import lacking
+from harness.steps.plan import Plan, dry, prepare
 
 whole, root = small_sets.whole, small_sets.root  # fixtures
 
@@ -38,16 +43,59 @@ def test_missing_files_are_told_with_what_lies_there(root, tmp_path):
     with pytest.raises(UserError) as caught:
         data.load(config(root), tmp_path / "runs")
     text = str(caught.value)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 2  # no file of concepts is missing until a run uses it
     for part in (
         "looked for *caption_prediction_train_labels.csv",
-        "looked for *concept_detection_valid_labels.csv",
-        "looked for *cui_mapping.csv",
         "no valid images: looked for .jpg, .jpeg, .png in valid/, images/valid/",
         "test_ids.csv, train/, withheld/",
     ):
         assert part in text
     assert "skip_bad" not in text  # it would not help
+
+
+def test_captions_need_no_files_of_concepts(root, tmp_path):
+    """Each key that uses concepts names itself and the files that it misses."""
+    for file in (CONCEPTS.format("train"), CONCEPTS.format("valid"), f"{PREFIX}cui_mapping.csv"):
+        (root / file).unlink()
+    found = data.examine(config(root), tmp_path / "runs")
+    assert not found.problems
+    assert "looked for *cui_mapping.csv" in found.notes[0].problem.what
+    loaded = data.load(config(root), tmp_path / "runs")
+    assert len(loaded.splits["train"]) == 12
+    assert statistics.modalities(loaded)["train"] == {statistics.OTHER: 12}
+    alone = {"stages": [{"epochs": 1, "losses": {"caption": 1}}]}
+    tiny = {"checkpoint": "tiny", "image_size": 56, "tiny": {"patch_size": 14}}
+
+    def missing(**sections) -> dict[str | None, str]:
+        given = {"model": tiny, "train": alone} | sections
+        one = Config.model_validate({"name": "e", "data": {"root": root}} | given)
+        return {p.key: p.what for p in lacking.problems(Plan(one, loaded, tmp_path))}
+
+    assert not missing(model={"checkpoint": "some/blip2"})
+    assert list(missing()) == ["model.tiny.vision_epochs"]
+    both = missing(train={}, model={"checkpoint": "some/blip2"})
+    assert both == {
+        "train.stages.0.losses.concept": f"it uses concepts, but {root} has no file "
+        "*concept_detection_train_labels.csv, no file *concept_detection_valid_labels.csv, "
+        "no file *cui_mapping.csv"
+    }
+    learned = {"stages": [{"epochs": 1, "losses": {"concepts": 1}}]}
+    keys = {"task", "model.tiny.vision_epochs", "train.stages.0.losses.concepts"}
+    assert set(missing(task="concepts", train=learned)) == keys
+    assert "concepts" in missing(concepts={"predictor": "knn"})
+    prompted = {"checkpoint": "some/blip2", "prompt": {"concepts": "other/run-s1"}}
+    assert list(missing(model=prompted)) == ["model.prompt.concepts"]
+
+
+def test_a_run_without_concepts_names_what_is_missing_before_it_starts(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (root / CONCEPTS.format("valid")).unlink()
+    file = tmp_path / "e.yaml"
+    tiny = "{checkpoint: tiny, image_size: 56, tiny: {patch_size: 14}}"
+    file.write_text(f"name: e\ndata: {{root: {root}}}\nmodel: {tiny}\n")
+    for begin in (lambda configs: dry(configs[0]), lambda configs: prepare(configs, Terminal(silent=True))):
+        with pytest.raises(UserError, match=r"train\.stages\.0\.losses\.concept: .*detection_valid_labels"):
+            begin(load(file))
 
 
 def test_the_wrong_layout_is_told_once_per_file(root, tmp_path):
@@ -89,12 +137,12 @@ def unknown_cui(root):
     edit(
         root / CONCEPTS.format("train"), lambda lines: lines.__setitem__(5, "phantom_train_000005\tC7654321")
     )
-    return CAPTIONS.format("train"), 6, "unknown CUI C7654321"
+    return CONCEPTS.format("train"), 6, "unknown CUI C7654321"
 
 
 def malformed_cui(root):
     edit(root / CONCEPTS.format("train"), lambda lines: lines.__setitem__(5, lines[5] + ";C12; "))
-    return CAPTIONS.format("train"), 6, "got the CUI 'C12', ' '; C and seven digits"
+    return CONCEPTS.format("train"), 6, "got the CUI 'C12', ' '; C and seven digits"
 
 
 def no_concepts(root):
@@ -253,9 +301,7 @@ def test_labels_of_a_large_set_are_told_without_decoding(root, tmp_path, monkeyp
     monkeypatch.setattr(checks, "QUICK_IMAGES", 5)
     truncated_image(root)
     file, line, _ = blank_line(root)
-    with pytest.raises(
-        UserError, match=r"22 images were not decoded yet.*python -m harness data check"
-    ) as caught:
+    with pytest.raises(UserError, match=r"22 images were not decoded yet.*harness data check") as caught:
         data.load(config(root), tmp_path / "runs")
     assert [(Path(p.file).name, p.line) for p in caught.value.problems] == [(file, line)]
     assert len(problems(root, tmp_path)) == 2  # `data check` has no such short cut

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -292,7 +293,7 @@ def write_run(root: Path, variant: str, ids, captions, references, config=None, 
     found = {
         "name": "imageclef2023/ablation",
         "status": "FINISHED",
-        "command": "python -m harness run experiments/ablation.yaml",
+        "command": "harness run experiments/ablation.yaml",
         "edition": 2023,
         "artifacts": {},
         "config": {"score": json.loads(config.for_edition(2023).model_dump_json())},
@@ -320,6 +321,25 @@ def test_two_runs_from_the_command_line(runs, tmp_path):
     for words in ("2 systems, 32 images", "opt_224-s42 - opt_364-s42", "higher: two-sided p < 0.05"):
         assert words in done.stdout
     assert "Holm" not in done.stdout
+
+
+def test_what_is_no_run_beside_runs_is_skipped_with_a_word(runs, tmp_path):
+    """As by `compare runs/x/*`; a folder that lost its record, and a folder elsewhere, are mistakes."""
+    beside = runs[0].parent
+    (beside / "mlflow.json").write_text("{}")
+    (beside / "archive").mkdir(exist_ok=True)
+    given = sorted(beside.iterdir())
+    done = harness(tmp_path, *given)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped, since they are not runs: {beside}/archive, {beside}/mlflow.json" in done.stderr
+    assert "2 systems, 32 images" in done.stdout
+    (tmp_path / "elsewhere").mkdir()
+    assert "not a run" in harness(tmp_path, *given, "elsewhere").stderr
+    lost = beside / "lost-s1"
+    lost.mkdir()
+    (lost / "config.yaml").write_text("")
+    assert f"{lost}: not a run" in harness(tmp_path, *given, lost).stderr
+    shutil.rmtree(lost)
 
 
 def test_two_files_from_the_command_line_equal_the_two_runs(runs, golden, tmp_path):
@@ -382,7 +402,7 @@ def test_every_mistake_at_once(runs, golden, tmp_path):
     early = write_run(tmp_path / "runs", "early", ids, references, references, steps={}, status="FAILED")
     done = harness(tmp_path, runs[0], old, early, tmp_path)
     assert done.returncode == 2
-    again = "python -m harness run experiments/ablation.yaml"
+    again = "harness run experiments/ablation.yaml"
     assert f"{old}: scored by an older version" in done.stderr
     assert f"Score it again: {again}" in done.stderr
     assert f"{early}: the run (status FAILED) has no scores\n       Finish it: {again}" in done.stderr

@@ -262,7 +262,7 @@ def test_the_memory_forecast_counts_the_longest_sentence():
 def test_mistakes_in_a_prompt_name_the_key(tmp_path):
     cases = {
         "{concepts: a/b-s42, most: 0}": "model.prompt.most: got 0; a whole number from 1 to 100 is allowed",
-        "{concepts: 3}": "model.prompt.concepts: got 3; input should be a valid string",
+        "{concepts: 3}": "model.prompt.concepts: got 3; a text is allowed",
         "{concepts: a/b-s42, words: 3}": "model.prompt.words: unknown key",
         "{concepts: a/b-s42, retrieved: 3}": "model.prompt: has retrieved and concepts; one of the two is",
     }

@@ -162,6 +162,18 @@ def table(project: Path, record: dict) -> dict[str, tuple[str, str]]:
     return {row["ID"]: (row["source"], row["caption"]) for row in rows}
 
 
+@pytest.mark.slow
+def test_further_images_are_captioned_with_consensus_and_ensembles_as_in_the_runs(project):
+    for name, text in (("sampled", SAMPLED), ("others", OF_CANDIDATES)):
+        (project / f"{name}.yaml").write_text(variants(text))
+        harness(project, "run", f"{name}.yaml")
+        run = project / "runs" / "both" / f"{name}-s42"
+        harness(project, "caption", run, "data/phantom/test", "--out", f"{name}.csv")
+        record = json.loads((run / "run.json").read_text())
+        own = read_captions(project / "runs" / record["artifacts"]["predictions/test_after.csv"])
+        assert read_captions(project / f"{name}.csv") == own, name
+
+
 def test_an_interrupted_consensus_compares_only_what_is_left(tmp_path, monkeypatch):
     """The choices of both calls are those of one, with samples among the candidates."""
     random, compared = np.random.default_rng(0), []

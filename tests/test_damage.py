@@ -186,7 +186,7 @@ GOOD = {
     "name": "a/b",
     "status": "FINISHED",
     "edition": 2023,
-    "command": "python -m harness run x.yaml",
+    "command": "harness run x.yaml",
     "config": {},
     "artifacts": {"predictions/test_after.csv": "steps/x/predictions.csv"},
 }

@@ -1,7 +1,6 @@
 """Reading and counting data sets: every layout, against files written by other code."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -46,9 +45,7 @@ def test_medpix_is_whole(tmp_path):
     first = dataset.splits["train"][0]
     assert first.caption == "CT of the chest reveals an obstructing mass and resultant LUL collapse."
     assert dataset.concept_names["C0205123"] == "Coronal (qualifier value)"
-    begun = time.perf_counter()
     assert data.load(config(MEDPIX), tmp_path) == dataset
-    assert time.perf_counter() - begun < 1.5
     assert statistics.modalities(dataset)["train"] | {"CT": 0, "MRI": 0} == dict.fromkeys(
         statistics.MODALITIES.values(), 0
     )

@@ -59,7 +59,7 @@ def test_every_key_has_a_docstring_of_its_own(section):
         ("train.dropout", "a number from 0 to 1 or `null`", "`null`"),
         ("data.root", "path", "required"),
         ("predict.splits", "list of `valid` or `test`", '`["valid", "test"]`'),
-        ("variant", r"text of at most 100 characters that matches `^[A-Za-z0-9][\w.-]*$`", '`"base"`'),
+        ("model.checkpoint", "text", '`"Salesforce/blip2-opt-2.7b-coco"`'),
     ],
 )
 def test_the_reference_has_type_range_and_default(key, kind, default):
@@ -76,7 +76,7 @@ def test_every_command_has_a_panel_and_an_example():
     assert {"run", "score", "submission make", "data check"} <= set(commands)
     for command in commands:
         text = CliRunner().invoke(app, [*command.split(), "--help"], catch_exceptions=False).stdout
-        assert f"Example: python -m harness {command}".removesuffix(" run") in text
+        assert f"Example: harness {command}".removesuffix(" run") in text
     assert "─ Commands ─" not in CliRunner().invoke(app, ["--help"], catch_exceptions=False).stdout
 
 

@@ -1,12 +1,15 @@
 """Experiment files: every shipped one loads, and all mistakes are found at once with their places."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from support.experiments import messages, write
 
-from harness.config.experiment import base_of, load
+from harness.config.experiment import base_of, explain, load, set_value
 from harness.config.schema import Config, flat, keys
 from harness.errors import UserError
 from harness.study.spec import load as load_study
@@ -61,8 +64,7 @@ def test_all_mistakes_at_once_with_file_line_and_key(tmp_path):
         "--set score.bertscor.layer: score.bertscor: unknown key. Did you mean score.bertscore?",
         f"{file}:11: model.image_siz: unknown key. Did you mean model.image_size?",
         f"{file}:5: train.learning_rat: unknown key. Did you mean train.learning_rate?",
-        f"{file}:6: train.batch_size: got 'many'; input should be a valid integer, "
-        "unable to parse string as an integer",
+        f"{file}:6: train.batch_size: got 'many'; a whole number from 1 to 100,000 is allowed",
         f"{file}:7: modell: unknown key. Did you mean model?",
     ]
 
@@ -101,7 +103,7 @@ def test_a_mistake_in_a_base_is_shown_in_the_base(tmp_path):
         ),
         (
             "name: a\ndata: {root: x}\nconsensus: {utility: {bertscor: 1}}\n",
-            "e.yaml:3: consensus.utility.bertscor: got 'bertscor'; input should be 'bertscore'",
+            "e.yaml:3: consensus.utility.bertscor: got 'bertscor'; bertscore, rouge1",
         ),
         (
             "name: a\ndata: {root: x}\n"
@@ -277,7 +279,7 @@ def test_an_alias_for_a_stage_is_not_changed_with_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
-        ("null", "train.stages: got None; a list is allowed"),
+        ("null", "train.stages: got null; a list is allowed"),
         ("{}", "train.stages: got {}; a list is allowed"),
         ("[[]]", "train.stages.0: got []; a mapping of keys to values is allowed"),
     ],
@@ -292,3 +294,25 @@ def test_a_run_that_would_do_nothing_is_refused(tmp_path):
     what = "predict.splits: nothing is trained and predict.splits is empty; there is nothing to do"
     assert messages(file) == [f"{file}:5: {what}"]
     assert load(file, ["predict.splits=[test]"])
+
+
+MISTYPED = ({"a": 1}, ["x"], ["a", 2], "some text", -7.5, -7, 1e40, None, True)
+
+
+def test_every_wrong_type_of_every_key_is_told_in_words():
+    """Neither a class nor a pattern nor pydantic's own sentences."""
+    base = {"name": "a", "data": {"root": "x"}, "retrieval": {}, "soup": {"runs": ["a/b"]}, "concepts": {}}
+    told = set()
+    for path in keys():
+        for bad in MISTYPED:
+            values = copy.deepcopy(base)
+            set_value(values, path, bad)
+            try:
+                Config.model_validate(values)
+            except ValidationError as error:
+                told |= {problem.what for problem in explain(error, {}, "e.yaml")}
+    assert len(told) > 300
+    odd = re.compile(
+        r"\bclass\b|Config|pydantic|[Ii]nput|a valid|instance|\^|\bdict|\bstr\b|None|another kind"
+    )
+    assert [what for what in told if odd.search(what.rpartition("; ")[2])] == []

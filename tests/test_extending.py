@@ -189,6 +189,17 @@ def test_the_loss_is_trained_and_logged(tree, record):
         assert all(row[name] > 0 for name in names)
 
 
+def test_the_predictor_gives_the_shares_of_the_training_images(tree, record):
+    from harness.concepts.probabilities import read_probabilities
+
+    found = read_probabilities(tree / "runs" / record["artifacts"]["concepts/valid_probabilities.npz"])
+    (labels,) = (tree / "data/phantom").glob("*concept_detection_train_labels.csv")
+    own = [set(line.split("\t")[1].split(";")) for line in labels.read_text().splitlines()[1:]]
+    shares = [sum(cui in cuis for cuis in own) / len(own) for cui in found.labels]
+    assert found.values.tolist() == [pytest.approx(shares)] * 3
+    assert record["concepts"]["predictor"] == "prior"
+
+
 def test_the_family_is_trained_and_captions(tree, record):
     from safetensors.numpy import load_file
 

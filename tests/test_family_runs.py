@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file
 from support import prefix, vlm_checkpoints
 from support.commands import by_server, harness
@@ -108,6 +109,17 @@ variants:
   plain: {}
   retrieved: {model: {prompt: {retrieved: 3, words: 6, text: see}}}
   agreed: {predict: {samples: {count: 2}}, consensus: {}}
+  named: {model: {prompt: {concepts: found/knn-s42, most: 2, text: see}}}
+"""
+FINDS = """
+name: found
+task: concepts
+model: {family: encoder, vision_checkpoint: tiny, image_size: 28,
+        tiny: {patch_size: 14, hidden_size: 32, vision_layers: 1, vision_epochs: 1}}
+train: {stages: []}
+concepts: {predictor: knn, knn: {neighbours: 3}}
+score: {bootstrap: 50}
+variants: {knn: {}}
 """
 SOUP = """
 base: family.yaml
@@ -120,15 +132,18 @@ variants: {average: {}}
 
 @pytest.mark.parametrize(("kind", "name"), [("prefix", "prefix"), ("qwen3_vl", "vlm")])
 def test_what_combines_runs_and_captions_works_for_each_family(experiment, tmp_path, kind, name):
-    """Soups, retrieved captions in the prompt, and the consensus of beams and samples."""
+    """Soups, retrieved captions or predicted concepts in the prompt, the consensus of beams and samples."""
     folder = experiment(tmp_path, kind)
+    data = yaml.safe_load((folder / "family.yaml").read_text())["data"]
+    (folder / "found.yaml").write_text(FINDS + yaml.safe_dump({"device": "cpu", "data": data}))
+    harness(folder, "run", "found.yaml")
     with (folder / "family.yaml").open("a") as file:
         file.write(COMBINED)
     (folder / "soup.yaml").write_text(SOUP.replace("NAME", name))
     harness(folder, "run", "family.yaml")
     harness(folder, "run", "soup.yaml")
     runs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("runs/*/*/run.json")}
-    assert len(runs) == 7
+    assert len(runs) == 10
     assert {run["status"] for run in runs.values()} == {"FINISHED"}
     soup = runs["average-s1"]["soup"]
     assert [one["name"] for one in soup["candidates"]] == [f"{name}/plain-s1", f"{name}/plain-s2"]
@@ -146,6 +161,10 @@ def test_what_combines_runs_and_captions_works_for_each_family(experiment, tmp_p
         assert len(neighbours) == 3
         assert row["ID"] not in neighbours
         assert row["prompt"].startswith("Similar: ")
+    predicted = {row["ID"]: row["CUIs"] for row in table("knn-s42", "concepts/valid.csv")}
+    for row in table("named-s1", "prompts/valid.csv"):
+        assert set(row["CUIs"].split(";")) <= set(predicted[row["ID"]].split(";"))
+        assert row["prompt"].startswith("The image shows ")
     said = [(row["ID"], row["caption"]) for row in table("agreed-s1", "predictions/valid_candidates.csv")]
     chosen = table("agreed-s1", "consensus/valid.csv")
     assert len(chosen) == 6

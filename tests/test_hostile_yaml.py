@@ -40,7 +40,7 @@ MERGED = "x0: &x0 {a: 1}\n" + "".join(
         ("name: a\n\ndata: {root: a\0}\n", "e.yaml:3: not YAML: unacceptable character #x0000"),
         (f'{HEAD}model: {{checkpoint: "a\\0b"}}\n', "e.yaml:3: model.checkpoint: got 'a\\x00b', with a control"),
         (f'{HEAD}model: {{prompt: "\\ud800"}}\n', "e.yaml:3: model.prompt: got '\\ud800', with a control"),
-        ("name: 2024-01-01\ndata: {root: x}\n", "e.yaml:1: name: got the date 2024-01-01; input should be a valid"),
+        ("name: 2024-01-01\ndata: {root: x}\n", "e.yaml:1: name: got the date 2024-01-01; one or more names"),
         ("name: a\nseed: 2024-99-99\n", "e.yaml:2: not YAML: month must be in 1..12"),
         (f"{HEAD}seed: 0b_\n", "e.yaml:3: not YAML: invalid literal for int()"),
         (f"{HEAD}seed: !!int x\n", "e.yaml:3: not YAML: the tag !!int is not used here"),

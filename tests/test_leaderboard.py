@@ -199,7 +199,7 @@ def test_json_and_csv_tell_where_a_score_comes_from(project):
     (run,) = found["runs"]
     assert run["scores"]["bertscore"]["low"] == pytest.approx(0.607)
     assert (run["seed"], run["date"], run["commit"]) == (42, "2026-01-02T03:04:05+00:00", "c0ffee" * 6)
-    assert run["command"] == "python -m harness run experiments/table3.yaml"
+    assert run["command"] == "harness run experiments/table3.yaml"
     assert (project / "leaderboard" / run["links"]["config.yaml"]).resolve() == (
         folder / "config.yaml"
     ).resolve()

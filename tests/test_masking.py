@@ -51,7 +51,7 @@ HIDDEN = (
 SHOWN = (
     "--set predict.max_new_tokens=24 --set train.max_caption_tokens=32",
     'password authentication failed for user "harness"',
-    "python -m harness run experiments/a.yaml --set data.root=/x/y@z",
+    "harness run experiments/a.yaml --set data.root=/x/y@z",
     "https://host:5000/#/runs/1",
     "Basic metabolic panel",
     "see http://localhost:5000 and mail me@example.org",

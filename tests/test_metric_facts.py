@@ -24,7 +24,7 @@ from harness.metrics import METRICS, alignscore, cache, similarity
 from harness.metrics.base import STANDIN, Measured
 from harness.metrics.settings import ScoreConfig
 from harness.steps.plan import Plan
-from harness.steps.train import primary_metric
+from harness.steps.validating import Validation, primary_metric
 from harness.steps.work import Work
 from harness.store import fingerprint
 
@@ -194,7 +194,8 @@ def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, *how: ["a lesion"] * len(rows))
     made = plan(data, tmp_path, every(small), 2026)
     loaded = SimpleNamespace(caption=SimpleNamespace(prompt=()))
-    row = made.steps["train"].validate(Work(made.config, Terminal()), loaded, None)
+    validation = Validation(made.steps["train"].inputs)
+    row = validation.scores(Work(made.config, Terminal()), loaded, None)
     assert row["valid_primary"] == row["valid_overall"] == pytest.approx((0.35 + 0.6) / 2)
 
 

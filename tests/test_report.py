@@ -263,7 +263,7 @@ def test_a_score_that_is_no_number_is_absent(tmp_path):
 
 
 def test_no_run_is_a_mistake_with_the_runs_that_there_are(tmp_path):
-    assert "make some: python -m harness run" in harness(tmp_path, "report", "runs/none", code=2)
+    assert "make some: harness run" in harness(tmp_path, "report", "runs/none", code=2)
     write_run(tmp_path, record(), captions(2))
     text = harness(tmp_path, "report", "runs/small", code=2)
     assert "runs/small: not a run: it has no run.json" in text

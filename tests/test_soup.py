@@ -189,7 +189,7 @@ def test_the_command_writes_an_experiment_and_compares_with_the_best_member(proj
     assert "-s42 - " in done.stdout or "opt-s4" in done.stdout
     record = record_of(project, "soup/small.opt-s42_seeds.opt-s43-s42")
     assert record["status"] == "FINISHED"
-    assert "python -m harness run mine.yaml" in (project / "mine.yaml").read_text()
+    assert "harness run mine.yaml" in (project / "mine.yaml").read_text()
     assert "rouge1" in done.stdout
     (project / "other.yaml").write_text("name: other\n")
     refused = harness(project, "soup", "small/opt-s42", "seeds/opt-s43", "--out", "other.yaml", code=2)

@@ -132,7 +132,7 @@ def test_mlflow_shows_each_trial_under_the_study(folder, finished):
     assert parent.data.metrics["best/bertscore"] == pytest.approx(best, abs=1e-12)
     assert parent.info.status == "FINISHED"
     plots = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "plots")}
-    assert plots == {"history.png", "importance.png"}
+    assert plots == {"history.png"}  # of so few trials, importance would be chance
 
 
 def test_optuna_opens_the_storage(folder, finished):

@@ -112,7 +112,7 @@ pruner: {name: median}
         ":5: space.predict.num_beams.low: 0 is not allowed: a whole number from 1 to 1,000 is allowed",
         ":6: space.train.weight_decay.low: -1.0 is not allowed: a finite number of 0 or more",
         ":7: space.postprocess.deduplicate: is not a number; give choices",
-        ":8: space.train.precision.choices: 'fp7' is not allowed: input should be",
+        ":8: space.train.precision.choices: 'fp7' is not allowed: auto, bf16, fp16 or fp32",
         ":9: space.score.bootstrap: can't be searched",
         ":10: space.train.warmup_steps.when.train.dropout: train.dropout is not in the space",
         ":11: objective: got meteor; the base scores bertscore, rouge1",

@@ -55,7 +55,7 @@ def test_another_separator_is_one_message_and_its_command_makes_a_valid_file(cas
         assert done.stderr.count("error: ") == 1
         assert words in done.stderr
         assert not (folder / "out").exists()
-    command = re.search(r"python -m harness (submission make .*)", done.stderr)[1]
+    command = re.search(r"harness (submission make .*)", done.stderr)[1]
     made = harness(folder, *shlex.split(command)).stdout.strip()
     harness(folder, "submission", "check", made, f"--edition={edition}", "--ids=IDS")
 

@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
         "seed": 42,
         "status": "FINISHED",
         "edition": 2023,
-        "command": "python -m harness run experiments/exp.yaml",
+        "command": "harness run experiments/exp.yaml",
         "git": {"commit": "c0ffee", "dirty": False},
         "standin_model": True,
         "config": {"name": "group/exp"},
@@ -62,7 +62,7 @@ def test_make_from_a_run_takes_its_post_processed_captions_and_its_ids(folder):
     assert manifest["commit"]["commit"] == "c0ffee"
     assert manifest["standin_model"] is True
     assert manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert manifest["command"] == "python -m harness submission make runs/group/exp/base-s42"
+    assert manifest["command"] == "harness submission make runs/group/exp/base-s42"
     assert not Path(manifest["predictions"]).is_absolute()
 
 

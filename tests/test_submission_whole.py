@@ -24,7 +24,7 @@ from harness.submission.runs import predictions
 
 IDS = [f"scan_{number}" for number in range(6)]
 CAPTIONS = {key: f"caption {key}" for key in IDS}
-COMMAND = "python -m harness run experiments/exp.yaml"
+COMMAND = "harness run experiments/exp.yaml"
 
 
 def everything(root: Path) -> dict[str, bytes]:

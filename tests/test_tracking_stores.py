@@ -65,7 +65,7 @@ def test_a_half_made_store_is_recognised_and_the_remedy_helps(root, tmp_path):
         tracking.sync(root)
     assert error.value.exit_code == 1
     assert f"{database}: MLflow can't use this store" in str(error.value)
-    assert f"mv {database} {database}.old && python -m harness sync" in str(error.value)
+    assert f"mv {database} {database}.old && harness sync" in str(error.value)
     database.rename(f"{database}.old")
     process = sync(tmp_path, "runs")  # as the remedy says: this process has the old store open
     out, _ = process.communicate(timeout=300)
@@ -178,7 +178,7 @@ def test_a_server_that_refuses_is_said_in_a_line_within_seconds(root, monkeypatc
     assert "not mirrored to http" in what
     assert "127.0.0.1" in what
     assert SECRET not in what
-    assert hint.strip() == "Nothing is lost. Try again: python -m harness sync"
+    assert hint.strip() == "Nothing is lost. Try again: harness sync"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.terminal import Report, ReportFormat, Terminal, command_line
+from harness.cli.terminal import Report, ReportFormat, Terminal, all_by_name, command_line
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
+from harness.program import spelled
 from harness.visible import console, json_text
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def best(
         list[Path],
         typer.Argument(
             metavar="EXPERIMENT_OR_RUN...",
+            callback=all_by_name,
             help="Experiment files, or names of runs such as table3/opt_364-s42. Only finished runs count.",
         ),
     ],
@@ -51,7 +54,7 @@ def best(
 
     An experiment is written that makes the test submission.
 
-    Example: python -m harness best experiments/quickstart.yaml
+    Example: harness best experiments/quickstart.yaml
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import best as choosing
@@ -102,7 +105,7 @@ def _beside(source: Path, name: str) -> Path:
 
 
 def _run_command(place: Path) -> str:
-    return f"python -m harness run {place}"
+    return f"harness run {place}"
 
 
 def _print_plan(given: "Candidates", few: int, soup: bool, terminal: Terminal, output: Report) -> None:
@@ -157,8 +160,6 @@ def _as_dict(choice: "Choice", place: Path) -> dict[str, Any]:
 
 
 def _print(choice: "Choice", place: Path) -> None:
-    from rich.table import Table
-
     from harness.cli.tables import NOT_COMPARABLE
 
     screen, metric = console(), choice.given.metric
@@ -166,19 +167,21 @@ def _print(choice: "Choice", place: Path) -> None:
         screen.print(f"{label:>3}  {run}")
     tune, held = (len(system.ids) for system in choice.single.systems.values())
     title = f"{metric} on halves of validation: tune {tune} images, held {held}"
-    table = Table("option", title=title, title_justify="left")
-    for column in ("tune", "held [95 %]", "image gap, held [95 %]"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for one in choice.options:
-        table.add_row(*_row(one, metric), style="bold" if one is choice.winner else "")
-    screen.print(table)
+    columns = [
+        Column("option"),
+        Column("tune", 1),
+        Column("held [95 %]", 0),
+        Column("image gap, held [95 %]", 2),
+    ]
+    rows = [Row(_row(one, metric), "bold" if one is choice.winner else "") for one in choice.options]
+    Sheet(title, columns, rows).show(screen)
     _print_tests(screen, choice)
     for line in _conclusions(choice):
         screen.print(line)
     if not all(one.systems["held"].scores[metric].official for one in choice.options):
         screen.print(NOT_COMPARABLE)
     screen.print(f"Written: {place}")
-    screen.print(f"The test submission: {_run_command(place)}")
+    screen.print(spelled(f"The test submission: {_run_command(place)}"), soft_wrap=True)
 
 
 def _row(one: "Option", metric: str) -> list[str]:
@@ -197,18 +200,13 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str:
 
 def _print_tests(screen: Any, choice: "Choice") -> None:
     """Print the tests on the held half against the best single run."""
-    from rich.table import Table
-
     if not choice.held:
         return
     title = f"Differences from the best single run, {choice.single.label}, on the held half"
-    table = Table("option", title=title, title_justify="left")
-    for column in ("difference [95 %]", "p", "p, Holm"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("at 95 %")
-    for one in choice.held:
-        table.add_row(one.b, _difference(one), _p(one.p), _p(one.adjusted_p), one.verdict)
-    screen.print(table)
+    columns = [Column("option"), Column("difference [95 %]", 0), Column("p", 3), Column("p, Holm", 1)]
+    columns.append(Column("at 95 %", 2, text=True))
+    rows = [Row([one.b, _difference(one), _p(one.p), _p(one.adjusted_p), one.verdict]) for one in choice.held]
+    Sheet(title, columns, rows).show(screen)
 
 
 def _difference(one: "Difference") -> str:

@@ -23,6 +23,7 @@ from harness.cli.terminal import (
     Task,
     Terminal,
 )
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
 from harness.visible import console, json_text, print_csv
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from harness.compare import Difference, System
     from harness.metrics.settings import ScoreConfig
     from harness.scoring import Rows
+
+_OF_EXPERIMENTS = (".json", ".lock", ".log", ".db", ".yaml", ".html", ".png", ".jsonl")
+"""The endings of files that MLflow's mirror and studies keep beside runs."""
 
 
 def compare(
@@ -72,7 +76,7 @@ def compare(
 
     The exit code is 1 if nothing can be compared.
 
-    Example: python -m harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
+    Example: harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import compare as comparison
@@ -81,6 +85,7 @@ def compare(
 
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
+    sources = _without_others(sources)
     _check(sources, references)
     task = _task(sources, of)
     metrics = metric_names(names)
@@ -102,6 +107,27 @@ def compare(
         print_csv(text.getvalue())
     else:
         _print(systems, found, resamples, half)
+
+
+def _without_others(sources: Sequence[Path]) -> list[Path]:
+    """The sources without what else lies beside runs, so that `runs/x/*` can be given; says what it skips."""
+    from harness.records import CONFIG, FILE
+
+    beside = {source.resolve().parent for source in sources if (source / FILE).is_file()}
+    skipped = [
+        source
+        for source in sources
+        if source.resolve().parent in beside
+        and (source.suffix in _OF_EXPERIMENTS if source.is_file() else not _has(source, FILE, CONFIG))
+        and source.exists()
+    ]
+    if skipped:
+        Terminal().say(f"skipped, since they are not runs: {', '.join(map(str, skipped))}")
+    return [source for source in sources if source not in skipped]
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def _check(sources: Sequence[Path], references: Path | None) -> None:
@@ -246,23 +272,21 @@ def _csv(systems: Sequence["System"], found: Sequence["Difference"], half: Half 
 def _print(
     systems: Sequence["System"], found: Sequence["Difference"], resamples: int, half: Half | None
 ) -> None:
-    from rich.table import Table
-
     from harness.compare import few_images
 
     screen = console()
     several, n = len(systems) > 2, len(systems[0].ids)
     images = f"{n} images" + (f" of the {half} half" if half else "")
     title = f"{len(systems)} systems, {images}: scores and differences [95 % interval]"
-    table = Table("metric", "system", title=title, title_justify="left")
-    for name in ("score", "p", *(["p, Holm"] if several else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("at 95 %")
-    for metric in dict.fromkeys(one.metric for one in found):
-        for row in _section(metric, systems, found, several):
-            table.add_row(*row)
-        table.add_section()
-    screen.print(table)
+    columns = [Column("metric"), Column("system"), Column("score", 0), Column("p", 2 - several)]
+    columns += [Column("p, Holm", 1)] if several else []
+    columns.append(Column("at 95 %", 1 + several, text=True))
+    rows = [
+        Row(cells, section=number == 0)
+        for metric in dict.fromkeys(one.metric for one in found)
+        for number, cells in enumerate(_section(metric, systems, found, several))
+    ]
+    Sheet(title, columns, rows, labels=2, grouped=True).show(screen)
     for line in _notes(systems, found, resamples):
         screen.print(line)
     if half and (few := few_images(n, half)):
@@ -273,12 +297,12 @@ def _section(
     metric: str, systems: Sequence["System"], found: Sequence["Difference"], several: bool
 ) -> list[list[str]]:
     """The rows of one metric: each system's score, then each difference."""
-    rows = [["", system.label, _value(system.scores.get(metric))] for system in systems]
-    rows[0][0] = metric
+    blank = [""] * (3 if several else 2)
+    rows = [[metric, system.label, _value(system.scores.get(metric)), *blank] for system in systems]
     for one in found:
         if one.metric == metric:
             ps = (one.p, one.adjusted_p) if several else (one.p,)
-            rows.append(["", f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
+            rows.append([metric, f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
     return rows
 
 

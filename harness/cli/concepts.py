@@ -1,42 +1,37 @@
 """The table of concept detection: F1 of runs and baselines, on validation and on the half `held`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from harness.cli.widths import Column, Row, Sheet
 from harness.data.halves import HELD
 from harness.records import name_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Record = Mapping[str, Any]
 F1, SECONDARY = "f1", "f1_secondary"
 
 
-def table(records: Sequence[Record]) -> "Table":
+def table(records: Sequence[Record]) -> Sheet:
     """One row per run, then one per baseline; `records` have concepts."""
-    from rich.table import Table
-
     floors = _baselines(records)
     title = f"{records[0]['name']}: concepts, {records[0]['data']['splits']['valid']} validation images"
     if any(record["standin_model"] for record in records):
         title += " (by a STAND-IN model: tiny)"
-    found = Table(title=title, title_justify="left")
-    found.add_column("run", no_wrap=True)
     best = max(floors, key=lambda name: floors[name]["value"] or 0, default=None)
-    for name in (F1, f"{F1} ({HELD})", SECONDARY, *([f"above {best} ({HELD})"] if best else [])):
-        found.add_column(name, justify="right")
+    columns = [Column("run"), Column(F1, 0), Column(f"{F1} ({HELD})", 1), Column(SECONDARY)]
+    columns += [Column(f"above {best} ({HELD})", 2)] if best else []
+    rows = []
     for record in records:
         concepts, own = record["concepts"], scores(record)
         held = concepts.get("halves", {}).get(HELD, {}).get(F1, {})
         gain = concepts.get("paired", {}).get(best, {}).get(HELD) or {}
         cells = [_value(own.get(F1, {})), _value(held), _value(own.get(SECONDARY, {}))]
         cells += [_interval(gain.get("difference"), gain, "+")] if best else []
-        found.add_row(name_of(record), *cells)
-    found.add_section()
+        rows.append(Row([name_of(record), *cells]))
     for name, one in floors.items():
-        found.add_row(name, _value(one), _value(one.get(HELD) or {}), *[""] * (2 if best else 1))
-    return found
+        cells = [name, _value(one), _value(one.get(HELD) or {}), *[""] * (2 if best else 1)]
+        rows.append(Row(cells, section=name == next(iter(floors))))
+    return Sheet(title, columns, rows)
 
 
 def notes(records: Sequence[Record]) -> Iterator[str]:

@@ -74,7 +74,7 @@ def consensus(
     The captions of several systems make an ensemble. Several captions of one system make a consensus of its
     samples. Ties go to the more probable caption, then to the earlier source. No references are needed.
 
-    Example: python -m harness consensus a.csv b.csv samples.json --out run.csv
+    Example: harness consensus a.csv b.csv samples.json --out run.csv
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import metrics, scoring

@@ -12,7 +12,7 @@ from harness.visible import json_text
 
 app = typer.Typer(
     help="Check a data set, describe it, or draw a made-up one.\n\n"
-    "Example: python -m harness data check data/imageclef2023",
+    "Example: harness data check data/imageclef2023",
     no_args_is_help=True,
 )
 
@@ -26,12 +26,13 @@ def _data_config(root: Path, layout: str, **more: Any) -> Any:
     from pydantic import ValidationError
 
     from harness.config.sections import DataConfig
+    from harness.config.words import allowed
 
     try:
         return DataConfig(root=root, layout=layout, **more)
     except ValidationError as error:
         raise UserError(
-            [Problem(f"got {layout!r}; {error.errors()[0]['msg'].lower()}", key="--layout")]
+            [Problem(f"got {layout!r}; {allowed(error.errors()[0], DataConfig)} is allowed", key="--layout")]
         ) from None
 
 
@@ -45,7 +46,7 @@ def data_phantom(
 ) -> None:
     """Draw a made-up radiology set in the 2023 layout; the same seed draws the same bytes.
 
-    Example: python -m harness data phantom data/phantom --train 700 --valid 100 --test 100
+    Example: harness data phantom data/phantom --train 700 --valid 100 --test 100
     """
     from harness.config.sections import PhantomConfig
     from harness.data import phantom
@@ -62,7 +63,7 @@ def data_check(
 
     A row that is odd but no mistake, such as a blank caption, gives a note. Only training leaves it out.
 
-    Example: python -m harness data check data/imageclef2023
+    Example: harness data check data/imageclef2023
     """
     from harness.data import REPAIR, examine
     from harness.data.readers import together
@@ -106,7 +107,7 @@ def data_stats(
     For concepts: how frequent they are, which occur together, images per number of concepts, and concepts of
     valid that are unseen in train. JSON and CSV have all of them, the table the first ones.
 
-    Example: python -m harness data stats data/imageclef2023 --plot lengths.png
+    Example: harness data stats data/imageclef2023 --plot lengths.png
     """
     from harness.cli import tables
     from harness.data import concepts, load, statistics

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.terminal import HalfOption, Terminal
+from harness.cli.widths import Column, Row, Sheet
+from harness.program import spelled
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def leaderboard(
 ) -> None:
     """Show official standings (test) and our runs (validation), each with a rank or the reason for none.
 
-    Example: python -m harness leaderboard --edition 2023 --format html
+    Example: harness leaderboard --edition 2023 --format html
     """
     from harness import leaderboard as boards
     from harness.store import RUNS
@@ -97,7 +99,7 @@ def _print(boards: Sequence["Board"]) -> None:
         _seeds(screen, board)
         for entry in board.entries:
             for line in (*_origin(board, entry), *_beaten(board, entry)):
-                screen.print(line)
+                screen.print(spelled(line), soft_wrap=True)  # a command is copied whole
         if not board.entries:
             screen.print(f"{_title(board)}: no runs yet")
     if any(_starred(entry) for board in boards for entry in board.entries):
@@ -106,7 +108,7 @@ def _print(boards: Sequence["Board"]) -> None:
         screen.print(TUNED)
     for warning in filter(None, dict.fromkeys(map(_few, boards))):
         screen.print(warning)
-    screen.print("As a page: python -m harness leaderboard --format html")
+    screen.print(spelled("As a page: harness leaderboard --format html"))
 
 
 def _title(board: "Board") -> str:
@@ -139,7 +141,6 @@ def _standings(screen: Any, board: "Board") -> None:
     if not board.standings and not ours:
         screen.print(f"{_title(board)}: no official standings at hand")
         return
-    table = _table(board, f"{_title(board)}: official standings, test ({board.known})")
     last = max((row.rank for row in board.standings if row.rank), default=0)
     lines = [
         (row.scores[board.primary], False, [str(row.rank or "-"), row.team, row.run, *_official(board, row)])
@@ -150,9 +151,9 @@ def _standings(screen: Any, board: "Board") -> None:
         place = f"({rank})" if rank else f"(>{last})" if last and board.is_last(entry) else "-"
         cells = [place, entry.record["name"], entry.run, *_cells(board, entry)]
         lines.append((entry.value(board.primary), True, cells))
-    for _, _, cells in sorted(lines, key=lambda line: (-line[0], not line[1])):
-        table.add_row(*cells)
-    screen.print(table)
+    title = f"{_title(board)}: official standings, test ({board.known})"
+    ordered = sorted(lines, key=lambda line: (-line[0], not line[1]))
+    _sheet(board, title, [cells for _, _, cells in ordered]).show(screen)
 
 
 def _official(board: "Board", row: Any) -> list[str]:
@@ -160,12 +161,11 @@ def _official(board: "Board", row: Any) -> list[str]:
 
 
 def _runs(screen: Any, board: "Board", entries: Sequence["Entry"], title: str) -> None:
-    table = _table(board, title)
+    found = []
     for entry in entries:
         rank = board.rank(entry)
-        name = [str(rank) if rank else "-", entry.record["name"], entry.run]
-        table.add_row(*name, *_cells(board, entry))
-    screen.print(table)
+        found.append([str(rank) if rank else "-", entry.record["name"], entry.run, *_cells(board, entry)])
+    _sheet(board, title, found).show(screen)
 
 
 def _why(screen: Any, apart: Sequence["Entry"]) -> None:
@@ -176,8 +176,7 @@ def _why(screen: Any, apart: Sequence["Entry"]) -> None:
 
 
 def _seeds(screen: Any, board: "Board") -> None:
-    from rich.table import Table
-
+    from harness.cli.tables import score_columns
     from harness.leaderboard import SPLITS, over_seeds
 
     groups = over_seeds(board)
@@ -185,15 +184,14 @@ def _seeds(screen: Any, board: "Board") -> None:
         return
     title = f"{_title(board)}: over seeds{_half(board)}, mean ± standard deviation (not ranked)"
     names = [name for name in board.metrics if any(name in group["scores"] for group in groups)]
-    table = Table("name", "variant", "split", "seeds", title=title, title_justify="left")
-    for name in names:
-        table.add_column(name, justify="right")
+    found = []
     for group in groups:
         seeds = ", ".join(map(str, group["seeds"]))
         cells = [_mean(group["scores"].get(name)) for name in names]
         variant = (group["experiment"], group["variant"], SPLITS[group["split"]])
-        table.add_row(*variant, seeds, *cells)
-    screen.print(table)
+        found.append(Row([*variant, seeds, *cells]))
+    columns = [*map(Column, ("name", "variant", "split", "seeds")), *score_columns(names, board.primary)]
+    Sheet(title, columns, found, labels=4).show(screen)
 
 
 def _mean(score: dict[str, Any] | None) -> str:
@@ -207,13 +205,11 @@ def _starred(entry: "Entry") -> bool:
     return any(not score["official"] and score["value"] is not None for score in entry.scores.values())
 
 
-def _table(board: "Board", title: str) -> Any:
-    from rich.table import Table
+def _sheet(board: "Board", title: str, rows: Sequence[list[str]]) -> Sheet:
+    from harness.cli.tables import score_columns
 
-    table = Table("rank", "name", "run", title=title, title_justify="left")
-    for name in board.metrics:
-        table.add_column(name, justify="right")
-    return table
+    columns = [*map(Column, ("rank", "name", "run")), *score_columns(board.metrics, board.primary)]
+    return Sheet(title, columns, [Row(cells) for cells in rows], labels=3)
 
 
 def _cells(board: "Board", entry: "Entry") -> list[str]:

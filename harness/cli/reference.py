@@ -14,7 +14,7 @@ def reference(
 ) -> None:
     """Print every key of an experiment file with its type, default and meaning, as Markdown.
 
-    Example: python -m harness reference --output docs/reference.md
+    Example: harness reference --output docs/reference.md
     """
     from harness.config.reference import page
 
@@ -32,4 +32,5 @@ def _commands(group: Any, path: str = "") -> Iterator[tuple[str, str]]:
         if hasattr(command, "commands"):
             yield from _commands(command, f"{path}{name} ")
         else:
-            yield f"{path}{name}", inspect.cleandoc(command.help or "").split("\n\n")[0]
+            # not its help, which names commands as they work on this machine
+            yield f"{path}{name}", (inspect.getdoc(command.callback) or "").split("\n\n")[0]

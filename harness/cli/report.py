@@ -15,7 +15,7 @@ def report(
 ) -> None:
     """Write one self-contained page of a run: config, curves, scores, and captions with their images.
 
-    Example: python -m harness report runs/quickstart/opt_364-s42
+    Example: harness report runs/quickstart/opt_364-s42
     """
     from harness import report as pages
     from harness.cli.terminal import Terminal

@@ -66,7 +66,7 @@ def score(
 
     The format of each file is detected. A score that can't be computed here is absent, with its reason.
 
-    Example: python -m harness score run.csv --references valid_labels.csv
+    Example: harness score run.csv --references valid_labels.csv
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import scoring

@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from harness.cli.terminal import DeviceName, DeviceOption, Format, Output, Sets, Terminal, command_line
+from harness.cli.terminal import (
+    DeviceName,
+    DeviceOption,
+    Format,
+    Output,
+    Sets,
+    Terminal,
+    by_name,
+    command_line,
+)
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
+from harness.program import spelled
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -33,11 +44,15 @@ app = typer.Typer(
     cls=_FileFirst,
     no_args_is_help=True,
     help="Search an experiment's keys for the best validation score.\n\n"
-    "Example: python -m harness study experiments/study_lr.yaml",
+    "Example: harness study experiments/study_lr.yaml",
 )
 
-StudyFile = Annotated[Path, typer.Argument(help="The study's YAML file.")]
-Base = Annotated[Path | None, typer.Option(help="An experiment file that replaces the study's base.")]
+StudyFile = Annotated[
+    Path, typer.Argument(help="The study's YAML file, or its name in experiments/.", callback=by_name)
+]
+Base = Annotated[
+    Path | None, typer.Option(help="An experiment file that replaces the study's base.", callback=by_name)
+]
 Variant = Annotated[str | None, typer.Option(help="Variant of the base.")]
 
 
@@ -60,7 +75,7 @@ def run(
 
     After an interruption the same command continues with the trials that were not finished.
 
-    Example: python -m harness study run experiments/study_lr.yaml --workers 4
+    Example: harness study run experiments/study_lr.yaml --workers 4
     """
     from harness.machine import launch
     from harness.study import storage
@@ -195,7 +210,7 @@ def show(
 ) -> None:
     """List the trials of a study.
 
-    Example: python -m harness study show experiments/study_lr.yaml
+    Example: harness study show experiments/study_lr.yaml
     """
     spec = _load(file, sets, None, base, variant)
     _print(spec, _begun(spec), output)
@@ -214,17 +229,22 @@ def best(
 ) -> None:
     """Write the config of the best trial as an experiment that `harness run` takes.
 
-    Example: python -m harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
+    Example: harness study best experiments/study_lr.yaml --output experiments/best_lr.yaml
     """
     from harness.store import write
-    from harness.study import results, storage
+    from harness.study import against, results, storage
 
     spec = _load(file, sets, None, base, variant)
     study, _ = storage.open_study(spec, _folder(spec), _begun(spec))
     out = out or file.with_name(f"{file.stem}_best.yaml")
-    text = results.as_experiment(results.winner(study, spec, trial), spec, out, command_line())
-    write(out, text)
-    print(f"{out}: trial {results.winner(study, spec, trial).number} of {spec.name}")
+    won = results.winner(study, spec, trial)
+    write(out, results.as_experiment(won, spec, out, command_line()))
+    print(f"{out}: trial {won.number} of {spec.name}")
+    if found := against.against_base(spec, won, _folder(spec)):
+        print(f"trial {won.number} {against.told(found, len(study.get_trials(deepcopy=False)))}")
+    else:
+        print("Trial 0 is the base itself.")
+    print(spelled(f"Run it: harness run {shlex.quote(str(out))}"))
 
 
 def _begun(spec: "Study") -> str:
@@ -232,7 +252,7 @@ def _begun(spec: "Study") -> str:
     from harness.study import storage
 
     if not storage.read_record(_folder(spec)):
-        hint = f"Start it: python -m harness study {_words(spec)}"
+        hint = f"Start it: harness study {_words(spec)}"
         raise UserError([Problem(f"the study {spec.name} has no trials yet", spec.file, hint=hint)])
     return storage.choose(spec, _folder(spec), 1)
 
@@ -260,26 +280,25 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 
 
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
-    from rich.table import Table
-
     from harness.cli import tables
     from harness.compare import few_images
-    from harness.study import results
+    from harness.study import against, results, storage
 
     screen = console()
     keys = [parameter.key for parameter in spec.space]
     where = f", the {spec.config.half} half" if spec.config.half else ""
-    table = Table(title=f"{spec.name}: validation scores{where}", title_justify="left")
-    for name in ("trial", *spec.objective, *(key.rpartition(".")[2] for key in keys), "s"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    names = [*spec.objective, *(key.rpartition(".")[2] for key in keys)]
+    columns = [Column("trial"), *(Column(name, number) for number, name in enumerate(names))]
+    columns += [Column("s"), Column("note", text=True)]
+    table = []
     for row in rows:
         scores = [tables.cell({"value": v, "official": row["official"]}) for v in row["values"].values()]
         values = [_short(row["params"].get(key)) for key in keys]
         spent = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         note = _note(row)
-        table.add_row(str(row["number"]), *scores, *values, spent, note, style="bold" if row["best"] else "")
-    screen.print(table)
+        cells = [str(row["number"]), *scores, *values, spent, note]
+        table.append(Row(cells, style="bold" if row["best"] else ""))
+    Sheet(f"{spec.name}: validation scores{where}", columns, table).show(screen)
     if any(row["official"] is False for row in rows):
         screen.print(tables.NOT_COMPARABLE)
     for row in rows:
@@ -287,8 +306,13 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
             screen.print(f"trial {row['number']} {results.on_held(row['held'])}")
             few = [few_images(one["n"], "held") for one in row["held"].get("scores", {}).values()]
             screen.print(*(f"warning: {warning}" for warning in dict.fromkeys(filter(None, few))))
+        if "against_base" in row:
+            screen.print(f"trial {row['number']} {against.told(row['against_base'], len(rows))}")
+    if rows and rows[0]["best"]:
+        screen.print("No trial is better than the base (trial 0).")
+    screen.print(*(f"{note}\n" for note in storage.read_record(_folder(spec)).get("notes", ())), end="")
     screen.print(f"Plots and records: runs/{spec.name}/")
-    screen.print(f"The best as an experiment: python -m harness study best {_words(spec)}")
+    screen.print(spelled(f"The best as an experiment: harness study best {_words(spec)}"), soft_wrap=True)
     screen.print(f"In a browser: optuna-dashboard {address}")
 
 

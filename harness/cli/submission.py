@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line
-from harness.config.editions import SPAN
+from harness.config.editions import FORMATS
 from harness.errors import Problem, UserError
 from harness.visible import json_text, one_line
 
 app = typer.Typer(
     help="Make official submission files, and check them.\n\n"
-    "Example: python -m harness submission make runs/quickstart/opt_364-s42",
+    "Example: harness submission make runs/quickstart/opt_364-s42",
     no_args_is_help=True,
 )
 
-Edition = Annotated[int, typer.Option("--edition", help=f"Year of the edition, {SPAN}.")]
+Edition = Annotated[int, typer.Option("--edition", help=f"Year of the edition: {FORMATS}.")]
 IDS_HELP = "The ids to submit, in order: one a line, or the first column of a label file."
 
 
@@ -39,7 +39,7 @@ def make(
         typer.Argument(metavar="RUN|PREDICTIONS", help="A run's folder, or a file of captions or concepts."),
     ],
     edition: Annotated[
-        int | None, typer.Option(help=f"Year of the edition, {SPAN}; by default the run's.")
+        int | None, typer.Option(help=f"Year of the edition: {FORMATS}; by default the run's.")
     ] = None,
     ids: Annotated[Path | None, typer.Option(help=f"{IDS_HELP} By default the run's.")] = None,
     of: OfTask = None,
@@ -53,7 +53,7 @@ def make(
 ) -> None:
     """Write an official file with its manifest; exit code 3 if the organisers would refuse it.
 
-    Example: python -m harness submission make runs/quickstart/opt_364-s42 --edition 2026
+    Example: harness submission make runs/quickstart/opt_364-s42 --edition 2026
     """
     from harness import submission
     from harness.captions import sameness
@@ -157,7 +157,7 @@ def check(
 
     With --fix the exit code says whether OUT is valid.
 
-    Example: python -m harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
+    Example: harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
     from harness.config.yamlfile import no_file

@@ -7,16 +7,15 @@ import statistics as numbers
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.cli import concepts
+from harness.cli.widths import Column, Row, Sheet, wrapped
 from harness.config.editions import EDITIONS
+from harness.program import spelled
 from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
 from harness.visible import console, json_text, print_csv
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
 Record = Mapping[str, Any]
@@ -60,11 +59,15 @@ def show(records: Sequence[Record]) -> None:
     screen = console()
     captioned = [record for record in records if task_of(record) == "captions"]
     detected = [record for record in records if record.get("concepts")]
-    if captioned:
-        screen.print(_captions(captioned))
-    if detected:
-        screen.print(concepts.table(detected))
-    for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(captioned)]):
+    scored = [record for record in captioned if record["scores"].get("valid")]
+    known = [record for record in detected if concepts.scores(record)]
+    if scored:
+        _captions(captioned).show(screen)
+    if known:
+        concepts.table(detected).show(screen)
+    if not scored and not known:
+        screen.print(_unscored(records[0]))
+    for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(scored)]):
         screen.print(line)
     screen.print("\nCheckpoints, predictions, scores: " + _paths(f"runs/{full_name(r)}" for r in records))
     screen.print("Reports (images, predictions, curves, for a browser):")
@@ -80,31 +83,43 @@ def show(records: Sequence[Record]) -> None:
         screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
 
 
-def _captions(records: Sequence[Record]) -> "Table":
-    """The score table of runs that caption."""
-    from rich.table import Table
+def _unscored(record: Record) -> str:
+    """Why an experiment has no table of scores."""
+    splits = ", ".join(record["config"].get("predict", {}).get("splits") or ()) or "nothing"
+    why = record.get("unscored", {}).get("valid") or f"it predicts {splits} alone"
+    return f"{record['name']}: no scores on validation: {why}"
 
+
+def _captions(records: Sequence[Record]) -> Sheet:
+    """The score table of runs that caption."""
     names = metric_names(records)
     sizes = records[0]["data"]["splits"]
     title = f"{records[0]['name']}: validation scores, {sizes['valid']} images"
     if any(record["standin_model"] for record in records):
         title += " (captions by a STAND-IN model: tiny)"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("run", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("image gap (rouge1)", justify="right", no_wrap=True)
+    columns = [
+        Column("run"),
+        *score_columns(names, EDITIONS[records[0]["edition"]].primary),
+        Column("image gap (rouge1)", 2),
+    ]
+    rows = []
     for record in records:
         scores = record["scores"].get("valid", {}).get("after", {})
-        table.add_row(name_of(record), *(cell(scores.get(name)) for name in names), _gap(record))
+        rows.append(Row([name_of(record), *(cell(scores.get(name)) for name in names), _gap(record)]))
     if baseline := next((record["baseline"] for record in records if record["baseline"]), None):
         values = [_floor(baseline, name) for name in names]
-        table.add_section()
-        table.add_row("constant caption", *values, "")
+        rows.append(Row(["constant caption", *values, ""], section=True))
     if nearest := _nearest(records):
         row = [cell(score) if score else "" for score in (_beside(nearest, records, name) for name in names)]
-        table.add_row("nearest image", *row, _gap(nearest))
-    return table
+        rows.append(Row(["nearest image", *row, _gap(nearest)], section=not baseline))
+    return Sheet(title, columns, rows)
+
+
+def score_columns(names: Sequence[str], primary: str | None) -> list[Column]:
+    """A column for each metric; a narrow terminal keeps the primary and the first other one."""
+    first = sorted(names, key=lambda name: name != primary)[:2]
+    kept = {name: place for place, name in enumerate(first)}
+    return [Column(name, kept.get(name)) for name in names]
 
 
 def _floor(baseline: Mapping[str, Any], name: str) -> str:
@@ -171,10 +186,10 @@ def show_checks(checks: Sequence[Any]) -> None:
     screen = console()
     for check in checks:
         screen.print("ok  " if check.ok else "FIX ", style="green" if check.ok else "red", end="")
-        screen.print(f"{check.name:<27} ", end="")
-        screen.print(check.found)
+        first, *more = wrapped(spelled(f"{check.name:<27} {check.found}"), screen.width - 4, " " * 8)
+        screen.print("\n".join([first, *more]), soft_wrap=True)
         if check.fix:
-            screen.print(f"     {check.fix}")
+            screen.print(spelled(f"     {check.fix}"), soft_wrap=True)  # a command is copied whole
 
 
 _SHOWN = 20  # concepts in a table
@@ -220,14 +235,10 @@ def show_statistics(
         csv_module.writer(text, lineterminator="\n").writerows([["", *modalities], *rows])
         print_csv(text.getvalue())
         return
-    from rich.table import Table
-
+    columns = [Column(""), *(Column(split, number) for number, split in enumerate(modalities))]
     for title, body in bodies.items():
-        table = Table("", *modalities, title=title, title_justify="left")
-        for row in body:
-            table.add_row(*map(str, row))
         if body:
-            console().print(table)
+            Sheet(title, columns, [Row(list(map(str, row))) for row in body]).show(console())
 
 
 def _by_split(found: Mapping[str, Mapping[str, Any]], splits: Iterable[str], absent: Any = "") -> list[Any]:

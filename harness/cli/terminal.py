@@ -12,6 +12,7 @@ import typer
 
 from harness import visible
 from harness.masking import masked
+from harness.program import spelled
 
 
 class Format(StrEnum):
@@ -38,7 +39,7 @@ class Task(StrEnum):
 
 def command_line() -> str:
     """The command as the user gave it, for records; passwords are masked."""
-    return masked(f"python -m harness {shlex.join(sys.argv[1:])}")
+    return masked(f"harness {shlex.join(sys.argv[1:])}")
 
 
 class DeviceName(StrEnum):
@@ -57,7 +58,26 @@ class Half(StrEnum):
     held = "held"
 
 
-Experiment = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
+def by_name(given: Path | None) -> Path | None:
+    """The file of an experiment or a study that is given by its name alone; any other path as it is."""
+    if given is None or given.suffix or given.exists():
+        return given
+    found = Path("experiments", f"{given}.yaml")  # a copy of config.experiment.EXPERIMENTS, which is slow
+    return found if found.is_file() else given
+
+
+def all_by_name(given: list[Path] | None) -> list[Path] | None:
+    """`by_name` of each."""
+    return given and [by_name(one) for one in given]
+
+
+Experiment = Annotated[
+    Path, typer.Argument(help="The experiment's YAML file, or its name in experiments/.", callback=by_name)
+]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variant", metavar="NAME", help="Only this variant; may be given several times."),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.batch_size=32."),
@@ -69,9 +89,23 @@ HalfOption = Annotated[
     Half | None,
     typer.Option("--half", help="Only half of the images: tune, to choose by, or held, to report."),
 ]
+Replace = Annotated[
+    bool,
+    typer.Option("--replace", help="Let a run take the name of a finished one, which goes into the archive."),
+]
 DeviceOption = Annotated[
     DeviceName | None, typer.Option("--device", help="Overrides the device of the experiment.")
 ]
+
+
+def configs_of(
+    experiment: Path, sets: list[str] | None, device: DeviceName | None, variants: list[str] | None = None
+) -> list[Any]:
+    """The configs of an experiment file, a variant and seed each; raises `UserError`."""
+    from harness.config.experiment import load
+
+    extra = [f"device={device}"] if device else []
+    return load(experiment, [*(sets or ()), *extra], only=variants or ())
 
 
 class Terminal:
@@ -83,7 +117,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.silent:
-            print(visible.one_line(text), file=sys.stderr, flush=True)
+            print(visible.one_line(spelled(text)), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:

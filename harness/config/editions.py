@@ -152,3 +152,5 @@ _YEARS = (
 EDITIONS: Mapping[int, Edition] = {edition.year: edition for edition in _YEARS}
 SPAN = f"{min(EDITIONS)} to {max(EDITIONS)}"
 """The range of years, for help texts."""
+FORMATS = ", ".join(str(year) for year, edition in EDITIONS.items() if edition.caption_format)
+"""The years whose submission format is established."""

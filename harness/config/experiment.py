@@ -13,38 +13,41 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from harness.config.schema import Config, keys
+from harness.config.words import allowed
 from harness.config.yamlfile import KeyPath, Place, no_file, parse, parse_text, places_of
 from harness.errors import AcrossKeys, Problem, UserError
 
+EXPERIMENTS = Path("experiments")
+"""Where an experiment is looked for by its name alone."""
 _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
 _SHOWN, _LONGEST = 50, 80
 """The most mistakes of one run that are shown, and the most characters of a value."""
-_WANTED = {
-    "tuple_type": "a list",
-    "model_type": "a mapping of keys to values",
-    "too_short": "one entry or more",
-}
-"""What is allowed, by the name of a pydantic mistake whose message has Python's words."""
 
 
 def load(
-    file: Path | str, sets: Sequence[str] = (), amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {})
+    file: Path | str,
+    sets: Sequence[str] = (),
+    amended: tuple[Mapping, Mapping[KeyPath, Place]] = ({}, {}),
+    only: Sequence[str] = (),
 ) -> list[Config]:
     """Read an experiment file into its runs: variants x seeds, in the order written.
 
     `amended` is a pair of values and their places. These values override the file in every run, and `--set`
-    overrides them. Raises `UserError` with all problems of the file, its bases, `amended` and `--set` at
-    once.
+    overrides them. `only` are the names of variants to read, by default all. Raises `UserError` with all
+    problems of the file, its bases, `amended` and `--set` at once.
     """
     values, places, problems = _read_with_bases(Path(file), ())
     if "space" in values:
-        hint = f"Run it by: python -m harness study {file}"
+        hint = f"Run it by: harness study {file}"
         raise UserError([Problem("a study, not an experiment", file, hint=hint)])
     overrides, set_problems = parse_sets(sets)
     problems += set_problems
     variants = _variants(values, places, file, problems)
     seeds = _seeds(values, variants, places, file, problems)
+    if only:
+        problems += _unknown_variants(variants, only, file)
+        variants = {name: changes for name, changes in variants.items() if name in only}
     if "seed" in amended[0] or ("seed",) in dict(overrides):
         seeds = [None]
     if len(variants) * len(seeds) > _RUNS:
@@ -88,6 +91,16 @@ def _variants(
     what = "variants: a mapping of names to overrides is allowed"
     problems.append(problem_at(what, ("variants",), places, file))
     return {None: None}
+
+
+def _unknown_variants(
+    variants: Mapping[str | None, Any], only: Sequence[str], file: Path | str
+) -> list[Problem]:
+    known = [name for name in variants if name is not None]
+    hint = f"There: {', '.join(known)}" if known else "The file has no variants; leave --variant out."
+    return [
+        Problem(f"no variant {name}", file, key="--variant", hint=hint) for name in only if name not in known
+    ]
 
 
 def _seeds(
@@ -166,11 +179,22 @@ def variant_of(file: Path, variant: str) -> dict[str, Any]:
     return copy.deepcopy((values.get("variants") or {}).get(variant) or {})
 
 
+def near(file: Path) -> str:
+    """The experiments that a name which is no file may mean, as a sentence; else all that there are."""
+    there = sorted(file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+    there = there or sorted(EXPERIMENTS.glob("*.yaml"))
+    if not there:
+        return f"Experiments are in {EXPERIMENTS}/."
+    named = {one.stem: one for one in there}
+    if alike := difflib.get_close_matches(file.stem, named, 3, 0.6):
+        return f"Did you mean {' or '.join(str(named[name]) for name in alike)}?"
+    names = named if there[0].parent == EXPERIMENTS else [one.name for one in there]
+    return f"In {there[0].parent}: {', '.join(names)}"
+
+
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[KeyPath, Place], list[Problem]]:
     if what := no_file(file):
-        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = f"There: {', '.join(near)}" if near else "Experiments are in experiments/."
-        raise UserError([Problem(what, file, hint=hint)])
+        raise UserError([Problem(what, file, hint=near(file))])
     if file.resolve() in seen:
         raise UserError([Problem("is its own base", file, key="base")])
     if len(seen) >= _BASES:
@@ -307,14 +331,13 @@ def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
         return "is missing"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    if item["type"] in _WANTED:
-        return f"got {_shown(item['input'])}; {_WANTED[item['type']]} is allowed"
-    return f"got {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"got {_shown(item['input'])}; {allowed(item, Config if known is None else None)} is allowed"
 
 
 def _shown(value: Any) -> str:
     """A value as a message shows it, cut if it is long."""
-    text = f"the date {value}" if isinstance(value, date) else repr(value)
+    words = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    text = f"the date {value}" if isinstance(value, date) else words
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 

@@ -1,10 +1,8 @@
 """Writes the reference: every key, metric, edition, exit code and command as a Markdown page."""
 
 import json
-import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -12,9 +10,10 @@ from pydantic_core import PydanticUndefined
 from harness.config.editions import EDITIONS, Edition
 from harness.config.schema import Config
 from harness.config.sections import Section
+from harness.config.words import type_of
 from harness.metrics import METRICS
 
-COMMAND = "python -m harness reference --output docs/reference.md"
+COMMAND = "harness reference --output docs/reference.md"
 HEAD = f"""# Reference
 
 `{COMMAND}` writes this page from the code. Do not edit it by hand.
@@ -29,7 +28,6 @@ EXIT_CODES = {
     3: "an invalid submission",
     130: "interrupted by Ctrl-C, SIGTERM or SIGHUP; the same command continues",
 }
-_WORDS = {str: "text", bool: "true or false", Path: "path", int: "whole number", float: "number", Any: "any"}
 
 
 def page(commands: Mapping[str, str]) -> str:
@@ -41,20 +39,26 @@ def page(commands: Mapping[str, str]) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _sections(section: type[Section], path: str) -> Iterator[str]:
-    """Heading, docstring and table of a section, then the same for the sections in it."""
+def _sections(section: type[Section], path: str, which: str = "") -> Iterator[str]:
+    """Heading, docstring and table of a section, then the same for the sections in it.
+
+    `which` tells the sections apart that one key allows.
+    """
     hints = get_type_hints(section, include_extras=True)
-    yield f"### `{path.rstrip('.')}`" if path else "### The run"
+    yield f"### `{path.rstrip('.')}`{which}" if path else "### The run"
     yield _line(section.__doc__)
     rows = [
-        [f"`{path}{name}`", _type(hints[name]), _default(field), _line(field.description)]
+        [f"`{path}{name}`", type_of(hints[name]), _default(field), _line(field.description)]
         for name, field in section.model_fields.items()
     ]
     yield _table(["key", "type", "default", "meaning"], rows)
     for name in section.model_fields:
         many = "[]" if get_origin(hints[name]) in (list, tuple) else ""
-        for inner in _inner(hints[name]):
-            yield from _sections(inner, f"{path}{name}{many}.")
+        inside = _inner(hints[name])
+        for inner in inside:
+            required = next((key for key, field in inner.model_fields.items() if field.is_required()), None)
+            which = f" with `{required}`" if len(inside) > 1 else ""
+            yield from _sections(inner, f"{path}{name}{many}.", which)
 
 
 def _inner(hint: Any) -> list[type[Section]]:
@@ -62,38 +66,6 @@ def _inner(hint: Any) -> list[type[Section]]:
     if isinstance(hint, type) and issubclass(hint, Section):
         return [hint]
     return [section for part in get_args(hint) for section in _inner(part)]
-
-
-def _type(hint: Any) -> str:
-    """A type with its allowed values, in words."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return next((word for extra in parts[1:] if (word := _range(parts[0], extra))), _type(parts[0]))
-    if origin is Literal:
-        return " or ".join(", ".join(f"`{value}`" for value in parts).rsplit(", ", 1))
-    if origin in (Union, types.UnionType):
-        return " or ".join("`null`" if part is type(None) else _type(part) for part in parts)
-    if origin in (tuple, list):
-        count = "" if origin is list or parts[-1] is ... else f"{len(parts)} times "
-        return f"list of {count}{_type(parts[0])}"
-    if origin is dict:
-        return f"mapping of {_type(parts[0])} to {_type(parts[1])}"
-    return _WORDS.get(hint, "section")
-
-
-def _range(base: Any, extra: Any) -> str | None:
-    """A type in words from its annotation: the words given there, or the pattern and length of a text."""
-    if isinstance(extra, str):
-        return extra
-    if not isinstance(extra, FieldInfo):
-        return None
-    longest, pattern = (_rule(extra, name) for name in ("max_length", "pattern"))
-    length = f" of at most {longest} characters" if longest else ""
-    return f"{_type(base)}{length}" + (f" that matches `{pattern}`" if pattern else "")
-
-
-def _rule(field: FieldInfo, name: str) -> Any:
-    return next((value for rule in field.metadata if (value := getattr(rule, name, None))), None)
 
 
 def _default(field: FieldInfo) -> str:

@@ -11,16 +11,22 @@ from harness.config.editions import EDITIONS
 from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
+from harness.records import ARCHIVE
 from harness.steps import STEPS
 from harness.steps.detect import has_thresholds, voted
 from harness.store import run_name
 
+NAME = "name of letters, digits, `_`, `.` and `-` that begins with a letter or a digit"
+PATH_NAME = "one or more names, joined by `/`, of letters, digits, `_`, `.` and `-`"
+
 
 # In three classes, since keys are listed class by class.
 class _Run(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)]
+    name: Annotated[
+        str, PATH_NAME, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$", max_length=200)
+    ]
     """The experiment's name: its MLflow experiment and its folder under runs/ and submissions/."""
-    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
+    variant: Annotated[str, NAME, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)] = "base"
     """Name of the variant. A file sets it by `variants:`."""
     seed: Seed = 42
     """Seed of the run. A file gives several runs by `seeds:`."""
@@ -69,6 +75,8 @@ class Config(_Steps):
         if self.name.split("/")[0] in ("steps", "cache", "data"):
             what = f"name: {self.name.split('/')[0]!r} is a folder of the harness itself under runs/"
             raise AcrossKeys(what, "name")
+        if ARCHIVE in self.name.split("/"):
+            raise AcrossKeys(f"{ARCHIVE!r} is the folder of runs that others replaced", "name")
         if TINY in (self.model.checkpoint, self.model.vision_checkpoint) and (
             self.model.image_size % self.model.tiny.patch_size
         ):

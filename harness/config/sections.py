@@ -75,7 +75,9 @@ Seed = whole(0, 2**32 - 1)
 Steps, Images = whole(0, 10**9), whole(1, 10**7)
 Epochs, Batch, Tokens = whole(0, 100_000), whole(1, 100_000), whole(1, 10_000)
 Side, Width, Layers, Entries = whole(1, 4096), whole(1, 100_000), whole(1, 1000), whole(1, 10**6)
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)]
+Sha256 = Annotated[
+    str, "SHA-256 of 64 hexadecimal digits", Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)
+]
 
 
 class Section(BaseModel):

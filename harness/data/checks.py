@@ -34,7 +34,7 @@ from harness.store import bytes_of, fingerprint, read_checked, write_checked
 QUICK_IMAGES = 1500
 """So many images are decoded in about a second; with more, problems of labels are reported first."""
 REPAIR = (
-    "Correct them, or continue with --set data.skip_bad=true: training then leaves these rows out; "
+    "Correct them, or give the command run --set data.skip_bad=true: training then leaves these rows out; "
     "validation and test rows are all predicted and submitted, with the constant caption or the most "
     "frequent concept if the image can't be read."
 )
@@ -98,7 +98,7 @@ def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | 
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
-    return Examined(listing.fatal, findings, _notes(listing))
+    return Examined(listing.fatal, findings, [*_notes(listing), *_without_concepts(config.root, listing)])
 
 
 def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
@@ -121,7 +121,7 @@ def _ensure(config: DataConfig) -> None:
     if config.phantom:
         phantom.ensure(config.root, config.phantom)
     if not config.root.is_dir():
-        hint = "Put the competition's files there, or try: python -m harness run experiments/quickstart.yaml"
+        hint = "Put the competition's files there, or try: harness run experiments/quickstart.yaml"
         raise UserError([Problem(f"no such folder: {config.root}", key="data.root", hint=hint)])
 
 
@@ -131,7 +131,8 @@ def _error(listing: Listing, findings: list[Finding], unknown: list[File], confi
         hints.append(REPAIR)
     if unknown:
         hints.append(
-            f"{len(unknown)} images were not decoded yet; to check them too: python -m harness data check"
+            f"{len(unknown)} images were not decoded yet; to check them too: "
+            f"harness data check {config.root} --layout {config.layout}"
         )
     return UserError(listing.fatal + together(findings), " ".join(hints) or None)
 
@@ -142,6 +143,9 @@ def _label_findings(listing: Listing) -> Iterator[Finding]:
         for example in examples:
             for what, cause in _label_faults(listing, split, example):
                 yield _finding(listing, split, example, what, cause)
+            for what, cause in _concept_faults(listing, example):
+                file, lines = listing.concepts[split]
+                yield Finding(Problem(what, file, lines.get(example.id)), (split, example.id), cause)
             if split == "train" and example.id in ids.get("valid", {}):
                 place = _place(listing, "valid", ids["valid"][example.id])
                 what = f"leak: id {example.id} is also that of {place}"
@@ -150,6 +154,15 @@ def _label_findings(listing: Listing) -> Iterator[Finding]:
 
 def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tuple[str, str]]:
     """What is wrong with a row, each with the cause that other rows may share."""
+    row = (split, example.id)
+    if row in listing.lacking:
+        yield listing.lacking[row], "no image"
+    elif row in listing.files and listing.files[row].size == 0:
+        yield f"{example.image} is empty (0 bytes)", "empty image"
+
+
+def _concept_faults(listing: Listing, example: Example) -> Iterator[tuple[str, str]]:
+    """What is wrong with the concepts of a row, each with the cause that other rows may share."""
     names = listing.concept_names
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
@@ -159,11 +172,6 @@ def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tu
         if unknown:
             cause = "not in the file of concept names"
             yield f"unknown CUI {', '.join(unknown)}: {cause}", cause
-    row = (split, example.id)
-    if row in listing.lacking:
-        yield listing.lacking[row], "no image"
-    elif row in listing.files and listing.files[row].size == 0:
-        yield f"{example.image} is empty (0 bytes)", "empty image"
 
 
 WITHOUT_WORDS = "no word in the caption"
@@ -198,6 +206,14 @@ def _notes(listing: Listing) -> list[Finding]:
     return [*_without_words(listing), *_without_manual(listing)]
 
 
+def _without_concepts(root: Path, listing: Listing) -> Iterator[Finding]:
+    """A note on missing files of concepts; a run that uses them reports them as problems."""
+    if listing.absent:
+        names, looked = ", ".join(listing.absent), ", ".join(listing.absent.values())
+        what = f"no files of {names}, looked for {looked}; captions need none of them"
+        yield Finding(Problem(what, root), None, "no files of concepts")
+
+
 def _finding(listing: Listing, split: str, example: Example, what: str, cause: str) -> Finding:
     source = listing.sources[split] or example.image
     return Finding(Problem(what, source, example.line), (split, example.id), cause)
@@ -222,6 +238,8 @@ def _image_findings(listing: Listing, scans: Mapping[Row, Scan]) -> Iterator[Fin
                 yield _finding(listing, split, example, f"{example.image}: {scan.damage}", "damaged image")
             elif split == "train" and scan.pixels in valid:
                 twin = valid[scan.pixels]
+                if twin.id == example.id:
+                    continue  # one leak, which its id has told
                 same_file = scan.content == scans["valid", twin.id].content
                 what = _leak(listing, example, twin, same_file)
                 yield _finding(listing, split, example, what, "leak: image")
@@ -261,6 +279,7 @@ def _dataset(
         left_out=tuple(finding for finding in findings if finding.row not in listed),
         notes=(*_notes(listing), *notes),
         manual=listing.manual,
+        absent=listing.absent,
     )
 
 

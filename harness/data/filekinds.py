@@ -69,7 +69,7 @@ def separator(text: str) -> str | None:
 def conversion(path: Path, form: Rules) -> str:
     """The command that writes the captions (or concepts) of a file in the format `form`."""
     of_task = " --task concept" if form.task == "concept" else ""
-    command = f"python -m harness submission make {shlex.quote(str(path))} --edition {form.edition} --ids IDS"
+    command = f"harness submission make {shlex.quote(str(path))} --edition {form.edition} --ids IDS"
     return f"To write it in this format: {command}{of_task}"
 
 

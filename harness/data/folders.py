@@ -12,11 +12,11 @@ from typing import NamedTuple
 from harness.data.files import other_than_file, why
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_FOREIGN = (
+ODD_SUFFIXES = (
     *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif", ".heic", ".ppm", ".pgm"),
     *(".dcm", ".dicom", ".nii", ".nii.gz"),
 )
-"""Suffixes of image formats that are not read."""
+"""Suffixes of image formats that data sets do not have; as images of a data set they are not read."""
 KEEP_ONE = "Keep one image of each id."
 _NAMED = 3
 
@@ -100,6 +100,17 @@ def folders(root: Path, split: str) -> list[Path]:
     return [*outer, *inner]
 
 
+def deeper(root: Path, split: str) -> tuple[Path, int] | None:
+    """The first folder with images below those of a split, and their number; None if there is none."""
+    for place in folders(root, split):
+        if not place.is_dir():
+            continue
+        for folder in sorted(path for path in place.rglob("*") if path.is_dir()):
+            if count := sum(_is_image(entry.name) for entry in _entries(folder)):
+                return folder, count
+    return None
+
+
 def scan(places: Sequence[Path], root: Path) -> Images | None:
     """The images in these folders, with names relative to `root`; None if there are none."""
     images, entries = None, [(place, list(_entries(place))) for place in places]
@@ -156,7 +167,7 @@ def _is_image(name: str) -> bool:
 
 def _without_foreign(name: str) -> str | None:
     """The id in the name of an image whose format is not read; None for other names."""
-    suffix = next((suffix for suffix in _FOREIGN if name.lower().endswith(suffix)), None)
+    suffix = next((suffix for suffix in ODD_SUFFIXES if name.lower().endswith(suffix)), None)
     return name[: -len(suffix)] if suffix else None
 
 

@@ -70,7 +70,7 @@ def rules(edition: int, task: Task = "caption") -> Rules:
     if form is None:
         raise UserError(
             [Problem(f"the submission format of {edition} is not established", key="edition")],
-            hint=other_editions(task),
+            hint=f"{other_editions(task)}. submission check takes the same editions.",
         )
     separator, header = ("|", None) if form == "pipe" else (",", HEADERS[task])
     return Rules(task, separator, header, year.max_cuis, year.strict_checker, edition, year.skips_ids)
@@ -80,7 +80,7 @@ def other_editions(task: Task = "caption") -> str:
     """The commands that write a file if an edition's own format is not established."""
     of_task = " --task concept" if task == "concept" else ""
     return (
-        "To write pipes or commas: python -m harness submission make RUN|FILE --ids IDS "
+        "To write pipes or commas: harness submission make RUN|FILE --ids IDS "
         f"--edition 2023{of_task} (pipes, no header) or --edition 2025{of_task} (commas, header, zip)"
     )
 

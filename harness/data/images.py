@@ -47,7 +47,8 @@ def decode(source: Path | bytes) -> Image.Image:
     """
     with open_image(source) as image:
         if image.mode == "F" or image.mode.startswith("I"):
-            return _window(np.asarray(image, dtype=np.float64)).convert("RGB")
+            grey = window(np.asarray(image, dtype=np.float64))
+            return Image.fromarray(np.round(grey * 255).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -68,6 +69,18 @@ def open_image(source: Path | bytes) -> Image.Image:
     return image
 
 
+def frames(content: bytes) -> int:
+    """How many pictures are in an image file that `decode` reads; `decode` gives the first one.
+
+    Raises `ValueError` if the file ends before its last picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception as error:  # on strange files PIL's readers raise any kind of error
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """The errors for paths that are not files, and PIL's errors for truncated, foreign and absurd files."""
 
@@ -84,13 +97,16 @@ def damage(error: Exception) -> str:
     return f"not a whole image: {str(error).partition(' <')[0]}"
 
 
-def _window(grey: np.ndarray) -> Image.Image:
+def window(grey: np.ndarray) -> np.ndarray:
+    """Grey values as 0 to 1, from the smallest to the largest finite one; others become 0.
+
+    Raises `ValueError` if none is finite.
+    """
     finite = np.isfinite(grey)
     if not finite.any():
         raise ValueError("holds no finite grey value")
     low, high = grey[finite].min(), grey[finite].max()
-    scaled = (np.where(finite, grey, low) - low) / max(high - low, np.finfo(float).tiny)
-    return Image.fromarray(np.round(scaled * 255).astype(np.uint8))
+    return (np.where(finite, grey, low) - low) / max(high - low, np.finfo(float).tiny)
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
@@ -227,7 +243,7 @@ def _pixels(path: Path, size: int, fit: Callable[[Image.Image, int], np.ndarray]
     try:
         return fit(decode(path), size)
     except DAMAGE as error:
-        hint = "All of them: python -m harness data check"
+        hint = "All of them: harness data check FOLDER"
         raise UserError([Problem(damage(error), path, hint=hint)]) from None
 
 

@@ -7,6 +7,7 @@ and of ROCOv2.
 import csv
 import io
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from harness.data import files, folders
 from harness.data.folders import IMAGE_SUFFIXES, File
+from harness.data.misplaced import misplaced, plain_ids
 from harness.errors import Problem
 
 SPLITS = ("train", "valid", "test")
@@ -70,6 +72,8 @@ class Dataset:
     left_out: tuple["Finding", ...]
     notes: tuple["Finding", ...] = ()
     manual: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """The files of concepts that the data lacks, as in `Listing.absent`."""
 
     def readable(self, split: str) -> list[Example]:
         """The rows of a split whose images can be read."""
@@ -95,6 +99,8 @@ class Listing:
     splits: dict[str, list[Example]] = field(default_factory=dict)
     sources: dict[str, Path | None] = field(default_factory=dict)
     """Per split, the file that `Example.line` refers to; None if the ids come from the images."""
+    concepts: dict[str, tuple[Path | None, Mapping[str, int | None]]] = field(default_factory=dict)
+    """Per split, the file of concepts, and the line of each id in it."""
     files: dict[Row, File] = field(default_factory=dict)
     """The images that exist."""
     lacking: dict[Row, str] = field(default_factory=dict)
@@ -107,6 +113,11 @@ class Listing:
     """Per split, the supposed ids of rows that can't be read."""
     fatal: list[Problem] = field(default_factory=list)
     """Problems that leaving out rows does not solve."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """The missing files of `train concepts`, `valid concepts` and `concept names`, as looked for.
+
+    Captions need none of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,9 @@ def read(root: Path, layout: str) -> Listing:
     """List the data set in `root`; the listing has all problems, and nothing is raised."""
     listing = Listing()
     how = LAYOUTS[layout]
+    if elsewhere := misplaced(root, layout):
+        listing.fatal.append(elsewhere)  # the one cause of all that would be missing
+        return listing
     listing.concept_names = _concept_names(root, listing)
     for split in SPLITS:
         _read_split(root, split, how, listing)
@@ -151,16 +165,20 @@ def read(root: Path, layout: str) -> Listing:
 def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     required = split != "test"
     captions_file = _find(root, how.captions.format(split=split), f"{split} captions", required, listing)
-    concepts_file = _find(root, how.concepts.format(split=split), f"{split} concepts", required, listing)
+    concepts_file = _concept_file(root, how.concepts.format(split=split), f"{split} concepts", listing)
     captions = _table(captions_file, how.separator, how.caption_header, split, listing)
     concepts = _table(concepts_file, how.separator, how.concept_header, split, listing)
+    images = folders.of_split(root, split)
+    if images:
+        captions = plain_ids(captions, captions_file, images, listing)
+        concepts = plain_ids(concepts, concepts_file, images, listing)
     if captions and concepts:  # an unreadable file is already reported
         _unmatched(split, captions_file, captions, concepts_file, concepts, listing)
     source = captions_file
     if not required and captions_file is None:
         source = _find(root, "test_ids.csv", "test ids", False, listing)
         captions = _ids(source, split, listing) if source else {}
-    images = folders.of_split(root, split)
+        captions = plain_ids(captions, source, images, listing) if images else captions
     if images is None:
         if required or captions:
             listing.fatal.append(_no_images(root, split))
@@ -180,6 +198,7 @@ def _read_split(root: Path, split: str, how: Layout, listing: Listing) -> None:
     if rivals := images.ambiguous(rows):
         listing.fatal.append(Problem(rivals, images.folder, hint=folders.KEEP_ONE))
     listing.sources[split] = source
+    listing.concepts[split] = (concepts_file, {id: line for id, (line, _) in concepts.items()})
     listing.files |= {(split, id): images.files[id] for id in rows if id in images.files}
     for id in rows:
         if id not in images.files and id not in images.rivals:
@@ -237,6 +256,13 @@ def _find(root: Path, suffix: str, what: str, required: bool, listing: Listing) 
     elif required:
         listing.fatal.append(Problem(f"no file of {what}: looked for *{suffix}", root, hint=_there(root)))
     return None
+
+
+def _concept_file(root: Path, suffix: str, what: str, listing: Listing) -> Path | None:
+    found = _find(root, suffix, what, False, listing)
+    if found is None and not what.startswith("test"):  # the labels of test may be withheld
+        listing.absent[what] = f"*{suffix}"
+    return found
 
 
 def _there(root: Path) -> str:
@@ -423,7 +449,7 @@ def _ids(path: Path, split: str, listing: Listing) -> Table:
 
 def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
     """The name of each CUI, from a tab file without header (2023) or a comma file with one (2024, ROCOv2)."""
-    path = _find(root, "cui_mapping.csv", "concept names", True, listing)
+    path = _concept_file(root, "cui_mapping.csv", "concept names", listing)
     text = _text(path, listing) if path else None
     if text is None:
         return {}
@@ -440,6 +466,13 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
 
 
 def _no_images(root: Path, split: str) -> Problem:
+    if deeper := folders.deeper(root, split):
+        place, count = deeper
+        above = folders.folders(root, split)[0]
+        what = f"no {split} images in {above.name}/, but {count:,} in {place.relative_to(root)}/"
+        return Problem(
+            what, root, hint=f"Move them up: mv {shlex.quote(str(place))}/* {shlex.quote(str(above))}/"
+        )
     looked = ", ".join(f"{folder.relative_to(root)}/" for folder in folders.folders(root, split)[:3])
     what = f"no {split} images: looked for {', '.join(IMAGE_SUFFIXES)} in {looked} and one folder deeper"
     unread = folders.foreign(root, split)

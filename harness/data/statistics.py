@@ -24,12 +24,13 @@ def modalities(dataset: Dataset) -> dict[str, dict[str, int]]:
     """Images per split and modality; an image's modality is the first one among its concepts.
 
     An image whose concepts name no modality (as in a test split without labels) counts as other/unknown. This
-    row exists only if it is needed.
+    row exists only if it is needed, and it is the only one if no image has concepts.
     """
     counts = {}
+    known = any(example.cuis for examples in dataset.splits.values() for example in examples)
     for split, examples in dataset.splits.items():
         count = Counter(modality(example.cuis) for example in examples)
-        names = [*MODALITIES.values(), *([OTHER] if count[OTHER] else [])]
+        names = [*(MODALITIES.values() if known else ()), *([OTHER] if count[OTHER] else [])]
         counts[split] = {name: count[name] for name in names}
     return counts
 

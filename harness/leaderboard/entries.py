@@ -329,7 +329,7 @@ def _run_reasons(record: Mapping[str, Any], task: str) -> Iterator[str]:
     if record["status"] != "FINISHED":
         yield f"the run is {status_of(record, None)}{_because(failure_of(record))}"
     if record.get("trial") is not None:
-        yield "it is a trial of a study, or of harness best"
+        yield "it is a trial of a study, or of `harness best`"
     if record["standin_model"]:
         yield f"its {task} are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:

@@ -49,7 +49,7 @@ def end_with_parent() -> None:
 
 
 def here(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m harness ARGUMENTS` as ranks on this machine with torch's elastic launcher.
+    """Run `harness ARGUMENTS` as ranks on this machine with torch's elastic launcher.
 
     Returns the exit code of the first rank that failed, 130 after Ctrl-C or SIGTERM, else 0. Rank 0 prints
     its own errors; if it did not fail, raises `UserError` with the error that another rank left by `report`.
@@ -115,7 +115,7 @@ def share_host() -> None:
 
 
 def on_hosts(arguments: Sequence[str], hostfile: Path, processes: int | None) -> int:
-    """Run `python -m harness ARGUMENTS` on the hosts of a file with DeepSpeed's launcher -> its exit code.
+    """Run `harness ARGUMENTS` on the hosts of a file with DeepSpeed's launcher -> its exit code.
 
     The file has a line `name slots=N` for each host. The hosts share this folder and are reached by ssh.
     """

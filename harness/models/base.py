@@ -268,6 +268,19 @@ class Shape(Protocol):
         """The activations of one micro batch."""
 
 
+class Usage(NamedTuple):
+    """What an exported folder is for those who lack the harness: `what` in words.
+
+    `script` is Python that prints a caption of each image file in its arguments, by transformers alone. It
+    lies in the folder. None if transformers has no class for the model. `decoding` are settings of
+    transformers' `GenerationConfig` besides those of the run.
+    """
+
+    what: str
+    script: str | None = None
+    decoding: Mapping[str, Any] = {}
+
+
 class Family(Protocol):
     """The module of a family."""
 
@@ -335,3 +348,6 @@ class Family(Protocol):
 
         Returns which place in `folder` each key of `model:` is to name, such as {"checkpoint": "."}.
         """
+
+    def usage(self, model: ModelConfig, loaded: "Loaded") -> Usage:
+        """How what `export` wrote is used without the harness."""

@@ -31,6 +31,6 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
         say(f"left out: {problem}")
     if out is None and run.record["status"] != "RUNNING":
         record = dict(sources.of(folder).record)
-        record["artifacts"] |= {REPORT: f"{record['name']}/{run.name}/{REPORT}"}
+        record["artifacts"] |= {REPORT: f"{records.full_name(record)}/{REPORT}"}
         store.write_json(folder / records.FILE, record)
     return page

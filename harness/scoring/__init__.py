@@ -148,7 +148,7 @@ def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
             Problem(
                 "holds concepts, not captions",
                 file.path,
-                hint="To score them: python -m harness score --task concept",
+                hint="To score them: harness score FILE --references FILE --task concept",
             )
         ]
     return []

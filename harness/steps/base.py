@@ -28,6 +28,8 @@ class Step(ABC):
     """Whether all ranks of a launch build the step together; otherwise only rank 0 does."""
     section: ClassVar[tuple[str, Any, Any] | None] = None
     """Key, type and default of the step's own section of an experiment file, or None."""
+    weights: ClassVar[bool] = False
+    """Whether the output is weights, which are made again only for a step that needs them."""
     captions: str | None = None
     """The split whose captions the step writes to `predictions.csv` (see `captions.read_captions`)."""
 

@@ -18,7 +18,7 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 from harness.steps.predict import given_captions
 from harness.steps.standin import with_standins
-from harness.steps.train import primary_metric, scoring_of
+from harness.steps.validating import primary_metric, scoring_of
 from harness.store import fingerprint
 from harness.training import judges
 

@@ -1,6 +1,5 @@
 """Consensus over the run's own captions and those of other runs; see `decoding.consensus`."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from harness.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.decoding import consensus
 from harness.decoding.consensus import ConsensusConfig
 from harness.errors import Problem, UserError
+from harness.models.checkpoints import sha256
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
@@ -114,4 +114,4 @@ def _candidates_in(folder: Path, split: str) -> tuple[dict[str, list[Candidate]]
     """The candidates of a run, or else its captions before post-processing; and the file's SHA-256."""
     record = records.read(folder, key=_KEY)
     file = records.candidates_file(folder, record, split)
-    return records.candidates(file, record), hashlib.sha256(file.read_bytes()).hexdigest()
+    return records.candidates(file, record), sha256(file, None)

@@ -1,6 +1,5 @@
 """The probability of each concept for each image, by this run and by several runs together."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,12 @@ from harness.concepts.probabilities import (
     write_probabilities,
 )
 from harness.concepts.settings import ConceptsConfig
-from harness.errors import Problem, UserError
+from harness.errors import UserError
 from harness.machine import ranks
+from harness.models.checkpoints import sha256
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
+from harness.steps.origins import check_split
 from harness.steps.predictors import PREDICTORS
 from harness.steps.work import labels
 
@@ -151,10 +152,8 @@ def of_runs(plan: "Plan", kind: str, split: str) -> dict[str, Any]:
     for source in plan.config.concepts.runs:
         try:
             record = records.read(plan.root / source.run, ("standin_model", "data"), _KEY)
-            if record["data"]["fingerprints"].get(split) != plan.data.fingerprints[split]:
-                what = f"{source.run} has other images or labels of {split}"
-                raise UserError([Problem(what, key=_KEY, hint="Name runs on the same data.")])
-            digests.append(_digest(_of_run(plan.root / source.run, kind, split)))
+            check_split(plan, record, source.run, split, _KEY, "Name runs on the same data.")
+            digests.append(sha256(_of_run(plan.root / source.run, kind, split), None))
             standin |= record["standin_model"]
         except UserError as error:
             problems += error.problems
@@ -168,7 +167,7 @@ def files_of_runs(inputs: Inputs, kind: str, split: str) -> list[Path]:
     found = []
     for source, digest in zip(inputs.config.concepts.runs, inputs.facts["runs"], strict=True):
         file = _of_run(inputs.root / source.run, kind, split)
-        if _digest(file) != digest:
+        if sha256(file, None) != digest:
             raise UserError(f"the concepts of {source.run} changed; start again", exit_code=1)
         found.append(file)
     return found
@@ -176,7 +175,3 @@ def files_of_runs(inputs: Inputs, kind: str, split: str) -> list[Path]:
 
 def _of_run(folder: Path, kind: str, split: str) -> Path:
     return records.artifact(folder, records.read(folder, key=_KEY), f"concepts/{split}{kind}")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -53,8 +53,9 @@ def of_run(
     files = [one["file"] for one in kept(directory)]
     digests = products(directory, files)
     if len(digests) < len(files):
-        what = f"the training of {run} is not finished"
-        raise UserError([Problem(what, folder, key=key, hint=records.again(record))])
+        gone = record["status"] == "FINISHED"
+        what = f"the weights of {run} are gone" if gone else f"the training of {run} is not finished"
+        raise UserError([Problem(what, folder, key=key, hint=records.again(record, weights=gone))])
     made = parsed(bytes_of(records.checked(directory / INPUTS, record)))
     theirs = {"model": made["config"]["model"], "contents": made["facts"]["checkpoints"]}
     theirs |= _labels(made["facts"]) if "labels" in own else {}
@@ -64,6 +65,12 @@ def of_run(
         what = f"{run} starts from other weights: it has another {some(keys)}"
         raise UserError([Problem(what, folder, key=key, hint=rule)])
     return Origin(record, directory, {file: digests[f"{directory.name}/{file}"] for file in files})
+
+
+def check_split(plan: "Plan", record: records.Record, run: str, split: str, key: str, hint: str) -> None:
+    """Raise `UserError` if the run that the config names by `key` has other data of a split."""
+    if record["data"]["fingerprints"].get(split) != plan.data.fingerprints[split]:
+        raise UserError([Problem(f"{run} has other images or labels of {split}", key=key, hint=hint)])
 
 
 def _labels(facts: Mapping[str, Any]) -> dict[str, Any]:

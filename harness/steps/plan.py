@@ -20,12 +20,12 @@ from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import family
 from harness.models import problems as model_problems
-from harness.steps import STEPS, comparing, epochs, origins
+from harness.steps import STEPS, comparing, epochs, lacking, origins
 from harness.steps.base import Step
 from harness.steps.detect import has_thresholds
-from harness.steps.train import choosing
+from harness.steps.validating import choosing
 from harness.steps.work import Reporter
-from harness.store import RUNS, free, gb
+from harness.store import GONE, RUNS, damage, free, gb
 from harness.submission.checks import some
 
 if TYPE_CHECKING:
@@ -76,6 +76,15 @@ class Plan:
     def concepts(self) -> dict[str, Step]:
         """By split, the step whose concepts are submitted."""
         return {step.part: step for step in self.steps.values() if step.kind == "concepts"}
+
+    def spared(self, step: Step) -> bool:
+        """Whether weights of a step are gone, but every step that reads them is done."""
+        if not step.weights or _is_whole(step):
+            return False
+        if any(what != GONE for what in damage(step.directory).values()):
+            return False
+        readers = [other for other in self.steps.values() if step in other.inputs.steps]
+        return bool(readers) and all(_is_whole(other) or self.spared(other) for other in readers)
 
     @cached_property
     def fallback(self) -> dict[str, dict[str, Any]]:
@@ -200,6 +209,7 @@ def prepare(
                 hints.append(error.hint)
         if key in loaded:
             plans.append(Plan(config, loaded[key], root))
+            found += lacking.problems(plans[-1])
     if found or (found := _lacking_space(epochs.check(plans))):
         hint = next((hint for hint in hints if hint), None)
         raise UserError(list(dict.fromkeys(found)), hint)
@@ -217,7 +227,8 @@ def _lacking_space(plans: Sequence[Plan]) -> list[Problem]:
     for plan in plans:
         if not plan.config.data.cache or family(plan.config.model).WHOLE_IMAGES:
             continue
-        left = [step.decodes for step in plan.steps.values() if step.decodes and not step.is_done()]
+        unfinished = (step for step in plan.steps.values() if not step.is_done() and not plan.spared(step))
+        left = [step.decodes for step in unfinished if step.decodes]
         for split, side in ((split, side) for decodes in left for split, side in decodes.items()):
             key = (plan.config.data.root, split, side, plan.data.fingerprints[split])
             if key not in wanted:
@@ -238,6 +249,8 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     if (images := unchecked(config.data, root)) > QUICK_IMAGES:
         return {"data": f"to do: {images} images will be decoded and checked first"}
     plan = Plan(config, load(config.data, root), root)
+    if found := lacking.problems(plan):
+        raise UserError(found)
     if why := epochs.unknown(plan):
         return {"train": f"to do, but its epochs are not known yet: {why}"}
     if why := config.trains and origins.waiting(plan):
@@ -245,8 +258,14 @@ def dry(config: "Config", root: Path = RUNS) -> dict[str, str]:
     if why := epochs.missing(plan):
         return {"combine": f"to do, but what it takes from other runs is not known yet: {why}"}
     steps = plan.steps
-    return {name: f"{_state(step)}  {step.directory}" for name, step in steps.items()}
+    return {name: f"{_state(plan, step)}  {step.directory}" for name, step in steps.items()}
 
 
-def _state(step: Step) -> str:
+def _state(plan: Plan, step: Step) -> str:
+    if plan.spared(step):
+        return "gone, not needed"
     return "done" if step.is_done() else "to do"
+
+
+def _is_whole(step: Step) -> bool:
+    return step.is_done() and not damage(step.directory, thorough=False)

@@ -9,7 +9,7 @@ from harness.config.sections import PredictConfig
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of
-from harness.steps.train import contents_of, model_of
+from harness.steps.validating import contents_of, model_of
 from harness.training.resume import BEST
 
 if TYPE_CHECKING:

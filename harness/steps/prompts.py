@@ -4,7 +4,6 @@ The former are `model.prompt: {retrieved: ...}`, the latter `model.prompt: {conc
 """
 
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,11 @@ from harness.captions import read_lists, read_rows, write_table
 from harness.concepts.labels import labels_of
 from harness.decoding import retrieval
 from harness.errors import Problem, UserError
+from harness.models.checkpoints import sha256
 from harness.models.settings import ConceptPrompt, longest_prompt
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
+from harness.steps.origins import check_split
 from harness.store import products
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Prompts(Step):
         run = self.inputs.config.model.prompt.concepts
         folder = self.inputs.root / run
         file = records.artifact(folder, records.read(folder, key=_CONCEPTS), _lists(self.part))
-        if _digest(file) != digest:
+        if sha256(file, None) != digest:
             raise UserError(f"the concepts of {run} changed; start again", exit_code=1)
         return read_lists(file)
 
@@ -190,19 +191,14 @@ def _reads_concepts(plan: "Plan", split: str) -> Inputs:
     if record["status"] != "FINISHED":
         what = f"{run} has not finished (status {record['status']})"
         raise UserError([Problem(what, folder, key=_CONCEPTS, hint=f"Finish it: {record['command']}")])
-    if record["data"]["fingerprints"].get(split) != plan.data.fingerprints[split]:
-        raise UserError([Problem(f"{run} has other images or labels of {split}", key=_CONCEPTS, hint=hint)])
-    digest = _digest(records.artifact(folder, record, _lists(split)))
+    check_split(plan, record, run, split, _CONCEPTS, hint)
+    digest = sha256(records.artifact(folder, record, _lists(split)), None)
     facts = {"predicted": digest, "standin": record["standin_model"]}
     return Inputs(plan, read, ("train", split), {}, facts, (_CONCEPTS,))
 
 
 def _lists(split: str) -> str:
     return records.FINAL["concept"].format(split=split)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def prompted(plan: "Plan") -> list[str]:
@@ -223,7 +219,5 @@ def _named(plan: "Plan", split: str) -> tuple[Path, str]:
     place = record["steps"].get(f"{OWN}-{split}")
     if place is None or not (found := list(products(plan.root / place, (FEATURES,)).values())):
         raise UserError([Problem(f"{run} has no image features of {split}", key=_KEY, hint=hint)])
-    theirs = record["data"]["fingerprints"].get(split)
-    if theirs != plan.data.fingerprints[split]:
-        raise UserError([Problem(f"{run} has other images of {split}", key=_KEY, hint=hint)])
+    check_split(plan, record, run, split, _KEY, hint)
     return plan.root / place / FEATURES, found[0]

@@ -13,7 +13,7 @@ from harness.steps import origins
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in
-from harness.steps.train import greedy_scores, validating
+from harness.steps.validating import greedy_scores, validating
 from harness.store import fingerprint, parsed, write_json
 from harness.training import soups
 from harness.training.resume import BEST
@@ -32,7 +32,7 @@ _KEY = "soup.runs"
 class Soup(Step):
     """Writes the averaged weights as a training writes its best ones."""
 
-    kind, version, shared = "soup", 1, True
+    kind, version, shared, weights = "soup", 1, True, True
     section = ("soup", SoupConfig | None, None)
 
     @classmethod

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Standin(Step):
     """Writes the weights of one stand-in; `part` is its section of `score:`."""
 
-    kind, version = "standin", checkpoints.STANDIN_VERSION
+    kind, version, weights = "standin", checkpoints.STANDIN_VERSION, True
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:

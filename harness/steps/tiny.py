@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Tiny(Step):
     """Writes a checkpoint in the layout of transformers."""
 
-    kind, version = "tiny", 3
+    kind, version, weights = "tiny", 3, True
 
     @classmethod
     def of(cls, plan: "Plan", before: Mapping[str, Step]) -> Iterator[Step]:

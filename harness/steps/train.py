@@ -2,22 +2,18 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import metrics, records
-from harness.concepts.labels import labels_of
-from harness.config.editions import EDITIONS
-from harness.config.sections import AUTO, PredictConfig
-from harness.data.halves import TUNE, half
+from harness import records
+from harness.config.sections import AUTO
 from harness.data.readers import Example
 from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks
 from harness.metrics.base import Documents
-from harness.metrics.settings import ScoreConfig
-from harness.models import checkpoints, family
+from harness.models import family
 from harness.models.base import PARTS
 from harness.models.measured import Unmeasured
 from harness.models.settings import longest_prompt
@@ -25,19 +21,18 @@ from harness.steps import epochs, origins
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of
-from harness.steps.standin import Standin, trained_here, with_standins
-from harness.steps.work import HEAD, base, labels, texts
-from harness.store import fingerprint
-from harness.training import fit, forecast, judges, memory, patience, speed
+from harness.steps.standin import with_standins
+from harness.steps.validating import Validation, validating
+from harness.steps.work import base, labels, texts
+from harness.training import fit, forecast, judges, memory, patience, schedule, speed
 from harness.training.memory import Model, Setup
 from harness.training.profile import TABLE, TRACE
-from harness.training.resume import EMA, FLOOR, LOSSES, PRIMARY, VALIDATION, kept, rows_of
-from harness.training.settings import IMAGE_GAP, TrainConfig
+from harness.training.resume import LOSSES, PRIMARY, kept, rows_of
+from harness.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from harness.config.schema import Config
     from harness.models.loading import Loaded
     from harness.models.text import Text
     from harness.steps.plan import Plan
@@ -56,9 +51,6 @@ _LATER = {
 }
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
-CONCEPT_F1 = "concept_f1"
-"""What chooses weights that predict concepts; see `training.detection`."""
-_RESAMPLES = 1000  # of the intervals that may end a self-critical stage
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
@@ -66,10 +58,8 @@ FIRST_STEPS = 20
 class Train(Step):
     """Writes the best weights, and losses and validation scores in `losses.jsonl`."""
 
-    kind, version, shared = "train", 3, True
+    kind, version, shared, weights = "train", 3, True, True
     section = ("train", TrainConfig, TrainConfig())
-    starred: Set[str] = frozenset()
-    """The validation scores that are not official."""
     epochs_of: Mapping[str, Any] | None = None
     """The run that found for how long to train, and its best validation."""
     start: Mapping[str, Any] | None = None
@@ -84,6 +74,9 @@ class Train(Step):
         read |= values(config, "data.augment", "seed")
         read["train"] = _written(config.train)
         steps |= prompts_in(before, "train", "valid")
+        if any(stage.losses.keys() == {"concept"} for stage in schedule.stages(config.train)):
+            # such a stage once left the projection to weight decay; now it is frozen
+            facts["unused"] = "frozen"
         found = epochs.found(plan)
         if config.full_fit:
             read |= values(config, "data.fit_on")
@@ -109,7 +102,7 @@ class Train(Step):
         return dict.fromkeys(("train", "valid"), self.inputs.config.model.image_size)
 
     def build(self, work: "Work", directory: Path) -> None:
-        from harness.training import compiling, plots, schedule, train
+        from harness.training import compiling, plots
 
         config = self.inputs.config
         if not device.computes_fp32(work.kind):
@@ -122,32 +115,18 @@ class Train(Step):
             work.say(origins.told(self.start))
         if self._new:
             work.say(f"{self._new}: new, so not in any checkpoint")
-        splits = self._splits(work)
-        images, trained = len(splits["train"].ids), epochs.shortened(config.train, self._until)
-        steps = schedule.total_steps(trained, images, patience.saved(self._ended(directory)))
-        setup, seen, speeds = self._setup(work, directory, images), 0, []
-        with work.reporter.progress(f"Training {work.run_name}") as advance:
+        self._fit(work, directory)
+        if ranks.rank() == 0:
+            plots.curves(directory / LOSSES, directory / CURVES)
 
-            def log(row: train.Row) -> None:
-                nonlocal seen, steps
-                seen += 1
-                if "loss" in row and len(speeds) < FIRST_STEPS:
-                    speeds.append(row["images_per_second"])
-                    if len(speeds) == FIRST_STEPS:
-                        left = speed.remaining(speeds, (steps - row["step"]) * config.train.batch_size)
-                        work.say(f"training steps that are left: {left}{self._at_most}")
-                advance(row["step"], steps, self._note(row))
-                if "valid_loss" in row:
-                    where = f"stage {row['stage']}, epoch {row['epoch']:.4g}, step {row['step']} of {steps}"
-                    work.say(f"{where}: {self._note(row)}")
-                ended = self._ended(directory) if "valid_loss" in row else []
-                # rank 0 writes, so a rank ahead of it does not know yet
-                if ended and ended[-1]["stage"] == row["stage"]:
-                    steps = schedule.total_steps(config.train, images, patience.saved(ended))
-                    for text in patience.told(ended[-1:]):
-                        work.say(text)
-                if PRIMARY in row and work.watch:
-                    work.watch(row)
+    def _fit(self, work: "Work", directory: Path) -> None:
+        """Train, with half the micro batch if memory does not suffice in the first steps."""
+        from harness.training import train
+
+        config, splits, validation = self.inputs.config, self._splits(work), Validation(self.inputs)
+        setup = self._setup(work, directory, len(splits["train"].ids))
+        with work.reporter.progress(f"Training {work.run_name}") as advance:
+            log = _Log(self, work, directory, len(splits["train"].ids), validation, advance)
 
             def run(setup: Setup) -> "Loaded":
                 training = train.Training(
@@ -159,11 +138,11 @@ class Train(Step):
                     config.seed,
                     directory,
                     log,
-                    lambda loaded: self.validate(work, loaded, splits["valid"].pixels),
+                    lambda loaded: validation.scores(work, loaded, splits["valid"].pixels),
                     work.say,
                     self._until,
                     self._measure(work),
-                    "concepts" if self._detects else "caption",
+                    "concepts" if validation.of_concepts else "caption",
                 )
                 loaded = training.run()
                 self.made["compile"] = training.compiler.used
@@ -172,16 +151,14 @@ class Train(Step):
             try:
                 work.model = run(setup)
             except RuntimeError as error:
-                if not device.out_of_memory(error) or seen > FIRST_STEPS:
+                if not device.out_of_memory(error) or log.seen > FIRST_STEPS:
                     raise
                 setup = self._halved(work, directory, setup, error)
-                speeds.clear()
+                log.speeds.clear()
                 work.model = None
             if work.model is None:  # not while the error is handled, because it keeps tensors in memory
                 gc.collect()
                 work.model = run(setup)
-        if ranks.rank() == 0:
-            plots.curves(directory / LOSSES, directory / CURVES)
 
     def _loaded(self, work: "Work") -> "Loaded":
         """The model as it is before the first stage."""
@@ -270,11 +247,6 @@ class Train(Step):
         head = ["head"] if self.inputs.config.train.trains_head else []
         return " and ".join([*family(self.inputs.config.model).new(self.inputs.config.model), *head])
 
-    @property
-    def _detects(self) -> bool:
-        """Whether the run predicts concepts and no captions."""
-        return self.inputs.facts["primary"] == CONCEPT_F1
-
     def _ended(self, directory: Path) -> list[dict[str, Any]]:
         """The stages that have ended, if a validation may end them early."""
         config, file = self.inputs.config.train, directory / LOSSES
@@ -340,65 +312,6 @@ class Train(Step):
                 captions[i] = Text(captions[i].ids, len(captions[i].ids))
         return captions, [concept.encode(sentence) if sentence else None for sentence, _ in pairs]
 
-    def validate(self, work: "Work", loaded: "Loaded", pixels: Any) -> dict[str, float]:
-        """Score the current model on validation images.
-
-        Captions are always decoded greedily, whatever `predict` says, so a study of decoding trains once.
-        """
-        config, examples = self.inputs.config, self.inputs.data.readable("valid")
-        chosen = self._validated_on(examples)
-        found = self._detected(loaded, pixels, chosen) if config.train.trains_head else {}
-        if self._detects:
-            return found | {PRIMARY: found[f"valid_{CONCEPT_F1}"]} if found else {}
-        names, watched = judges.needed(config), judges.watched(config.train)
-        scores, captions = greedy_scores(
-            self.inputs, work, loaded, pixels, chosen, names, _RESAMPLES if watched else 0
-        )
-        if ranks.rank():
-            return {}
-        floors = self._floors(scores, captions, [examples[i].caption for i in chosen])
-        return self._row(scores) | floors | found
-
-    def _validated_on(self, examples: Sequence[Example]) -> "np.ndarray":
-        """The places of the images that choose weights: of valid, `train.evaluate_images` at random.
-
-        For concepts, all of the half `tune`, so that scores on the half `held` are of unseen images.
-        """
-        import numpy as np
-
-        if self._detects:
-            tune = np.flatnonzero([half(example.id) == TUNE for example in examples])
-            return tune if len(tune) else np.arange(len(examples))
-        fit = np.flatnonzero([example.trains for example in examples])
-        count = min(self.inputs.config.train.evaluate_images, len(fit))
-        return np.sort(fit[np.random.default_rng(0).permutation(len(fit))[:count]])
-
-    def _detected(self, loaded: "Loaded", pixels: Any, chosen: Sequence[int]) -> dict[str, float]:
-        """The F1 of the concepts that the head predicts for these validation images, on rank 0."""
-        import numpy as np
-
-        from harness.models import head
-        from harness.training.detection import best_f1
-
-        examples, own = self.inputs.data.readable("valid"), labels(self.inputs)
-        found = ranks.gather(list(head.probabilities(loaded, pixels, ranks.share(chosen))))
-        if ranks.rank():
-            return {}
-        return {f"valid_{CONCEPT_F1}": best_f1(np.stack(found), own, [examples[i].cuis for i in chosen])}
-
-    def _floors(
-        self, scores: Mapping[str, metrics.Score], captions: Sequence[str], references: Sequence[str]
-    ) -> dict[str, float]:
-        """The floors that these scores set for a self-critical stage, and the image gap if it has one."""
-        config, names = self.inputs.config, judges.watched(self.inputs.config.train)
-        row = {f"{FLOOR}{name}": scores[name].low for name in names if name in scores}
-        if IMAGE_GAP in names:
-            resampled = config.score.model_copy(update={"bootstrap": _RESAMPLES})
-            gaps = metrics.image_gap(captions, references, resampled, config.edition, names=["rouge1"])
-            row |= {f"valid_{IMAGE_GAP}": gaps["rouge1"].get("gap")}
-            row |= {f"{FLOOR}{IMAGE_GAP}": gaps["rouge1"].get("low")}
-        return {name: value for name, value in row.items() if value is not None}
-
     def _measure(self, work: "Work") -> "Measure | None":
         """How the loss `reward` measures captions of training images; None if no stage has it."""
         config = self.inputs.config
@@ -419,49 +332,52 @@ class Train(Step):
 
         return measure
 
-    def _row(self, scores: Mapping[str, metrics.Score]) -> dict[str, float]:
-        primary = self.inputs.facts["primary"]
-        row = {f"valid_{name}": score.value for name, score in scores.items() if score.value is not None}
-        if f"valid_{primary}" not in row:
-            what = f"{primary} must choose the best checkpoint, but is absent: {scores[primary].reason}"
-            raise UserError(what, exit_code=1)
-        self.starred = {f"valid_{name}" for name, score in scores.items() if not score.official}
-        return row | {PRIMARY: row[f"valid_{primary}"]}
 
-    def _note(self, row: Mapping[str, Any]) -> str:
-        """The losses and scores of a row of `losses.jsonl`, with a star on a score that is not official."""
-        shown = [n for n in row if n == "loss" or (n.startswith(VALIDATION) and not n.endswith("_primary"))]
-        starred = {name for name in shown if name.removeprefix(EMA) in self.starred}
-        return "  ".join(f"{name} {row[name]:.4f}{'*' * (name in starred)}" for name in shown)
+class _Log:
+    """Tells the progress, the scores and the time left, from the rows of `losses.jsonl`."""
 
+    def __init__(
+        self,
+        step: Train,
+        work: "Work",
+        directory: Path,
+        images: int,
+        validation: Validation,
+        advance: Callable[[int, int, str], None],
+    ) -> None:
+        self.step, self.work, self.directory, self.images = step, work, directory, images
+        self.validation, self.advance = validation, advance
+        self.seen, self.speeds = 0, []
+        self.config = step.inputs.config.train
+        shortened = epochs.shortened(self.config, step._until)
+        self.steps = schedule.total_steps(shortened, images, patience.saved(step._ended(directory)))
 
-def greedy_scores(
-    inputs: Inputs,
-    work: "Work",
-    loaded: "Loaded",
-    pixels: Any,
-    chosen: Sequence[int],
-    names: Sequence[str] = (),
-    resamples: int = 0,
-) -> tuple[dict[str, metrics.Score], list[str]]:
-    """Scores of greedy captions of these validation images, and the captions, on every rank.
+    def __call__(self, row: "train.Row") -> None:
+        self.seen += 1
+        if "loss" in row and len(self.speeds) < FIRST_STEPS:
+            self._time(row)
+        self.advance(row["step"], self.steps, self.validation.note(row))
+        if "valid_loss" in row:
+            where = f"stage {row['stage']}, epoch {row['epoch']:.4g}, step {row['step']} of {self.steps}"
+            self.work.say(f"{where}: {self.validation.note(row)}")
+            self._shorten(row)
+        if PRIMARY in row and self.work.watch:
+            self.work.watch(row)
 
-    Each rank captions its share. `names` are metrics besides those that choose weights.
-    """
-    from harness.decoding import predict
+    def _time(self, row: "train.Row") -> None:
+        self.speeds.append(row["images_per_second"])
+        if len(self.speeds) == FIRST_STEPS:
+            left = speed.remaining(self.speeds, (self.steps - row["step"]) * self.config.batch_size)
+            self.work.say(f"training steps that are left: {left}{self.step._at_most}")
 
-    config, examples = inputs.config, inputs.data.readable("valid")
-    greedy = PredictConfig(num_beams=1, max_new_tokens=config.train.max_caption_tokens)
-    prompts = prompts_of(inputs, "valid", loaded.caption)
-    captions = ranks.gather(predict.captions(loaded, pixels, ranks.share(chosen), greedy, prompts))
-    parts = EDITIONS[config.edition].parts(inputs.facts["primary"])
-    wanted = {"metrics": tuple(dict.fromkeys((*parts, "rouge1", *names))), "bootstrap": resamples}
-    settings = with_standins(config.score, inputs).model_copy(update=wanted)
-    references = [examples[i].caption for i in chosen]
-    images = [examples[i].image for i in chosen]
-    scores = metrics.score(captions, references, images, settings, config.edition, work.scoring_device)[0]
-    work.unload_metrics()
-    return scores, captions
+    def _shorten(self, row: "train.Row") -> None:
+        """Count fewer steps if this validation ended its stage, and say so."""
+        ended = self.step._ended(self.directory)
+        # rank 0 writes, so a rank ahead of it does not know yet
+        if ended and ended[-1]["stage"] == row["stage"]:
+            self.steps = schedule.total_steps(self.config, self.images, patience.saved(ended))
+            for text in patience.told(ended[-1:]):
+                self.work.say(text)
 
 
 def _written(config: TrainConfig) -> dict[str, Any]:
@@ -478,70 +394,3 @@ def _written(config: TrainConfig) -> dict[str, Any]:
             if not stage["losses"][name]:
                 del stage["losses"][name]
     return written | {key: value for key, value in _AUTO_IS.items() if written[key] == AUTO}
-
-
-def model_of(plan: "Plan") -> dict[str, Any]:
-    """The part of `model:` that determines the output of steps that load the model."""
-    return {"model": family(plan.config.model).settings(plan.config.model)}
-
-
-def contents_of(plan: "Plan") -> list[Any]:
-    """Key, name and file contents of each checkpoint; contents distinguish checkpoints of the same name."""
-    named = family(plan.config.model).checkpoints(plan.config.model)
-    found = [(key, name, checkpoints.find(name)) for key, name in named.items()]
-    cache = plan.root / "cache"
-    return [[key, name, place and checkpoints.contents(place.folder, cache)] for key, name, place in found]
-
-
-def primary_metric(config: "Config") -> str:
-    """The score that chooses the best checkpoint: the edition's primary score, or BERTScore.
-
-    It is BERTScore if a part of the primary score is not among the metrics or lacks weights.
-    """
-    edition = EDITIONS[config.edition]
-    if edition.primary is None:
-        return "bertscore"
-    lacking = any(metrics.is_absent(part, config.score) for part in edition.parts(edition.primary))
-    return "bertscore" if lacking else edition.primary
-
-
-def choosing(config: "Config") -> ScoreConfig:
-    """The score config of training, with only the metrics that choose the best weights, reward or watch."""
-    parts = EDITIONS[config.edition].parts(primary_metric(config))
-    return config.score.model_copy(update={"metrics": tuple(dict.fromkeys((*parts, *judges.needed(config))))})
-
-
-def validating(
-    plan: "Plan", before: Mapping[str, Step]
-) -> tuple[dict[str, Any], dict[Step, Sequence[str] | None], dict[str, Any]]:
-    """What a step declares that chooses weights: parts of the config, earlier steps, and facts.
-
-    With a head, these are also its settings and its labels.
-    """
-    config, only = plan.config, choosing(plan.config)
-    read, facts = model_of(plan), {"checkpoints": contents_of(plan)}
-    if config.train.trains_head:
-        read |= values(config, "concepts.min_images", HEAD)
-        found = labels_of(plan.data.readable("train"), config.concepts.min_images)
-        facts["labels"] = [len(found), fingerprint(found)]
-    if not config.captions:
-        tiny = {step: None for name, step in before.items() if name == "tiny"}
-        return read, tiny, facts | {"primary": CONCEPT_F1}
-    read["score"], read["edition"] = scoring_of(config, only.metrics, primary_metric(config))
-    names = {"tiny", *(f"{Standin.kind}-{section}" for section in trained_here(only))}
-    steps: dict[Step, Sequence[str] | None] = {step: None for name, step in before.items() if name in names}
-    facts |= {
-        "primary": primary_metric(config),
-        "weights": metrics.identities_of(only, plan.root / "cache"),
-    }
-    return read, steps, facts
-
-
-def scoring_of(
-    config: "Config", names: Sequence[str], mean: str | None = None
-) -> tuple[dict[str, Any], list[Any]]:
-    """The parts of `score:` and of the edition that affect metrics, and their `mean` if it is given."""
-    edition, only = EDITIONS[config.edition], config.score.model_copy(update={"metrics": tuple(names)})
-    sections = {"precision", *metrics.weights_of(only)}
-    settings = {key: value for key, value in only.model_dump().items() if key in sections}
-    return settings, [edition.rules, edition.aggregates if mean in edition.aggregates else None]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.models.loading import Loaded
 
 LESS_MEMORY = (
-    "Other processes may use it. `python -m harness doctor EXPERIMENT` shows what training needs, and which "
+    "Other processes may use it. `harness doctor EXPERIMENT` shows what training needs, and which "
     "options need less; for captioning, lower predict.batch_size. Then the same command continues."
 )
 HEAD = "concepts.head"
@@ -144,13 +144,18 @@ def base(inputs: Inputs) -> Path | None:
 
 
 def texts(inputs: Inputs, split: str) -> list[tuple[str | None, str]]:
-    """(concept sentence or None, caption) of each readable image, as the model sees them."""
+    """(concept sentence or None, caption) of each readable image, as the model sees them.
+
+    Without a file of concept names there are no sentences: CUIs are no words.
+    """
     from harness.models.text import clean_caption, concept_sentence
 
     config, names = inputs.config.train, inputs.data.concept_names
     return [
         (
-            concept_sentence([names.get(cui, cui) for cui in example.cuis]) if example.cuis else None,
+            concept_sentence([names.get(cui, cui) for cui in example.cuis])
+            if example.cuis and names
+            else None,
             clean_caption(example.caption or "", config.caption_cleaning, config.max_words),
         )
         for example in inputs.data.readable(split)

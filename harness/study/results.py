@@ -1,10 +1,8 @@
-"""Results of a study: a line and a row for each trial, plots, and the best config as an experiment."""
+"""Results of a study: a line and a row for each trial, and the best config as an experiment."""
 
-import io
 import json
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +18,9 @@ from harness.compare import record_on_half
 from harness.config.experiment import merge, parse_sets, set_value, variant_of
 from harness.data.halves import HELD
 from harness.errors import Problem, UserError
-from harness.store import RUNS, write, write_json
+from harness.store import RUNS, write_json
+from harness.study import plots
+from harness.study.against import against_base, folder_of
 from harness.study.spec import Study
 from harness.study.storage import RECORD, read_record
 from harness.study.trials import Trials
@@ -58,7 +58,8 @@ def _digits(trial: FrozenTrial, value: float) -> str:
 def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
     """A row for each trial: number, state, scores, parameters, seconds, reason, and the trial it retries.
 
-    The best trials of a study on the tune half also have `held`, their results on the other half.
+    The best trials also have `against_base`. In a study on the tune half they have `held`, their results on
+    the other half.
     """
     best = {trial.number for trial in best_trials(study)}
     found = []
@@ -80,6 +81,8 @@ def rows(study: optuna.Study, spec: Study) -> list[dict[str, Any]]:
         )
         if trial.number in best and (on_held := held(spec, trial, RUNS / spec.name)):
             found[-1]["held"] = on_held
+        if trial.number in best and (gain := against_base(spec, trial, RUNS / spec.name)):
+            found[-1]["against_base"] = gain
     return found
 
 
@@ -91,10 +94,8 @@ def held(spec: Study, trial: FrozenTrial, folder: Path) -> dict[str, Any] | None
     if spec.config.half is None:
         return None
     try:
-        file = next(folder.glob(f"trial-{trial.number:04}-s*/{records.FILE}"))
-        record = record_on_half(file.parent, records.read(file.parent), HELD)
-    except StopIteration:
-        return {"reason": "its run is gone"}
+        run = folder_of(spec, trial.number, folder)
+        record = record_on_half(run, records.read(run), HELD)
     except UserError as error:
         return {"reason": "; ".join(map(str, error.problems))}
     scores = {name: records.on_valid(record)[name] for name in spec.objective}
@@ -138,53 +139,10 @@ def publish(trials: Trials, draw: bool = False) -> None:
         record["failed_alike"] = trials.failed_alike()
         record["ended"] = datetime.now(UTC).isoformat(timespec="seconds") if done else None
         if draw or time.time() - record.get("drawn", 0) > _REDRAW:
-            names = _draw(trials.study, trials.spec, trials.folder / "plots")
+            names, record["notes"] = plots.draw(trials.study, trials.spec, trials.folder / "plots")
             record["drawn"] = time.time()
             record["artifacts"] = {f"plots/{name}": f"plots/{name}" for name in names}
         write_json(trials.folder / RECORD, record)
-
-
-def _draw(study: optuna.Study, spec: Study, folder: Path) -> list[str]:
-    """Draw history and importance of each objective, and a Pareto front of two or three -> PNG file names.
-
-    Importance needs two trials that differ in parameters and in score.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from optuna.visualization import matplotlib as plots
-
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    folder.mkdir(exist_ok=True)
-    drawn = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        for i, name in enumerate(spec.objective if done else ()):
-            several = len(spec.objective) > 1
-            how = {"target": (lambda trial, i=i: trial.values[i]) if several else None, "target_name": name}
-            mark = f"_{name}" if several else ""
-            drawn.append(_save(plots.plot_optimization_history(study, **how), folder / f"history{mark}.png"))
-            if len({trial.values[i] for trial in done}) > 1:
-                if several:  # with a target function Optuna takes low values for good, so negate
-                    how["target"] = lambda trial, i=i: -trial.values[i]
-                axes = plots.plot_param_importances(study, **how)
-                drawn.append(_save(axes, folder / f"importance{mark}.png"))
-        if done and len(spec.objective) in (2, 3):
-            axes = plots.plot_pareto_front(study, target_names=list(spec.objective))
-            drawn.append(_save(axes, folder / "pareto.png"))
-    return drawn
-
-
-def _save(axes: Any, path: Path) -> str:
-    from matplotlib import pyplot
-
-    figure = axes.figure
-    figure.set_size_inches(9, 5)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-    write(path, image.getvalue())
-    return path.name
 
 
 def winner(study: optuna.Study, spec: Study, number: int | None) -> FrozenTrial:
@@ -230,7 +188,7 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
         scores = f"{scores} on the tune half, by which it was chosen; {on_held(found)}"
     head = [
         f"# Question  How good is this trial of the study {spec.name}, by every score and on test?",
-        f"# Command   python -m harness run {output}",
+        f"# Command   harness run {output}",
         f"# Expected  validation {scores}{star}, as trial {trial.number} of {spec.trials}",
         f"# Cost      that of {spec.base_file.name}, without the steps that the study has finished",
         f"# Made by   {command}",

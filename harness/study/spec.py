@@ -14,8 +14,9 @@ from pydantic_core import ErrorDetails
 
 from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
-from harness.config.schema import Config, flat, keys
+from harness.config.schema import PATH_NAME, Config, flat, keys
 from harness.config.sections import Epochs, Section, Seed, whole
+from harness.config.words import allowed
 from harness.config.yamlfile import KeyPath, Place, no_file, parse, places_of
 from harness.errors import Problem, UserError
 from harness.steps import train
@@ -73,7 +74,9 @@ class StudyConfig(Section):
     """The experiment file that every trial starts from; the path is relative to this file."""
     variant: str | None = None
     """The variant of the base; needed if it has several."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")] | None = None
+    name: Annotated[str, PATH_NAME, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*$")] | None = (
+        None
+    )
     """Folder under runs/ and MLflow experiment; by default `<name of the base>/<name of this file>`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Changes to the base for all trials, such as fewer metrics."""
@@ -245,7 +248,7 @@ def _read(file: Path, problems: list[Problem]) -> tuple[Any, dict[str, Any]]:
     if not isinstance(values, dict):
         raise UserError([Problem("a study is a mapping of keys to values", file, 1)])
     if "data" in values and "space" not in values:
-        hint = f"Run it: python -m harness run {file}"
+        hint = f"Run it: harness run {file}"
         raise UserError([Problem("this is an experiment, not a study", file, hint=hint)])
     return node, values
 
@@ -388,7 +391,7 @@ def _parameter_problems(
 def _because(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{allowed(error, Config)} is allowed"
 
 
 def _name_problems(name: str, base: Config, places: Mapping[KeyPath, Place], file: Path) -> list[Problem]:

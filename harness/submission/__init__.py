@@ -23,6 +23,7 @@ from harness.data.forms import (
     zipped,
 )
 from harness.errors import Flaw, Problem, UserError, grouped
+from harness.store import bytes_of
 from harness.submission import folder as folders
 from harness.submission.checks import check, concept_faults, faults, id_faults, some
 from harness.submission.repair import fix
@@ -149,6 +150,15 @@ def make(
     about = json.dumps({**manifest, **described}, indent=1, ensure_ascii=False, default=str, allow_nan=False)
     folders.replace(folder, {**files, MANIFEST: f"{about}\n"}, (pipes, ZIP, MEMBER, MANIFEST))
     return folder / upload
+
+
+def is_intact(upload: Path) -> bool:
+    """Whether the file of a submission is the one that its manifest describes."""
+    try:
+        described = json.loads(bytes_of(upload.with_name(MANIFEST)))
+        return described["sha256"] == hashlib.sha256(bytes_of(upload)).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def joined(value: str | Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def _another_file(fault: str, path: Path, form: Rules) -> str:
         return filekinds.conversion(path, form)
     if fault.startswith("the zip holds"):
         return f"Put the file alone into it: zip -j submission.zip {MEMBER}"
-    return "Give a whole file, or make one: python -m harness submission make RUN"
+    return "Give a whole file, or make one: harness submission make RUN"
 
 
 def faults(data: bytes, ids: Sequence[str], form: Rules, path: Path) -> list[Problem]:

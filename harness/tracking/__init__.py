@@ -18,7 +18,7 @@ from harness import records
 from harness.errors import Problem, UserError
 from harness.masking import masked
 from harness.store import fingerprint
-from harness.tracking.server import Mirror, State, alive, read_study
+from harness.tracking.server import LOCK, Mirror, State, alive, read_study
 from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
 
 NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
@@ -41,7 +41,7 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
 
     run_directory = Path(run_directory).resolve()
     record = records.read(run_directory, NEEDS)
-    with FileLock(run_directory.parent / "mlflow.lock", timeout=60):
+    with FileLock(run_directory.parent / LOCK, timeout=60):
         state = State.load(run_directory.parent)
         Mirror(run_directory, record, owner, state).bring_up_to_date()
 
@@ -53,8 +53,12 @@ def sync(root: Path) -> list[str]:
     were not mirrored and the reasons, within seconds if the server does not answer.
     """
     server = masked(tracking_uri())
-    found, left_out = records.read_all(sorted(root.rglob(records.FILE)), NEEDS)
+    if not (files := records.below(root)):
+        records.read(root)  # raises, and names the runs that there are
+    found, left_out = records.read_all(files, NEEDS)
     done, problems = [f"left out: {problem}" for problem in left_out], []
+    done += [f"left out: {folder}: archived" for folder, record in found if record.get("archived")]
+    found = [one for one in found if not one[1].get("archived")]
     if found:
         _look_for(server, found[0][0] if len(found) == 1 else root)
     set_environment(_PATIENT)
@@ -68,7 +72,7 @@ def sync(root: Path) -> list[str]:
             if time.monotonic() - began > _SLOW:
                 break
     if problems:
-        raise UserError(problems, hint="Nothing is lost. Try again: python -m harness sync", exit_code=1)
+        raise UserError(problems, hint="Nothing is lost. Try again: harness sync", exit_code=1)
     return done
 
 
@@ -81,7 +85,7 @@ def _look_for(server: str, waiting: Path) -> None:
         opened(tracking_uri())
     except failures() as error:
         what = f"not mirrored to {server}: {first_line(error)}"
-        hint = "Nothing is lost. Try again: python -m harness sync"
+        hint = "Nothing is lost. Try again: harness sync"
         raise UserError([Problem(what, waiting, hint=hint)], exit_code=1) from None
     finally:
         for key in unset:
@@ -108,7 +112,7 @@ class Follower:
         if all(_is_mirrored(*one) for one in found if one[1]["status"] != "RUNNING"):
             return None
         log, server = self.experiment_directory / "mlflow.log", masked(tracking_uri())
-        return f"MLflow at {server} was not reached (see {log}). Try again: python -m harness sync"
+        return f"MLflow at {server} was not reached (see {log}). Try again: harness sync"
 
 
 def start(experiment_directory: Path) -> Follower:

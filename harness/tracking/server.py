@@ -29,9 +29,9 @@ from harness.tracking.contents import (
     study_tags,
     tags_of,
 )
-from harness.tracking.stores import database_of, opened, set_environment, tracking_uri
+from harness.tracking.stores import artifacts_of, database_of, opened, set_environment, tracking_uri
 
-STATE, STUDY = "mlflow.json", "study.json"
+STATE, STUDY, LOCK = "mlflow.json", "study.json", "mlflow.lock"
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
 _CLOCKS = 60  # seconds; a clock may have been changed by this much since a process began
@@ -55,18 +55,43 @@ class State:
         """Read the state; if the file is damaged, the state says to search for the runs on the server."""
         file = experiment_directory / STATE
         everything = _bookkeeping(file)
-        uri, database = masked(tracking_uri()), database_of(tracking_uri())
+        database, name = database_of(tracking_uri()), _server_of(experiment_directory)
         if everything is None:
-            everything = {uri: {"found_again": True}}
+            everything = {name: {"found_again": True}}
         if database and not database.exists():
-            everything.pop(uri, None)  # the database was deleted, so nothing is mirrored
-        ours = everything.setdefault(uri, {})
+            everything.pop(name, None)  # the database was deleted, so nothing is mirrored
+        elif name not in everything and _is_inside(database, file):
+            everything[name] = _before_a_move(everything, database)
+        ours = everything.setdefault(name, {})
+        here, home = str(experiment_directory.resolve()), ours.get("home")
+        if home not in (None, here) and Path(home, STATE).exists() and not _is_inside(database, file):
+            ours.clear()  # a copy is a project of its own; its runs on a shared server are the original's
+        ours["home"] = here
         found_again = bool(ours.get("found_again"))
         parent, runs = ours.setdefault("parent", {}), ours.setdefault("runs", {})
         return cls(file, everything, parent, runs, found_again)
 
     def save(self) -> None:
         write_checked(self.file, self.everything)
+
+
+def _is_inside(database: Path | None, file: Path) -> bool:
+    """Whether a store lies in the project of a file, so that it is copied and moved with it."""
+    return database is not None and database.parent in file.resolve().parents
+
+
+def _server_of(experiment_directory: Path) -> str:
+    """The name of the present server in the bookkeeping; a store in the project has a path from there."""
+    database, uri = database_of(tracking_uri()), masked(tracking_uri())
+    if not _is_inside(database, experiment_directory / STATE):
+        return uri
+    return f"sqlite:{os.path.relpath(database, experiment_directory.resolve())}"
+
+
+def _before_a_move(everything: dict[str, Any], database: Path) -> dict[str, Any]:
+    """What earlier versions noted of a store in the project, under its address before a copy or a move."""
+    known = [uri for uri in everything if database_of(uri) and Path(uri).name == database.name]
+    return everything.pop(known[-1]) if known else {}
 
 
 def _bookkeeping(file: Path) -> dict[str, Any] | None:
@@ -101,6 +126,20 @@ def mirrored_as(run_directory: Path) -> dict[str, str]:
     return {name: entry["run_id"] for name, entry in entries.items() if "run_id" in entry}
 
 
+def rename(experiment_directory: Path, run: str, new: str) -> None:
+    """Note in the bookkeeping of an experiment that a run has another name; `Mirror` tells the server."""
+    from filelock import FileLock
+
+    file = experiment_directory / STATE
+    with FileLock(experiment_directory / LOCK, timeout=60):
+        everything = _bookkeeping(file)
+        for server in (everything or {}).values():
+            if entry := server.get("runs", {}).pop(run, None):
+                server["runs"][new] = entry
+        if everything:
+            write_checked(file, everything)
+
+
 class Mirror:
     """Brings one run up to date on one server."""
 
@@ -132,6 +171,7 @@ class Mirror:
         self.entry["status"] = status
         self.entry["mirrored"] = fingerprint(self.record)
         self._study(parent)
+        self._archived()
         self._close_parent(parent)
         self.state.save()
 
@@ -157,6 +197,15 @@ class Mirror:
         self._batches(parent, "tags", [RunTag(key, cut(value, _LONGEST_TAG)) for key, value in tags])
         known.update(scores)
         self.state.parent["study"] = fingerprint(study)
+
+    def _archived(self) -> None:
+        """Give runs that others replaced the names of their folders, so that no two runs share a name."""
+        for name, entry in self.state.runs.items():
+            if name.startswith(f"{records.ARCHIVE}/") and "run_id" in entry and not entry.get("archived"):
+                if self._exists(entry):
+                    self.client.update_run(entry["run_id"], name=name)
+                    self.client.set_tag(entry["run_id"], records.ARCHIVE, "true")
+                entry["archived"] = True
 
     def _close_parent(self, parent: str) -> None:
         status = _of_all(self.directory.parent, self.owner)
@@ -186,6 +235,7 @@ class Mirror:
     def _token(self, name: str, entry: Mapping[str, Any]) -> str:
         """A name that only a run of this folder and configuration has."""
         place = [self.record.get("host"), str(self.directory.parent), name, entry.get("parameters")]
+        place += sorted(one.name for one in self.directory.parent.glob(f"{records.ARCHIVE}/{name}-*"))
         return hashlib.sha256(json.dumps(place).encode()).hexdigest()[:32]
 
     def _exists(self, entry: Mapping[str, Any]) -> bool:
@@ -307,7 +357,7 @@ def _experiment(client: Any, name: str) -> str:
     if found is None:
         database = database_of(tracking_uri())
         # MLflow's own server puts artifacts there; its client alone would use mlruns/.
-        place = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        place = artifacts_of(database, name) if database else None
         return client.create_experiment(name, artifact_location=place)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)

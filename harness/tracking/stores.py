@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,8 @@ def opened(uri: str) -> Any:
         return mlflow.MlflowClient(driven)
     with _alone(driven):
         client = _client(driven) if database is None else _of_sqlite(driven, database)
+        if database is not None:
+            _bring_home(database)
     _opened.add(uri)
     return client
 
@@ -100,6 +103,29 @@ def _of_sqlite(uri: str, database: Path) -> Any:
                 raise _broken(database, error) from None
 
 
+def artifacts_of(database: Path, experiment: str) -> str:
+    """The address of an experiment's artifacts beside the store, as MLflow's own server has it."""
+    return (database.parent / "mlartifacts" / experiment).as_uri()
+
+
+def _bring_home(database: Path) -> None:
+    """Let a copied or moved store keep its artifacts beside it, and not in the original's folder."""
+    with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection, connection:
+        known = connection.execute("SELECT experiment_id, name, artifact_location FROM experiments")
+        for number, name, old in known.fetchall():
+            new = artifacts_of(database, name)
+            if name == "Default":  # MLflow's own, with a path
+                new = str(database.parent / "mlruns" / str(number))
+            inside = new.removeprefix(database.parent.as_uri()).removeprefix(str(database.parent))
+            if not old or old == new or not (old.startswith(("file:", "/")) and old.endswith(inside)):
+                continue
+            where = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
+            connection.execute(where, (new, number))
+            where = "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+            where += "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?"
+            connection.execute(where, (new, len(old) + 1, number, len(old), old))
+
+
 def _is_begun(database: Path) -> bool:
     """Whether the file is not empty: someone began to create MLflow's tables, or it is not an SQLite file."""
     return database.is_file() and database.stat().st_size > 0
@@ -117,7 +143,7 @@ def _changes(database: Path) -> bool:
 
 def _broken(database: Path, error: Exception) -> UserError:
     what = f"MLflow can't use this store; its tables are incomplete or another version's: {first_line(error)}"
-    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && python -m harness sync"
+    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && harness sync"
     return UserError([Problem(what, database, hint=hint)], exit_code=1)
 
 

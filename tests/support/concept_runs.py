@@ -66,7 +66,7 @@ def record(
         "status": "FINISHED",
         "started": "2026-01-01T00:00:00+00:00",
         "ended": "2026-01-02T03:04:05+00:00",
-        "command": "python -m harness run experiments/concepts.yaml",
+        "command": "harness run experiments/concepts.yaml",
         "edition": 2023,
         "config": {"task": "concepts", "data": {"phantom": None}, "concepts": {"predictor": "classifier"}},
         "parameters": {"variant": variant, "seed": seed, "task": "concepts"},

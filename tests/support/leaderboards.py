@@ -51,7 +51,7 @@ def record(
         "status": "FINISHED",
         "started": "2026-01-01T00:00:00+00:00",
         "ended": "2026-01-02T03:04:05+00:00",
-        "command": "python -m harness run experiments/table3.yaml",
+        "command": "harness run experiments/table3.yaml",
         "edition": 2023,
         "config": {"data": {"phantom": None}},
         "parameters": parameters | (parameters_changed or {}),

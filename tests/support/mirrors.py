@@ -46,7 +46,7 @@ def record(root: Path, variant: str, status: str = "FINISHED", **changes: Any) -
             "status": status,
             "started": "2026-01-02T03:04:05+00:00",
             "ended": None if status == "RUNNING" else "2026-01-02T04:04:05+00:00",
-            "command": "python -m harness run experiments/table3.yaml",
+            "command": "harness run experiments/table3.yaml",
             "edition": 2023,
             "config": {"train": {"epochs": 2}},
             "parameters": {

@@ -54,7 +54,7 @@ def record(variant: str = "base", changes: dict[str, Any] | None = None, **more:
         "pid": os.getpid(),
         "started": "2026-01-01T00:00:00+00:00",
         "ended": "2026-01-02T03:04:05+00:00",
-        "command": "python -m harness run small.yaml",
+        "command": "harness run small.yaml",
         "edition": 2023,
         "config": json.loads(config.model_dump_json()),
         "parameters": flat(config),

@@ -13,7 +13,7 @@ from harness.models.settings import TINY, ModelConfig, prompt_text
 if TYPE_CHECKING:
     import torch
 
-    from harness.models.base import Sample, Shape
+    from harness.models.base import Sample, Shape, Usage
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -133,11 +133,18 @@ def codecs(model: ModelConfig, folder: Path, max_tokens: int) -> "tuple[Codec, C
 
 
 def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
-    """Write the model with its tokenizers as a checkpoint folder; see `loading.export`."""
-    from harness.models.blip2 import loading
+    """Write the model with its tokenizers as a checkpoint folder; see `exporting.export`."""
+    from harness.models.blip2 import exporting
 
-    loading.export(loaded, folder)
+    exporting.export(loaded, folder)
     return {"checkpoint": "."}
+
+
+def usage(model: ModelConfig, loaded: "Loaded") -> "Usage":
+    """How the exported folder is used without the harness; see `exporting.usage`."""
+    from harness.models.blip2 import exporting
+
+    return exporting.usage(loaded)
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

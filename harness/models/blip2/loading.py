@@ -146,28 +146,6 @@ def without_weights(
     return model
 
 
-def export(loaded: Loaded, folder: Path) -> None:
-    """Write a checkpoint folder that `load` reads without further checkpoints; transformers' BLIP-2 too.
-
-    Without a language model, only this harness reads it.
-    """
-    model = loaded.model
-    if model.language_model is not None:
-        model.config.text_config = model.language_model.config
-        model.config.text_config.eos_token_id = loaded.caption.end
-        loaded.caption.tokenizer.save_pretrained(folder)
-    model.config.qformer_config.vocab_size = len(loaded.concept.tokenizer)
-    model.save_pretrained(folder)
-    loaded.concept.tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
-    from transformers import BlipImageProcessor  # in 5 its import says that torchvision is missing
-
-    BlipImageProcessor(
-        image_mean=list(loaded.mean),
-        image_std=list(loaded.std),
-        size={"height": (side := model.config.vision_config.image_size), "width": side},
-    ).save_pretrained(folder)
-
-
 def _speak_by(model: Captioner, folder: Path, dtype: torch.dtype, dropout: float | None) -> None:
     """Give the model the language model in `folder`, behind a new projection."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

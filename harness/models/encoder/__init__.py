@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import Problem, UserError
 from harness.models import measured
+from harness.models.base import Usage
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig
 
@@ -102,6 +103,14 @@ def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
 
     vision.save(loaded.model.vision, loaded.mean, loaded.std, folder / "vision")
     return {_VISION: "vision"}
+
+
+def usage(model: ModelConfig, loaded: "Loaded") -> "Usage":
+    """How the exported encoder is used without the harness."""
+    what = (
+        "`vision` is the image encoder, which transformers loads by `AutoModel`. The classifier of concepts "
+    )
+    return Usage(f"{what}is not in this folder: it stays with the run.")
 
 
 def load(

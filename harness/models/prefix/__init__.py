@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import Problem, UserError
 from harness.models import measured
+from harness.models.base import Usage
 from harness.models.prefix import checks
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
@@ -90,6 +91,17 @@ def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
     from harness.models.prefix import loading
 
     return loading.export(loaded, folder)
+
+
+def usage(model: ModelConfig, loaded: "Loaded") -> "Usage":
+    """How the exported parts are used without the harness."""
+    what = (
+        "transformers has no class that joins these parts, so only the harness captions with them. It loads"
+    )
+    what += (
+        " `vision` by `AutoModel` and `language` by `AutoModelForCausalLM`. `connector` leads from the first"
+    )
+    return Usage(f"{what} to the second; its weights are those of `harness.models.prefix.model.connector`.")
 
 
 def load(

@@ -14,7 +14,7 @@ from harness.models.vlm.architectures import ARCHITECTURES
 if TYPE_CHECKING:
     import torch
 
-    from harness.models.base import Sample, Shape
+    from harness.models.base import Sample, Shape, Usage
     from harness.models.loading import Loaded
     from harness.models.text import Codec
     from harness.training.settings import TrainConfig
@@ -146,6 +146,13 @@ def export(loaded: "Loaded", folder: Path) -> dict[str, str]:
 
     loading.export(loaded, folder)
     return {"checkpoint": "."}
+
+
+def usage(model: ModelConfig, loaded: "Loaded") -> "Usage":
+    """How the exported folder is used without the harness; see `exporting.usage`."""
+    from harness.models.vlm import exporting
+
+    return exporting.usage(model, loaded)
 
 
 def load(model: ModelConfig, train: "TrainConfig", folder: Path, frozen_dtype: "torch.dtype") -> "Loaded":

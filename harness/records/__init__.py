@@ -8,48 +8,23 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from harness.captions import Candidate, read_candidates, read_captions, read_lists, read_rows
-from harness.config.editions import EDITIONS, LayoutName
 from harness.errors import Problem, UserError
-from harness.store import bytes_of, damage_of, parsed, run_name
+from harness.records.form import SCORES, Run
+from harness.store import GONE, bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
+ARCHIVE = "archive"
+"""The folder in an experiment's folder with the runs that others replaced; see `keeping.replacing`."""
 CAPTIONS, CONCEPTS = "captions", "concepts"
 ON_VALID = "trained on validation images"
 """Why a run with `data.fit_on: [train, valid]` has no score on validation, under `unscored` in its record."""
 Record = Mapping[str, Any]
-
-
-def _inside(path: str) -> str:
-    """The path, if it stays inside the folder that it starts from."""
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in path or not parts.parts:
-        raise ValueError("a path inside runs/ is allowed")
-    return path
-
-
-def _moment(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-def _edition(year: int) -> int:
-    if year not in EDITIONS:
-        raise ValueError(f"allowed are {', '.join(map(str, EDITIONS))}")
-    return year
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Inside = Annotated[str, AfterValidator(_inside)]
-Moment = Annotated[str, AfterValidator(_moment)]
-
-
 FINAL = {"caption": "predictions/{split}_after.csv", "concept": "concepts/{split}.csv"}
 """The artifact with what a run submits, by task."""
 PER_IMAGE = {
@@ -57,184 +32,6 @@ PER_IMAGE = {
     "concept": "scores/{split}_concepts_per_image.csv",
 }
 """The artifact with the scores of each image, by task."""
-
-
-class _Part(BaseModel):
-    """A part of a record. Keys that earlier versions lacked may be absent; types are strict."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Score(_Part):
-    value: Number | None
-    official: bool
-    signature: str
-    n: int = 0
-    low: Number | None = None
-    high: Number | None = None
-    reason: str | None = None
-
-
-class _Gap(_Part):
-    gap: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-
-
-class _OnHalf(_Part):
-    scores: dict[str, _Score]
-    image_gap: dict[str, _Gap | Number | str | None]
-
-
-class _Floor(_Part):
-    value: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-
-
-class _Baseline(_Floor):
-    held: _Floor = _Floor()
-
-
-class _Gain(_Part):
-    difference: Number | None = None
-    low: Number | None = None
-    high: Number | None = None
-    p: Number | None = None
-    reason: str | None = None
-
-
-class _Paired(_Gain):
-    held: _Gain = _Gain()
-
-
-class _Concepts(_Part):
-    scores: dict[str, dict[str, _Score]] = {}
-    halves: dict[str, dict[str, _Score]] = {}
-    baselines: dict[str, _Baseline] = {}
-    paired: dict[str, _Paired] = {}
-    thresholds: dict[str, Any] = {}
-    predictor: str | None = None
-    labels: int | None = None
-
-
-class _Git(_Part):
-    commit: str | None
-    dirty: bool | None
-
-
-class _Made(_Part):
-    command: str
-    git: _Git
-    seconds: Number
-    ranks: Annotated[int, Field(ge=1)] = 1
-    environment: dict[str, str] = {}
-
-
-class _Data(_Part):
-    root: str
-    layout: LayoutName = "imageclef2023"
-    splits: dict[str, int] = {}
-    fingerprints: dict[str, str] = {}
-    left_out: int = 0
-    notes: list[str] = []
-
-
-class _Fallback(_Part):
-    ids: list[str]
-    caption: str | None = None
-    concepts: list[str] = []
-
-
-class _Base(_Part):
-    file: str
-    parameters: dict[str, Any]
-
-
-class _Weights(_Part):
-    step: int | None = None
-    stage: int | None = None
-    epoch: int | Number | None = None
-    average: bool = False
-
-
-class _Candidate(_Part):
-    name: str
-    score: Number
-
-
-class _Soup(_Part):
-    members: list[str]
-    candidates: list[_Candidate]
-    metric: str
-    n: int
-    half: str | None = None
-    official: bool = False
-
-
-class _ModelConfig(_Part):
-    checkpoint: str = ""
-
-
-class _Training(_Part):
-    best: _Weights = _Weights()
-    notes: list[str] = []
-
-
-class _Failure(_Part):
-    reason: str
-    step: str | None = None
-    error: str | None = None
-    hint: str | None = None
-    exit_code: int | None = None
-
-
-class _Sections(_Part):
-    model: _ModelConfig = _ModelConfig()
-    data: dict[str, Any] = {}
-    score: dict[str, Any] = {}
-
-
-class _Run(_Part):
-    name: Inside
-    status: Literal["RUNNING", "FINISHED", "FAILED", "PRUNED", "KILLED"]
-    edition: Annotated[int, AfterValidator(_edition)]
-    command: str
-    config: _Sections
-    variant: Inside = "base"
-    seed: int = 0
-    pid: int | None = None
-    host: str | None = None
-    started: Moment = "2000-01-01"
-    ended: Moment | None = None
-    at: str | None = None
-    failure: _Failure | None = None
-    parameters: dict[str, Any] = {}
-    standin_model: bool = False
-    git: _Git = _Git(commit=None, dirty=None)
-    environment: dict[str, str] = {}
-    data: _Data = _Data(root="")
-    training: _Training = _Training()
-    fallback: dict[str, _Fallback] = {}
-    soup: _Soup | None = None
-    steps: dict[str, Inside] = {}
-    made: dict[str, _Made | None] = {}
-    seconds: dict[str, Number] = {}
-    scores: dict[str, dict[str, dict[str, _Score]]] = {}
-    unscored: dict[str, str] = {}
-    looks: dict[str, str] = {}
-    image_gap: dict[str, _Gap | Number | str | None] | None = None
-    halves: dict[str, _OnHalf] = {}
-    baseline: dict[str, Number | str | list[str] | None] | None = None
-    concepts: _Concepts | None = None
-    warnings: list[str] = []
-    artifacts: dict[str, Inside] = {}
-    submissions: list[Inside] = []
-    base: _Base | None = None
-    trial: dict[str, Any] | None = None
-
-
-_SCORES = TypeAdapter(dict[str, _Score])
 
 
 def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dict[str, Any]:
@@ -253,8 +50,17 @@ def read(folder: Path, needs: Iterable[str] = (), key: str | None = None) -> dic
 
 
 def below(root: Path) -> list[Path]:
-    """The `run.json` of every run in a folder; also a missing one, if the run's config is still there."""
-    return sorted({file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)})
+    """The `run.json` of every run in a folder; also a missing one, if the run's config is still there.
+
+    Archived runs are not among them, unless `root` is a folder of archived runs.
+    """
+    found = {file.with_name(FILE) for name in (FILE, CONFIG) for file in root.rglob(name)}
+    return sorted(file for file in found if file.relative_to(root).parts[-3:-2] != (ARCHIVE,))
+
+
+def archived(root: Path) -> list[Path]:
+    """The `run.json` of every archived run in a folder."""
+    return sorted(root.rglob(f"{ARCHIVE}/*/{FILE}"))
 
 
 def read_all(
@@ -276,13 +82,14 @@ def _problem(file: Path, needs: Iterable[str]) -> dict[str, Any] | Problem:
     hint = "Run the same command to write it again, or delete this folder. Finished steps are kept."
     try:
         if not file.is_file():
-            raise ValueError("not a file" if os.path.lexists(file) else "it is gone")
+            raise ValueError("not a file" if os.path.lexists(file) else GONE)
         record = parsed(file.read_bytes())
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair can't be written to any file
-        _Run.model_validate(record)
+        Run.model_validate(record)
         if missing := [key for key in needs if key not in record]:
             raise ValueError(f"{', '.join(missing)} is missing")
-        if len(PurePosixPath(record["name"]).parts) + 1 >= len(file.resolve().parts):
+        above = len(PurePosixPath(record["name"]).parts) + (file.resolve().parts[-3:-2] == (ARCHIVE,))
+        if above + 1 >= len(file.resolve().parts):
             raise ValueError("name has more parts than the path of this folder")
     except (OSError, ValueError, RecursionError) as error:
         return Problem(f"is not what a run writes: {_said(error)}", file, hint=hint)
@@ -302,11 +109,11 @@ def _said(error: Exception) -> str:
 def _runs_near(folder: Path) -> str:
     """A hint with the runs below the folder, or else below runs/."""
     for place in (folder, Path("runs")):
-        files = (file for file in place.rglob(FILE) if "mlartifacts" not in file.parts)  # copies, by MLflow
+        files = (file for file in below(place) if "mlartifacts" not in file.parts)  # copies, by MLflow
         if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             return f"Runs: {', '.join(found[:8])}{more}"
-    return "There are no runs yet; make some: python -m harness run experiments/quickstart.yaml"
+    return "There are no runs yet; make some: harness run experiments/quickstart.yaml"
 
 
 def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
@@ -334,7 +141,7 @@ def nearest_image(record: Record, runs: Path) -> dict[str, Any] | None:
 
 def task_of(record: Record) -> str:
     """The task of a run, captions or concepts; runs of earlier versions have captions."""
-    return record["config"].get("task", "captions")
+    return record["config"].get("task", CAPTIONS)
 
 
 def tasks_of(record: Record) -> list[str]:
@@ -350,7 +157,7 @@ def on_valid(record: Record) -> dict[str, Any]:
 
     Those of concepts are called `concept_f1` and `concept_f1_secondary`, as in MLflow.
     """
-    if task_of(record) == "concepts":
+    if task_of(record) == CONCEPTS:
         found = (record.get("concepts") or {}).get("scores", {}).get("valid", {})
         return {f"concept_{name}": score for name, score in found.items()}
     return record["scores"].get("valid", {}).get("after", {})
@@ -364,7 +171,9 @@ def comparable(score: Record | None, own: Record | None) -> bool:
 
 
 def name_of(record: Record) -> str:
-    """The name of a run within its experiment."""
+    """The name of a run within its experiment, such as `base-s42`."""
+    if record.get("archived"):
+        return f"{ARCHIVE}/{record['archived']}"
     return run_name(record["variant"], record["seed"])
 
 
@@ -375,7 +184,9 @@ def full_name(record: Record) -> str:
 
 def root(folder: Path, record: Record) -> Path:
     """The folder that a run's paths start from: `runs`, even if it was moved."""
-    return folder.resolve().parents[len(PurePosixPath(record["name"]).parts)]
+    folder = folder.resolve()
+    experiment = folder.parent.parent if folder.parent.name == ARCHIVE else folder.parent
+    return experiment.parents[len(PurePosixPath(record["name"]).parts) - 1]
 
 
 def artifact(folder: Path, record: Record, name: str) -> Path:
@@ -404,7 +215,7 @@ def _next(record: Record, name: str) -> str:
     split = name.partition("/")[2].partition("_")[0].removesuffix(".csv")
     if why := record.get("unscored", {}).get(split):
         return f"It was {why}, so use it for test alone: --set 'predict.splits=[test]'"
-    kinds = {"predictions": task_of(record) == "captions", "concepts": bool(record.get("concepts"))}
+    kinds = {"predictions": task_of(record) == CAPTIONS, "concepts": bool(record.get("concepts"))}
     if record["status"] == "FINISHED" and kinds.get(name.partition("/")[0]):
         verb = "Caption" if name.startswith("predictions/") else "Predict"
         return f"{verb} this split too: {command} --set 'predict.splits=[valid,test]'"
@@ -427,7 +238,7 @@ def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None
 
 def checked(file: Path, record: Record) -> Path:
     """The file of a step. Raises `UserError` if it is gone or altered since the step wrote it."""
-    wrong = damage_of(file) or (None if file.is_file() else "it is gone")
+    wrong = damage_of(file) or (None if file.is_file() else GONE)
     if wrong:
         raise damaged(file, record, f"not what the step left: {wrong}")
     return file
@@ -435,12 +246,20 @@ def checked(file: Path, record: Record) -> Path:
 
 def damaged(file: Path, record: Record, what: str) -> UserError:
     """The error for a file of a step that can't be used."""
-    return UserError([Problem(what, file, hint=again(record))])
+    return UserError([Problem(what, file, hint=again(record, file.suffix == ".safetensors"))])
 
 
-def again(record: Record) -> str:
-    """What to do about an unusable file of a step: the run notices it and builds the step again."""
-    return f"The run makes it again: {record['command']}"
+def again(record: Record, weights: bool = False) -> str:
+    """What to do about an unusable file of a step: the run notices it and builds the step again.
+
+    `weights` alone are made again only on request, since captions and scores do not need them any more.
+    """
+    command = record["command"]
+    if not weights:
+        return f"The run makes it again: {command}"
+    if " run " in command:
+        return f"The run makes it again: {command} --weights"
+    return "Run the experiment of this run with --weights: harness run EXPERIMENT.yaml --weights"
 
 
 def captions(file: Path, record: Record) -> dict[str, str]:
@@ -514,7 +333,7 @@ def scores(file: Path, record: Record) -> dict[str, Any]:
     """The content of a score step's `scores.json`. Raises `UserError` if it can't be read."""
     try:
         content = parsed(bytes_of(file))
-        _SCORES.validate_python(content["scores"])
+        SCORES.validate_python(content["scores"])
         if not isinstance(content["references"], str):
             raise ValueError("references is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

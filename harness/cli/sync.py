@@ -1,0 +1,28 @@
+"""`harness sync`: mirror runs to MLflow."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.visible import one_line
+
+
+def sync(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default all runs.")] = None,
+    follow: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Mirror runs to MLflow at MLFLOW_TRACKING_URI, by default mlflow.db in this folder.
+
+    Example: harness sync runs/quickstart
+    """
+    from harness import tracking
+    from harness.store import RUNS
+
+    if follow is not None:
+        tracking.follow(follow, parent or os.getppid())
+    else:
+        for line in tracking.sync(run or RUNS):
+            print(one_line(line))
