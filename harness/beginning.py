@@ -203,7 +203,9 @@ def _text(sight: Sight, file: Path, name: str, standins: Sequence[str], skip_bad
         "data:\n"
         f"  root: {json.dumps(str(sight.root), ensure_ascii=False)}\n"
         f"  layout: {sight.layout}\n",
-        "  skip_bad: true            # some rows have problems; `harness data check` shows them\n" if skip_bad else "",
+        "  skip_bad: true            # some rows have problems; `harness data check` shows them\n"
+        if skip_bad
+        else "",
         "  # fraction: {train: 0.1}  # for a quick look at a tenth of the training images\n",
         _paper(sight) if sight.real else _tiny(sight, train, batch),
     ]
