@@ -124,6 +124,8 @@ def test_validation_is_ranked_among_ourselves_and_never_among_the_teams(project)
     assert "CSIRO" in official
     assert "best" not in official
     assert "hypothetical" in text
+    assert "ranks among our runs have no interval" in text, "these records have no scores of images"
+    assert "among our runs 1st; among the teams 1st, 95 %: 1st (hypothetical)" in text
 
 
 def test_a_test_score_takes_the_place_that_it_would_have_had(project):
@@ -138,6 +140,7 @@ def test_a_test_score_takes_the_place_that_it_would_have_had(project):
     ours = "imageclef2023/table3"
     assert names == [ours, "CSIRO", "closeAI2023", ours, ours, "AUEB-NLP-Group", "PCLmed", "VCMI", ours]
     assert "(>5)" in text
+    assert "  among the teams 3rd, 95 %: 3rd to 4th\n" in text
     assert "hypothetical" not in text
     assert "on test would have beaten" in text
 

@@ -351,6 +351,16 @@ def test_every_number_by_a_standin_has_a_star(tmp_path, browser):
     assert not any("*" in cell for row in plain for cell in row)
 
 
+def test_a_run_that_failed_opens_with_the_reason(tmp_path, browser):
+    failure = {"step": "train", "reason": "the loss is not finite", "hint": "Lower train.learning_rate."}
+    run = record(status="FAILED", failure=failure, scores={}, image_gap=None, baseline=None, steps={})
+    browser.open(report.write(write_run(tmp_path, run, [])))
+    said = browser.evaluate("document.getElementById('overview').textContent")
+    assert all(text in said for text in ("FAILED", "train", failure["reason"], failure["hint"]))
+    assert browser.evaluate("document.getElementById('examples')") is None
+    assert browser.problems == []
+
+
 def test_a_run_without_training_says_so(tmp_path, browser):
     run = record(changes={"train": {"stages": []}}, steps={})
     browser.open(report.write(write_run(tmp_path, run, [])))

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -200,6 +201,8 @@ def test_the_run_command_on_two_ranks(shared_run):
     ids = [line.partition(",")[0] for line in captions.splitlines()[1:]]
     assert len(ids) == len(set(ids)) == 7
     assert not list((folder / "runs" / "steps").rglob("partial-*.jsonl"))
+    maps = np.load(folder / "runs" / record["steps"]["predict-valid"] / "attention.npy")
+    assert (maps.max((1, 2)) == 255).all(), "both ranks have told where the model looks"
     assert (file.parent / "report.html").exists()
 
 

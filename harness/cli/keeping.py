@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.cli.terminal import Format, Output
+from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
 from harness.program import spelled
 from harness.visible import console, is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
-    from harness.keeping.listing import Row
+    from harness.keeping.listing import Row as Run
 
 
 class Sort(StrEnum):
@@ -102,30 +103,28 @@ def ls(
         print_csv(_csv(found))
     elif found:
         _table(found)
-        console().print(f"{len(found)} runs; {RUNS}/ has {gb(listing.size(RUNS))} in all")
+        console().print(f"{RUNS}/ has {gb(listing.size(RUNS))} in all")
     else:
         print("No such runs." if runs or status else spelled("No runs yet: harness run quickstart"))
 
 
-def _table(rows: Sequence["Row"]) -> None:
+def _table(rows: Sequence["Run"]) -> None:
     """A line for each run; below it the reason why it failed."""
-    from rich.table import Table
-
     from harness.cli.tables import NOT_COMPARABLE, cell
     from harness.store import gb
 
     metrics = {row.metric for row in rows}
     one = next(iter(metrics)) if len(metrics) == 1 else None
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold")
-    for name in ("status", one or "score", "image gap", "size", "ended"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("status", "ended") else "right")
+    columns = [Column("run"), Column("status", 1), Column(one or "score", 0), Column("image gap", 3)]
+    columns += [Column("size", 4), Column("ended", 2)]
+    lines = []
     for row in rows:
         gap = "-" if row.gap is None else f"{row.gap:+.4f}"
         score = cell(row.score) if one or not row.score else f"{row.metric} {cell(row.score)}"
-        table.add_row(row.run, row.status, score, gap, gb(row.size), row.moment[:16].replace("T", " "))
+        when = row.moment[:16].replace("T", " ")
+        lines.append(Row([row.run, row.status, score, gap, gb(row.size), when]))
     screen = console()
-    screen.print(table)
+    Sheet(f"{len(rows)} run{'s' * (len(rows) != 1)}", columns, lines).show(screen)
     for row in rows:
         if row.why:
             screen.print(f"{row.run}: {row.why}")
@@ -136,7 +135,7 @@ def _table(rows: Sequence["Row"]) -> None:
         screen.print(f"captions by a STAND-IN model: {names}")
 
 
-def _csv(rows: Sequence["Row"]) -> str:
+def _csv(rows: Sequence["Run"]) -> str:
     text = io.StringIO()
     columns = (
         "run",

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,7 @@ def leaderboard(
 
 def _print(boards: Sequence["Board"]) -> None:
     from harness.cli.tables import NOT_COMPARABLE
-    from harness.leaderboard import SPLITS
+    from harness.leaderboard import SPLITS, among_ours
 
     screen = console()
     for board in boards:
@@ -97,8 +97,12 @@ def _print(boards: Sequence["Board"]) -> None:
                 _runs(screen, board, apart, f"{_title(board)}: our runs, {where}, not ranked")
                 _why(screen, apart)
         _seeds(screen, board)
+        ranks, why = among_ours(board)
+        if why:
+            screen.print(f"{_title(board)}: ranks among our runs have no interval: {why}")
         for entry in board.entries:
-            for line in (*_origin(board, entry), *_beaten(board, entry)):
+            ends = ranks.get(entry.folder) if entry.split == "valid" else None
+            for line in (*_origin(board, entry, ends), *_beaten(board, entry)):
                 screen.print(spelled(line), soft_wrap=True)  # a command is copied whole
         if not board.entries:
             screen.print(f"{_title(board)}: no runs yet")
@@ -219,21 +223,35 @@ def _cells(board: "Board", entry: "Entry") -> list[str]:
     return [cell(score) + ("†" if score and score.get("tuned") else "") for score in scores]
 
 
-def _origin(board: "Board", entry: "Entry") -> list[str]:
-    """The primary score with its interval, and the time, commit and command of a run."""
+def _origin(board: "Board", entry: "Entry", ends: Sequence[int] | None) -> list[str]:
+    """The primary score, rank and place with their intervals, and the time, commit and command of a run."""
     from harness.cli.tables import cell
-    from harness.leaderboard import official
 
     record, score = entry.record, entry.scores.get(board.primary or "")
     line = _name(entry)
     if score and score["value"] is not None:
         line += f": {board.primary} {cell(score)}"
         line += f" [{score['low']:.4f}, {score['high']:.4f}]" if score["low"] is not None else ""
-    if place := official(board, entry):
-        line += f"; {'hypothetical place' if place['hypothetical'] else 'place'}: {place['text']}"
+    found = [line, *_places(board, entry, ends)]
     changed = " (changed since)" if record["git"]["dirty"] else ""
     commit = (record["git"]["commit"] or "no commit")[:10] + changed
-    return [line, f"  {record['ended'] or record['started']}  {commit}  {record['command']}"]
+    return [*found, f"  {record['ended'] or record['started']}  {commit}  {record['command']}"]
+
+
+def _places(board: "Board", entry: "Entry", ends: Sequence[int] | None) -> Iterator[str]:
+    """A line with the rank among our runs and the place among the teams, each with its interval."""
+    from harness.leaderboard import official, ranked_text
+
+    rank, place = board.rank(entry), official(board, entry)
+    parts = []
+    if rank and entry.split == "valid":
+        parts.append(f"among our runs {ranked_text(rank, ends)}")
+    if place:
+        parts.append(
+            f"among the teams {place['text']}" + (" (hypothetical)" if place["hypothetical"] else "")
+        )
+    if parts:
+        yield "  " + "; ".join(parts)
 
 
 def _beaten(board: "Board", entry: "Entry") -> list[str]:

@@ -41,6 +41,7 @@ __all__ = [
     "editions",
     "official",
     "over_seeds",
+    "ranked_text",
     "read_standings",
     "rows",
     "steps",

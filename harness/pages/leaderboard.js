@@ -121,7 +121,7 @@ function seeds(board, chosen) {
   if (!groups.length) return [];
   const names = board.metrics.filter((name) => groups.some((group) => name in group.scores));
   const cell = (one) => (!one ? plain() : one.mean === null ? { node: make("span", { title: one.reason }, "\u2013"), key: null, number: true }
-    : { node: make("span", { title: one.signature }, digits(one.mean) + marks(one), make("span", { class: "interval" }, `\u00b1 ${digits(one.sd)}`)), key: one.mean, number: true });
+    : { node: make("span", { title: one.signature }, digits(one.mean) + marks(one), make("span", { class: "interval" }, `\u00b1 ${digits(one.sd)}`)), key: one.mean, number: true, style: "sd" });
   const lines = groups.map((group) => ({ head: 1, cells: [text(group.experiment), text(group.variant), text(where(board, group.split)), text(group.seeds.join(", ")), ...names.map((name) => cell(group.scores[name]))] }));
   return [...table("Our runs over seeds: mean \u00b1 standard deviation, not ranked", ["experiment", "variant", "split", "seeds", ...names], lines)];
 }

@@ -56,10 +56,10 @@ function captionParts(row, fold = false) {
   return make("dl", {}, ...parts, ...before);
 }
 const pictured = new Map(all.map((row) => [row.id, row]));
-function picture(one) {
+function picture(one, loading = "lazy") {
   const row = one.thumbnail || one.image ? one : pictured.get(one.id) ?? one;
   if (!row.thumbnail && !row.image) return make("div", { class: "picture" }, "no image");
-  const image = make("img", { loading: "lazy", alt: `image ${row.id}`, src: row.thumbnail ? `data:image/jpeg;base64,${row.thumbnail}` : row.image });
+  const image = make("img", { loading, alt: `image ${row.id}`, src: row.thumbnail ? `data:image/jpeg;base64,${row.thumbnail}` : row.image });
   return make("a", { class: "picture", href: row.image, title: "The whole image, from its file" }, make("span", { class: "frame" }, image, row.attention ? looked(row.attention) : null));
 }
 // Where the queries look, over the image: the more, the stronger the colour.
@@ -78,7 +78,7 @@ function lookSwitch() {
     make("p", { class: "soft" }, "the mean attention of the Q-Former\u2019s queries over the image, relative to its highest value in that image. It is the same for all words."));
 }
 function opener(row, said) {
-  return make("article", { class: "opener" }, picture(row), make("div", {}, make("h4", {}, make("bdi", {}, row.id)), said ? make("p", { class: "soft" }, said) : null, captionParts(row, true)));
+  return make("article", { class: "opener" }, picture(row, "eager"), make("div", {}, make("h4", {}, make("bdi", {}, row.id)), said ? make("p", { class: "soft" }, said) : null, captionParts(row, true)));
 }
 function scoresOf(row) {
   if (!own(row).length) return null;

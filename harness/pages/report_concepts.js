@@ -82,7 +82,7 @@ function conceptLists(row) {
     ...list("Predicted", row.predicted, (at) => (unknown ? ["", ""] : row.invented.includes(at) ? ["invented", "invented"] : both)));
 }
 function imageOpener(row, said) {
-  return make("article", { class: "opener" }, picture(row), make("div", {}, make("h4", {}, make("bdi", {}, row.id)), said ? make("p", { class: "soft" }, said) : null, conceptLists(row)));
+  return make("article", { class: "opener" }, picture(row, "eager"), make("div", {}, make("h4", {}, make("bdi", {}, row.id)), said ? make("p", { class: "soft" }, said) : null, conceptLists(row)));
 }
 function imageCard(row) {
   const lines = [["f1", none(row.f1) ? DASH : digits(row.f1)], ["right", String(row.right.length)], ["missed", String(row.missed.length)], ["invented", String(row.invented.length)]];

@@ -29,7 +29,9 @@ def watched(model: "Captioner") -> Iterator[Callable[[], Tensor | None]]:
     layers = model.qformer.encoder.layer
     if model.language_model is None:
         layers = layers[:-1]  # text attends to the queries at a layer's input
-    watching = [_Watch(layer.crossattention.attention) for layer in layers if layer.has_cross_attention]
+    watching = [
+        _Watch(layer.crossattention.attention) for layer in layers if hasattr(layer, "crossattention")
+    ]
 
     def seen() -> Tensor | None:
         maps = [one.map for one in watching[-LAYERS:] if one.map is not None]
