@@ -77,9 +77,10 @@ def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str])
     unknown = [f"unknown: {reason}" for row in rows for reason in row["training"]["unknown"]]
     for line in dict.fromkeys([*waiting, *notes, *missing, *unknown]):
         screen.print(spelled(line), soft_wrap=True)
-    if times := [row["training"]["time"] for row in rows if row["training"]["time"]]:
+    waits = any(state.startswith("to do") for row in rows for state in row["steps"].values())
+    if waits and (times := [row["training"]["time"] for row in rows if row["training"]["time"]]):
         screen.print(f"time: a forecast for one {times[0]['device']}; a dash is a time that is not known")
-    if any(row["training"]["memory"] for row in rows):
+    if waits and any(row["training"]["memory"] for row in rows):
         screen.print("memory: of training on one device; a range is what auto may take")
     screen.print("Config, steps, memory on more devices and how times are known: --verbose")
 

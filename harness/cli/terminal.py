@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -108,6 +109,33 @@ def configs_of(
     return load(experiment, [*(sets or ()), *extra], only=variants or ())
 
 
+class _Minutes:
+    """Says each minute how far something is, and the time that is left at the speed so far."""
+
+    EVERY = 60.0
+
+    def __init__(self, label: str, say: Callable[[str], None]) -> None:
+        self.label, self.say = label, say
+        self.begun: tuple[float, int] | None = None
+        """When the first part was done here, and how many were done then; others were done before."""
+        self.said = 0.0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun, self.said = (now, done), now
+        if now - self.said < self.EVERY:
+            return
+        self.said = now
+        start, before = self.begun
+        parts = [f"{done:,} of {total:,}", *([" ".join(note.split())] if note else [])]
+        if done > before:
+            from harness.training.speed import duration
+
+            parts.append(f"{duration((total - done) * (now - start) / (done - before))} left")
+        self.say(f"{self.label}: {', '.join(parts)}")
+
+
 class Terminal:
     """Reports progress on stderr: lines, and bars if stderr is a terminal; nothing if `silent`."""
 
@@ -121,9 +149,15 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
-        """A progress bar with an ETA; it appears at the first `advance(done, total, note)`."""
-        if self.silent or not visible.is_terminal(sys.stderr):
+        """A progress bar with an ETA; it appears at the first `advance(done, total, note)`.
+
+        In a log, where no terminal shows bars, it is a line each minute.
+        """
+        if self.silent:
             yield lambda done, total, note="": None
+            return
+        if not visible.is_terminal(sys.stderr):
+            yield _Minutes(label, self.say)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

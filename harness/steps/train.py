@@ -353,16 +353,22 @@ class _Log:
         self.steps = schedule.total_steps(shortened, images, patience.saved(step._ended(directory)))
 
     def __call__(self, row: "train.Row") -> None:
+        if not self.seen and (before := row["step"] - ("loss" in row)):
+            self.work.say(f"resumed at step {before} of {self.steps}")
         self.seen += 1
         if "loss" in row and len(self.speeds) < FIRST_STEPS:
             self._time(row)
-        self.advance(row["step"], self.steps, self.validation.note(row))
+        self.advance(row["step"], self.steps, self._note(row))
         if "valid_loss" in row:
             where = f"stage {row['stage']}, epoch {row['epoch']:.4g}, step {row['step']} of {self.steps}"
             self.work.say(f"{where}: {self.validation.note(row)}")
             self._shorten(row)
         if PRIMARY in row and self.work.watch:
             self.work.watch(row)
+
+    def _note(self, row: "train.Row") -> str:
+        speed = row.get("images_per_second")
+        return self.validation.note(row) + (f"  {speed:.3g} images/s" if speed else "")
 
     def _time(self, row: "train.Row") -> None:
         self.speeds.append(row["images_per_second"])
