@@ -222,7 +222,7 @@ def test_other_captions_of_a_source_give_another_step(project, tmp_path):
     first = names()
     text = (place / "greedy.yaml").read_text().replace("max_new_tokens: 16", "max_new_tokens: 5")
     (place / "greedy.yaml").write_text(text)
-    harness(place, "run", "greedy.yaml")
+    harness(place, "run", "greedy.yaml", "--replace")
     assert not set(first) & set(names())
 
 
