@@ -16,7 +16,8 @@ _COMMANDS = (
     "best|caption|compare|consensus|data|doctor|export|gc|init|leaderboard|ls|reference|report|rm|run|score|soup|"
     "study|submission|sync"
 )
-_NAMED = re.compile(rf"(?<![\w./-])harness (?=(?:{_COMMANDS})\b)")
+# records of earlier versions have `python -m harness COMMAND`
+_NAMED = re.compile(rf"(?<![\w./-])(?:python -m )?harness (?=(?:{_COMMANDS})\b)")
 
 
 def spelled(text: str) -> str:

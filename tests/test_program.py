@@ -57,6 +57,7 @@ def test_every_command_is_spelled(monkeypatch):
     text = "run `harness run x`, or: harness study y; a harness, the harness runs, bin/harness run, harness"
     shown = "run `P run x`, or: P study y; a harness, the harness runs, bin/harness run, harness"
     assert program.spelled(text) == shown
+    assert program.spelled("made by python -m harness run x") == "made by P run x"
 
 
 @pytest.mark.parametrize("place", ["script", "path", "module"])
