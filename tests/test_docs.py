@@ -12,6 +12,7 @@ from harness.config import reference
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config
 from harness.config.sections import Section
+from harness.data.readers import LAYOUTS, read
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -121,3 +122,23 @@ def test_the_two_pictures_of_the_flow_differ_in_colours_alone():
     color = re.compile(r"#[0-9a-f]{6}\b")
     assert light != dark
     assert color.sub("", light) == color.sub("", dark)
+
+
+def test_the_sample_rows_of_each_layout_are_read(tmp_path):
+    text = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(ID<tab>.+?)```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2  # captions and concepts
+    for column, layout in enumerate(("imageclef2023", "imageclef2024")):
+        how, root = LAYOUTS[layout], tmp_path / layout
+        for split in ("train", "valid"):
+            (root / split).mkdir(parents=True)
+            for name in ("img_0001.jpg", "img_0002.jpg"):
+                (root / split / name).touch()
+            for name, block in zip((how.captions, how.concepts), blocks, strict=True):
+                rows = [re.split(r" {3,}", line)[column] for line in block.splitlines()]
+                lines = "".join(f"{row}\n" for row in rows).replace("<tab>", "\t")
+                (root / name.format(split=split)).write_text(lines)
+        listing = read(root, layout)
+        assert not listing.fatal
+        assert not listing.findings
+        assert [len(listing.splits[split]) for split in ("train", "valid")] == [2, 2]
