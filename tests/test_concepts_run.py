@@ -20,7 +20,7 @@ from harness.captions import read_lists
 from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.data.halves import HELD, TUNE, half
-from harness.tracking.contents import scores_of
+from harness.tracking.contents import intervals_of, scores_of
 
 CONCEPTS = """
 name: found
@@ -227,9 +227,10 @@ def test_mlflow_has_the_scores_under_names_of_their_own(project):
     run = record(project, "classifier")
     values, scores = scores_of(run), run["concepts"]["scores"]["valid"]
     assert values["valid/concept_f1"] == scores["f1"]["value"]
-    assert values["valid/concept_f1.low"] == scores["f1"]["low"]
     assert values["held/concept_f1"] == run["concepts"]["halves"]["held"]["f1"]["value"]
-    assert "baseline/concept_f1/most frequent set" in values
+    beside = intervals_of(run)
+    assert beside["interval/valid/concept_f1"] == f"[{scores['f1']['low']:.4f}, {scores['f1']['high']:.4f}]"
+    assert "baseline/concept_f1/most frequent set" in beside
 
 
 def test_concepts_are_compared_scored_and_written_for_another_edition(project):

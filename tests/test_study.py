@@ -121,7 +121,7 @@ def test_mlflow_shows_each_trial_under_the_study(folder, finished):
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name(NAME)
     found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = found.pop("experiment")
+    parent = found.pop(NAME)
     assert set(found) == {f"trial-{number:04}-s42" for number in range(4)}
     for number, name in enumerate(sorted(found)):
         tags, trial = found[name].data.tags, records(folder)[number]["trial"]

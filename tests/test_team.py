@@ -226,7 +226,7 @@ def test_sync_brings_over_what_the_stopped_server_missed(folder, server, outcome
     assert f"MLflow at {server.address} was not reached" in outcome["said"]
     assert all(told.count("mirrored to") == 13 for told in outcome["synced"])
     client, runs = mlflow_runs(server)
-    parent = runs.pop("experiment")
+    parent = runs.pop("team")
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["study/storage"] == records_of_study(folder)["storage"]
     best = max(trial["values"]["bertscore"] for trial in complete(folder).values())

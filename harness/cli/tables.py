@@ -15,6 +15,7 @@ from harness.config.editions import EDITIONS
 from harness.program import spelled
 from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
+from harness.tracking.server import pages_of
 from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
@@ -82,6 +83,8 @@ def _next(screen: Any, records: Sequence[Record]) -> None:
     if any(record["submissions"] for record in records):
         screen.print(f"  the official files, checked        submissions/{first['name']}/", soft_wrap=True)
     screen.print("  all runs side by side              mlflow ui")
+    for page in pages_of(RUNS / first["name"]).values():
+        screen.print(f"                                     {page}", soft_wrap=True)
     if shutil.which("mlflow") is None:
         screen.print(f"  (first: source {Path(sys.executable).parent / 'activate'})", soft_wrap=True)
 

@@ -25,7 +25,7 @@ from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
 from harness.records import CONCEPTS
 from harness.store import fingerprint, write
-from harness.tracking.server import failure_of, mirrored_as, status_of
+from harness.tracking.server import failure_of, mirrored_as, site_of, status_of
 
 __all__ = [
     "CONCEPTS",
@@ -157,8 +157,8 @@ def _mlflow(entry: Entry) -> list[dict[str, str | None]]:
     found = []
     for server, run in mirrored_as(entry.folder).items():
         local = server.startswith("sqlite:")  # `mlflow ui` in the project folder shows it there
-        site = "http://127.0.0.1:5000" if local else server.rstrip("/")
-        link = f"{site}/#/runs/{run}" if site.startswith(("http://", "https://")) else None
+        site = site_of(server)
+        link = f"{site}/#/runs/{run}" if site else None
         found.append({"server": "mlflow ui" if local else server, "run": run, "link": link})
     return found
 

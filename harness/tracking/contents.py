@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from harness import records
 from harness.data import fraction
 from harness.masking import masked
 from harness.store import damage_of, fingerprint
@@ -17,27 +18,45 @@ from harness.training.resume import LOSSES, described, rows_of
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Scores as `valid/bertscore`, `valid/before/bertscore` before post-processing; none that is absent.
 
-    Those of the halves of validation are `tune/bertscore` and `held/bertscore`.
+    Those of the halves of validation are `tune/bertscore` and `held/bertscore`. MLflow draws a chart for each
+    of its metrics, so intervals and baselines are tags (`intervals_of`).
     """
+    return {name: float(one["value"]) for name, one in _measured(record).items() if "baseline/" not in name}
+
+
+def intervals_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What scores are compared with: `interval/valid/bertscore` as `[0.6049, 0.6113]`, and baselines."""
+    found = {}
+    for name, one in _measured(record).items():
+        low, high = one.get("low"), one.get("high")
+        interval = "" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
+        if "baseline/" in name:
+            found[name] = f"{one['value']:.4f} {interval}".strip()
+        elif interval:
+            found[f"interval/{name}"] = interval
+    return found
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Every score, gap and baseline that has a value, with its interval if it has one."""
     values: dict[str, Any] = {}
     for split, stages in record["scores"].items():
         for stage, scores in stages.items():
             for metric, score in scores.items():
                 key = f"{split}/{metric}" if stage == "after" else f"{split}/{stage}/{metric}"
-                values |= {key: score["value"], f"{key}.low": score["low"], f"{key}.high": score["high"]}
+                values[key] = score
     for metric, gap in (record.get("image_gap") or {}).items():
         if isinstance(gap, Mapping):
-            key = f"image_gap/{metric}"
-            values |= {key: gap.get("gap"), f"{key}.low": gap.get("low"), f"{key}.high": gap.get("high")}
+            values[f"image_gap/{metric}"] = {**gap, "value": gap.get("gap")}
     for half, one in (record.get("halves") or {}).items():
         for metric, score in one["scores"].items():
-            key = f"{half}/{metric}"
-            values |= {key: score["value"], f"{key}.low": score["low"], f"{key}.high": score["high"]}
-        values[f"{half}/image_gap"] = one["image_gap"]["rouge1"].get("gap")
+            values[f"{half}/{metric}"] = score
+        gap = one["image_gap"]["rouge1"]
+        values[f"{half}/image_gap"] = {**gap, "value": gap.get("gap")}
     values |= _concepts(record.get("concepts") or {})
     for metric, value in (record.get("baseline") or {}).items():
-        values[f"baseline/{metric}"] = value
-    return {key: float(value) for key, value in values.items() if is_measured(key, value)}
+        values[f"baseline/{metric}"] = {"value": value}
+    return {key: one for key, one in values.items() if is_measured(key, one.get("value"))}
 
 
 def _concepts(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +66,7 @@ def _concepts(found: Mapping[str, Any]) -> dict[str, Any]:
         f"{split}/concept_{metric}": score for split, one in stages.items() for metric, score in one.items()
     }
     values |= {f"baseline/concept_f1/{name}": one for name, one in found.get("baselines", {}).items()}
-    return {
-        key if end == "value" else f"{key}.{end}": score.get(end)
-        for key, score in values.items()
-        for end in ("value", "low", "high")
-    }
+    return values
 
 
 def is_measured(key: str, value: Any) -> bool:
@@ -96,8 +111,36 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "data.fraction": fraction.looked(record) or None,
         "data.notes": "\n".join(record["data"].get("notes", ())) or None,
         **{f"trial/{key}": value for key, value in (record.get("trial") or {}).items()},
+        **intervals_of(record),
     }
     return {key: value for key, value in tags.items() if value is not None}
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> str:
+    """The scores of an experiment's runs as a Markdown table, for the description of its parent run."""
+    scored = [(record, records.on_valid(record)) for record in found]
+    names = list(dict.fromkeys(name for _, scores in scored for name in scores))
+    lines = [
+        f"| run | {' | '.join([*names, 'image gap (rouge1)', 'status'])} |",
+        f"|---|{'---:|' * (len(names) + 1)}---|",
+    ]
+    for record, scores in scored:
+        gap = (record.get("image_gap") or {}).get("rouge1")
+        cells = [_cell(scores.get(name)) for name in names]
+        cells.append("-" if not isinstance(gap, Mapping) or gap.get("gap") is None else f"{gap['gap']:+.4f}")
+        lines.append(f"| {' | '.join([records.name_of(record), *cells, record['status']])} |")
+    notes = ["Scores on validation."]
+    if any(score.get("official") is False for _, scores in scored for score in scores.values()):
+        notes.append("\\* not comparable with official scores: another model, precision or reading.")
+    if any(record.get("standin_model") for record in found):
+        notes.append("Captions by a STAND-IN model: tiny.")
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
+        return "-"
+    return f"{score['value']:.4f}" + ("" if score["official"] else "\\*")
 
 
 def datasets(record: Mapping[str, Any]) -> list[Any]:

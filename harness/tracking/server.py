@@ -27,10 +27,13 @@ from harness.tracking.contents import (
     scores_of,
     study_scores,
     study_tags,
+    summary,
     tags_of,
 )
 from harness.tracking.stores import artifacts_of, database_of, opened, set_environment, tracking_uri
 
+_PARENT = "experiment"
+"""The name from which the token of a parent run is made, which earlier versions also called it."""
 STATE, STUDY, LOCK = "mlflow.json", "study.json", "mlflow.lock"
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _LONGEST_PARAMETER, _LONGEST_TAG = 6000, 5000  # characters that MLflow keeps
@@ -126,6 +129,23 @@ def mirrored_as(run_directory: Path) -> dict[str, str]:
     return {name: entry["run_id"] for name, entry in entries.items() if "run_id" in entry}
 
 
+def pages_of(experiment_directory: Path) -> dict[str, str]:
+    """The page with the runs of an experiment on each server that has it, in the view for training runs."""
+    servers = _bookkeeping(experiment_directory / STATE) or {}
+    ids = {name: server.get("parent", {}).get("experiment") for name, server in servers.items()}
+    return {
+        name: f"{site_of(name)}/#/experiments/{found}/runs?workflowType=machine_learning"
+        for name, found in ids.items()
+        if found and site_of(name)
+    }
+
+
+def site_of(server: str) -> str | None:
+    """The address of a server's web pages; that of `mlflow ui` for a file, None if there is none."""
+    site = "http://127.0.0.1:5000" if server.startswith("sqlite:") else server.rstrip("/")
+    return site if site.startswith(("http://", "https://")) else None
+
+
 def rename(experiment_directory: Path, run: str, new: str) -> None:
     """Note in the bookkeeping of an experiment that a run has another name; `Mirror` tells the server."""
     from filelock import FileLock
@@ -156,7 +176,8 @@ class Mirror:
 
     def bring_up_to_date(self) -> None:
         experiment = _experiment(self.client, self.record["name"])
-        parent = self._run(experiment, self.state.parent, "experiment", {"edition": self.record["edition"]})
+        self.state.parent["experiment"] = experiment
+        parent = self._run(experiment, self.state.parent, _PARENT, {"edition": self.record["edition"]})
         run = self._run(experiment, self.entry, self.directory.name, {"mlflow.parentRunId": parent})
         status = status_of(self.record, self.owner)
         if self.entry.get("status") != status:
@@ -172,6 +193,7 @@ class Mirror:
         self.entry["mirrored"] = fingerprint(self.record)
         self._study(parent)
         self._archived()
+        self._describe_parent(parent)
         self._close_parent(parent)
         self.state.save()
 
@@ -206,6 +228,15 @@ class Mirror:
                     self.client.update_run(entry["run_id"], name=name)
                     self.client.set_tag(entry["run_id"], records.ARCHIVE, "true")
                 entry["archived"] = True
+
+    def _describe_parent(self, parent: str) -> None:
+        """Name the parent run after its experiment, with the scores of all runs as its description."""
+        found, _ = records.read_all(sorted(self.directory.parent.glob(f"*/{records.FILE}")), ("scores",))
+        known = [self.record["name"], summary([record for _, record in found])]
+        if self.state.parent.get("described") != known:
+            self.client.update_run(parent, name=known[0])
+            self.client.set_tag(parent, "mlflow.note.content", cut(known[1], _LONGEST_TAG))
+            self.state.parent["described"] = known
 
     def _close_parent(self, parent: str) -> None:
         status = _of_all(self.directory.parent, self.owner)
