@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HARNESS_TESTS_CUDA", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.pop("COLUMNS", None)  # output to a pipe is then not folded
 # so that messages name commands as `harness ...`, which they do where the script is on the PATH
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 # where pytest is started in the background these are ignored, and by what the tests start, too

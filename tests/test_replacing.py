@@ -183,7 +183,7 @@ def test_weights_that_are_gone_are_made_again_only_for_what_needs_them(project):
     assert [step.name for step in plan.steps.values() if plan.spared(step)] == ["tiny", "train"]
     assert "nothing is left to do" in harness(project, "run", "small.yaml").stderr
     said = harness(project, "export", OPT, "exported", code=2).stderr
-    assert "it is gone" in said
+    assert "its weights are gone" in said
     assert "run small.yaml --weights" in said
     for folder in Path("runs/steps").glob("train-*/"):
         shutil.rmtree(folder)

@@ -241,7 +241,7 @@ def test_what_can_not_be_started_from_is_said(kept):
     write_json(file, made)
     assert "has learned from the validation images" in refused(kept)
     shutil.rmtree(best_of("small/opt_dedup-s42").parent)
-    assert "the training of small/opt_dedup-s42 is not finished" in refused(kept, of="small/opt_dedup-s42")
+    assert "the weights of small/opt_dedup-s42 are gone" in refused(kept, of="small/opt_dedup-s42")
 
 
 def test_an_earlier_run_of_the_same_file_is_waited_for(kept):

@@ -93,7 +93,9 @@ def differences(plan: Plan, record: records.Record) -> list[str]:
     except UserError:  # it takes something from an earlier run of the same command
         return worded
     lost = [name for name, place in record["steps"].items() if there.get(name) != place]
-    adds = all(key in _LITTLE or (key in _ADDS and set(old) <= set(new)) for key, old, new in changed)
+    adds = all(
+        key in _LITTLE or old is None or (key in _ADDS and set(old) <= set(new)) for key, old, new in changed
+    )
     if adds and all(name.partition("-")[0] in _RESCORED for name in lost):
         return []
     return worded or _of_data(plan, record) or [f"{', '.join(lost[:_SHOWN])}: {_OTHER}"]
