@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,10 +34,9 @@ def script(folder: Path, images: list[Path], away: Path) -> list[str]:
     (away / "harness").mkdir(exist_ok=True)
     (away / "harness" / "__init__.py").write_text("raise ImportError('not here')")
     command = [sys.executable, folder / "caption.py", *images]
+    path = os.pathsep.join(map(str, (away, Path(transformers.__file__).parents[1])))  # the same version
     clean = {key: value for key, value in os.environ.items() if key != "COVERAGE_PROCESS_START"}
-    done = subprocess.run(
-        command, cwd=away, env=clean | {"PYTHONPATH": str(away)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=away, env=clean | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.removesuffix("\n").split("\n")
 
