@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import commands
 from support.models import stages
 from support.reports import captions, data_of, record, score, write_data, write_run
@@ -136,6 +137,25 @@ def test_a_run_whose_data_is_gone_has_its_captions_and_a_sentence(tmp_path):
     assert "data/small is not here" in note
     assert [row["reference"] for row in page["captions"]["rows"]] == [c["reference"] for c in found]
     assert all("thumbnail" not in row and "image" not in row for row in page["captions"]["rows"])
+
+
+def test_the_picture_of_the_examples_is_an_artifact_and_is_written_again_only_if_it_changes(tmp_path):
+    found = captions(9)
+    for caption in found:
+        caption["after"] = "costs $5 and $6 \\frac{ \u202e \u80f8 " + "longer " * 99  # no formula, no end
+    write_data(tmp_path, found)
+    folder = write_run(tmp_path, record(), found)
+    report.write(folder)
+    artifacts = json.loads((folder / "run.json").read_text())["artifacts"]
+    picture = tmp_path / "runs" / artifacts["captions.png"]
+    before = picture.stat().st_mtime_ns
+    with Image.open(picture) as image:
+        assert image.height > 6 * 150
+    report.write(folder)
+    assert picture.stat().st_mtime_ns == before
+    found[0]["reference"] = found[0]["after"] = "another caption"
+    report.write(write_run(tmp_path, record(), found))
+    assert picture.stat().st_mtime_ns != before
 
 
 def test_missing_and_damaged_images_and_changed_captions_are_told(tmp_path):
