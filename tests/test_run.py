@@ -260,7 +260,7 @@ children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.t
 run = children["opt-s42"]
 print(json.dumps({
     "names": sorted(children), "parents": len(runs) - len(children), "status": run.info.status,
-    "losses": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")],
+    "losses": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")],
     "metrics": run.data.metrics, "tags": run.data.tags, "params": run.data.params,
     "artifacts": [a.path for a in client.list_artifacts(run.info.run_id)],
     "datasets": len(run.inputs.dataset_inputs),

@@ -271,7 +271,7 @@ def _has_its_points(client, run, record: dict, folder: Path) -> None:
         lines = (folder / "runs" / record["steps"]["train"] / "losses.jsonl").read_text().splitlines()
         losses = [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
         assert losses
-    assert history(client, run, "loss") == losses
+    assert history(client, run, "train/loss") == losses
     values = record["trial"]["values"]
     expected = [(0, values["bertscore"])] if values else []
     assert history(client, run, "valid/bertscore") == expected

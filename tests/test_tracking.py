@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 from support.commands import mirror_by_server
-from support.mirrors import NAME, ROWS, VALID, client, history, losses, mlflow_runs, record, root
+from support.mirrors import NAME, ROWS, VALID, client, history, losses, mlflow_runs, record, root, score
 
 from harness import tracking
 from harness.errors import UserError
 from harness.masking import masked
+from harness.records import read
 from harness.store import write, write_json
-from harness.tracking import server
+from harness.tracking import contents, server
 
 __all__ = ["root"]  # a fixture
 
@@ -40,11 +41,13 @@ def test_everything_on_disk_is_in_mlflow(root):
         run = runs[name]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         # Both share the training step, and both show all of its curve.
-        assert history(run, "loss") == [(row["step"], row["loss"]) for row in ROWS]
-        assert history(run, "valid_loss") == [(20, 3.5)]
-        assert history(run, "epoch") == []
+        assert history(run, "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
+        assert history(run, "train/valid_loss") == [(20, 3.5)]
+        assert history(run, "train/epoch") == []
     run = runs["dedup-s1"]
-    assert client().get_metric_history(run.info.run_id, "loss")[0].timestamp == int(ROWS[0]["time"] * 1000)
+    assert client().get_metric_history(run.info.run_id, "train/loss")[0].timestamp == int(
+        ROWS[0]["time"] * 1000
+    )
     moment = datetime(2026, 1, 2, 4, 4, 5, tzinfo=UTC).timestamp() * 1000
     assert (run.info.status, run.info.end_time, run.info.start_time) == (
         "FINISHED",
@@ -94,7 +97,7 @@ def test_mirroring_again_adds_nothing_and_new_rows_are_added(root):
     folder = record(root, "base", "RUNNING", scores={})
     tracking.mirror(folder)
     assert mlflow_runs()["base-s1"].info.status == "RUNNING"
-    assert len(history(mlflow_runs()["base-s1"], "loss")) == 5
+    assert len(history(mlflow_runs()["base-s1"], "train/loss")) == 5
     # After a crash, training forgets the rows after its last checkpoint and writes them again, later.
     again = [{**row, "time": row["time"] + 1000} for row in ROWS]
     losses(root, [*ROWS[:3], *again[3:], VALID])
@@ -108,7 +111,7 @@ def test_mirroring_again_adds_nothing_and_new_rows_are_added(root):
     losses(root, [*ROWS[:5], *again[5:], VALID])
     tracking.mirror(folder)
     run = mlflow_runs()["base-s1"]
-    assert history(run, "loss") == [(row["step"], row["loss"]) for row in ROWS]
+    assert history(run, "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
     assert history(run, "valid/rouge1") == [(0, 0.25)]
     assert len(run.inputs.dataset_inputs) == 2
     assert run.info.status == "FINISHED"
@@ -128,7 +131,72 @@ def test_another_configuration_is_another_run_and_a_lost_store_is_filled_again(r
     Path("mlflow.db").write_bytes(empty_store)
     tracking.mirror(first)
     assert mlflow_runs()["base-s1"].info.run_id != old
-    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+    assert len(history(mlflow_runs()["base-s1"], "train/loss")) == 20
+
+
+def test_a_run_with_the_names_of_an_earlier_version_is_mirrored_anew_once(root):
+    folder = record(root, "base")
+    tracking.mirror(folder)
+    first = mlflow_runs()["base-s1"].info.run_id
+    client().set_tag(first, server._NOTE, "mine")
+    assert "anew" not in tracking.sync(root)[0]
+    client().delete_tag(first, server._NAMES)  # as earlier versions left it
+    assert " anew, " in tracking.sync(root)[0]
+    second = mlflow_runs()["base-s1"]
+    assert second.info.run_id != first
+    assert client().get_run(first).info.lifecycle_stage == "deleted"
+    assert second.data.tags[server._NOTE] == "mine"
+    assert history(second, "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
+    # Also where the bookkeeping is gone, which finds runs by their tokens.
+    client().delete_tag(second.info.run_id, server._NAMES)
+    (root / NAME / "mlflow.json").unlink()
+    assert " anew, " in tracking.sync(root)[0]
+    assert set(mlflow_runs()) == {NAME, "base-s1"}
+    assert "anew" not in tracking.sync(root)[0]
+
+
+def test_a_description_that_someone_edits_stays_and_ours_follows_the_runs(root):
+    tracking.mirror(record(root, "base"))
+    tracking.mirror(record(root, "more"))
+    assert "| more-s1 |" in mlflow_runs()[NAME].data.tags[server._NOTE]
+    (root / NAME / "mlflow.json").unlink()
+    tracking.mirror(record(root, "third"))
+    assert "| third-s1 |" in mlflow_runs()[NAME].data.tags[server._NOTE], "ours is known without bookkeeping"
+    client().set_tag(mlflow_runs()[NAME].info.run_id, server._NOTE, "Do not stop these!")
+    tracking.mirror(record(root, "fourth"))
+    assert mlflow_runs()[NAME].data.tags[server._NOTE] == "Do not stop these!"
+
+
+def test_a_long_table_lists_the_best_runs_whole_and_keeps_its_notes(root):
+    found = [read(record(root, f"trial-{number:04}")) for number in range(99)]
+    for number, one in enumerate(found):
+        one["scores"]["valid"]["after"]["bertscore"] = score(number / 100, standin=True)
+    text = contents.summary(found, 5000)
+    lines = [line for line in text.splitlines() if line.startswith("| trial")]
+    assert len(text) <= 5000
+    assert [line.split()[1] for line in lines] == [f"trial-{98 - n:04}-s1" for n in range(len(lines))]
+    assert text.endswith(f"Captions by a STAND-IN model: tiny. {len(lines)} of 99 runs are listed.")
+    assert "0.9800\\*" in lines[0]
+    assert "not comparable" in text
+    absent = [{**one, "scores": {}, "image_gap": None} for one in found[:2]]
+    assert contents.summary(absent, 5000).count("| trial") == 2
+
+
+def test_the_printed_page_lists_runs_by_their_primary_score_with_what_differs(root):
+    for variant, beams in (("base", 1), ("wide", 4)):
+        tracking.mirror(record(root, variant, parameters={"predict.num_beams": beams, "variant": variant}))
+    (page,) = server.pages_of(root / NAME).values()
+    experiment = client().get_experiment_by_name(NAME)
+    how = "workflowType=machine_learning&viewStateShareKey=harness"
+    assert page == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?{how}"
+    view = json.loads(experiment.tags["mlflow.sharedViewState.harness"])
+    assert view["orderByKey"] == "metrics.`valid/bertscore`"
+    assert view["selectedColumns"] == [
+        "metrics.`valid/bertscore`",
+        "metrics.`valid/rouge1`",
+        "metrics.`image_gap/rouge1`",
+        "params.`predict.num_beams`",
+    ]
 
 
 def mlflow_runs_newest(experiment: str) -> str:
@@ -174,7 +242,7 @@ def test_killed_anywhere_the_next_mirror_makes_it_whole_without_duplicates(root,
     tracking.mirror(folder)
     runs = mlflow_runs()
     assert set(runs) == {NAME, "base-s1"}
-    assert history(runs["base-s1"], "loss") == [(row["step"], row["loss"]) for row in ROWS]
+    assert history(runs["base-s1"], "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
     assert history(runs["base-s1"], "valid/rouge1") == [(0, 0.25)]
     assert runs["base-s1"].info.status == "FINISHED"
 
@@ -186,7 +254,7 @@ def test_follower_mirrors_while_it_goes_on_and_to_the_end(root, monkeypatch):
     follower = tracking.start(folder.parent)
     try:
         deadline = time.monotonic() + 40
-        while "base-s1" not in _names() or len(history(mlflow_runs()["base-s1"], "loss")) < 5:
+        while "base-s1" not in _names() or len(history(mlflow_runs()["base-s1"], "train/loss")) < 5:
             assert time.monotonic() < deadline, (folder.parent / "mlflow.log").read_text()
             time.sleep(0.3)
         losses(root, [*ROWS, VALID])
@@ -195,7 +263,7 @@ def test_follower_mirrors_while_it_goes_on_and_to_the_end(root, monkeypatch):
         late = follower.finish(40)
     assert late is None, (folder.parent / "mlflow.log").read_text()
     assert mlflow_runs()["base-s1"].info.status == "FINISHED"
-    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+    assert len(history(mlflow_runs()["base-s1"], "train/loss")) == 20
 
 
 def _names() -> set[str]:
@@ -260,7 +328,7 @@ def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monke
     assert follower.process.returncode is not None
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert len(tracking.sync(root)) == 1
-    assert len(history(mlflow_runs()["base-s1"], "loss")) == 20
+    assert len(history(mlflow_runs()["base-s1"], "train/loss")) == 20
 
 
 def test_sync_says_which_runs_are_left(root, monkeypatch):

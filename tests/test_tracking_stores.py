@@ -101,7 +101,7 @@ def test_damaged_bookkeeping_is_made_again_without_a_second_run(root, content):
     assert len(tracking.sync(root)) == 2
     after = {name: run.info.run_id for name, run in mlflow_runs().items()}
     assert after == before
-    assert history(mlflow_runs()["base-s1"], "loss") == [(row["step"], row["loss"]) for row in ROWS]
+    assert history(mlflow_runs()["base-s1"], "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
     (experiment,) = [one for one in client().search_experiments() if one.name == NAME]
     assert len(client().search_runs([experiment.experiment_id])) == 3
 

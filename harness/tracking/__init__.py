@@ -18,7 +18,7 @@ from harness import records
 from harness.errors import Problem, UserError
 from harness.masking import masked
 from harness.store import fingerprint
-from harness.tracking.server import LOCK, Mirror, State, alive, read_study
+from harness.tracking.server import LOCK, Mirror, State, alive, mark, read_study
 from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
 
 NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
@@ -26,16 +26,18 @@ NEEDS += ("artifacts", "submissions")
 """The keys of a record that the mirror shows."""
 _log = logging.getLogger(__name__)
 _PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+_ANEW = " anew, since the names of its metrics have changed; MLflow keeps the earlier one among deleted runs"
 _SLOW = 2.0  # seconds; a failure that took longer means that no server answers, so other runs are not tried
 
 
-def mirror(run_directory: Path, owner: int | None = None) -> None:
+def mirror(run_directory: Path, owner: int | None = None) -> bool:
     """Bring MLflow up to date with a run's `run.json` and its training step's `losses.jsonl`.
 
     The server is MLFLOW_TRACKING_URI, by default `mlflow.db` in the current folder. Each experiment name is
     an MLflow experiment. It has one parent run, with a child run per variant and seed. `mlflow.json` in the
     experiment's folder records what each server has. A RUNNING run is shown as KILLED if its process (`pid`
-    in run.json, else `owner`) is gone. Raises one of `failures()` if the server fails.
+    in run.json, else `owner`) is gone. Returns whether a run of an earlier
+    version, whose metrics have other names, was made anew. Raises one of `failures()` if the server fails.
     """
     from filelock import FileLock
 
@@ -43,7 +45,9 @@ def mirror(run_directory: Path, owner: int | None = None) -> None:
     record = records.read(run_directory, NEEDS)
     with FileLock(run_directory.parent / LOCK, timeout=60):
         state = State.load(run_directory.parent)
-        Mirror(run_directory, record, owner, state).bring_up_to_date()
+        mirrored = Mirror(run_directory, record, owner, state)
+        mirrored.bring_up_to_date()
+    return mirrored.replaced is not None
 
 
 def sync(root: Path) -> list[str]:
@@ -65,8 +69,8 @@ def sync(root: Path) -> list[str]:
     for folder, _ in found:
         began = time.monotonic()
         try:
-            mirror(folder)
-            done.append(f"{folder}: mirrored to {server}")
+            anew = mirror(folder)
+            done.append(f"{folder}: mirrored to {server}" + (_ANEW if anew else ""))
         except failures() as error:
             problems.append(Problem(f"not mirrored to {server}: {first_line(error)}", folder))
             if time.monotonic() - began > _SLOW:
@@ -186,4 +190,4 @@ def _study_is_mirrored(experiment_directory: Path) -> bool:
 def _is_mirrored(folder: Path, record: records.Record) -> bool:
     """Whether a run's record is on the server as it is on disk."""
     entry = State.load(folder.parent).runs.get(folder.name, {})
-    return entry.get("mirrored") == fingerprint(record)
+    return entry.get("mirrored") == mark(record)

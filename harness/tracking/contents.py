@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
+from harness.config.editions import EDITIONS
 from harness.data import fraction
 from harness.masking import masked
 from harness.store import damage_of, fingerprint
 from harness.training import soups
 from harness.training.resume import LOSSES, described, rows_of
+
+_MOST_PARAMETERS = 4  # columns in the table of runs
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -69,6 +72,11 @@ def _concepts(found: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def curves_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of `losses.jsonl`, as `train/loss` and `train/valid_loss`."""
+    return {f"train/{key}": value for key, value in row.items() if is_measured(key, value)}
+
+
 def is_measured(key: str, value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and key not in ("step", "time", "stage", "epoch")
@@ -116,25 +124,69 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tags.items() if value is not None}
 
 
-def summary(found: Sequence[Mapping[str, Any]]) -> str:
-    """The scores of an experiment's runs as a Markdown table, for the description of its parent run."""
-    scored = [(record, records.on_valid(record)) for record in found]
-    names = list(dict.fromkeys(name for _, scores in scored for name in scores))
+def summary(found: Sequence[Mapping[str, Any]], longest: int) -> str:
+    """The scores of an experiment's runs as a Markdown table, for the description of its parent run.
+
+    The best run comes first. As many runs are listed as `longest` characters hold; a note counts the others.
+    """
+    scored, names = _best_first(found), _names(found)
     lines = [
         f"| run | {' | '.join([*names, 'image gap (rouge1)', 'status'])} |",
         f"|---|{'---:|' * (len(names) + 1)}---|",
+        *(_line(record, scores, names) for record, scores in scored),
     ]
-    for record, scores in scored:
-        gap = (record.get("image_gap") or {}).get("rouge1")
-        cells = [_cell(scores.get(name)) for name in names]
-        cells.append("-" if not isinstance(gap, Mapping) or gap.get("gap") is None else f"{gap['gap']:+.4f}")
-        lines.append(f"| {' | '.join([records.name_of(record), *cells, record['status']])} |")
-    notes = ["Scores on validation."]
+    notes = ["Scores on validation, the best run first."]
     if any(score.get("official") is False for _, scores in scored for score in scores.values()):
         notes.append("\\* not comparable with official scores: another model, precision or reading.")
     if any(record.get("standin_model") for record in found):
         notes.append("Captions by a STAND-IN model: tiny.")
-    return "\n".join([*lines, "", " ".join(notes)])
+    for listed in range(len(scored), 0, -1):
+        left_out = f" {listed} of {len(scored)} runs are listed." if listed < len(scored) else ""
+        text = "\n".join([*lines[: listed + 2], "", " ".join(notes) + left_out])
+        if len(text) <= longest:
+            break
+    return text
+
+
+def view(found: Sequence[Mapping[str, Any]]) -> str:
+    """The state of MLflow's table of runs, as its button Share stores it: the best first, main scores, and
+    the parameters in which the runs differ."""
+    metrics = [f"valid/{name}" for name in _names(found)[:2]]
+    if any((record.get("image_gap") or {}).get("rouge1", {}).get("gap") is not None for record in found):
+        metrics.append("image_gap/rouge1")
+    every = [record["parameters"] for record in found]
+    keys = [key for one in every for key in one if key not in ("name", "variant")]
+    differing = [
+        key for key in dict.fromkeys(keys) if any(one.get(key) != every[0].get(key) for one in every)
+    ]
+    columns = [f"metrics.`{name}`" for name in metrics]
+    columns += [f"params.`{key}`" for key in differing[:_MOST_PARAMETERS]]
+    first = columns[0] if metrics else "attributes.start_time"
+    return json.dumps({"orderByKey": first, "orderByAsc": False, "selectedColumns": columns})
+
+
+def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The scores on validation, the primary one of the edition first."""
+    names = dict.fromkeys(name for record in found for name in records.on_valid(record))
+    primary = EDITIONS[found[0]["edition"]].primary if found else None
+    return sorted(names, key=lambda name: name != primary)  # stable
+
+
+def _best_first(found: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    main = next(iter(_names(found)), None)
+    scored = [(record, records.on_valid(record)) for record in found]
+
+    def worth(one: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
+        value = one[1].get(main, {}).get("value")
+        return -math.inf if value is None else value
+
+    return sorted(scored, key=worth, reverse=True)
+
+
+def _line(record: Mapping[str, Any], scores: Mapping[str, Any], names: Sequence[str]) -> str:
+    gap = ((record.get("image_gap") or {}).get("rouge1") or {}).get("gap")
+    cells = [_cell(scores.get(name)) for name in names] + ["-" if gap is None else f"{gap:+.4f}"]
+    return f"| {' | '.join([records.name_of(record), *cells, record['status']])} |"
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:

@@ -19,9 +19,9 @@ from harness.masking import masked
 from harness.store import bytes_of, fingerprint, read_checked, write_checked
 from harness.tracking.contents import (
     artifacts,
+    curves_of,
     cut,
     datasets,
-    is_measured,
     milliseconds,
     rows,
     scores_of,
@@ -29,9 +29,13 @@ from harness.tracking.contents import (
     study_tags,
     summary,
     tags_of,
+    view,
 )
 from harness.tracking.stores import artifacts_of, database_of, opened, set_environment, tracking_uri
 
+NAMES = "2"
+"""The version of the names of metrics. MLflow can't rename one, so a run with other names is made anew."""
+_NAMES, _NOTE, _VIEW = "harness.names", "mlflow.note.content", "mlflow.sharedViewState.harness"
 _PARENT = "experiment"
 """The name from which the token of a parent run is made, which earlier versions also called it."""
 STATE, STUDY, LOCK = "mlflow.json", "study.json", "mlflow.lock"
@@ -130,14 +134,20 @@ def mirrored_as(run_directory: Path) -> dict[str, str]:
 
 
 def pages_of(experiment_directory: Path) -> dict[str, str]:
-    """The page with the runs of an experiment on each server that has it, in the view for training runs."""
+    """The page with the runs of an experiment on each server that has it, the best run first."""
     servers = _bookkeeping(experiment_directory / STATE) or {}
-    ids = {name: server.get("parent", {}).get("experiment") for name, server in servers.items()}
+    parents = {name: server.get("parent", {}) for name, server in servers.items()}
+    how = "workflowType=machine_learning&viewStateShareKey=harness"
     return {
-        name: f"{site_of(name)}/#/experiments/{found}/runs?workflowType=machine_learning"
-        for name, found in ids.items()
-        if found and site_of(name)
+        name: f"{site_of(name)}/#/experiments/{parent['experiment']}/runs?{how}"
+        for name, parent in parents.items()
+        if "view" in parent and "experiment" in parent and site_of(name)
     }
+
+
+def mark(record: Mapping[str, Any]) -> str:
+    """What the bookkeeping notes of a record that is on the server, under the present names."""
+    return fingerprint({**record, "names": NAMES})
 
 
 def site_of(server: str) -> str | None:
@@ -168,6 +178,7 @@ class Mirror:
         self.client = opened(tracking_uri())
         self.directory, self.record, self.owner, self.state = directory, record, owner, state
         self.root = records.root(directory, record)
+        self.replaced: dict[str, str] | None = None
         self.entry = state.runs.setdefault(directory.name, {})
         parameters = fingerprint(record["parameters"])
         if self.entry.get("parameters", parameters) != parameters:
@@ -190,10 +201,10 @@ class Mirror:
             ended = milliseconds(self.record["ended"]) or int(time.time() * 1000)
             self.client.set_terminated(run, _IN_MLFLOW.get(status, status), ended)
         self.entry["status"] = status
-        self.entry["mirrored"] = fingerprint(self.record)
+        self.entry["mirrored"] = mark(self.record)
         self._study(parent)
         self._archived()
-        self._describe_parent(parent)
+        self._describe_parent(experiment, parent)
         self._close_parent(parent)
         self.state.save()
 
@@ -229,14 +240,26 @@ class Mirror:
                     self.client.set_tag(entry["run_id"], records.ARCHIVE, "true")
                 entry["archived"] = True
 
-    def _describe_parent(self, parent: str) -> None:
-        """Name the parent run after its experiment, with the scores of all runs as its description."""
-        found, _ = records.read_all(sorted(self.directory.parent.glob(f"*/{records.FILE}")), ("scores",))
-        known = [self.record["name"], summary([record for _, record in found])]
+    def _describe_parent(self, experiment: str, parent: str) -> None:
+        """Name the parent run after its experiment and describe it by the scores of all runs.
+
+        A description that someone has edited in MLflow stays. The view has columns for the main scores.
+        """
+        needs = ("scores", "parameters")
+        found, _ = records.read_all(sorted(self.directory.parent.glob(f"*/{records.FILE}")), needs)
+        every = [record for _, record in found]
+        known, columns = [self.record["name"], summary(every, _LONGEST_TAG)], view(every)
         if self.state.parent.get("described") != known:
             self.client.update_run(parent, name=known[0])
-            self.client.set_tag(parent, "mlflow.note.content", cut(known[1], _LONGEST_TAG))
+            tags, before = self.client.get_run(parent).data.tags, self.state.parent.get("described")
+            ours = (fingerprint(before[1]) if before else None, tags.get("harness.note"))
+            if not tags.get(_NOTE) or fingerprint(tags[_NOTE]) in ours:
+                self.client.set_tag(parent, "harness.note", fingerprint(known[1]))
+                self.client.set_tag(parent, _NOTE, known[1])
             self.state.parent["described"] = known
+        if self.state.parent.get("view") != columns:
+            self.client.set_experiment_tag(experiment, _VIEW, columns)
+            self.state.parent["view"] = columns
 
     def _close_parent(self, parent: str) -> None:
         status = _of_all(self.directory.parent, self.owner)
@@ -256,7 +279,7 @@ class Mirror:
             # is lost, the next call finds the run by its token.
             entry.setdefault("token", self._token(name, entry))
             self.state.save()
-            found = self._search(experiment, entry["token"])
+            found = self._search(experiment, entry)
             if found is None and self.state.found_again:
                 found = self._alike(experiment, entry, name)
             entry["run_id"] = found or self._create(experiment, entry["token"], name, tags)
@@ -280,21 +303,33 @@ class Mirror:
                 return False
             raise
         token = run.data.tags.get("harness.token")
-        return run.info.lifecycle_stage == "active" and token == entry.get("token", token)
+        known = run.info.lifecycle_stage == "active" and token == entry.get("token", token)
+        return known and self._has_our_names(run, entry)
 
-    def _search(self, experiment: str, token: str) -> str | None:
-        found = self.client.search_runs([experiment], f"tags.`harness.token` = '{token}'", max_results=1)
-        return found[0].info.run_id if found else None
+    def _has_our_names(self, run: Any, entry: Mapping[str, Any]) -> bool:
+        """Whether the metrics of a run have the present names; deletes a run of earlier versions."""
+        if entry is self.state.parent or run.data.tags.get(_NAMES) == NAMES:
+            return True
+        self.replaced = {key: run.data.tags[key] for key in (_NOTE,) if key in run.data.tags}
+        self.client.delete_run(run.info.run_id)  # MLflow keeps it among the deleted runs
+        return False
+
+    def _search(self, experiment: str, entry: Mapping[str, Any]) -> str | None:
+        wanted = f"tags.`harness.token` = '{entry['token']}'"
+        found = self.client.search_runs([experiment], wanted, max_results=1)
+        return found[0].info.run_id if found and self._has_our_names(found[0], entry) else None
 
     def _alike(self, experiment: str, entry: dict[str, Any], name: str) -> str | None:
         """The newest run of this name with these parameters; earlier versions gave runs a random token."""
-        wanted = {key: cut(value, _LONGEST_PARAMETER) for key, value in self.record["parameters"].items()}
-        ours = wanted if entry is not self.state.parent else {}
-        for run in self.client.search_runs([experiment], f"attributes.run_name = '{name}'", max_results=100):
-            token = run.data.tags.get("harness.token")
-            if token and run.data.params.items() <= ours.items():
-                entry["token"] = token
-                return run.info.run_id
+        given = {key: cut(value, _LONGEST_PARAMETER) for key, value in self.record["parameters"].items()}
+        ours = given if entry is not self.state.parent else {}
+        for named in {name, self.record["name"]} if entry is self.state.parent else {name}:
+            wanted = f"attributes.run_name = '{named}'"
+            for run in self.client.search_runs([experiment], wanted, max_results=100):
+                token = run.data.tags.get("harness.token")
+                if token and run.data.params.items() <= ours.items() and self._has_our_names(run, entry):
+                    entry["token"] = token
+                    return run.info.run_id
         return None
 
     def _create(self, experiment: str, token: str, name: str, tags: Mapping[str, Any]) -> str:
@@ -302,7 +337,12 @@ class Mirror:
             experiment,
             start_time=milliseconds(self.record["started"]),
             run_name=name,
-            tags={"harness.token": token, **{key: str(value) for key, value in tags.items()}},
+            tags={
+                "harness.token": token,
+                _NAMES: NAMES,
+                **(self.replaced or {}),
+                **{key: str(value) for key, value in tags.items()},
+            },
         )
         return created.info.run_id
 
@@ -361,8 +401,8 @@ class Mirror:
         new = [
             Metric(key, value, int(row["time"] * 1000), row["step"])
             for row in rows(self.record, self.root)
-            for key, value in row.items()
-            if is_measured(key, value) and row["step"] > last.get(key, -1)
+            for key, value in curves_of(row).items()
+            if row["step"] > last.get(key, -1)
         ]
         self._batches(run, "metrics", new, remember)
 
