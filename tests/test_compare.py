@@ -129,6 +129,7 @@ def test_interval_agrees_with_scipy_paired_bootstrap():
         assert (found.low, found.high) == pytest.approx((low, high), abs=0.08 * (high - low))
 
 
+@pytest.mark.slow
 def test_corpus_difference_equals_scoring_the_drawn_captions_anew(golden, monkeypatch):
     names = ("meteor", "bleu1")
     ours, theirs = (

@@ -34,6 +34,7 @@ def learn(loaded) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["layers", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_compiled_parts_give_the_losses_and_gradients_of_eager_ones(folder, how, checkpointing):
     """In fp32 a sum of up to 64 terms may be added in another order: 64 roundings of 6e-8.
 

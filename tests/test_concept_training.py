@@ -332,6 +332,7 @@ def test_the_head_reads_the_same_features_and_leaves_the_loss_of_captions(made, 
     }
 
 
+@pytest.mark.slow
 def test_a_tiny_weight_trains_the_head_and_leaves_captions_as_they_are(made, tmp_path):
     """Equal to the bit: losses of captions at each step, and validations, with and without the head."""
     base = {"max_grad_norm": 0.0, "learning_rate": 1e-4}
@@ -464,6 +465,7 @@ def test_every_mistake_is_told_before_a_run(folder, tiny_folder):
     assert any("the family vlm has no loss concepts" in one for one in said(vlm))
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_the_encoder_and_a_head(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = model_config(folder)

@@ -137,6 +137,7 @@ def test_a_search_among_few_probabilities_widens_until_nothing_lower_can_be_bett
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 5), st.sampled_from([1, 3, None]))
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_f1_never_falls_and_is_sklearns(seed, images, labels, levels):
     names, values, references = drawn(seed, images, labels, levels)
     for kind, fallback in itertools.product(("global", "per_concept"), ("top1", "none")):

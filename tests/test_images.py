@@ -192,6 +192,7 @@ def test_an_interrupted_builder_clears_up(examples, tmp_path):
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_builds_what_a_killed_one_began(examples, tmp_path):
     images, cache = examples[0].image.parent, tmp_path / "cache"
     killed = builder(images, cache, 200)

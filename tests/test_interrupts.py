@@ -128,6 +128,7 @@ def has_loaded(library: str):
     ids=["METEOR's Java", "PTB's Java", "import torch", "import numpy"],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.slow
 def test_score_ends_within_seconds_and_leaves_no_process(scored, tmp_path, metrics, ready, number):
     if number != signal.SIGTERM and "meteor" not in metrics:
         pytest.skip("once is enough")

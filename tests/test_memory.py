@@ -48,6 +48,7 @@ def shallow() -> tuple[Blip2Config, sizes.Shape]:
         (False, False, False, True),
     ],
 )
+@pytest.mark.slow
 def test_activations_of_the_real_model_are_those_that_autograd_keeps(
     accelerator, half, language_model, concepts
 ):

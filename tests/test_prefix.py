@@ -267,6 +267,7 @@ def test_recomputed_layers_and_plain_attention_give_the_same_gradients(folder):
 
 
 @pytest.mark.parametrize("zero_stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.slow
 def test_training_goes_on_to_the_bit(zero_stage, folder, tmp_path):
     """Interrupted within the second of two stages; all parts train at rates of their own, with dropout."""
     rates = {"vision": 1e-4, "language": 1e-3}

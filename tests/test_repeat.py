@@ -46,6 +46,7 @@ def fresh(pairs) -> list[float]:
     return bits(pairs, None)
 
 
+@pytest.mark.slow
 def test_in_another_order_and_in_parts(pairs, fresh):
     order = np.random.default_rng(0).permutation(len(pairs))
     assert bits([pairs[i] for i in order], None) == [fresh[i] for i in order]

@@ -189,6 +189,7 @@ def test_advantages_by_hand(tiny_folder, baseline, standardise):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.slow
 def test_a_synthetic_reward_reaches_its_optimum(tiny_folder, tmp_path, monkeypatch, sign):
     """Only with the right sign: reversed, the letter is said less."""
     wanted = rewards.loss
@@ -366,6 +367,7 @@ def planned(data, folder, root, score=None, **reward):
     return Plan(Config.model_validate(values), data, root)
 
 
+@pytest.mark.slow
 def test_the_step_rewards_the_metrics_of_the_run_and_sets_floors(data, tiny_folder, tmp_path):
     """Against each metric by itself, with document frequencies of the training captions."""
     plan = planned(data, tiny_folder, tmp_path)

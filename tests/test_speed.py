@@ -62,6 +62,7 @@ def counted(config: Blip2Config, language_model: bool, texts: tuple[str, ...], t
     ("language_model", "texts", "train_vision"),
     itertools.product((True, False), (("caption", "concept"), ("caption",), ("concept",)), (True, False)),
 )
+@pytest.mark.slow
 def test_flops_are_those_that_torch_counts(language_model, texts, train_vision):
     """Few layers of the real widths. 1 % is for logits that a model may leave out."""
     text = {**sizes.OPT_2_7B, "num_hidden_layers": 2}

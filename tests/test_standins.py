@@ -170,6 +170,7 @@ def test_scores_of_standins_are_marked(data, folders):
         assert not scores[name].official
 
 
+@pytest.mark.slow
 def test_the_same_captions_train_the_same_model(data, folders, tmp_path, monkeypatch):
     from safetensors.numpy import load_file
 

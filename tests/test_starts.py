@@ -83,6 +83,7 @@ def test_there_must_be_a_best(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [None, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_validations_within_an_epoch_and_their_interruptions(tiny_folder, tmp_path, ema):
     """Of 3 steps each: after steps 2 and 3, with scores. Killed before and in a validation, to the bit."""
     often = {"epochs": 3, "losses": {"caption": 1}, "validations_per_epoch": 2}

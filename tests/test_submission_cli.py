@@ -151,6 +151,7 @@ def test_fix_mends_what_needs_no_new_word_and_says_what_is_left(folder):
     assert "img_3" not in (folder / "good.csv").read_text()
 
 
+@pytest.mark.slow
 def test_bytes_of_any_kind_are_printed_whatever_the_terminal(folder):
     for n, data in enumerate(
         [

@@ -206,6 +206,7 @@ def shell(place: Path, line: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("lost", [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.slow
 def test_a_closed_stream_loses_what_is_printed_and_nothing_else(place, lost):
     (place / "out.csv").unlink(missing_ok=True)
     done = shell(place, f"harness {SCORE} --per-image out.csv {lost}")
