@@ -327,7 +327,9 @@ class Mirror:
             wanted = f"attributes.run_name = '{named}'"
             for run in self.client.search_runs([experiment], wanted, max_results=100):
                 token = run.data.tags.get("harness.token")
-                if token and run.data.params.items() <= ours.items() and self._has_our_names(run, entry):
+                # one with earlier names may be a teammate's, so it is neither taken nor deleted
+                known = entry is self.state.parent or run.data.tags.get(_NAMES) == NAMES
+                if token and known and run.data.params.items() <= ours.items():
                     entry["token"] = token
                     return run.info.run_id
         return None
