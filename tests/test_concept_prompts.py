@@ -57,6 +57,9 @@ class Silent:
     def say(self, text: str) -> None:
         pass
 
+    def begin(self, run: str, step: str) -> None:
+        pass
+
     def progress(self, label: str):
         return contextlib.nullcontext(lambda *done, **more: None)
 

@@ -263,6 +263,9 @@ class Silent:
     def say(self, text):
         pass
 
+    def begin(self, run, step):
+        pass
+
     def progress(self, label):
         return contextlib.nullcontext(lambda *_: None)
 

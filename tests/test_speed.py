@@ -175,12 +175,13 @@ def test_finished_runs_on_this_device_are_learnt_from(tmp_path):
     )
     assert speed.training(model, 1280, setup, "cpu (Another)", tmp_path).seconds is None
     parts = speed.of_run(TINY, model, setup, {"valid": 30, "test": 20}, "cpu (Some)", tmp_path)
-    assert parts["prediction"].seconds == pytest.approx(20.0 / 10 * 50)
-    assert parts["scoring"].seconds == pytest.approx(4.0 / 10 * 30)
-    other = TINY.model_copy(update={"predict": TINY.predict.model_copy(update={"num_beams": 1})})
-    assert (
-        speed.of_run(other, model, setup, {"valid": 30}, "cpu (Some)", tmp_path)["prediction"].seconds is None
+    assert {step: guess.seconds for step, guess in parts["prediction"].items()} == pytest.approx(
+        {"predict-valid": 20.0 / 10 * 30, "predict-test": 20.0 / 10 * 20}
     )
+    assert speed.together(parts["scoring"].values()).seconds == pytest.approx(4.0 / 10 * 30)
+    other = TINY.model_copy(update={"predict": TINY.predict.model_copy(update={"num_beams": 1})})
+    unlike = speed.of_run(other, model, setup, {"valid": 30}, "cpu (Some)", tmp_path)
+    assert speed.together(unlike["prediction"].values()).seconds is None
 
 
 def test_a_run_on_two_ranks_counts_for_two(tmp_path):
@@ -294,8 +295,8 @@ def test_time_beyond_the_updates_is_that_of_samples(tmp_path):
     with (tmp_path / "steps/train-a/losses.jsonl").open("a") as file:
         file.write("\n" + "\n".join(map(json.dumps, rows)))
     parts = speed.of_run(sampling, model, setup, {"train": 1280}, "cpu (Some)", tmp_path)
-    assert parts["training"].seconds == pytest.approx(10 * (128 / 10 + 2 * update))
-    assert parts["sampling and rewards"].seconds == pytest.approx(2 * 10 * 3)
+    assert parts["training"]["train"].seconds == pytest.approx(10 * (128 / 10 + 2 * update))
+    assert parts["sampling and rewards"]["train"].seconds == pytest.approx(2 * 10 * 3)
     half = [SAMPLING[0], SAMPLING[1] | {"reward": REWARD | {"max_new_tokens": 20}}]
     model = replace(model, config=TrainConfig(stages=half))
     guess = speed.sampling(TINY.model, model, 1280, setup, "cpu (Some)", tmp_path)

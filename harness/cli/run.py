@@ -100,6 +100,7 @@ def run_all(
     from harness import report as reports
     from harness import run as runs
     from harness import tracking
+    from harness.cli.ahead import Ahead
     from harness.config.experiment import base_of
     from harness.keeping import replacing
     from harness.steps.plan import prepare
@@ -109,6 +110,7 @@ def run_all(
     plans = prepare(configs, terminal)
     replacing.check(plans, terminal, replace)
     ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
+    terminal.ahead = Ahead(plans)
     follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
     try:

@@ -110,12 +110,15 @@ def configs_of(
 
 
 class _Minutes:
-    """Says each minute how far something is, and the time that is left at the speed so far."""
+    """Says each minute how far something is, and the time that is left at the speed so far.
+
+    `of_all` has the words for the time that is left of the whole command, from the seconds left of this part.
+    """
 
     EVERY = 60.0
 
-    def __init__(self, label: str, say: Callable[[str], None]) -> None:
-        self.label, self.say = label, say
+    def __init__(self, label: str, say: Callable[[str], None], of_all: Callable[[float], str]) -> None:
+        self.label, self.say, self.of_all = label, say, of_all
         self.begun: tuple[float, int] | None = None
         """When the first part was done here, and how many were done then; others were done before."""
         self.said = 0.0
@@ -132,20 +135,43 @@ class _Minutes:
         if done > before:
             from harness.training.speed import duration
 
-            parts.append(f"{duration((total - done) * (now - start) / (done - before))} left")
+            left = (total - done) * (now - start) / (done - before)
+            parts.append(f"{duration(left)} left")
+            parts += filter(None, [self.of_all(left)])
         self.say(f"{self.label}: {', '.join(parts)}")
 
 
 class Terminal:
-    """Reports progress on stderr: lines, and bars if stderr is a terminal; nothing if `silent`."""
+    """Reports progress on stderr: lines, and bars if stderr is a terminal; nothing if `silent`.
+
+    `ahead` tells, for a run and its step, the seconds of what the command does after it (see `cli.ahead`).
+    """
 
     def __init__(self, silent: bool = False):
         self.silent = silent
+        self.ahead: Callable[[str, str], tuple[float, bool]] | None = None
+        self.after: tuple[float, bool] = (0.0, True)
 
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.silent:
             print(visible.one_line(spelled(text)), file=sys.stderr, flush=True)
+
+    def begin(self, run: str, step: str) -> None:
+        """Print that a step of a run begins."""
+        self.say(f"{run}: {step}")
+        if self.ahead and not self.silent:
+            self.after = self.ahead(run, step)
+
+    def _of_all(self, left: float | None) -> str:
+        """The time left of the whole command, if more comes after the `left` seconds of this part."""
+        from harness.training.speed import duration
+
+        seconds, whole = self.after
+        if left is None or self.after == (0.0, True):
+            return ""
+        time = duration(left + seconds)
+        return f"whole command {time if whole else time.replace('about', 'at least')}"
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
@@ -157,21 +183,22 @@ class Terminal:
             yield lambda done, total, note="": None
             return
         if not visible.is_terminal(sys.stderr):
-            yield _Minutes(label, self.say)
+            yield _Minutes(label, self.say, self._of_all)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        columns.append(TextColumn("{task.fields[note]}", markup=False))
+        columns += [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("all", "note")]
         bars = Progress(*columns, console=visible.console(stderr=True), transient=True)
         task: Any = None
 
         def advance(done: int, total: int, note: str = "") -> None:
             nonlocal task
             if task is None:
-                task = bars.add_task(label, total=total, note=note)
+                task = bars.add_task(label, total=total, note=note, all="")
                 bars.start()
             bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            bars.update(task, all=self._of_all(bars.tasks[0].time_remaining))
 
         try:
             yield advance

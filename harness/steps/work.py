@@ -35,6 +35,9 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """Print one line."""
 
+    def begin(self, run: str, step: str) -> None:
+        """Print that a step of a run begins."""
+
     def progress(self, label: str) -> contextlib.AbstractContextManager[Callable[..., None]]:
         """Show a bar for long work; the context gives `advance(done, total, note="")`."""
 
@@ -65,7 +68,7 @@ class Work:
         """
         if ranks.rank() and not step.shared:
             return True
-        self.say(step.name)
+        self.reporter.begin(self.run_name, step.name)
         try:
             return step.build(self, directory) is not False
         except RuntimeError as error:

@@ -138,15 +138,36 @@ def time(
         found = device.probe(config.device)
     except UserError:
         return None
+    parts = _times(config, counts, root, found, setup)
+    together = {part: vars(speed.together(steps.values())) for part, steps in parts.items()}
+    return {"device": str(found), "parts": together}
+
+
+def by_step(config: "Config", counts: Mapping[str, int], root: Path, devices: int) -> dict[str, float | None]:
+    """Seconds of the long steps of a run on this machine's devices; None if not known."""
+    seconds: dict[str, float | None] = {}
+    for steps in _times(config, counts, root, device.probe(config.device), devices=devices).values():
+        for name, guess in steps.items():
+            known = seconds.get(name, 0.0)
+            seconds[name] = None if known is None or guess.seconds is None else known + guess.seconds
+    return seconds
+
+
+def _times(
+    config: "Config",
+    counts: Mapping[str, int],
+    root: Path,
+    found: device.Device,
+    setup: Setup | None = None,
+    devices: int = 1,
+) -> dict[str, dict[str, speed.Guess]]:
     shape = family(config.model).shape(config.model, config.train) if config.trains else None
     prompt = longest_prompt(config.model.prompt)
-    model = shape and Model(
-        shape, config.train, found.kind, _half(config.train, found.kind), prompt, judges.size(config)
-    )
+    half = _half(config.train, found.kind)
+    model = shape and Model(shape, config.train, found.kind, half, prompt, judges.size(config))
     if model and not setup:
-        setup = memory.choices(config.train, 1, found.kind)[0]
-    parts = speed.of_run(config, model, setup, counts, str(found), root)
-    return {"device": str(found), "parts": {part: vars(guess) for part, guess in parts.items()}}
+        setup = memory.choices(config.train, devices, found.kind)[0]
+    return speed.of_run(config, model, setup, counts, str(found), root)
 
 
 def _origin(config: "Config") -> str:

@@ -121,20 +121,21 @@ def of_run(
     counts: Mapping[str, int],
     device: str,
     root: Path,
-) -> dict[str, Guess]:
-    """The parts of a run and their time on `setup.devices` devices; `counts`: images by split.
+) -> dict[str, dict[str, Guess]]:
+    """The parts of a run, and the time of their steps on `setup.devices` devices; `counts`: images by split.
 
     `model` and `setup` are None if nothing is trained or if the sizes of the model are not known.
     """
-    found = {}
+    found: dict[str, dict[str, Guess]] = {}
     if model and setup:
         images = sum(counts.get(split, 0) for split in config.data.fit_on)
         try:
-            found["training"] = training(model, images, setup, device, root)
+            found["training"] = {"train": training(model, images, setup, device, root)}
             if model.config.rewards:
-                found["sampling and rewards"] = sampling(config.model, model, images, setup, device, root)
+                sampled = sampling(config.model, model, images, setup, device, root)
+                found["sampling and rewards"] = {"train": sampled}
         except Unmeasured as error:
-            found["training"] = Guess(None, str(error))
+            found["training"] = {"train": Guess(None, str(error))}
     same = json.loads(config.model_dump_json(include={"model", "predict", "score", "edition"}))
     runs = [record for _, record in _finished(root, device, "predict-valid")]
     splits = [split for split in config.predicted if split in counts and config.captions]
@@ -148,21 +149,31 @@ def of_run(
         alike = [run for run in runs if all(run["config"].get(key) == same[key] for key in keys)]
         each = [seconds for run in alike for seconds in _per_image(run, steps)]
         if not each and steps:
-            found[part] = Guess(
-                None, f"no run with the same {' and '.join(keys)} has finished on this device"
-            )
+            missing = f"no run with the same {' and '.join(keys)} has finished on this device"
+            found[part] = dict.fromkeys(steps, Guess(None, missing))
         elif steps:
-            images = sum(counts[split] for split in steps.values())
-            devices = setup.devices if setup else 1
-            found[part] = Guess(images * statistics.median(each) / devices, _runs(len(alike)))
+            image = statistics.median(each) / (setup.devices if setup else 1)
+            how = _runs(len(alike))
+            found[part] = {step: Guess(counts[split] * image, how) for step, split in steps.items()}
     return found
 
 
+def together(guesses: Collection[Guess]) -> Guess:
+    """The time of all these, which are known, or not, in the same way."""
+    seconds = [guess.seconds for guess in guesses]
+    return Guess(None if None in seconds else sum(seconds), next(iter(guesses)).how)
+
+
 def _per_image(record: Mapping[str, Any], steps: Mapping[str, str]) -> Iterator[float]:
-    """Seconds of one device for an image in each of these steps that the run built; `steps` have a split."""
+    """Seconds of one device for an image in each of these steps; `steps` have a split.
+
+    Only the run that built a step has its time, but each run that shares it knows how it was made.
+    """
     for name, split in steps.items():
-        if name in record["seconds"] and (images := record["data"]["splits"].get(split)):
-            yield record["seconds"][name] * (record["made"].get(name) or {}).get("ranks", 1) / images
+        made = record["made"].get(name) or {}
+        seconds = record["seconds"].get(name, made.get("seconds"))
+        if seconds is not None and (images := record["data"]["splits"].get(split)):
+            yield seconds * made.get("ranks", 1) / images
 
 
 def training(model: Model, images: int, setup: Setup, device: str, root: Path) -> Guess:
