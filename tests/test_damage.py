@@ -340,7 +340,8 @@ def test_only_an_interruption_is_one(error, code):
 
 @pytest.mark.parametrize("name", ["mlflow.json", "study.json"])
 def test_a_pipe_in_place_of_bookkeeping_is_not_waited_for(tmp_path, name):
-    from harness.tracking.server import mirrored_as, read_study
+    from harness.tracking.bookkeeping import mirrored_as
+    from harness.tracking.server import read_study
 
     os.mkfifo(tmp_path / name)
     assert mirrored_as(tmp_path / "x-s1") == {}

@@ -17,8 +17,9 @@ from support.reports import data_of
 
 from harness import leaderboard, run, tracking
 from harness.errors import Problem, Pruned, UserError
+from harness.records import status as statuses
 from harness.report import sources
-from harness.tracking import server
+from harness.tracking import bookkeeping
 
 ONE = EXPERIMENT.partition("variants:")[0]
 DIVERGES = [
@@ -169,7 +170,7 @@ def test_mlflow_forgets_a_reason_once_the_run_has_finished(tmp_path, store):
 def _tags(where: Path, store: Path) -> dict[str, str]:
     from mlflow import MlflowClient
 
-    entry = server.State.load(where.parent).runs[where.name]
+    entry = bookkeeping.State.load(where.parent).runs[where.name]
     return MlflowClient(f"sqlite:///{store}").get_run(entry["run_id"]).data.tags
 
 
@@ -186,17 +187,17 @@ def _dead() -> int:
 
 def test_a_run_whose_process_is_gone_or_whose_number_another_has_is_killed():
     running = {"status": "RUNNING", "host": socket.gethostname(), "command": "c", "at": "predict-valid"}
-    assert server.status_of(running | {"pid": os.getpid(), "started": _now()}, None) == "RUNNING"
-    assert server.failure_of(running | {"pid": os.getpid(), "started": _now()}) is None
+    assert statuses.status_of(running | {"pid": os.getpid(), "started": _now()}, None) == "RUNNING"
+    assert statuses.failure_of(running | {"pid": os.getpid(), "started": _now()}) is None
     gone = running | {"pid": _dead(), "started": _now()}
-    assert server.status_of(gone, None) == "KILLED"
-    assert server.failure_of(gone)["step"] == "predict-valid"
+    assert statuses.status_of(gone, None) == "KILLED"
+    assert statuses.failure_of(gone)["step"] == "predict-valid"
     earlier = (datetime.now(UTC) - timedelta(days=3)).isoformat()
     other = running | {"pid": os.getpid(), "started": earlier}  # before this process was there
-    assert server.status_of(other, None) == "KILLED"
-    assert "its process is gone" in server.failure_of(other)["reason"]
+    assert statuses.status_of(other, None) == "KILLED"
+    assert "its process is gone" in statuses.failure_of(other)["reason"]
     elsewhere = gone | {"host": "another"}
-    assert (server.status_of(elsewhere, None), server.failure_of(elsewhere)) == ("RUNNING", None)
+    assert (statuses.status_of(elsewhere, None), statuses.failure_of(elsewhere)) == ("RUNNING", None)
 
 
 def test_old_records_with_numbers_that_are_not_finite_are_shown(tmp_path, store):

@@ -21,8 +21,9 @@ from harness import tracking
 from harness.errors import UserError
 from harness.masking import masked
 from harness.records import read
+from harness.records.status import alive
 from harness.store import write, write_json
-from harness.tracking import contents, server
+from harness.tracking import bookkeeping, contents, server
 
 __all__ = ["root"]  # a fixture
 
@@ -185,7 +186,7 @@ def test_a_long_table_lists_the_best_runs_whole_and_keeps_its_notes(root):
 def test_the_printed_page_lists_runs_by_their_primary_score_with_what_differs(root):
     for variant, beams in (("base", 1), ("wide", 4)):
         tracking.mirror(record(root, variant, parameters={"predict.num_beams": beams, "variant": variant}))
-    (page,) = server.pages_of(root / NAME).values()
+    (page,) = bookkeeping.pages_of(root / NAME).values()
     experiment = client().get_experiment_by_name(NAME)
     how = "workflowType=machine_learning&viewStateShareKey=harness"
     assert page == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?{how}"
@@ -285,7 +286,7 @@ time.sleep(600)
     owner.kill()
     owner.wait()
     deadline = time.monotonic() + 40
-    while server.alive(follower):
+    while alive(follower):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     runs = mlflow_runs()

@@ -15,7 +15,7 @@ from harness.config.editions import EDITIONS
 from harness.program import spelled
 from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
-from harness.tracking.server import pages_of
+from harness.tracking.bookkeeping import pages_of
 from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"

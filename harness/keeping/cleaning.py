@@ -14,8 +14,9 @@ from pathlib import Path
 from harness import records
 from harness.errors import Problem, UserError
 from harness.keeping.listing import size
+from harness.records.status import alive, status_of
 from harness.store import DONE, RUNS
-from harness.tracking.server import alive, mirrored_as, status_of
+from harness.tracking.bookkeeping import mirrored_as
 
 SUBMISSIONS = "submissions"
 _GOING = ".deleted-"

@@ -11,8 +11,8 @@ from typing import Any
 from harness import records
 from harness.config.editions import EDITIONS
 from harness.errors import Problem
+from harness.records.status import failure_of, status_of
 from harness.store import RUNS
-from harness.tracking.server import failure_of, status_of
 
 _NEEDS = ("variant", "seed", "started", "ended", "steps", "scores", "image_gap")
 

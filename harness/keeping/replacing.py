@@ -17,11 +17,12 @@ from harness import records
 from harness.config.schema import Config, flat
 from harness.errors import Problem, UserError
 from harness.records import ARCHIVE
+from harness.records.status import status_of
 from harness.steps.plan import Plan
 from harness.steps.train import INDIFFERENT
 from harness.steps.work import Reporter
 from harness.store import write_json
-from harness.tracking import server
+from harness.tracking import bookkeeping
 
 _SHOWN, _LONGEST = 5, 60
 """The most differences of one run in a message, and the most characters of a value there."""
@@ -50,7 +51,7 @@ def check(plans: Sequence[Plan], reporter: Reporter, replace: bool = False, ways
         why = differences(plan, record)
         if not why:
             continue
-        name, status = records.full_name(record), server.status_of(record, None)
+        name, status = records.full_name(record), status_of(record, None)
         if status == "RUNNING":
             what = f"a run of this name is being computed by process {record.get('pid')} on "
             what += f"{record.get('host')}: {_listed(why)}"
@@ -155,7 +156,7 @@ def archive(folder: Path, record: Mapping[str, Any]) -> Path:
     if (submissions / old).is_dir():
         (submissions / new).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(submissions / old, submissions / new)
-    server.rename(folder.parent, folder.name, f"{ARCHIVE}/{place.name}")
+    bookkeeping.rename(folder.parent, folder.name, f"{ARCHIVE}/{place.name}")
     place.parent.mkdir(exist_ok=True)
     write_json(folder / records.FILE, moved)
     return folder.rename(place)

@@ -24,8 +24,9 @@ from harness.leaderboard.places import among_ours, official, ranked_text
 from harness.leaderboard.table3 import steps, table_3
 from harness.pages import filled
 from harness.records import CONCEPTS
+from harness.records.status import failure_of, status_of
 from harness.store import fingerprint, write
-from harness.tracking.server import failure_of, mirrored_as, site_of, status_of
+from harness.tracking.bookkeeping import mirrored_as, site_of
 
 __all__ = [
     "CONCEPTS",

@@ -21,7 +21,7 @@ from harness.data import fraction
 from harness.data.halves import HELD, TUNE
 from harness.errors import Problem, UserError
 from harness.records import CAPTIONS, CONCEPTS
-from harness.tracking.server import failure_of, status_of
+from harness.records.status import failure_of, status_of
 
 STANDINGS = Path("leaderboard")
 _NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "scores", "image_gap")

@@ -15,10 +15,10 @@ from harness.compare import few_images, record_on_half
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
+from harness.records.status import failure_of, status_of
 from harness.report import concepts, examples, gallery, groups, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Images, Run, main_scores, scores
-from harness.tracking.server import failure_of, status_of
 from harness.training import soups
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES, SAMPLED, VALIDATION, described, losses_of, rows_of

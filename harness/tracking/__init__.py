@@ -17,8 +17,10 @@ from pathlib import Path
 from harness import records
 from harness.errors import Problem, UserError
 from harness.masking import masked
+from harness.records.status import alive
 from harness.store import fingerprint
-from harness.tracking.server import LOCK, Mirror, State, alive, mark, read_study
+from harness.tracking.bookkeeping import LOCK, State, mark
+from harness.tracking.server import Mirror, read_study
 from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
 
 NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
