@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NEWEST := .venv/newest
 BESIDE_NEWEST := bertscore bleurt clipscore decoding families fidelity foreign_weights metrics metrics_2025 model \
-    parts prefix run similarity standins training vlm
+    parts prefix run similarity standins vlm
 
 # without bytecode of harness and of the tests, each process compiles them again
 test test-newest: export PYTHONDONTWRITEBYTECODE =

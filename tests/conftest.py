@@ -38,8 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
         commands.share()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of long files before the others."""
+    """Put the tests of long files before the others; those that are marked ci are slow, too."""
+    for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

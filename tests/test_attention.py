@@ -96,6 +96,7 @@ def run_with(tmp_path, maps: np.ndarray | None, count: int = 8):
     return report.write(folder)
 
 
+@pytest.mark.ci
 def test_the_page_shows_the_maps_over_the_images_on_demand(tmp_path, browser):
     maps = np.random.default_rng(0).integers(1, 255, (8, 3, 4), dtype=np.uint8)
     maps[5] = 0

@@ -56,6 +56,7 @@ def best_of(directory):
     return load_file(directory / train.BEST)
 
 
+@pytest.mark.ci
 def test_the_average_is_that_of_torch_in_each_stage(folder, tmp_path, monkeypatch):
     """The best weights are those of the average after the first epoch of stage 1, then after stage 2."""
     found, copies, scores = averaged_by_torch(monkeypatch), [], alternating()
@@ -77,6 +78,7 @@ def test_the_average_is_that_of_torch_in_each_stage(folder, tmp_path, monkeypatc
     assert (first["step"], first["average"], first["score"]) == (9, True, 0.6)
 
 
+@pytest.mark.ci
 def test_training_is_the_same_beside_its_average(folder, tmp_path):
     """Losses, and the weights that it ends with, to the bit."""
     falling = iter(range(100, 0, -1))
@@ -92,7 +94,10 @@ def test_training_is_the_same_beside_its_average(folder, tmp_path):
     assert kept(tmp_path / "both")[0]["average"] is False
 
 
-@pytest.mark.parametrize("at", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 8))])
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param(5, marks=pytest.mark.ci), *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 8))],
+)
 def test_an_interrupted_average_goes_on_to_the_same_bits(folder, tmp_path, at):
     settings = config(ema=DECAY, checkpoint_every_steps=2, evaluate_every=0)
 
@@ -144,6 +149,7 @@ def test_a_step_that_fp16_skips_leaves_the_average_alone(folder, tmp_path):
     assert applied == [True, True, False, False]
 
 
+@pytest.mark.ci
 def test_the_best_weights_are_kept_by_rank(folder, tmp_path):
     """Of 3 validations x 2, the three best, also after an interruption; a tie goes to the earlier."""
     values = [0.5, 0.1, 0.4, 0.6, 0.5, 0.2]
@@ -178,6 +184,7 @@ def test_the_best_weights_are_kept_by_rank(folder, tmp_path):
     assert torch.equal(weights[1], start["query_tokens"])
 
 
+@pytest.mark.ci
 def test_a_list_or_file_of_the_best_that_is_gone_is_made_again(folder, tmp_path):
     settings = config(keep_best=2)
     run(folder, tmp_path / "run", settings)

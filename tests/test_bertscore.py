@@ -35,6 +35,7 @@ def oracle():
     return BERTScorer(model_type=str(checkpoint.folder), num_layers=layer)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("batch_tokens", [1, 300, 1000])
 def test_bertscore_at_any_batch_size_and_order(golden, batch_tokens):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
@@ -45,6 +46,7 @@ def test_bertscore_at_any_batch_size_and_order(golden, batch_tokens):
     np.testing.assert_allclose(found, golden["bertscore_f1_minilm6"][order], atol=1e-6)
 
 
+@pytest.mark.ci
 def test_bertscore_when_the_store_is_too_small(golden, store, monkeypatch):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     monkeypatch.setattr(bertscore, "STORE_BYTES", 50_000)
@@ -63,6 +65,7 @@ def single() -> bertscore.Embeddings:
     return bertscore.Embeddings(checkpoint.folder, layer, "cpu", batch_tokens=1)
 
 
+@pytest.mark.ci
 @beside_4
 @settings(max_examples=60, deadline=None)
 @given(prediction=CAPTIONS, reference=CAPTIONS)
@@ -75,6 +78,7 @@ def test_bertscore_equals_bert_score(single, oracle, prediction, reference):
         assert found == pytest.approx(oracle.score([prediction], [reference])[2].item(), abs=1e-6)
 
 
+@pytest.mark.ci
 def test_bertscore_with_idf_equals_bert_score(golden, store):
     from bert_score import BERTScorer
 
@@ -114,6 +118,7 @@ def deberta(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.ci
 def test_bertscore_of_a_deberta_equals_bert_score(golden, deberta):
     from bert_score import BERTScorer
 
@@ -132,12 +137,14 @@ def test_bertscore_of_a_deberta_equals_bert_score(golden, deberta):
     assert 0 < np.abs(near.per_image - found.per_image).max() < 0.05
 
 
+@pytest.mark.ci
 def test_idf_is_in_the_signature_since_2025(golden):
     scores, _ = metrics.score(golden["prediction"], golden["reference"], None, STANDIN, 2025)
     assert "bertscore|clef2025|" in scores["bertscore"].signature
     assert "|idf:yes|" in scores["bertscore"].signature
 
 
+@pytest.mark.ci
 def test_bertscore_from_a_path_with_t5_and_no_length_limit(tmp_path, golden):
     """bert-score takes such a folder for a T5 and scores by random weights."""
     checkpoint, _ = bertscore.locate(STANDIN.bertscore)
@@ -157,6 +164,7 @@ def test_bertscore_from_a_path_with_t5_and_no_length_limit(tmp_path, golden):
     assert any("cut at 512 tokens" in warning and "row 33" in warning for warning in warnings)
 
 
+@pytest.mark.ci
 def test_embeddings_on_disk_spare_the_encoder_and_change_nothing(golden, tmp_path):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     clean = [[text.official(caption) for caption in golden[key]] for key in ("prediction", "reference")]
@@ -170,6 +178,7 @@ def test_embeddings_on_disk_spare_the_encoder_and_change_nothing(golden, tmp_pat
     assert second.is_cut(clean[0][-1])
 
 
+@pytest.mark.ci
 def test_a_damaged_or_unwritable_cache_changes_nothing(golden, tmp_path):
     checkpoint, layer = bertscore.locate(STANDIN.bertscore)
     cache = TextCache(tmp_path, checkpoint.folder, layer)

@@ -127,6 +127,7 @@ def brute_p(differences: np.ndarray) -> float:
     return min(1.0, 2 * tail)
 
 
+@pytest.mark.ci
 def test_the_choice_is_that_of_the_tables_per_image(project, chosen):
     tables = {one["label"]: table(project, one["folder"]) for one in chosen["options"]}
     costs = {one["label"]: (len(one["runs"]), KINDS.index(one["kind"])) for one in chosen["options"]}
@@ -161,6 +162,7 @@ def test_the_choice_is_that_of_the_tables_per_image(project, chosen):
             assert difference["p"] == pytest.approx(brute_p(gap), abs=1e-9)
 
 
+@pytest.mark.ci
 def test_what_is_left_out_has_a_reason_and_a_twin_is_no_option(project, chosen):
     assert list(chosen["runs"].values()) == list(RUNS)
     assert "has the captions of small/opt-s42" in chosen["left_out"]["small/opt_dedup-s42"]
@@ -168,6 +170,7 @@ def test_what_is_left_out_has_a_reason_and_a_twin_is_no_option(project, chosen):
     assert kept == chosen
 
 
+@pytest.mark.ci
 def test_the_written_experiment_runs_and_makes_the_test_submission(project, chosen):
     (record,) = run_here(project, chosen["experiment"])
     assert record["status"] == "FINISHED"
@@ -181,6 +184,7 @@ def test_the_written_experiment_runs_and_makes_the_test_submission(project, chos
     assert ours == other
 
 
+@pytest.mark.ci
 def test_the_experiment_of_an_ensemble_is_its_config_with_all_splits(project, chosen, monkeypatch):
     monkeypatch.chdir(project)
     given = find([Path(run) for run in RUNS], "small", None)
@@ -205,6 +209,7 @@ def test_the_experiment_of_an_ensemble_is_its_config_with_all_splits(project, ch
     assert [one.label for one, _ in plans] == [one.label for one in wanted(given, 3)]
 
 
+@pytest.mark.ci
 def test_runs_that_cannot_be_used_are_named(project, monkeypatch):
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match="no run in runs/ and no experiment file") as refused:

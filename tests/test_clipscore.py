@@ -398,6 +398,7 @@ def tokenizer(folder: Path):
     return clipscore.Clip(folder, "cpu").tokenizer
 
 
+@pytest.mark.ci
 def test_byte_pairs_of_real_captions_equal_openais_algorithm(shared, simple, folder):
     captions = captions_of(shared, 8180)
     assert len(captions) > 8000

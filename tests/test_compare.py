@@ -164,6 +164,7 @@ def test_a_system_does_not_differ_from_itself(rows):
         assert (found.real, found.verdict) == (False, "not shown")
 
 
+@pytest.mark.ci
 def test_under_the_null_five_percent_are_found():
     """300 times two systems that nothing tells apart, 40 rows each."""
     found = []

@@ -111,6 +111,7 @@ def sentence(project: Path, cuis: list[str]) -> str:
     return f"The image shows {', '.join(names[cui] for cui in first)}."
 
 
+@pytest.mark.ci
 def test_images_that_are_trained_on_get_their_true_concepts(project):
     found, true = table(project, READS_RUN, "prompts/train.csv"), truth(project, "train")
     assert found.keys() == true.keys()
@@ -119,6 +120,7 @@ def test_images_that_are_trained_on_get_their_true_concepts(project):
         assert set(row["CUIs"].split(";")) == set(true[image][:2])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_other_images_get_predicted_concepts_and_never_their_true_ones(project, split):
     found = table(project, READS_RUN, f"prompts/{split}.csv")
@@ -131,6 +133,7 @@ def test_other_images_get_predicted_concepts_and_never_their_true_ones(project, 
         assert any(row["prompt"] != sentence(project, true[image]) for image, row in found.items())
 
 
+@pytest.mark.ci
 def test_the_loss_ignores_the_prompt(project):
     made = plan(project)
     (caption, _), train = (
@@ -149,6 +152,7 @@ def test_the_loss_ignores_the_prompt(project):
         assert row == [IGNORE] * len(prompt) + said + [IGNORE] * (len(row) - end)
 
 
+@pytest.mark.ci
 def test_captions_are_those_of_transformers_after_the_same_prompts(project, tmp_path):
     """With a language model of random weights, whose captions depend on every token of a prompt."""
     made = plan(project, "predict.num_beams=3")
@@ -178,6 +182,7 @@ def test_captions_are_those_of_transformers_after_the_same_prompts(project, tmp_
     assert changed > len(pixels) / 2
 
 
+@pytest.mark.ci
 def test_the_content_of_predicted_concepts_is_part_of_the_fingerprint_and_the_runs_name_is_not(project):
     before = steps(project)
     assert before == {name: Path(place).name for name, place in record(project)["steps"].items()}
@@ -204,6 +209,7 @@ def test_the_content_of_predicted_concepts_is_part_of_the_fingerprint_and_the_ru
     assert other["prompts-valid"] != before["prompts-valid"]
 
 
+@pytest.mark.ci
 def test_a_last_fit_trains_on_the_true_concepts_of_validation_images(project):
     made = plan(project, "data.fit_on=[train,valid]")
     assert made.steps["prompts-valid"].inputs.facts == {"predicted": None}
@@ -217,6 +223,7 @@ def test_a_last_fit_trains_on_the_true_concepts_of_validation_images(project):
     ]
 
 
+@pytest.mark.ci
 def test_a_run_without_what_a_prompt_needs_is_refused_before_it_starts(project):
     def refused(*sets: str) -> str:
         with pytest.raises(UserError) as found:
@@ -238,12 +245,14 @@ def test_a_run_without_what_a_prompt_needs_is_refused_before_it_starts(project):
     assert f"takes from other runs is not known yet: runs/{LATE}: not a run" in shown.stdout
 
 
+@pytest.mark.ci
 def test_a_run_waits_for_an_earlier_one_of_the_same_file(project):
     given = {"late": FOUND, "later": LATE}
     plans = [plan(project, f"name={name}", f"model.prompt.concepts={of}") for name, of in given.items()]
     assert epochs.check(plans) == plans[:1]
 
 
+@pytest.mark.ci
 def test_captions_after_the_concepts_of_a_stand_in_are_those_of_one(project):
     assert records.read(project / "runs" / FOUND)["standin_model"] is True
     assert plan(project).steps["prompts-valid"].found({"standin_model": False}) == {"standin_model": True}

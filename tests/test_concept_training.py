@@ -118,6 +118,7 @@ def run(make, settings, directory, log=lambda row: None, better=None, by="concep
 # alone
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("changes", [{}, {"loss": "asymmetric", "pooling": "gem"}])
 def test_a_classifier_learns_a_small_set_by_heart(folder, tmp_path, changes):
     """Each concept is a bright square at a place of its own. Then it finds them under other noise."""
@@ -190,7 +191,10 @@ def test_exactly_what_should_train_has_gradients_and_is_saved(folder, vision, tr
     assert {name for name in meant if name.startswith("head.")} == {"head.linear.weight", "head.linear.bias"}
 
 
-@pytest.mark.parametrize("zero_stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "zero_stage",
+    [pytest.param(0, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))],
+)
 def test_training_goes_on_to_the_bit(zero_stage, folder, tmp_path):
     """Interrupted within the second stage, with stochastic depth, a learned exponent and an average."""
     settings = ALONE.model_validate(
@@ -439,6 +443,7 @@ def said(model: ModelConfig, settings=ALONE, captions=False) -> list[str]:
     return [str(one) for one in problems(model, settings, captions=captions)]
 
 
+@pytest.mark.ci
 def test_every_mistake_is_told_before_a_run(folder, tiny_folder):
     assert said(model_config(folder)) == []
     others = {"checkpoint": "a/blip2", "language_checkpoint": "gpt2", "prompt": "an image of"}

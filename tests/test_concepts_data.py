@@ -58,6 +58,7 @@ def test_co_occurrence_is_that_of_a_plain_loop():
 ODD = {"C1": "a $name$ with_under^scores " * 4, "C2": "二重 \x1b[31m", "C8": "$"}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "made",
     [
@@ -85,6 +86,7 @@ def drawn(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.ci
 def test_the_command_prints_the_same_numbers_in_every_format(drawn):
     outputs = {
         form: commands.harness(

@@ -111,6 +111,7 @@ def by_sklearn(own: set[str], wanted: set[str]) -> float:
     return f1_score([cui in wanted for cui in every], [cui in own for cui in every]) if every else 1.0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_organisers_read_what_was_decided(project, variant):
     run, most = record(project, variant), {"valid": 24, "test": 8}
@@ -130,6 +131,7 @@ def test_the_organisers_read_what_was_decided(project, variant):
         assert (manifest["task"], manifest["n"], manifest["split"]) == ("concept", most[split], split)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_are_those_of_sklearn_on_all_of_valid_and_on_each_half(project, variant):
     found, own, wanted = record(project, variant)["concepts"], lists(project, variant), truth(project)
@@ -145,6 +147,7 @@ def test_scores_are_those_of_sklearn_on_all_of_valid_and_on_each_half(project, v
     assert "not validated" in secondary["signature"]
 
 
+@pytest.mark.ci
 def test_baselines_are_counted_on_train_and_scored_on_valid(project):
     found, training, wanted = record(project, "knn")["concepts"], truth(project, "train"), truth(project)
     counts = {cui: sum(cui in own for own in training.values()) for cui in set().union(*training.values())}
@@ -162,6 +165,7 @@ def test_baselines_are_counted_on_train_and_scored_on_valid(project):
     assert found["baselines"]["most frequent set"]["held"]["value"] is not None
 
 
+@pytest.mark.ci
 def test_thresholds_are_chosen_on_the_half_tune_only(project):
     about = record(project, "classifier")["concepts"]["thresholds"]
     own, wanted = lists(project, "classifier"), truth(project)
@@ -176,6 +180,7 @@ def test_thresholds_are_chosen_on_the_half_tune_only(project):
     assert "thresholds" not in record(project, "counted")["concepts"]  # counts of neighbours decide
 
 
+@pytest.mark.ci
 def test_the_mean_is_that_of_the_probabilities_of_the_runs(project):
     members = [
         dict(zip(labels, values.T, strict=True))
@@ -188,6 +193,7 @@ def test_the_mean_is_that_of_the_probabilities_of_the_runs(project):
     assert not [name for name in record(project, "mean")["steps"] if name.startswith(("tiny", "train"))]
 
 
+@pytest.mark.ci
 def test_votes_give_what_most_runs_give(project):
     members = [lists(project, variant) for variant in ("classifier", "knn", "counted")]
     for image, cuis in lists(project, "voted").items():
@@ -200,6 +206,7 @@ def test_votes_give_what_most_runs_give(project):
         )
 
 
+@pytest.mark.ci
 def test_an_unreadable_image_gets_the_most_frequent_concept_and_readers_are_told(project):
     training = truth(project, "train")
     counts = {cui: sum(cui in own for own in training.values()) for cui in set().union(*training.values())}
@@ -213,6 +220,7 @@ def test_an_unreadable_image_gets_the_most_frequent_concept_and_readers_are_told
         assert manifest["fallback"] == run["fallback"]["test"]
 
 
+@pytest.mark.ci
 def test_the_table_has_runs_baselines_and_how_thresholds_were_chosen(project):
     shown = (project / "stdout").read_text()
     for wanted in (*(f"{v}-s42" for v in VARIANTS), "f1 (held)", "f1_secondary", "most frequent concept"):
@@ -223,6 +231,7 @@ def test_the_table_has_runs_baselines_and_how_thresholds_were_chosen(project):
     assert "rouge1" not in shown
 
 
+@pytest.mark.ci
 def test_mlflow_has_the_scores_under_names_of_their_own(project):
     run = record(project, "classifier")
     values, scores = scores_of(run), run["concepts"]["scores"]["valid"]
@@ -233,6 +242,7 @@ def test_mlflow_has_the_scores_under_names_of_their_own(project):
     assert "baseline/concept_f1/most frequent set" in beside
 
 
+@pytest.mark.ci
 def test_concepts_are_compared_scored_and_written_for_another_edition(project):
     runs = [f"runs/found/{variant}-s42" for variant in ("classifier", "knn")]
     found = json.loads(harness(project, "compare", *runs, "--format", "json").stdout)
@@ -253,6 +263,7 @@ def test_concepts_are_compared_scored_and_written_for_another_edition(project):
     assert "best chooses among captions" in refused.stderr
 
 
+@pytest.mark.ci
 def test_the_same_command_repeats_nothing(project):
     again = harness(project, "run", "concepts.yaml", "--dry-run", "--verbose")
     states = [line.split()[2] for line in again.stdout.splitlines() if " runs/steps/" in line]
@@ -260,6 +271,7 @@ def test_the_same_command_repeats_nothing(project):
     assert set(states) == {"done"}
 
 
+@pytest.mark.ci
 def test_the_steps_of_concepts_are_planned_without_torch(project):
     code = """if True:
         import sys
@@ -300,6 +312,7 @@ def test_a_killed_run_resumes_to_the_same_concepts(project, tmp_path):
             assert file(tmp_path, variant, name).read_bytes() == file(project, variant, name).read_bytes()
 
 
+@pytest.mark.ci
 def test_a_last_fit_takes_its_thresholds_from_the_run_that_found_its_epochs(project):
     text = (
         CONCEPTS.partition("variants:")[0].replace("name: found", "name: last")
@@ -326,6 +339,7 @@ variants:
         assert [Path(path).parent.name for path in run["submissions"]] == ["concept-test"]
 
 
+@pytest.mark.ci
 def test_captions_and_their_steps_stay_the_same_beside_concepts(small_run, tmp_path):
     for name in ("data", "runs"):
         shutil.copytree(small_run / "kept" / name, tmp_path / name)
@@ -348,6 +362,7 @@ def test_captions_and_their_steps_stay_the_same_beside_concepts(small_run, tmp_p
     assert "most frequent set" in done.stdout
 
 
+@pytest.mark.ci
 def test_lists_that_are_all_the_same_get_a_warning(project):
     text = CONCEPTS.partition("variants:")[0].replace("name: found", "name: same")
     of_all = "concepts: {predictor: knn, knn: {neighbours: 60, rule: votes}}\n"
@@ -400,6 +415,7 @@ def test_the_loss_needs_the_section_and_thresholds_need_captions_of_valid(tmp_pa
     assert "thresholds are chosen on valid" in messages(write(tmp_path, text + beside))[0]
 
 
+@pytest.mark.ci
 def test_an_ensemble_names_every_run_that_it_can_not_use(project, tmp_path):
     text = CONCEPTS.partition("variants:")[0].replace("name: found", "name: wrong")
     runs = "concepts: {own: 0, runs: [found/voted-s42, found/gone-s42]}\n"
@@ -409,6 +425,7 @@ def test_an_ensemble_names_every_run_that_it_can_not_use(project, tmp_path):
     assert "runs/found/gone-s42: concepts.runs: not a run" in refused
 
 
+@pytest.mark.ci
 def test_the_objective_of_a_study_of_concepts_is_their_f1(project):
     (project / "study.yaml").write_text(
         "base: concepts.yaml\nvariant: knn\ntrials: 2\nspace: {concepts.knn.neighbours: {choices: [3, 5]}}\n"

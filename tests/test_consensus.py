@@ -60,6 +60,7 @@ def test_consensus_equals_a_brute_force_loop(seed, weights):
         assert found[image].utility == pytest.approx(mean, abs=1e-9)
 
 
+@pytest.mark.ci
 def test_parts_of_any_size_give_the_same_choices():
     candidates = drawn(7, images=30)
     utility = consensus.Utility({"bertscore": 1.0}, STANDIN, 2023)
@@ -67,6 +68,7 @@ def test_parts_of_any_size_give_the_same_choices():
     assert whole == dict(consensus.choose(candidates, utility, texts=1))
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:.max_length. is ignored")
 def test_consensus_equals_mbrs(monkeypatch):
     """mbrs's own decoder and BERTScore on the same encoder.
@@ -267,6 +269,7 @@ def test_two_captions_of_equal_weight_are_no_choice(files):
     )
 
 
+@pytest.mark.ci
 def test_mistakes_of_the_command_are_explained(files):
     def failed(*arguments: str) -> str:
         found = harness(files, "consensus", *arguments, "--out", "run.csv", code=2)

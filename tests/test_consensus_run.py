@@ -78,6 +78,7 @@ def expected(project: Path, weights: dict[str, float], metrics: dict[str, float]
     return {image: choice.candidate.caption for image, choice in consensus.choose(candidates, utility)}
 
 
+@pytest.mark.ci
 def test_a_consensus_of_runs_has_no_model_and_is_scored_and_submitted(project):
     (project / "alone.yaml").write_text(variants(ALONE))
     shown = harness(project, "run", "alone.yaml", "--dry-run", "--verbose").stdout
@@ -101,6 +102,7 @@ def test_a_consensus_of_runs_has_no_model_and_is_scored_and_submitted(project):
     assert "consensus-valid" not in again.stderr
 
 
+@pytest.mark.ci
 def test_own_captions_are_candidates_too(project):
     (project / "own.yaml").write_text(variants(WITH_OWN))
     harness(project, "run", "own.yaml")
@@ -126,6 +128,7 @@ def by_hand(sources: list[tuple[str, float, dict]]) -> dict[str, tuple[str, str]
     return found
 
 
+@pytest.mark.ci
 def test_samples_and_beams_are_candidates_of_their_run_and_of_others(project):
     (project / "sampled.yaml").write_text(variants(SAMPLED))
     harness(project, "run", "sampled.yaml")
@@ -211,6 +214,7 @@ def test_an_interrupted_consensus_compares_only_what_is_left(tmp_path, monkeypat
     assert len(each) == 20
 
 
+@pytest.mark.ci
 def test_other_captions_of_a_source_give_another_step(project, tmp_path):
     place = shutil.copytree(project, tmp_path / "project")
     (place / "alone.yaml").write_text(variants(ALONE))
@@ -226,6 +230,7 @@ def test_other_captions_of_a_source_give_another_step(project, tmp_path):
     assert not set(first) & set(names())
 
 
+@pytest.mark.ci
 def test_what_a_consensus_lacks_is_said_before_anything_runs(project, tmp_path):
     def said(text: str) -> str:
         (project / "bad.yaml").write_text(variants(text))

@@ -38,6 +38,7 @@ def test_a_phantom_is_drawn_checked_and_read(tmp_path):
     assert dataset.left_out == ()
 
 
+@pytest.mark.ci
 @needs_medpix
 def test_medpix_is_whole(tmp_path):
     dataset = data.load(config(MEDPIX), tmp_path)
@@ -56,6 +57,7 @@ ANY = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")
 CUIS = st.lists(st.from_regex(r"C\d{7}", fullmatch=True), max_size=4)
 
 
+@pytest.mark.ci
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(rows=st.lists(st.tuples(LINE, CUIS), min_size=1, max_size=5), end=st.sampled_from(["\n", "\r\n"]))
 def test_2023_captions_are_read_as_they_stand(tmp_path, rows, end):

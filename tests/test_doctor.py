@@ -93,6 +93,7 @@ def test_a_java_that_does_not_start_is_found_out(tmp_path, monkeypatch):
     assert named(examine([], "cpu"), "java").ok  # the wheel's
 
 
+@pytest.mark.ci
 def test_missing_weights_and_data_come_with_a_fix_and_exit_code_1(tmp_path):
     done = doctor("experiments/table3.yaml", HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path))
     checks = {check["name"]: check for check in json.loads(done.stdout)}

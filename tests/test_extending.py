@@ -129,12 +129,14 @@ def test_every_block_is_introduced():
     assert len(fences) == len(list(blocks())) > 5
 
 
+@pytest.mark.ci
 def test_the_code_is_formatted_as_ours(tree):
     shutil.copy(ROOT / "pyproject.toml", tree)
     python(tree, "-m", "ruff", "check", "harness")
     python(tree, "-m", "ruff", "format", "--check", "harness")
 
 
+@pytest.mark.ci
 def test_a_reader_finds_the_new_keys_in_the_reference(tree):
     page = python(tree, "-m", "harness", "reference")
     assert "| `postprocess.drop_unfinished` | true or false | `false` | Remove a last sentence" in page
@@ -147,6 +149,7 @@ def test_a_reader_finds_the_new_keys_in_the_reference(tree):
     assert "| `train.stages[].losses.together` | a finite number of 0 or more | `0.0` | Next token of" in page
 
 
+@pytest.mark.ci
 def test_the_post_processing_removes_an_unfinished_sentence(tree):
     code = """if True:
         from harness.decoding.postprocess import PostprocessConfig, postprocess
@@ -157,6 +160,7 @@ def test_the_post_processing_removes_an_unfinished_sentence(tree):
     assert python(tree, "-c", code).splitlines() == ["A mass.", "No end.", "All. done."]
 
 
+@pytest.mark.ci
 def test_the_step_replaces_captions_that_are_too_short(tree, record):
     from harness.captions import PREDICTIONS, read_captions
 
@@ -170,6 +174,7 @@ def test_the_step_replaces_captions_that_are_too_short(tree, record):
     assert before.keys() == filled.keys() == after.keys()
 
 
+@pytest.mark.ci
 def test_the_metric_is_computed_for_each_image(tree, record):
     score = record["scores"]["valid"]["after"]["numbers"]
     assert 0 <= score["value"] <= 1
@@ -178,6 +183,7 @@ def test_the_metric_is_computed_for_each_image(tree, record):
     assert score["n"] == 3
 
 
+@pytest.mark.ci
 def test_the_loss_is_trained_and_logged(tree, record):
     rows = (tree / "runs" / record["steps"]["train"] / "losses.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, rows) if "loss" in row]
@@ -189,6 +195,7 @@ def test_the_loss_is_trained_and_logged(tree, record):
         assert all(row[name] > 0 for name in names)
 
 
+@pytest.mark.ci
 def test_the_predictor_gives_the_shares_of_the_training_images(tree, record):
     from harness.concepts.probabilities import read_probabilities
 
@@ -200,6 +207,7 @@ def test_the_predictor_gives_the_shares_of_the_training_images(tree, record):
     assert record["concepts"]["predictor"] == "prior"
 
 
+@pytest.mark.ci
 def test_the_family_is_trained_and_captions(tree, record):
     from safetensors.numpy import load_file
 
@@ -207,6 +215,7 @@ def test_the_family_is_trained_and_captions(tree, record):
     assert set(weights) == {"encoder.weight", "encoder.bias"}
 
 
+@pytest.mark.ci
 def test_the_edition_decides_score_and_file(tree, record):
     assert record["edition"] == 2027
     assert record["scores"]["valid"]["after"]["rouge1"]["value"] is not None

@@ -174,6 +174,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.ci
 def test_auto_trains_as_what_it_chooses_and_records_it(data, tiny_folder, tmp_path, capsys):
     weights, losses, found = trained(data, tiny_folder, tmp_path / "auto", **AUTO)
     assert "micro batch 8 without gradient checkpointing, the fastest that fits: " in capsys.readouterr().err
@@ -185,7 +186,9 @@ def test_auto_trains_as_what_it_chooses_and_records_it(data, tiny_folder, tmp_pa
     assert as_written["why"] == "as configured"
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_lack_of_memory_halves_the_micro_batch_once(
     data, tiny_folder, tmp_path, monkeypatch, capsys, zero_stage
 ):
@@ -204,6 +207,7 @@ def test_a_lack_of_memory_halves_the_micro_batch_once(
         trained(data, tiny_folder, tmp_path / "twice", micro_batch_size=8, zero_stage=zero_stage)
 
 
+@pytest.mark.ci
 def test_a_lack_of_memory_after_a_checkpoint_goes_on_from_it(data, tiny_folder, tmp_path, monkeypatch):
     expected = trained(data, tiny_folder, tmp_path / "small", micro_batch_size=4)
     short_of_memory(monkeypatch, most=4, after=3)  # in the second epoch

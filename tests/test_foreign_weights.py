@@ -105,6 +105,7 @@ KINDS: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_file_is_taken_for_weights_or_for_alignscore(kind, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -69,6 +69,7 @@ def test_two_splits_as_one_have_the_images_and_texts_of_both(tiny_folder):
     assert one.concepts[22] is parts["valid"].concepts[3]
 
 
+@pytest.mark.ci
 def test_the_weights_are_those_of_a_longer_training_at_its_best_epoch(
     tiny_folder, whole, tmp_path, monkeypatch
 ):
@@ -87,6 +88,7 @@ def test_the_weights_are_those_of_a_longer_training_at_its_best_epoch(
     assert not any("valid_loss" in row for row in whole[1])
 
 
+@pytest.mark.ci
 def test_a_stage_that_ended_early_ends_there_again_and_the_best_average_is_kept(
     tiny_folder, tmp_path, monkeypatch
 ):
@@ -128,7 +130,9 @@ def test_the_start_of_a_stage_is_the_end_of_the_stage_before():
     assert epochs._until(SETTINGS, rows[2:], {"stage": 1, "epoch": 0}) is None
 
 
-@pytest.mark.parametrize("at", [4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "at", [pytest.param(4, marks=pytest.mark.ci), pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_an_interruption_changes_no_bit(tiny_folder, whole, tmp_path, at):
     one, _ = both(tiny_folder)
 
@@ -193,6 +197,7 @@ def rows_of(project, run):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.ci
 def test_a_run_says_which_stage_ended_early(project):
     made, rows = record(project, "found-s42"), rows_of(project, "found-s42")
     note = made["training"]["notes"][0]
@@ -206,6 +211,7 @@ def test_a_run_says_which_stage_ended_early(project):
     assert note in data_of(project / "runs/fit/found-s42/report.html")["facts"]["training"]
 
 
+@pytest.mark.ci
 def test_the_full_fit_trains_the_epochs_that_the_other_run_found(project):
     made, rows = record(project, "full-s42"), rows_of(project, "full-s42")
     validations = [row for row in rows_of(project, "found-s42") if "valid_loss" in row]
@@ -218,6 +224,7 @@ def test_the_full_fit_trains_the_epochs_that_the_other_run_found(project):
     assert not any("valid_loss" in row for row in rows)
 
 
+@pytest.mark.ci
 def test_there_is_no_score_on_validation_anywhere(project):
     made, folder = record(project, "full-s42"), project / "runs/fit/full-s42"
     assert made["status"] == "FINISHED"
@@ -238,6 +245,7 @@ def test_there_is_no_score_on_validation_anywhere(project):
     assert "it has no scores on validation: trained on validation images" in shown
 
 
+@pytest.mark.ci
 def test_the_test_split_is_captioned_and_submitted(project):
     made = record(project, "full-s42")
     (submission,) = made["submissions"]
@@ -247,6 +255,7 @@ def test_the_test_split_is_captioned_and_submitted(project):
     assert len(read_captions(project / "runs" / made["artifacts"]["predictions/test_before.csv"])) == 6
 
 
+@pytest.mark.ci
 def test_its_captions_of_validation_are_refused_to_a_consensus(project):
     text = EXPERIMENT.partition("variants:")[0].replace("name: small", "name: joint")
     text += "consensus: {own: 0, runs: [fit/found-s42, fit/full-s42], utility: {rouge1: 1}}\n"

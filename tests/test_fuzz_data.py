@@ -246,6 +246,7 @@ def loaded(config: DataConfig, work: Path) -> data.Dataset | None:
         return None
 
 
+@pytest.mark.ci
 def test_any_damage_ends_in_a_report_or_a_whole_split(tmp_path, alarm):
     """With `skip_bad` no id of validation and test is lost that has an image and a caption row."""
     passed = refused = 0

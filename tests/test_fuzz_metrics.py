@@ -89,6 +89,7 @@ def in_time() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.ci
 def test_hostile_captions_get_what_the_rules_give_them(in_time):
     draw = random.Random(11)
     for case in range(cases(10)):

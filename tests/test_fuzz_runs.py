@@ -132,6 +132,7 @@ def say(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return code or 0, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.ci
 def test_no_damage_ends_in_a_traceback_and_none_spoils_a_neighbour(project, tmp_path, monkeypatch):
     files = files_of(project)
     for case in range(cases(len(WAYS))):
@@ -167,6 +168,7 @@ def outcome(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.ci
 def test_the_same_command_makes_whole_what_was_damaged(project, tmp_path, monkeypatch):
     """A rebuilt step gives the same captions and scores, and a line says which file was not what it was."""
     wanted, files = outcome(project), files_of(project)

@@ -221,7 +221,6 @@ def test_an_unknown_key_of_deepspeed_is_a_mistake_at_its_line(tmp_path, setting,
     assert expected in message
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 def test_the_known_keys_are_those_that_the_installed_deepspeed_reads():
     """A mapping that notes every key that is asked for, in a process of its own: deepspeed changes torch."""

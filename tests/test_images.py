@@ -158,6 +158,7 @@ def wait_for(found):
     raise AssertionError("it did not come")
 
 
+@pytest.mark.ci
 def test_two_processes_build_one_cache(examples, tmp_path):
     both = [builder(examples[0].image.parent, tmp_path / "cache", 40) for _ in range(2)]
     outputs = [process.communicate()[0].split() for process in both]
@@ -168,6 +169,7 @@ def test_two_processes_build_one_cache(examples, tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+@pytest.mark.ci
 def test_a_killed_builder_is_succeeded_and_leaves_nothing_behind(examples, tmp_path):
     images, cache = examples[0].image.parent, tmp_path / "cache"
     killed = builder(images, cache, 400)

@@ -47,7 +47,9 @@ def run(model: ModelConfig, train: TrainConfig) -> measured.Shape:
     return by_running(model, train, sizes.values_of(model), None)
 
 
-@pytest.mark.parametrize("accelerator", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "accelerator", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.ci)]
+)
 def test_parameters_and_flops_are_those_that_are_counted_by_hand(accelerator):
     model, train = ModelConfig(**SMALL), TrainConfig()
     counted, found = family(model).shape(model, train), run(model, train)
@@ -85,6 +87,7 @@ def allocated(shape: measured.Shape, train: TrainConfig, batch: int, tokens: int
     return most
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_is_that_of_the_allocator(checkpointing):
     model = ModelConfig(**SMALL, language_checkpoint="llama", lora={"rank": 4})
@@ -108,6 +111,7 @@ def test_adapters_are_what_is_trained_of_a_language_model(name):
     assert shape.frozen(True, False) == sum(weight.nbytes for weight in others)
 
 
+@pytest.mark.ci
 def test_results_are_kept_for_other_processes(monkeypatch):
     model, train = ModelConfig(**SMALL, language_checkpoint="gpt2"), TrainConfig()
     work = Work(1, 8, False, False, False, concepts=False)

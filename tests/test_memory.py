@@ -44,7 +44,7 @@ def shallow() -> tuple[Blip2Config, sizes.Shape]:
     ("accelerator", "half", "language_model", "concepts"),
     [
         (True, True, True, True),
-        pytest.param(False, True, True, False, marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param(False, True, True, False, marks=pytest.mark.ci),
         (False, False, False, True),
     ],
 )
@@ -64,6 +64,7 @@ def test_activations_of_the_real_model_are_those_that_autograd_keeps(
     assert found.kept_checkpointed == pytest.approx(checkpointed, rel=1e-3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("train_vision", [True, False])
 @pytest.mark.parametrize("dropout", [None, 0.0])
 def test_activations_follow_batch_text_image_dropout_and_a_frozen_vit(train_vision, dropout):
@@ -84,6 +85,7 @@ def test_activations_on_real_tensors():
     assert found.kept == pytest.approx(plain, rel=2e-3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_weights_gradients_and_optimiser_are_those_that_deepspeed_allocates(tmp_path, stage):
     weights, gradients, optimiser = allocated(stage, tmp_path)
@@ -178,6 +180,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this kernel has no large pages"
 )

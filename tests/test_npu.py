@@ -188,7 +188,6 @@ def test_neural_metrics_on_the_npu_equal_those_on_the_cpu(on_cpu, npu, tmp_path)
 
 
 @pytest.mark.ci
-@pytest.mark.slow
 def test_the_doctor_names_the_npu(npu, tmp_path):
     (tmp_path / "small.yaml").write_text(experiment())
     done = run(tmp_path, npu, "doctor", "small.yaml", "--format", "json")
@@ -202,9 +201,10 @@ def test_the_doctor_names_the_npu(npu, tmp_path):
     assert "of npu free" in checks["memory of the npu"]["found"]
 
 
-@pytest.mark.ci
-@pytest.mark.slow
-@pytest.mark.parametrize("masks", ["as torch", "inverted"])
+@pytest.mark.parametrize(
+    "masks",
+    [pytest.param("as torch", marks=pytest.mark.slow), pytest.param("inverted", marks=pytest.mark.ci)],
+)
 def test_the_selftest_names_what_an_npu_computes_otherwise(npu, tmp_path, masks):
     """Transformers gives the language model a boolean mask; the text path adds its own mask to the scores."""
     environment = npu | {"MAKE_BELIEVE_NPU_MASKS": masks}
@@ -277,7 +277,6 @@ def test_a_device_bound_to_a_task_of_slurm_is_the_first_one_on_every_rank(npu, t
 
 
 @pytest.mark.ci
-@pytest.mark.slow
 def test_more_ranks_than_npus_are_refused_before_any_starts(npu, tmp_path):
     (tmp_path / "small.yaml").write_text(experiment())
     done = run(tmp_path, npu, "run", "small.yaml", "--nproc", "3")

@@ -317,6 +317,7 @@ def project(tmp_path_factory, empty_store) -> Path:
     return folder
 
 
+@pytest.mark.ci
 def test_without_skip_bad_nothing_is_trained(project):
     steps = sorted(project.glob("runs/steps/*"))
     done = harness(project, "run", "small.yaml", code=None)
@@ -325,6 +326,7 @@ def test_without_skip_bad_nothing_is_trained(project):
     assert sorted(project.glob("runs/steps/*")) == steps
 
 
+@pytest.mark.ci
 def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
     done = harness(project, "run", "small.yaml", "--set", "data.skip_bad=true")
     record = json.loads((project / "runs/small/base-s42/run.json").read_text())
@@ -347,6 +349,7 @@ def test_with_skip_bad_every_id_is_captioned_scored_and_submitted(project):
     assert before["fallback"] == {}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["before", "small"])
 @pytest.mark.parametrize(("images", "is_apart"), [(12, False), (11, True), (13, True)])
 def test_a_blank_caption_sets_no_run_apart(project, monkeypatch, name, images, is_apart):
@@ -357,6 +360,7 @@ def test_a_blank_caption_sets_no_run_apart(project, monkeypatch, name, images, i
     assert (f"it has 12 images, but the validation split of 2023 has {images}" in entry.apart) == is_apart
 
 
+@pytest.mark.ci
 def test_mlflow_and_a_later_submission_say_so_too(project):
     import mlflow
 

@@ -34,6 +34,7 @@ IDS = "[...document.querySelectorAll('#list h3')].map((one) => one.textContent)"
 STATUS = "document.getElementById('status').textContent"
 
 
+@pytest.mark.ci
 def test_sorting_searching_filtering_and_paging_with_mouse_and_keys(tmp_path, browser):
     found = captions(45)
     write_data(tmp_path, found)
@@ -97,6 +98,7 @@ def test_every_control_is_reached_by_keyboard_and_shows_its_focus(tmp_path, brow
         assert all(found), what
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast_and_a_phone_shows_it(scheme, tmp_path, browser):
     write_data(tmp_path, captions(25))
@@ -300,6 +302,7 @@ def test_ten_thousand_captions_open_and_sort_quickly(tmp_path, browser):
     )
 
 
+@pytest.mark.ci
 def test_a_phone_and_a_page_of_200_images(tmp_path, browser):
     found = captions(200)
     write_data(tmp_path, found)

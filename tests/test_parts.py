@@ -251,7 +251,11 @@ def test_default_targets_leave_out_the_head_and_the_embeddings(load):
 
 
 @pytest.mark.parametrize(
-    "zero_stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))]
+    "zero_stage",
+    [
+        pytest.param(0, marks=pytest.mark.ci),
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
 )
 def test_adapters_train_in_two_stages_and_go_on_to_the_bit(zero_stage, tiny_folder, load, tmp_path):
     """Interrupted within the second stage, with an average of the weights, and two learning rates."""
@@ -291,6 +295,7 @@ def rising(first=0):
 # export
 
 
+@pytest.mark.ci
 def test_an_exported_run_is_a_checkpoint_that_captions_alike(small_run, tmp_path, empty_store):
     """Another run captions by the exported checkpoint as it is."""
     place, folder = tmp_path / "project", tmp_path / "exported"

@@ -48,6 +48,7 @@ def whole(tiny_folder, tmp_path_factory):
     return loaded.model.state_dict(), comparable(rows)
 
 
+@pytest.mark.ci
 def test_each_stage_ends_after_its_own_validations_without_a_better_score(whole):
     _, rows = whole
     validations = [row for row in rows if "valid_loss" in row]
@@ -62,6 +63,7 @@ def test_each_stage_ends_after_its_own_validations_without_a_better_score(whole)
     assert schedule.total_steps(SETTINGS, 20, 3) == rows[-1]["step"] == 21
 
 
+@pytest.mark.ci
 def test_up_to_its_end_a_stage_is_the_same_as_without_patience(tiny_folder, whole, tmp_path):
     """The learning rate too; the first stage of a training that ends there is the other's first epochs."""
     script = Scripted(lambda row: row["step"] == 13)
@@ -78,8 +80,8 @@ def test_up_to_its_end_a_stage_is_the_same_as_without_patience(tiny_folder, whol
 @pytest.mark.parametrize(
     "stop",
     [
-        lambda row: row["step"] == 12 and "valid_loss" in row,
-        lambda row: row["step"] == 13,
+        pytest.param(lambda row: row["step"] == 12 and "valid_loss" in row, marks=pytest.mark.ci),
+        pytest.param(lambda row: row["step"] == 13, marks=pytest.mark.ci),
         pytest.param(lambda row: row["step"] == 21 and "valid_loss" in row, marks=pytest.mark.slow),
     ],
     ids=["in the validation that ends a stage", "in the next stage", "at the end"],

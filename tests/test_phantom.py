@@ -116,6 +116,7 @@ def test_a_phantom_of_other_settings_is_not_taken_for_this_one(tmp_path):
     assert caught.value.problems[0].key == "data.phantom"
 
 
+@pytest.mark.ci
 def test_captions_follow_from_the_image():
     """Who sees everything scores 0.85 to 0.95; the best constant stays below 0.45."""
     made = list(cases(600))

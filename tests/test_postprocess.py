@@ -108,6 +108,7 @@ def test_without_repetition_only_the_configured_marks_change():
     assert postprocess(" \x85\n", PostprocessConfig(deduplicate=True)) == ""
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not REAL.exists(), reason="shared/data/roco_captions is not on this machine")
 def test_at_most_one_real_caption_in_a_hundred_loses_a_word():
     lines = REAL.read_text(encoding="utf-8").split("\n")[1:]
@@ -121,6 +122,7 @@ def test_at_most_one_real_caption_in_a_hundred_loses_a_word():
     assert lost / len(captions) <= 0.01, f"{lost} of {len(captions)}"
 
 
+@pytest.mark.ci
 @settings(max_examples=500, deadline=None)
 @given(
     st.one_of(st.text(), REPETITIVE, st.text(alphabet="aAbB .,(\nß1", max_size=60)),

@@ -251,6 +251,7 @@ def test_half_precision_is_for_what_never_trains(folder):
         assert torch.isfinite(found.model(*batch(found)).caption)
 
 
+@pytest.mark.ci
 def test_recomputed_layers_and_plain_attention_give_the_same_gradients(folder):
     found = []
     for vision, language in PAIRS[:3]:
@@ -341,6 +342,7 @@ def test_weights_of_other_names_are_refused(folder, tmp_path, again):
         run(True)
 
 
+@pytest.mark.ci
 def test_the_forecast_counts_what_trains_without_weights(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for vision, language in PAIRS[:2]:
@@ -380,6 +382,7 @@ def test_every_mistake_is_told_at_once_before_a_run(folder):
     assert said(folder) == []
 
 
+@pytest.mark.ci
 def test_what_would_fail_hours_later_is_told_before(folder, tmp_path):
     """Sizes, tokens and names of layers are known from configs and tokenizers, without weights."""
     (longer,) = said(folder, {"max_caption_tokens": 250})
@@ -400,6 +403,7 @@ def test_what_would_fail_hours_later_is_told_before(folder, tmp_path):
     assert "has the weights of another connector" in connector
 
 
+@pytest.mark.ci
 def test_a_table_that_depends_on_the_size_of_images_is_told_before(folder, tmp_path):
     """LeViT's distances between patches are a table for one size."""
     torch.manual_seed(0)

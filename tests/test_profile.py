@@ -44,6 +44,7 @@ def test_a_trace_has_the_steps_after_the_third_and_changes_no_result(tiny_folder
     assert not list((tmp_path / "plain").glob("profile*"))
 
 
+@pytest.mark.ci
 def test_a_training_that_goes_on_after_these_steps_writes_none(tiny_folder, tmp_path):
     def stop(row):
         if row["step"] == 5:

@@ -107,6 +107,7 @@ def test_a_long_prompt_keeps_its_own_text(loaded):
     assert codec.collate([longest], 16)["ids"].shape[1] == len(prompt) + codec.max_tokens
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("language_model", [True, False])
 def test_captions_after_own_prompts_are_those_of_one_image_at_a_time(tiny_folder, language_model):
     loaded = load_tiny(tiny_folder, language_model=language_model)
@@ -239,6 +240,7 @@ def cleaned(caption: str, words: int) -> str:
     )
 
 
+@pytest.mark.ci
 def test_no_image_has_its_own_caption_or_that_of_a_copy_in_its_prompt(project):
     captions, twins = captions_of(project), ("phantom_train_000007", "phantom_train_000031")
     found = prompts_of(project, "train")
@@ -255,6 +257,7 @@ def test_no_image_has_its_own_caption_or_that_of_a_copy_in_its_prompt(project):
     )
 
 
+@pytest.mark.ci
 def test_validation_images_have_neighbours_of_training_and_unreadable_ones_have_none(project):
     record, captions = record_of(project), captions_of(project)
     found = prompts_of(project, "valid")
@@ -266,6 +269,7 @@ def test_validation_images_have_neighbours_of_training_and_unreadable_ones_have_
     assert record["status"] == "FINISHED"
 
 
+@pytest.mark.ci
 def test_a_lost_file_is_made_again_with_the_checkpoint_and_not_with_the_trained_model(project):
     record = record_of(project)
     files = {
@@ -298,6 +302,7 @@ def steps(project: Path, *sets: str) -> dict[str, str]:
     return {name: step.directory.name for name, step in plan(project, *sets).steps.items()}
 
 
+@pytest.mark.ci
 def test_the_number_of_captions_is_part_of_the_fingerprint(project):
     three, four = steps(project), steps(project, "model.prompt.retrieved=4", "model.prompt.words=12")
     assert three == {name: Path(place).name for name, place in record_of(project)["steps"].items()}
@@ -311,6 +316,7 @@ def test_the_number_of_captions_is_part_of_the_fingerprint(project):
     assert plain["train"] != three["train"]
 
 
+@pytest.mark.ci
 def test_a_named_run_gives_its_features_and_retrieval_reports_copies(project, tmp_path):
     (project / "found.yaml").write_text(
         "base: similar.yaml\nname: found\nmodel: {prompt: a photo of}\ntrain: {stages: []}\n"

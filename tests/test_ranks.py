@@ -439,7 +439,7 @@ def test_what_stops_all_ranks_is_said_once(tmp_path):
     assert "error" not in said[1]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.ci])])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.ci)])
 @pytest.mark.slow
 def test_no_process_group_is_left_to_the_interpreter(tmp_path, processes):
     """A single process trains in a group of its own. Ranks end by `os._exit`, without exit handlers."""

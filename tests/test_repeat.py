@@ -54,6 +54,7 @@ def test_in_another_order_and_in_parts(pairs, fresh):
         assert bits(pairs[part], None) == fresh[part]
 
 
+@pytest.mark.ci
 def test_with_an_emptied_a_half_filled_and_a_full_cache(pairs, fresh, tmp_path):
     bits(pairs[:11], tmp_path)
     assert bits(pairs, tmp_path) == fresh, "some embeddings and scores were there"
@@ -107,6 +108,7 @@ def test_after_a_killed_process_and_with_other_threads(pairs, fresh, tmp_path):
         (tmp_path / "cache" / "scores.sqlite").unlink()
 
 
+@pytest.mark.ci
 def test_an_embedding_is_a_function_of_the_text(pairs):
     """Each text alone, with all others, and with others of its width: the same bytes."""
     checkpoint, layer = bertscore.locate(ONLY.bertscore)

@@ -204,6 +204,7 @@ def test_weights_come_back_on_request_and_the_dates_are_those_of_the_new_trainin
     assert record["ended"] > old["ended"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_copied_or_moved_project_has_its_own_artifacts_and_no_second_runs(
     finished, tmp_path, monkeypatch, moved

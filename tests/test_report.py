@@ -139,6 +139,7 @@ def test_a_run_whose_data_is_gone_has_its_captions_and_a_sentence(tmp_path):
     assert all("thumbnail" not in row and "image" not in row for row in page["captions"]["rows"])
 
 
+@pytest.mark.ci
 def test_the_picture_of_the_examples_is_an_artifact_and_is_written_again_only_if_it_changes(tmp_path):
     found = captions(9)
     for caption in found:

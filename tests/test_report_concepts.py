@@ -156,6 +156,7 @@ def test_a_damaged_file_is_left_out_and_told(text, tmp_path):
     assert page["concepts"]["rows"][0].keys() == {"id", "predicted"}
 
 
+@pytest.mark.ci
 def test_images_are_sorted_searched_and_filtered_by_concept(tmp_path, browser):
     images = drawn(45)
     write_data(tmp_path, captions(45))
@@ -219,6 +220,7 @@ def test_missed_and_invented_concepts_are_marked_by_words_and_frames(tmp_path, b
     assert browser.evaluate(values) == ["f10.5000right1missed1invented1", "f11.0000right0missed0invented0"]
 
 
+@pytest.mark.ci
 def test_the_table_of_concepts_is_sorted_paged_and_leads_to_images(tmp_path, browser):
     cuis = [f"C{n:07}" for n in range(40)]
     images = drawn(300, cuis, seed=3)
@@ -281,6 +283,7 @@ def test_only_the_sections_of_the_tasks_are_on_the_page(tmp_path, browser):
     assert browser.problems == []
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast_and_a_phone_shows_it(scheme, tmp_path, browser):
     images = drawn(25)

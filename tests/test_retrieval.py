@@ -82,6 +82,7 @@ def captions_of(project: Path, split: str) -> dict[str, str]:
     return {row["ID"]: row["caption"] for row in rows}
 
 
+@pytest.mark.ci
 def test_retrieval_shares_the_training_and_decodes_nothing(project):
     steps = record_of(project, "nearest")["steps"]
     assert (project / "runs" / steps["train"] / "DONE").exists()
@@ -90,6 +91,7 @@ def test_retrieval_shares_the_training_and_decodes_nothing(project):
     assert not [name for name in steps if name.startswith("predict")]
 
 
+@pytest.mark.ci
 def test_the_nearest_image_gives_its_caption(project):
     training, rows = captions_of(project, "train"), table(project, "nearest")
     record = record_of(project, "nearest")
@@ -107,6 +109,7 @@ def test_the_nearest_image_gives_its_caption(project):
     assert record["scores"]["valid"]["before"]["rouge1"]["n"] == 12
 
 
+@pytest.mark.ci
 def test_the_neighbours_agree_on_a_caption_unless_one_is_near_enough(project):
     training = captions_of(project, "train")
     near, both, sure = (table(project, variant) for variant in ("nearest", "both", "sure"))
@@ -115,6 +118,7 @@ def test_the_neighbours_agree_on_a_caption_unless_one_is_near_enough(project):
     assert all(row["caption"] == training[row["source"]] for row in both)
 
 
+@pytest.mark.ci
 def test_retrieval_without_training_uses_the_checkpoint(project):
     text = (
         (project / "ret.yaml").read_text().partition("variants:")[0].replace("name: ret", "name: untrained")

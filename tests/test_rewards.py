@@ -210,6 +210,7 @@ THREE = [
 OTHER = ("time", "images_per_second")
 
 
+@pytest.mark.ci
 def test_a_training_interrupted_in_a_self_critical_stage_goes_on_to_the_same_bits(tiny_folder, tmp_path):
     """Before its first checkpoint, within an epoch and after one; with dropout in the other stages."""
     settings = config(stages=THREE, checkpoint_every_steps=2)
@@ -236,6 +237,7 @@ def test_a_training_interrupted_in_a_self_critical_stage_goes_on_to_the_same_bit
     ]
 
 
+@pytest.mark.ci
 def test_micro_batches_do_not_change_the_training(tiny_folder, tmp_path):
     found = []
     for size in (2, 8):
@@ -279,6 +281,7 @@ def test_a_stage_ends_when_a_watched_score_falls_below_its_floor(tiny_folder, tm
     assert patience.at_most(settings) == ", or less if stop_when ends a stage early"
 
 
+@pytest.mark.ci
 def test_the_start_of_a_stage_leaves_the_best_average_of_the_stage_before(tiny_folder, tmp_path):
     """Also if the training is killed right after that start, with early stopping and two files kept."""
     stages = [{"epochs": 1, "losses": {"caption": 1}}, stage(3, **RL)]
@@ -315,6 +318,7 @@ def test_the_start_of_a_stage_leaves_the_best_average_of_the_stage_before(tiny_f
     ]
 
 
+@pytest.mark.ci
 def test_the_weights_before_a_self_critical_stage_may_be_the_best(tiny_folder, tmp_path):
     scores = iter((0.9, 0.5, 0.4))
     loaded, _ = run(

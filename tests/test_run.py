@@ -194,6 +194,7 @@ def test_submissions_pass_the_check_and_hold_the_captions(folder, finished):
         assert read(folder / path) == {i: " ".join(c.split()).replace("|", "/") for i, c in captions.items()}
 
 
+@pytest.mark.ci
 def test_a_run_without_training_is_captioned_by_the_checkpoint(folder, finished):
     command = ("run", "small.yaml", "--set=name=untrained", "--set=train.stages=[]")
     assert "nothing is trained" in harness(folder, *command, "--dry-run", "--verbose").stdout
@@ -208,6 +209,7 @@ def test_a_run_without_training_is_captioned_by_the_checkpoint(folder, finished)
     assert "opt-s42" in (folder / "runs/untrained/opt-s42/report.html").read_text()
 
 
+@pytest.mark.ci
 def test_captions_that_are_all_the_same_are_warned_of(folder, finished):
     done = harness(
         folder,

@@ -295,6 +295,7 @@ def test_runs_that_are_none(golden, tmp_path):
     assert "Finish it: harness run" in str(error.value)
 
 
+@pytest.mark.ci
 def test_ctrl_c_ends_with_130(golden, tmp_path):
     """Interrupted while METEOR works in its thread: neither a traceback nor a wait for it."""
     many = {f"x_{n}": f"{text} {n}" for n in range(20_000) for text in ["axial ct of the chest with a mass"]}

@@ -131,6 +131,7 @@ def test_a_soup_that_was_killed_goes_on_after_the_trials_that_it_has(project, wh
     assert record_of(place, "soup/two-s42")["soup"] == whole["soup"]
 
 
+@pytest.mark.ci
 def test_a_soup_is_captioned_scored_and_submitted_like_a_training(project, whole):
     assert whole["status"] == "FINISHED"
     assert not {"train"} & set(whole["steps"])
@@ -141,6 +142,7 @@ def test_a_soup_is_captioned_scored_and_submitted_like_a_training(project, whole
     assert "soup" not in again.stderr.replace("runs/soup", "")
 
 
+@pytest.mark.ci
 def test_the_record_of_a_soup_is_true(project, whole):
     """Its weights are the mean of its members, chosen by trials in the order of the scores alone."""
     found = whole["soup"]
@@ -171,6 +173,7 @@ def captions_of(project: Path, record: dict) -> list[str]:
     return file.read_text().splitlines()[1:]
 
 
+@pytest.mark.ci
 def test_the_held_half_chooses_nothing(project, whole, monkeypatch):
     monkeypatch.chdir(project)
     for value, halves in (("true", {"tune"}), ("false", {"tune", "held"})):
@@ -196,6 +199,7 @@ def test_the_command_writes_an_experiment_and_compares_with_the_best_member(proj
     assert "exists and is another experiment" in refused.stderr
 
 
+@pytest.mark.ci
 def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
     def said(runs: str, rest: str = "") -> str:
         text = f"  bad: {{soup: {{runs: [{runs}]}}{rest}}}"
@@ -226,6 +230,7 @@ def test_what_can_not_be_averaged_is_said_before_anything_runs(project, whole):
     )
 
 
+@pytest.mark.ci
 def test_weights_of_another_shape_are_refused_with_their_names(project, whole, monkeypatch):
     """A family whose weights depend on more than `model`; here the header says so."""
     monkeypatch.chdir(project)

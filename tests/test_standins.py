@@ -73,6 +73,7 @@ def test_bleurt_ranks_same_above_damaged_above_other(data, trained):
     assert worse > worst + 0.1
 
 
+@pytest.mark.ci
 @beside_4
 def test_bleurt_equals_bleurt_pytorch_one_pair_at_a_time(data, folders):
     import torch
@@ -97,6 +98,7 @@ def test_bleurt_equals_bleurt_pytorch_one_pair_at_a_time(data, folders):
     assert any("longer than bleurt takes, cut at 512 tokens" in warning for warning in warnings)
 
 
+@pytest.mark.ci
 def test_bleurt_of_a_pair_does_not_depend_on_other_pairs(data, scorer):
     pairs = [
         (one, other) for one in ["", "ct", *data[1][1][:12]] for other in ("a mass", "ct of the chest " * 9)
@@ -105,6 +107,7 @@ def test_bleurt_of_a_pair_does_not_depend_on_other_pairs(data, scorer):
     assert [scorer.scores([pair])[0, 0] for pair in pairs] == whole
 
 
+@pytest.mark.ci
 def test_words_are_known_to_the_saved_tokenizers(data, folders):
     """Under transformers 5 bleurt-pytorch's tokenizer knows no word at all, and says nothing."""
     from transformers import AutoTokenizer
@@ -130,6 +133,7 @@ def test_clip_puts_matched_pairs_above_shuffled_ones(data, trained):
     assert 0 <= matched.per_image.min() <= matched.per_image.max() <= 2.5
 
 
+@pytest.mark.ci
 def test_clipscore_equals_transformers_one_pair_at_a_time(data, folders):
     import torch
     from transformers import AutoTokenizer, CLIPModel
@@ -153,6 +157,7 @@ def test_clipscore_equals_transformers_one_pair_at_a_time(data, folders):
     assert clip.cut == {texts[-1]}
 
 
+@pytest.mark.ci
 def test_scores_of_standins_are_marked(data, folders):
     images, captions = data[1]
     config = ScoreConfig.model_validate(

@@ -46,6 +46,7 @@ def told(rows):
 # --- Stages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_a_stage_starts_from_the_best_weights(tiny_folder, tmp_path):
     """After two epochs, the first of them better, as after this epoch alone; also if it was interrupted."""
     two, best = CAPTION | {"epochs": 2}, RL | {"start": "best"}
@@ -126,6 +127,7 @@ def test_validations_within_an_epoch_and_their_interruptions(tiny_folder, tmp_pa
     assert told(again) == told(rows)
 
 
+@pytest.mark.ci
 def test_weights_below_a_floor_are_never_the_best(tiny_folder, tmp_path):
     """Those of the average may be, if they are not below it."""
     names = ("valid_primary", "valid_image_gap")
@@ -195,6 +197,7 @@ def best_of(run="small/opt-s42"):
     return Path("runs") / record["steps"]["train"] / "best.safetensors"
 
 
+@pytest.mark.ci
 def test_a_training_starts_from_the_best_weights_of_another_run(kept):
     """They score as that run's own validation says, and another name for them gives the same training."""
     found = plan(kept)

@@ -75,6 +75,7 @@ def records(folder: Path, name: str = NAME) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted((folder / "runs" / name).glob("*/run.json"))]
 
 
+@pytest.mark.ci
 def test_a_trial_is_a_run_of_the_base_with_other_values(folder, finished):
     rows, runs = json.loads(finished.stdout), records(folder)
     assert [row["state"] for row in rows] == ["COMPLETE"] * 4
@@ -94,6 +95,7 @@ def test_a_trial_is_a_run_of_the_base_with_other_values(folder, finished):
     )
 
 
+@pytest.mark.ci
 def test_a_study_of_decoding_trains_once_and_submits_nothing(folder, finished):
     runs = records(folder)
     assert len({run["steps"]["train"] for run in runs}) == 1
@@ -103,6 +105,7 @@ def test_a_study_of_decoding_trains_once_and_submits_nothing(folder, finished):
     assert not (folder / "submissions").exists()
 
 
+@pytest.mark.ci
 def test_the_same_captions_are_never_scored_twice(folder, finished):
     steps = folder / "runs" / "steps"
     wanted = {
@@ -115,6 +118,7 @@ def test_the_same_captions_are_never_scored_twice(folder, finished):
     assert scored + finished.stderr.count("the same captions were scored before") >= len(wanted)
 
 
+@pytest.mark.ci
 def test_mlflow_shows_each_trial_under_the_study(folder, finished):
     import mlflow
 
@@ -135,6 +139,7 @@ def test_mlflow_shows_each_trial_under_the_study(folder, finished):
     assert plots == {"history.png"}  # of so few trials, importance would be chance
 
 
+@pytest.mark.ci
 def test_optuna_opens_the_storage(folder, finished):
     study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{folder}/runs/{NAME}/study.db")
     assert [trial.value for trial in study.trials] == [
@@ -142,6 +147,7 @@ def test_optuna_opens_the_storage(folder, finished):
     ]
 
 
+@pytest.mark.ci
 def test_the_best_is_an_experiment_whose_captions_are_there(folder, finished):
     out = folder / "configs" / "best.yaml"
     told = harness(folder, "study", "best", "decoding.yaml", "--output", str(out))
@@ -164,6 +170,7 @@ def test_the_best_is_an_experiment_whose_captions_are_there(folder, finished):
     assert states["predict-test"] == "to"
 
 
+@pytest.mark.ci
 def test_sqlite_is_refused_for_two_workers_and_a_study_keeps_its_storage(folder, finished):
     done = harness(folder, "study", "decoding.yaml", "--workers", "2", code=None)
     assert done.returncode == 2
@@ -329,6 +336,7 @@ def test_workers_killed_at_random_lose_no_finished_trial(folder, long_study):
     assert set(states) <= {"COMPLETE", "FAIL"}
 
 
+@pytest.mark.ci
 def test_a_reason_with_brackets_is_shown_as_it_is(folder, capsys):
     from harness.cli.study import _table
 
@@ -341,6 +349,7 @@ def test_a_reason_with_brackets_is_shown_as_it_is(folder, capsys):
     assert "[/a/pair.cc] gone" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_more_trials_than_points_are_said_and_not_run(folder, finished):
     """The points are those of a study that has run, so that nothing is trained."""
     text = DECODING.partition("space:")[0] + "name: points\nspace: {predict.num_beams: {choices: [2, 1]}}\n"
@@ -352,6 +361,7 @@ def test_more_trials_than_points_are_said_and_not_run(folder, finished):
     assert json.loads((folder / "runs/points/study.json").read_text())["ended"]
 
 
+@pytest.mark.ci
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(folder, finished):
     text = DECODING.partition("space:")[0].replace("overrides: {", "overrides: {train: {max_grad_norm: 0}, ")
     space = "name: diverged\nspace: {train.learning_rate: {choices: [1e-3, 1e18]}}\ntrials: 2\n"

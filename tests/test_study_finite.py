@@ -34,6 +34,7 @@ def points_of(trials: Trials) -> list[str]:
     return [json.dumps(trial.params, sort_keys=True) for trial in done]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_a_space_that_has_an_end_is_gone_through_once(tmp_path, sampler):
     spec = finite(tmp_path, sampler)
@@ -68,6 +69,7 @@ def test_random_points_are_those_of_the_seed_whoever_takes_them(tmp_path):
     assert sorted(points_of(first)) == sorted(points_of(alone))
 
 
+@pytest.mark.ci
 def test_many_workers_of_a_space_that_has_an_end_repeat_nothing(tmp_path):
     spec = finite(tmp_path, "tpe")
     log = tmp_path / "log"

@@ -202,6 +202,7 @@ def test_what_had_been_scored_before_the_kill_is_not_done_again(tmp_path):
     assert json.loads(run.read_text())["trial"]["state"] == "COMPLETE"
 
 
+@pytest.mark.ci
 def test_random_trials_are_the_same_in_any_storage_and_another_seed_gives_others(tmp_path):
     drawn = {}
     for name in ("journal", "sqlite", "another"):
@@ -246,6 +247,7 @@ def refused(spec: Study, folder: Path, workers: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.ci
 def test_the_storage_is_that_which_suits_the_workers_and_stays(tmp_path):
     spec = study(tmp_path)
     assert choose(spec, tmp_path / spec.name, 1) == "sqlite"

@@ -72,6 +72,7 @@ def test_advice_is_given_only_where_it_leads_to_a_file(folder):
         assert words in made.replace("but not", "not")
 
 
+@pytest.mark.ci
 def test_17237_rows_with_the_same_fault_are_one_message(tmp_path):
     ids = [f"scan_{number:06d}" for number in range(ROWS)]
     path = tmp_path / "run.csv"

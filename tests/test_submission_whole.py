@@ -112,6 +112,7 @@ for n in range(int(sys.argv[2]), 10**9):
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone exchanges two folders in one step")
 def test_kill_9_at_any_time_leaves_a_whole_submission(tmp_path):
     ids = [f"scan_{number}" for number in range(300)]

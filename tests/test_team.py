@@ -38,7 +38,7 @@ from harness.errors import UserError
 from harness.study import storage
 from harness.study.spec import load
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci]
+pytestmark = pytest.mark.ci
 pytest.importorskip("psycopg", reason="needs psycopg: pip install -e '.[team]'")
 if programs() is None:
     pytest.skip("needs PostgreSQL: apt install postgresql", allow_module_level=True)

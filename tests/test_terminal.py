@@ -184,6 +184,7 @@ def test_pages_show_what_turns_text_around():
     assert data == {"caption": r"a\u202eb\x00", "legitimate": LEGITIMATE}
 
 
+@pytest.mark.ci
 def test_only_one_room_knows_the_streams_and_the_console_of_rich():
     for file in (ROOT / "harness").rglob("*.py"):
         if file.name == "visible.py":
@@ -218,6 +219,7 @@ def test_a_closed_stream_loses_what_is_printed_and_nothing_else(place, lost):
     assert len((place / "out.csv").read_text(encoding="utf-8").split("\n")) == 5
 
 
+@pytest.mark.ci
 def test_a_reader_that_is_gone_ends_nothing(place):
     (place / "out.csv").unlink(missing_ok=True)
     done = shell(place, f"harness {SCORE} --per-image out.csv | true; echo ${{PIPESTATUS[0]}}")
@@ -226,6 +228,7 @@ def test_a_reader_that_is_gone_ends_nothing(place):
     assert (place / "out.csv").exists()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("command", [SCORE, "--help", f"{SCORE} --format json", "leaderboard"])
 def test_a_full_device_is_one_line(place, command):
     done = shell(place, f"harness {command} > /dev/full")
@@ -248,6 +251,7 @@ def test_a_folder_that_is_gone_is_one_line(place, command):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "locale",
     [

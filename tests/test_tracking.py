@@ -232,6 +232,7 @@ def killed_in(method: str, count: int, folder: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, (method, count)
 
 
+@pytest.mark.ci
 def test_killed_anywhere_the_next_mirror_makes_it_whole_without_duplicates(root, monkeypatch):
     monkeypatch.setitem(server._BATCH, "metrics", 25)
     folder = record(root, "base")
@@ -271,6 +272,7 @@ def _names() -> set[str]:
     return set(mlflow_runs()) if client().get_experiment_by_name(NAME) else set()
 
 
+@pytest.mark.ci
 def test_a_run_whose_process_was_killed_is_shown_as_killed(root):
     record(root, "base", "RUNNING", scores={})
     code = """
@@ -307,7 +309,7 @@ def dead_server(kind: str) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("kind", ["closed", pytest.param("hangs", marks=[pytest.mark.slow, pytest.mark.ci])])
+@pytest.mark.parametrize("kind", ["closed", pytest.param("hangs", marks=pytest.mark.ci)])
 def test_a_server_that_is_down_costs_seconds_and_loses_nothing(kind, root, monkeypatch):
     mirror_by_server(monkeypatch)
     folder = record(root, "base")

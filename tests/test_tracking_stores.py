@@ -32,7 +32,9 @@ def sync(folder: Path, run: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-@pytest.mark.parametrize("apart", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
+@pytest.mark.parametrize(
+    "apart", [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(0.4, marks=pytest.mark.ci)]
+)
 def test_three_first_runs_make_one_store(root, tmp_path, apart):
     """Migrations of several processes at once leave a store that no MLflow can open."""
     (tmp_path / "mlflow.db").unlink()
@@ -58,6 +60,7 @@ def half_made(database: Path) -> None:
         connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
 
 
+@pytest.mark.ci
 def test_a_half_made_store_is_recognised_and_the_remedy_helps(root, tmp_path):
     folder, database = record(root, "base"), tmp_path / "mlflow.db"
     half_made(database)
@@ -85,6 +88,7 @@ def forget_tokens(file: Path) -> None:
     write_json(file, json.loads(file.read_text())["value"])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"checksum": "1", "value": {}}', None])
 def test_damaged_bookkeeping_is_made_again_without_a_second_run(root, content):
     """`None`: the run that it names is not on the server."""
@@ -161,6 +165,7 @@ def refusing(kind: str) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["closed", "silent", "401", "403", "500", "html", "https"])
 def test_a_server_that_refuses_is_said_in_a_line_within_seconds(root, monkeypatch, kind):
     import mlflow  # noqa: F401  what takes long to import is not what is measured

@@ -35,6 +35,7 @@ def plain(folder, tmp_path_factory):
     return loaded.model.state_dict(), rows
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("language_model", [True, False])
 def test_training_equals_plain_pytorch(folder, tmp_path, language_model):
     settings = config(evaluate_every=0)
@@ -47,6 +48,7 @@ def test_training_equals_plain_pytorch(folder, tmp_path, language_model):
         torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.ci
 def test_frozen_parts_do_not_change_by_a_bit(folder, plain, tmp_path):
     before = load_tiny(folder).model.state_dict()
     first, _ = run(folder, tmp_path / "one", config(stages=stages(2, 0), evaluate_every=0))
@@ -75,6 +77,7 @@ def uninterrupted(folder, tmp_path_factory):
     return whole.model.state_dict(), rows
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("at", "first"), [(2, 1), (4, 4), (8, 7), (11, 10)])
 def test_an_interrupted_training_goes_on_to_the_same_weights(folder, uninterrupted, tmp_path, at, first):
     """Dropout included; stopped in either stage, within and after its first epoch (3 steps each)."""
@@ -105,7 +108,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(folder, uninterrupt
     ]
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.ci])])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.ci)])
 @pytest.mark.slow
 def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_path, zero_stage):
     """The third trains the text path again, which the second freezes. Each has an epoch of 3 steps."""
@@ -120,7 +123,8 @@ def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_pat
     assert [row["stage"] for row in rows if "loss" in row] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3]
     assert ["concept_loss" in row for row in rows if "loss" in row] == [True] * 3 + [False] * 3 + [True] * 6
     seen = []
-    for at in (2, 5, 7, 9, 11):
+    stops = (2, 5, 7, 9, 11) if zero_stage == 0 else (5, 9)
+    for at in stops:
 
         def stop(row, at=at):
             seen.append(row["step"])
@@ -130,7 +134,10 @@ def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_pat
         with pytest.raises(Interrupted):
             run(folder, tmp_path / "parts", settings, dropout=0.1, log=stop)
     resumed, again = run(folder, tmp_path / "parts", settings, dropout=0.1)
-    assert seen == [1, 2, *(1, 2, 3, 3, 4, 5), *(4, 5, 6, 6, 7), *(7, 8, 9), *(9, 9, 10, 11)]
+    if zero_stage == 0:
+        assert seen == [1, 2, *(1, 2, 3, 3, 4, 5), *(4, 5, 6, 6, 7), *(7, 8, 9), *(9, 9, 10, 11)]
+    else:
+        assert seen == [*(1, 2, 3, 3, 4, 5), *(4, 5, 6, 6, 7, 8, 9)]
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     other = ("time", "images_per_second")
@@ -141,6 +148,7 @@ def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_pat
     assert ended == again
 
 
+@pytest.mark.ci
 def test_one_stage_is_the_first_of_two(folder, plain, tmp_path):
     _, one = run(folder, tmp_path / "one", config(stages=stages(2), evaluate_every=0))
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, plain[1])]
@@ -151,6 +159,7 @@ def test_the_schema_names_every_loss():
     assert list(LossesConfig.model_fields) == list(losses.LOSSES)
 
 
+@pytest.mark.ci
 def test_an_epoch_survives_a_validation_that_fails(folder, tmp_path):
     def fail():
         raise Interrupted
@@ -163,6 +172,7 @@ def test_an_epoch_survives_a_validation_that_fails(folder, tmp_path):
     assert [row["step"] for row in rows if "valid_loss" in row] == [3, 6, 9]
 
 
+@pytest.mark.ci
 def test_a_finished_training_that_was_cut_before_its_marker_does_nothing_more(folder, tmp_path):
     first, rows = run(folder, tmp_path / "run", config())
     with (tmp_path / "run" / train.LOSSES).open("a") as file:
@@ -172,12 +182,14 @@ def test_a_finished_training_that_was_cut_before_its_marker_does_nothing_more(fo
     assert torch.equal(first.model.query_tokens, again.model.query_tokens)
 
 
+@pytest.mark.ci
 def test_gradient_checkpointing_changes_no_loss(folder, plain, tmp_path):
     _, saved = run(folder, tmp_path / "saved", config(evaluate_every=0, gradient_checkpointing=True))
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (saved, plain[1])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("language_model", [True, False])
 def test_texts_padded_to_a_multiple_change_no_loss(folder, tmp_path, monkeypatch, language_model):
     """As on accelerators; on a CPU texts are as wide as the longest."""
@@ -207,6 +219,7 @@ def test_no_text_is_padded_beyond_the_longest_that_is_allowed(folder):
         assert width % 8 == 0 or width == len(codec.prompt) + 13
 
 
+@pytest.mark.ci
 def test_the_best_checkpoint_is_chosen_by_number(folder, tmp_path):
     """As strings, 9.5 would beat 10.2."""
     scores = iter([9.5, 10.2, 10.1])
@@ -276,6 +289,7 @@ def test_sorting_within_a_step_leaves_its_images_alone():
     assert [set(batch) for batch in plain] == [set(batch) for batch in longest_first]
 
 
+@pytest.mark.ci
 def test_grouping_by_length_trains(folder, tmp_path):
     _, rows = run(folder, tmp_path / "run", config(group_by_length=True, evaluate_every=0))
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
@@ -284,8 +298,8 @@ def test_grouping_by_length_trains(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"zero_stage": 1, "gradient_checkpointing": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 1, "gradient_checkpointing": True}, marks=pytest.mark.ci),
         pytest.param({"zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param({"zero_stage": 3}, marks=pytest.mark.slow),
         pytest.param({"vision_precision": "fp32", "gradient_checkpointing": True}, marks=pytest.mark.slow),
@@ -307,6 +321,7 @@ def losses_of(rows):
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.ci
 def test_casts_that_outlive_their_step_would_be_seen(folder, tmp_path, monkeypatch):
     """The losses of step 2 and later, whose weights moved after they were cast."""
     settings = config(precision="bf16", evaluate_every=0, stages=stages(1, 0), learning_rate=1e-2)
@@ -320,6 +335,7 @@ def test_casts_that_outlive_their_step_would_be_seen(folder, tmp_path, monkeypat
     assert right[2] != wrong[2]
 
 
+@pytest.mark.ci
 def test_a_weight_is_cast_once_in_a_step(folder, tmp_path, monkeypatch):
     """The matrix of a ViT layer that both micro-batches of a step use, forwards and in the recomputation."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -348,6 +364,7 @@ def interrupt(row):
     raise Interrupted
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_fp16_trains_as_fp32_does(folder, plain, tmp_path, zero_stage):
     half = config(precision="fp16", zero_stage=zero_stage, evaluate_every=0)
@@ -360,6 +377,7 @@ def test_fp16_trains_as_fp32_does(folder, plain, tmp_path, zero_stage):
     }
 
 
+@pytest.mark.ci
 def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(folder, tmp_path):
     from harness.training.engine import engine, place, release
 
@@ -415,7 +433,8 @@ def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on_fused(folder, t
 
 
 @pytest.mark.parametrize(
-    "zero_stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    "zero_stage",
+    [pytest.param(0, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))],
 )
 def test_a_stage_leaves_neither_its_optimiser_nor_another_model(folder, tmp_path, zero_stage):
     """At full size, the moments of stage 1 beside those of stage 2 are 9 GB that doctor doesn't count."""
@@ -435,6 +454,7 @@ def test_a_stage_leaves_neither_its_optimiser_nor_another_model(folder, tmp_path
     assert [kept for kept in alive() if id(kept) not in before] == []
 
 
+@pytest.mark.ci
 def test_release_is_still_what_deepspeed_needs_at_stage_3(folder, tmp_path, monkeypatch):
     """Its own `destroy` leaves all that `release` takes away; a DeepSpeed that differs fails here."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator

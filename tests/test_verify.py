@@ -56,6 +56,7 @@ def harness(folder: Path, *arguments: str, code: int = 0) -> subprocess.Complete
     return done
 
 
+@pytest.mark.ci
 def test_the_command_compares_with_every_package(golden, tmp_path):
     """All but METEOR and BLEURT, which have tests of their own."""
     for name, side in zip(("p.csv", "r.csv"), golden, strict=True):
@@ -71,6 +72,7 @@ def test_the_command_compares_with_every_package(golden, tmp_path):
     assert found["clipscore"]["ok"] is None
 
 
+@pytest.mark.ci
 def test_scores_that_differ_fail(golden):
     given = inputs(golden, COUNTED)
     scores = scored(given)
@@ -87,6 +89,7 @@ def test_scores_that_differ_fail(golden):
         assert raised.value.exit_code == 1
 
 
+@pytest.mark.ci
 def test_cider_of_another_corpus_fails(golden, monkeypatch):
     """Both sides score the chosen rows as a corpus of their own; other document frequencies show."""
     given = inputs(golden, ("cider",))
@@ -94,6 +97,7 @@ def test_cider_of_another_corpus_fails(golden, monkeypatch):
     assert verify.captions(given, scored(given), 8)["cider"].fails
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("edition", [2023, 2025])
 def test_bertscore_and_its_idf_over_all_references(golden, edition):
     given = inputs(golden, ("bertscore",), edition, bertscore={"checkpoint": "standin"})
@@ -102,6 +106,7 @@ def test_bertscore_and_its_idf_over_all_references(golden, edition):
     assert found.difference < 1e-6
 
 
+@pytest.mark.ci
 def test_rows_with_a_blank_side_are_left_out_and_none_left_is_no_success():
     some = inputs((["lung", "", "a mass", "!?"], ["lung", "mass", "mass", "..."]), COUNTED)
     found = verify.captions(some, scored(some), 4)
@@ -128,6 +133,7 @@ def test_meteors_own_client_gets_one_line_a_caption():
     assert found.difference < 1e-6
 
 
+@pytest.mark.ci
 def test_what_was_not_computed_or_not_in_fp32_is_never_ok(golden):
     given = inputs(golden, ("bleurt", "clipscore"), bleurt={"checkpoint": "/no/where"})
     assert all(one.why.startswith("absent: ") for one in verify.captions(given, scored(given), 4).values())

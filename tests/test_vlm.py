@@ -560,7 +560,8 @@ def whole_config() -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    "kind", ["llava", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "llava")]
+    "kind",
+    [pytest.param(k, marks=pytest.mark.ci if k == "llava" else pytest.mark.slow) for k in KINDS],
 )
 def test_a_run_trains_two_stages_captions_and_scores(folders, tmp_path, kind):
     (tmp_path / "vlm.yaml").write_text(RUN.format(folder=folders(kind)))

@@ -129,6 +129,7 @@ def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch):
     assert threads == [threading.main_thread()]
 
 
+@pytest.mark.ci
 def test_training_goes_on_while_it_is_written_and_one_write_waits_for_the_other(
     folder, tmp_path, monkeypatch
 ):
@@ -150,6 +151,7 @@ def test_training_goes_on_while_it_is_written_and_one_write_waits_for_the_other(
     assert [named for step, valid, _, named in seen if valid] == [3, 6, 9]
 
 
+@pytest.mark.ci
 def test_an_error_of_the_thread_ends_the_run_and_keeps_the_checkpoint_before(folder, tmp_path, monkeypatch):
     _, whole = run(folder, tmp_path / "whole", config(evaluate_every=0))
     with monkeypatch.context() as patched:
