@@ -112,6 +112,20 @@ def by_sklearn(own: set[str], wanted: set[str]) -> float:
 
 
 @pytest.mark.ci
+def test_the_table_ends_with_differences_on_the_half_without_thresholds(project):
+    wanted = truth(project)
+    held = [image for image in wanted if half(image) == HELD]
+    each = {v: {i: by_sklearn(set(lists(project, v)[i]), wanted[i]) for i in held} for v in VARIANTS[:2]}
+    one, other = (np.mean(list(found.values())) for found in each.values())
+    lines = (project / "stdout").read_text().splitlines()
+    (start,) = (n for n, line in enumerate(lines) if line == "  classifier-s42 -> knn-s42")
+    assert lines[start + 1].startswith(f"    f1 {other - one:+.3f} [")
+    best = max(VARIANTS, key=lambda v: record(project, v)["concepts"]["halves"][HELD]["f1"]["value"])
+    (page,) = (line for line in lines if "report.html" in line)
+    assert page.endswith(f"runs/found/{best}-s42/report.html")
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_organisers_read_what_was_decided(project, variant):
     run, most = record(project, variant), {"valid": 24, "test": 8}

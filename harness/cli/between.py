@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from harness.config.editions import EDITIONS
+from harness.data.halves import HELD
 from harness.errors import UserError
 from harness.program import spelled
 from harness.records import full_name, name_of, task_of
@@ -13,7 +14,7 @@ from harness.store import RUNS
 Record = Mapping[str, Any]
 MOST = 8
 """The most pairs of runs; `harness compare` shows others."""
-_SECOND = "rouge1"
+_SECOND, _OF_CONCEPTS = "rouge1", "f1"
 
 
 def told(records: Sequence[Record]) -> Iterator[str]:
@@ -33,18 +34,34 @@ def told(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _pairs(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
-    scored = [record for record in records if record["scores"].get("valid", {}).get("after")]
-    for seed in dict.fromkeys(record["seed"] for record in scored):
-        yield from pairwise(record for record in scored if record["seed"] == seed)
+    scored = [record for record in records if _scores(record)]
+    for kind in dict.fromkeys(map(_kind, scored)):
+        yield from pairwise(record for record in scored if _kind(record) == kind)
+
+
+def _kind(record: Record) -> tuple[str, int]:
+    return task_of(record), record["seed"]
+
+
+def _scores(record: Record) -> Mapping[str, Any]:
+    """The scores on validation; those of concepts are on the half on which no threshold was chosen."""
+    if task_of(record) == "concepts":
+        return ((record.get("concepts") or {}).get("halves") or {}).get(HELD, {})
+    return record["scores"].get("valid", {}).get("after", {})
 
 
 def _differences(one: Record, other: Record) -> list[str]:
-    """The differences of two runs in the primary score and in ROUGE-1, and which of them are shown."""
-    from harness.compare import compare, read_run
+    """The differences of two runs in the primary score and in ROUGE-1, and which of them are shown.
+
+    Runs of concepts are compared by F1 on the half that `_scores` takes.
+    """
+    from harness.compare import compare, on_half, read_run
 
     try:
         systems = [read_run(RUNS / full_name(record), name_of(record)) for record in (one, other)]
         names = dict.fromkeys([EDITIONS[one["edition"]].primary, _SECOND])
+        if task_of(one) == "concepts":
+            systems, names = [on_half(system, HELD) for system in systems], {_OF_CONCEPTS: None}
         wanted = [name for name in names if all(name in system.scores for system in systems)]
         found = compare(systems, wanted, against=systems[0].label) if wanted else []
     except UserError as error:
@@ -62,7 +79,7 @@ def _words(one: Any) -> str:
 
 def _one_seed(records: Sequence[Record]) -> str:
     seed = records[0]["seed"]
-    if any(record["standin_model"] for record in records):
+    if any(record["standin_model"] and task_of(record) == "captions" for record in records):
         return (
             f"All runs have seed {seed}. The intervals do not cover training: on another machine, or with "
             "another seed, small models such as these score up to 0.05 higher or lower."
@@ -74,12 +91,13 @@ def _one_seed(records: Sequence[Record]) -> str:
 
 
 def best(records: Sequence[Record]) -> Record:
-    """The run to look at first: the best by the edition's primary score, or else the last one."""
-    primary = EDITIONS[records[0]["edition"]].primary
-    captioned = [record for record in records if task_of(record) == "captions"]
+    """The run to look at first: the best one that captions, else the best of concepts, else the last."""
 
     def value(record: Record) -> float:
-        score = record["scores"].get("valid", {}).get("after", {}).get(primary)
-        return -1.0 if score is None or score["value"] is None else score["value"]
+        names = (EDITIONS[record["edition"]].primary, _OF_CONCEPTS)
+        found = [_scores(record)[name]["value"] for name in names if name in _scores(record)]
+        return -1.0 if found in ([], [None]) else found[0]
 
-    return max(captioned, key=value) if captioned else records[-1]
+    captioned = [record for record in records if task_of(record) == "captions"]
+    scored = [record for record in captioned or records if _scores(record)]
+    return max(scored, key=value, default=records[-1])

@@ -10,6 +10,7 @@ from typing import Any
 from harness.cli.terminal import Format
 from harness.cli.widths import Column, Row, Sheet
 from harness.program import spelled
+from harness.store import gb
 from harness.visible import console, json_text, one_line, print_csv
 
 
@@ -120,9 +121,9 @@ def _memory(row: Mapping[str, Any]) -> str:
 
 
 def _disk(found: Mapping[str, Any] | None) -> str:
-    """What decoded images will need on disk, in GB."""
+    """What decoded images will need on disk."""
     total = sum(one["bytes"] for one in found["to_build"]) if found else 0
-    return f"{total / 1e9:.1f} GB" if total else "-"
+    return gb(total) if total else "-"
 
 
 def _show_one(row: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def _next(screen: Any, records: Sequence[Record]) -> None:
     """Print what to look at next: the page of the best run, the official files, all runs in MLflow."""
     first = between.best(records)
     screen.print("\nNext:")
-    screen.print(f"  captions and curves, in a browser  runs/{full_name(first)}/report.html", soft_wrap=True)
+    screen.print(f"  the best run, in a browser         runs/{full_name(first)}/report.html", soft_wrap=True)
     if any(record["submissions"] for record in records):
         screen.print(f"  the official files, checked        submissions/{first['name']}/", soft_wrap=True)
     screen.print("  all runs side by side              mlflow ui")
@@ -91,8 +91,9 @@ def _next(screen: Any, records: Sequence[Record]) -> None:
 
 def _unscored(record: Record) -> str:
     """Why an experiment has no table of scores."""
-    splits = ", ".join(record["config"].get("predict", {}).get("splits") or ()) or "nothing"
-    why = record.get("unscored", {}).get("valid") or f"it predicts {splits} alone"
+    splits = ", ".join(record["config"].get("predict", {}).get("splits") or ())
+    predicts = f"it predicts {splits} alone" if splits else "it predicts no split (predict.splits)"
+    why = record.get("unscored", {}).get("valid") or predicts
     return f"{record['name']}: no scores on validation: {why}"
 
 
