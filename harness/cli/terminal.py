@@ -164,11 +164,11 @@ class Terminal:
             self.after = self.ahead(run, step)
 
     def _of_all(self, left: float | None) -> str:
-        """The time left of the whole command, if more comes after the `left` seconds of this part."""
+        """The time left of the whole command, if some is known to come after the `left` seconds of this part."""
         from harness.training.speed import duration
 
         seconds, whole = self.after
-        if left is None or self.after == (0.0, True):
+        if left is None or not seconds:
             return ""
         time = duration(left + seconds)
         return f"whole command {time if whole else time.replace('about', 'at least')}"
