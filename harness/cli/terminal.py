@@ -164,7 +164,7 @@ class Terminal:
             self.after = self.ahead(run, step)
 
     def _of_all(self, left: float | None) -> str:
-        """The time left of the whole command, if some is known to come after the `left` seconds of this part."""
+        """The time left of the whole command, if it is known to take more than these `left` seconds."""
         from harness.training.speed import duration
 
         seconds, whole = self.after
