@@ -69,9 +69,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def ls(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME ...]", help="Runs or experiments, with * for any text; by default all."
-        ),
+        typer.Argument(metavar="NAME ...", help="Runs or experiments, with * for any text; by default all."),
     ] = None,
     status: Annotated[
         list[Status] | None,
