@@ -13,12 +13,15 @@ from harness.program import spelled
 from harness.visible import console, json_text, one_line, print_csv
 
 
-def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False) -> None:
+def show(
+    configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False, replace: bool = False
+) -> None:
     """Print what each run would do, as a table, JSON or CSV; starts nothing and does not import torch.
 
     A table has a line a run; `verbose` prints the config, steps and forecasts of each run instead. JSON has
-    all of it.
+    all of it. Runs that `run` would refuse to replace are named, unless `replace`.
     """
+    from harness.keeping import replacing
     from harness.steps.plan import dry, problems
     from harness.training.forecast import forecast
 
@@ -29,6 +32,7 @@ def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool
         run = f"{config.name}/{config.run_name}"
         rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
         rows[-1]["training"] = forecast(config)
+        rows[-1]["replaces"] = replacing.ahead(config)
     if output is Format.json:
         print(json_text(rows))
     elif output is Format.csv:
@@ -41,6 +45,22 @@ def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool
             _show_one(row)
     else:
         _show_all(configs[0].name, rows, [_changes(experiment, config) for config in configs])
+    if output is Format.table and not replace:
+        for line in _refused(rows):
+            console().print(line, soft_wrap=True)
+
+
+def _refused(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for finished runs that `run` would refuse to replace, by the settings that differ."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        if row["replaces"]:
+            runs.setdefault("; ".join(row["replaces"]), []).append(row["run"])
+    lines = []
+    for why, (first, *others) in runs.items():
+        have = f"{first} and {len(others)} more have" if others else f"{first} has"
+        lines.append(f"refused: {have} finished with other settings: {why}. Add --name NEW_NAME or --replace")
+    return lines
 
 
 def _changes(experiment: Path, config: Any) -> str:
