@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from harness import program
-from harness.cli import app
+from harness.cli import app, process
 from harness.cli.terminal import by_name, run_by_name
 from harness.config.experiment import load
 from harness.errors import UserError
@@ -50,6 +50,24 @@ def test_commands_of_finished_runs_take_that_name(tmp_path, monkeypatch, command
     options = ["--out", "c.csv"] if command == "consensus" else []
     found = invoke(command, "x/base-s42", *more.get(command, []), *options)
     assert "runs/x/base-s42" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["ls", "--sort", "x"], "'x' is not one of 'date'"),
+        (["leaderboard", "--edition", "x"], "a whole number is allowed"),
+        (["run", "x", "--nproc", "0"], "at least this is allowed: 1"),
+    ],
+)
+def test_a_mistyped_option_is_told_in_words(monkeypatch, capsys, given, told):
+    monkeypatch.setattr(sys, "argv", ["harness", *given])
+    with pytest.raises(SystemExit):
+        process._run_command(app)
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Value error" not in error
+    assert "Input" not in error
 
 
 def test_paragraphs_of_help_are_as_wide_as_the_terminal():

@@ -103,7 +103,11 @@ def ls(
         _table(found)
         console().print(f"{RUNS}/ has {gb(listing.size(RUNS))} in all")
     else:
-        print("No such runs." if runs or status else spelled("No runs yet: harness run quickstart"))
+        print(
+            spelled(
+                "No such runs; all: harness ls" if runs or status else "No runs yet: harness run quickstart"
+            )
+        )
 
 
 def _table(rows: Sequence["Run"]) -> None:

@@ -44,7 +44,7 @@ def show(
         for row in rows:
             _show_one(row)
     else:
-        _show_all(configs[0].name, rows, [_changes(experiment, config) for config in configs])
+        _show_all(configs[0].name, experiment, rows, [_changes(experiment, config) for config in configs])
     if output is Format.table and not replace:
         for line in _refused(rows):
             console().print(line, soft_wrap=True)
@@ -82,7 +82,7 @@ def _short(value: Any) -> str:
     return one_line(text if len(text) <= 40 else f"{text[:39]}…")
 
 
-def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str]) -> None:
+def _show_all(name: str, experiment: Path, rows: Sequence[dict[str, Any]], changes: Sequence[str]) -> None:
     screen = console()
     columns = [Column("run"), Column("state", 0), Column("time", 1), Column("memory", 2), Column("disk", 3)]
     columns.append(Column("differs by", 4, text=True))
@@ -97,6 +97,9 @@ def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str])
     unknown = [f"unknown: {reason}" for row in rows for reason in row["training"]["unknown"]]
     for line in dict.fromkeys([*waiting, *notes, *missing, *unknown]):
         screen.print(spelled(line), soft_wrap=True)
+    if missing:
+        fetch = f"missing: the commands that fetch them: harness doctor {experiment}"
+        screen.print(spelled(fetch), soft_wrap=True)
     waits = any(state.startswith("to do") for row in rows for state in row["steps"].values())
     if waits and (times := [row["training"]["time"] for row in rows if row["training"]["time"]]):
         screen.print(f"time: a forecast for one {times[0]['device']}; a dash is a time that is not known")
