@@ -26,7 +26,7 @@ def test_each_variant_is_compared_with_the_one_before_it(records):
     systems = [compare.read_run(Path("runs/small") / name, name) for name in names[:2]]
     found = {one.metric: one for one in compare.compare(systems, ["bertscore", "rouge1"])}
     for metric, one in found.items():
-        start = f"    {metric} {one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}] "
+        start = f"    {metric} {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}] "
         assert any(line.startswith(start) for line in lines)
     assert "up to 0.05" in lines[-1]
 

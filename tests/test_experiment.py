@@ -242,6 +242,13 @@ def test_an_entry_that_there_is_not_is_an_error_that_says_how_many_there_are(tmp
     assert messages(write(tmp_path, NEW), f"{key}=1") == [f"--set {key}: {key}: {what}"]
 
 
+@pytest.mark.parametrize(("given", "way"), [("seeds=[1,2]", "--set seed=7"), ("variants={}", "--variant")])
+def test_a_key_that_only_the_file_has_says_what_else_to_give(tmp_path, given, way):
+    (told,) = messages(write(tmp_path, NEW), given)
+    assert "only the top of an experiment file has this key" in told
+    assert way in told
+
+
 def test_a_list_replaces_that_of_the_base_and_its_mistakes_have_their_own_lines(tmp_path):
     write(tmp_path, NEW, "base.yaml")
     text = "base: base.yaml\nname: b\ntrain:\n  stages:\n    - epochs: 1\n      losses: {caption: 2}\n"

@@ -79,13 +79,13 @@ def test_runs_are_ranked_on_the_half_that_chose_no_threshold(project):
 
 
 APART = {
-    "stand-in model": ({"standin_model": True}, "its concepts are by a stand-in model"),
+    "stand-in model": ({"standin_model": True}, "the concepts are by a stand-in model"),
     "still running": (
         {"status": "RUNNING", "concepts": None},
         "the run is RUNNING; f1, the ranking score, is absent",
     ),
     "trial": ({"trial": {"option": "x"}}, "it is a trial of a study"),
-    "made-up images": ({"config": {"task": "concepts", "data": {"phantom": {}}}}, "its images are made up"),
+    "made-up images": ({"config": {"task": "concepts", "data": {"phantom": {}}}}, "the images are made up"),
     "quick look": ({"config": {"task": "concepts", "data": {"fraction": {"valid": 0.1}}}}, "10% of valid"),
     "other images": (
         {"concepts": concepts(n=200)},
@@ -254,7 +254,7 @@ def test_the_page_shows_either_task(project, browser):
     ]
     text = browser.evaluate(main)
     assert "0.6000†" in text
-    assert "its concepts are by a stand-in model" in text
+    assert "the concepts are by a stand-in model" in text
     assert "image gap" not in text
     assert browser.evaluate("document.getElementById('metric').value") == "f1"
     browser.choose("edition", "2026")

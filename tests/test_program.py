@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from harness import program
-from harness.cli import app
-from harness.cli.terminal import by_name
+from harness.cli import app, process
+from harness.cli.terminal import by_name, run_by_name
 from harness.config.experiment import load
 from harness.errors import UserError
 
@@ -29,6 +29,50 @@ def test_an_experiment_is_found_by_its_name(monkeypatch):
     assert by_name(Path("quickstart.yaml")) == Path("quickstart.yaml")
     assert by_name(Path("runs/quickstart/opt_224-s42")) == Path("runs/quickstart/opt_224-s42")
     assert by_name(None) is None
+
+
+def test_a_run_is_found_by_the_name_that_ls_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x/base-s42")
+    folder.mkdir(parents=True)
+    assert run_by_name(Path("x/base-s42")) == run_by_name(folder) == folder
+    assert run_by_name(Path("y/base-s42")) == Path("y/base-s42")
+    assert run_by_name(None) is None
+    Path("x/base-s42").mkdir(parents=True)
+    assert run_by_name(Path("x/base-s42")) == Path("x/base-s42")
+
+
+@pytest.mark.parametrize("command", ["report", "export", "caption", "sync", "score", "compare", "consensus"])
+def test_commands_of_finished_runs_take_that_name(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x/base-s42").mkdir(parents=True)
+    more = {"export": ["out"], "caption": ["images"], "compare": ["x/base-s42"]}
+    options = ["--out", "c.csv"] if command == "consensus" else []
+    found = invoke(command, "x/base-s42", *more.get(command, []), *options)
+    assert "runs/x/base-s42" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["ls", "--sort", "x"], "'x' is not one of 'date'"),
+        (["leaderboard", "--edition", "x"], "a whole number is allowed"),
+        (["run", "x", "--nproc", "0"], "at least this is allowed: 1"),
+    ],
+)
+def test_a_mistyped_option_is_told_in_words(monkeypatch, capsys, given, told):
+    monkeypatch.setattr(sys, "argv", ["harness", *given])
+    with pytest.raises(SystemExit):
+        process._run_command(app)
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Value error" not in error
+    assert "Input" not in error
+
+
+def test_paragraphs_of_help_are_as_wide_as_the_terminal():
+    for one in app.registered_commands:
+        assert not re.search(r"[^\n]\n[^\n]", one.help), one.name
 
 
 def test_a_name_that_is_near_is_offered_and_all_others_are_listed(monkeypatch):

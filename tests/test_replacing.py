@@ -14,7 +14,8 @@ from support.commands import harness
 from support.experiments import EXPERIMENT
 
 from harness import records, tracking
-from harness.cli.terminal import Terminal
+from harness.cli import plans as plans_of
+from harness.cli.terminal import Format, Terminal
 from harness.config.experiment import load
 from harness.errors import UserError
 from harness.keeping import replacing
@@ -73,6 +74,19 @@ def test_other_settings_are_refused_with_the_old_and_the_new_value_and_two_ways_
     assert "train.warmup_steps 2 -> 3; predict.num_beams 2 -> 1" in told
     assert "--name NEW_NAME" in told
     assert "runs/small/archive/: --replace" in told
+
+
+def test_a_dry_run_says_what_run_would_refuse(project, capsys):
+    def dry(*sets: str, replace: bool = False) -> str:
+        plans_of.show(load("small.yaml", sets), Format.table, Path("small.yaml"), replace=replace)
+        return capsys.readouterr().out
+
+    (line,) = [line for line in dry("predict.num_beams=1").splitlines() if line.startswith("refused")]
+    assert "small/opt-s42 and 1 more have finished with other settings: predict.num_beams 2 -> 1" in line
+    assert "--name NEW_NAME or --replace" in line
+    assert "refused" not in dry()
+    assert "refused" not in dry("predict.num_beams=1", replace=True)
+    assert "refused" not in dry("name=other", "predict.num_beams=1")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ def fits(text: str, width: int) -> None:
             assert cell_len(line) <= width, line
 
 
+def test_a_name_is_folded_after_a_sign_and_an_empty_column_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "55")
+    columns = [Column("run"), Column("differs by", 0, text=True), Column("why", 1, text=True)]
+    row = Row(["quickstart/qformer_224-s42", "model.language_model=false, seed=1", ""])
+    Sheet("t", columns, [row]).show(console())
+    text = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line[0] == "│"]
+    first, second = ([cell for cell in column if cell] for column in zip(*cells, strict=True))
+    assert [*first] == ["quickstart/qformer_224-", "s42"]
+    assert "".join(second).replace(" ", "") == "model.language_model=false,seed=1"
+    assert all(part[-1] in "=,._" for part in second[:-1])
+    assert "why" not in text
+
+
 def test_the_scores_of_runs_are_all_there(width, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tables.show(runs())

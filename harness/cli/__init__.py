@@ -40,6 +40,11 @@ class _InPanels(TyperGroup):
         return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
 
 
+def _paragraphs(text: str) -> str:
+    """The text with one line a paragraph, so that help wraps at the width of the terminal alone."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 app = typer.Typer(
     name="harness",
     cls=_InPanels,
@@ -73,7 +78,7 @@ app.command("doctor", rich_help_panel=_HOUSE)(doctor.doctor)
 for _every in (app, study.app, submission.app, data.app):
     _every.info.help = spelled(str(_every.info.help))
     for _one in _every.registered_commands:
-        _one.help = spelled(inspect.getdoc(_one.callback) or "")
+        _one.help = spelled(_paragraphs(inspect.getdoc(_one.callback) or ""))
 
 
 def main() -> None:

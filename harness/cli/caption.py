@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.cli.terminal import DeviceName, Terminal
+from harness.cli.terminal import DeviceName, OfRun, Terminal
 from harness.errors import UserError
 from harness.visible import print_csv
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def caption(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
+    run: OfRun,
     images: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGES ...", help="Files, and folders with all that is below them."),

@@ -22,9 +22,11 @@ from harness.cli.terminal import (
     Sets,
     Task,
     Terminal,
+    runs_by_name,
 )
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
+from harness.program import spelled
 from harness.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ def compare(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_OR_FILE...", help="Folders of runs, files of captions or concepts; two or more."
+            metavar="RUN_OR_FILE...",
+            help="Runs, or files of captions or concepts; two or more.",
+            callback=runs_by_name,
         ),
     ],
     references: Annotated[
@@ -131,12 +135,13 @@ def _has(folder: Path, *names: str) -> bool:
 
 
 def _check(sources: Sequence[Path], references: Path | None) -> None:
-    problems = [Problem("no such file or folder", source) for source in sources if not source.exists()]
+    hint = spelled("Your runs: harness ls")
+    problems = [Problem("no such file or folder", s, hint=hint) for s in sources if not s.exists()]
     resolved = [source.resolve() for source in sources]
     twice = dict.fromkeys(s for s, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1)
     problems += [Problem("given more than once", source) for source in twice]
-    if len(sources) < 2:
-        problems.append(Problem("a comparison needs at least two runs or files", sources[0]))
+    if len(sources) < 2 and not problems:
+        problems.append(Problem("a comparison needs at least two runs or files", *sources))
     if references is None and any(source.is_file() for source in sources):
         problems.append(Problem("is needed for files of captions", key="--references"))
     if problems:

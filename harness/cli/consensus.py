@@ -11,7 +11,7 @@ import typer
 
 from harness.cli.score import edition_of
 from harness.cli.submission import Split
-from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal
+from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal, runs_by_name
 from harness.config.editions import SPAN
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.visible import json_text, one_line
@@ -31,7 +31,8 @@ def consensus(
         typer.Argument(
             metavar="CAPTIONS ...",
             help="Files of any official format or COCO results, with one or several captions for each image; "
-            "or folders of runs, whose samples and further beams are candidates too.",
+            "or runs, whose samples and further beams are candidates too.",
+            callback=runs_by_name,
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="OUT.csv", help="Where to write the chosen captions.")],

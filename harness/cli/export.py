@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.terminal import OfRun
+
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
+    run: OfRun,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the checkpoint.")],
     hub_ready: Annotated[
         bool,

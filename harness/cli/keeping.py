@@ -69,9 +69,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def ls(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME ...]", help="Runs or experiments, with * for any text; by default all."
-        ),
+        typer.Argument(metavar="NAME ...", help="Runs or experiments, with * for any text; by default all."),
     ] = None,
     status: Annotated[
         list[Status] | None,
@@ -105,7 +103,11 @@ def ls(
         _table(found)
         console().print(f"{RUNS}/ has {gb(listing.size(RUNS))} in all")
     else:
-        print("No such runs." if runs or status else spelled("No runs yet: harness run quickstart"))
+        print(
+            spelled(
+                "No such runs; all: harness ls" if runs or status else "No runs yet: harness run quickstart"
+            )
+        )
 
 
 def _table(rows: Sequence["Run"]) -> None:

@@ -14,12 +14,15 @@ from harness.store import gb
 from harness.visible import console, json_text, one_line, print_csv
 
 
-def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False) -> None:
+def show(
+    configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False, replace: bool = False
+) -> None:
     """Print what each run would do, as a table, JSON or CSV; starts nothing and does not import torch.
 
     A table has a line a run; `verbose` prints the config, steps and forecasts of each run instead. JSON has
-    all of it.
+    all of it. Runs that `run` would refuse to replace are named, unless `replace`.
     """
+    from harness.keeping import replacing
     from harness.steps.plan import dry, problems
     from harness.training.forecast import forecast
 
@@ -30,6 +33,7 @@ def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool
         run = f"{config.name}/{config.run_name}"
         rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
         rows[-1]["training"] = forecast(config)
+        rows[-1]["replaces"] = replacing.ahead(config)
     if output is Format.json:
         print(json_text(rows))
     elif output is Format.csv:
@@ -41,7 +45,23 @@ def show(configs: Sequence[Any], output: Format, experiment: Path, verbose: bool
         for row in rows:
             _show_one(row)
     else:
-        _show_all(configs[0].name, rows, [_changes(experiment, config) for config in configs])
+        _show_all(configs[0].name, experiment, rows, [_changes(experiment, config) for config in configs])
+    if output is Format.table and not replace:
+        for line in _refused(rows):
+            console().print(line, soft_wrap=True)
+
+
+def _refused(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for finished runs that `run` would refuse to replace, by the settings that differ."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        if row["replaces"]:
+            runs.setdefault("; ".join(row["replaces"]), []).append(row["run"])
+    lines = []
+    for why, (first, *others) in runs.items():
+        have = f"{first} and {len(others)} more have" if others else f"{first} has"
+        lines.append(f"refused: {have} finished with other settings: {why}. Add --name NEW_NAME or --replace")
+    return lines
 
 
 def _changes(experiment: Path, config: Any) -> str:
@@ -63,7 +83,7 @@ def _short(value: Any) -> str:
     return one_line(text if len(text) <= 40 else f"{text[:39]}…")
 
 
-def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str]) -> None:
+def _show_all(name: str, experiment: Path, rows: Sequence[dict[str, Any]], changes: Sequence[str]) -> None:
     screen = console()
     columns = [Column("run"), Column("state", 0), Column("time", 1), Column("memory", 2), Column("disk", 3)]
     columns.append(Column("differs by", 4, text=True))
@@ -78,6 +98,9 @@ def _show_all(name: str, rows: Sequence[dict[str, Any]], changes: Sequence[str])
     unknown = [f"unknown: {reason}" for row in rows for reason in row["training"]["unknown"]]
     for line in dict.fromkeys([*waiting, *notes, *missing, *unknown]):
         screen.print(spelled(line), soft_wrap=True)
+    if missing:
+        fetch = f"missing: the commands that fetch them: harness doctor {experiment}"
+        screen.print(spelled(fetch), soft_wrap=True)
     waits = any(state.startswith("to do") for row in rows for state in row["steps"].values())
     if waits and (times := [row["training"]["time"] for row in rows if row["training"]["time"]]):
         screen.print(f"time: a forecast for one {times[0]['device']}; a dash is a time that is not known")

@@ -22,6 +22,12 @@ from harness.program import spelled
 from harness.visible import STANDARD_OUTPUT, guard
 
 _INTERRUPTED = "interrupted; the same command continues where this one stopped"
+_IN_WORDS = {
+    "Value error, ": "",
+    "Input should be a valid integer, unable to parse string as an integer": "a whole number is allowed",
+    "Input should be greater than or equal to ": "at least this is allowed: ",
+}
+"""What a usage error says of a mistyped value, by how pydantic says it."""
 _heard = threading.Event()
 _PATIENCE = 2.0
 """Seconds for threads to end by themselves after an interruption."""
@@ -100,6 +106,8 @@ def _run_command(app: Callable[..., Any]) -> None:
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, INTERRUPTED)
     except ClickException as error:
+        for theirs, ours in _IN_WORDS.items():
+            error.message = error.message.replace(theirs, ours)
         error.show()
         sys.exit(2)
     except RuntimeError as error:

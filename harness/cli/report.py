@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.terminal import OfRun, Terminal
+
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/<experiment>/<variant>-s<seed>.")],
+    run: OfRun,
     out: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="File to write; by default report.html in the run's folder."),
@@ -18,6 +20,5 @@ def report(
     Example: harness report runs/quickstart/opt_364-s42
     """
     from harness import report as pages
-    from harness.cli.terminal import Terminal
 
     print(pages.write(run, out, Terminal().say))

@@ -60,7 +60,7 @@ def run(
     """
     configs = configs_of(experiment, [*(sets or ()), *([f"name={name}"] if name else [])], device, variants)
     if dry_run:
-        plans.show(configs, output, experiment, verbose)
+        plans.show(configs, output, experiment, verbose, replace)
         return
     if (hostfile or (nproc or 1) > 1) and not launch.is_rank():
         sys.exit(_launched(configs, nproc, hostfile))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli import verified as verification
-from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal
+from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal, run_by_name
 from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
 from harness.visible import is_terminal, json_text, print_csv
@@ -28,7 +28,9 @@ _KEYS = ("value", "low", "high", "n", "signature", "official", "seconds")
 def score(
     predictions: Annotated[
         Path,
-        typer.Argument(metavar="PREDICTIONS", help="A submission of any edition, or the folder of a run."),
+        typer.Argument(
+            metavar="PREDICTIONS", help="A submission of any edition, or a run.", callback=run_by_name
+        ),
     ],
     references: Annotated[
         Path | None, typer.Option(help="A label file or submission; by default those of the run.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line
+from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line, run_by_name
 from harness.config.editions import FORMATS
 from harness.errors import Problem, UserError
 from harness.visible import json_text, one_line
@@ -36,7 +36,9 @@ class Split(StrEnum):
 def make(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN|PREDICTIONS", help="A run's folder, or a file of captions or concepts."),
+        typer.Argument(
+            metavar="RUN|PREDICTIONS", help="A run, or a file of captions or concepts.", callback=run_by_name
+        ),
     ],
     edition: Annotated[
         int | None, typer.Option(help=f"Year of the edition: {FORMATS}; by default the run's.")

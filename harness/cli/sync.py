@@ -6,11 +6,17 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.terminal import run_by_name
 from harness.visible import one_line
 
 
 def sync(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default all runs.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="A run or an experiment; by default all runs.", callback=run_by_name
+        ),
+    ] = None,
     follow: Annotated[Path | None, typer.Option(hidden=True)] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:

@@ -72,6 +72,25 @@ def all_by_name(given: list[Path] | None) -> list[Path] | None:
     return given and [by_name(one) for one in given]
 
 
+def run_by_name(given: Path | None) -> Path | None:
+    """The folder under runs/ of a run that is given as `ls` prints it; any other path as it is."""
+    if given is None or given.exists():
+        return given
+    found = Path("runs", given)  # a copy of store.RUNS, which is slow
+    return found if found.is_dir() else given
+
+
+def runs_by_name(given: list[Path] | None) -> list[Path] | None:
+    """`run_by_name` of each."""
+    return given and [run_by_name(one) for one in given]
+
+
+OfRun = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run, such as quickstart/opt_364-s42, or its folder.", callback=run_by_name
+    ),
+]
 Experiment = Annotated[
     Path, typer.Argument(help="The experiment's YAML file, or its name in experiments/.", callback=by_name)
 ]

@@ -5,6 +5,7 @@ nobody watches (a file, a pipe), a table is as wide as it needs, unless COLUMNS 
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class Sheet:
     def _fitting(self, width: int) -> tuple[list[int], list[int]]:
         """The columns that fit, the most important first, and their widths; no widths if none fits."""
         labels = list(range(self.labels))
-        others = sorted(range(self.labels, len(self.columns)), key=self._importance)
+        filled = (i for i in range(self.labels, len(self.columns)) if any(row.cells[i] for row in self.rows))
+        others = sorted(filled, key=self._importance)
         shown, widths = labels, []
         for i in others:
             if found := self._widths(sorted([*shown, i]), width):
@@ -109,7 +111,10 @@ class Sheet:
             if row.section:
                 table.add_section()
                 above = ()
-            cells = [row.cells[i] for i in shown]
+            cells = [
+                _folded(row.cells[i], width) if i < self.labels or self.columns[i].text else row.cells[i]
+                for i, width in zip(shown, widths, strict=True)
+            ]
             if self.grouped and above and above[0] == row.cells[0]:
                 cells[0] = ""
             above = row.cells
@@ -140,6 +145,22 @@ class Sheet:
             for column, cell in cells:
                 if column.text:
                     yield from wrapped(f"{column.name} {cell}", width, "    ", "  ")
+
+
+def _folded(text: str, width: int) -> str:
+    """The text in lines of at most `width` cells: broken at blanks, else after a sign that joins names."""
+    from rich.cells import cell_len
+
+    lines = []
+    for line in text.splitlines():
+        lines.append("")
+        for word in re.findall(r"\S+\s*", line):
+            parts = [word] if cell_len(word.rstrip()) <= width else re.findall(r".+?(?:[/_,=.-]|$)\s*", word)
+            for part in parts:
+                if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def wrapped(text: str, width: int, indent: str, first: str = "") -> list[str]:

@@ -21,6 +21,12 @@ EXPERIMENTS = Path("experiments")
 """Where an experiment is looked for by its name alone."""
 _BASES, _RUNS = 20, 1_000
 """The most files in one chain of bases, and the most runs of one file."""
+_OF_THE_FILE = {
+    ("seeds",): "--set seed=7 gives one run of another seed",
+    ("variants",): "--variant chooses among the variants",
+    ("base",): "write another file for another base",
+}
+"""Keys that no run has, and what to do instead of setting them."""
 _SHOWN, _LONGEST = 50, 80
 """The most mistakes of one run that are shown, and the most characters of a value."""
 
@@ -325,6 +331,8 @@ def explain(
 
 def _wrong(item: ErrorDetails, known: Sequence[KeyPath] | None) -> str:
     path = tuple(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden" and known is None and path in _OF_THE_FILE:
+        return f"only the top of an experiment file has this key; {_OF_THE_FILE[path]}"
     if item["type"] == "extra_forbidden":
         return "unknown key." + did_you_mean(path, known)
     if item["type"] == "missing":

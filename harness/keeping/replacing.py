@@ -21,7 +21,7 @@ from harness.records.status import status_of
 from harness.steps.plan import Plan
 from harness.steps.train import INDIFFERENT
 from harness.steps.work import Reporter
-from harness.store import write_json
+from harness.store import RUNS, write_json
 from harness.tracking import bookkeeping
 
 _SHOWN, _LONGEST = 5, 60
@@ -87,19 +87,34 @@ def _old(plan: Plan) -> dict[str, Any] | None:
 
 def differences(plan: Plan, record: records.Record) -> list[str]:
     """Why a plan gives another run than the record's, in words; empty if the old results all stay."""
-    changed = _changed(plan.config, record)
-    worded = [f"{key} {_short(old)} -> {_short(new)}" for key, old, new in changed if key not in _LITTLE]
+    worded, adds = _settings(plan.config, record)
     try:
         there = {name: str(step.directory.relative_to(plan.root)) for name, step in plan.steps.items()}
     except UserError:  # it takes something from an earlier run of the same command
         return worded
     lost = [name for name, place in record["steps"].items() if there.get(name) != place]
-    adds = all(
-        key in _LITTLE or old is None or (key in _ADDS and set(old) <= set(new)) for key, old, new in changed
-    )
     if adds and all(name.partition("-")[0] in _RESCORED for name in lost):
         return []
     return worded or _of_data(plan, record) or [f"{', '.join(lost[:_SHOWN])}: {_OTHER}"]
+
+
+def ahead(config: Config, root: Path = RUNS) -> list[str]:
+    """For dry runs: the other settings of a finished run of this name, in words, as far as a config tells."""
+    try:
+        record = records.read(root / config.name / config.run_name)
+    except UserError:
+        return []
+    worded, adds = _settings(config, record)
+    return [] if adds or status_of(record, None) != "FINISHED" else worded
+
+
+def _settings(config: Config, record: records.Record) -> tuple[list[str], bool]:
+    """The settings of a config that differ from the record's, in words; whether they only add to its run."""
+    changed = _changed(config, record)
+    adds = all(
+        key in _LITTLE or old is None or (key in _ADDS and set(old) <= set(new)) for key, old, new in changed
+    )
+    return [f"{key} {_short(old)} -> {_short(new)}" for key, old, new in changed if key not in _LITTLE], adds
 
 
 def _changed(config: Config, record: records.Record) -> list[tuple[str, Any, Any]]:

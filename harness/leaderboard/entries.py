@@ -331,9 +331,9 @@ def _run_reasons(record: Mapping[str, Any], task: str) -> Iterator[str]:
     if record.get("trial") is not None:
         yield "it is a trial of a study, or of `harness best`"
     if record["standin_model"]:
-        yield f"its {task} are by a stand-in model"
+        yield f"the {task} are by a stand-in model"
     if record["config"].get("data", {}).get("phantom") is not None:
-        yield "its images are made up"
+        yield "the images are made up"
     if share := fraction.looked(record):
         yield f"it is a quick look at {share} (data.fraction)"
 
