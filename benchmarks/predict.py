@@ -18,11 +18,11 @@ import blip2
 import numpy as np
 import torch
 
-from harness.captions import read_captions
 from harness.config.sections import PredictConfig, SamplesConfig
 from harness.decoding import predict
 from harness.machine import device
 from harness.models.loading import Loaded
+from harness.records.captions import read_captions
 from harness.training.engine import place
 from harness.training.settings import TrainConfig
 

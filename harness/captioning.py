@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from harness import metrics, records, store
-from harness.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.config.schema import Config
 from harness.data import Dataset, fraction, load
 from harness.data.given import Found, Given
@@ -22,6 +21,7 @@ from harness.machine import device
 from harness.metrics.base import Documents
 from harness.models import family
 from harness.pages import filled
+from harness.records.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.report.gallery import pictures
 from harness.report.sources import Images
 from harness.steps.standin import trained_here

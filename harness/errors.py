@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.visible import one_line
+from harness.output.visible import one_line
 
 _NAMED = 5  # of many rows with the same fault
 _LONGEST = 200  # characters of a row that are shown

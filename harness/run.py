@@ -14,8 +14,6 @@ from typing import Any
 import yaml
 
 from harness import records, submission
-from harness.captions import LISTS, PREDICTIONS, read_captions, read_lists, same_in
-from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.config.schema import Config, flat
 from harness.data.forms import other_editions, plural
@@ -23,9 +21,11 @@ from harness.data.halves import HALVES
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
-from harness.masking import masked
 from harness.models import checkpoints, family
 from harness.models.settings import ModelConfig
+from harness.output.masking import masked
+from harness.records.captions import LISTS, PREDICTIONS, read_captions, read_lists, same_in
+from harness.scoring.compare import record_on_half
 from harness.steps.base import Step
 from harness.steps.plan import Plan
 from harness.steps.work import Reporter, Watch, Work

@@ -8,8 +8,8 @@ from support import small_sets
 from support.small_sets import CAPTIONS, CONCEPTS, PREFIX, edit
 from typer.testing import CliRunner
 
-from harness.beginning import candidates, look, write
 from harness.cli import app
+from harness.cli.beginning import candidates, look, write
 from harness.config.experiment import load
 from harness.errors import UserError
 from harness.steps.plan import dry
@@ -125,7 +125,7 @@ def test_with_weights_and_an_accelerator_it_is_the_papers_model(root, tmp_path, 
     """The text alone is looked at: weights of that size are not here."""
     from dataclasses import replace
 
-    from harness import beginning
+    from harness.cli import beginning
 
     sight = replace(look(root), real=True, why="as the paper")
     monkeypatch.setattr(beginning, "problems", lambda config: [])

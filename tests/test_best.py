@@ -14,15 +14,15 @@ from support.commands import harness
 from support.comparisons import system
 from support.experiments import EXPERIMENT
 
-from harness.best import KINDS, Choice, Option, as_experiment, choose, find, planned, soup, wanted
-from harness.captions import read_captions
 from harness.cli.terminal import Terminal
-from harness.compare import on_half
 from harness.config.experiment import load
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.errors import UserError
+from harness.records.captions import read_captions
 from harness.run import run
+from harness.scoring.compare import on_half
 from harness.steps.plan import prepare
+from harness.study.best import KINDS, Choice, Option, as_experiment, choose, find, planned, soup, wanted
 
 OTHERS = """
   greedy: {predict: {num_beams: 1, max_new_tokens: 16}}

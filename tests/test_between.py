@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import compare
 from harness.cli import between
+from harness.scoring import compare
 
 
 @pytest.fixture

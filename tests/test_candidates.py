@@ -10,10 +10,10 @@ from support.commands import harness
 from support.experiments import EXPERIMENT
 from support.models import pixels
 
-from harness import captions
-from harness.captions import Candidate, read_candidates, read_captions, write_candidates
 from harness.config.sections import PredictConfig
 from harness.decoding import predict
+from harness.records import captions
+from harness.records.captions import Candidate, read_candidates, read_captions, write_candidates
 
 SAMPLES = {"count": 3, "temperature": 0.9, "top_p": 0.95}
 CONFIG = {"num_beams": 3, "max_new_tokens": 14, "min_new_tokens": 2, "batch_size": 7}

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from support.comparisons import given, harness, system, write_file
 
-from harness import compare, metrics
-from harness.compare import Difference, System
+from harness import metrics
 from harness.errors import UserError
 from harness.metrics import METRICS, Score, bootstrap
 from harness.metrics.settings import ScoreConfig
+from harness.scoring import compare
+from harness.scoring.compare import Difference, System
 from harness.store import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from support.comparisons import given, harness, system, write_file
 
-from harness import compare
-from harness.compare import Difference
 from harness.errors import UserError
+from harness.scoring import compare
+from harness.scoring.compare import Difference
 
 
 def several(count: int, rows: int = 40, seed: int = 0) -> list[compare.System]:

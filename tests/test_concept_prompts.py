@@ -13,13 +13,13 @@ from support.experiments import EXPERIMENT, begin, messages, write
 from support.generate import generated
 
 from harness import records
-from harness.captions import PREDICTIONS, read_captions, write_lists
 from harness.config.experiment import load
 from harness.data import load as load_data
 from harness.errors import UserError
 from harness.models import blip2
 from harness.models.settings import ConceptPrompt, ModelConfig, longest_prompt
 from harness.models.text import IGNORE
+from harness.records.captions import PREDICTIONS, read_captions, write_lists
 from harness.steps import epochs
 from harness.steps.plan import Plan
 from harness.steps.predict import model_for

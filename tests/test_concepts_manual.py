@@ -9,11 +9,11 @@ from sklearn.metrics import f1_score
 from support.small_sets import config, problems, write_comma
 
 from harness import data
-from harness.captions import LISTS, write_lists
 from harness.config.schema import Config
 from harness.data.halves import HELD, half
 from harness.errors import UserError
 from harness.metrics.concepts import SECONDARY
+from harness.records.captions import LISTS, write_lists
 from harness.steps.inputs import Inputs, Undeclared
 from harness.steps.plan import Plan
 

@@ -6,8 +6,6 @@ from sklearn.metrics import precision_recall_fscore_support
 from support.comparisons import system
 from support.concepts import rows
 
-from harness.captions import read_rows
-from harness.compare import compare
 from harness.concepts.baselines import BASELINES, most_frequent_concept, most_frequent_set
 from harness.concepts.labels import indicators
 from harness.concepts.results import (
@@ -19,6 +17,8 @@ from harness.concepts.results import (
     write_per_image,
 )
 from harness.metrics import concepts
+from harness.records.captions import read_rows
+from harness.scoring.compare import compare
 
 TRUE = [("C1", "C2"), ("C1",), (), ("C3", "C1", "C1"), ("C2",)]
 GIVEN = [("C1", "C4"), ("C2", "C1"), (), ("C1", "C3"), ("C1",)]

@@ -12,11 +12,11 @@ import pytest
 from support.commands import harness
 from support.experiments import EXPERIMENT
 
-from harness.captions import read_candidates, read_captions
 from harness.decoding import consensus
 from harness.decoding.consensus import Candidate
 from harness.metrics.lexical import rouge1_f
 from harness.metrics.settings import ScoreConfig
+from harness.records.captions import read_candidates, read_captions
 from harness.steps import comparing
 
 ALONE = """

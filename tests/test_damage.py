@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from harness import records
-from harness.captions import Candidate
 from harness.data.images import open_pixels, resize, unbuilt
 from harness.data.readers import Example
 from harness.errors import UserError
 from harness.models import checkpoints
+from harness.records.captions import Candidate
 from harness.store import (
     DONE,
     damage,

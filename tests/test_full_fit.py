@@ -17,13 +17,13 @@ from support.models import load_tiny, stages
 from support.reports import data_of
 from support.training import Interrupted, config, run, splits
 
-from harness import compare
-from harness.captions import read_captions
 from harness.config.experiment import load as load_experiment
 from harness.config.sections import AugmentConfig
 from harness.data import load
 from harness.errors import UserError
 from harness.leaderboard.entries import _apart
+from harness.records.captions import read_captions
+from harness.scoring import compare
 from harness.steps import epochs
 from harness.steps.plan import Plan, dry, prepare
 from harness.store import write_json

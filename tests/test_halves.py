@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from harness import metrics, records
 from harness.cli import app
-from harness.compare import System, few_images, on_half, record_on_half
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.metrics.settings import ScoreConfig
+from harness.scoring.compare import System, few_images, on_half, record_on_half
 from harness.tracking.contents import scores_of
 
 GOLDEN = Path(__file__).parent / "golden" / "pairs.csv"

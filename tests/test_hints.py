@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from harness.cli import app
-from harness.program import _COMMANDS
+from harness.output.program import _COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SLOT = "X"

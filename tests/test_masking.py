@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.masking import masked
+from harness.output.masking import masked
 
 SECRET = "s3cr3t"
 HIDDEN = (

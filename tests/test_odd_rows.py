@@ -17,11 +17,11 @@ from support.reports import data_of
 from support.small_sets import CAPTIONS, CONCEPTS, config, edit, one, problems, write_2023, write_comma
 
 from harness import data, leaderboard, scoring
-from harness.captions import read_captions
 from harness.config.editions import EDITIONS
 from harness.data.captionfiles import read_ids
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
+from harness.records.captions import read_captions
 from harness.submission import check
 
 whole, root = small_sets.whole, small_sets.root  # fixtures

@@ -14,13 +14,13 @@ from support.training import Interrupted, config, run
 from transformers import Blip2ForConditionalGeneration
 
 from harness import records
-from harness.captions import read_captions
 from harness.config.sections import PredictConfig
 from harness.decoding import predict
 from harness.errors import UserError
 from harness.machine import device
 from harness.models import adapters, blip2, family, loading, parts, problems
 from harness.models.settings import ModelConfig
+from harness.records.captions import read_captions
 from harness.training.engine import engine, release
 from harness.training.settings import LearningRates, TrainConfig
 

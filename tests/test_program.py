@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness import program
 from harness.cli import app, process
 from harness.cli.terminal import by_name, run_by_name
 from harness.config.experiment import load
 from harness.errors import UserError
+from harness.output import program
 
 ROOT = Path(__file__).parents[1]
 

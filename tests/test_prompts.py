@@ -16,7 +16,6 @@ from support.generate import generated
 from support.models import TEXTS, load_tiny, pixels
 
 from harness import records
-from harness.captions import PREDICTIONS, read_captions
 from harness.config.experiment import load
 from harness.config.sections import PredictConfig
 from harness.data import load as load_data
@@ -25,6 +24,7 @@ from harness.errors import UserError
 from harness.models import blip2
 from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt
 from harness.models.text import IGNORE
+from harness.records.captions import PREDICTIONS, read_captions
 from harness.steps.plan import Plan
 from harness.steps.work import Work
 from harness.store import fingerprint

@@ -10,8 +10,8 @@ import pytest
 from support.commands import harness
 from support.experiments import EXPERIMENT
 
-from harness.captions import read_captions
 from harness.decoding import retrieval
+from harness.records.captions import read_captions
 
 VARIANTS = """variants:
   nearest: {retrieval: {neighbours: 1}}

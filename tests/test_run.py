@@ -20,8 +20,8 @@ from support.experiments import EXPERIMENT, begin
 from support.reports import data_of
 
 from harness import report
-from harness.captions import read_captions
 from harness.metrics.text import official
+from harness.records.captions import read_captions
 from harness.submission import check, read
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden_pairs import PREDICTIONS, REFERENCES, written
 
-from harness import captions, scoring, submission
+from harness import scoring, submission
 from harness.data.captionfiles import read
 from harness.errors import UserError
+from harness.records import captions
 
 ODD = '|,"\t\n\r\u2028\x85\x00\ud800\ufeff; aID'
 ANYTHING = st.text(st.characters()) | st.text(alphabet=ODD, max_size=12)

@@ -16,9 +16,10 @@ import pytest
 from support import commands
 from support.golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 
-from harness import captions, cli, scoring
+from harness import cli, scoring
 from harness.errors import UserError
 from harness.metrics.base import STANDIN
+from harness.records import captions
 from harness.store import seal
 
 OVER_ALL = {

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from harness import compare
+from harness.scoring import compare
 from harness.study import against, plots
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from support import commands
 
-from harness.captions import sameness
 from harness.data.captionfiles import read_ids
 from harness.errors import UserError
+from harness.records.captions import sameness
 from harness.submission import check
 
 ROWS = 17_237  # of a team's run in 2024

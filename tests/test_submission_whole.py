@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support.commands import harness
 
-from harness.captions import write_captions
 from harness.errors import UserError
 from harness.records import read as run_record
+from harness.records.captions import write_captions
 from harness.store import seal
 from harness.submission import check, folder, make
 from harness.submission.runs import predictions

@@ -21,7 +21,7 @@ from support.leaderboards import record, write_run
 
 from harness import pages
 from harness.errors import Problem, UserError
-from harness.visible import json_text, one_line, visible
+from harness.output.visible import json_text, one_line, visible
 
 ROOT = Path(__file__).parents[1]
 SGR = "\x1b[8;5m"  # hides what follows

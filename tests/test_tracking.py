@@ -19,7 +19,7 @@ from support.mirrors import NAME, ROWS, VALID, client, history, losses, mlflow_r
 
 from harness import tracking
 from harness.errors import UserError
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.records import read
 from harness.records.status import alive
 from harness.store import write, write_json

@@ -13,9 +13,9 @@ from support.reports import captions, record, score, write_run
 
 from harness.cli import compare, concepts, leaderboard, tables
 from harness.cli.widths import Column, Row, Sheet
-from harness.compare import Difference, System
 from harness.metrics import Score
-from harness.visible import console
+from harness.output.visible import console
+from harness.scoring.compare import Difference, System
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (60, 80, 120)

@@ -27,7 +27,7 @@ from harness.cli import (
     submission,
     sync,
 )
-from harness.program import spelled
+from harness.output.program import spelled
 
 _PANELS = ("Run and study", "Score and compare", "Submit", "Data", "Keep house")
 _RUN, _SCORE, _SUBMIT, _DATA, _HOUSE = _PANELS

@@ -9,12 +9,12 @@ import typer
 from harness.cli.terminal import Report, ReportFormat, Terminal, all_by_name, command_line
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
-from harness.program import spelled
-from harness.visible import console, json_text
+from harness.output.program import spelled
+from harness.output.visible import console, json_text
 
 if TYPE_CHECKING:
-    from harness.best import Candidates, Choice, Option
-    from harness.compare import Difference
+    from harness.scoring.compare import Difference
+    from harness.study.best import Candidates, Choice, Option
 
 
 def best(
@@ -57,9 +57,9 @@ def best(
     Example: harness best experiments/quickstart.yaml
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from harness import best as choosing
     from harness.machine.device import world_size
     from harness.store import RUNS, write, write_json
+    from harness.study import best as choosing
 
     if world_size() > 1:
         raise UserError("one process chooses; start it without torchrun or srun -n")
@@ -83,9 +83,9 @@ def best(
 
 def _decided(given: "Candidates", few: int, soup: bool, terminal: Terminal) -> "Choice":
     """The choice; its runs are mirrored to MLflow."""
-    from harness import best as choosing
     from harness import tracking
     from harness.store import RUNS
+    from harness.study import best as choosing
 
     follower = tracking.start(RUNS / "best" / given.name)
     try:
@@ -109,7 +109,7 @@ def _run_command(place: Path) -> str:
 
 
 def _print_plan(given: "Candidates", few: int, soup: bool, terminal: Terminal, output: Report) -> None:
-    from harness import best as choosing
+    from harness.study import best as choosing
 
     plans, notes = choosing.planned(given, few, terminal, soup)
     states = {

@@ -7,7 +7,7 @@ from typing import Any
 from harness.config.editions import EDITIONS
 from harness.data.halves import HELD
 from harness.errors import UserError
-from harness.program import spelled
+from harness.output.program import spelled
 from harness.records import full_name, name_of, task_of
 from harness.store import RUNS
 
@@ -55,7 +55,7 @@ def _differences(one: Record, other: Record) -> list[str]:
 
     Runs of concepts are compared by F1 on the half that `_scores` takes.
     """
-    from harness.compare import compare, on_half, read_run
+    from harness.scoring.compare import compare, on_half, read_run
 
     try:
         systems = [read_run(RUNS / full_name(record), name_of(record)) for record in (one, other)]

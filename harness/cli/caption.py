@@ -14,7 +14,7 @@ import typer
 
 from harness.cli.terminal import DeviceName, OfRun, Terminal
 from harness.errors import UserError
-from harness.visible import print_csv
+from harness.output.visible import print_csv
 
 if TYPE_CHECKING:
     from harness.captioning import Captioner
@@ -55,8 +55,8 @@ def caption(
     Example: harness caption runs/quickstart/opt_364-s42 my_images --out captions.csv
     """
     from harness import captioning
-    from harness.captions import same_in, write_captions
     from harness.data import given
+    from harness.records.captions import same_in, write_captions
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     terminal = Terminal()

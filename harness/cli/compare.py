@@ -26,13 +26,13 @@ from harness.cli.terminal import (
 )
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
-from harness.program import spelled
-from harness.visible import console, json_text, print_csv
+from harness.output.program import spelled
+from harness.output.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
-    from harness.compare import Difference, System
     from harness.metrics.settings import ScoreConfig
     from harness.scoring import Rows
+    from harness.scoring.compare import Difference, System
 
 _OF_EXPERIMENTS = (".json", ".lock", ".log", ".db", ".yaml", ".html", ".png", ".jsonl")
 """The endings of files that MLflow's mirror and studies keep beside runs."""
@@ -83,9 +83,9 @@ def compare(
     Example: harness compare runs/quickstart/opt_224-s42 runs/quickstart/opt_364-s42
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from harness import compare as comparison
     from harness.cli.score import metric_names
     from harness.machine.device import world_size
+    from harness.scoring import compare as comparison
 
     if world_size() > 1:
         raise UserError("one process compares; start it without torchrun or srun -n")
@@ -175,8 +175,8 @@ def _read(
     sources: Sequence[Path], references: Path | None, images: Path | None, task: Task
 ) -> tuple[list["System"], dict[str, "Rows"]]:
     """The systems, and the rows of each file by its label; systems of files have no scores yet."""
-    from harness.compare import of_rows, read_run
     from harness.scoring import rows
+    from harness.scoring.compare import of_rows, read_run
 
     systems, files, problems = [], {}, []
     for source, label in zip(sources, _labels(sources), strict=True):
@@ -238,7 +238,7 @@ def _scored(
 
 
 def _rule(found: Sequence["Difference"], resamples: int) -> str:
-    from harness.compare import DRAWS
+    from harness.scoring.compare import DRAWS
 
     pairs = len({(one.a, one.b) for one in found})
     corrected = ", by Holm over the pairs of a metric" if pairs > 1 else ""
@@ -277,7 +277,7 @@ def _csv(systems: Sequence["System"], found: Sequence["Difference"], half: Half 
 def _print(
     systems: Sequence["System"], found: Sequence["Difference"], resamples: int, half: Half | None
 ) -> None:
-    from harness.compare import few_images
+    from harness.scoring.compare import few_images
 
     screen = console()
     several, n = len(systems) > 2, len(systems[0].ids)

@@ -14,12 +14,12 @@ from harness.cli.submission import Split
 from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal, runs_by_name
 from harness.config.editions import SPAN
 from harness.errors import Flaw, Problem, UserError, grouped
-from harness.visible import json_text, one_line
+from harness.output.visible import json_text, one_line
 
 if TYPE_CHECKING:
-    from harness.captions import Candidate
     from harness.data.captionfiles import CaptionFile
     from harness.decoding.consensus import Choice
+    from harness.records.captions import Candidate
 
 _MOST = 1e6
 """The largest weight."""
@@ -79,9 +79,9 @@ def consensus(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import metrics, scoring
-    from harness.captions import write_captions, write_table
     from harness.decoding import consensus as method
     from harness.metrics.base import Documents
+    from harness.records.captions import write_captions, write_table
 
     year = edition_of(edition, None)
     _check_outputs(out, per_image, sources)
@@ -227,8 +227,8 @@ def _candidates(
     weights: Sequence[float],
 ) -> dict[str, list["Candidate"]]:
     """The candidates of each image; those that are `known` have log-probabilities and names of their own."""
-    from harness.captions import Candidate
     from harness.decoding.consensus import of_source
+    from harness.records.captions import Candidate
 
     found: dict[str, list[Candidate]] = {key: [] for key in files[0].values}
     for file, given, source, weight in zip(files, known, sources, weights, strict=True):

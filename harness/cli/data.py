@@ -8,7 +8,7 @@ import typer
 
 from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
 from harness.errors import Problem, UserError
-from harness.visible import json_text
+from harness.output.visible import json_text
 
 app = typer.Typer(
     help="Check a data set, describe it, or draw a made-up one.\n\n"

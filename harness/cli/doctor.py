@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, all_by_name, configs_of
-from harness.visible import json_text
+from harness.output.visible import json_text
 
 
 def doctor(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from harness.errors import Problem, UserError
-from harness.program import spelled
-from harness.visible import is_terminal, one_line
+from harness.output.program import spelled
+from harness.output.visible import is_terminal, one_line
 
 
 def init(
@@ -33,7 +33,7 @@ def init(
 
     Example: harness init data/imageclef2023
     """
-    from harness import beginning
+    from harness.cli import beginning
 
     root = folder or _chosen(beginning.candidates(Path()))
     name = re.sub(r"[^\w.-]+", "_", root.resolve().name, flags=re.ASCII).strip("._-") or "mine"

@@ -14,8 +14,8 @@ import typer
 from harness.cli.terminal import Format, Output
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
-from harness.program import spelled
-from harness.visible import console, is_terminal, json_text, print_csv
+from harness.output.program import spelled
+from harness.output.visible import console, is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.keeping.listing import Row as Run

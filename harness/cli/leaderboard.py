@@ -10,8 +10,8 @@ import typer
 
 from harness.cli.terminal import HalfOption, Terminal
 from harness.cli.widths import Column, Row, Sheet
-from harness.program import spelled
-from harness.visible import console, json_text, print_csv
+from harness.output.program import spelled
+from harness.output.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.leaderboard import Board, Entry
@@ -125,7 +125,7 @@ def _half(board: "Board") -> str:
 
 def _few(board: "Board") -> str | None:
     """A warning if the smallest of the halves has few images."""
-    from harness.compare import few_images
+    from harness.scoring.compare import few_images
 
     counts = [score["n"] for entry in board.entries for score in _whole(board, entry)]
     few = few_images(min(counts), board.half) if board.half and counts else None

@@ -9,9 +9,9 @@ from typing import Any
 
 from harness.cli.terminal import Format
 from harness.cli.widths import Column, Row, Sheet
-from harness.program import spelled
+from harness.output.program import spelled
+from harness.output.visible import console, json_text, one_line, print_csv
 from harness.store import gb
-from harness.visible import console, json_text, one_line, print_csv
 
 
 def show(

@@ -17,9 +17,9 @@ from typer.exceptions import TyperException as ClickException
 from harness.errors import UserError
 from harness.machine import launch, ranks
 from harness.machine.launch import INTERRUPTED
-from harness.masking import masked
-from harness.program import spelled
-from harness.visible import STANDARD_OUTPUT, guard
+from harness.output.masking import masked
+from harness.output.program import spelled
+from harness.output.visible import STANDARD_OUTPUT, guard
 
 _INTERRUPTED = "interrupted; the same command continues where this one stopped"
 _IN_WORDS = {

@@ -23,7 +23,7 @@ from harness.cli.terminal import (
 )
 from harness.errors import UserError
 from harness.machine import launch, ranks
-from harness.visible import json_text, print_csv
+from harness.output.visible import json_text, print_csv
 
 
 def run(

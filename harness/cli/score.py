@@ -17,7 +17,7 @@ from harness.cli import verified as verification
 from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal, run_by_name
 from harness.config.editions import SPAN
 from harness.errors import Problem, UserError
-from harness.visible import is_terminal, json_text, print_csv
+from harness.output.visible import is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.metrics import Score

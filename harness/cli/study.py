@@ -24,8 +24,8 @@ from harness.cli.terminal import (
 )
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import Problem, UserError
-from harness.program import spelled
-from harness.visible import console, json_text, print_csv
+from harness.output.program import spelled
+from harness.output.visible import console, json_text, print_csv
 
 if TYPE_CHECKING:
     from harness.study.spec import Study
@@ -281,7 +281,7 @@ def _print(spec: "Study", chosen: str, output: Format) -> None:
 
 def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
     from harness.cli import tables
-    from harness.compare import few_images
+    from harness.scoring.compare import few_images
     from harness.study import against, results, storage
 
     screen = console()

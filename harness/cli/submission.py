@@ -13,7 +13,7 @@ import typer
 from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line, run_by_name
 from harness.config.editions import FORMATS
 from harness.errors import Problem, UserError
-from harness.visible import json_text, one_line
+from harness.output.visible import json_text, one_line
 
 app = typer.Typer(
     help="Make official submission files, and check them.\n\n"
@@ -58,11 +58,11 @@ def make(
     Example: harness submission make runs/quickstart/opt_364-s42 --edition 2026
     """
     from harness import submission
-    from harness.captions import sameness
     from harness.cli.score import task_of
     from harness.data.captionfiles import read_ids
     from harness.records import FINAL, place_of
     from harness.records import read as run_record
+    from harness.records.captions import sameness
     from harness.submission.runs import predictions
 
     record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
@@ -193,7 +193,7 @@ def check(
 
 def _sameness(file: Path, task: Task) -> str | None:
     """The warning for a valid file whose captions are nearly all the same."""
-    from harness.captions import sameness
+    from harness.records.captions import sameness
     from harness.submission import plural, read
 
     return sameness(read(file).values(), plural(task.value))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.terminal import run_by_name
-from harness.visible import one_line
+from harness.output.visible import one_line
 
 
 def sync(

@@ -12,11 +12,11 @@ from typing import Any
 from harness.cli import between, concepts
 from harness.cli.widths import Column, Row, Sheet, wrapped
 from harness.config.editions import EDITIONS
-from harness.program import spelled
+from harness.output.program import spelled
+from harness.output.visible import console, json_text, print_csv
 from harness.records import comparable, full_name, name_of, nearest_image, task_of
 from harness.store import RUNS
 from harness.tracking.bookkeeping import pages_of
-from harness.visible import console, json_text, print_csv
 
 NOT_COMPARABLE = "* not comparable with official scores: another model, precision or reading"
 Record = Mapping[str, Any]

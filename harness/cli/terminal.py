@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from harness import visible
-from harness.masking import masked
-from harness.program import spelled
+from harness.output import visible
+from harness.output.masking import masked
+from harness.output.program import spelled
 
 
 class Format(StrEnum):

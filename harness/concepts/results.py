@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from harness.captions import write_table
 from harness.metrics import bootstrap, concepts
 from harness.metrics.swaps import PERMUTATIONS, p_value, swapped
+from harness.records.captions import write_table
 
 Lists = Sequence[Collection[str]]
 """The CUIs of each image."""

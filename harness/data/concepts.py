@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from harness.data.readers import Dataset, Example
+from harness.output.visible import one_line
 from harness.store import write
-from harness.visible import one_line
 
 FIRST = 20
 """The most frequent concepts, whose co-occurrence is shown."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
-from harness.captions import Candidate
 from harness.config.editions import EDITIONS
 from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
 from harness.metrics import METRICS, Inputs, finite, text
 from harness.metrics.base import Absent, Documents
+from harness.records.captions import Candidate
 
 if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig

@@ -12,14 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.captions import (
-    ATTENTION,
-    CANDIDATES,
-    PREDICTIONS,
-    Candidate,
-    write_candidates,
-    write_captions,
-)
 from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
 from harness.decoding.search import Captions, sample, search, uniforms
@@ -27,6 +19,14 @@ from harness.machine import ranks
 from harness.models.base import Decoding, Pixels
 from harness.models.loading import Loaded, batch_of
 from harness.models.text import Codec
+from harness.records.captions import (
+    ATTENTION,
+    CANDIDATES,
+    PREDICTIONS,
+    Candidate,
+    write_candidates,
+    write_captions,
+)
 from harness.store import fingerprint, write
 
 PARTIALS = "partial-*.jsonl"

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.compare import record_on_half
 from harness.config.editions import EDITIONS
 from harness.data import fraction
 from harness.data.halves import HELD, TUNE
 from harness.errors import Problem, UserError
 from harness.records import CAPTIONS, CONCEPTS
 from harness.records.status import failure_of, status_of
+from harness.scoring.compare import record_on_half
 
 STANDINGS = Path("leaderboard")
 _NEEDS = ("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "scores", "image_gap")

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.compare import DRAWS, System, check_rows, on_half, read_run, rows_of
 from harness.errors import UserError
 from harness.leaderboard.entries import Board, Entry
 from harness.metrics import aggregate, bootstrap
+from harness.scoring.compare import DRAWS, System, check_rows, on_half, read_run, rows_of
 
 
 def official(board: Board, entry: Entry) -> dict[str, Any] | None:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
 from typing import Any
 
-from harness.compare import Difference, adjust, compare, holm, read_run
 from harness.errors import UserError
 from harness.leaderboard.entries import Board, Entry
+from harness.scoring.compare import Difference, adjust, compare, holm, read_run
 
 TABLE_3: Sequence[tuple[str, tuple[bool, int, bool], Mapping[str, float]]] = (
     ("Q-Former only, 224 pixels", (False, 224, False), {"bertscore": 0.541, "rouge1": 0.160}),
@@ -56,7 +56,7 @@ def _beside(paper: float, entry: Entry | None, metric: str) -> dict[str, Any]:
 def steps(board: Board) -> list[dict[str, Any]]:
     """The change of each row of Table 3 from the row above: the paper's difference and ours.
 
-    `harness.compare` compares runs of one experiment and seed that differ only in this step, ranked or not.
+    `scoring.compare` compares runs of one experiment and seed that differ only in this step, ranked or not.
     It gives `difference`, its interval, `p` and `adjusted_p` (Holm's, over the steps of that experiment and
     seed), or a `reason`. A step without such runs appears once, without names.
     """

@@ -5,8 +5,8 @@ import re
 from importlib.resources import files
 from typing import Any
 
+from harness.output.visible import visible
 from harness.store import finite
-from harness.visible import visible
 
 
 def filled(template: str, data: Any) -> str:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.compare import few_images
 from harness.concepts.results import Concept, per_concept, worst_first
 from harness.data.halves import HALVES, TUNE
 from harness.report import examples, gallery, groups
 from harness.report.sources import Concepts, Images, Run
+from harness.scoring.compare import few_images
 
 F1 = "f1"
 

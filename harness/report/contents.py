@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 from harness import records
-from harness.captions import same_in
-from harness.compare import few_images, record_on_half
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
+from harness.records.captions import same_in
 from harness.records.status import failure_of, status_of
 from harness.report import concepts, examples, gallery, groups, sources
 from harness.report.gallery import link
 from harness.report.sources import Captions, Images, Run, main_scores, scores
+from harness.scoring.compare import few_images, record_on_half
 from harness.training import soups
 from harness.training.profile import TABLE, TRACE
 from harness.training.resume import LOSSES, SAMPLED, VALIDATION, described, losses_of, rows_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import records, store
+from harness.output.visible import visible
 from harness.report.gallery import SIDE
-from harness.visible import visible
 
 PICTURE = "captions.png"
 _HEIGHT, _WORDS, _MOST = 1.7, 105, 4  # inches of an example; characters of a line of text, lines of a caption

@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness import metrics, records
-from harness.captions import sameness
 from harness.config.editions import EDITIONS
 from harness.config.experiment import Place, explain, parse_sets, set_value
 from harness.config.schema import Config
@@ -35,6 +34,7 @@ from harness.models import checkpoints
 from harness.records import artifact as run_artifact
 from harness.records import read as run_record
 from harness.records import root as run_root
+from harness.records.captions import sameness
 from harness.scoring import verify
 from harness.store import RUNS, bytes_of, damage, is_done
 

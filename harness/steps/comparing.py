@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics
-from harness.captions import PREDICTIONS, Candidate, write_captions, write_table
 from harness.config.editions import EDITIONS
 from harness.decoding import consensus
 from harness.decoding.consensus import Choice
 from harness.errors import Problem
 from harness.machine import ranks
 from harness.metrics.base import Documents
+from harness.records.captions import PREDICTIONS, Candidate, write_captions, write_table
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 from harness.steps.predict import given_captions

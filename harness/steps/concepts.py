@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import metrics, records
-from harness.captions import LISTS, read_lists, write_lists
 from harness.concepts import ensembles, knn, results, thresholds
 from harness.concepts.baselines import BASELINES
 from harness.concepts.labels import labels_of
@@ -16,6 +15,7 @@ from harness.config.editions import EDITIONS
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.errors import Problem, UserError
 from harness.metrics import Score, concepts
+from harness.records.captions import LISTS, read_lists, write_lists
 from harness.steps.base import Step
 from harness.steps.detect import (
     Combine,

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import records
-from harness.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.decoding import consensus
 from harness.decoding.consensus import ConsensusConfig
 from harness.errors import Problem, UserError
 from harness.models.checkpoints import sha256
+from harness.records.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values

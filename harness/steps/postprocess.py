@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.captions import PREDICTIONS, read_captions, write_captions
 from harness.decoding import postprocess
+from harness.records.captions import PREDICTIONS, read_captions, write_captions
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predict import given_captions

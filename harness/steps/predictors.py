@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.captions import PREDICTIONS, read_captions
 from harness.machine import ranks
+from harness.records.captions import PREDICTIONS, read_captions
 from harness.steps.base import Step
 from harness.steps.inputs import values
 from harness.steps.predict import model_for, reads_model

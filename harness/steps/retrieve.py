@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.captions import PREDICTIONS, Candidate, read_rows, write_table
 from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
 from harness.models.settings import RetrievedPrompt
+from harness.records.captions import PREDICTIONS, Candidate, read_rows, write_table
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values

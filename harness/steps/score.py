@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import metrics
-from harness.captions import PREDICTIONS, read_captions
 from harness.machine import ranks
 from harness.metrics.settings import ScoreConfig
+from harness.records.captions import PREDICTIONS, read_captions
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import with_standins

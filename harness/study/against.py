@@ -7,9 +7,9 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from harness import records
-from harness.compare import System, compare, on_half, read_run
 from harness.data.halves import HELD
 from harness.errors import UserError
+from harness.scoring.compare import System, compare, on_half, read_run
 from harness.study.spec import CONCEPT_SCORES, Study
 
 _CONCEPT = "concept_"

@@ -14,10 +14,10 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import records
-from harness.compare import record_on_half
 from harness.config.experiment import merge, parse_sets, set_value, variant_of
 from harness.data.halves import HELD
 from harness.errors import Problem, UserError
+from harness.scoring.compare import record_on_half
 from harness.store import RUNS, write_json
 from harness.study import plots
 from harness.study.against import against_base, folder_of

@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.errors import Problem, UserError
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.store import bytes_of, write_json
 from harness.study.spec import Study
 

@@ -17,8 +17,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from harness import records
-from harness.compare import record_on_half
 from harness.errors import UserError
+from harness.scoring.compare import record_on_half
 from harness.store import write_json
 from harness.study.space import Parameter, encode, name_of
 from harness.study.spec import Study

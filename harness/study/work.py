@@ -9,7 +9,7 @@ from harness import run as runs
 from harness.data import Dataset
 from harness.errors import Problem, Pruned, UserError
 from harness.machine import device, ranks
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.steps.plan import Plan, prepare
 from harness.steps.work import Reporter, Watch
 from harness.store import RUNS

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.captions import sameness
 from harness.data import captionfiles
 from harness.data.forms import (
     INVALID,
@@ -23,6 +22,7 @@ from harness.data.forms import (
     zipped,
 )
 from harness.errors import Flaw, Problem, UserError, grouped
+from harness.records.captions import sameness
 from harness.store import bytes_of
 from harness.submission import folder as folders
 from harness.submission.checks import check, concept_faults, faults, id_faults, some

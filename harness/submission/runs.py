@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.captions import read_rows
 from harness.data.captionfiles import as_predictions, read
 from harness.data.forms import INVALID, Task, plural
 from harness.errors import Problem, UserError
+from harness.records.captions import read_rows
 from harness.submission.checks import some
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import records
 from harness.errors import Problem, UserError
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.records.status import alive
 from harness.store import fingerprint
 from harness.tracking.bookkeeping import LOCK, State, mark

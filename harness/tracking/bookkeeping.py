@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.store import bytes_of, fingerprint, read_checked, write_checked
 from harness.tracking.stores import database_of, tracking_uri
 

@@ -10,7 +10,7 @@ from typing import Any
 from harness import records
 from harness.config.editions import EDITIONS
 from harness.data import fraction
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.store import damage_of, fingerprint
 from harness.training import soups
 from harness.training.resume import LOSSES, described, rows_of

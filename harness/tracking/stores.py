@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import Problem, UserError
-from harness.masking import masked
+from harness.output.masking import masked
 from harness.store import fingerprint
 
 DEFAULT_URI = "sqlite:///mlflow.db"

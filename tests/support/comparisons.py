@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.compare import System
 from harness.metrics import METRICS, Score
+from harness.scoring.compare import System
 from support import commands
 
 

@@ -15,16 +15,6 @@ import yaml
 from pydantic import ValidationError
 
 from harness import records, report, scoring
-from harness.compare import (
-    Difference,
-    System,
-    compare,
-    few_images,
-    gap_on_half,
-    on_half,
-    read_run,
-    signature_changes,
-)
 from harness.config.editions import EDITIONS
 from harness.config.experiment import load
 from harness.config.schema import Config
@@ -34,6 +24,16 @@ from harness.data.halves import HALVES, HELD, TUNE
 from harness.errors import Problem, UserError
 from harness.metrics import READINGS
 from harness.run import run
+from harness.scoring.compare import (
+    Difference,
+    System,
+    compare,
+    few_images,
+    gap_on_half,
+    on_half,
+    read_run,
+    signature_changes,
+)
 from harness.steps.plan import Plan, prepare
 from harness.steps.work import Reporter
 from harness.store import RUNS, fingerprint

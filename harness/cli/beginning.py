@@ -17,10 +17,10 @@ from harness.data.readers import LAYOUTS, Listing, read
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import checkpoints
+from harness.output.visible import one_line
 from harness.steps.plan import dry, problems
 from harness.store import gb
 from harness.training import forecast
-from harness.visible import one_line
 
 REAL = "Salesforce/blip2-opt-2.7b-coco"
 _PARTS = (REAL, "Salesforce/blip2-itm-vit-g", "bert-base-uncased")

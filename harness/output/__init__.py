@@ -1,0 +1,1 @@
+"""What people read: text made safe for terminals and logs, masked passwords, commands as they work here."""
