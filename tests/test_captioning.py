@@ -30,12 +30,13 @@ def own(run: Path, split: str = "test") -> dict[str, str]:
 
 
 @pytest.fixture
-def project(small_run, tmp_path) -> Path:
-    """A copy of a small finished project, without its data."""
+def project(small_run, tmp_path, monkeypatch) -> Path:
+    """A copy of a small finished project, without its data; a clone may have data of that name."""
     for name in ("runs", "data"):
         shutil.copytree(small_run / "kept" / name, tmp_path / name)
     shutil.move(tmp_path / "data" / "phantom" / "test", tmp_path / "mine")
     shutil.rmtree(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
