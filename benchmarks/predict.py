@@ -22,7 +22,7 @@ from harness.config.sections import PredictConfig, SamplesConfig
 from harness.decoding import predict
 from harness.machine import device
 from harness.models.loading import Loaded
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.training.engine import place
 from harness.training.settings import TrainConfig
 

@@ -21,7 +21,7 @@ from harness.machine import device
 from harness.metrics.base import Documents
 from harness.models import family
 from harness.pages import filled
-from harness.records.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
+from harness.records.files import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.report.gallery import pictures
 from harness.report.sources import Images
 from harness.steps.standin import trained_here

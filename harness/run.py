@@ -24,7 +24,7 @@ from harness.machine.environment import environment, git_state
 from harness.models import checkpoints, family
 from harness.models.settings import ModelConfig
 from harness.output.masking import masked
-from harness.records.captions import LISTS, PREDICTIONS, read_captions, read_lists, same_in
+from harness.records.files import LISTS, PREDICTIONS, read_captions, read_lists, same_in
 from harness.scoring.compare import record_on_half
 from harness.steps.base import Step
 from harness.steps.plan import Plan

@@ -18,7 +18,7 @@ from harness.cli.terminal import Terminal
 from harness.config.experiment import load
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.errors import UserError
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.run import run
 from harness.scoring.compare import on_half
 from harness.steps.plan import prepare

@@ -12,8 +12,14 @@ from support.models import pixels
 
 from harness.config.sections import PredictConfig
 from harness.decoding import predict
-from harness.records import captions
-from harness.records.captions import Candidate, read_candidates, read_captions, write_candidates
+from harness.records.files import (
+    Candidate,
+    read_candidates,
+    read_captions,
+    read_rows,
+    write_candidates,
+    write_captions,
+)
 
 SAMPLES = {"count": 3, "temperature": 0.9, "top_p": 0.95}
 CONFIG = {"num_beams": 3, "max_new_tokens": 14, "min_new_tokens": 2, "batch_size": 7}
@@ -89,7 +95,7 @@ def test_a_file_of_candidates_is_read_as_written(tmp_path):
     candidates = {"a": [Candidate(odd, 1.0, -1.5, "beam1"), Candidate("", 1.0, -2.25, "sample1")]}
     candidates["b"] = [Candidate("constant", source="constant")]
     assert read_candidates(write_candidates(tmp_path / "candidates.csv", candidates)) == candidates
-    file = captions.write_captions(tmp_path / "predictions.csv", {"a": odd})
+    file = write_captions(tmp_path / "predictions.csv", {"a": odd})
     assert read_candidates(file) == {"a": [Candidate(odd)]}
     for text in ("", "ID,source\na,b\n", "ID,source,log_probability,caption\na,beam1,low,x\n"):
         file.write_text(text)
@@ -121,7 +127,7 @@ def test_tables_hold_captions_of_any_length(tmp_path):
     before, text = csv.field_size_limit(), "wort\r\n, " * 40_000
     write_candidates(tmp_path / "c.csv", {"a": [Candidate(text, source="beam1")]})
     assert [one.caption for one in read_candidates(tmp_path / "c.csv")["a"]] == [text]
-    captions.write_captions(tmp_path / "p.csv", {"a": text})
+    write_captions(tmp_path / "p.csv", {"a": text})
     assert read_captions(tmp_path / "p.csv") == {"a": text}
-    assert captions.read_rows(tmp_path / "p.csv") == [{"ID": "a", "caption": text}]
+    assert read_rows(tmp_path / "p.csv") == [{"ID": "a", "caption": text}]
     assert csv.field_size_limit() == before

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.models import blip2
 from harness.models.settings import ConceptPrompt, ModelConfig, longest_prompt
 from harness.models.text import IGNORE
-from harness.records.captions import PREDICTIONS, read_captions, write_lists
+from harness.records.files import PREDICTIONS, read_captions, write_lists
 from harness.steps import epochs
 from harness.steps.plan import Plan
 from harness.steps.predict import model_for

@@ -13,7 +13,7 @@ from harness.config.schema import Config
 from harness.data.halves import HELD, half
 from harness.errors import UserError
 from harness.metrics.concepts import SECONDARY
-from harness.records.captions import LISTS, write_lists
+from harness.records.files import LISTS, write_lists
 from harness.steps.inputs import Inputs, Undeclared
 from harness.steps.plan import Plan
 

@@ -17,7 +17,7 @@ from harness.concepts.results import (
     write_per_image,
 )
 from harness.metrics import concepts
-from harness.records.captions import read_rows
+from harness.records.files import read_rows
 from harness.scoring.compare import compare
 
 TRUE = [("C1", "C2"), ("C1",), (), ("C3", "C1", "C1"), ("C2",)]

@@ -19,7 +19,7 @@ from support.experiments import EXPERIMENT, messages, write
 from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.data.halves import HELD, TUNE, half
-from harness.records.captions import read_lists
+from harness.records.files import read_lists
 from harness.tracking.contents import intervals_of, scores_of
 
 CONCEPTS = """

@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.metrics import lexical, text
 from harness.metrics.base import Documents, Measured, Metric
 from harness.metrics.settings import ScoreConfig
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 
 WORDS = ["a", "the", "chest", "ct", "x-ray", "shows", "nodule", "in", "of", "left", "lung", "mass"]
 STANDIN = ScoreConfig.model_validate({"bertscore": {"checkpoint": "standin"}, "bootstrap": 0})

@@ -16,7 +16,7 @@ from harness.decoding import consensus
 from harness.decoding.consensus import Candidate
 from harness.metrics.lexical import rouge1_f
 from harness.metrics.settings import ScoreConfig
-from harness.records.captions import read_candidates, read_captions
+from harness.records.files import read_candidates, read_captions
 from harness.steps import comparing
 
 ALONE = """

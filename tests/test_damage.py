@@ -17,7 +17,7 @@ from harness.data.images import open_pixels, resize, unbuilt
 from harness.data.readers import Example
 from harness.errors import UserError
 from harness.models import checkpoints
-from harness.records.captions import Candidate
+from harness.records.files import Candidate
 from harness.store import (
     DONE,
     damage,

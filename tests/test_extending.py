@@ -162,7 +162,7 @@ def test_the_post_processing_removes_an_unfinished_sentence(tree):
 
 @pytest.mark.ci
 def test_the_step_replaces_captions_that_are_too_short(tree, record):
-    from harness.records.captions import PREDICTIONS, read_captions
+    from harness.records.files import PREDICTIONS, read_captions
 
     before, filled, after = (
         read_captions(tree / "runs" / record["steps"][f"{kind}-valid"] / PREDICTIONS)

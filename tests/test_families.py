@@ -43,7 +43,12 @@ ALLOWED = {
     "metrics/clipscore.py": ("self.model.vision_model(",),  # of transformers' CLIP
     "leaderboard/table3.py": ("model.language_model",),
     # what `harness init` writes
-    "beginning.py": ("blip2-opt-2.7b", "language_model: true", "qformer_layers: 2", "num_query_tokens: 8"),
+    "cli/beginning.py": (
+        "blip2-opt-2.7b",
+        "language_model: true",
+        "qformer_layers: 2",
+        "num_query_tokens: 8",
+    ),
     # files and arguments of MedImageInsight, which the metric loads
     "metrics/similarity.py": (
         "language_model.pth",

@@ -22,7 +22,7 @@ from harness.config.sections import AugmentConfig
 from harness.data import load
 from harness.errors import UserError
 from harness.leaderboard.entries import _apart
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.scoring import compare
 from harness.steps import epochs
 from harness.steps.plan import Plan, dry, prepare

@@ -21,7 +21,7 @@ from harness.config.editions import EDITIONS
 from harness.data.captionfiles import read_ids
 from harness.data.images import DAMAGE, damage, decode
 from harness.errors import UserError
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.submission import check
 
 whole, root = small_sets.whole, small_sets.root  # fixtures

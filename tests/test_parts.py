@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.machine import device
 from harness.models import adapters, blip2, family, loading, parts, problems
 from harness.models.settings import ModelConfig
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.training.engine import engine, release
 from harness.training.settings import LearningRates, TrainConfig
 

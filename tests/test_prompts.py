@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.models import blip2
 from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt
 from harness.models.text import IGNORE
-from harness.records.captions import PREDICTIONS, read_captions
+from harness.records.files import PREDICTIONS, read_captions
 from harness.steps.plan import Plan
 from harness.steps.work import Work
 from harness.store import fingerprint

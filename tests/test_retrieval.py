@@ -11,7 +11,7 @@ from support.commands import harness
 from support.experiments import EXPERIMENT
 
 from harness.decoding import retrieval
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 
 VARIANTS = """variants:
   nearest: {retrieval: {neighbours: 1}}

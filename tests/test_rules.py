@@ -162,7 +162,7 @@ def test_captions_are_scored_as_read(year):
 
 def test_a_run_s_captions_reach_the_metrics_as_they_were_written(tmp_path):
     from harness.data.captionfiles import read
-    from harness.records.captions import read_captions, write_captions
+    from harness.records.files import read_captions, write_captions
 
     captions = {f"i{number}": f' a{odd}b "quoted", {odd}' for number, odd in enumerate(ODD)}
     path = write_captions(tmp_path / "predictions.csv", captions)

@@ -21,7 +21,7 @@ from support.reports import data_of
 
 from harness import report
 from harness.metrics.text import official
-from harness.records.captions import read_captions
+from harness.records.files import read_captions
 from harness.submission import check, read
 
 

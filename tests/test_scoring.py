@@ -13,7 +13,7 @@ from support.golden_pairs import PREDICTIONS, REFERENCES, written
 from harness import scoring, submission
 from harness.data.captionfiles import read
 from harness.errors import UserError
-from harness.records import captions
+from harness.records.files import write_captions
 
 ODD = '|,"\t\n\r\u2028\x85\x00\ud800\ufeff; aID'
 ANYTHING = st.text(st.characters()) | st.text(alphabet=ODD, max_size=12)
@@ -59,7 +59,7 @@ def test_a_runs_own_file_is_read_as_it_was_written(texts, tmp_path_factory):
     # a run's captions hold no CR and no half of a surrogate pair
     texts = [re.sub("[\r\ud800-\udfff]", " ", text) for text in texts]
     found = dict(zip(["a_1", "VALID_2", "c"], texts, strict=True))
-    path = captions.write_captions(tmp_path_factory.getbasetemp() / "own.csv", found)
+    path = write_captions(tmp_path_factory.getbasetemp() / "own.csv", found)
     assert dict(read(path).values) == found
 
 

@@ -19,7 +19,7 @@ from support.golden_pairs import GOLDEN, PREDICTIONS, REFERENCES, written
 from harness import cli, scoring
 from harness.errors import UserError
 from harness.metrics.base import STANDIN
-from harness.records import captions
+from harness.records.files import write_captions
 from harness.store import seal
 
 OVER_ALL = {
@@ -45,11 +45,11 @@ def harness(folder: Path, *arguments: str, code: int = 0) -> subprocess.Complete
 def golden(tmp_path_factory) -> Path:
     """The golden pairs in two official formats, and a run that has predicted and scored two images."""
     folder = tmp_path_factory.mktemp("golden")
-    captions.write_captions(folder / "predictions.csv", PREDICTIONS)
+    write_captions(folder / "predictions.csv", PREDICTIONS)
     labels = written(REFERENCES, "\t", True, "\r\n")
     (folder / "labels.csv").write_text(labels, encoding="utf-8", newline="")
     few = dict(list(PREDICTIONS.items())[:2])
-    captions.write_captions(folder / "runs" / "steps" / "postprocess-1" / "predictions.csv", few)
+    write_captions(folder / "runs" / "steps" / "postprocess-1" / "predictions.csv", few)
     score = folder / "runs" / "steps" / "score-1"
     score.mkdir()
     with (score / "per_image.csv").open("w", encoding="utf-8", newline="") as file:
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_with_130(golden, tmp_path):
     """Interrupted while METEOR works in its thread: neither a traceback nor a wait for it."""
     many = {f"x_{n}": f"{text} {n}" for n in range(20_000) for text in ["axial ct of the chest with a mass"]}
     for name in ("p.csv", "r.csv"):
-        captions.write_captions(tmp_path / name, many)
+        write_captions(tmp_path / name, many)
     command = [
         sys.executable,
         "-m",

@@ -13,7 +13,7 @@ from support import commands
 
 from harness.data.captionfiles import read_ids
 from harness.errors import UserError
-from harness.records.captions import sameness
+from harness.records.files import sameness
 from harness.submission import check
 
 ROWS = 17_237  # of a team's run in 2024

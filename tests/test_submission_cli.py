@@ -14,7 +14,7 @@ from support import commands
 
 from harness.data.captionfiles import read_ids, read_predictions
 from harness.errors import UserError
-from harness.records.captions import write_captions
+from harness.records.files import write_captions
 
 IDS = ["img_2", "img_1", "img_3"]
 CAPTIONS = {"img_1": "A CT, axial | left", "img_2": 'The "sail" sign.', "img_3": "Plain\nfilm."}

@@ -17,7 +17,7 @@ from support.commands import harness
 
 from harness.errors import UserError
 from harness.records import read as run_record
-from harness.records.captions import write_captions
+from harness.records.files import write_captions
 from harness.store import seal
 from harness.submission import check, folder, make
 from harness.submission.runs import predictions

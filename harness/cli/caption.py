@@ -56,7 +56,7 @@ def caption(
     """
     from harness import captioning
     from harness.data import given
-    from harness.records.captions import same_in, write_captions
+    from harness.records.files import same_in, write_captions
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     terminal = Terminal()

@@ -19,7 +19,7 @@ from harness.output.visible import json_text, one_line
 if TYPE_CHECKING:
     from harness.data.captionfiles import CaptionFile
     from harness.decoding.consensus import Choice
-    from harness.records.captions import Candidate
+    from harness.records.files import Candidate
 
 _MOST = 1e6
 """The largest weight."""
@@ -81,7 +81,7 @@ def consensus(
     from harness import metrics, scoring
     from harness.decoding import consensus as method
     from harness.metrics.base import Documents
-    from harness.records.captions import write_captions, write_table
+    from harness.records.files import write_captions, write_table
 
     year = edition_of(edition, None)
     _check_outputs(out, per_image, sources)
@@ -228,7 +228,7 @@ def _candidates(
 ) -> dict[str, list["Candidate"]]:
     """The candidates of each image; those that are `known` have log-probabilities and names of their own."""
     from harness.decoding.consensus import of_source
-    from harness.records.captions import Candidate
+    from harness.records.files import Candidate
 
     found: dict[str, list[Candidate]] = {key: [] for key in files[0].values}
     for file, given, source, weight in zip(files, known, sources, weights, strict=True):

@@ -62,7 +62,7 @@ def make(
     from harness.data.captionfiles import read_ids
     from harness.records import FINAL, place_of
     from harness.records import read as run_record
-    from harness.records.captions import sameness
+    from harness.records.files import sameness
     from harness.submission.runs import predictions
 
     record = run_record(source, ("variant", "seed", "standin_model", "git")) if source.is_dir() else None
@@ -193,7 +193,7 @@ def check(
 
 def _sameness(file: Path, task: Task) -> str | None:
     """The warning for a valid file whose captions are nearly all the same."""
-    from harness.records.captions import sameness
+    from harness.records.files import sameness
     from harness.submission import plural, read
 
     return sameness(read(file).values(), plural(task.value))

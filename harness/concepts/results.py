@@ -10,7 +10,7 @@ import numpy as np
 
 from harness.metrics import bootstrap, concepts
 from harness.metrics.swaps import PERMUTATIONS, p_value, swapped
-from harness.records.captions import write_table
+from harness.records.files import write_table
 
 Lists = Sequence[Collection[str]]
 """The CUIs of each image."""

@@ -17,7 +17,7 @@ from harness.config.sections import NonNegative, Positive, Section
 from harness.errors import UserError
 from harness.metrics import METRICS, Inputs, finite, text
 from harness.metrics.base import Absent, Documents
-from harness.records.captions import Candidate
+from harness.records.files import Candidate
 
 if TYPE_CHECKING:
     from harness.metrics.settings import ScoreConfig

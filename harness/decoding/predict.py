@@ -19,7 +19,7 @@ from harness.machine import ranks
 from harness.models.base import Decoding, Pixels
 from harness.models.loading import Loaded, batch_of
 from harness.models.text import Codec
-from harness.records.captions import (
+from harness.records.files import (
     ATTENTION,
     CANDIDATES,
     PREDICTIONS,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.records.captions import write_table
+from harness.records.files import write_table
 from harness.store import fingerprint, write
 
 if TYPE_CHECKING:

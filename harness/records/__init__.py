@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import Problem, UserError
-from harness.records.captions import Candidate, read_candidates, read_captions, read_lists, read_rows
+from harness.records.files import Candidate, read_candidates, read_captions, read_lists, read_rows
 from harness.records.form import SCORES, Run
 from harness.store import GONE, bytes_of, damage_of, parsed, run_name
 

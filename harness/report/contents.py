@@ -13,7 +13,7 @@ from harness import records
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
-from harness.records.captions import same_in
+from harness.records.files import same_in
 from harness.records.status import failure_of, status_of
 from harness.report import concepts, examples, gallery, groups, sources
 from harness.report.gallery import link

@@ -13,7 +13,7 @@ from harness.config.editions import EDITIONS
 from harness.data.halves import HELD
 from harness.data.readers import Example, read
 from harness.errors import UserError
-from harness.records.captions import ATTENTION, LISTS, PREDICTIONS
+from harness.records.files import ATTENTION, LISTS, PREDICTIONS
 
 NEEDS = (
     *("variant", "seed", "started", "ended", "parameters", "standin_model", "git", "environment", "data"),

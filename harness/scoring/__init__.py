@@ -34,7 +34,7 @@ from harness.models import checkpoints
 from harness.records import artifact as run_artifact
 from harness.records import read as run_record
 from harness.records import root as run_root
-from harness.records.captions import sameness
+from harness.records.files import sameness
 from harness.scoring import verify
 from harness.store import RUNS, bytes_of, damage, is_done
 

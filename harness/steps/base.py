@@ -31,7 +31,7 @@ class Step(ABC):
     weights: ClassVar[bool] = False
     """Whether the output is weights, which are made again only for a step that needs them."""
     captions: str | None = None
-    """The split whose captions the step writes to `predictions.csv` (see `captions.read_captions`)."""
+    """The split whose captions the step writes to `predictions.csv` (see `records.files.read_captions`)."""
 
     def __init__(self, inputs: Inputs, part: str = "") -> None:
         self.inputs, self.part = inputs, part

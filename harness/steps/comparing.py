@@ -13,7 +13,7 @@ from harness.decoding.consensus import Choice
 from harness.errors import Problem
 from harness.machine import ranks
 from harness.metrics.base import Documents
-from harness.records.captions import PREDICTIONS, Candidate, write_captions, write_table
+from harness.records.files import PREDICTIONS, Candidate, write_captions, write_table
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs
 from harness.steps.predict import given_captions

@@ -15,7 +15,7 @@ from harness.config.editions import EDITIONS
 from harness.data.halves import HALVES, HELD, TUNE, half
 from harness.errors import Problem, UserError
 from harness.metrics import Score, concepts
-from harness.records.captions import LISTS, read_lists, write_lists
+from harness.records.files import LISTS, read_lists, write_lists
 from harness.steps.base import Step
 from harness.steps.detect import (
     Combine,

@@ -9,7 +9,7 @@ from harness.decoding import consensus
 from harness.decoding.consensus import ConsensusConfig
 from harness.errors import Problem, UserError
 from harness.models.checkpoints import sha256
-from harness.records.captions import CANDIDATES, PREDICTIONS, Candidate, read_candidates
+from harness.records.files import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.decoding import postprocess
-from harness.records.captions import PREDICTIONS, read_captions, write_captions
+from harness.records.files import PREDICTIONS, read_captions, write_captions
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.predict import given_captions

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.sections import PredictConfig
-from harness.records.captions import CANDIDATES, PREDICTIONS
+from harness.records.files import CANDIDATES, PREDICTIONS
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.prompts import prompts_in, prompts_of

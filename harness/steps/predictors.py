@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.machine import ranks
-from harness.records.captions import PREDICTIONS, read_captions
+from harness.records.files import PREDICTIONS, read_captions
 from harness.steps.base import Step
 from harness.steps.inputs import values
 from harness.steps.predict import model_for, reads_model

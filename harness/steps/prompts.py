@@ -14,7 +14,7 @@ from harness.decoding import retrieval
 from harness.errors import Problem, UserError
 from harness.models.checkpoints import sha256
 from harness.models.settings import ConceptPrompt, longest_prompt
-from harness.records.captions import read_lists, read_rows, write_table
+from harness.records.files import read_lists, read_rows, write_table
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.origins import check_split

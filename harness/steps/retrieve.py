@@ -8,7 +8,7 @@ from harness.decoding import retrieval
 from harness.decoding.retrieval import RetrievalConfig
 from harness.machine import ranks
 from harness.models.settings import RetrievedPrompt
-from harness.records.captions import PREDICTIONS, Candidate, read_rows, write_table
+from harness.records.files import PREDICTIONS, Candidate, read_rows, write_table
 from harness.steps import comparing
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import metrics
 from harness.machine import ranks
 from harness.metrics.settings import ScoreConfig
-from harness.records.captions import PREDICTIONS, read_captions
+from harness.records.files import PREDICTIONS, read_captions
 from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 from harness.steps.standin import with_standins

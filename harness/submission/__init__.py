@@ -22,7 +22,7 @@ from harness.data.forms import (
     zipped,
 )
 from harness.errors import Flaw, Problem, UserError, grouped
-from harness.records.captions import sameness
+from harness.records.files import sameness
 from harness.store import bytes_of
 from harness.submission import folder as folders
 from harness.submission.checks import check, concept_faults, faults, id_faults, some

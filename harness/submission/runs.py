@@ -9,7 +9,7 @@ from harness import records
 from harness.data.captionfiles import as_predictions, read
 from harness.data.forms import INVALID, Task, plural
 from harness.errors import Problem, UserError
-from harness.records.captions import read_rows
+from harness.records.files import read_rows
 from harness.submission.checks import some
 
 
