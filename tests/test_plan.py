@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness.cli import plans
 from harness.cli.terminal import Terminal
 from harness.config.experiment import load as load_experiment
 from harness.config.schema import Config
@@ -23,6 +24,7 @@ from harness.steps.predict import Predict
 from harness.steps.soup import Soup
 from harness.steps.work import Work
 from harness.store import is_done, once
+from harness.training.speed import duration
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -278,3 +280,19 @@ def test_thresholds_and_rules_of_concepts_detect_nothing_again(data, tmp_path):
     assert "thresholds" not in counted
     assert steps(knn={"neighbours": 2})["detect-valid"] != first["detect-valid"]
     assert steps(min_images=2)["detect-test"] != first["detect-test"]
+
+
+def test_the_time_of_a_dry_run_is_that_of_steps_that_are_to_do_and_counts_shared_ones_once():
+    def row(**steps: str) -> dict:
+        time = {"steps": {"train": 600.0, "predict-valid": 20.0, "score-after": None}}
+        return {"steps": steps, "training": {"time": time}}
+
+    first = row(train="to do  t", **{"predict-valid": "to do  p", "postprocess-valid": "to do  c"})
+    built: set[str] = set()
+    assert plans._time(first, built) == duration(620)
+    assert plans._time(first, built) == "-"
+    assert plans._time(row(train="to do  t", **{"predict-valid": "to do  q"}), built) == duration(20)
+    assert plans._time(row(train="done  t", **{"predict-valid": "to do  r"}), built) == duration(20)
+    assert plans._time(row(**{"predict-valid": "to do  s", "score-after": "to do  a"}), built) == "-"
+    known = {"training": {"time": {"steps": {"train": 600.0}}}}
+    assert plans._time({"steps": {"data": "to do: images will be drawn"}, **known}, built) == duration(600)

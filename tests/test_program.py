@@ -52,6 +52,12 @@ def test_commands_of_finished_runs_take_that_name(tmp_path, monkeypatch, command
     assert "runs/x/base-s42" in str(found.exception)
 
 
+def test_a_missing_run_is_not_said_to_be_too_few(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = invoke("compare", "runs/x/*").exception
+    assert str(error) == "error: runs/x/*: no such file or folder\n       Your runs: harness ls"
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

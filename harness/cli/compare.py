@@ -135,8 +135,8 @@ def _has(folder: Path, *names: str) -> bool:
 
 
 def _check(sources: Sequence[Path], references: Path | None) -> None:
-    hint = spelled("Your runs: harness ls")
-    problems = [Problem("no such file or folder", s, hint=hint) for s in sources if not s.exists()]
+    problems = [Problem("no such file or folder", source) for source in sources if not source.exists()]
+    hint = spelled("Your runs: harness ls") if problems else None
     resolved = [source.resolve() for source in sources]
     twice = dict.fromkeys(s for s, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1)
     problems += [Problem("given more than once", source) for source in twice]
@@ -145,7 +145,7 @@ def _check(sources: Sequence[Path], references: Path | None) -> None:
     if references is None and any(source.is_file() for source in sources):
         problems.append(Problem("is needed for files of captions", key="--references"))
     if problems:
-        raise UserError(problems)
+        raise UserError(problems, hint)
 
 
 def _task(sources: Sequence[Path], given: Task | None) -> Task:

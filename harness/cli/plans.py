@@ -87,8 +87,9 @@ def _show_all(name: str, experiment: Path, rows: Sequence[dict[str, Any]], chang
     screen = console()
     columns = [Column("run"), Column("state", 0), Column("time", 1), Column("memory", 2), Column("disk", 3)]
     columns.append(Column("differs by", 4, text=True))
+    built: set[str] = set()
     table = [
-        Row([row["run"].removeprefix(f"{name}/"), *_cells(row), changed])
+        Row([row["run"].removeprefix(f"{name}/"), *_cells(row, built), changed])
         for row, changed in zip(rows, changes, strict=True)
     ]
     Sheet(f"{name}: {len(rows)} run{'s' * (len(rows) != 1)}, nothing is started", columns, table).show(screen)
@@ -104,6 +105,8 @@ def _show_all(name: str, experiment: Path, rows: Sequence[dict[str, Any]], chang
     waits = any(state.startswith("to do") for row in rows for state in row["steps"].values())
     if waits and (times := [row["training"]["time"] for row in rows if row["training"]["time"]]):
         screen.print(f"time: a forecast for one {times[0]['device']}; a dash is a time that is not known")
+        if len(rows) > 1 and not waiting:
+            screen.print("time: what several runs share counts for the first of them")
     if waits and any(row["training"]["memory"] for row in rows):
         screen.print("memory: of training on one device; a range is what auto may take")
     screen.print("Config, steps, memory on more devices and how times are known: --verbose")
@@ -114,22 +117,29 @@ def _waits(state: str) -> bool:
     return state.startswith("to do") and not state.startswith("to do  ")
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """State, time, memory and disk of a run."""
-    from harness.training.speed import duration
-
+def _cells(row: Mapping[str, Any], built: set[str]) -> list[str]:
+    """State, time, memory and disk of a run; `built` are the steps that earlier runs of the command make."""
     states, found = list(row["steps"].values()), row["training"]
     to_do = sum(state.startswith("to do") for state in states)
     state = f"to do: {to_do} of {len(states)} steps" if to_do else "done"
-    parts = (found["time"] or {}).get("parts", {}).values()
-    seconds = [part["seconds"] for part in parts]
-    known = bool(seconds) and None not in seconds and to_do
     return [
         "to do" if any(map(_waits, states)) else state,
-        duration(sum(seconds)) if known else "-",
+        _time(row, built) if to_do else "-",
         _memory(row) if to_do else "-",
         _disk(found["pixel_cache"]) if to_do else "-",
     ]
+
+
+def _time(row: Mapping[str, Any], built: set[str]) -> str:
+    """The time of the long steps that are to do, without those in `built`, which get the others."""
+    from harness.training.speed import duration
+
+    every = (row["training"]["time"] or {}).get("steps", {})
+    to_do = {name: state for name, state in row["steps"].items() if state.startswith("to do")}
+    left = every if any(map(_waits, to_do.values())) else [n for n, s in to_do.items() if s not in built]
+    seconds = [every[name] for name in left if name in every]
+    built.update(to_do.values())
+    return duration(sum(seconds)) if seconds and None not in seconds else "-"
 
 
 def _memory(row: Mapping[str, Any]) -> str:

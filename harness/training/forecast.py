@@ -130,7 +130,7 @@ def _notes(config: "Config") -> Iterator[str]:
 def time(
     config: "Config", counts: Mapping[str, int], root: Path, setup: Setup | None = None
 ) -> dict[str, Any] | None:
-    """The time of each part of a run on this machine's device; None if the configured one can't be used.
+    """The time of each part and long step of a run on this machine's device; None if it can't be used.
 
     Without `setup`: on one device, in the fastest set-up that the config allows.
     """
@@ -140,13 +140,17 @@ def time(
         return None
     parts = _times(config, counts, root, found, setup)
     together = {part: vars(speed.together(steps.values())) for part, steps in parts.items()}
-    return {"device": str(found), "parts": together}
+    return {"device": str(found), "parts": together, "steps": _by_step(parts)}
 
 
 def by_step(config: "Config", counts: Mapping[str, int], root: Path, devices: int) -> dict[str, float | None]:
     """Seconds of the long steps of a run on this machine's devices; None if not known."""
+    return _by_step(_times(config, counts, root, device.probe(config.device), devices=devices))
+
+
+def _by_step(parts: Mapping[str, Mapping[str, speed.Guess]]) -> dict[str, float | None]:
     seconds: dict[str, float | None] = {}
-    for steps in _times(config, counts, root, device.probe(config.device), devices=devices).values():
+    for steps in parts.values():
         for name, guess in steps.items():
             known = seconds.get(name, 0.0)
             seconds[name] = None if known is None or guess.seconds is None else known + guess.seconds
