@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from harness.data.images import open_pixels
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.models.blip2.loading import CLIP_MEAN, CLIP_STD
 from harness.models.loading import Loaded
 

@@ -291,6 +291,70 @@ def test_bytes_that_are_not_utf8_are_placed(root, tmp_path):
     assert (CAPTIONS.format("valid"), 4, f"not UTF-8 at byte {at}") in found
 
 
+def _rewrite(path: Path, how) -> None:
+    path.write_text(how(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what", "hint"),
+    [
+        (
+            CAPTIONS.format("train"),
+            b"PK\x03\x04 xl/workbook",
+            "is an Excel workbook or a zip archive",
+            "as text in UTF-8",
+        ),
+        (CAPTIONS.format("valid"), b"\xd0\xcf\x11\xe0", "is an Excel workbook", "as text in UTF-8"),
+        (CAPTIONS.format("train"), b"\xff\xfeI\0D\0", "is UTF-16", "as text in UTF-8"),
+        (
+            CAPTIONS.format("train"),
+            "ID\tcaption\nphantom_train_000000\tf\xfcr\n".encode("latin-1"),
+            "not UTF-8",
+            "iconv",
+        ),
+        (f"{PREFIX}cui_mapping.csv", b"CUI\tname\n", "has no names of concepts", "take the file away"),
+    ],
+)
+def test_a_file_that_is_no_such_text_says_what_to_do(root, tmp_path, file, content, what, hint):
+    (root / file).write_bytes(content)
+    found = [
+        one for one in data.examine(config(root), tmp_path / "runs").fatal if Path(one.file).name == file
+    ]
+    assert len(found) == 1
+    assert what in found[0].what
+    assert hint in found[0].hint
+
+
+def test_a_file_without_its_header_names_the_line_that_it_lacks(root, tmp_path):
+    _rewrite(root / CAPTIONS.format("train"), lambda text: text.partition("\n")[2])
+    (found,) = data.examine(config(root), tmp_path / "runs").fatal
+    assert found.hint == "If the file has no header, put ID<tab>caption above its first line."
+
+
+@pytest.mark.parametrize("separator", [",", "; ", " ", "|"])
+def test_cuis_with_another_separator_name_the_right_one(root, tmp_path, separator):
+    _rewrite(root / CONCEPTS.format("train"), lambda text: text.replace(";", separator))
+    found = [what for _, _, what in problems(root, tmp_path) if "got the CUI" in what]
+    assert found
+    assert all(what.endswith("CUIs are joined by ; without blanks") for what in found)
+
+
+def test_captions_without_a_word_are_no_training_set(root, tmp_path):
+    path = root / CAPTIONS.format("train")
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_text(
+        "\n".join([head, *(row.partition("\t")[0] + "\t" for row in rows)]) + "\n", encoding="utf-8"
+    )
+    assert [p.what for p in data.examine(config(root), tmp_path / "runs").fatal] == [
+        "no good row is left in train"
+    ]
+
+
+def test_an_empty_folder_is_one_problem(tmp_path):
+    (tmp_path / "set").mkdir()
+    assert [what for *_, what in problems(tmp_path / "set", tmp_path)] == ["the folder is empty"]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_header(root, tmp_path):
     path = root / CAPTIONS.format("train")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

@@ -15,7 +15,7 @@ from support.concepts import rows
 
 from harness.config.sections import PhantomConfig
 from harness.data import concepts, phantom
-from harness.data.readers import Dataset
+from harness.data.listing import Dataset
 
 TRAIN = ("C1 C2", "C1", "C2 C1 C3 C3", "", "C3")
 VALID = ("C1 C8", "C9 C8", "C2")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from harness import records
 from harness.data.images import open_pixels, resize, unbuilt
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.errors import UserError
 from harness.models import checkpoints
 from harness.records.files import Candidate

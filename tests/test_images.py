@@ -16,7 +16,7 @@ from PIL import Image
 from support.disks import small_disk
 
 from harness.data.images import DAMAGE, decode, each, open_pixels, resize, unbuilt
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.errors import UserError
 
 
@@ -139,7 +139,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from harness.data.images import open_pixels
-from harness.data.readers import Example
+from harness.data.listing import Example
 paths = sorted(Path(sys.argv[1]).iterdir()) * int(sys.argv[3])
 built = []
 pixels = open_pixels([Example(p.stem, p, None, (), None) for p in paths], int(sys.argv[4]), Path(sys.argv[2]),
@@ -280,7 +280,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from harness.data.images import open_pixels
-from harness.data.readers import Example
+from harness.data.listing import Example
 torch.ones(100, 100) @ torch.ones(100, 100)
 paths = sorted(Path(sys.argv[1]).iterdir())
 pixels = open_pixels([Example(p.stem, p, None, (), None) for p in paths], 28, Path(sys.argv[2]))

@@ -32,7 +32,7 @@ from transformers import (
 from harness.config.sections import AugmentConfig, PredictConfig, SamplesConfig
 from harness.data.augment import augment
 from harness.data.images import Whole
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.decoding import search
 from harness.errors import UserError
 from harness.machine import device

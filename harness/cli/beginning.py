@@ -13,7 +13,8 @@ from harness import metrics, store
 from harness.config.experiment import load
 from harness.config.schema import Config
 from harness.data.images import DAMAGE, FORMATS
-from harness.data.readers import LAYOUTS, Listing, read
+from harness.data.listing import Listing
+from harness.data.readers import LAYOUTS, read
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import checkpoints

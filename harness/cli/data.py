@@ -66,7 +66,7 @@ def data_check(
     Example: harness data check data/imageclef2023
     """
     from harness.data import REPAIR, examine
-    from harness.data.readers import together
+    from harness.data.listing import SPLITS, together
     from harness.store import RUNS
 
     with Terminal().progress("Checking images") as advance:
@@ -82,7 +82,8 @@ def data_check(
         print(f"note: {note}")
     if found.problems:
         raise UserError(found.causes, REPAIR if found.findings and not found.fatal else None)
-    print("ok: no problems")
+    rows = ", ".join(f"{split} {found.rows[split]:,}" for split in SPLITS if split in found.rows)
+    print(f"ok: no problems ({rows} images)")
 
 
 def _plain(problem: Problem, kind: str) -> dict[str, Any]:

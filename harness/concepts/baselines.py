@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from harness.data.concepts import frequencies
-from harness.data.readers import Example
+from harness.data.listing import Example
 
 
 def most_frequent_concept(training: Iterable[Example]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.data.concepts import frequencies
-from harness.data.readers import Example
+from harness.data.listing import Example
 
 
 def labels_of(examples: Iterable[Example], min_images: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from harness.data import coco, filekinds, files
 from harness.data.forms import LONGEST, MEMBER, Task, content, decoded
-from harness.data.readers import comma_rows, unquoted_rows
+from harness.data.rows import comma_rows, unquoted_rows
 from harness.errors import Flaw, Problem, UserError, grouped, places
 
 _IDS_HINT = "Give the organisers' list of ids, a label file of the split, or a file with one id a line."

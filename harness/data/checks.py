@@ -15,19 +15,8 @@ from harness.data import fraction, phantom
 from harness.data.files import read as read_file
 from harness.data.folders import File
 from harness.data.images import DAMAGE, Progress, damage, decode, each
-from harness.data.readers import (
-    CUI,
-    CUI_FORM,
-    SPLITS,
-    Dataset,
-    Example,
-    Finding,
-    Listing,
-    Row,
-    has_words,
-    read,
-    together,
-)
+from harness.data.listing import SPLITS, Dataset, Example, Finding, Listing, Row, has_words, together
+from harness.data.readers import CUI, fault_of_cuis, read
 from harness.errors import Problem, UserError
 from harness.store import bytes_of, fingerprint, read_checked, write_checked
 
@@ -74,11 +63,15 @@ def load(config: DataConfig, work: Path = Path("runs"), progress: Progress | Non
 
 @dataclass(frozen=True)
 class Examined:
-    """All problems of a data set, and `notes`: rows that are used only for some purposes."""
+    """All problems of a data set, and `notes`: rows that are used only for some purposes.
+
+    `rows` are the numbers of rows by split.
+    """
 
     fatal: list[Problem]
     findings: list[Finding]
     notes: list[Finding]
+    rows: Mapping[str, int]
 
     @property
     def problems(self) -> list[Problem]:
@@ -98,7 +91,10 @@ def examine(config: DataConfig, work: Path = Path("runs"), progress: Progress | 
     findings = listing.findings + list(_label_findings(listing))
     scans = _scan(config.root, listing, work, _known(config.root, work), progress)
     findings += _image_findings(listing, scans)
-    return Examined(listing.fatal, findings, [*_notes(listing), *_without_concepts(config.root, listing)])
+    splits = {split: tuple(rows) for split, rows in {"test": [], **listing.splits}.items()}
+    fatal = listing.fatal or list(_unusable(config, splits))
+    notes = [*_notes(listing), *_without_concepts(config.root, listing)]
+    return Examined(fatal, findings, notes, {split: len(rows) for split, rows in splits.items() if rows})
 
 
 def check(config: DataConfig, work: Path = Path("runs"), progress: Progress | None = None) -> list[Problem]:
@@ -166,7 +162,8 @@ def _concept_faults(listing: Listing, example: Example) -> Iterator[tuple[str, s
     names = listing.concept_names
     malformed = [cui for cui in example.cuis if not CUI.fullmatch(cui)]
     if malformed:
-        yield f"got the CUI {', '.join(map(repr, malformed))}; {CUI_FORM}", CUI_FORM
+        cause = fault_of_cuis(malformed)
+        yield f"got the CUI {', '.join(map(repr, malformed))}; {cause}", cause
     if names:  # without names, the file of concept names is the problem
         unknown = [cui for cui in example.cuis if cui not in names and cui not in malformed]
         if unknown:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.data.readers import Dataset, Example
+from harness.data.listing import Dataset, Example
 from harness.output.visible import one_line
 from harness.store import write
 

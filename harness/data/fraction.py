@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from harness.config.sections import FractionConfig
-from harness.data.readers import Listing, Row
+from harness.data.listing import Listing, Row
 
 
 def chosen(image: str, share: float) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from harness.data.files import read
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.errors import Problem, UserError
 from harness.machine.device import cores
 from harness.store import fingerprint, free, gb

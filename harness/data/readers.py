@@ -4,120 +4,31 @@ Only label files are opened; images are just listed. Sources: the files of Image
 and of ROCOv2.
 """
 
-import csv
-import io
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from harness.data import files, folders
-from harness.data.folders import IMAGE_SUFFIXES, File
+from harness.data.filekinds import not_text
+from harness.data.folders import IMAGE_SUFFIXES
+from harness.data.listing import SPLITS, Example, Finding, Listing, Table
 from harness.data.misplaced import misplaced, plain_ids
+from harness.data.rows import Lines, comma_rows, unquoted_rows
 from harness.errors import Problem
 
-SPLITS = ("train", "valid", "test")
-_LONGEST_FIELD = 2**31 - 1  # characters; the largest limit that the csv module takes on every platform
-Row = tuple[str, str]
-"""(split, id) of one example."""
-Table = dict[str, tuple[int | None, str | None]]
-"""Line and value by id; the value is None if the row can't be read, or has only an id."""
 _TWICE = "duplicate id"
 _BLANK_IN_ID = "white space in an id"
+_BINARY = {
+    b"PK": "is an Excel workbook or a zip archive, not text",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, not UTF-8"),
+}
+"""What a file of labels is if it begins with these bytes."""
 CUI, CUI_FORM = re.compile(r"C\d{7}"), "C and seven digits are allowed"
-_APART = 3  # up to this number, problems of one cause are listed one by one
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image and its labels; `line` is its line in the captions (or ids) file.
-
-    `caption` is None if there is none or its row can't be read. `damage` says why the image can't be read.
-    """
-
-    id: str
-    image: Path
-    caption: str | None
-    cuis: tuple[str, ...]
-    line: int | None
-    damage: str = ""
-
-    @property
-    def trains(self) -> bool:
-        """Whether the row is fit for training: its image can be read, and its caption has words."""
-        return not self.damage and self.caption is not None and has_words(self.caption)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A checked data set; `splits` has the keys train, valid and test, and test may lack captions.
-
-    Train holds the rows that are fit for training. Valid and test hold every listed row, since all of them
-    must be captioned and submitted. `fingerprints` identify the contents of each split's labels and images,
-    whatever their path and date. `left_out` are rows that are not used, `notes` rows that are used only for
-    some purposes.
-
-    `manual` are the manually validated concepts by split and id, for splits with a file of them. Only scores
-    read them, so they are no part of `fingerprints`.
-    """
-
-    root: Path
-    layout: str
-    splits: Mapping[str, tuple[Example, ...]]
-    concept_names: Mapping[str, str]
-    fingerprints: Mapping[str, str]
-    left_out: tuple["Finding", ...]
-    notes: tuple["Finding", ...] = ()
-    manual: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
-    """The files of concepts that the data lacks, as in `Listing.absent`."""
-
-    def readable(self, split: str) -> list[Example]:
-        """The rows of a split whose images can be read."""
-        return [example for example in self.splits[split] if not example.damage]
-
-    def unreadable(self, split: str) -> list[Example]:
-        """The rows of a split whose images can't be read; the model can't caption them."""
-        return [example for example in self.splits[split] if example.damage]
-
-
-class Finding(NamedTuple):
-    """A problem with a row (None: with a line that is not a row); one `cause` is reported once."""
-
-    problem: Problem
-    row: Row | None
-    cause: str
-
-
-@dataclass
-class Listing:
-    """The contents of the label files and folders of a data set, right or wrong."""
-
-    splits: dict[str, list[Example]] = field(default_factory=dict)
-    sources: dict[str, Path | None] = field(default_factory=dict)
-    """Per split, the file that `Example.line` refers to; None if the ids come from the images."""
-    concepts: dict[str, tuple[Path | None, Mapping[str, int | None]]] = field(default_factory=dict)
-    """Per split, the file of concepts, and the line of each id in it."""
-    files: dict[Row, File] = field(default_factory=dict)
-    """The images that exist."""
-    lacking: dict[Row, str] = field(default_factory=dict)
-    """For each row without an image, the reason."""
-    concept_names: dict[str, str] = field(default_factory=dict)
-    manual: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
-    """Per split with such a file, the manually validated concepts of each image."""
-    findings: list[Finding] = field(default_factory=list)
-    doubtful: dict[str, set[str]] = field(default_factory=lambda: {split: set() for split in SPLITS})
-    """Per split, the supposed ids of rows that can't be read."""
-    fatal: list[Problem] = field(default_factory=list)
-    """Problems that leaving out rows does not solve."""
-    absent: dict[str, str] = field(default_factory=dict)
-    """The missing files of `train concepts`, `valid concepts` and `concept names`, as looked for.
-
-    Captions need none of them.
-    """
+CUIS_JOINED = "CUIs are joined by ; without blanks"
+_JOINED_OTHERWISE = re.compile(r"\s*C\d{7}([\s,|/]+C\d{7})*\s*")
 
 
 @dataclass(frozen=True)
@@ -147,6 +58,11 @@ LAYOUTS: Mapping[str, Layout] = {
     "imageclef2024": _COMMA,
     "rocov2": replace(_COMMA, manual="{split}_concepts_manual.csv"),
 }
+
+
+def fault_of_cuis(wrong: Sequence[str]) -> str:
+    """What is allowed instead of CUIs of another form."""
+    return CUIS_JOINED if any(map(_JOINED_OTHERWISE.fullmatch, wrong)) else CUI_FORM
 
 
 def read(root: Path, layout: str) -> Listing:
@@ -238,8 +154,9 @@ def _read_manual(root: Path, split: str, how: Layout, listing: Listing) -> None:
             cause = f"is not an id of {split}"
             problems.append((Problem(f"{id} {cause}", file, line), cause))
         elif wrong := [cui for cui in cuis if not CUI.fullmatch(cui)]:
-            what = f"got the CUI {', '.join(map(repr, wrong))}; {CUI_FORM}"
-            problems.append((Problem(what, file, line), CUI_FORM))
+            cause = fault_of_cuis(wrong)
+            what = f"got the CUI {', '.join(map(repr, wrong))}; {cause}"
+            problems.append((Problem(what, file, line), cause))
         elif value is not None:
             found[id] = cuis
     listing.findings += [Finding(problem, None, cause) for problem, cause in problems]
@@ -268,7 +185,7 @@ def _concept_file(root: Path, suffix: str, what: str, listing: Listing) -> Path 
 def _there(root: Path) -> str:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"There: {shown}" if names else "The folder is empty."
+    return f"There: {shown}"
 
 
 def _table(path: Path | None, separator: str, header: tuple[str, str], split: str, listing: Listing) -> Table:
@@ -281,19 +198,18 @@ def _table(path: Path | None, separator: str, header: tuple[str, str], split: st
         listing.fatal.append(Problem("is empty", path))
         return rows
     lines = unquoted_rows(text, "\t") if separator == "tab" else comma_rows(text)
-    raw = _Lines(text)
+    raw = Lines(text)
     mark = "<tab>" if separator == "tab" else ","
     _, first = next(lines, (1, []))
     if not isinstance(first, list) or [name.lower() for name in first] != [name.lower() for name in header]:
         got = first if isinstance(first, str) else mark.join(first)
-        listing.fatal.append(
-            Problem(
-                f"got the header {got[:80]!r}; {mark.join(header)} is allowed here",
-                path,
-                1,
-                hint="See data.layout: imageclef2023 is written with tabs, the others with commas.",
-            )
+        what = f"got the header {got[:80]!r}; {mark.join(header)} is allowed here"
+        layouts = "See data.layout: imageclef2023 is written with tabs, the others with commas."
+        lacks = isinstance(first, list) and len(first) == len(header) and first[0].lower() != "id"
+        hint = (
+            f"If the file has no header, put {mark.join(header)} above its first line." if lacks else layouts
         )
+        listing.fatal.append(Problem(what, path, 1, hint=hint))
         return rows
     for line, fields in lines:
         id = fields[0] if isinstance(fields, list) and fields else ""
@@ -333,78 +249,23 @@ def _row_fault(fields: list[str] | str, rows: Table) -> tuple[str, str]:
     return f"the id {fields[0]!r} holds white space", _BLANK_IN_ID
 
 
-class _Lines:
-    """The raw lines of a CSV file, split at the first use."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    @cached_property
-    def lines(self) -> list[str]:
-        return list(io.StringIO(self.text, newline=""))
-
-    def first_field(self, line: int) -> str:
-        """The text before the first comma of a line that is not valid CSV."""
-        return self.lines[line - 1].partition(",")[0].strip('"\r\n ')
-
-
 def _text(path: Path, listing: Listing) -> str | None:
     try:
         content = files.read(path)
     except OSError as error:
         listing.fatal.append(Problem(f"can't be read: {error.strerror}", path))
         return None
+    if kind := _BINARY.get(content[:2]) or (not_text(content) or ("",))[0]:
+        listing.fatal.append(Problem(kind, path, hint="Export or save it as text in UTF-8."))
+        return None
     try:
         text = content.decode("utf-8-sig")
         return text if "\n" in text else text.replace("\r", "\n")  # CR ends lines only if nothing else does
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        listing.fatal.append(Problem(f"not UTF-8 at byte {error.start}", path, line))
+        hint = "Save it as UTF-8, for example by: iconv -f LATIN1 -t UTF-8"
+        listing.fatal.append(Problem(f"not UTF-8 at byte {error.start}", path, line, hint=hint))
         return None
-
-
-def unquoted_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row of an unquoted file.
-
-    Only LF and CRLF end a line: captions may hold U+2028 and similar characters.
-    """
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        yield number, line.removesuffix("\r").split(separator)
-
-
-def comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Rows of a CSV file, each with the line it starts on; a str instead of a list says what is wrong.
-
-    After a quoting mistake, reading continues at the next line, so one stray quote costs one row. A field may
-    have any length.
-    """
-    # all rows are read at once, since the csv module has one limit for the whole process
-    before = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        rows = list(_comma_rows(text))
-    finally:
-        csv.field_size_limit(before)
-    yield from rows
-
-
-def _comma_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    lines = list(io.StringIO(text, newline=""))
-    at = 0
-    while at < len(lines):
-        rest = lines if at == 0 else (lines[i] for i in range(at, len(lines)))  # no copy for each mistake
-        reader = csv.reader(rest, strict=True)
-        start, base = at, at
-        try:
-            for fields in reader:
-                yield start + 1, fields
-                start = base + reader.line_num
-            return
-        except csv.Error as error:
-            yield start + 1, f"not CSV: {error}"
-            at = start + 1
 
 
 def _unmatched(
@@ -462,6 +323,9 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
         else:
             what = fields if isinstance(fields, str) else f"got {len(fields)} fields; 2 are allowed"
             listing.findings.append(Finding(Problem(what, path, line), None, what))
+    if not names:
+        hint = "Without names, take the file away: captions need none."
+        listing.fatal.append(Problem("has no names of concepts", path, hint=hint))
     return names
 
 
@@ -477,26 +341,3 @@ def _no_images(root: Path, split: str) -> Problem:
     what = f"no {split} images: looked for {', '.join(IMAGE_SUFFIXES)} in {looked} and one folder deeper"
     unread = folders.foreign(root, split)
     return Problem(f"{what}; {unread}" if unread else what, root, hint=_there(root))
-
-
-def has_words(caption: str) -> bool:
-    """Whether a caption has a letter or a digit; without them there is nothing to learn."""
-    return any(map(str.isalnum, caption))
-
-
-def together(findings: Iterable[Finding]) -> list[Problem]:
-    """The problems; many of one cause in one file become one, at its first row, with the number of others."""
-    causes: dict[tuple[str, str], list[Problem]] = {}
-    for problem, row, cause in findings:
-        place = str(problem.file) if problem.line else row[0] if row else ""
-        causes.setdefault((place, cause), []).append(problem)
-    return [problem for same in causes.values() for problem in _shortened(same)]
-
-
-def _shortened(same: list[Problem]) -> list[Problem]:
-    if len(same) <= _APART:
-        return same
-    first, rest = same[0], same[1:]
-    lines = [str(problem.line) for problem in rest if problem.line]
-    named = f" (lines {', '.join(lines[:5])}{', ...' if len(lines) > 5 else ''})" if lines else ""
-    return [replace(first, what=f"{first.what}; and {len(rest):,} more like it{named}")]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from harness.data.readers import Dataset
+from harness.data.listing import Dataset
 from harness.store import write
 
 MODALITIES = {

@@ -11,7 +11,8 @@ import numpy as np
 from harness import records
 from harness.config.editions import EDITIONS
 from harness.data.halves import HELD
-from harness.data.readers import Example, read
+from harness.data.listing import Example
+from harness.data.readers import read
 from harness.errors import UserError
 from harness.records.files import ATTENTION, LISTS, PREDICTIONS
 

@@ -31,7 +31,7 @@ from harness.steps.inputs import MANUAL, Inputs, values
 from harness.store import fingerprint, finite, parsed, write_json
 
 if TYPE_CHECKING:
-    from harness.data.readers import Example
+    from harness.data.listing import Example
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 

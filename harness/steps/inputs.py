@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.sections import Section
 from harness.data import Dataset
-from harness.data.readers import Example
+from harness.data.listing import Example
 
 if TYPE_CHECKING:
     from harness.config.schema import Config

@@ -15,7 +15,7 @@ from harness.concepts.labels import labels_of
 from harness.data import QUICK_IMAGES, Dataset, fraction, load, unchecked
 from harness.data.checks import WITHOUT_WORDS
 from harness.data.images import unbuilt
-from harness.data.readers import together
+from harness.data.listing import together
 from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import family

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import records
 from harness.config.sections import AUTO
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.decoding.consensus import Utility, mixture
 from harness.errors import Problem, UserError
 from harness.machine import device, ranks

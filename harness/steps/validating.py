@@ -8,7 +8,7 @@ from harness.concepts.labels import labels_of
 from harness.config.editions import EDITIONS
 from harness.config.sections import PredictConfig
 from harness.data.halves import TUNE, half
-from harness.data.readers import Example
+from harness.data.listing import Example
 from harness.errors import UserError
 from harness.machine import ranks
 from harness.metrics.settings import ScoreConfig

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness import data
 from harness.config.sections import AUTO, DataConfig
-from harness.data import fraction, readers
+from harness.data import fraction
 from harness.data.images import unbuilt
+from harness.data.listing import Example
 from harness.errors import UserError
 from harness.machine import device
 from harness.models import family
@@ -60,7 +61,7 @@ def pixels(config: "Config") -> tuple[dict[str, int], Caches]:
 
 
 @functools.lru_cache(maxsize=1)  # called for each variant of an experiment
-def _examples(source: DataConfig) -> Mapping[str, Sequence[readers.Example]]:
+def _examples(source: DataConfig) -> Mapping[str, Sequence[Example]]:
     """The existing images of each split, without those that `data.skip_bad` is known to exclude."""
     listing = data.listed(source)
     if source.skip_bad and not listing.fatal and data.unchecked(source, RUNS) <= data.QUICK_IMAGES:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from harness.data.readers import Example
+from harness.data.listing import Example
 
 
 def rows(*lists: str) -> list[Example]:
