@@ -69,7 +69,7 @@ def test_data_check_has_notes_and_passes(tmp_path):
         f"set/{CAPTIONS.format('valid')}:3: no word in the caption of valid_1: the row is captioned, scored"
         in (done.stdout)
     )
-    assert done.stdout.splitlines()[-1].startswith("ok: no problems (train ")
+    assert done.stdout.splitlines()[-1].startswith("ok: no problems (images: train ")
     rows = json.loads(harness(tmp_path, "data", "check", "set", "--format", "json").stdout)
     assert [row["kind"] for row in rows] == ["note"] * 4
 

@@ -83,7 +83,7 @@ def data_check(
     if found.problems:
         raise UserError(found.causes, REPAIR if found.findings and not found.fatal else None)
     rows = ", ".join(f"{split} {found.rows[split]:,}" for split in SPLITS if split in found.rows)
-    print(f"ok: no problems ({rows} images)")
+    print(f"ok: no problems (images: {rows})")
 
 
 def _plain(problem: Problem, kind: str) -> dict[str, Any]:
