@@ -107,6 +107,20 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(there), target
 
 
+def test_the_table_of_rooms_names_all_of_them():
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    table = text[text.index("## The rooms of") : text.index("## A metric")]
+    named = re.findall(
+        r"`([\w.]+?)/?`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)
+    )
+    there = [
+        p.name
+        for p in (ROOT / "harness").iterdir()
+        if not p.name.startswith("__") and p.suffix in ("", ".py")
+    ]
+    assert sorted(named) == sorted(there)
+
+
 def test_pictures_are_small_and_shown():
     shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert len(PICTURES) >= 4

@@ -1,4 +1,4 @@
-"""Scores any captions: matches a file, or a run's captions, with references by id, and scores the rows."""
+"""Scores any captions: matches a file, or a run's captions, with references by id; `compare` tests differences."""
 
 import copy
 import json
