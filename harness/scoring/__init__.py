@@ -1,4 +1,4 @@
-"""Scores any captions: matches a file, or a run's captions, with references by id; `compare` tests differences."""
+"""Scores any captions: a file, or a run's captions, matched with references by id; `compare` tests differences."""
 
 import copy
 import json
