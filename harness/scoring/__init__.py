@@ -1,4 +1,4 @@
-"""Scores any captions: a file, or a run's captions, matched with references by id; `compare` tests differences."""
+"""Scores any captions, matched with references by id; `compare` tests differences of scores."""
 
 import copy
 import json
