@@ -71,6 +71,17 @@ def test_a_line_says_what_is_left_of_the_whole_command(clock, capsys, after, wor
     ]
 
 
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [((300.0, True), "all 0:06:51"), ((300.0, False), "all over 0:06:51"), ((0.0, False), "")],
+)
+def test_a_bar_says_it_in_few_characters(after, words):
+    said = Terminal()
+    said.after = after
+    assert said._clock_of_all(111.2) == words
+    assert said._clock_of_all(None) == ""
+
+
 def test_what_is_left_is_forecast_from_finished_runs_and_shared_steps_count_once(
     small_run, tmp_path, monkeypatch
 ):

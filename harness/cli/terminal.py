@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,6 +193,13 @@ class Terminal:
         time = duration(left + seconds)
         return f"whole command {time if whole else time.replace('about', 'at least')}"
 
+    def _clock_of_all(self, left: float | None) -> str:
+        """The same for a bar, which has less room, as hours, minutes and seconds."""
+        seconds, whole = self.after
+        if left is None or not seconds:
+            return ""
+        return f"all {'' if whole else 'over '}{timedelta(seconds=round(left + seconds))}"
+
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
         """A progress bar with an ETA; it appears at the first `advance(done, total, note)`.
@@ -217,7 +225,7 @@ class Terminal:
                 task = bars.add_task(label, total=total, note=note, all="")
                 bars.start()
             bars.update(task, completed=done, total=total, **({"note": note} if note else {}))
-            bars.update(task, all=self._of_all(bars.tasks[0].time_remaining))
+            bars.update(task, all=self._clock_of_all(bars.tasks[0].time_remaining))
 
         try:
             yield advance

@@ -358,7 +358,7 @@ class _Log:
         self.seen += 1
         if "loss" in row and len(self.speeds) < FIRST_STEPS:
             self._time(row)
-        self.advance(row["step"], self.steps, self._note(row))
+        self.advance(row["step"], self.steps, "" if "valid_loss" in row else self._note(row))
         if "valid_loss" in row:
             where = f"stage {row['stage']}, epoch {row['epoch']:.4g}, step {row['step']} of {self.steps}"
             self.work.say(f"{where}: {self.validation.note(row)}")
