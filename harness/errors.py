@@ -23,7 +23,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file and self.line else str(self.file or "")
-        return one_line(": ".join(part for part in (place, self.key or "", self.what) if part))
+        key = "" if place == f"--set {self.key}" else self.key or ""
+        return one_line(": ".join(part for part in (place, key, self.what) if part))
 
 
 class Flaw(NamedTuple):

@@ -239,7 +239,7 @@ def test_set_addresses_an_entry_of_a_list_by_number(tmp_path):
     ],
 )
 def test_an_entry_that_there_is_not_is_an_error_that_says_how_many_there_are(tmp_path, key, what):
-    assert messages(write(tmp_path, NEW), f"{key}=1") == [f"--set {key}: {key}: {what}"]
+    assert messages(write(tmp_path, NEW), f"{key}=1") == [f"--set {key}: {what}"]
 
 
 @pytest.mark.parametrize(("given", "way"), [("seeds=[1,2]", "--set seed=7"), ("variants={}", "--variant")])
