@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Blip2Config
 
+from harness import records
 from harness.config.schema import Config
 from harness.machine import device
 from harness.models.base import Work
@@ -320,3 +321,18 @@ def test_samples_on_a_card_take_what_decoding_took_on_an_h200(tmp_path):
     guess = speed.sampling(config.model, model, 800, setup, H200, tmp_path)
     assert guess.seconds == pytest.approx(100 * (2 * 64 * 4.64e-3 + 16 * 18.9 / 8180), rel=0.01)
     assert guess.how == "from an H200; without bleurt"
+
+
+def test_records_are_read_once_for_many_forecasts_and_again_when_one_changes(tmp_path, monkeypatch):
+    finished(tmp_path, TINY, "a", 10.0)
+    read, count = records.read_all, []
+    monkeypatch.setattr(records, "read_all", lambda *given: count.append(1) or read(*given))
+    model = Model(sizes.of_model(TINY.model), TINY.train, "cpu", False)
+    for _ in range(3):
+        assert speed.pace("cpu (Some)", model, tmp_path).how == "from 1 run on this device"
+    assert len(count) == 1
+    finished(tmp_path, TINY, "b", 12.0)
+    (tmp_path / "x" / "gone").mkdir()
+    (tmp_path / "x" / "gone" / "config.yaml").write_text("name: x")  # its record is missing
+    assert speed.pace("cpu (Some)", model, tmp_path).how == "from 2 runs on this device"
+    assert len(count) == 2

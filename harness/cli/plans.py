@@ -33,7 +33,7 @@ def show(
         run = f"{config.name}/{config.run_name}"
         rows.append({"run": run, "steps": dry(config), "missing": missing, "config": resolved})
         rows[-1]["training"] = forecast(config)
-        rows[-1]["replaces"] = replacing.ahead(config)
+        rows[-1]["replaces"] = replacing.other_settings(config)
     if output is Format.json:
         print(json_text(rows))
     elif output is Format.csv:

@@ -19,11 +19,9 @@ _ASK = "Give the command run: --set {key}={value}   (data check and data stats: 
 
 
 def misplaced(root: Path, layout: str) -> Problem | None:
-    """The problem of an empty folder, or of one whose label files have another layout or lie elsewhere."""
+    """The problem of a folder without any label file of a layout, if another layout or folder has them."""
     if _fits(root, layout):
         return None
-    if all(path.name.startswith(".") for path in root.iterdir()):
-        return Problem("the folder is empty", root, hint="docs/own-data.md shows the files of a data set.")
     if other := _layout_of(root):
         shown = ", ".join(_files(root, other)[:2])
         what = f"these look like {other}, not {layout}: found {shown}"

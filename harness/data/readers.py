@@ -21,11 +21,11 @@ from harness.errors import Problem
 
 _TWICE = "duplicate id"
 _BLANK_IN_ID = "white space in an id"
-_BINARY = {
-    b"PK": "is an Excel workbook or a zip archive, not text",
-    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, not UTF-8"),
+_NO_LABELS = {
+    b"PK": ("is an Excel workbook or a zip archive, not text",),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), ("is UTF-16, not UTF-8",)),
 }
-"""What a file of labels is if it begins with these bytes."""
+"""What a file is by its first bytes, if it may be a submission (see `filekinds`) but no file of labels."""
 CUI, CUI_FORM = re.compile(r"C\d{7}"), "C and seven digits are allowed"
 CUIS_JOINED = "CUIs are joined by ; without blanks"
 _JOINED_OTHERWISE = re.compile(r"\s*C\d{7}([\s,|/]+C\d{7})*\s*")
@@ -69,8 +69,8 @@ def read(root: Path, layout: str) -> Listing:
     """List the data set in `root`; the listing has all problems, and nothing is raised."""
     listing = Listing()
     how = LAYOUTS[layout]
-    if elsewhere := misplaced(root, layout):
-        listing.fatal.append(elsewhere)  # the one cause of all that would be missing
+    if cause := _empty(root) or misplaced(root, layout):
+        listing.fatal.append(cause)  # of all that would be missing
         return listing
     listing.concept_names = _concept_names(root, listing)
     for split in SPLITS:
@@ -182,6 +182,12 @@ def _concept_file(root: Path, suffix: str, what: str, listing: Listing) -> Path 
     return found
 
 
+def _empty(root: Path) -> Problem | None:
+    if any(not path.name.startswith(".") for path in root.iterdir()):
+        return None
+    return Problem("the folder is empty", root, hint="docs/own-data.md shows the files of a data set.")
+
+
 def _there(root: Path) -> str:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
@@ -255,8 +261,8 @@ def _text(path: Path, listing: Listing) -> str | None:
     except OSError as error:
         listing.fatal.append(Problem(f"can't be read: {error.strerror}", path))
         return None
-    if kind := _BINARY.get(content[:2]) or (not_text(content) or ("",))[0]:
-        listing.fatal.append(Problem(kind, path, hint="Export or save it as text in UTF-8."))
+    if what := _NO_LABELS.get(content[:2]) or not_text(content):
+        listing.fatal.append(Problem(what[0], path, hint="Export or save it as text in UTF-8."))
         return None
     try:
         text = content.decode("utf-8-sig")

@@ -98,7 +98,7 @@ def differences(plan: Plan, record: records.Record) -> list[str]:
     return worded or _of_data(plan, record) or [f"{', '.join(lost[:_SHOWN])}: {_OTHER}"]
 
 
-def ahead(config: Config, root: Path = RUNS) -> list[str]:
+def other_settings(config: Config, root: Path = RUNS) -> list[str]:
     """For dry runs: the other settings of a finished run of this name, in words, as far as a config tells."""
     try:
         record = records.read(root / config.name / config.run_name)

@@ -1,7 +1,10 @@
-"""Reads a run's record: its folder, `run.json` and the files of its steps. No other module reads them.
+"""Reads a run's record: its folder, `run.json` and the files of its steps. No other room reads them.
 
 Files on disk may be cut short, altered or of another kind. An unreadable file is a `UserError` that names the
 file and says how to make it again. Readers of many runs leave such a record out and name it.
+
+`files` has the forms in which steps write captions and concepts and read them again, `form` has that of
+`run.json`, and `status` says whether a run's process still lives.
 """
 
 import csv

@@ -35,9 +35,7 @@ def export(run: Path, folder: Path, hub_ready: bool = False) -> dict[str, Path]:
 
     from harness.models import adapters
 
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else deepspeed, which peft imports, warns that it found none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, which peft imports, warns of none
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = "Name a new folder, or empty this one."
         raise UserError([Problem(f"exists and is not an empty folder: {folder}", key="FOLDER", hint=hint)])

@@ -6,6 +6,7 @@ device, or else from measurements on one H200 at the real size.
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -263,17 +264,23 @@ def _finished(root: Path, device: str, name: str) -> Iterator[tuple[Path, Mappin
 
     Runs that share the step count once.
     """
-    needs = ("data", "made", "seconds", "steps")
-    found, _ = records.read_all(records.below(root), needs)
-    done = [one for one in found if one[1]["status"] == "FINISHED"]
+    files = [(file, file.stat()) for file in records.below(root.resolve()) if file.is_file()]
     seen: set[str] = set()
-    for folder, record in sorted(done, key=lambda one: one[1].get("ended") or "", reverse=True):
+    for folder, record in _done(tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in files)):
         step, made = record["steps"].get(name), record["made"].get(name) or {}
         if step and step not in seen and made.get("environment", {}).get("device") == device:
             seen.add(step)
             yield folder, record
         if len(seen) == _RECENT:
             return
+
+
+@functools.lru_cache(maxsize=1)  # a command forecasts many runs, and a project may have a thousand records
+def _done(files: tuple[tuple[Path, int, int], ...]) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Folder and record of the finished runs among these files, with date and size; the last one first."""
+    found, _ = records.read_all([file for file, *_ in files], ("data", "made", "seconds", "steps"))
+    done = [one for one in found if one[1]["status"] == "FINISHED"]
+    return sorted(done, key=lambda one: one[1].get("ended") or "", reverse=True)
 
 
 def _reached(run: tuple[Path, Mapping[str, Any]]) -> float | None:
