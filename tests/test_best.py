@@ -14,6 +14,9 @@ from support.commands import harness
 from support.comparisons import system
 from support.experiments import EXPERIMENT
 
+from harness.best import Choice, as_experiment, choose
+from harness.best.candidates import KINDS, Option, find
+from harness.best.options import planned, soup, wanted
 from harness.cli.terminal import Terminal
 from harness.config.experiment import load
 from harness.data.halves import HALVES, HELD, TUNE, half
@@ -22,7 +25,6 @@ from harness.records.files import read_captions
 from harness.run import run
 from harness.scoring.compare import on_half
 from harness.steps.plan import prepare
-from harness.study.best import KINDS, Choice, Option, as_experiment, choose, find, planned, soup, wanted
 
 OTHERS = """
   greedy: {predict: {num_beams: 1, max_new_tokens: 16}}

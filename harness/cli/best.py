@@ -13,8 +13,9 @@ from harness.output.program import spelled
 from harness.output.visible import console, json_text
 
 if TYPE_CHECKING:
+    from harness.best import Choice
+    from harness.best.candidates import Candidates, Option
     from harness.scoring.compare import Difference
-    from harness.study.best import Candidates, Choice, Option
 
 
 def best(
@@ -57,14 +58,15 @@ def best(
     Example: harness best experiments/quickstart.yaml
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from harness import best as choosing
+    from harness.best import candidates
     from harness.machine.device import world_size
     from harness.store import RUNS, write, write_json
-    from harness.study import best as choosing
 
     if world_size() > 1:
         raise UserError("one process chooses; start it without torchrun or srun -n")
     terminal = Terminal()
-    given = choosing.find(sources, name, metric)
+    given = candidates.find(sources, name, metric)
     for line in (*given.notes, *(f"left out: {run}: {why}" for run, why in given.left_out.items())):
         terminal.say(line)
     if dry_run:
@@ -83,9 +85,9 @@ def best(
 
 def _decided(given: "Candidates", few: int, soup: bool, terminal: Terminal) -> "Choice":
     """The choice; its runs are mirrored to MLflow."""
+    from harness import best as choosing
     from harness import tracking
     from harness.store import RUNS
-    from harness.study import best as choosing
 
     follower = tracking.start(RUNS / "best" / given.name)
     try:
@@ -109,11 +111,11 @@ def _run_command(place: Path) -> str:
 
 
 def _print_plan(given: "Candidates", few: int, soup: bool, terminal: Terminal, output: Report) -> None:
-    from harness.study import best as choosing
+    from harness.best import options
 
-    plans, notes = choosing.planned(given, few, terminal, soup)
+    plans, notes = options.planned(given, few, terminal, soup)
     states = {
-        one.label: f"{'done ' if choosing.is_captioned(plan) else 'to do'}  {plan.folder}"
+        one.label: f"{'done ' if options.is_captioned(plan) else 'to do'}  {plan.folder}"
         for one, plan in plans
     }
     if output is Report.json:
