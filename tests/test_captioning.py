@@ -130,12 +130,22 @@ def test_images_of_many_kinds_are_one_picture(tmp_path):
     Image.fromarray(grey().astype(np.uint16) * 100 + 7).save(tmp_path / "b.png")
     plain.convert("P").save(tmp_path / "c.gif")
     plain.convert("LA").save(tmp_path / "d.tiff")
+    half = plain.convert("RGBA")
+    half.putalpha(128)
+    half.save(tmp_path / "f.png")
     plain.save(tmp_path / "e.tif", save_all=True, append_images=[plain, plain])
     found = given.look([tmp_path], tmp_path / "png")
-    assert [one.id for one in found.images] == list("abcde")
-    for one in found.images:
+    assert [one.id for one in found.images] == list("abcdef")
+    for one in found.images[:5]:
         assert np.array_equal(np.asarray(decode(one.image))[..., 0], grey()), one.file
-    assert [one.note for one in found.images] == ["", "", "", "", "the first of 3 frames"]
+    assert [one.note for one in found.images] == [
+        "",
+        "grey values of more than 8 bits: from smallest to largest value",
+        "",
+        "",
+        "the first of 3 frames",
+        "transparent pixels on black",
+    ]
 
 
 def test_ids_are_paths_if_names_occur_twice(tmp_path):

@@ -321,7 +321,7 @@ def runs(golden, tmp_path_factory) -> tuple[Path, Path]:
 def test_two_runs_from_the_command_line(runs, tmp_path):
     done = harness(tmp_path, *runs)
     assert done.returncode == 0, done.stderr
-    for words in ("2 systems, 32 images", "opt_224-s42 - opt_364-s42", "higher: two-sided p < 0.05"):
+    for words in ("2 systems, 32 images", "opt_224-s42 - opt_364-s42", "higher, lower: two-sided p < 0.05"):
         assert words in done.stdout
     assert "Holm" not in done.stdout
 

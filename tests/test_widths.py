@@ -107,7 +107,7 @@ def test_a_comparison_is_all_there(width, capsys):
     compare._print(systems, found, 9_999, None)
     text = capsys.readouterr().out
     fits(text, width)
-    head = text.partition("\nhigher:")[0]
+    head = text.partition("\nhigher, lower:")[0]
     own, gaps = ["0.5000", "0.4000", "0.6000"], ["+0.1234", "+0.0567", "+0.1891"]
     assert numbers(head) == sorted([*own, *gaps, "0.0002", "0.0004"] * 9)
     assert " ".join(head.split()).count("higher") == 9

@@ -73,8 +73,7 @@ def _words(one: Any) -> str:
     if one.reason:
         return f"{one.metric} not compared ({one.reason})"
     interval = "" if one.low is None else f" [{one.low:+.4f}, {one.high:+.4f}]"
-    verdict = "not shown" if not one.real else "higher" if one.difference > 0 else "lower"
-    return f"{one.metric} {one.difference:+.4f}{interval} {verdict}"
+    return f"{one.metric} {one.difference:+.4f}{interval} {one.side}"
 
 
 def _one_seed(records: Sequence[Record]) -> str:

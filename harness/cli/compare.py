@@ -243,7 +243,7 @@ def _rule(found: Sequence["Difference"], resamples: int) -> str:
     pairs = len({(one.a, one.b) for one in found})
     corrected = ", by Holm over the pairs of a metric" if pairs > 1 else ""
     return (
-        f"higher: two-sided p < 0.05 ({resamples} paired random swaps{corrected}) and a 95 % interval "
+        f"higher, lower: two-sided p < 0.05 ({resamples} paired random swaps{corrected}) and a 95 % interval "
         f"({DRAWS} paired draws of the images) without 0"
     )
 
@@ -283,9 +283,9 @@ def _print(
     several, n = len(systems) > 2, len(systems[0].ids)
     images = f"{n} images" + (f" of the {half} half" if half else "")
     title = f"{len(systems)} systems, {images}: scores and differences [95 % interval]"
-    columns = [Column("metric"), Column("system"), Column("score", 0), Column("p", 2 - several)]
-    columns += [Column("p, Holm", 1)] if several else []
-    columns.append(Column("at 95 %", 1 + several, text=True))
+    columns = [Column("metric"), Column("system"), Column("score", 0), Column("p", 3)]
+    columns += [Column("p, Holm", 2)] if several else []
+    columns.append(Column("at 95 %", 1, text=True))
     rows = [
         Row(cells, section=number == 0)
         for metric in dict.fromkeys(one.metric for one in found)
@@ -307,7 +307,7 @@ def _section(
     for one in found:
         if one.metric == metric:
             ps = (one.p, one.adjusted_p) if several else (one.p,)
-            rows.append([metric, f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.verdict])
+            rows.append([metric, f"{one.b} - {one.a}", _gap(one), *map(_p, ps), one.side])
     return rows
 
 

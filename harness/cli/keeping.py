@@ -14,7 +14,7 @@ import typer
 from harness.cli.terminal import Format, Output
 from harness.cli.widths import Column, Row, Sheet
 from harness.errors import UserError
-from harness.output.program import spelled
+from harness.output.program import short, spelled
 from harness.output.visible import console, is_terminal, json_text, print_csv
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def rm(
 
     found = cleaning.removals(runs)
     for one in found:
-        print(f"{one.run}: deletes {', '.join(map(str, one.folders))} ({gb(one.size)})")
+        print(f"{one.run}: deletes {', '.join(map(short, one.folders))} ({gb(one.size)})")
         for what in one.stays:
             print(f"  stays: {what}")
     if not yes and not is_terminal(sys.stdin):

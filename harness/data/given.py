@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.data import dicom
 from harness.data.files import read
 from harness.data.folders import IMAGE_SUFFIXES, ODD_SUFFIXES
-from harness.data.images import DAMAGE, Progress, damage, decode, each, frames
+from harness.data.images import DAMAGE, Progress, damage, decode, each, treatment
 from harness.errors import Problem, UserError
 
 _KINDS = "PNG, JPEG, TIFF, GIF, BMP, WebP, JPEG 2000 and DICOM"
@@ -106,7 +106,7 @@ def _looked(given: Given, converted: Path) -> Given | Problem:
     try:
         content = read(given.file)
         decode(content)
-        count = frames(content)
+        note = ", ".join(treatment(content))
     except DAMAGE as error:
         return Problem(damage(error), given.file)
-    return replace(given, note=f"the first of {count} frames" if count > 1 else "")
+    return replace(given, note=note)

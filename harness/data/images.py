@@ -49,7 +49,7 @@ def decode(source: Path | bytes) -> Image.Image:
         if image.mode == "F" or image.mode.startswith("I"):
             grey = window(np.asarray(image, dtype=np.float64))
             return Image.fromarray(np.round(grey * 255).astype(np.uint8)).convert("RGB")
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if _has_alpha(image):
             rgba = image.convert("RGBA")
             black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
             return Image.alpha_composite(black, rgba).convert("RGB")
@@ -69,16 +69,26 @@ def open_image(source: Path | bytes) -> Image.Image:
     return image
 
 
-def frames(content: bytes) -> int:
-    """How many pictures are in an image file that `decode` reads; `decode` gives the first one.
+def treatment(content: bytes) -> list[str]:
+    """What `decode` does to a file that is more than one plain picture, in words.
 
     Raises `ValueError` if the file ends before its last picture.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return getattr(image, "n_frames", 1)
+            done = [f"the first of {count} frames"] if (count := getattr(image, "n_frames", 1)) > 1 else []
+            image.seek(0)
+            if image.mode == "F" or image.mode.startswith("I"):
+                return [*done, "grey values of more than 8 bits: from smallest to largest value"]
+            if _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                return [*done, "transparent pixels on black"]
+            return done
     except Exception as error:  # on strange files PIL's readers raise any kind of error
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

@@ -30,11 +30,12 @@ def program() -> str:
     """What starts this program here: harness, the script's path, or a Python with -m harness."""
     script = Path(sys.executable).with_name("harness")
     if script.is_file():
-        return "harness" if shutil.which("harness") == str(script) else _short(script)
+        return "harness" if shutil.which("harness") == str(script) else short(script)
     on_path = shutil.which("python") == sys.executable
-    return f"{'python' if on_path else _short(Path(sys.executable))} -m harness"
+    return f"{'python' if on_path else short(Path(sys.executable))} -m harness"
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
+    """A path from the working directory, if it is below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

@@ -79,13 +79,18 @@ class Difference:
     reason: str | None = None
 
     @property
-    def verdict(self) -> str:
-        """Which system is higher, in words; `not shown` does not mean that the two are equal."""
+    def side(self) -> str:
+        """Whether `b` is higher or lower than `a`; `not shown` does not mean that the two are equal."""
         if self.reason:
             return "not compared"
         if not self.real:
             return "not shown"
-        return f"{self.b if self.difference > 0 else self.a} higher"
+        return "higher" if self.difference > 0 else "lower"
+
+    @property
+    def verdict(self) -> str:
+        """`side` with the name of the higher system."""
+        return {"higher": f"{self.b} higher", "lower": f"{self.a} higher"}.get(self.side, self.side)
 
 
 @dataclass(frozen=True)
