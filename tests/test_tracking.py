@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,7 +123,8 @@ def test_another_configuration_is_another_run_and_a_lost_store_is_filled_again(r
     first = record(root, "base")
     tracking.mirror(first)
     old = mlflow_runs()["base-s1"].info.run_id
-    record(root, "base", parameters={"train.epochs": 3})
+    record(root, "base", parameters={"train.epochs": 3}, steps={"train": "steps/train-2"})
+    shutil.copytree(root / "steps" / "train-1", root / "steps" / "train-2")
     tracking.mirror(first)
     experiment = client().get_experiment_by_name(NAME).experiment_id
     epochs = {run.data.params.get("train.epochs") for run in client().search_runs([experiment])}
@@ -133,6 +135,31 @@ def test_another_configuration_is_another_run_and_a_lost_store_is_filled_again(r
     tracking.mirror(first)
     assert mlflow_runs()["base-s1"].info.run_id != old
     assert len(history(mlflow_runs()["base-s1"], "train/loss")) == 20
+
+
+def test_what_is_added_after_the_same_training_takes_the_place_of_the_run(root, monkeypatch):
+    """MLflow can't change a parameter such as score.metrics."""
+    folder = record(root, "base")
+    tracking.mirror(folder)
+    first = mlflow_runs()["base-s1"].info.run_id
+    client().set_tag(first, server._NOTE, "mine")
+    more = {"score.metrics": ["bleu1", "rouge1"]}
+    record(root, "base", "RUNNING", parameters=more, steps={})
+    tracking.mirror(folder)
+    assert client().get_run(first).info.lifecycle_stage == "active"
+    record(root, "base", parameters=more)
+    with monkeypatch.context() as killed:  # after the new run was made, before the first was deleted
+        killed.setattr(server.Mirror, "_drop_earlier", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tracking.mirror(folder)
+    tracking.mirror(folder)
+    second = mlflow_runs()["base-s1"]
+    assert second.info.run_id != first
+    assert client().get_run(first).info.lifecycle_stage == "deleted"
+    assert second.data.tags[server._NOTE] == "mine"
+    assert history(second, "train/loss") == [(row["step"], row["loss"]) for row in ROWS]
+    tracking.mirror(folder)
+    assert mlflow_runs()["base-s1"].info.run_id == second.info.run_id
 
 
 def test_a_run_with_the_names_of_an_earlier_version_is_mirrored_anew_once(root):

@@ -50,10 +50,16 @@ class Mirror:
         self.root = records.root(directory, record)
         self.replaced: dict[str, str] | None = None
         self.entry = state.runs.setdefault(directory.name, {})
-        parameters = fingerprint(record["parameters"])
-        if self.entry.get("parameters", parameters) != parameters:
-            self.entry.clear()  # MLflow's parameters can't change, so another configuration is another run
-        self.entry["parameters"] = parameters
+        self._take_up(fingerprint(record["parameters"]), record["steps"].get("train"))
+
+    def _take_up(self, parameters: str, training: str | None) -> None:
+        """Note what the run is of. MLflow's parameters can't change, so with others it is another run."""
+        entry = self.entry
+        if entry.get("parameters", parameters) != parameters:
+            earlier = [*entry.get("earlier", ()), [entry.get("run_id"), entry.get("training")]]
+            entry.clear()
+            entry["earlier"] = [one for one in earlier if all(one)]
+        entry |= {"parameters": parameters, "training": training}
 
     def bring_up_to_date(self) -> None:
         experiment = _experiment(self.client, self.record["name"])
@@ -70,6 +76,8 @@ class Mirror:
         if status != "RUNNING":
             ended = milliseconds(self.record["ended"]) or int(time.time() * 1000)
             self.client.set_terminated(run, _IN_MLFLOW.get(status, status), ended)
+        if status == "FINISHED":
+            self._drop_earlier(run)
         self.entry["status"] = status
         self.entry["mirrored"] = mark(self.record)
         self._study(parent)
@@ -77,6 +85,19 @@ class Mirror:
         self._describe_parent(experiment, parent)
         self._close_parent(parent)
         self.state.save()
+
+    def _drop_earlier(self, run: str) -> None:
+        """Delete earlier runs of the same training, since this run has all that they have.
+
+        MLflow keeps them among its deleted runs.
+        """
+        for earlier, training in self.entry.pop("earlier", ()):
+            found = self._found(earlier) if training == self.entry["training"] else None
+            if found is None or found.info.lifecycle_stage != "active":
+                continue
+            if note := found.data.tags.get(_NOTE):
+                self.client.set_tag(run, _NOTE, note)
+            self.client.delete_run(earlier)
 
     def _study(self, parent: str) -> None:
         """Write the results of a study to the parent run: counts, best trials, plots."""
@@ -141,9 +162,9 @@ class Mirror:
     def _run(self, experiment: str, entry: dict[str, Any], name: str, tags: Mapping[str, Any]) -> str:
         """The run's id on the server; creates the run if it is not there."""
         if "run_id" in entry and not self._exists(entry):
-            parameters = entry.get("parameters")
+            kept = {key: entry[key] for key in ("parameters", "training", "earlier") if key in entry}
             entry.clear()
-            entry.update({"parameters": parameters} if parameters else {})
+            entry.update(kept)
         if "run_id" not in entry:
             # The token is saved before `_create`. If this process is killed in between, or if the bookkeeping
             # is lost, the next call finds the run by its token.
@@ -164,17 +185,22 @@ class Mirror:
 
     def _exists(self, entry: Mapping[str, Any]) -> bool:
         """Whether the server has the run, with the token of the bookkeeping."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self.client.get_run(entry["run_id"])
-        except MlflowException as error:
-            if error.error_code in _GONE:
-                return False
-            raise
+        if (run := self._found(entry["run_id"])) is None:
+            return False
         token = run.data.tags.get("harness.token")
         known = run.info.lifecycle_stage == "active" and token == entry.get("token", token)
         return known and self._has_our_names(run, entry)
+
+    def _found(self, run: str) -> Any:
+        """The run on the server, active or deleted; None if it is not there."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code in _GONE:
+                return None
+            raise
 
     def _has_our_names(self, run: Any, entry: Mapping[str, Any]) -> bool:
         """Whether the metrics of a run have the present names; deletes a run of earlier versions."""
