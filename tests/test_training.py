@@ -108,7 +108,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(folder, uninterrupt
     ]
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.ci), 3])
 @pytest.mark.slow
 def test_three_stages_interrupted_in_each_go_on_to_the_same_bits(folder, tmp_path, zero_stage):
     """The third trains the text path again, which the second freezes. Each has an epoch of 3 steps."""
