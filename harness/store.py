@@ -42,12 +42,19 @@ def free(path: Path) -> int:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write the whole file or nothing: first a temporary file in the same folder, then a rename."""
+    """Write the whole file or nothing: first a temporary file in the same folder, then a rename.
+
+    What is open already, such as /dev/stdout or /dev/null, is written to as it is: a rename would replace it.
+    """
+    if is_open(path):
+        with path.open("ab") as file:
+            file.write(_encoded(content))
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(_encoded(content))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -57,6 +64,15 @@ def write(path: Path, content: str | bytes) -> Path:
             error.filename = str(path)
         raise
     return path
+
+
+def is_open(path: Path) -> bool:
+    """Whether a path names a device, or a file or pipe that this process was started with."""
+    return path.absolute().is_relative_to("/dev") or path.absolute().is_relative_to("/proc")
+
+
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def write_json(path: Path, value: Any) -> Path:

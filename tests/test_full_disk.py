@@ -1,4 +1,4 @@
-"""A disk that fills up during a run: a clear error, no loss, and the same command continues."""
+"""Writing: a disk that fills up costs nothing but an error, and what is open already is not replaced."""
 
 import json
 import os
@@ -133,3 +133,13 @@ def test_a_run_whose_images_would_not_fit_does_not_start(tmp_path):
         assert len(prepare([without], Terminal(silent=True), disk / "runs")) == 1
     with small_disk(tmp_path / "other", need // 2**20 + 2) as disk:
         assert len(prepare([config, config], Terminal(silent=True), disk / "runs")) == 2
+
+
+def test_a_pipe_that_is_open_is_written_to_and_not_replaced():
+    """A rename to /dev/null or /dev/stdout as root replaced the device for every process."""
+    reading, writing = os.pipe()
+    assert write(Path(f"/dev/fd/{writing}"), "ID,caption\n") == Path(f"/dev/fd/{writing}")
+    assert write(Path(f"/dev/fd/{writing}"), "1,A scan.\n")
+    os.close(writing)
+    with open(reading) as pipe:
+        assert pipe.read() == "ID,caption\n1,A scan.\n"

@@ -15,6 +15,7 @@ import typer
 from harness.cli.terminal import DeviceName, OfRun, Terminal
 from harness.errors import UserError
 from harness.output.visible import print_csv
+from harness.store import is_open
 
 if TYPE_CHECKING:
     from harness.captioning import Captioner
@@ -100,7 +101,7 @@ def _done(found: "Found") -> list[str]:
 @contextlib.contextmanager
 def _work(out: Path | None, captioner: "Captioner", found: "Found") -> Iterator[Path]:
     """A folder for captions that are done: beside `out`, so that the same command continues from it."""
-    if out is None:
+    if out is None or is_open(out):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
