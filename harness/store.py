@@ -1,6 +1,7 @@
 """Files on disk: fingerprints, atomic writes, steps that run once, and free space."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -42,7 +43,12 @@ def free(path: Path) -> int:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write the whole file or nothing: first a temporary file in the same folder, then a rename."""
+    """Write the whole file or nothing: first a temporary file in the same folder, then a rename.
+
+    Raises `OSError` for a device or a pipe, which the rename would replace.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

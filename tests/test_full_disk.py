@@ -133,3 +133,12 @@ def test_a_run_whose_images_would_not_fit_does_not_start(tmp_path):
         assert len(prepare([without], Terminal(silent=True), disk / "runs")) == 1
     with small_disk(tmp_path / "other", need // 2**20 + 2) as disk:
         assert len(prepare([config, config], Terminal(silent=True), disk / "runs")) == 2
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    """As `submission check --fix /dev/null` did for the user root."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="a device or a pipe"):
+        write(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
