@@ -1,6 +1,7 @@
 """Files on disk: fingerprints, atomic writes, steps that run once, and free space."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -44,17 +45,15 @@ def free(path: Path) -> int:
 def write(path: Path, content: str | bytes) -> Path:
     """Write the whole file or nothing: first a temporary file in the same folder, then a rename.
 
-    What is open already, such as /dev/stdout or /dev/null, is written to as it is: a rename would replace it.
+    Raises `OSError` for a device or a pipe, which the rename would replace.
     """
-    if is_open(path):
-        with path.open("ab") as file:
-            file.write(_encoded(content))
-        return path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(_encoded(content))
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -64,15 +63,6 @@ def write(path: Path, content: str | bytes) -> Path:
             error.filename = str(path)
         raise
     return path
-
-
-def is_open(path: Path) -> bool:
-    """Whether a path names a device, or a file or pipe that this process was started with."""
-    return path.absolute().is_relative_to("/dev") or path.absolute().is_relative_to("/proc")
-
-
-def _encoded(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
 
 
 def write_json(path: Path, value: Any) -> Path:

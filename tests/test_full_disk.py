@@ -1,4 +1,4 @@
-"""Writing: a disk that fills up costs nothing but an error, and what is open already is not replaced."""
+"""Writing: a disk that fills up costs nothing but an error, and no device is replaced."""
 
 import json
 import os
@@ -135,11 +135,10 @@ def test_a_run_whose_images_would_not_fit_does_not_start(tmp_path):
         assert len(prepare([config, config], Terminal(silent=True), disk / "runs")) == 2
 
 
-def test_a_pipe_that_is_open_is_written_to_and_not_replaced():
-    """A rename to /dev/null or /dev/stdout as root replaced the device for every process."""
-    reading, writing = os.pipe()
-    assert write(Path(f"/dev/fd/{writing}"), "ID,caption\n") == Path(f"/dev/fd/{writing}")
-    assert write(Path(f"/dev/fd/{writing}"), "1,A scan.\n")
-    os.close(writing)
-    with open(reading) as pipe:
-        assert pipe.read() == "ID,caption\n1,A scan.\n"
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    """As `submission check --fix /dev/null` did for the user root."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="a device or a pipe"):
+        write(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]

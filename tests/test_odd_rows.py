@@ -254,6 +254,26 @@ def test_a_blank_or_another_case_in_a_name_is_named(root, tmp_path):
     ]
 
 
+def test_what_lies_in_place_of_an_image_is_told_once_a_kind(root, tmp_path):
+    """Five rows without a file are one cause; folders and another suffix are not more like them."""
+    images = sorted((root / "train").glob("*.jpg"))
+    for image in images[:5]:
+        image.unlink()
+    for image in images[5:7]:
+        image.unlink()
+        image.mkdir()
+    images[7].rename(images[7].with_suffix(".bmp"))
+    with pytest.raises(UserError) as caught:
+        data.load(config(root), tmp_path / "runs")
+    told = [problem.what.partition("; ")[2] for problem in caught.value.problems]
+    assert told == [
+        "and 4 more like it (lines 3, 4, 5, 6)",
+        f"{images[5].name} is a folder, not a file",
+        f"{images[6].name} is a folder, not a file",
+        f"found {images[7].stem}.bmp, which is not read: convert it to PNG or JPEG",
+    ]
+
+
 def test_what_macos_adds_to_an_archive_is_no_image(root, tmp_path):
     (root / "test_ids.csv").unlink()
     (root / "test" / "._phantom_test_000001.jpg").write_bytes(b"\0\5\x16\7")

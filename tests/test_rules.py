@@ -308,6 +308,16 @@ def test_a_secondary_score_without_any_image_is_absent_with_its_reason():
     assert found.reason == "no image counts: no manual list has one of the 15 concepts of this score"
 
 
+def test_a_half_without_an_image_that_counts_has_no_secondary_score():
+    truth = [{"C0040405"}, {"C0000001"}, set()]
+    scores = metrics.score_concepts([{"C0040405"}] * 3, truth, truth, 2023)
+    for rows in ([False, True, True], [False, True, False]):
+        found = metrics.on_rows(scores, np.array(rows))
+        assert (found["f1"].value, found["f1"].n) == (0, sum(rows))
+        assert found["f1_secondary"].value is found["f1_secondary"].low is None
+        assert found["f1_secondary"].reason == "none of these images counts for this score"
+
+
 def test_images_that_do_not_count_have_empty_cells(tmp_path):
     import csv
 

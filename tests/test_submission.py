@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fuzzing import cases
 
+from harness.data.forms import REPAIR
 from harness.errors import UserError
 from harness.submission import as_written, check, fix, make, read, write_captions, write_concepts
 
@@ -239,6 +240,19 @@ def test_concepts_of_2023(row, words, tmp_path):
     problems = check(path, ["b", "a"], 2023, "concept")
     assert [problem.line for problem in problems][:1] == ([] if words is None else [1])
     assert words is None or words in problems[0].what
+
+
+@pytest.mark.parametrize("edition", [2023, 2025, 2026])
+@pytest.mark.parametrize("value", ["C1;", ";", "C1;;C2", ";;", " "])
+def test_an_empty_place_in_a_list_is_one_cause_and_mended_as_advised(value, edition, tmp_path):
+    comma = edition > 2023
+    rows = [*(["ID,CUIs"] if comma else []), f"a{'|,'[comma]}{value}"]
+    path, out = tmp_path / "concepts", tmp_path / "out"
+    path.write_text("\n".join(rows) + "\n")
+    (problem,) = check(path, ["a"], edition, "concept")
+    assert problem.hint == REPAIR
+    fix(path, out, ["a"], edition, "concept")
+    assert check(out, ["a"], edition, "concept") == []
 
 
 def test_fix_lists_what_it_did_and_leaves_what_it_cannot_mend(tmp_path):

@@ -196,6 +196,16 @@ MISTAKES = {
         2,
         "is a directory",
     ),
+    "repaired over the ids": (
+        ["check", "mine.csv", "--edition", "2023", "--ids", "ids.csv", "--fix", "ids.csv"],
+        2,
+        "--fix: would overwrite an input: ids.csv",
+    ),
+    "repaired over itself": (
+        ["check", "mine.csv", "--edition", "2023", "--ids", "ids.csv", "--fix", "./mine.csv"],
+        2,
+        "--fix: would overwrite an input: mine.csv",
+    ),
     "twice": (["make", "twice.csv", "--edition", "2023", "--ids", "ids.csv"], 2, "twice.csv:3"),
 }
 

@@ -83,6 +83,13 @@ def test_a_disk_that_refuses_leaves_the_earlier_submission(tmp_path, monkeypatch
     assert everything(tmp_path) == before
 
 
+def test_a_file_in_place_of_the_folder_stays(tmp_path):
+    (tmp_path / "caption-test").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        make(CAPTIONS, IDS, 2026, tmp_path, {"run": "a"})
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("caption-test", "mine")]
+
+
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_folders_change_places_with_and_without_the_help_of_the_system(can_exchange, tmp_path, monkeypatch):
     if can_exchange and sys.platform != "linux":

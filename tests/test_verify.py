@@ -107,6 +107,16 @@ def test_bertscore_and_its_idf_over_all_references(golden, edition):
 
 
 @pytest.mark.ci
+def test_bert_score_says_nothing_of_a_text_without_tokens(capfd):
+    given = inputs(
+        (["\u200b", "a mass"], ["lung", "\x07"]), ("bertscore",), bertscore={"checkpoint": "standin"}
+    )
+    (found,) = verify.captions(given, scored(given), 2).values()
+    assert (found.rows, found.difference) == (2, 0)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.ci
 def test_rows_with_a_blank_side_are_left_out_and_none_left_is_no_success():
     some = inputs((["lung", "", "a mass", "!?"], ["lung", "mass", "mass", "..."]), COUNTED)
     found = verify.captions(some, scored(some), 4)

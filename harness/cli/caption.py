@@ -15,7 +15,6 @@ import typer
 from harness.cli.terminal import DeviceName, OfRun, Terminal
 from harness.errors import UserError
 from harness.output.visible import print_csv
-from harness.store import is_open
 
 if TYPE_CHECKING:
     from harness.captioning import Captioner
@@ -56,10 +55,14 @@ def caption(
     Example: harness caption runs/quickstart/opt_364-s42 my_images --out captions.csv
     """
     from harness import captioning
+    from harness.cli.score import check_output
     from harness.data import given
     from harness.records.files import same_in, write_captions
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for key, file in (("--out", out), ("--html", html)):
+        if file:
+            check_output(file, images, key)
     terminal = Terminal()
     captioner = captioning.of(run, device, batch_size)
     with tempfile.TemporaryDirectory() as converted:
@@ -101,7 +104,7 @@ def _done(found: "Found") -> list[str]:
 @contextlib.contextmanager
 def _work(out: Path | None, captioner: "Captioner", found: "Found") -> Iterator[Path]:
     """A folder for captions that are done: beside `out`, so that the same command continues from it."""
-    if out is None or is_open(out):
+    if out is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return

@@ -124,7 +124,8 @@ def _check_outputs(out: Path, per_image: Path | None, sources: Sequence[Path]) -
     for key, path in (("--out", out), ("--per-image", per_image)):
         if path is None:
             continue
-        if path.is_dir() or any(parent.exists() and not parent.is_dir() for parent in path.parents):
+        special = path.exists() and not path.is_file()
+        if special or any(parent.exists() and not parent.is_dir() for parent in path.parents):
             problems.append(Problem(f"can't be written: {path}", key=key, hint="Name a new file."))
         elif any(path.resolve() == source.resolve() for source in sources):
             problems.append(Problem(f"would overwrite an input: {path}", key=key))

@@ -73,6 +73,7 @@ def score(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from harness import scoring
     from harness.machine.device import rank
+    from harness.records import root as run_root
 
     run = scoring.find_run(predictions)
     task = task_of(of, run and run[1])
@@ -80,7 +81,9 @@ def score(
     _check_task(task, [option for option, given in of_captions.items() if given], manual)
     year = edition_of(edition, run)
     if per_image is not None:
-        _check_output(per_image, [predictions, references, manual], run)
+        read = [file for file in (predictions, references, manual) if file is not None]
+        read += [run_root(*run) / name for name in run[1]["artifacts"].values()] if run else []
+        check_output(per_image, read, "--per-image")
     config = scoring.settings(year, metric_names(names), standins, sets or (), run)
     rows = scoring.rows(predictions, references, images, task.value)
     say = Terminal().say
@@ -155,20 +158,14 @@ def _check_task(task: Task, of_captions: Sequence[str], manual: Path | None) -> 
         raise UserError(problems)
 
 
-def _check_output(
-    path: Path, inputs: Sequence[Path | None], run: tuple[Path, Mapping[str, Any]] | None
-) -> None:
-    """Raise `UserError`, before hours of scoring, if the file can't be written or is an input."""
-    from harness.records import root as run_root
-
-    read = [file for file in inputs if file is not None]
-    read += [run_root(*run) / name for name in run[1]["artifacts"].values()] if run else []
+def check_output(path: Path, read: Sequence[Path], key: str) -> None:
+    """Raise `UserError`, before hours of work, if the file can't be written or is one of those to `read`."""
     try:
         what = _unwritable(path, read)
     except OSError as error:
         what = f"can't be written: {error.strerror}: {path}"
     if what:
-        raise UserError([Problem(what, key="--per-image", hint="Give the name of a new file.")])
+        raise UserError([Problem(what, key=key, hint="Give the name of a new file.")])
 
 
 def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
@@ -179,7 +176,7 @@ def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
     if path.exists() and not path.is_file():
         return f"is not a regular file: {path}"
     new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    # the table is written under this name first, and this name is longer
+    # the file is written under this name first, and this name is longer
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -152,7 +153,9 @@ def _label_faults(listing: Listing, split: str, example: Example) -> Iterator[tu
     """What is wrong with a row, each with the cause that other rows may share."""
     row = (split, example.id)
     if row in listing.lacking:
-        yield listing.lacking[row], "no image"
+        what = listing.lacking[row]
+        # what follows the names tells a folder, a link to itself and no file apart
+        yield what, "no image" + re.sub(r".*\.\w+", "", what)
     elif row in listing.files and listing.files[row].size == 0:
         yield f"{example.image} is empty (0 bytes)", "empty image"
 

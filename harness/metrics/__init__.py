@@ -318,7 +318,7 @@ def on_rows(scores: Mapping[str, Score], rows: np.ndarray, resamples: int = 1000
     """The scores of some of their `rows` (n,) bool, from the arrays that scoring left.
 
     Nothing is measured again, so CIDEr's document frequencies stay those of all references. A score that has
-    no arrays, or no rows, is absent with a reason.
+    no arrays, or no rows that count, is absent with a reason.
     """
     found = {name: _kept(score, rows) for name, score in scores.items()}
     return _with_intervals(found, int(rows.sum()), resamples, None)
@@ -330,6 +330,8 @@ def _kept(score: Score, rows: np.ndarray) -> _Found:
         lacking = "its scoring left no number for each image" if rows.any() else "there are no images"
         return _Found(None, 0.0, score.reason or lacking)
     kept, corpus = np.asarray(values, dtype=float)[rows], aggregate(score.name)
+    if np.isnan(kept).all():
+        return _Found(None, 0.0, "none of these images counts for this score")
     if corpus is None:
         return _Found(Measured(kept, score.signature, score.official), 0.0)
     value = float(corpus(kept.sum(0)))

@@ -408,15 +408,16 @@ def _original(inputs: Inputs, pairs: Pairs) -> list[float]:
 
     checkpoint, layer = locate(inputs.config.bertscore)
     idf, cut = EDITIONS[inputs.edition].bertscore_idf, EDITIONS[inputs.edition].bertscore_tokens
-    with silenced(), _without_t5(checkpoint.folder) as folder:
-        # no process pool: forked while our threads run, it hung or printed on the terminal when it ended
-        how = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
-        scorer = BERTScorer(model_type=folder, **how)
-    if cut:  # the tokenizer of that time had a limit
-        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
-    if idf:
-        scorer.compute_idf(inputs.clean_references)
-    return [scorer.score([prediction], [reference])[2].item() for prediction, reference in pairs]
+    with silenced():  # it also prints a line for each text without tokens, such as U+200B alone
+        with _without_t5(checkpoint.folder) as folder:
+            # no process pool: forked while our threads run, it hung or printed on the terminal when it ended
+            how = {"num_layers": layer, "idf": idf, "device": inputs.device, "nthreads": 0}
+            scorer = BERTScorer(model_type=folder, **how)
+        if cut:  # the tokenizer of that time had a limit
+            scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, cut)
+        if idf:
+            scorer.compute_idf(inputs.clean_references)
+        return [scorer.score([prediction], [reference])[2].item() for prediction, reference in pairs]
 
 
 @contextlib.contextmanager

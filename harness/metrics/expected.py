@@ -11,8 +11,9 @@ def silenced() -> Iterator[None]:
     kept = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        try:
+            with contextlib.redirect_stderr(nowhere):
+                yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -149,10 +149,11 @@ class Plan:
             if unscored and self.config.captions:
                 found.append(f"{split}: the caption of {some(unscored)} can't be read; not scored")
         for split, given in self.fallback.items():
-            what = f"{some(given['ids'])}; it gets the constant caption: {given['caption']}"
+            what = f"{some(given['ids'])}; used instead is the constant caption: {given['caption']}"
             found.append(f"{split}: no readable image for {what}")
         for split, given in self.concept_fallback.items():
-            what = f"{some(given['ids'])}; it gets the most frequent concept: {'; '.join(given['concepts'])}"
+            used = f"used instead is the most frequent concept: {';'.join(given['concepts'])}"
+            what = f"{some(given['ids'])}; {used}"
             found.append(f"{split}: no readable image for {what}")
         return found
 

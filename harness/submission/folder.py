@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -22,6 +23,8 @@ def replace(folder: Path, files: Mapping[str, bytes | str], earlier: Collection[
     process that is killed leaves either the old or the new files. Raises `OSError` if nothing can be written.
     """
     folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(folder))
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
