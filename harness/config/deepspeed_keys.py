@@ -209,7 +209,9 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
     known = SECTIONS[path] if path else top()
     for name, value in section.items():
         key = f"{path}.{name}" if path else str(name)
-        if key in DECIDED:
+        if key == "comet.api_key":
+            yield key, f"deepspeed: {key} would be in every record; set COMET_API_KEY in the environment"
+        elif key in DECIDED:
             yield key, f"deepspeed: {key} can't be set here; use train.{DECIDED[key]} instead"
         elif name not in known:
             near = difflib.get_close_matches(str(name)[:80], known, 1, 0.7)
