@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import SIZES, batch, load_tiny, stages
+from support.models import SIZES, batch, load_tiny, pixels, stages
 from support.training import config, run, splits
 
 from harness import store
-from harness.config.sections import AugmentConfig
+from harness.config.sections import AugmentConfig, PredictConfig
+from harness.decoding import predict, retrieval
 from harness.errors import UserError
 from harness.machine import device
 from harness.models.blip2 import loading
@@ -163,3 +164,21 @@ def test_the_language_models_dropout_has_its_own_key(folder, share, same):
     losses = {loaded.model(images, captions).caption.item() for _ in range(3)}
     assert (len(losses) == 1) == same
     assert loaded.model.config.text_config.dropout == (0.1 if share is None else share)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_beams": 3}, {"samples": {"count": 2}}])
+def test_finite_weights_that_give_no_numbers_give_no_captions(folder, tmp_path, given):
+    """Where no validation tells: a training on all images, a checkpoint from elsewhere, half precision."""
+    loaded = load_tiny(folder)
+    with torch.no_grad():
+        loaded.model.query_tokens.fill_(1e30)
+    ids, settings = (
+        [f"image_{i}" for i in range(8)],
+        PredictConfig(max_new_tokens=6, **{"num_beams": 1} | given),
+    )
+    for _ in range(2):  # nothing of the first attempt is taken for done
+        with pytest.raises(UserError, match=r"nan in the captions of image_0, .* and 3 more") as caught:
+            predict.predict_split(loaded, ids, pixels(8, 64), settings, tmp_path, lambda done, total: None)
+        assert caught.value.exit_code == 1
+    with pytest.raises(UserError, match="the features of 8 of 8 images are not finite"):
+        retrieval.features(loaded, pixels(8, 64), 8, lambda done, total: None)

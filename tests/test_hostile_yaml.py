@@ -210,6 +210,10 @@ def test_a_mistake_across_keys_of_two_sections_points_at_the_one_that_was_given(
         ("nonsense: 1", "deepspeed.nonsense: unknown key of DeepSpeed's config."),
         ("elasticity: {}", "deepspeed.elasticity: unknown key of DeepSpeed's config."),
         ("comms_logger: true", "deepspeed.comms_logger: got True; a mapping is allowed"),
+        ("comet: {api_key: x}", "comet.api_key would be in every record; set COMET_API_KEY in the environment"),
+        ("zero_optimization: {reduce_bucket_size: big}", "reduce_bucket_size: got 'big'; a number of 1 or more is allowed"),
+        ("zero_optimization: {stage3_max_live_parameters: null}", "parameters: got None; a number of 1 or more is allowed"),
+        ("steps_per_print: true", "deepspeed.steps_per_print: got True; a number of 1 or more is allowed"),
         ("scheduler: {}", "scheduler can't be set here; use train.warmup_steps instead"),
     ],
 )  # fmt: skip

@@ -83,6 +83,38 @@ def test_a_file_that_is_no_database_is_recognised(root, tmp_path):
         tracking.sync(root)
 
 
+@pytest.mark.parametrize("sql", ["ALTER TABLE tags DROP COLUMN value", "DROP TABLE latest_metrics"])
+def test_a_store_that_lacks_a_part_is_recognised_when_a_run_needs_it(root, tmp_path, capfd, sql):
+    """Its version is the last one, so MLflow opens it."""
+    tracking.mirror(record(root, "base"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection, connection:
+        connection.execute(sql)
+    record(root, "other")
+    with pytest.raises(UserError, match="can't use this store") as error:
+        tracking.sync(root)
+    assert "mlflow.db.old && harness sync" in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_folder_in_place_of_the_store_is_said_at_once(root, tmp_path):
+    record(root, "base")
+    (tmp_path / "mlflow.db").unlink()
+    (tmp_path / "mlflow.db").mkdir()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"mlflow\.db: unable to open database file"):
+        tracking.sync(root)
+    assert time.monotonic() - began < 5
+
+
+def test_options_in_the_address_of_a_store_are_no_part_of_its_name(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db?timeout=30")
+    record(root, "base")
+    for _ in range(2):
+        assert len(tracking.sync(root)) == 1
+    assert len(mlflow_runs()) == 2
+    assert not list(tmp_path.glob("*[?]*"))
+
+
 def forget_tokens(file: Path) -> None:
     """As an earlier version left it: a random token, and no checksum."""
     write_json(file, json.loads(file.read_text())["value"])

@@ -509,6 +509,17 @@ def test_what_train_decides_is_not_decided_again_in_deepspeeds_words(given, inst
         config(deepspeed=given)
 
 
+@pytest.mark.parametrize(
+    "given", [{"communication_data_type": "fp99"}, {"zero_optimization": {"overlap_comm": "perhaps"}}]
+)
+def test_a_value_that_deepspeed_refuses_is_a_mistake_of_the_user(folder, tmp_path, given):
+    with pytest.raises(
+        UserError, match=r"train\.deepspeed: DeepSpeed refuses this: .*(fp99|perhaps)"
+    ) as caught:
+        run(folder, tmp_path / "run", config(deepspeed=given))
+    assert caught.value.exit_code == 1
+
+
 def test_betas_are_less_than_one():
     with pytest.raises(ValueError, match="betas"):
         config(betas=[1.0, 0.9])

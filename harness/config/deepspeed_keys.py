@@ -56,6 +56,12 @@ OPEN = [
     "weight_quantization",
 ]
 """Sections whose keys are not checked: they matter little for fine-tuning one model."""
+NUMBERS = [
+    "steps_per_print",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_max_live_parameters",
+]
+"""Keys that the forecast of memory reads, or that DeepSpeed does not check before the first step."""
 SECTIONS: Mapping[str, list[str]] = {
     "activation_checkpointing": [
         "contiguous_memory_optimization",
@@ -195,7 +201,7 @@ SECTIONS: Mapping[str, list[str]] = {
 
 
 def mistakes(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with `train.deepspeed`, by key: unknown, decided by `train`, or not a JSON value."""
+    """What is wrong with `train.deepspeed`, by key: unknown, decided by `train`, or an odd value."""
     return dict(_mistakes(settings, ""))
 
 
@@ -203,7 +209,9 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
     known = SECTIONS[path] if path else top()
     for name, value in section.items():
         key = f"{path}.{name}" if path else str(name)
-        if key in DECIDED:
+        if key == "comet.api_key":
+            yield key, f"deepspeed: {key} would be in every record; set COMET_API_KEY in the environment"
+        elif key in DECIDED:
             yield key, f"deepspeed: {key} can't be set here; use train.{DECIDED[key]} instead"
         elif name not in known:
             near = difflib.get_close_matches(str(name)[:80], known, 1, 0.7)
@@ -213,6 +221,8 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
             yield key, f"deepspeed.{key}: got {repr(value)[:80]}; a mapping is allowed"
         elif key in SECTIONS:
             yield from _mistakes(value, key)
+        elif key in NUMBERS and not (type(value) in (int, float) and 1 <= value < math.inf):
+            yield key, f"deepspeed.{key}: got {repr(value)[:80]}; a number of 1 or more is allowed"
         elif not _is_json(value):
             yield key, f"deepspeed.{key}: holds a date or a number that is not finite"
 

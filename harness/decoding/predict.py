@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from harness.config.sections import PredictConfig
 from harness.decoding.batches import slices
 from harness.decoding.search import Captions, sample, search, uniforms
+from harness.errors import Problem, UserError
 from harness.machine import ranks
 from harness.models.base import Decoding, Pixels
 from harness.models.loading import Loaded, batch_of
@@ -30,6 +32,7 @@ from harness.records.files import (
 from harness.store import fingerprint, write
 
 PARTIALS = "partial-*.jsonl"
+_NAMED = 5  # of many images with the same fault
 _Begin = Callable[[Pixels, Tensor], Decoding]
 _Done = tuple[list[Candidate], np.ndarray | None]
 """The candidates of an image, and where the model looked in it, uint8 (h, w), if that is known."""
@@ -57,13 +60,14 @@ def candidates(
     draws: Callable[[Sequence[int]], Tensor] | None = None,
     done: Callable[[Sequence[int], Sequence[list[Candidate]]], None] = lambda indices, found: None,
     prompts: Sequence[Sequence[int]] | None = None,
+    ids: Sequence[str] | None = None,
 ) -> list[list[Candidate]]:
     """The candidates of each of the images `pixels[indices]`, uint8 (B, S, S, 3): beams, best first, samples.
 
     `draws` gives those of `search.sample` for images by their indices; without it nothing is sampled. `done`
     is called after every batch. `prompts` are the ids before the caption of each of `pixels`; by default,
     those of the codec. Images with prompts of one length are decoded together, so that no caption depends on
-    padding.
+    padding. Raises `UserError` if the model gives an image no numbers; it names it by `ids`.
     """
     model = loaded.model
     was_training = model.training
@@ -77,6 +81,7 @@ def candidates(
             batch = batch_of(pixels, part)
             said = torch.tensor([own[i] for i in part], device=model.device)
             found = speak(loaded.normalise(batch), said, draws(part).to(model.device) if draws else None)
+            _check_numbers(found, [f"image {i}" if ids is None else ids[i] for i in part])
             done(part, found)
             result |= zip(part, found, strict=True)
     model.train(was_training)
@@ -109,6 +114,17 @@ def _speaking(loaded: Loaded, config: PredictConfig) -> Iterator[_Speak]:
             return [[*one, *other] for one, other in zip(found, more, strict=True)]
 
         yield speak
+
+
+def _check_numbers(found: Sequence[list[Candidate]], ids: Sequence[str]) -> None:
+    """Weights may be finite, but not what they give: without a validation, or in half precision."""
+    pairs = zip(ids, found, strict=True)
+    bad = [image for image, own in pairs if any(math.isnan(one.log_probability) for one in own)]
+    if bad:
+        more = f" and {len(bad) - _NAMED} more of this batch" if len(bad) > _NAMED else ""
+        what = f"the model's numbers became nan in the captions of {', '.join(bad[:_NAMED])}{more}"
+        hint = "If it was trained, lower train.learning_rate. If it is sound, set train.precision: fp32."
+        raise UserError([Problem(what, hint=hint)], None, 1)
 
 
 def _worded(found: Captions, count: int, name: str, codec: Codec) -> list[list[Candidate]]:
@@ -170,7 +186,7 @@ def predict_split(
         watched = loaded.model.looking() if look and hasattr(loaded.model, "looking") else None
         with watched or contextlib.nullcontext(lambda: None) as seen:
             found = candidates(
-                loaded, pixels, waiting, config, draws if config.samples else None, keep, prompts
+                loaded, pixels, waiting, config, draws if config.samples else None, keep, prompts, ids
             )
     known |= ranks.gather([(ids[i], (one, maps[i])) for i, one in zip(waiting, found, strict=True)])
     if ranks.rank() == 0:

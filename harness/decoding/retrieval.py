@@ -11,6 +11,7 @@ from pydantic import Field
 
 from harness.config.sections import Fraction, Positive, Section, whole
 from harness.decoding.consensus import MEANS
+from harness.errors import UserError
 from harness.machine import ranks
 from harness.metrics import METRICS
 from harness.store import write
@@ -60,7 +61,10 @@ class Neighbours:
 
 
 def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int, int], None]) -> np.ndarray:
-    """Mean image features of unit length (N, D) float32 of pixels (N, S, S, 3); all ranks get them."""
+    """Mean image features of unit length (N, D) float32 of pixels (N, S, S, 3); all ranks get them.
+
+    Raises `UserError` if some are not finite.
+    """
     import torch
 
     from harness.models.loading import batch_of
@@ -76,7 +80,11 @@ def features(loaded: "Loaded", pixels: Any, count: int, progress: Callable[[int,
             found.extend(torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy())
             progress(min((start + _BATCH) * ranks.world_size(), count), count)
     model.train(was_training)
-    return np.stack(ranks.gather(found))
+    every = np.stack(ranks.gather(found))
+    if bad := int((~np.isfinite(every).all(axis=1)).sum()):
+        text = f"the features of {bad:,} of {count:,} images are not finite; the model may have diverged"
+        raise UserError(text, exit_code=1)
+    return every
 
 
 def nearest(queries: np.ndarray, database: np.ndarray, count: int) -> Neighbours:

@@ -17,6 +17,8 @@ def _spelled(word: str) -> str:
     return "".join(f"(?:{c}|%{ord(c):02x}|%{ord(c.upper()):02x})" if c.isalpha() else "[_-]?" for c in word)
 
 
+_SURE = ("password", "passwd", "passphrase", "pwd", "api_key", "access_key", "secret_key", "client_secret")
+"""Names that a colon may follow without quotes, as in YAML; `token: 5` and `pass: 3 cm` are ordinary text."""
 _NAMES = ("password", "passwd", "passphrase", "passcode", "pwd", "secret", "token", "credential")
 _NAMES += ("credentials", "api_key", "access_key", "private_key", "account_key", "secret_key", "sslkey")
 _KEY = rf"(?:{'|'.join(map(_spelled, _NAMES))}|(?<![a-z]){_spelled('pass')})"
@@ -30,10 +32,11 @@ _BRACES = r"%(?:25)*7B.*?%(?:25)*7D"
 _UNTIL = r"""(?:(?!%(?:25)*(?:3B|26))[^\s&'"])+"""
 _ENCODED = re.compile(rf"({_KEY}{_BLANK}%(?:25)*3D{_BLANK})(?:{_BRACES}|{_UNTIL})", re.I)
 _IN_JSON = re.compile(rf"""(([\"'])[\w.-]{{0,40}}{_KEY}\2\s*:\s*)(?:{_QUOTED}|[^\s,}}]+)""", re.I)
+_IN_YAML = re.compile(rf"((?:{'|'.join(map(_spelled, _SURE))})[ \t]*:[ \t]+)(?:{_QUOTED}|[^\s,}}'\"]+)", re.I)
 _BEARER = re.compile(r"(\bBearer\s+|(?i:\bauthorization[:=]\s*(?:basic|bearer)\s+))[\w.~+/=-]{4,}")
 _OPTION = re.compile(rf"((?<!\S)--?{_KEY}\s+)(?:{_QUOTED}|[^\s'\"]+)", re.I)
 _HEADER = re.compile(r"(\bx-api-key:\s*|\bauthorization[:=]\s*(?!Bearer|Basic))[^\s'\"]+", re.I)
-_QUERY = re.compile(r"([?&](?:sig|sas|auth|key)=)[^\s&'\"]+", re.I)
+_QUERY = re.compile(r"([?&](?:sig|sas|auth|key|pw)=)[^\s&'\"]+", re.I)
 _HUGGING_FACE = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _WITH_BLANKS = r"[^\s/@:]+:(?!\d{1,5}\b)[^\n/@]{1,80}(?=@[\w\[])"
 _USER = re.compile(rf"//([^\s/@:]*:\S*|{_WITH_BLANKS}|[^\s/]*)@")
@@ -50,7 +53,7 @@ def masked(text: str) -> str:
     text = _ENCODED.sub(_hide, text)
     text = _ASSIGNED.sub(_hide, text)
     text = _IN_JSON.sub(_hide, text)
-    for pattern in (_BEARER, _OPTION, _HEADER, _QUERY):
+    for pattern in (_IN_YAML, _BEARER, _OPTION, _HEADER, _QUERY):
         text = pattern.sub(_hide, text)
     return _HUGGING_FACE.sub(HIDDEN, text)
 

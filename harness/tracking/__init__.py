@@ -21,7 +21,15 @@ from harness.records.status import alive
 from harness.store import fingerprint
 from harness.tracking.bookkeeping import LOCK, State, mark
 from harness.tracking.server import Mirror, read_study
-from harness.tracking.stores import HURRIED, failures, first_line, opened, set_environment, tracking_uri
+from harness.tracking.stores import (
+    HURRIED,
+    failures,
+    first_line,
+    opened,
+    refuse_broken,
+    set_environment,
+    tracking_uri,
+)
 
 NEEDS = ("variant", "seed", "started", "ended", "parameters", "git", "environment", "data", "steps", "scores")
 NEEDS += ("artifacts", "submissions")
@@ -74,6 +82,7 @@ def sync(root: Path) -> list[str]:
             anew = mirror(folder)
             done.append(f"{folder}: mirrored to {server}" + (_ANEW if anew else ""))
         except failures() as error:
+            refuse_broken(error)
             problems.append(Problem(f"not mirrored to {server}: {first_line(error)}", folder))
             if time.monotonic() - began > _SLOW:
                 break

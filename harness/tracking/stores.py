@@ -1,6 +1,7 @@
 """The tracking server: its address, how to open it, and the errors of opening it."""
 
 import contextlib
+import logging
 import os
 import sqlite3
 import tempfile
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from harness.errors import Problem, UserError
@@ -22,6 +24,8 @@ _CREATION = 120  # seconds that a process waits while another one creates the ta
 _ELSEWHERE = 20.0  # seconds to wait for tables that `mlflow ui` creates, which does not use our lock
 _PASSING = ("is locked", "disk is full", "readonly", "unable to open")
 """Errors of SQLite that do not mean that the store is damaged."""
+_BROKEN = ("no such table", "no such column", "no column named", "malformed", "not a database")
+"""Errors of SQLite that no further attempt repairs; some come only when a run is mirrored."""
 _opened: set[str] = set()
 
 
@@ -29,12 +33,14 @@ def tracking_uri() -> str:
     """The address of the tracking server, valid from any folder."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     database = database_of(uri)
-    return f"sqlite:///{database}" if database else uri
+    _, mark, options = uri.partition("?")
+    return f"sqlite:///{database}{mark}{options}" if database else uri
 
 
 def database_of(uri: str) -> Path | None:
     """The file of an SQLite store; None for any other server."""
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+    path, _, _ = uri.removeprefix("sqlite:///").partition("?")
+    return Path(path).resolve() if uri.startswith("sqlite:///") else None
 
 
 def set_environment(limits: Mapping[str, str]) -> None:
@@ -68,6 +74,7 @@ def opened(uri: str) -> Any:
     """
     import mlflow
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints tracebacks
     driven = _with_driver(uri)
     mlflow.set_tracking_uri(driven)  # some artifact stores ask for the global one
     database = database_of(uri)
@@ -92,6 +99,10 @@ def _client(uri: str) -> Any:
 
 def _of_sqlite(uri: str, database: Path) -> Any:
     """A client of an SQLite store; `mlflow ui` may be creating its tables at the same time."""
+    try:
+        sqlite3.connect(database).close()
+    except sqlite3.Error as error:  # MLflow would try for minutes
+        raise OSError(f"{database}: {error}") from None
     until = time.monotonic() + _ELSEWHERE
     while True:
         try:
@@ -141,9 +152,17 @@ def _changes(database: Path) -> bool:
     return False
 
 
+def refuse_broken(error: Exception) -> None:
+    """Raise `UserError` (exit code 1) with the remedy if an error in use means a damaged SQLite store."""
+    database = database_of(tracking_uri())
+    if database and any(word in str(error) for word in _BROKEN):
+        raise _broken(database, error) from None
+
+
 def _broken(database: Path, error: Exception) -> UserError:
     what = f"MLflow can't use this store; its tables are incomplete or another version's: {first_line(error)}"
-    hint = f"Nothing is lost, since runs/ has all: mv {database} {database}.old && harness sync"
+    move = f"mv {quote(str(database))} {quote(f'{database}.old')}"
+    hint = f"Nothing is lost, since runs/ has all: {move} && harness sync"
     return UserError([Problem(what, database, hint=hint)], exit_code=1)
 
 

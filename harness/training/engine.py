@@ -73,12 +73,25 @@ def engine(
         settings = _merged(settings, {"checkpoint": {"load_universal": True}})
     for part in compiled_parts(model):  # ZeRO-3 gathers its weights at once, with no hook in compiled code
         deepspeed.utils.set_z3_leaf_module(part, True)
-    made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    with _settings_refused(config):
+        made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if config.precision == "fp16":
         _scale_losses(made.optimizer)
     if not config.zero_stage and ranks.world_size() == 1:  # avoids a useless copy of all gradients
         made.enable_backward_allreduce = False
     return made
+
+
+@contextlib.contextmanager
+def _settings_refused(config: TrainConfig) -> Iterator[None]:
+    """Let a value of `train.deepspeed` that DeepSpeed refuses be a mistake of the user's."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as error:
+        if not config.deepspeed:
+            raise
+        what = f"DeepSpeed refuses this: {' '.join(str(error).split())[:400]}"
+        raise UserError([Problem(what, key="train.deepspeed")], exit_code=1) from error
 
 
 def _scale_losses(optimizer: Any) -> None:
