@@ -100,7 +100,7 @@ def replaced(file: Path) -> bytes:
 
 def test_a_metric_signs_by_its_name(golden, monkeypatch):
     wrong = replace(METRICS["bleu1"], measure=METRICS["rouge1"].measure)
-    monkeypatch.setattr(metrics, "METRICS", {"bleu1": wrong})
+    monkeypatch.setattr("harness.metrics.table.METRICS", {"bleu1": wrong})
     with pytest.raises(ValueError, match=r"the metric bleu1 signs as rouge1\|clef2023"):
         metrics.score(golden["prediction"], golden["reference"], None, ScoreConfig(metrics=("bleu1",)), 2023)
 
@@ -190,7 +190,7 @@ def test_validation_chooses_by_overall(small, data, tmp_path, monkeypatch):
 
     values = {"bertscore": 0.1, "rouge1": 0.2, "similarity": 0.5, "bleurt": 0.6, "medcat": 0.3}
     given = {name: constant(name, value) for name, value in (values | {"alignscore": 0.9}).items()}
-    monkeypatch.setattr(metrics, "METRICS", given)
+    monkeypatch.setattr("harness.metrics.table.METRICS", given)
     monkeypatch.setattr(predict, "captions", lambda loaded, pixels, rows, *how: ["a lesion"] * len(rows))
     made = plan(data, tmp_path, every(small), 2026)
     loaded = SimpleNamespace(caption=SimpleNamespace(prompt=()))

@@ -222,7 +222,7 @@ def test_means_of_scores(golden, monkeypatch, year, relevance):
         per_image = np.full(32, values[name]) + np.linspace(-0.05, 0.05, 32)
         return Metric(lambda inputs: Measured(per_image, f"{name}|given", official=name != "medcat"))
 
-    monkeypatch.setattr(metrics, "METRICS", {name: constant(name) for name in values})
+    monkeypatch.setattr("harness.metrics.table.METRICS", {name: constant(name) for name in values})
     scores, _ = metrics.score(*golden, None, STANDIN, year)
     assert scores["relevance"].value == pytest.approx(relevance)
     assert scores["factuality"].value == pytest.approx(0.6)

@@ -219,7 +219,7 @@ def test_means_are_official_where_their_parts_are(monkeypatch):
 
     for official in (True, False):
         parts = {"medcat": part("medcat", True), "alignscore": part("alignscore", official)}
-        monkeypatch.setattr(metrics, "METRICS", parts)
+        monkeypatch.setattr("harness.metrics.table.METRICS", parts)
         scores, _ = metrics.score(*CAPTIONS, None, section(metrics=list(parts)), 2025)
         assert scores["factuality"].official is official
 
