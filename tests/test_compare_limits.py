@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support.comparisons import given, harness, system, write_file
 
+from harness import metrics
 from harness.errors import UserError
 from harness.scoring import compare
 from harness.scoring.compare import Difference
@@ -44,6 +45,32 @@ def test_scores_that_are_no_numbers_are_not_compared(bad):
     assert rouge.reason is None
     assert cider.reason == "b has 2 of 20 images with a score that is not finite"
     assert (cider.difference, cider.p, cider.adjusted_p, cider.real) == (None,) * 4
+
+
+def test_images_that_do_not_count_are_left_out_of_a_comparison():
+    """As the organisers leave them out of the secondary F1."""
+    draw = np.random.default_rng(0)
+    predicted = [[set(draw.choice(["C0040405", "C1", "C1306645"], 2)) for _ in range(40)] for _ in "ab"]
+    manual = [set(draw.choice(["C0040405", "C1", "C2"], 1)) for _ in range(40)]
+    scored = [metrics.score_concepts(one, manual, manual, 2023) for one in predicted]
+    rest = [row for row, found in enumerate(manual) if "C0040405" in found]
+    alone = [
+        metrics.score_concepts([one[r] for r in rest], *[[manual[r] for r in rest]] * 2, 2023)
+        for one in predicted
+    ]
+    assert 5 < len(rest) < 35
+
+    def secondary(both: list) -> compare.Difference:
+        ids = [f"i{row:06}" for row in range(len(both[0]["f1"].per_image))]
+        pair = [compare.System(name, ids, "same", one) for name, one in zip("ab", both, strict=True)]
+        f1, secondary = compare.compare(pair)
+        assert (f1.metric, f1.reason, secondary.metric) == ("f1", None, "f1_secondary")
+        return secondary
+
+    assert secondary(scored) == secondary(alone)
+    assert secondary(scored).p is not None
+    other = metrics.score_concepts(predicted[1], manual, manual[::-1], 2023)
+    assert secondary([scored[0], other]).reason == "other images count for the one than for the other"
 
 
 def test_a_draw_without_a_score_is_not_compared(monkeypatch):

@@ -187,6 +187,7 @@ def true(what: str, data: bytes, edition: int, task: str) -> bool:
         "closing quote|never closed": '"' in text,
         "line break inside": '"' in text or re.search("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", text),
         "carriage return": "\r" in text and '"' in text,
+        "a CUI twice": re.search(r"\b(C\d+)\b.*\b\1\b", text),
         "more than 100 CUIs": any(line.count(";") >= 100 for line in lines),
         "missing": re.search('["\ufeff]', text)
         or any(not any(line.startswith(key + sign) for line in lines) for key in IDS),

@@ -292,7 +292,7 @@ def test_images_to_score_are_not_guessed_between(tmp_path):
         scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv", images)
     text = str(caught.value)
     assert "more than one image of an id: a: a.PNG, a.jpg" in text
-    assert "no image: b (found b.tif, which is not read: convert it to PNG or JPEG)" in text
+    assert f"no image in {images}: b (found b.tif, which is not read: convert it to PNG or JPEG)" in text
 
 
 # --- images that are too large ---------------------------------------------------------------------------

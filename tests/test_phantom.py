@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.cli.data import data_phantom
 from harness.config.sections import PhantomConfig
 from harness.data import phantom
 from harness.data.phantom_grammar import MODALITIES, caption, concept_names, cuis, make_up
@@ -103,7 +104,7 @@ def test_an_interrupted_drawing_is_begun_anew(tmp_path):
 def test_real_data_is_never_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("real")
     phantom.ensure(tmp_path, SMALL)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         phantom.draw(tmp_path, SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -160,3 +161,15 @@ def test_side_size_and_finding_show_in_the_pixels():
         assert means["right", size][0] < -100
     for side in ("left", "right"):
         assert means[side, "large"][1] > 2 * means[side, "small"][1]
+
+
+def test_the_command_does_not_say_that_it_drew_into_what_it_leaves_alone(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="is not an empty folder"):
+            data_phantom(place, 2, 1, 1, 0)
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for _ in range(2):
+        data_phantom(tmp_path / "new", 2, 1, 1, 0)
+    assert len(list((tmp_path / "new" / "train").iterdir())) == 2

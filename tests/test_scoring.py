@@ -341,7 +341,7 @@ def test_images_are_found_by_id_one_folder_deeper_too(tmp_path):
     (images / "a.png").write_bytes(b"")
     with pytest.raises(UserError) as error:
         scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv", images)
-    assert "no image: c" in str(error.value)
+    assert f"r.csv:4: no image in {images}: c" in str(error.value)
     assert "more than one image of an id" in str(error.value)
     with pytest.raises(UserError, match="no such folder"):
         scoring.rows(tmp_path / "p.csv", tmp_path / "r.csv", tmp_path / "none")

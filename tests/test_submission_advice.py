@@ -12,6 +12,7 @@ import pytest
 from support import commands
 
 from harness.data.captionfiles import read_ids
+from harness.data.forms import REPAIR
 from harness.errors import UserError
 from harness.records.files import sameness
 from harness.submission import check
@@ -204,6 +205,21 @@ def test_make_says_what_it_read_and_how_ids_were_matched(folder):
     assert "warning: results.json: 5 image_ids matched by number: 0 is scan_000000" in done.stderr
     rows = list(csv.reader((folder / "submissions/results/caption-test/submission.csv").open()))
     assert rows[1:] == [[key, f"CT {number}"] for number, key in enumerate(IDS)]
+
+
+@pytest.mark.parametrize(
+    ("edition", "task", "text", "advice"),
+    [
+        (2026, "caption", "ID,Caption\na,x, y\n", "Quote captions that hold a comma."),
+        (2026, "concept", "ID,CUIs\na,C1,C2\n", "Join the concepts by ;"),
+        (2023, "caption", "a|x|y\n", REPAIR),
+        (2023, "concept", "a|C1|C2\n", "Join the concepts by ;"),
+    ],
+)
+def test_a_separator_too_many_has_the_advice_of_its_task(edition, task, text, advice, tmp_path):
+    (tmp_path / "file.csv").write_text(text)
+    (problem,) = check(tmp_path / "file.csv", ["a"], edition, task)
+    assert problem.hint == advice
 
 
 def test_blanks_beside_cuis_are_mended_as_advised(folder):

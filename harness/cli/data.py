@@ -51,7 +51,9 @@ def data_phantom(
     from harness.config.sections import PhantomConfig
     from harness.data import phantom
 
-    phantom.ensure(folder, PhantomConfig(train=train, valid=valid, test=test, seed=seed))
+    config = PhantomConfig(train=train, valid=valid, test=test, seed=seed)
+    draw = phantom.ensure if (folder / phantom.MARKER).exists() else phantom.draw
+    draw(folder, config)
     print(f"drew {train} + {valid} + {test} images into {folder}")
 
 

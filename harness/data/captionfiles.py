@@ -200,7 +200,7 @@ def _flaw(line: int, fields: list[str] | str, separator: str, before: Mapping[st
     if len(fields) < 2:
         return Flaw(line, f"has no {_NAMES[separator]}", "Write an id and its caption on each line.")
     if len(fields) > 2 and separator != "|":
-        hint = "Quote captions that hold a comma." if separator == "," else None
+        hint = "Quote captions that hold a comma; join concepts by ;" if separator == "," else None
         return Flaw(line, "has more columns than 2", hint, f"{len(fields)} columns")
     key = fields[0]
     if _names_ids(key):

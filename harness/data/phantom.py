@@ -56,8 +56,9 @@ def draw(root: Path, config: PhantomConfig) -> None:
         if (root / MARKER).exists():  # another process was first
             ensure(root, config)
             return
-        if root.exists() and any(root.iterdir()):
-            raise UserError([Problem(f"{root} exists and is not empty; a phantom needs a new folder")])
+        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+            lock.unlink()
+            raise UserError([Problem(f"{root} exists and is not an empty folder; a phantom needs a new one")])
         shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted drawing left
         for number, split in enumerate(("train", "valid", "test")):
             _draw_split(unfinished, split, getattr(config, split), [config.seed, number])

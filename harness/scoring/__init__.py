@@ -207,13 +207,13 @@ def images_of(folder: Path, known: CaptionFile) -> tuple[dict[str, Path], list[P
     rivals = found.ambiguous(known.values)
     hint = f"Looked for ID{', ID'.join(folders.IMAGE_SUFFIXES)}."
     flaws = [
-        Flaw(known.lines.get(key), "no image", hint, f"{key} ({instead})" if instead else key)
+        Flaw(known.lines.get(key), f"no image in {folder}", hint, f"{key} ({instead})" if instead else key)
         for key in known.values
         if key not in found.files and key not in found.rivals
         for instead in [found.instead(key)]
     ]
     problems = [Problem(rivals, folder, hint=folders.KEEP_ONE)] if rivals else []
-    return {key: file.path for key, file in found.files.items()}, [*problems, *grouped(folder, flaws)]
+    return {key: file.path for key, file in found.files.items()}, [*problems, *grouped(known.path, flaws)]
 
 
 def settings(

@@ -95,7 +95,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Contrast:
-    """One metric of two systems: `rows` of `a`, and `excess`, the rows of `b` minus those of `a`; (n, k)."""
+    """One metric of two systems: `rows` of `a`, and `excess`, the rows of `b` minus those of `a`; (n, k).
+
+    n are the images that count: f1_secondary leaves some out.
+    """
 
     metric: str
     a: str
@@ -137,9 +140,12 @@ def compare(
     order = {system.label: np.argsort(np.asarray(system.ids, dtype=str)) for system in systems}
     found = [_contrast(metric, a, b, order) for metric in _names(systems, metrics) for a, b in pairs]
     contrasts = [number for number, one in enumerate(found) if isinstance(one, _Contrast)]
-    tested = _test([found[number] for number in contrasts], resamples, seed) if contrasts else []
-    for number, one in zip(contrasts, tested, strict=True):
-        found[number] = one
+    results: dict[int, Difference] = {}
+    for count in {len(found[number].rows) for number in contrasts}:  # images that count for a metric
+        same = [number for number in contrasts if len(found[number].rows) == count]
+        tested = _test([found[number] for number in same], resamples, seed)
+        results |= zip(same, tested, strict=True)
+    found = [results.get(number, one) for number, one in enumerate(found)]
     if all(one.reason for one in found):
         problems = [Problem(f"{one.metric}: {one.reason}", f"{one.a} / {one.b}") for one in found]
         raise UserError(problems, "No metric can be compared.", exit_code=1)
@@ -191,7 +197,12 @@ def _contrast(metric: str, a: System, b: System, order: Mapping[str, np.ndarray]
         reason = "the signatures differ: " + signature_changes(one.signature, two.signature)
         return Difference(metric, a.label, b.label, reason=reason)
     ours, theirs = (_rows(system.scores[metric])[order[system.label]] for system in (a, b))
-    return _Contrast(metric, a.label, b.label, ours, theirs - ours)
+    counted, also = (np.isfinite(rows).all(axis=1) for rows in (ours, theirs))
+    if (counted != also).any():
+        return Difference(
+            metric, a.label, b.label, reason="other images count for the one than for the other"
+        )
+    return _Contrast(metric, a.label, b.label, ours[counted], (theirs - ours)[counted])
 
 
 def rows_of(system: System, metric: str) -> np.ndarray:
@@ -210,8 +221,9 @@ def _lacks(metric: str, system: System) -> str | None:
     rows = _rows(score)
     if rows is None:
         return f"{system.label} has no scores per image"
-    if bad := (~np.isfinite(rows).all(axis=1)).sum():
-        return f"{system.label} has {bad:,} of {len(rows):,} images with a score that is not finite"
+    bad = score.n - np.isfinite(rows).all(axis=1).sum()  # an image that does not count has no number
+    if bad > 0:
+        return f"{system.label} has {bad:,} of {score.n:,} images with a score that is not finite"
     return None
 
 

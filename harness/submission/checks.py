@@ -117,10 +117,11 @@ def columns(row: Row, form: Rules) -> Fault:
     n = len(row.fields)
     if n < 2:
         return f"has no {form.separator!r}", f"Write ID{form.separator}{form.task}.", ""
+    joined = "Join the concepts by ;" if form.task == "concept" else None
     if form.separator == "|":
         cut = f"has more than one pipe; the loader cuts the {form.task} at the second"
-        return cut, REPAIR, f"{n - 1} pipes"
-    return "has more columns than 2", "Quote captions that hold a comma.", f"{n} columns"
+        return cut, joined or REPAIR, f"{n - 1} pipes"
+    return "has more columns than 2", joined or "Quote captions that hold a comma.", f"{n} columns"
 
 
 def id_faults(key: str, form: Rules) -> Iterator[str]:
