@@ -242,9 +242,10 @@ def test_a_full_device_is_one_line(place, command):
     assert not {"Traceback", "Exception ignored"} & set(done.stderr.split())
 
 
+@pytest.mark.parametrize("started", ["harness", "PATH=/usr/bin:/bin harness"])
 @pytest.mark.parametrize("command", ["--help", SCORE, "leaderboard", "doctor", "run e.yaml", "sync"])
-def test_a_folder_that_is_gone_is_one_line(place, command):
-    done = shell(place, f"mkdir -p gone; cd gone; rmdir ../gone; harness {command}")
+def test_a_folder_that_is_gone_is_one_line(place, command, started):
+    done = shell(place, f"mkdir -p gone; cd gone; rmdir ../gone; {started} {command}")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: the working directory can't be used: No such file or directory")

@@ -36,6 +36,9 @@ def program() -> str:
 
 
 def short(path: Path) -> str:
-    """A path from the working directory, if it is below it."""
-    relative = os.path.relpath(path)
+    """A path from the working directory, if it is below it; as it is if that folder was deleted."""
+    try:
+        relative = os.path.relpath(path)
+    except OSError:
+        return str(path)
     return str(path) if relative.startswith("..") else relative
