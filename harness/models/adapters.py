@@ -47,12 +47,14 @@ def add(model: Captioner, config: "LoraConfig") -> None:
 
 
 def _targets(model: Captioner, config: "LoraConfig") -> list[str]:
-    """The full names of the layers to adapt."""
+    """The full names of the layers to adapt; what nothing reads, such as a pooler, is left out."""
     names = config.targets or ATTENTION_AND_MLP
+    unread = getattr(model, "unread", ())
     linear = {
         name: module
         for name, module in model.named_modules()
         if _is_linear(module) and model.part_of(f"{name}.weight") in config.parts
+        if f"{name}.weight" not in unread
     }
     found = [name for name in linear if name.rpartition(".")[2] in names]
     lacking = [part for part in config.parts if not any(model.part_of(f"{n}.weight") == part for n in found)]

@@ -89,6 +89,8 @@ def _try(language: "PreTrainedModel") -> None:
 
     from harness.models.cache import Speaker
 
+    if hasattr(language, "set_experts_implementation"):  # in transformers 5; its others need contents
+        language.set_experts_implementation("eager")
     with torch.no_grad():
         prefix = language.get_input_embeddings()(torch.zeros(1, 3, dtype=torch.long))
         begun = Speaker(language, 3, 2)(prefix)
