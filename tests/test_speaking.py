@@ -16,7 +16,7 @@ from transformers import (
 
 from harness.errors import UserError
 from harness.machine import device
-from harness.models import problems, speaking
+from harness.models import adapters, problems, speaking
 from harness.models.contentless import without_contents
 from harness.models.settings import ModelConfig
 from harness.training.settings import TrainConfig
@@ -62,6 +62,26 @@ def test_a_model_that_cannot_decode_here_is_refused(kind, values, why, capfd):
 def test_other_models_are_not(kind):
     values = language_models.ARCHITECTURES.get(kind, EXPERTS if kind == "mixtral" else WIDE)
     assert refused(kind, **{"pad_token_id": 0} | values) is None
+
+
+@pytest.mark.parametrize(
+    "kind", [*language_models.ARCHITECTURES, "gpt_neox", "phi", "phi3", "falcon", "gptj", "codegen", "glm"]
+)
+def test_adapters_are_in_all_linear_layers_by_default(kind):
+    """Of attention and MLPs, that is: of all but the head."""
+    narrow = {"gptj": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}}
+    narrow["codegen"] = narrow["gptj"]
+    values = language_models.ARCHITECTURES.get(kind, narrow.get(kind, WIDE))
+    with without_contents(accelerator=False):
+        config = AutoConfig.for_model(kind, **{"pad_token_id": 0} | values, vocab_size=64)
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if adapters._is_linear(module) and module is not model.get_output_embeddings()
+    }
+    assert len(linear) > 2
+    assert set(linear) <= set(adapters.ATTENTION_AND_MLP)
 
 
 @pytest.fixture
