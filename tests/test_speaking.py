@@ -111,6 +111,8 @@ def test_captions_are_not_longer_than_another_language_model_reads(saved):
     assert said(language_checkpoint=folder, prompt="a photo of") == []
     (one,) = said(language_checkpoint=folder, new_tokens=30)
     assert one.startswith("predict.max_new_tokens: image and prompt have 27 tokens, and 30 follow")
+    both = said(language_checkpoint=folder, prompt="a photo of the chest", new_tokens=30)
+    assert [one.partition(":")[0] for one in both] == ["train.max_caption_tokens", "predict.max_new_tokens"]
 
 
 def test_a_language_model_without_an_end_token_is_refused_for_blip2(saved):

@@ -72,9 +72,9 @@ def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
         language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoints.config(name)))
         speaking.check(language)
     before = (found or {}).get("num_query_tokens", 32) + len(codec.prompt) + longest_prompt(config.prompt)
-    for key, count in lengths(train, new_tokens).items():
-        if long := too_long(speaking.room(language.config), before, count, key):
-            raise UserError(long)
+    room, wanted = speaking.room(language.config), lengths(train, new_tokens)
+    if long := [one for key, count in wanted.items() for one in too_long(room, before, count, key)]:
+        raise UserError(long)
 
 
 def _check_room(config: ModelConfig, codec: Codec, positions: int | None) -> None:
