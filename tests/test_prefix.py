@@ -15,7 +15,7 @@ from support.commands import harness
 from support.models import TEXTS, pixels
 from support.shared_folders import made_once
 from support.training import Interrupted, splits
-from transformers import CLIPVisionModel, LevitConfig, LevitModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, LevitConfig, LevitModel
 
 from harness.config.sections import AugmentConfig, PredictConfig
 from harness.decoding.search import search
@@ -129,6 +129,58 @@ def test_a_position_table_is_resized_as_transformers_does(folder):
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
     assert encoder.tokens == (SIZE // 8) ** 2 + 1
+
+
+def saved(tmp_path, kind: str, **values) -> dict[str, str]:
+    """The key of an image encoder of this type with random weights, also in its tables of positions."""
+    wide = small.LAYERS | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **wide | values))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "position" in name or weight.ndim > 1:
+                weight.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    return {"vision_checkpoint": str(tmp_path)}
+
+
+def test_distances_of_beit_are_resized_as_transformers_does(folder, tmp_path):
+    """Those of the class token are the last rows of its table."""
+    named = saved(tmp_path, "beit", use_relative_position_bias=True)
+    config = model_config(folder).model_copy(update=named)
+    encoder = load(config, TRAIN, None, torch.float32).model.eval().vision
+    theirs, images = AutoModel.from_pretrained(tmp_path).eval(), torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_checks_without_contents_leave_nothing_for_a_real_model(folder, tmp_path):
+    """DINOv3 keeps the grid of an image's patches between calls."""
+    config = model_config(folder).model_copy(update=saved(tmp_path, "dinov3_vit", num_register_tokens=2))
+    assert problems(config, TRAIN) == []
+    model = load(config, TRAIN, None, torch.float32).model.eval()
+    features = model.image_features(torch.randn(1, 3, SIZE, SIZE))
+    assert type(features) is torch.Tensor
+    assert model.class_tokens == 3
+
+
+def test_an_encoder_that_draws_at_random_is_refused(folder, tmp_path):
+    decoder = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+    config = model_config(folder).model_copy(update=saved(tmp_path, "vit_mae", **decoder))
+    with pytest.raises(UserError, match="ViTMAEModel draws at random"):
+        load(config, TRAIN, None, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip_vision_model"])
+def test_layers_that_nothing_reads_are_not_adapted(folder, tmp_path, kind):
+    config = model_config(folder, lora={"rank": 2, "parts": ["vision"]})
+    config = config.model_copy(update=saved(tmp_path, kind))
+    found = load(config, TRAIN, None, torch.float32)
+    found.model.freeze(["caption"])
+    found.model(*batch(found)).caption.backward()
+    for name, weight in found.model.named_parameters():
+        assert weight.requires_grad == (weight.grad is not None), name
 
 
 def test_feature_maps_become_tokens_row_by_row(folder):

@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 ATTENTION_AND_MLP = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "query", "key", "value"),
     *("c_attn", "c_proj", "c_fc", "fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
+    *(
+        "query_key_value",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "qkv_proj",
+        "gate_up_proj",
+        "fc_in",
+        "fc_out",
+        "Wqkv",
+    ),
+    *(
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "dense1",
+        "dense2",
+        "weights_in",
+        "weights_out",
+    ),
     *("projection_query", "projection_key", "projection_value", "dense", "proj", "linear_fc1", "linear_fc2"),
 )
 """Names of the linear layers of attention and MLPs in transformers' models: the default targets."""
@@ -47,12 +67,14 @@ def add(model: Captioner, config: "LoraConfig") -> None:
 
 
 def _targets(model: Captioner, config: "LoraConfig") -> list[str]:
-    """The full names of the layers to adapt."""
+    """The full names of the layers to adapt; what nothing reads, such as a pooler, is left out."""
     names = config.targets or ATTENTION_AND_MLP
+    unread = getattr(model, "unread", ())
     linear = {
         name: module
         for name, module in model.named_modules()
         if _is_linear(module) and model.part_of(f"{name}.weight") in config.parts
+        if f"{name}.weight" not in unread
     }
     found = [name for name in linear if name.rpartition(".")[2] in names]
     lacking = [part for part in config.parts if not any(model.part_of(f"{n}.weight") == part for n in found)]

@@ -6,6 +6,8 @@ than a CPU, the step can imitate it.
 """
 
 import contextlib
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -190,7 +192,25 @@ def without_contents(accelerator: bool) -> Iterator[_Contentless]:
         FakeTensorMode(allow_non_fake_inputs=True),
         mode,
     ):
-        yield mode
+        try:
+            yield mode
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    """Empty the caches of functions of transformers, which may hold tensors without contents from here.
+
+    Such is the grid of patches of DINOv3, which a real model in this process would read next.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models."):
+            for value in list(vars(module).values()):
+                # transformers' own decorator has the cache in its closure
+                for cell in (value, *(getattr(value, "__closure__", None) or ())):
+                    cached = getattr(cell, "cell_contents", value)
+                    if isinstance(cached, functools._lru_cache_wrapper):
+                        cached.cache_clear()
 
 
 @contextlib.contextmanager

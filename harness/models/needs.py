@@ -42,6 +42,17 @@ def lengths(train: "TrainConfig", new_tokens: int) -> dict[str, int]:
     return found
 
 
+def too_long(room: int | None, before: int, new: int, key: str, shorter: str = "") -> list[Problem]:
+    """The problem of a language model that can't read `before` tokens and `new` ones after them.
+
+    `room` is the most that it reads; None: any number. `shorter` says how an image gets fewer tokens.
+    """
+    if room is None or before + new <= room:
+        return []
+    what = f"image and prompt have {before} tokens, and {new} follow; the language model reads {room}"
+    return [Problem(what, key=key, hint=f"Lower {key}{shorter}.")]
+
+
 def _hint(said: str) -> str | None:
     """The next command after an error of transformers, if what it says tells that."""
     named = [name for name in PACKAGES if re.search(rf"\b{name}\b", said, re.IGNORECASE)]

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import Problem
+from harness.errors import Problem, UserError
 from harness.models import checkpoints as files
-from harness.models import measured
+from harness.models import measured, needs, speaking
 from harness.models.blip2 import sizes
 from harness.models.settings import TINY, ModelConfig, prompt_text
 
@@ -41,6 +41,8 @@ def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[
         speaks = key == "language_checkpoint" or (main and model.language_model)
         other = files.other_kind(at_hand, sizes.MODEL_TYPE, "model.checkpoint") if main else None
         flaws = files.flaws(at_hand, f"model.{key}", config=main or speaks, tokenizer=speaks)
+        if key == "language_checkpoint" and not flaws:
+            flaws = speaking.problems(at_hand.folder)
         found += [other] if other else flaws
     found += [
         Problem("it is for family prefix", key=f"model.{key}")
@@ -49,7 +51,28 @@ def problems(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> list[
     ]
     if not model.language_model:
         found += [Problem(what, key=f"model.{key}") for key, what in _without_language_model(model)]
-    return found
+    if model.language_checkpoint and not found:
+        from harness.models.blip2 import loading
+
+        try:
+            loading.check(model, train, new_tokens)
+        except UserError as error:
+            found += error.problems
+    return found or list(_too_long(model, train, new_tokens))
+
+
+def _too_long(model: ModelConfig, train: "TrainConfig", new_tokens: int) -> Iterator[Problem]:
+    """Lengths that the model's own position table does not have, if its config is known.
+
+    A tiny model has no tokenizer yet, so each word of the prompt is counted as one token.
+    """
+    shape = None if model.language_checkpoint else sizes.of_model(model)
+    if shape is None:
+        return
+    reads = shape.language or shape.qformer
+    before = 1 + (len(prompt_text(model.prompt).split()) + shape.queries if shape.language else 0)
+    for key, count in needs.lengths(train, new_tokens).items():
+        yield from needs.too_long(reads["max_position_embeddings"], before, count, key)
 
 
 def _without_language_model(model: ModelConfig) -> Iterator[tuple[str, str]]:

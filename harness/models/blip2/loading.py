@@ -19,10 +19,13 @@ from transformers import (
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
-from harness.models import adapters, checkpoints, parts
+from harness.models import adapters, checkpoints, parts, speaking
+from harness.models.blip2 import sizes
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
+from harness.models.contentless import without_contents
 from harness.models.loading import Loaded
+from harness.models.needs import lengths, told, too_long
 from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt, prompt_text
 from harness.models.text import Codec
 
@@ -56,6 +59,22 @@ def codecs(config: ModelConfig, folder: Path, max_tokens: int) -> tuple[Codec, C
     positions = getattr(text_config, "max_position_embeddings", None)
     _check_room(config, caption, positions and positions - blip2.num_query_tokens)
     return caption, concept
+
+
+def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
+    """Raise `UserError` for what `load` or decoding would raise for `model.language_checkpoint`.
+
+    Weights that are missing are not looked for. `new_tokens` is the most that decoding adds.
+    """
+    name, found = config.language_checkpoint, sizes.values_of(config)
+    codec = speaking.codec(name, prompt_text(config.prompt), train.max_caption_tokens)
+    with without_contents(accelerator=False), told("the language model", speaking.KEY):
+        language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoints.config(name)))
+        speaking.check(language)
+    before = (found or {}).get("num_query_tokens", 32) + len(codec.prompt) + longest_prompt(config.prompt)
+    room, wanted = speaking.room(language.config), lengths(train, new_tokens)
+    if long := [one for key, count in wanted.items() for one in too_long(room, before, count, key)]:
+        raise UserError(long)
 
 
 def _check_room(config: ModelConfig, codec: Codec, positions: int | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.errors import Problem
 from harness.models import checkpoints as files
+from harness.models import speaking
 from harness.models.blip2.sizes import image_side
 from harness.models.settings import TINY, ModelConfig, TinyConfig
 
@@ -15,8 +16,6 @@ CONNECTOR = "connector.checkpoint"
 _EXAMPLES = {VISION: "microsoft/cvt-21-384-22k", LANGUAGE: "distilgpt2"}
 _OF_OTHERS = ("checkpoint", "text_checkpoint", "text_head_checkpoint")
 _INSTEAD = f"Use model.{VISION} and model.{LANGUAGE}."
-_WRITES = ("ForCausalLM", "LMHeadModel")
-"""How transformers ends the names of classes that continue a text."""
 
 
 def problems(model: ModelConfig) -> list[Problem]:
@@ -28,7 +27,7 @@ def problems(model: ModelConfig) -> list[Problem]:
     ]
     if not model.language_model:
         found.append(Problem("family prefix has one; use true", key="model.language_model"))
-    found += vision_problems(model) + _of_key(model, LANGUAGE, _language)
+    found += vision_problems(model) + _of_key(model, LANGUAGE, lambda _, folder: speaking.problems(folder))
     if (name := model.connector.checkpoint) and files.find(name) is None:
         found.append(files.missing(name, f"model.{CONNECTOR}"))
     return found
@@ -105,15 +104,3 @@ def _vision(model: ModelConfig, folder: Path) -> list[Problem]:
         hint = "Use " + " or ".join(map(str, near)) + "."
         return [Problem(what, key="model.image_size", hint=hint)]
     return []
-
-
-def _language(model: ModelConfig, folder: Path) -> list[Problem]:
-    config = config_of(folder)
-    classes = config.get("architectures") or ()
-    writes = any(str(name).endswith(_WRITES) for name in classes) if classes else "vocab_size" in config
-    if writes:
-        return []
-    kind = ", ".join(map(str, classes)) or f"a model of type {config.get('model_type')}"
-    what = f"{folder} holds {kind}, which is no causal language model"
-    hint = f"Name one that AutoModelForCausalLM of transformers reads, such as {_EXAMPLES[LANGUAGE]}."
-    return [Problem(what, key=f"model.{LANGUAGE}", hint=hint)]

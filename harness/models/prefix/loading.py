@@ -11,17 +11,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
 from harness.errors import Problem, UserError
-from harness.models import adapters, parts
+from harness.models import adapters, parts, speaking
 from harness.models import checkpoints as files
 from harness.models.blip2.loading import set_dropout
-from harness.models.blip2.text import language_codec
 from harness.models.contentless import without_contents
 from harness.models.loading import Loaded
 from harness.models.needs import lengths, told
@@ -38,20 +35,8 @@ _WEIGHTS = "model.safetensors"
 
 
 def codec(config: ModelConfig, max_tokens: int) -> Codec:
-    """The codec of captions: start, prompt, caption, end; see `blip2.text.language_codec`.
-
-    Raises `UserError` if neither the config nor the tokenizer of the language model has an end token.
-    """
-    folder = files.find(config.language_checkpoint).folder
-    with told(f"the tokenizer of {folder}", f"model.{LANGUAGE}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with told(f"the config of {folder}", f"model.{LANGUAGE}"):
-        values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    found = language_codec(tokenizer, values, prompt_text(config.prompt), max_tokens)
-    if found.end is None or found.end >= values.vocab_size:
-        what = f"the config and tokenizer of {folder} have no usable end token, so no caption would end"
-        raise UserError([Problem(what, key=f"model.{LANGUAGE}")])
-    return found
+    """The codec of captions; see `speaking.codec`."""
+    return speaking.codec(config.language_checkpoint, prompt_text(config.prompt), max_tokens)
 
 
 def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
@@ -62,6 +47,7 @@ def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
     spoken = codec(config, train.max_caption_tokens)
     with without_contents(accelerator=False):
         model = without_weights(config, train, *values_of(config))
+        speaking.check(model.language)
     if config.connector.checkpoint:
         _of_this_shape(model.connector, files.find(config.connector.checkpoint).folder)
     before = _before(config, model.vision, spoken)
@@ -101,7 +87,9 @@ def _joined(
     """Both models with a new connector, and with adapters if the config has them."""
     with parts.new():
         between = connector(config.connector, encoder.width, language.get_input_embeddings().embedding_dim)
-    model = Captioner(encoder, between, language, parts.trained(config, train), _room(language.config))
+    model = Captioner(
+        encoder, between, language, parts.trained(config, train), speaking.room(language.config)
+    )
     if config.lora:
         adapters.add(model, config.lora)
     return model
@@ -166,10 +154,3 @@ def _language(folder: Path, dtype: torch.dtype, dropout: float | None) -> PreTra
     if lacking := own & set(info["missing_keys"]):
         raise UserError([vision.unfilled(lacking, folder, f"model.{LANGUAGE}")])
     return model
-
-
-def _room(config: PretrainedConfig) -> int | None:
-    """The most tokens that each layer of a language model attends to; None if nothing limits them."""
-    sliding = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    limits = [getattr(config, "max_position_embeddings", None), sliding]
-    return min(filter(None, limits), default=None)

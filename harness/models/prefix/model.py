@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.errors import Problem, UserError
+from harness.errors import UserError
 from harness.models import parts
 from harness.models.base import Losses, Samples
 from harness.models.cache import CachedDecoding, Speaker, logits_of
+from harness.models.needs import too_long
 from harness.models.prefix.vision import Encoder, Seeing
 from harness.models.settings import ConnectorConfig
 from harness.models.text import summed_loss
@@ -155,7 +156,6 @@ class Captioner(Seeing):
 
 def check_room(room: int | None, before: int, new: int, key: str) -> None:
     """Raise `UserError` if the language model cannot read `before` tokens and `new` ones after them."""
-    if room is not None and before + new > room:
-        what = f"image and prompt have {before} tokens, and {new} follow; the language model reads {room}"
-        hint = f"Lower {key}, or give an image fewer tokens: model.connector: {{kind: pooled, tokens: 32}}"
-        raise UserError([Problem(what, key=key, hint=hint)])
+    shorter = ", or give an image fewer tokens: model.connector: {kind: pooled, tokens: 32}"
+    if found := too_long(room, before, new, key, shorter):
+        raise UserError(found)

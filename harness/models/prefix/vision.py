@@ -87,8 +87,8 @@ class Seeing(nn.Module):
         self.vision, self.trained_parts = vision, trained_parts
         self.head: Head | None = None
         self.feature_width, self.class_tokens = vision.width, vision.class_tokens
-        self._constant = {f"vision.{name}" for name in vision.unused}
-        self._constant |= {f"vision.{name}" for name, _ in vision.named_buffers()}
+        self.unread = {f"vision.{name}" for name in vision.unused}
+        self._constant = self.unread | {f"vision.{name}" for name, _ in vision.named_buffers()}
         self._tied: Collection[str] = ()
         self.autocast_dtype: torch.dtype | None = None
         self.vision_in_fp32 = False
@@ -178,10 +178,20 @@ def load(folder: Path, size: int) -> Encoder:
     if getattr(config, "image_size", size) != size:
         model = _resized(model, folder, config, size)
     encoder = Encoder(model, size)
+    _check_repeats(encoder, size)
     lacking = {f"model.{name}" for name in info["missing_keys"]} - encoder.unused
     if lacking := lacking & {name for name, _ in encoder.named_parameters()}:
         raise UserError([unfilled({name.removeprefix("model.") for name in lacking}, folder, _KEY)])
     return encoder
+
+
+def _check_repeats(encoder: Encoder, size: int) -> None:
+    """Raise `UserError` if an image has other features each time, as with ViT-MAE, which hides patches."""
+    with torch.no_grad():
+        one, other = (encoder(torch.zeros(1, 3, size, size)) for _ in range(2))
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+        what = f"{type(encoder.model).__name__} draws at random, so an image has other features each time"
+        raise UserError([Problem(what, key=_KEY, hint="Name an encoder that reads whole images.")])
 
 
 def without_weights(config: PretrainedConfig, size: int) -> Encoder:
@@ -252,12 +262,18 @@ def _resized(model: PreTrainedModel, folder: Path, config: PretrainedConfig, siz
 
 
 def _interpolated(table: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """A position table (N, D) or (1, N, D) for another grid; its first rows may be of class tokens."""
+    """A position table (N, D) or (1, N, D) for another grid; its other rows are of class tokens.
+
+    They are the first; those of BEiT's distances are the last, and its grid is resized as transformers does.
+    """
     was, now, extra = _grids(table.shape, shape, name)
-    first, grid = table.view(-1, shape[-1]).split([extra, was**2])
+    distances, flat = "relative_position" in name, table.view(-1, shape[-1])
+    grid, others = (flat[: was**2], flat[was**2 :]) if distances else (flat[extra:], flat[:extra])
     planes = grid.T.reshape(1, -1, was, was)
-    planes = F.interpolate(planes, size=(now, now), mode="bicubic", align_corners=False)
-    return torch.cat([first, planes[0].flatten(1).T]).view(shape)
+    mode = "bilinear" if distances else "bicubic"
+    planes = F.interpolate(planes, size=(now, now), mode=mode, align_corners=False)
+    resized = planes[0].flatten(1).T
+    return torch.cat([resized, others] if distances else [others, resized]).view(shape)
 
 
 def _grids(before: torch.Size, after: torch.Size, name: str) -> tuple[int, int, int]:
