@@ -17,26 +17,9 @@ if TYPE_CHECKING:
 ATTENTION_AND_MLP = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "query", "key", "value"),
     *("c_attn", "c_proj", "c_fc", "fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
-    *(
-        "query_key_value",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-        "qkv_proj",
-        "gate_up_proj",
-        "fc_in",
-        "fc_out",
-        "Wqkv",
-    ),
-    *(
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "dense1",
-        "dense2",
-        "weights_in",
-        "weights_out",
-    ),
+    *("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "qkv_proj", "gate_up_proj", "fc_in", "fc_out"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "Wqkv"),
+    *("dense1", "dense2", "weights_in", "weights_out"),
     *("projection_query", "projection_key", "projection_value", "dense", "proj", "linear_fc1", "linear_fc2"),
 )
 """Names of the linear layers of attention and MLPs in transformers' models: the default targets."""
