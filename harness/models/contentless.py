@@ -10,6 +10,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -203,14 +204,15 @@ def _forget() -> None:
 
     Such is the grid of patches of DINOv3, which a real model in this process would read next.
     """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.models."):
-            for value in list(vars(module).values()):
-                # transformers' own decorator has the cache in its closure
-                for cell in (value, *(getattr(value, "__closure__", None) or ())):
-                    cached = getattr(cell, "cell_contents", value)
-                    if isinstance(cached, functools._lru_cache_wrapper):
-                        cached.cache_clear()
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        found = [value]
+        if isinstance(value, FunctionType):  # transformers' own decorator has the cache in its closure
+            with contextlib.suppress(ValueError):  # a cell may be empty
+                found += [cell.cell_contents for cell in value.__closure__ or ()]
+        for cached in found:
+            if isinstance(cached, functools._lru_cache_wrapper):
+                cached.cache_clear()
 
 
 @contextlib.contextmanager
