@@ -43,13 +43,14 @@ def project(small_run, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("option", ["--out", "--html"])
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(project, option):
-    """Nor is an image overwritten."""
     image = next((project / "mine").iterdir())
+    content = image.read_bytes()
     os.mkfifo("pipe")
     for out, why in (("pipe", "not a regular file"), (image, "would overwrite an input")):
         done = harness(project, "caption", "small/opt-s42", image, option, out, code=2)
         assert why in done.stderr
         assert option in done.stderr
+        assert image.read_bytes() == content
 
 
 def test_the_runs_own_images_get_the_runs_own_captions(project):

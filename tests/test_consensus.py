@@ -286,7 +286,7 @@ def test_mistakes_of_the_command_are_explained(files):
     assert "would overwrite an input" in failed("a.csv", "b.csv", "--per-image", "a.csv")
     assert "the same file as --out" in failed("a.csv", "b.csv", "--per-image", "run.csv")
     assert "is given twice" in failed("a.csv", "a.csv", "--utility", "rouge1")
-    assert "can't be written" in failed("a.csv", "b.csv", "--per-image", ".")
+    assert "is a folder" in failed("a.csv", "b.csv", "--per-image", ".")
     assert "got 'rouge1=3'" in failed("a.csv", "b.csv", "--utility", "rouge1=2,rouge1=3")
     (files / "d.csv").write_text("ImageCLEF_1|a\nImageCLEF_3|b\n", encoding="utf-8")
     said = failed("a.csv", "d.csv", "--utility", "rouge1")

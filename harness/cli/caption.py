@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli import outputs
 from harness.cli.terminal import DeviceName, OfRun, Terminal
 from harness.errors import UserError
 from harness.output.visible import print_csv
@@ -55,14 +56,11 @@ def caption(
     Example: harness caption runs/quickstart/opt_364-s42 my_images --out captions.csv
     """
     from harness import captioning
-    from harness.cli.score import check_output
     from harness.data import given
     from harness.records.files import same_in, write_captions
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for key, file in (("--out", out), ("--html", html)):
-        if file:
-            check_output(file, images, key)
+    outputs.check({"--out": out, "--html": html}, images)
     terminal = Terminal()
     captioner = captioning.of(run, device, batch_size)
     with tempfile.TemporaryDirectory() as converted:

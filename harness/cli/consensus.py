@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli import outputs
 from harness.cli.score import edition_of
 from harness.cli.submission import Split
 from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal, runs_by_name
@@ -120,17 +121,7 @@ def consensus(
 
 def _check_outputs(out: Path, per_image: Path | None, sources: Sequence[Path]) -> None:
     """Raise `UserError`, before hours of comparing, for an output that can't be written or is an input."""
-    problems = []
-    for key, path in (("--out", out), ("--per-image", per_image)):
-        if path is None:
-            continue
-        special = path.exists() and not path.is_file()
-        if special or any(parent.exists() and not parent.is_dir() for parent in path.parents):
-            problems.append(Problem(f"can't be written: {path}", key=key, hint="Name a new file."))
-        elif any(path.resolve() == source.resolve() for source in sources):
-            problems.append(Problem(f"would overwrite an input: {path}", key=key))
-    if per_image is not None and per_image.resolve() == out.resolve():
-        problems.append(Problem(f"is the same file as --out: {per_image}", key="--per-image"))
+    problems = outputs.problems({"--out": out, "--per-image": per_image}, sources)
     again = [source for number, source in enumerate(sources) if source in sources[:number]]
     problems += [Problem("is given twice; give it a weight of 2 instead", source) for source in again]
     if problems:

@@ -1,6 +1,5 @@
 """`harness score`: score captions or concepts, from a file or a run, against references."""
 
-import contextlib
 import csv
 import io
 import os
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli import outputs
 from harness.cli import verified as verification
 from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal, run_by_name
 from harness.config.editions import SPAN
@@ -83,7 +83,7 @@ def score(
     if per_image is not None:
         read = [file for file in (predictions, references, manual) if file is not None]
         read += [run_root(*run) / name for name in run[1]["artifacts"].values()] if run else []
-        check_output(per_image, read, "--per-image")
+        outputs.check({"--per-image": per_image}, read)
     config = scoring.settings(year, metric_names(names), standins, sets or (), run)
     rows = scoring.rows(predictions, references, images, task.value)
     say = Terminal().say
@@ -156,37 +156,6 @@ def _check_task(task: Task, of_captions: Sequence[str], manual: Path | None) -> 
         problems = [Problem("is for concepts; add --task concept", key="--manual")]
     if problems:
         raise UserError(problems)
-
-
-def check_output(path: Path, read: Sequence[Path], key: str) -> None:
-    """Raise `UserError`, before hours of work, if the file can't be written or is one of those to `read`."""
-    try:
-        what = _unwritable(path, read)
-    except OSError as error:
-        what = f"can't be written: {error.strerror}: {path}"
-    if what:
-        raise UserError([Problem(what, key=key, hint="Give the name of a new file.")])
-
-
-def _unwritable(path: Path, read: Sequence[Path]) -> str | None:
-    if path.is_dir():
-        return f"is a folder: {path}"
-    if path.exists() and any(file.exists() and path.samefile(file) for file in read):
-        return f"would overwrite an input: {path}"
-    if path.exists() and not path.is_file():
-        return f"is not a regular file: {path}"
-    new = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    # the file is written under this name first, and this name is longer
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
-    finally:
-        with contextlib.suppress(OSError):  # some may not exist
-            for folder in new:  # a score that fails later leaves no folders
-                folder.rmdir()
-    return None
 
 
 def _plain(score: "Score") -> dict[str, Any]:

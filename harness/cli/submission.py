@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from harness.cli import outputs
 from harness.cli.terminal import OfTask, Report, ReportFormat, Task, command_line, run_by_name
 from harness.config.editions import FORMATS
 from harness.errors import Problem, UserError
@@ -162,14 +163,12 @@ def check(
     Example: harness submission check run.zip --edition 2026 --ids ids.csv --fix fixed.zip
     """
     from harness import submission
-    from harness.cli.score import check_output
     from harness.config.yamlfile import no_file
     from harness.data.captionfiles import read_ids
 
     if what := no_file(file):
         raise UserError([Problem(what, file)])
-    if fix:
-        check_output(fix, [file, ids], "--fix")
+    outputs.check({"--fix": fix}, [file, ids])
     wanted = read_ids(ids)
     problems = submission.check(file, wanted, edition, task.value)
     repaired = submission.fix(file, fix, wanted, edition, task.value) if fix else []
