@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config.sections import AUTO
+from harness.machine import allocator
 from harness.models.base import FLOAT, LABELS, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
@@ -30,10 +31,10 @@ _STARTING = {"cpu": 1, "cuda": 6, "npu": 6}
 Measured on an H200 at 364 pixels: 53 images/s with micro batches of 16, 61 with 32.
 """
 _REPEATED = 4 / 3  # gradient checkpointing computes the forward pass again: a third of the arithmetic
-_CONTEXT = {"cpu": 0.7e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
+_CONTEXT = {"cpu": 0.6e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
 # "run": on a CPU, of a model that was run, since then the temporaries of its backward pass are counted
-_FRAGMENTED = {"cpu": 0.3, "run": 0.2, "cuda": 0.05, "npu": 0.05}
+_FRAGMENTED = {"cpu": 0.3, "run": 0.2, "returned": 0.0, "cuda": 0.05, "npu": 0.05}
 _BUCKET = 500_000_000  # numbers in DeepSpeed's buffers for reducing gradients
 _LIVE = 1_000_000_000  # numbers that ZeRO-3 gathers at once
 
@@ -107,6 +108,11 @@ class Model:
     def weights(self) -> int:
         """Bytes of all weights; every rank loads all of them."""
         return FLOAT * self.trained + self.frozen
+
+    @property
+    def returns(self) -> bool:
+        """Whether its training gives freed memory back to the system; on other devices torch keeps it."""
+        return self.kind == "cpu" and allocator.returns(self.weights)
 
     def activations(self, micro_batch: int) -> Activations:
         """The activations of the stage that needs most, with texts of maximum length."""
@@ -231,19 +237,21 @@ def usage(model: Model, setup: Setup) -> Usage:
         buffers += min(_gathered(model), model.weights)
     host = 0
     if setup.offload:
-        # gradients twice, and AdamW's temporaries for a tensor as large as the shard
-        host = copy + moments + 4 * shard + (shard if stage < 3 else 0)
+        # gradients twice; beside an NPU AdamW isn't fused, and has temporaries as large as two shards
+        host = copy + moments + 2 * shard + (shard if stage < 3 else 0)
+        host += 2 * shard if model.kind == "npu" else 0
         copy = moments = 0
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)
     computing, stepping = _computing(held, setup.checkpointing), _stepping(model, setup, whole, shard)
     # glibc keeps the activations' memory, in pieces too small for the optimiser's flat tensors
-    moment = computing + stepping if model.kind == "cpu" else max(computing, stepping)
+    keeps = model.kind == "cpu" and not model.returns
+    moment = computing + stepping if keeps else max(computing, stepping)
     if stage == 3:  # validation captions with a whole copy of the model, and samples with gathered weights
         moment = max(moment, model.weights + (whole if averages else 0), _sampling(model, held))
     tensors = weights + gradients + copy + moments + buffers + moment
-    lost = _FRAGMENTED["run"] if held.run and model.kind == "cpu" else _FRAGMENTED[model.kind]
-    rest = int(_CONTEXT[model.kind] + lost * tensors)
+    how = "returned" if model.returns else "run" if held.run and keeps else model.kind
+    rest = int(_CONTEXT[model.kind] + _FRAGMENTED[how] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)
 
 
@@ -280,8 +288,8 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
     if setup.offload:
         return 0
     own = shard if setup.zero_stage else whole
-    if model.kind == "cpu":  # AdamW updates one tensor at a time there; ZeRO's tensors are whole shards
-        own = 2 * shard if setup.zero_stage else 0
+    if model.kind == "cpu":  # torch's fused AdamW, which has no temporaries
+        own = 0
     if setup.zero_stage in (1, 2):
         return own + shard
     joined = min(FLOAT * _BUCKET, whole) if setup.devices > 1 else 0
