@@ -148,9 +148,7 @@ class Config(_Steps):
     @property
     def has_model(self) -> bool:
         """Whether the run predicts with a model of its own; an ensemble of other runs alone has none."""
-        if not self.captions:
-            return self.concepts.own > 0
-        return self.consensus is None or self.consensus.own > 0
+        return not any(step.replaces_model(self) for step in STEPS)
 
     @property
     def trains(self) -> bool:

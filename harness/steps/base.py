@@ -10,6 +10,7 @@ from harness.steps.inputs import Inputs
 from harness.store import is_done, products, step_directory
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
@@ -42,6 +43,11 @@ class Step(ABC):
     @abstractmethod
     def of(cls, plan: "Plan", before: Mapping[str, "Step"]) -> Iterator["Step"]:
         """The steps of this kind in a run, from its config and data; `before` are the earlier steps."""
+
+    @classmethod
+    def replaces_model(cls, config: "Config") -> bool:
+        """Whether this step predicts in place of the run's own model, which is then neither made nor used."""
+        return False
 
     @abstractmethod
     def build(self, work: "Work", directory: Path) -> bool | None:
