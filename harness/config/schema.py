@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from harness.config.editions import EDITIONS
+from harness.config.editions import DEFAULT, EDITIONS
 from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
@@ -36,7 +36,7 @@ class _Run(Section):
     A caption experiment with the section `concepts` does both. With `task: concepts` there are no captions:
     of `predict` only `splits` counts, and of `score` only `bootstrap`.
     """
-    edition: Literal[*EDITIONS] = 2023
+    edition: Literal[*EDITIONS] = DEFAULT
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     """auto: the first of NPU, CUDA and CPU that works."""

@@ -82,6 +82,11 @@ class Step(ABC):
         """The output's directory, also before the step is built."""
         return step_directory(self.inputs.root, self.kind, self.canonical)
 
+    @property
+    def place(self) -> str:
+        """The output's directory as records name it, from the folder of all runs."""
+        return str(self.directory.relative_to(self.inputs.root))
+
     def made_from(self) -> dict[str, str]:
         """SHA-256 of the files that the step reads, as far as earlier steps have recorded them."""
         found = (products(step.directory, files) for step, files in self.inputs.steps.items())

@@ -197,8 +197,8 @@ class Train(Step):
                 if guess.seconds is not None:
                     work.say(f"training steps: {guess}{self._at_most}")
                 if trained.rewards:
-                    how = (config.model, model, images, setup, work.device, self.inputs.root)
-                    work.say(f"their samples and rewards: {speed.sampling(*how)}{self._at_most}")
+                    guess = speed.sampling(config.model, model, images, setup, work.device, self.inputs.root)
+                    work.say(f"their samples and rewards: {guess}{self._at_most}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
