@@ -53,7 +53,7 @@ def best(
 
     If the tune half does not show a difference, the simpler option is taken.
 
-    An experiment is written that makes the test submission.
+    It writes an experiment that makes the test submission.
 
     Example: harness best experiments/quickstart.yaml
     """

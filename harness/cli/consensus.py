@@ -12,7 +12,7 @@ import typer
 from harness.cli import outputs
 from harness.cli.score import edition_of
 from harness.cli.submission import Split
-from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal, runs_by_name
+from harness.cli.terminal import DeviceOption, Report, ReportFormat, ScoreSets, Terminal, runs_by_name
 from harness.config.editions import DEFAULT, SPAN
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.output.visible import json_text, one_line
@@ -67,7 +67,7 @@ def consensus(
         Path | None,
         typer.Option(metavar="OUT.csv", help="Write for each image the source and the expected utility."),
     ] = None,
-    sets: Sets = None,
+    sets: ScoreSets = None,
     device: DeviceOption = None,
     output: ReportFormat = Report.table,
 ) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from harness.cli import outputs
 from harness.cli import verified as verification
-from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal, run_by_name
+from harness.cli.terminal import DeviceOption, Format, OfTask, Output, ScoreSets, Task, Terminal, run_by_name
 from harness.config.editions import DEFAULT, SPAN
 from harness.errors import Problem, UserError
 from harness.output.visible import is_terminal, json_text, print_csv
@@ -53,7 +53,7 @@ def score(
         Path | None,
         typer.Option(metavar="FILE", help="Manually validated concepts, for the secondary concept score."),
     ] = None,
-    sets: Sets = None,
+    sets: ScoreSets = None,
     device: DeviceOption = None,
     per_image: Annotated[
         Path | None, typer.Option(metavar="OUT.csv", help="Write the score of each image.")

@@ -43,7 +43,7 @@ class _Run(Section):
     data: DataConfig
     """Where the images, captions and concepts are."""
     model: ModelConfig = ModelConfig()
-    """The BLIP-2 to fine-tune."""
+    """The captioner, or an image encoder with a classifier of concepts."""
 
 
 def _section(annotation: Any) -> Any:

@@ -46,7 +46,7 @@ def _system(spec: Study, number: int, folder: Path) -> System:
     return on_half(system, HELD) if spec.config.half else system
 
 
-def told(found: Mapping[str, Any], trials: int) -> str:
+def described(found: Mapping[str, Any], trials: int) -> str:
     """The result of `against_base` in words, for the best of this number of trials."""
     if "reason" in found:
         return f"against the base (trial 0): not compared: {found['reason']}"
