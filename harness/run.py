@@ -93,7 +93,7 @@ def run(
             write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
-        if "score-after" in plan.steps:
+        if record["scores"].get("valid", {}).get("after"):
             try:
                 record["halves"] = _halves(folder, record)
             except UserError as error:  # the scores themselves are there

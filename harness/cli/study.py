@@ -138,12 +138,8 @@ def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
     if workers.is_worker() or ranks.rank():
         work.work(spec, chosen, terminal, silent, command_line(), timeout)
         return
-    follower = tracking.start(_folder(spec))
-    try:
+    with tracking.mirroring(_folder(spec), terminal.say):
         work.work(spec, chosen, terminal, silent, command_line(), timeout)
-    finally:
-        if late := follower.finish():
-            terminal.say(late)
 
 
 def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
@@ -156,12 +152,8 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     terminal = Terminal()
     (plan,) = prepare([spec.base], terminal)  # draws and checks the data once, before the workers start
     storage.open_study(spec, _folder(spec), chosen, plan.data.fingerprints)
-    follower = tracking.start(_folder(spec))
-    try:
+    with tracking.mirroring(_folder(spec), terminal.say):
         codes = workers.start(sys.argv[1:], count, device.probe(spec.base.device), ranks)
-    finally:
-        if late := follower.finish():
-            terminal.say(late)
     if any(codes):
         ended = ", ".join(str(code) for code in codes)
         if not storage.read_record(_folder(spec)).get("ended"):
