@@ -24,6 +24,11 @@ from harness.pages import filled
 from harness.records.files import CANDIDATES, PREDICTIONS, Candidate, read_candidates
 from harness.report.gallery import pictures
 from harness.report.sources import Images
+from harness.steps import STEPS
+from harness.steps.consensus import Consensus
+from harness.steps.postprocess import Postprocess
+from harness.steps.predict import Predict
+from harness.steps.retrieve import Retrieve
 from harness.steps.standin import trained_here
 from harness.steps.validating import primary_metric
 from harness.store import fingerprint
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from harness.steps.work import Reporter
 
 _OWN = "own"
+_KNOWN = (Predict, Retrieve, Consensus, Postprocess)
+"""The steps that leave captions and that are done here, or refused, for other images."""
 _LESS_MEMORY = "Give --batch-size a smaller number, or use --device cpu; then the same command continues."
 
 
@@ -199,11 +206,20 @@ def _of(run: Path, kind: str | None, batch_size: int | None, problems: list[Prob
         data = config.data.model_copy(update={"root": root.parent / config.data.root})
         config = config.model_copy(update={"data": data})
     problems += [Problem(what, run, key=key, hint=hint) for key, what, hint in _refused(config)]
+    for kind in _unknown(record):
+        problems.append(Problem(f"its step {kind} makes captions of the run's own images only", run))
     if config.captions and config.has_model:
         finished.of(run, record)
     others = config.consensus.runs if config.consensus else ()
     members = [_of(root / source.run, kind, batch_size, problems) for source in others]
     return Captioner(run, record, config, tuple(one for one in members if one))
+
+
+def _unknown(record: Mapping[str, Any]) -> Iterator[str]:
+    """The kinds of the run's steps that leave captions and are not done here."""
+    for kind in (step.kind for step in STEPS if step.captions and step not in _KNOWN):
+        if any(name.startswith(f"{kind}-") for name in record["steps"]):
+            yield kind
 
 
 def _compared_by(config: Config) -> Mapping[str, float]:

@@ -21,6 +21,7 @@ from harness.data.halves import HALVES
 from harness.errors import Pruned, UserError
 from harness.machine import ranks
 from harness.machine.environment import environment, git_state
+from harness.machine.launch import INTERRUPTED
 from harness.models import checkpoints, family
 from harness.models.settings import ModelConfig
 from harness.output.masking import masked
@@ -75,10 +76,10 @@ def run(
         ranks.agree(None)
         return old
     with _status(record, folder):
-        record["planned"] = [str(step.directory.relative_to(plan.root)) for step in plan.steps.values()]
+        record["planned"] = [step.place for step in plan.steps.values()]
         steps = _Steps(Work(plan.config, reporter, watch), record, folder)
         for name, step in plan.steps.items():
-            record["steps"][name] = place = str(step.directory.relative_to(plan.root))
+            record["steps"][name] = place = step.place
             record["at"] = name
             spared = not weights and _is_spared(plan, step, old)
             if not spared:
@@ -92,7 +93,7 @@ def run(
             write_json(folder / records.FILE, record)
         ranks.agree(None)
         record["warnings"] += _all_the_same(plan, reporter)
-        if "score-after" in plan.steps:
+        if record["scores"].get("valid", {}).get("after"):
             try:
                 record["halves"] = _halves(folder, record)
             except UserError as error:  # the scores themselves are there
@@ -116,7 +117,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 def _is_same(plan: Plan, record: dict[str, Any], old: records.Record) -> bool:
     """Whether a finished run would be the same again: each step and submission is there and unchanged."""
-    places = {name: str(step.directory.relative_to(plan.root)) for name, step in plan.steps.items()}
+    places = {name: step.place for name, step in plan.steps.items()}
     facts = [
         json.loads(json.dumps({key: one.get(key) for key in _ABOUT}, default=str)) for one in (record, old)
     ]
@@ -131,7 +132,7 @@ def _is_same(plan: Plan, record: dict[str, Any], old: records.Record) -> bool:
 
 def _is_spared(plan: Plan, step: Step, old: records.Record) -> bool:
     """Whether a step's weights are gone, are not needed, and it is known what else the step has left."""
-    known = old.get("steps", {}).get(step.name) == str(step.directory.relative_to(plan.root))
+    known = old.get("steps", {}).get(step.name) == step.place
     return plan.spared(step) and (known or _is_left(step, DONE))
 
 
@@ -280,7 +281,7 @@ def _failure(error: BaseException, at: str | None) -> tuple[str, dict[str, Any]]
         status, reason = "FAILED", f"another rank failed: {why}"
     elif isinstance(error, KeyboardInterrupt):
         status, reason = "KILLED", "interrupted by Ctrl-C or a signal; the same command continues"
-        code = 130
+        code = INTERRUPTED
     elif isinstance(error, Pruned):
         status, reason, code = "PRUNED", str(error), None  # the study continues
     elif isinstance(error, UserError):

@@ -20,7 +20,7 @@ def records(small_run, tmp_path, monkeypatch) -> list[dict]:
 
 
 def test_each_variant_is_compared_with_the_one_before_it(records):
-    lines = list(between.told(records))
+    lines = list(between.described(records))
     names = [f"{record['variant']}-s{record['seed']}" for record in records]
     assert f"  {names[0]} -> {names[1]}" in lines
     systems = [compare.read_run(Path("runs/small") / name, name) for name in names[:2]]
@@ -32,7 +32,7 @@ def test_each_variant_is_compared_with_the_one_before_it(records):
 
 
 def test_one_run_has_nothing_to_be_compared_with(records):
-    assert list(between.told(records[:1])) == []
+    assert list(between.described(records[:1])) == []
 
 
 def test_the_best_run_is_the_first_to_look_at(records):
@@ -43,4 +43,4 @@ def test_the_best_run_is_the_first_to_look_at(records):
 def test_scores_that_are_gone_are_said(records):
     for file in Path("runs/steps").glob("score-*/arrays.npz"):
         file.unlink()
-    assert any("not compared: " in line for line in between.told(records))
+    assert any("not compared: " in line for line in between.described(records))

@@ -175,6 +175,19 @@ def test_the_step_replaces_captions_that_are_too_short(tree, record):
 
 
 @pytest.mark.ci
+def test_other_images_are_not_captioned_without_the_step(tree, record):
+    code = """if True:
+        from pathlib import Path
+        from harness import captioning, errors
+        try:
+            captioning.of(Path("runs/extended/base-s42"))
+        except errors.UserError as error:
+            print(error)
+    """
+    assert "its step fill makes captions of the run's own images only" in python(tree, "-c", code)
+
+
+@pytest.mark.ci
 def test_the_metric_is_computed_for_each_image(tree, record):
     score = record["scores"]["valid"]["after"]["numbers"]
     assert 0 <= score["value"] <= 1

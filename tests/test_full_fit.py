@@ -121,7 +121,7 @@ def test_a_stage_that_ended_early_ends_there_again_and_the_best_average_is_kept(
     assert any(not torch.equal(weight, weights[name]) for name, weight in last.items())
     shorter = epochs.shortened(settings, until)
     assert schedule.total_steps(shorter, 23) == 9
-    assert "the average of the last weights is kept" in epochs.told(settings, None)
+    assert "the average of the last weights is kept" in epochs.described(settings, None)
 
 
 def test_the_start_of_a_stage_is_the_end_of_the_stage_before():

@@ -21,7 +21,7 @@ from harness.config.sections import DataConfig, PhantomConfig
 from harness.data import load
 from harness.decoding import predict
 from harness.metrics import METRICS, alignscore, cache, similarity
-from harness.metrics.base import STANDIN, Measured
+from harness.metrics.base import STANDIN, Measured, Standin
 from harness.metrics.settings import ScoreConfig
 from harness.steps.plan import Plan
 from harness.steps.validating import Validation, primary_metric
@@ -105,6 +105,32 @@ def test_a_metric_signs_by_its_name(golden, monkeypatch):
         metrics.score(golden["prediction"], golden["reference"], None, ScoreConfig(metrics=("bleu1",)), 2023)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("similarity", r"score.similarity.folder. Clone lion-ai/MedImageInsights"),
+        ("medcat", r"score.medcat.model_pack. With a UMLS licence"),
+        ("alignscore", r"score.alignscore.checkpoint. Fetch AlignScore-base.ckpt"),
+    ],
+)
+def test_a_metric_without_weights_is_absent_and_says_how_to_get_them(name, hint):
+    config = ScoreConfig(metrics=(name,))
+    scores, _ = metrics.score(["a"], ["a"], None, config, 2025)
+    assert scores[name].value is None
+    assert scores[name].reason.startswith(f"needs {hint}")
+    assert METRICS[name].weights.missing(config) == []
+
+
+def test_a_standin_takes_the_place_of_weights_that_no_edition_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = METRICS["alignscore"]
+    monkeypatch.setitem(
+        METRICS, "alignscore", replace(given, weights=replace(given.weights, standin=Standin()))
+    )
+    config = scoring.settings(2025, ["alignscore"], standins=True)
+    assert config.alignscore.checkpoint == STANDIN
+
+
 # --- What fingerprints hold ------------------------------------------------------------------------------
 
 
@@ -155,7 +181,7 @@ def reads(made: Plan, name: str) -> set[str]:
 
 @pytest.mark.parametrize("section", TRAINED)
 def test_a_standin_that_is_trained_here_is_a_step_of_its_own(section, data, tmp_path):
-    score = {"metrics": [section], section: {"checkpoint": STANDIN}}
+    score = {"metrics": [section], section: {metrics.all_weights()[section].key: STANDIN}}
     made = plan(data, tmp_path, score)
     assert f"standin-{section}" in made.steps
     assert f"standin-{section}" in reads(made, "score-after")

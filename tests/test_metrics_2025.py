@@ -276,10 +276,6 @@ def test_alignscore_of_a_standin_or_in_bf16_is_not_official(align):
 def test_alignscore_says_what_is_wrong_with_its_files(align, tmp_path, monkeypatch):
     import torch
 
-    with pytest.raises(Absent, match=r"needs score\.alignscore\.checkpoint\. Fetch AlignScore-base\.ckpt"):
-        alignscore.measure(inputs({}))
-    assert alignscore.problems(ScoreConfig().alignscore) == []
-
     def wrong(file: Path) -> str:
         with pytest.raises(Absent) as raised:
             alignscore.measure(inputs({"alignscore": {"checkpoint": file}}))
@@ -409,9 +405,6 @@ def test_medcat_scores_are_kept(pack, second_python, tmp_path, monkeypatch):
 
 
 def test_medcat_says_what_is_missing(pack, second_python, tmp_path):
-    with pytest.raises(Absent, match=r"needs score\.medcat\.model_pack\. With a UMLS licence"):
-        medcat.measure(with_medcat(None, None))
-    assert medcat.problems(with_medcat(None, None).config.medcat) == []
     without = tmp_path / "without"
     venv.create(without, symlinks=True)
     wrong = with_medcat(tmp_path / "none.zip", without / "bin" / "python").config.medcat

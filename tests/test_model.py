@@ -10,7 +10,7 @@ from transformers import Blip2ForConditionalGeneration
 from harness.config.sections import PredictConfig
 from harness.decoding.search import search
 from harness.errors import UserError
-from harness.models import loading
+from harness.models import loading, tiny
 from harness.models.blip2 import small
 from harness.models.text import IGNORE
 
@@ -200,6 +200,17 @@ def test_weights_of_another_model_are_refused(loaded, tmp_path, change):
     save_file(weights, tmp_path / "best.safetensors")
     with pytest.raises((UserError, ValueError), match="query_tokens"):
         loading.load_trained(loaded.model, tmp_path / "best.safetensors")
+
+
+@pytest.mark.parametrize("steps", [9, 10, 11])
+def test_the_tiny_model_is_built_in_any_number_of_steps(steps):
+    """Ten are those of the defaults with up to 32 images."""
+    layer = torch.nn.Linear(2, 1)
+    update = tiny._optimiser(layer, steps, 1e-3)
+    before = layer.bias.item()
+    for _ in range(steps):
+        update(layer(torch.ones(2)).sum())
+    assert layer.bias.item() < before
 
 
 def test_another_process_builds_the_same_tiny_model_to_the_bit(tiny_folder, tmp_path):

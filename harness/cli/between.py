@@ -17,7 +17,7 @@ MOST = 8
 _SECOND, _OF_CONCEPTS = "rouge1", "f1"
 
 
-def told(records: Sequence[Record]) -> Iterator[str]:
+def described(records: Sequence[Record]) -> Iterator[str]:
     """A line for each variant against the one before it, of the same seed; then what one seed means."""
     pairs = list(_pairs(records))
     if not pairs:

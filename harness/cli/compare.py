@@ -19,12 +19,13 @@ from harness.cli.terminal import (
     HalfOption,
     OfTask,
     Output,
-    Sets,
+    ScoreSets,
     Task,
     Terminal,
     runs_by_name,
 )
 from harness.cli.widths import Column, Row, Sheet
+from harness.config.editions import DEFAULT
 from harness.errors import Problem, UserError
 from harness.output.program import spelled
 from harness.output.visible import console, json_text, print_csv
@@ -56,7 +57,7 @@ def compare(
     ] = None,
     edition: Annotated[
         int | None,
-        typer.Option(help="Edition of the metrics for files; by default the first run's, else 2023."),
+        typer.Option(help=f"Edition of the metrics for files; by default the first run's, else {DEFAULT}."),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--metrics", metavar="A,B", help="By default all available.")
@@ -66,7 +67,7 @@ def compare(
         typer.Option("--standins", help="Score files with stand-ins if official weights are missing."),
     ] = False,
     of: OfTask = None,
-    sets: Sets = None,
+    sets: ScoreSets = None,
     device: DeviceOption = None,
     half: HalfOption = None,
     resamples: Annotated[int, typer.Option(min=99, help="Number of random swaps for each p value.")] = 9_999,

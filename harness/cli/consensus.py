@@ -12,8 +12,8 @@ import typer
 from harness.cli import outputs
 from harness.cli.score import edition_of
 from harness.cli.submission import Split
-from harness.cli.terminal import DeviceOption, Report, ReportFormat, Sets, Terminal, runs_by_name
-from harness.config.editions import SPAN
+from harness.cli.terminal import DeviceOption, Report, ReportFormat, ScoreSets, Terminal, runs_by_name
+from harness.config.editions import DEFAULT, SPAN
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.output.visible import json_text, one_line
 
@@ -47,7 +47,7 @@ def consensus(
         ),
     ] = None,
     edition: Annotated[
-        int | None, typer.Option(help=f"Edition of the metrics, {SPAN}; by default 2023.")
+        int | None, typer.Option(help=f"Edition of the metrics, {SPAN}; by default {DEFAULT}.")
     ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of {ID}.jpg or .png, for CLIPScore.")
@@ -67,7 +67,7 @@ def consensus(
         Path | None,
         typer.Option(metavar="OUT.csv", help="Write for each image the source and the expected utility."),
     ] = None,
-    sets: Sets = None,
+    sets: ScoreSets = None,
     device: DeviceOption = None,
     output: ReportFormat = Report.table,
 ) -> None:

@@ -111,27 +111,24 @@ def run_all(
     replacing.check(plans, terminal, replace)
     ranks.agree(None)  # the data is drawn and checked now, so the other ranks may read it
     terminal.ahead = Ahead(plans)
-    follower = tracking.start(RUNS / configs[0].name)
     records: list[dict[str, Any]] = []
-    try:
-        for plan in plans:
-            try:
-                base = base_of(experiment, plan.config.variant)
-                replacing.check([plan], terminal, replace)  # an earlier run may have changed what it takes
-                records.append(runs.run(plan, terminal, command_line(), base, weights=weights))
-            except Exception:
-                with contextlib.suppress(Exception):  # the run's own error matters more than the page's
-                    reports.write(plan.folder)
-                raise
-            reports.write(plan.folder)
-    except UserError:
-        if records:
-            _print_records(records, output)
-        raise
-    finally:
-        late = follower.finish()
-        if late:
-            terminal.say(late)
+    with tracking.mirroring(RUNS / configs[0].name, terminal.say):
+        try:
+            for plan in plans:
+                try:
+                    base = base_of(experiment, plan.config.variant)
+                    # an earlier run may have changed what this one takes
+                    replacing.check([plan], terminal, replace)
+                    records.append(runs.run(plan, terminal, command_line(), base, weights=weights))
+                except Exception:
+                    with contextlib.suppress(Exception):  # the run's own error matters more than the page's
+                        reports.write(plan.folder)
+                    raise
+                reports.write(plan.folder)
+        except UserError:
+            if records:
+                _print_records(records, output)
+            raise
     _print_records(records, output)
     return records
 

@@ -14,8 +14,8 @@ import typer
 
 from harness.cli import outputs
 from harness.cli import verified as verification
-from harness.cli.terminal import DeviceOption, Format, OfTask, Output, Sets, Task, Terminal, run_by_name
-from harness.config.editions import SPAN
+from harness.cli.terminal import DeviceOption, Format, OfTask, Output, ScoreSets, Task, Terminal, run_by_name
+from harness.config.editions import DEFAULT, SPAN
 from harness.errors import Problem, UserError
 from harness.output.visible import is_terminal, json_text, print_csv
 
@@ -40,7 +40,7 @@ def score(
     ] = None,
     edition: Annotated[
         int | None,
-        typer.Option(help=f"Edition of the metrics, {SPAN}; by default the run's, else 2023."),
+        typer.Option(help=f"Edition of the metrics, {SPAN}; by default the run's, else {DEFAULT}."),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--metrics", metavar="A,B", help="By default those of the edition.")
@@ -53,7 +53,7 @@ def score(
         Path | None,
         typer.Option(metavar="FILE", help="Manually validated concepts, for the secondary concept score."),
     ] = None,
-    sets: Sets = None,
+    sets: ScoreSets = None,
     device: DeviceOption = None,
     per_image: Annotated[
         Path | None, typer.Option(metavar="OUT.csv", help="Write the score of each image.")
@@ -124,11 +124,11 @@ def score(
 
 
 def edition_of(edition: int | None, run: tuple[Path, Mapping[str, Any]] | None) -> int:
-    """The edition of the option, else the run's, else 2023; raises `UserError` for an unknown one."""
+    """The edition of the option, else the run's, else `DEFAULT`; raises `UserError` for an unknown one."""
     from harness.config.editions import EDITIONS
 
     if edition is None:
-        return run[1]["edition"] if run else 2023
+        return run[1]["edition"] if run else DEFAULT
     if edition not in EDITIONS:
         allowed = ", ".join(map(str, EDITIONS))
         raise UserError([Problem(f"got {edition}; there are {allowed}", key="--edition")])

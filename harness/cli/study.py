@@ -138,12 +138,8 @@ def _work(spec: "Study", chosen: str, timeout: float | None) -> None:
     if workers.is_worker() or ranks.rank():
         work.work(spec, chosen, terminal, silent, command_line(), timeout)
         return
-    follower = tracking.start(_folder(spec))
-    try:
+    with tracking.mirroring(_folder(spec), terminal.say):
         work.work(spec, chosen, terminal, silent, command_line(), timeout)
-    finally:
-        if late := follower.finish():
-            terminal.say(late)
 
 
 def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
@@ -156,12 +152,8 @@ def _run_workers(spec: "Study", chosen: str, count: int, ranks: int) -> None:
     terminal = Terminal()
     (plan,) = prepare([spec.base], terminal)  # draws and checks the data once, before the workers start
     storage.open_study(spec, _folder(spec), chosen, plan.data.fingerprints)
-    follower = tracking.start(_folder(spec))
-    try:
+    with tracking.mirroring(_folder(spec), terminal.say):
         codes = workers.start(sys.argv[1:], count, device.probe(spec.base.device), ranks)
-    finally:
-        if late := follower.finish():
-            terminal.say(late)
     if any(codes):
         ended = ", ".join(str(code) for code in codes)
         if not storage.read_record(_folder(spec)).get("ended"):
@@ -241,7 +233,7 @@ def best(
     write(out, results.as_experiment(won, spec, out, command_line()))
     print(f"{out}: trial {won.number} of {spec.name}")
     if found := against.against_base(spec, won, _folder(spec)):
-        print(f"trial {won.number} {against.told(found, len(study.get_trials(deepcopy=False)))}")
+        print(f"trial {won.number} {against.described(found, len(study.get_trials(deepcopy=False)))}")
     else:
         print("Trial 0 is the base itself.")
     print(spelled(f"Run it: harness run {shlex.quote(str(out))}"))
@@ -307,7 +299,7 @@ def _table(spec: "Study", rows: list[dict[str, Any]], address: str) -> None:
             few = [few_images(one["n"], "held") for one in row["held"].get("scores", {}).values()]
             screen.print(*(f"warning: {warning}" for warning in dict.fromkeys(filter(None, few))))
         if "against_base" in row:
-            screen.print(f"trial {row['number']} {against.told(row['against_base'], len(rows))}")
+            screen.print(f"trial {row['number']} {against.described(row['against_base'], len(rows))}")
     if rows and rows[0]["best"]:
         screen.print("No trial is better than the base (trial 0).")
     screen.print(*(f"{note}\n" for note in storage.read_record(_folder(spec)).get("notes", ())), end="")

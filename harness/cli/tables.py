@@ -70,7 +70,7 @@ def show(records: Sequence[Record]) -> None:
         screen.print(_unscored(records[0]))
     for line in dict.fromkeys([*_notes(records), *concepts.notes(detected), *_rankings(scored)]):
         screen.print(line)
-    for line in between.told(records):
+    for line in between.described(records):
         screen.print(line)
     _next(screen, records)
 

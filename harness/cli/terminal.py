@@ -103,6 +103,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.batch_size=32."),
 ]
+ScoreSets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of score, such as score.bootstrap=0."),
+]
 Output = Annotated[Format, typer.Option("--format", help="How the results are printed.")]
 OfTask = Annotated[Task | None, typer.Option("--task", help="By default that of the run, else captions.")]
 ReportFormat = Annotated[Report, typer.Option("--format", help="How the findings are printed.")]

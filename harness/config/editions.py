@@ -150,6 +150,8 @@ _YEARS = (
     ),
 )
 EDITIONS: Mapping[int, Edition] = {edition.year: edition for edition in _YEARS}
+DEFAULT = 2023
+"""The edition of an experiment or a command that names none."""
 SPAN = f"{min(EDITIONS)} to {max(EDITIONS)}"
 """The range of years, for help texts."""
 FORMATS = ", ".join(str(year) for year, edition in EDITIONS.items() if edition.caption_format)

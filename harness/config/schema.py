@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from harness.config.editions import EDITIONS
+from harness.config.editions import DEFAULT, EDITIONS
 from harness.config.sections import AUTO, DataConfig, Section, Seed, summary
 from harness.errors import AcrossKeys
 from harness.models.settings import TINY, ModelConfig
@@ -36,14 +36,14 @@ class _Run(Section):
     A caption experiment with the section `concepts` does both. With `task: concepts` there are no captions:
     of `predict` only `splits` counts, and of `score` only `bootstrap`.
     """
-    edition: Literal[*EDITIONS] = 2023
+    edition: Literal[*EDITIONS] = DEFAULT
     """The ImageCLEFmedical Caption edition whose metrics and files apply."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     """auto: the first of NPU, CUDA and CPU that works."""
     data: DataConfig
     """Where the images, captions and concepts are."""
     model: ModelConfig = ModelConfig()
-    """The BLIP-2 to fine-tune."""
+    """The captioner, or an image encoder with a classifier of concepts."""
 
 
 def _section(annotation: Any) -> Any:
@@ -148,9 +148,7 @@ class Config(_Steps):
     @property
     def has_model(self) -> bool:
         """Whether the run predicts with a model of its own; an ensemble of other runs alone has none."""
-        if not self.captions:
-            return self.concepts.own > 0
-        return self.consensus is None or self.consensus.own > 0
+        return not any(step.replaces_model(self) for step in STEPS)
 
     @property
     def trains(self) -> bool:

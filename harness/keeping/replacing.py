@@ -26,7 +26,7 @@ from harness.tracking import bookkeeping
 
 _SHOWN, _LONGEST = 5, 60
 """The most differences of one run in a message, and the most characters of a value there."""
-_RESCORED = ("score", "standin")
+_RESCORED = ("score-", "standin-")
 """Kinds of steps that captions can be scored again by, at no loss."""
 _ADDS = ("score.metrics", "predict.splits")
 """Lists that can have more entries without any loss."""
@@ -89,11 +89,11 @@ def differences(plan: Plan, record: records.Record) -> list[str]:
     """Why a plan gives another run than the record's, in words; empty if the old results all stay."""
     worded, adds = _settings(plan.config, record)
     try:
-        there = {name: str(step.directory.relative_to(plan.root)) for name, step in plan.steps.items()}
+        there = {name: step.place for name, step in plan.steps.items()}
     except UserError:  # it takes something from an earlier run of the same command
         return worded
     lost = [name for name, place in record["steps"].items() if there.get(name) != place]
-    if adds and all(name.partition("-")[0] in _RESCORED for name in lost):
+    if adds and all(name.startswith(_RESCORED) for name in lost):
         return []
     return worded or _of_data(plan, record) or [f"{', '.join(lost[:_SHOWN])}: {_OTHER}"]
 

@@ -1,12 +1,10 @@
 """The leaderboard: our runs and the official standings, as values for tables, files and a page."""
 
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from harness.leaderboard.entries import (
     SPLITS,
@@ -22,7 +20,7 @@ from harness.leaderboard.entries import (
 )
 from harness.leaderboard.places import among_ours, official, ranked_text
 from harness.leaderboard.table3 import steps, table_3
-from harness.pages import filled
+from harness.pages import filled, link
 from harness.records import CONCEPTS
 from harness.records.status import failure_of, status_of
 from harness.store import fingerprint, write
@@ -137,11 +135,7 @@ def _entry(board: Board, entry: Entry, page: Path, ranks: Mapping[Path, tuple[in
         "commit": record["git"]["commit"],
         "dirty": record["git"]["dirty"],
         "command": record["command"],
-        "links": {
-            name: quote(os.path.relpath(path, page).replace(os.sep, "/"))
-            for name, path in links.items()
-            if path.exists()
-        },
+        "links": {name: link(path, page) for name, path in links.items() if path.exists()},
         "mlflow": _mlflow(entry),
     }
 

@@ -142,6 +142,8 @@ def _same_weights(config: "ScoreConfig", edition: int) -> None:
 def _timed(name: str, metric: Metric, inputs: Inputs) -> Found:
     started = time.perf_counter()
     try:
+        if metric.weights:
+            metric.weights.check_named(inputs.config)
         measured = finite(metric.measure(inputs))
     except Absent as absence:
         return Found(None, time.perf_counter() - started, str(absence))

@@ -46,9 +46,7 @@ class AlignScoreConfig(Section):
 
 
 def problems(config: AlignScoreConfig) -> list[Problem]:
-    """What prevents AlignScore, if the config names a checkpoint; found without loading it."""
-    if config.checkpoint is None:
-        return []
+    """What prevents AlignScore; found without loading it."""
     if what := no_file(config.checkpoint):
         return [Problem(f"{what}: {config.checkpoint}", key=KEY, hint=HINT)]
     found = []
@@ -74,8 +72,6 @@ def measure(inputs: Inputs) -> Measured:
     an empty context, as in the organisers' code.
     """
     file, precision = inputs.config.alignscore.checkpoint, inputs.config.precision
-    if file is None:
-        raise Absent(f"needs {KEY}. {HINT}")
     if wrong := problems(inputs.config.alignscore):
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
     standin, roberta = standin_name(file.parent), checkpoints.find(made_of(file))
@@ -272,6 +268,6 @@ METRIC = Metric(
     measure,
     neural=True,
     weights=Weights(
-        "alignscore", AlignScoreConfig, "checkpoint", problems, identity, unload=load.cache_clear
+        "alignscore", AlignScoreConfig, "checkpoint", problems, identity, unload=load.cache_clear, hint=HINT
     ),
 )

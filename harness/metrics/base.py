@@ -233,6 +233,7 @@ class Weights:
     says what is missing, without loading anything. `identity` gets the section and says what determines the
     numbers; it differs for two weights of one name. Its second argument is a folder that keeps known hashes.
     `unload` forgets the loaded model. `executes`: the section names a program, or files with programs.
+    `hint` says how to get the weights, for a metric that is absent because none are named.
     """
 
     section: str
@@ -243,6 +244,7 @@ class Weights:
     standin: Standin | None = None
     unload: Callable[[], None] = _nothing
     executes: bool = False
+    hint: str = ""
 
     @property
     def path(self) -> str:
@@ -261,6 +263,11 @@ class Weights:
         """The config with other weights for this section."""
         settings = self.settings(config).model_copy(update={self.key: name})
         return config.model_copy(update={self.section: settings})
+
+    def check_named(self, config: "ScoreConfig") -> None:
+        """Raise `Absent` if the config names no weights."""
+        if self.named(config) is None:
+            raise Absent(". ".join(filter(None, (f"needs {self.path}", self.hint))))
 
     def is_trained_here(self, config: "ScoreConfig") -> bool:
         """Whether the config names a stand-in that is trained on the training split."""

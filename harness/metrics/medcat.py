@@ -48,9 +48,7 @@ class MedCatConfig(Section):
 
 
 def problems(config: MedCatConfig) -> list[Problem]:
-    """What is wrong with the model pack and its Python, if a pack is named; neither is executed."""
-    if config.model_pack is None:
-        return []
+    """What is wrong with the model pack and its Python; neither is executed."""
     found = []
     if (
         not (config.model_pack.suffix == ".zip" and config.model_pack.is_file())
@@ -81,8 +79,6 @@ def measure(inputs: Inputs) -> Measured:
     captions of length 0 score 1. Two captions without any concept score 0, also if they are only white space.
     """
     config = inputs.config.medcat
-    if config.model_pack is None:
-        raise Absent(f"needs {PACK_KEY}. {PACK_HINT}")
     if wrong := problems(config):
         raise Absent("; ".join(f"{problem}. {problem.hint}" for problem in wrong))
     python, pack = _python(config), config.model_pack
@@ -181,5 +177,6 @@ def _version(packages: Sequence[str]) -> str | None:
 
 
 METRIC = Metric(
-    measure, weights=Weights("medcat", MedCatConfig, "model_pack", problems, identity, executes=True)
+    measure,
+    weights=Weights("medcat", MedCatConfig, "model_pack", problems, identity, executes=True, hint=PACK_HINT),
 )

@@ -58,9 +58,7 @@ class SimilarityConfig(Section):
 
 
 def problems(config: SimilarityConfig) -> list[Problem]:
-    """What is wrong with the folder of MedImageInsight, if one is named; found without loading anything."""
-    if config.folder is None:
-        return []
+    """What is wrong with the folder of MedImageInsight; found without loading anything."""
     if not config.folder.is_dir():
         return [Problem(f"no such folder: {config.folder}", key=KEY, hint=HINT)]
     lacking = [part for part in PARTS if not (config.folder / part).exists()]
@@ -81,8 +79,6 @@ def measure(inputs: Inputs) -> Measured:
     scores 1; this code reports the error. MedImageInsight always computes in float32.
     """
     folder = inputs.config.similarity.folder
-    if folder is None:
-        raise Absent(f"needs {KEY}. {HINT}")
     if wrong := problems(inputs.config.similarity):
         raise Absent(f"{wrong[0]}. {wrong[0].hint}")
     if inputs.images is None:
@@ -239,5 +235,6 @@ METRIC = Metric(
         identity,
         unload=load.cache_clear,
         executes=True,
+        hint=HINT,
     ),
 )

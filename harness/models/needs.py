@@ -18,7 +18,7 @@ _UNKNOWN = r"does not (exist|recognize)|[Uu]nrecognized|should have a `model_typ
 
 
 @contextlib.contextmanager
-def told(what: str, key: str) -> Iterator[None]:
+def as_user_error(what: str, key: str) -> Iterator[None]:
     """Raise `UserError` for anything that is raised in this block, where `what` is loaded; key of the config.
 
     All kinds of errors, since the code of any tokenizer or processor of transformers runs in it.

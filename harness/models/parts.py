@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _ADAPTER = ".lora_"  # in the names of peft's weights
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a precision, or none if it is None."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def trained(model: "ModelConfig", train: "TrainConfig") -> frozenset[str]:
     """The parts all of whose weights training may change; those of an adapted part are frozen."""
     wanted = {"vision": train.train_vision, "connector": True, "language": train.train_language}

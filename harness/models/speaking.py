@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import Problem, UserError
 from harness.models import checkpoints as files
-from harness.models.needs import told
+from harness.models.needs import as_user_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -41,9 +41,9 @@ def codec(name: str, prompt: str, max_tokens: int) -> "Codec":
     from harness.models.blip2.text import language_codec
 
     folder = files.find(name).folder
-    with told(f"the tokenizer of {folder}", KEY):
+    with as_user_error(f"the tokenizer of {folder}", KEY):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with told(f"the config of {folder}", KEY):
+    with as_user_error(f"the config of {folder}", KEY):
         values = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     found = language_codec(tokenizer, values, prompt, max_tokens)
     if found.end is None or found.end >= values.vocab_size:

@@ -279,7 +279,8 @@ class _Mean(nn.Module):
 def _optimiser(model: nn.Module, steps: int, rate: float) -> Callable[[torch.Tensor], None]:
     """A function that does one AdamW step for a loss, with a one-cycle schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    warm_up = 0.1 if steps != 10 else 0.2  # torch divides by zero if the warm-up is exactly one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warm_up)
 
     def update(loss: torch.Tensor) -> None:
         loss.backward()

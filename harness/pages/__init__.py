@@ -1,9 +1,12 @@
 """HTML pages in one file: a template with its styles and scripts, and data that can't become code."""
 
 import json
+import os
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from harness.output.visible import visible
 from harness.store import finite
@@ -20,6 +23,11 @@ def filled(template: str, data: Any) -> str:
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     # one pass, so that nothing in the data or in a script is taken for a name
     return re.sub(r"{{([\w.]+)}}", lambda one: text if one[1] == "data" else _file(one[1]), _file(template))
+
+
+def link(path: Path, page: Path) -> str:
+    """A path as a link from the folder `page`."""
+    return quote(os.path.relpath(path, page).replace(os.sep, "/"))
 
 
 def _file(name: str) -> str:

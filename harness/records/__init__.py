@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from harness.errors import Problem, UserError
 from harness.records.files import Candidate, read_candidates, read_captions, read_lists, read_rows
 from harness.records.form import SCORES, Run
-from harness.store import GONE, bytes_of, damage_of, parsed, run_name
+from harness.store import GONE, RUNS, bytes_of, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
 ARCHIVE = "archive"
@@ -111,7 +111,7 @@ def _said(error: Exception) -> str:
 
 def _runs_near(folder: Path) -> str:
     """A hint with the runs below the folder, or else below runs/."""
-    for place in (folder, Path("runs")):
+    for place in (folder, RUNS):
         files = (file for file in below(place) if "mlartifacts" not in file.parts)  # copies, by MLflow
         if found := sorted(str(file.parent) for file in files):
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""

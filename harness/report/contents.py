@@ -13,10 +13,10 @@ from harness import records
 from harness.config.schema import Config, flat
 from harness.data.halves import HALVES
 from harness.errors import UserError
+from harness.pages import link
 from harness.records.files import same_in
 from harness.records.status import failure_of, status_of
 from harness.report import concepts, examples, gallery, groups, sources
-from harness.report.gallery import link
 from harness.report.sources import Captions, Images, Run, main_scores, scores
 from harness.scoring.compare import few_images, record_on_half
 from harness.training import soups

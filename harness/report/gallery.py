@@ -3,16 +3,15 @@
 import base64
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from harness.data.images import DAMAGE, decode, each
+from harness.pages import link
 from harness.report import sources
 from harness.report.sources import Captions, Images, Run
 
@@ -136,8 +135,3 @@ def _thumbnail(path: Path) -> str | None:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def link(path: Path, page: Path) -> str:
-    """A path as a link from the folder `page`."""
-    return quote(os.path.relpath(path, page).replace(os.sep, "/"))

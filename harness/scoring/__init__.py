@@ -264,12 +264,12 @@ def passed_over(run: Run | None, config: ScoreConfig) -> Iterator[str]:
         given = {key: value for key, value in values.items() if value is not None}
         if given and getattr(config, section) == getattr(ScoreConfig(), section):
             sets = " ".join(f"--set score.{section}.{key}={value}" for key, value in given.items())
-            what = f"score.{section} of {run[0] / 'run.json'} would be executed and is left out"
+            what = f"score.{section} of {run[0] / records.FILE} would be executed and is left out"
             yield f"{what}. To use it: {sets}"
     trusted = named.get("trusted")
     if isinstance(trusted, list) and trusted and not config.trusted:
         sums = ",".join(map(str, trusted))
-        what = f"score.trusted of {run[0] / 'run.json'} is left out: the folder may come from elsewhere"
+        what = f"score.trusted of {run[0] / records.FILE} is left out: the folder may come from elsewhere"
         yield f"{what}. If you know these sums: --set 'score.trusted=[{sums}]'"
 
 
@@ -311,7 +311,7 @@ def _overridden(
     try:
         config = _Only.model_validate(merged).score
     except ValidationError as error:
-        problems += explain(error, places, run[0] / "run.json" if run else "--set")
+        problems += explain(error, places, run[0] / records.FILE if run else "--set")
     if problems:
         raise UserError(problems)
     return config
@@ -320,7 +320,8 @@ def _overridden(
 def _with_standins(config: ScoreConfig, official: ScoreConfig) -> ScoreConfig:
     for weights in metrics.weights_of(config).values():
         default = weights.settings(config) == weights.settings(official)
-        if weights.standin and default and checkpoints.find(weights.named(config)) is None:
+        name = weights.named(config)
+        if weights.standin and default and (name is None or checkpoints.find(name) is None):
             config = weights.renamed(config, STANDIN)
     return config
 

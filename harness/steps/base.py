@@ -10,6 +10,7 @@ from harness.steps.inputs import Inputs
 from harness.store import is_done, products, step_directory
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
@@ -43,6 +44,11 @@ class Step(ABC):
     def of(cls, plan: "Plan", before: Mapping[str, "Step"]) -> Iterator["Step"]:
         """The steps of this kind in a run, from its config and data; `before` are the earlier steps."""
 
+    @classmethod
+    def replaces_model(cls, config: "Config") -> bool:
+        """Whether this step predicts in place of the run's own model, which is then neither made nor used."""
+        return False
+
     @abstractmethod
     def build(self, work: "Work", directory: Path) -> bool | None:
         """Write the output into `directory`; False if it is incomplete and a retry may complete it."""
@@ -75,6 +81,11 @@ class Step(ABC):
     def directory(self) -> Path:
         """The output's directory, also before the step is built."""
         return step_directory(self.inputs.root, self.kind, self.canonical)
+
+    @property
+    def place(self) -> str:
+        """The output's directory as records name it, from the folder of all runs."""
+        return str(self.directory.relative_to(self.inputs.root))
 
     def made_from(self) -> dict[str, str]:
         """SHA-256 of the files that the step reads, as far as earlier steps have recorded them."""

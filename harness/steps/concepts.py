@@ -31,6 +31,7 @@ from harness.steps.inputs import MANUAL, Inputs, values
 from harness.store import fingerprint, finite, parsed, write_json
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.data.listing import Example
     from harness.steps.plan import Plan
     from harness.steps.work import Work
@@ -143,6 +144,10 @@ class Decide(Step):
             facts |= {"most": EDITIONS[plan.config.edition].max_cuis}
             facts |= of_runs(plan, ".csv", split) if voted(config) else {}
             yield cls(Inputs(plan, read, ("train", split), steps, facts), split)
+
+    @classmethod
+    def replaces_model(cls, config: "Config") -> bool:
+        return not config.captions and not config.concepts.own
 
     @property
     def artifacts(self) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from harness.steps.base import Step
 from harness.steps.inputs import Inputs, values
 
 if TYPE_CHECKING:
+    from harness.config.schema import Config
     from harness.steps.plan import Plan
     from harness.steps.work import Work
 
@@ -47,6 +48,10 @@ class Consensus(Step):
             }
             steps = {step: (_own_file(step),) for step in own[-1:]} | standins
             yield cls(Inputs(plan, read, ("train", split), steps, facts | own_facts), split)
+
+    @classmethod
+    def replaces_model(cls, config: "Config") -> bool:
+        return config.captions and config.consensus is not None and not config.consensus.own
 
     @property
     def captions(self) -> str:

@@ -183,7 +183,7 @@ def shortened(config: TrainConfig, until: Mapping[str, Any] | None) -> TrainConf
     return config.model_copy(update={"stages": shorter})
 
 
-def told(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
+def described(config: TrainConfig, until: Mapping[str, Any] | None) -> str:
     """A sentence about the epochs of a training on train and valid."""
     averaged = config.ema is not None and (until is None or until.get("average"))
     kept_ones = "the average of the last weights is kept" if averaged else "the last weights are kept"

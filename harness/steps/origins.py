@@ -116,7 +116,7 @@ def check(plan: "Plan", earlier: "Config") -> None:
         raise UserError([Problem(what, key=START)])
 
 
-def told(found: Mapping[str, Any]) -> str:
+def in_words(found: Mapping[str, Any]) -> str:
     """A sentence about what `start` found."""
     which = f": {found['weights']}" if found["weights"] else ""
     return f"starts from the best weights of {found['run']}{which}"

@@ -110,9 +110,9 @@ class Train(Step):
         if compiling.chosen(config.train, work.kind) != compiling.OFF:
             compiling.keep_code_in(self.inputs.root / "cache" / "compiled")
         if self._full_fit:
-            work.say(epochs.told(config.train, self.epochs_of))
+            work.say(epochs.described(config.train, self.epochs_of))
         if self.start:
-            work.say(origins.told(self.start))
+            work.say(origins.in_words(self.start))
         if self._new:
             work.say(f"{self._new}: new, so not in any checkpoint")
         self._fit(work, directory)
@@ -197,8 +197,8 @@ class Train(Step):
                 if guess.seconds is not None:
                     work.say(f"training steps: {guess}{self._at_most}")
                 if trained.rewards:
-                    how = (config.model, model, images, setup, work.device, self.inputs.root)
-                    work.say(f"their samples and rewards: {speed.sampling(*how)}{self._at_most}")
+                    guess = speed.sampling(config.model, model, images, setup, work.device, self.inputs.root)
+                    work.say(f"their samples and rewards: {guess}{self._at_most}")
         return setup
 
     def _halved(self, work: "Work", directory: Path, setup: Setup, error: RuntimeError) -> Setup:
@@ -226,9 +226,9 @@ class Train(Step):
 
     def found(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         ended = self._ended(self.directory)
-        notes = [epochs.told(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
-        notes += [origins.told(self.start)] if self.start else []
-        notes += patience.told(ended)
+        notes = [epochs.described(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
+        notes += [origins.in_words(self.start)] if self.start else []
+        notes += patience.described(ended)
         return {
             "training": {
                 **fit.recorded(self.directory),
@@ -382,7 +382,7 @@ class _Log:
         # rank 0 writes, so a rank ahead of it does not know yet
         if ended and ended[-1]["stage"] == row["stage"]:
             self.steps = schedule.total_steps(self.config, self.images, patience.saved(ended))
-            for text in patience.told(ended[-1:]):
+            for text in patience.described(ended[-1:]):
                 self.work.say(text)
 
 

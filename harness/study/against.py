@@ -6,18 +6,17 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from harness import records
 from harness.data.halves import HELD
 from harness.errors import UserError
 from harness.scoring.compare import System, compare, on_half, read_run
-from harness.study.spec import CONCEPT_SCORES, Study
+from harness.study.spec import CONCEPT_SCORES, Study, run_file
 
 _CONCEPT = "concept_"
 
 
 def folder_of(spec: Study, number: int, folder: Path) -> Path:
     """The folder of a trial's run in the study's folder; raises `UserError` if it is gone."""
-    found = next(folder.glob(f"trial-{number:04}-s*/{records.FILE}"), None)
+    found = run_file(folder, number)
     if found is None:
         raise UserError(f"the run of trial {number} of {spec.name} is gone", exit_code=1)
     return found.parent
@@ -47,7 +46,7 @@ def _system(spec: Study, number: int, folder: Path) -> System:
     return on_half(system, HELD) if spec.config.half else system
 
 
-def told(found: Mapping[str, Any], trials: int) -> str:
+def described(found: Mapping[str, Any], trials: int) -> str:
     """The result of `against_base` in words, for the best of this number of trials."""
     if "reason" in found:
         return f"against the base (trial 0): not compared: {found['reason']}"

@@ -21,7 +21,7 @@ from harness.scoring.compare import record_on_half
 from harness.store import RUNS, write_json
 from harness.study import plots
 from harness.study.against import against_base, folder_of
-from harness.study.spec import Study
+from harness.study.spec import Study, trial_name
 from harness.study.storage import RECORD, read_record
 from harness.study.trials import Trials
 
@@ -197,7 +197,7 @@ def as_experiment(trial: FrozenTrial, spec: Study, output: Path, command: str) -
         "base": os.path.relpath(spec.base_file.resolve(), output.resolve().parent),
         "name": f"{spec.name}/best",
         "seeds": [seed],
-        "variants": {f"trial-{trial.number:04}": changed},
+        "variants": {trial_name(trial.number): changed},
     }
     return "\n".join(head) + "\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
 

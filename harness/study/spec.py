@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
+from harness import records
 from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
 from harness.config.schema import PATH_NAME, Config, flat, keys
@@ -181,7 +182,7 @@ class Study:
 
     def trial(self, number: int, values: Mapping[str, Any]) -> Config:
         """The config of a trial; raises `UserError` if the values are not valid together."""
-        changed = self.base.model_dump(mode="json") | {"name": self.name, "variant": f"trial-{number:04}"}
+        changed = self.base.model_dump(mode="json") | {"name": self.name, "variant": trial_name(number)}
         for key, value in values.items():
             experiment.set_value(changed, tuple(key.split(".")), value)
         try:
@@ -198,6 +199,16 @@ class Study:
         return {"base": base, "space": space, "objective": list(self.objective), "sampler": sampler} | (
             {"half": self.config.half} if self.config.half else {}
         )
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial, which is the variant of its run."""
+    return f"trial-{number:04}"
+
+
+def run_file(folder: Path, number: int) -> Path | None:
+    """The `run.json` of a trial in the study's folder; None if its run has not started or is gone."""
+    return next(folder.glob(f"{trial_name(number)}-s*/{records.FILE}"), None)
 
 
 def load(

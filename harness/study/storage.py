@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
+from harness import records
 from harness.errors import Problem, UserError
 from harness.output.masking import masked
 from harness.store import bytes_of, write_json
@@ -162,7 +163,8 @@ def open_study(
     seen = {split: data[split] for split in ("train", "valid")} if data else {}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "study.lock"):
-        if not read_record(folder) and ((folder / "run.json").exists() or any(folder.glob("*/run.json"))):
+        runs = [folder / records.FILE, *folder.glob(f"*/{records.FILE}")]
+        if not read_record(folder) and any(file.exists() for file in runs):
             what = f"{folder} has runs that do not belong to a study"
             raise UserError([Problem(what, spec.file, key="name", hint="Give the study another name.")])
         storage = connect(folder, chosen)  # under the lock: two processes can't both create the tables

@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.scoring.compare import record_on_half
 from harness.store import write_json
 from harness.study.space import Parameter, encode, name_of
-from harness.study.spec import Study
+from harness.study.spec import Study, run_file, trial_name
 from harness.study.storage import sampler
 
 _DRAWS = 20
@@ -174,7 +174,7 @@ class Trials:
         if record is None or record["status"] != "FINISHED":
             return None
         try:
-            counted = counting(self.spec, self.run_file(number).parent, record)
+            counted = counting(self.spec, run_file(self.folder, number).parent, record)
         except UserError:
             return None
         return None if absent(counted, self.spec.objective) else scores_of(counted, self.spec.objective)
@@ -241,7 +241,7 @@ class Trials:
                 "half": self.spec.config.half,
                 "reason": reason,
             }
-            write_json(self.run_file(number), record)
+            write_json(run_file(self.folder, number), record)
         scores = [values[name] for name in self.spec.objective] if state == "COMPLETE" and values else None
         self.study.tell(number, scores, None if scores else TrialState[state])
 
@@ -257,13 +257,9 @@ class Trials:
                 values[parameter.key] = parameter.decode(_suggest(asked, parameter))
         return values
 
-    def run_file(self, number: int) -> Path | None:
-        """The `run.json` of a trial; None if its run has not started."""
-        return next(self.folder.glob(f"trial-{number:04}-s*/run.json"), None)
-
     def read_run(self, number: int) -> dict[str, Any] | None:
         """The record of a trial's run; None if the run has not started or its record can't be read."""
-        file = self.run_file(number)
+        file = run_file(self.folder, number)
         found, _ = records.read_all([file] if file else [], ("trial", "scores"))
         return found[0][1] if found else None
 
@@ -275,7 +271,7 @@ class Trials:
     def _lock_of(self, number: int) -> FileLock:
         folder = self.folder / "locks"
         folder.mkdir(exist_ok=True)
-        return FileLock(folder / f"trial-{number:04}.lock")
+        return FileLock(folder / f"{trial_name(number)}.lock")
 
 
 def _suggest(asked: optuna.Trial, parameter: Parameter) -> Any:

@@ -58,7 +58,7 @@ def _against_the_run(
     for name in (*before, records.PER_IMAGE[task].format(split=split)):
         if name not in record["artifacts"]:
             continue
-        other = records.root(folder, record) / record["artifacts"][name]
+        other = records.place_of(folder, record, name)
         known = _ids_in(other)
         whole = known and (size is None or len(known) == size)  # else that other file is the damaged one
         if whole and (wrong := list(_differences(found, known))):

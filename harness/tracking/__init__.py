@@ -5,12 +5,14 @@ seconds. `sync` mirrors at any later time and to any server. Both can be killed 
 step and the time of its row on disk, and a store that receives a point twice keeps one.
 """
 
+import contextlib
 import logging
 import os
 import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +149,17 @@ def start(experiment_directory: Path) -> Follower:
             start_new_session=True,
         )
     return Follower(experiment_directory, process)
+
+
+@contextlib.contextmanager
+def mirroring(experiment_directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Mirror an experiment's folder while the block runs; `say` gets a message if something is missing."""
+    follower = start(experiment_directory)
+    try:
+        yield
+    finally:
+        if late := follower.finish():
+            say(late)
 
 
 def follow(experiment_directory: Path, parent: int, every: float = 3.0) -> None:

@@ -222,7 +222,7 @@ def artifacts(record: Mapping[str, Any], root: Path, directory: Path) -> list[tu
         folder = (root.parent / upload).parent
         found += [(f"submissions/{folder.name}/{path.name}", path) for path in sorted(folder.glob("*"))]
     if record["status"] != "RUNNING":
-        found.append(("run.json", directory / "run.json"))
+        found.append((records.FILE, directory / records.FILE))
     return [(key, path) for key, path in found if path.is_file() and not damage_of(path)]
 
 

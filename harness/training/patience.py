@@ -79,7 +79,7 @@ def at_most(config: TrainConfig) -> str:
     return f", or less if {names} ends a stage early" if names else ""
 
 
-def told(found: Iterable[Mapping[str, Any]]) -> list[str]:
+def described(found: Iterable[Mapping[str, Any]]) -> list[str]:
     """A sentence for each stage of `ended` that ended early."""
     return [
         f"stage {one['stage']} ended after epoch {one['epoch']:.4g} of {one['epochs']}: {one['why']}"

@@ -25,7 +25,7 @@ from harness.models.blip2.model import Captioner
 from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.contentless import without_contents
 from harness.models.loading import Loaded
-from harness.models.needs import lengths, told, too_long
+from harness.models.needs import as_user_error, lengths, too_long
 from harness.models.settings import ModelConfig, RetrievedPrompt, longest_prompt, prompt_text
 from harness.models.text import Codec
 
@@ -68,7 +68,7 @@ def check(config: ModelConfig, train: "TrainConfig", new_tokens: int) -> None:
     """
     name, found = config.language_checkpoint, sizes.values_of(config)
     codec = speaking.codec(name, prompt_text(config.prompt), train.max_caption_tokens)
-    with without_contents(accelerator=False), told("the language model", speaking.KEY):
+    with without_contents(accelerator=False), as_user_error("the language model", speaking.KEY):
         language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoints.config(name)))
         speaking.check(language)
     before = (found or {}).get("num_query_tokens", 32) + len(codec.prompt) + longest_prompt(config.prompt)

@@ -95,12 +95,9 @@ class Captioner(Blip2PreTrainedModel):
         self.cls.predictions.decoder.weight = self.embeddings.word_embeddings.weight
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
-        dtype = self.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        return parts.autocast(self.device, self.autocast_dtype)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, QueryStates]:
         """Run ViT and queries: pixels (B, 3, S, S), normalised -> query outputs (B, Q, D) and, per Q-Former

@@ -21,7 +21,7 @@ from harness.models import checkpoints as files
 from harness.models.blip2.loading import set_dropout
 from harness.models.contentless import without_contents
 from harness.models.loading import Loaded
-from harness.models.needs import lengths, told
+from harness.models.needs import as_user_error, lengths
 from harness.models.prefix import vision
 from harness.models.prefix.checks import CONNECTOR, LANGUAGE, VISION, new, values_of
 from harness.models.prefix.model import Captioner, check_room, connector
@@ -99,9 +99,9 @@ def without_weights(
     config: ModelConfig, train: "TrainConfig", sees: Mapping[str, Any], speaks: Mapping[str, Any]
 ) -> Captioner:
     """The model that `load` gives, but with random weights; `sees` and `speaks` are two `config.json`."""
-    with told("the image encoder", f"model.{VISION}"):
+    with as_user_error("the image encoder", f"model.{VISION}"):
         encoder = vision.without_weights(AutoConfig.for_model(**sees), config.image_size)
-    with told("the language model", f"model.{LANGUAGE}"):
+    with as_user_error("the language model", f"model.{LANGUAGE}"):
         language = AutoConfig.for_model(**speaks)
         set_dropout(language, train.language_dropout)
         made = AutoModelForCausalLM.from_config(language)
@@ -131,7 +131,10 @@ def _fill(connector: nn.Module, folder: Path) -> None:
 def _of_this_shape(connector: nn.Module, folder: Path) -> None:
     """Raise `UserError` unless `export` wrote the weights of such a connector into this folder."""
     own = {name: list(weight.shape) for name, weight in connector.state_dict().items()}
-    with told(f"the connector in {folder}", f"model.{CONNECTOR}"), safe_open(folder / _WEIGHTS, "pt") as file:
+    with (
+        as_user_error(f"the connector in {folder}", f"model.{CONNECTOR}"),
+        safe_open(folder / _WEIGHTS, "pt") as file,
+    ):
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     if found != own:
         what = f"{folder} has the weights of another connector, or of one between other models"

@@ -1,9 +1,8 @@
 """Image encoders of transformers as modules that give the features of an image as a sequence."""
 
-import contextlib
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,12 +101,9 @@ class Seeing(nn.Module):
         first = name.partition(".")[0]
         return "connector" if first == "head" else first
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
-        dtype = self.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        return parts.autocast(self.device, self.autocast_dtype)
 
     def see(self, pixels: Tensor) -> Tensor:
         """The features of pixels (B, 3, S, S): (B, N, D)."""

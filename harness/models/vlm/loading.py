@@ -24,7 +24,7 @@ from harness.errors import Problem, UserError
 from harness.machine import device
 from harness.models import adapters, parts
 from harness.models.contentless import without_contents
-from harness.models.needs import lengths, told
+from harness.models.needs import as_user_error, lengths
 from harness.models.remarks import quieten
 from harness.models.settings import ModelConfig, longest_prompt, prompt_text
 from harness.models.text import Codec
@@ -134,16 +134,16 @@ def processor(folder: Path) -> Any:
     """
     quieten()
     local = {"trust_remote_code": False}
-    with told(f"the config of {folder}", _KEY):
+    with as_user_error(f"the config of {folder}", _KEY):
         kind = AutoConfig.from_pretrained(folder, **local).model_type
-    with told(f"the image processor of {folder}", _KEY):
+    with as_user_error(f"the image processor of {folder}", _KEY):
         # torchvision gives other pixels than PIL, and it need not be installed
         images = AutoImageProcessor.from_pretrained(folder, use_fast=False, **local)
-    with told(f"the tokenizer of {folder}", _KEY):
+    with as_user_error(f"the tokenizer of {folder}", _KEY):
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     if ARCHITECTURES[kind].rotated:
         return _WithoutVideo.of(images, tokenizer)
-    with told(f"the processor of {folder}", _KEY):
+    with as_user_error(f"the processor of {folder}", _KEY):
         found = AutoProcessor.from_pretrained(folder, **local)
     found.image_processor = images
     return found

@@ -118,12 +118,9 @@ class Captioner(nn.Module):
         with self.autocast():
             return torch.stack([features.float().mean(0) for features in self.see(pixels).images])[:, None]
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """The precision of every forward pass: fp32, or autocast to `autocast_dtype`."""
-        dtype = self.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        return parts.autocast(self.device, self.autocast_dtype)
 
     def part_of(self, name: str) -> str:
         """The part of a weight."""
