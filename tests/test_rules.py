@@ -308,6 +308,12 @@ def test_a_secondary_score_without_any_image_is_absent_with_its_reason():
     assert found.reason == "no image counts: no manual list has one of the 15 concepts of this score"
 
 
+def test_a_secondary_score_without_manual_concepts_names_the_command_that_takes_them():
+    lists = [{"C0040405"}, {"C0000001"}]
+    absent = metrics.score_concepts(lists, lists, None, 2023, 0)["f1_secondary"]
+    assert absent.reason == "needs the manually validated concepts (--manual of score)"
+
+
 def test_a_half_without_an_image_that_counts_has_no_secondary_score():
     truth = [{"C0040405"}, {"C0000001"}, set()]
     scores = metrics.score_concepts([{"C0040405"}] * 3, truth, truth, 2023)

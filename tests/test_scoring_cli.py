@@ -296,6 +296,17 @@ def test_runs_that_are_none(golden, tmp_path):
     assert "Finish it: harness run" in str(error.value)
 
 
+def test_the_hint_about_a_run_that_failed_says_why_and_not_only_to_repeat_it(golden, tmp_path):
+    record = json.loads((golden / "runs/group/exp/base-s1/run.json").read_text())
+    failure = {"step": "train", "error": "UserError", "reason": "loss became nan", "hint": "Lower the rate."}
+    failed = {"artifacts": {}, "status": "FAILED", "failure": failure | {"exit_code": 1}}
+    (tmp_path / "run.json").write_text(json.dumps(record | failed))
+    with pytest.raises(
+        UserError, match=r"It failed: loss became nan\. Lower the rate\. Its command: harness"
+    ):
+        scoring.rows(tmp_path, None)
+
+
 @pytest.mark.ci
 def test_ctrl_c_ends_with_130(golden, tmp_path):
     """Interrupted while METEOR works in its thread: neither a traceback nor a wait for it."""

@@ -270,6 +270,20 @@ def test_fix_lists_what_it_did_and_leaves_what_it_cannot_mend(tmp_path):
     assert (tmp_path / "again.csv").read_bytes() == clean.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("edition", "rows"),
+    [(2023, "a\nb|x\n"), (2026, 'ID,Caption\na\nb,"x"\n'), (2026, 'ID,Caption\n"a"\nb,"x"\n')],
+)
+def test_fix_says_that_a_row_had_no_caption(tmp_path, edition, rows):
+    path, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    path.write_text(rows)
+    said = [
+        done for done in fix(path, out, ["a", "b"], edition) if "no second column, so it is empty now" in done
+    ]
+    assert len(said) == 1
+    assert check(out, ["a", "b"], edition) == []
+
+
 def test_zips_that_are_none(tmp_path):
     path = tmp_path / "s.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -203,7 +203,7 @@ def _secondary(
     predictions: Sequence[Set[str]], manual: Sequence[Set[str]] | None, edition: int, validated: bool
 ) -> Found:
     if manual is None:
-        return Found(None, 0.0, "needs the manually validated concepts (--manual)")
+        return Found(None, 0.0, "needs the manually validated concepts (--manual of score)")
     per_image = concepts.secondary_scores(predictions, manual)
     what = f"{len(concepts.SECONDARY)} concepts"
     if np.isnan(per_image).all():

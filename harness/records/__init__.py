@@ -224,7 +224,16 @@ def _next(record: Record, name: str) -> str:
         return f"{verb} this split too: {command} --set 'predict.splits=[valid,test]'"
     if record["status"] == "FINISHED" and name.partition("/")[0] in kinds:
         return f"It is a run of task: {task_of(record)}; the section concepts adds concepts to captions."
-    return f"Finish it: {command}"
+    return finish(record)
+
+
+def finish(record: Record) -> str:
+    """How to finish a run: its command, and first why it failed, since the same command may fail again."""
+    failure = record.get("failure") or {}
+    if record["status"] != "FAILED" or not failure.get("reason"):
+        return f"Finish it: {record['command']}"
+    hint = failure.get("hint") or ""
+    return f"It failed: {failure['reason']}. {hint} Its command: {record['command']}".replace("  ", " ")
 
 
 def step_file(folder: Path, record: Record, step: str, name: str) -> Path | None:

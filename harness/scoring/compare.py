@@ -308,9 +308,8 @@ def _system(folder: Path, record: records.Record, label: str, step: str) -> Syst
     table = records.step_file(folder, record, step, "scores.json")
     if table is None:
         unscored = record.get("unscored", {}).get("valid")
-        why = unscored or (record.get("failure") or {}).get("reason")
-        what = f"the run (status {record['status']}) has no scores" + (f": {why}" if why else "")
-        hint = "Compare runs that learn from train alone." if unscored else f"Finish it: {record['command']}"
+        what = f"the run (status {record['status']}) has no scores" + (f": {unscored}" if unscored else "")
+        hint = "Compare runs that learn from train alone." if unscored else records.finish(record)
         raise UserError([Problem(what, folder, hint=hint)])
     if (file := records.step_file(folder, record, step, ARRAYS)) is None:
         what = "scored by an older version, without the numbers per image that a comparison needs"

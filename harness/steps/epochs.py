@@ -44,7 +44,7 @@ def found(plan: "Plan") -> dict[str, Any] | None:
     record = records.read(folder, ("data", "steps"), KEY)
     if record["status"] != "FINISHED":
         what = f"{run} has no best epoch yet (status {record['status']})"
-        raise UserError([Problem(what, key=KEY, hint=f"Finish it: {record['command']}")])
+        raise UserError([Problem(what, key=KEY, hint=records.finish(record))])
     differences = [*differing(plan.config, run, record["config"]), *_other_data(plan, record)]
     if differences:
         raise UserError([_refused(run, differences)])

@@ -190,7 +190,7 @@ def _reads_concepts(plan: "Plan", split: str) -> Inputs:
     record = records.read(folder, ("standin_model", "data"), _CONCEPTS)
     if record["status"] != "FINISHED":
         what = f"{run} has not finished (status {record['status']})"
-        raise UserError([Problem(what, folder, key=_CONCEPTS, hint=f"Finish it: {record['command']}")])
+        raise UserError([Problem(what, folder, key=_CONCEPTS, hint=records.finish(record))])
     check_split(plan, record, run, split, _CONCEPTS, hint)
     digest = sha256(records.artifact(folder, record, _lists(split)), None)
     facts = {"predicted": digest, "standin": record["standin_model"]}

@@ -78,7 +78,7 @@ def _written(key: str, value: str, form: Rules) -> str:
 
 def _repaired_row(row: Row, form: Rules, known: set[str]) -> tuple[str, str, list[str]]:
     """The id ("" if the row can't be repaired), the value, and the repairs that were made."""
-    key, _, value = row.raw.partition(form.separator)
+    key, separator, value = row.raw.partition(form.separator)
     if not row.broken and len(row.fields) == 2:
         key, value = row.fields
     elif form.separator == ",":
@@ -96,7 +96,9 @@ def _repaired_row(row: Row, form: Rules, known: set[str]) -> tuple[str, str, lis
         did.append("replaced pipes")
     elif new != value:
         did.append("collapsed white space" if form.task == "caption" else "rewrote the CUIs, each once")
-    if form.separator == "," and (row.broken or len(row.fields) != 2):
+    if not separator:
+        did.append("had no second column, so it is empty now")
+    elif form.separator == "," and (row.broken or len(row.fields) != 2):
         did.append("split into two columns")
     return clean, new, did
 

@@ -85,7 +85,7 @@ def of(run: Path, record: Mapping[str, Any]) -> Finished:
     done = [place for place in places if (place / DONE).exists()]
     if trains and not done:
         what = f"the run has no trained weights (status {record['status']})"
-        raise UserError([Problem(what, run, hint=f"Train it: {record['command']}")])
+        raise UserError([Problem(what, run, hint=records.finish(record))])
     if done and not (done[0] / BEST).is_file():
         raise UserError([Problem("its weights are gone", run, hint=records.again(record, weights=True))])
     return Finished(run, record, model, train, records.checked(done[0] / BEST, record) if done else None)
