@@ -14,7 +14,7 @@ import pytest
 
 from harness.metrics import java, lexical
 from harness.metrics.base import Absent
-from harness.metrics.meteor import Meteor, aggregate, parse, shared
+from harness.metrics.meteor import Meteor, TooLong, aggregate, parse, shared
 
 HOSTILE = [
     "a ||| b",
@@ -129,12 +129,31 @@ def test_java_that_hangs_is_ended(monkeypatch):
     with Meteor() as client:
         process = psutil.Process(client._process.pid)
         process.suspend()
-        monkeypatch.setattr("harness.metrics.meteor.START_SECONDS", 1)
+        monkeypatch.setattr("harness.metrics.meteor.START_SECONDS", 0.1)
         started = time.perf_counter()
-        with pytest.raises(Absent, match="no answer in 1 s: Java said nothing"):
+        with pytest.raises(TooLong, match="no answer in 1 s: Java said nothing"):
             client.statistics(["a"], ["a"])
         assert time.perf_counter() - started < 10
     assert not process.is_running()
+
+
+def test_a_limit_is_of_computing_and_not_of_waiting():
+    def run(program, seconds):
+        process = subprocess.Popen([sys.executable, "-c", program])
+        with java.limited(process, seconds) as late:
+            process.wait()
+        return late()
+
+    assert not run("import time; time.sleep(2)", 1)
+    assert run("while True: pass", 1)
+
+
+def test_a_tokenizer_that_does_not_end_is_a_reason(monkeypatch):
+    endless = [sys.executable, "-c", "while True: pass"]
+    monkeypatch.setattr(java, "command", lambda *_: endless)
+    monkeypatch.setattr(java, "PTB_SECONDS", 0.5)
+    with pytest.raises(Absent, match=r"the PTB tokenizer did not end within 0\.5 s of computing"):
+        java.ptb(["a"])
 
 
 @pytest.mark.ci

@@ -4,14 +4,20 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from harness.metrics import text
 from harness.metrics.base import Absent
 
 PTB_SECONDS = 300
+"""The tokenizer's limit, in seconds of computing."""
+_WAIT = 10
+"""How many times its seconds of computing a process may take, since others may use the cores."""
 _OPTIONS = [
     "-XX:+UseSerialGC",
     "-Xmx700m",
@@ -61,6 +67,50 @@ def jar(*parts: str) -> Path:
     return Path(package.submodule_search_locations[0]).joinpath(*parts)
 
 
+@contextlib.contextmanager
+def limited(process: subprocess.Popen[Any], seconds: float) -> Iterator[Callable[[], bool]]:
+    """Kill the process if it computes for `seconds` in this block, or takes `_WAIT` times as long.
+
+    The function says whether it was killed.
+    """
+    begun, started, ended, late = _computed(process), time.monotonic(), threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(min(1, seconds / 10)):
+            waited = time.monotonic() - started >= _WAIT * seconds
+            if waited or _computed(process) - begun >= seconds:
+                late.set()
+                process.kill()  # ends the reads of its output
+                return
+
+    watchdog = threading.Thread(target=watch, daemon=True)
+    watchdog.start()
+    try:
+        yield late.is_set
+    finally:
+        ended.set()
+        watchdog.join()
+
+
+@contextlib.contextmanager
+def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        try:
+            yield process
+        except BaseException:  # an interruption
+            process.kill()
+            raise
+
+
+def _computed(process: subprocess.Popen[Any]) -> float:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sum(psutil.Process(process.pid).cpu_times()[:2])
+    return 0.0
+
+
 def ptb(captions: Sequence[str]) -> list[str]:
     """The captions tokenised, lower-cased and without punctuation, as pycocoevalcap's PTBTokenizer does.
 
@@ -70,14 +120,12 @@ def ptb(captions: Sequence[str]) -> list[str]:
     path = jar("tokenizer", "stanford-corenlp-3.4.1.jar")
     arguments = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     given = "\n".join(text.collapse(caption) for caption in captions) + "\n"
-    try:
-        done = subprocess.run(
-            command(path, *arguments), input=given.encode(), capture_output=True, timeout=PTB_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise Absent(f"the PTB tokenizer did not end within {PTB_SECONDS} s") from None
-    lines = done.stdout.decode().split("\n")[:-1]
-    if done.returncode or len(lines) != len(captions):
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+    with _running(command(path, *arguments)) as process, limited(process, PTB_SECONDS) as late:
+        out, errors = process.communicate(given.encode())
+    if late():
+        raise Absent(f"the PTB tokenizer did not end within {PTB_SECONDS} s of computing")
+    lines = out.decode().split("\n")[:-1]
+    if process.returncode or len(lines) != len(captions):
+        last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise Absent(f"the PTB tokenizer gave {len(lines)} lines for {len(captions)} captions: {last}")
     return [" ".join(word for word in line.split(" ") if word not in _PUNCTUATION).strip() for line in lines]

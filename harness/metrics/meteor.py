@@ -168,20 +168,17 @@ class Meteor:
         return float(corpus), np.array(segments, dtype=float)
 
     def _ask(self, lines: list[str], answers: int, seconds: float) -> list[str]:
-        watchdog = threading.Timer(seconds, self._process.kill)  # a killed process ends the reads below
-        watchdog.start()
         started = time.perf_counter()
-        try:
-            self._process.stdin.write("".join(f"{line}\n" for line in lines))
-            self._process.stdin.flush()
-            got = [self._process.stdout.readline().rstrip("\n") for _ in range(answers)]
-        except BrokenPipeError:
-            got = [""]
-        finally:
-            watchdog.cancel()
+        with java.limited(self._process, seconds) as late:
+            try:
+                self._process.stdin.write("".join(f"{line}\n" for line in lines))
+                self._process.stdin.flush()
+                got = [self._process.stdout.readline().rstrip("\n") for _ in range(answers)]
+            except BrokenPipeError:
+                got = [""]
         if not all(got):
             took = time.perf_counter() - started
-            kind = TooLong if took >= seconds else Absent
+            kind = TooLong if late() else Absent
             raise kind(f"METEOR gave no answer in {took:.0f} s: {self._last_words()}")
         return got
 
@@ -206,15 +203,13 @@ def _original(_: Inputs, pairs: Pairs) -> list[float]:
     lines = [tuple(map(text.collapse, pair)) for pair in pairs]
     with java.on_path():
         original = Meteor()
-    watchdog = threading.Timer(ORIGINAL_SECONDS, original.meteor_p.kill)
-    watchdog.start()
     try:
-        return [
-            original.compute_score({0: [reference]}, {0: [prediction]})[1][0]
-            for prediction, reference in lines
-        ]
+        with java.limited(original.meteor_p, ORIGINAL_SECONDS):
+            return [
+                original.compute_score({0: [reference]}, {0: [prediction]})[1][0]
+                for prediction, reference in lines
+            ]
     finally:
-        watchdog.cancel()
         original.meteor_p.kill()
         original.meteor_p.communicate()
         if original.lock.locked():  # its destructor takes the lock again
