@@ -77,6 +77,13 @@ def test_a_folder_that_lacks_something_says_what(files, tmp_path):
     assert f"{cut} lacks parts that model.safetensors.index.json names" in problem(cut)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json", "tokenizer.json"])
+def test_a_pipe_in_a_folder_is_named_instead_of_waited_for(tmp_path, name):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    os.mkfifo(tmp_path / name)
+    assert problem(tmp_path) == f"{tmp_path / name} is neither a file nor a folder\nNone"
+
+
 def test_a_home_folder_is_not_read_and_said_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "weights").mkdir()

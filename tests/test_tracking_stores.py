@@ -53,11 +53,11 @@ def test_three_first_runs_make_one_store(root, tmp_path, apart):
     assert {experiment.name for experiment in client().search_experiments()} >= set(names)
 
 
-def half_made(database: Path) -> None:
+def half_made(database: Path, version: str = "451aebb31d03") -> None:
     """What a migration leaves that another one overtook: all tables but a version that is not the last."""
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("DROP TABLE IF EXISTS latest_metrics")
-        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        connection.execute("UPDATE alembic_version SET version_num = ?", (version,))
 
 
 @pytest.mark.ci
@@ -74,6 +74,29 @@ def test_a_half_made_store_is_recognised_and_the_remedy_helps(root, tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert f"{folder.name}: mirrored to" in out
+
+
+def test_a_creation_that_is_killed_leaves_no_half_made_store(tmp_path, monkeypatch):
+    """A run that ends kills its follower after 20 s; on a busy machine it is still creating the tables."""
+
+    def begin(uri: str) -> None:
+        with contextlib.closing(sqlite3.connect(stores.database_of(uri))) as connection, connection:
+            connection.execute("CREATE TABLE secrets (number)")
+        raise SystemExit
+
+    monkeypatch.setattr(stores, "_client", begin)
+    database = tmp_path / "fresh.db"
+    for _ in range(2):  # the second time begins anew
+        with pytest.raises(SystemExit):
+            stores.opened(f"sqlite:///{database}")
+        assert database.stat().st_size == 0
+
+
+def test_a_store_of_a_newer_mlflow_without_one_of_our_tables_is_recognised(root, tmp_path):
+    record(root, "base")
+    half_made(tmp_path / "mlflow.db", "unknown")
+    with pytest.raises(UserError, match="another version's: Can't locate revision identified by 'unknown'"):
+        tracking.sync(root)
 
 
 def test_a_file_that_is_no_database_is_recognised(root, tmp_path):

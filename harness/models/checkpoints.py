@@ -77,7 +77,7 @@ def find(name: str | Path) -> Checkpoint | None:
             folder = _cached(str(name))
     except OSError:  # a name that is too long for any folder
         return None
-    if folder is None or not _is_whole(folder):
+    if folder is None or _odd(folder) or not _is_whole(folder):
         return None
     standin = standin_name(folder)
     return Checkpoint(standin or str(name), folder, standin is not None, local)
@@ -101,6 +101,12 @@ def size(folder: Path) -> int:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
+def _odd(folder: Path) -> Path | None:
+    """A pipe or device in a folder, which would be waited for; None if there is none."""
+    files = (file for file in folder.iterdir() if file.exists())
+    return next((file for file in files if not (file.is_file() or file.is_dir())), None)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -154,7 +160,7 @@ def config(name: str) -> dict[str, Any] | None:
     """The contents of a checkpoint's `config.json`, also without weights; None if it is not at hand."""
     with contextlib.suppress(OSError):  # a name that is too long for any folder
         folder = Path(name) if Path(name).is_dir() else _cached(name)
-        if folder and not _config_flaw(folder):
+        if folder and not _odd(folder) and not _config_flaw(folder):
             return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return None
 
@@ -361,7 +367,9 @@ def _no_folder(path: Path, key: str) -> Problem:
 
 
 def _not_whole(folder: Path, key: str) -> Problem:
-    """The problem of an incomplete folder: what it lacks."""
+    """The problem of an incomplete folder: what it lacks, or what is no file."""
+    if odd := _odd(folder):
+        return Problem(f"{odd} is neither a file nor a folder", key=key)
     others = [file.name for file in sorted(folder.iterdir()) if file.suffix in _OTHERS]
     if others:
         found = _no_folder(folder / others[0], key)

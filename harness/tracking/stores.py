@@ -53,10 +53,11 @@ def set_environment(limits: Mapping[str, str]) -> None:
 
 def failures() -> tuple[type[Exception], ...]:
     """The exceptions of a server, a database or a disk that can't be reached."""
+    from alembic.util import CommandError  # a newer MLflow's store, without a table
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+    return (MlflowException, SQLAlchemyError, CommandError, OSError, ValueError)
 
 
 def first_line(error: Exception) -> str:
@@ -103,6 +104,8 @@ def _of_sqlite(uri: str, database: Path) -> Any:
         sqlite3.connect(database).close()
     except sqlite3.Error as error:  # MLflow would try for minutes
         raise OSError(f"{database}: {error}") from None
+    if not _is_begun(database):
+        _create(uri, database)
     until = time.monotonic() + _ELSEWHERE
     while True:
         try:
@@ -112,6 +115,22 @@ def _of_sqlite(uri: str, database: Path) -> Any:
                 raise
             if time.monotonic() > until or not _changes(database):
                 raise _broken(database, error) from None
+
+
+def _create(uri: str, database: Path) -> None:
+    """Create the tables in a file beside the database and move it there whole.
+
+    This takes seconds, and a run that has ended kills its follower, which would leave half of the tables.
+    """
+    new = Path(f"{database}.new")
+    _, mark, options = uri.partition("?")
+    for left in (new, Path(f"{new}-journal")):
+        left.unlink(missing_ok=True)
+    _client(f"sqlite:///{new}{mark}{options}")
+    if _is_begun(database):  # `mlflow ui` was faster
+        new.unlink()
+    else:
+        new.replace(database)
 
 
 def artifacts_of(database: Path, experiment: str) -> str:
