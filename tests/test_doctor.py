@@ -215,7 +215,7 @@ def test_auto_is_said_with_what_it_takes_here(tmp_path, monkeypatch):
     large = {"checkpoint": "tiny", "image_size": 364, "tiny": {"hidden_size": 512, "vision_layers": 12}}
     auto = {"micro_batch_size": "auto", "gradient_checkpointing": "auto", "precision": "fp32"}
     sizes = []
-    for free in (60e9, 3e9):
+    for free in (60e9, 4e9):
         monkeypatch.setattr(doctor.device, "ram", lambda free=free: free)
         check = named(examine([config(tmp_path, model=large, train=auto)], "cpu"), "memory")
         assert check.ok

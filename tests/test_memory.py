@@ -113,6 +113,17 @@ def test_each_means_helps_and_none_is_counted_where_it_does_not_reach():
     assert offloaded.host > 0 == sharded.host
 
 
+def test_no_allowance_is_added_where_glibc_gives_freed_memory_back(monkeypatch):
+    def needed(kind, given):
+        monkeypatch.setenv(memory.RETURNS, given)
+        return memory.needed(real(kind), Setup(1, 4, False, 0, False))
+
+    kept = needed("cpu", "")
+    assert needed("cpu", str(2**20)) < 0.85 * kept
+    assert {needed("cpu", given) for given in (str(2**24), "1 MB", "-1")} == {kept}
+    assert needed("cuda", str(2**20)) == needed("cuda", "")
+
+
 def test_the_smallest_set_up_fits_and_whatever_is_simpler_does_not():
     model = real()
     for size, setup in memory.cards(model).items():

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from harness.machine.limits import limited
 from harness.metrics import java, lexical
 from harness.metrics.base import Absent
 from harness.metrics.meteor import Meteor, TooLong, aggregate, parse, shared
@@ -140,7 +141,7 @@ def test_java_that_hangs_is_ended(monkeypatch):
 def test_a_limit_is_of_computing_and_not_of_waiting():
     def run(program, seconds):
         process = subprocess.Popen([sys.executable, "-c", program])
-        with java.limited(process, seconds) as late:
+        with limited(process, seconds) as late:
             process.wait()
         return late()
 

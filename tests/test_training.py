@@ -9,17 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support.models import SIZES, load_tiny, pixels, stages
+from support.models import load_tiny, pixels, stages
 from support.training import Interrupted, alive, by_hand, config, run, splits
 
 from harness.config.sections import AugmentConfig
 from harness.data.augment import augment
 from harness.errors import UserError
-from harness.machine import allocator, device
-from harness.models import family
-from harness.models.settings import ModelConfig
+from harness.machine import device
 from harness.models.text import Codec
-from harness.training import learning, losses, memory, schedule, train
+from harness.training import learning, losses, schedule, train
 from harness.training.settings import LossesConfig
 
 device.probe("cpu")
@@ -48,14 +46,6 @@ def test_training_equals_plain_pytorch(folder, tmp_path, language_model):
     expected = dict(model.named_parameters())
     for name, parameter in loaded.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-5, msg=name)
-
-
-def test_memory_is_returned_for_the_weights_that_the_forecast_counts(folder, tmp_path, monkeypatch):
-    given, settings = [], config(stages=stages(1, 0), evaluate_every=0)
-    monkeypatch.setattr(allocator, "returning", lambda n: given.append(n) or contextlib.nullcontext())
-    run(folder, tmp_path / "run", settings)
-    own = ModelConfig(checkpoint=str(folder), image_size=64, tiny=SIZES)
-    assert given == [memory.Model(family(own).shape(own, settings), settings, "cpu", False).weights]
 
 
 @pytest.mark.ci

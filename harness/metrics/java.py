@@ -4,20 +4,16 @@ import contextlib
 import os
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from harness.machine.limits import limited
 from harness.metrics import text
 from harness.metrics.base import Absent
 
 PTB_SECONDS = 300
 """The tokenizer's limit, in seconds of computing."""
-_WAIT = 10
-"""How many times its seconds of computing a process may take, since others may use the cores."""
 _OPTIONS = [
     "-XX:+UseSerialGC",
     "-Xmx700m",
@@ -68,31 +64,6 @@ def jar(*parts: str) -> Path:
 
 
 @contextlib.contextmanager
-def limited(process: subprocess.Popen[Any], seconds: float) -> Iterator[Callable[[], bool]]:
-    """Kill the process if it computes for `seconds` in this block, or takes `_WAIT` times as long.
-
-    The function says whether it was killed.
-    """
-    begun, started, ended, late = _computed(process), time.monotonic(), threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(min(1, seconds / 10)):
-            waited = time.monotonic() - started >= _WAIT * seconds
-            if waited or _computed(process) - begun >= seconds:
-                late.set()
-                process.kill()  # ends the reads of its output
-                return
-
-    watchdog = threading.Thread(target=watch, daemon=True)
-    watchdog.start()
-    try:
-        yield late.is_set
-    finally:
-        ended.set()
-        watchdog.join()
-
-
-@contextlib.contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
@@ -101,14 +72,6 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         except BaseException:  # an interruption
             process.kill()
             raise
-
-
-def _computed(process: subprocess.Popen[Any]) -> float:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return sum(psutil.Process(process.pid).cpu_times()[:2])
-    return 0.0
 
 
 def ptb(captions: Sequence[str]) -> list[str]:

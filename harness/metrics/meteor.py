@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from harness.machine.limits import limited
 from harness.metrics import java, text
 from harness.metrics.base import Absent, Inputs, Measured, Metric, Original, Pairs, sign
 from harness.metrics.cache import Row
@@ -169,7 +170,7 @@ class Meteor:
 
     def _ask(self, lines: list[str], answers: int, seconds: float) -> list[str]:
         started = time.perf_counter()
-        with java.limited(self._process, seconds) as late:
+        with limited(self._process, seconds) as late:
             try:
                 self._process.stdin.write("".join(f"{line}\n" for line in lines))
                 self._process.stdin.flush()
@@ -204,7 +205,7 @@ def _original(_: Inputs, pairs: Pairs) -> list[float]:
     with java.on_path():
         original = Meteor()
     try:
-        with java.limited(original.meteor_p, ORIGINAL_SECONDS):
+        with limited(original.meteor_p, ORIGINAL_SECONDS):
             return [
                 original.compute_score({0: [reference]}, {0: [prediction]})[1][0]
                 for prediction, reference in lines

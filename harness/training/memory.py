@@ -5,12 +5,12 @@ autocast reads, torch's AdamW, no copy in half precision. The family of the mode
 activations (`models.base.Shape`).
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config.sections import AUTO
-from harness.machine import allocator
 from harness.models.base import FLOAT, LABELS, Activations, Shape, Work
 from harness.training.schedule import Stage, stages
 from harness.training.settings import TrainConfig
@@ -31,7 +31,11 @@ _STARTING = {"cpu": 1, "cuda": 6, "npu": 6}
 Measured on an H200 at 364 pixels: 53 images/s with micro batches of 16, 61 with 32.
 """
 _REPEATED = 4 / 3  # gradient checkpointing computes the forward pass again: a third of the arithmetic
-_CONTEXT = {"cpu": 0.6e9, "cuda": 1.2e9, "npu": 1.2e9}  # libraries; buffers of the device and of collectives
+# libraries; buffers of the device and of collectives
+_CONTEXT = {"cpu": 0.7e9, "run": 0.7e9, "returned": 0.6e9, "cuda": 1.2e9, "npu": 1.2e9}
+RETURNS = "MALLOC_MMAP_THRESHOLD_"
+"""The environment variable by which glibc gives freed blocks of at least so many bytes back to the system."""
+_BLOCK = 1 << 20  # the largest value that has been seen to help
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
 # "run": on a CPU, of a model that was run, since then the temporaries of its backward pass are counted
 _FRAGMENTED = {"cpu": 0.3, "run": 0.2, "returned": 0.0, "cuda": 0.05, "npu": 0.05}
@@ -111,8 +115,9 @@ class Model:
 
     @property
     def returns(self) -> bool:
-        """Whether its training gives freed memory back to the system; on other devices torch keeps it."""
-        return self.kind == "cpu" and allocator.returns(self.weights)
+        """Whether glibc gives freed memory back to the system; on other devices torch keeps it."""
+        given = os.environ.get(RETURNS, "")
+        return self.kind == "cpu" and given.isdecimal() and int(given) <= _BLOCK
 
     def activations(self, micro_batch: int) -> Activations:
         """The activations of the stage that needs most, with texts of maximum length."""
@@ -237,9 +242,8 @@ def usage(model: Model, setup: Setup) -> Usage:
         buffers += min(_gathered(model), model.weights)
     host = 0
     if setup.offload:
-        # gradients twice; beside an NPU AdamW isn't fused, and has temporaries as large as two shards
-        host = copy + moments + 2 * shard + (shard if stage < 3 else 0)
-        host += 2 * shard if model.kind == "npu" else 0
+        # gradients twice; and what glibc keeps, or AdamW's temporaries for a tensor as large as the shard
+        host = copy + moments + (2 if model.returns else 4) * shard + (shard if stage < 3 else 0)
         copy = moments = 0
         gradients = whole if stage == 1 else 0
     held = model.activations(setup.micro_batch)
@@ -251,7 +255,7 @@ def usage(model: Model, setup: Setup) -> Usage:
         moment = max(moment, model.weights + (whole if averages else 0), _sampling(model, held))
     tensors = weights + gradients + copy + moments + buffers + moment
     how = "returned" if model.returns else "run" if held.run and keeps else model.kind
-    rest = int(_CONTEXT[model.kind] + _FRAGMENTED[how] * tensors)
+    rest = int(_CONTEXT[how] + _FRAGMENTED[how] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)
 
 
@@ -288,8 +292,10 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
     if setup.offload:
         return 0
     own = shard if setup.zero_stage else whole
-    if model.kind == "cpu":  # torch's fused AdamW, which has no temporaries
+    if model.returns:  # torch's fused AdamW has no temporaries
         own = 0
+    elif model.kind == "cpu":  # AdamW updates one tensor at a time there; ZeRO's tensors are whole shards
+        own = 2 * shard if setup.zero_stage else 0
     if setup.zero_stage in (1, 2):
         return own + shard
     joined = min(FLOAT * _BUCKET, whole) if setup.devices > 1 else 0

@@ -19,8 +19,8 @@ import numpy as np
 
 from harness.config.sections import AugmentConfig
 from harness.errors import UserError
-from harness.machine import allocator, ranks
 from harness.machine import device as devices
+from harness.machine import ranks
 from harness.machine.interrupts import Interrupts
 from harness.models import parts
 from harness.models.loading import Loaded, load_trained, save_trained
@@ -98,10 +98,9 @@ class Training:
             forget_rows_after(self.directory / LOSSES, self.state)
         self.best.begin(self.state)
         try:
-            with allocator.returning(self._weights()):
-                for stage in self.plan:
-                    if stage.number >= self.state.stage and not self.state.ended:
-                        self._stage(stage)
+            for stage in self.plan:
+                if stage.number >= self.state.stage and not self.state.ended:
+                    self._stage(stage)
         except RuntimeError as error:  # a step with less memory would not know of an interruption
             if devices.out_of_memory(error) and self.interrupts.came is not None:
                 raise KeyboardInterrupt from error
@@ -117,11 +116,6 @@ class Training:
         ranks.agree(None)  # waits until rank 0 has written
         load_trained(self.loaded.model, self.directory / BEST)
         return self.loaded
-
-    def _weights(self) -> int:
-        """Bytes of the weights in the memory of the CPU, before ranks share them."""
-        parameters = self.loaded.model.parameters() if self.kind == "cpu" else ()
-        return sum(parameter.nbytes for parameter in parameters)
 
     def _keep_last(self, average: Average | None) -> None:
         """Save the weights that a training without validations ends with, or their average."""
