@@ -9,7 +9,8 @@ from optuna.trial import FrozenTrial
 from harness.data.halves import HELD
 from harness.errors import UserError
 from harness.scoring.compare import System, compare, on_half, read_run
-from harness.study.spec import CONCEPT_SCORES, Study, run_file
+from harness.study.spec import CONCEPT_SCORES, Study
+from harness.study.storage import run_file
 
 _CONCEPT = "concept_"
 

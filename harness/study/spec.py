@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from harness import records
 from harness.config import experiment, former_stages
 from harness.config.editions import EDITIONS
 from harness.config.schema import PATH_NAME, Config, flat, keys
@@ -204,11 +203,6 @@ class Study:
 def trial_name(number: int) -> str:
     """The name of a trial, which is the variant of its run."""
     return f"trial-{number:04}"
-
-
-def run_file(folder: Path, number: int) -> Path | None:
-    """The `run.json` of a trial in the study's folder; None if its run has not started or is gone."""
-    return next(folder.glob(f"{trial_name(number)}-s*/{records.FILE}"), None)
 
 
 def load(

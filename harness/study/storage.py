@@ -1,4 +1,4 @@
-"""The storage of a study's trials (SQLite file, journal file or PostgreSQL), its samplers and its pruners."""
+"""A study's folder and the storage of its trials (SQLite, journal file, PostgreSQL), samplers and pruners."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from harness import records
 from harness.errors import Problem, UserError
 from harness.output.masking import masked
 from harness.store import bytes_of, write_json
-from harness.study.spec import Study
+from harness.study.spec import Study, trial_name
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 RECORD = "study.json"
@@ -237,3 +237,8 @@ def pruner(spec: Study) -> optuna.pruners.BasePruner:
     if config.name == "hyperband":
         return optuna.pruners.HyperbandPruner(max(1, config.warmup_epochs), max(spec.epochs, 1))
     return optuna.pruners.NopPruner()
+
+
+def run_file(folder: Path, number: int) -> Path | None:
+    """The `run.json` of a trial in the study's folder; None if its run has not started or is gone."""
+    return next(folder.glob(f"{trial_name(number)}-s*/{records.FILE}"), None)

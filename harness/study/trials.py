@@ -21,8 +21,8 @@ from harness.errors import UserError
 from harness.scoring.compare import record_on_half
 from harness.store import write_json
 from harness.study.space import Parameter, encode, name_of
-from harness.study.spec import Study, run_file, trial_name
-from harness.study.storage import sampler
+from harness.study.spec import Study, trial_name
+from harness.study.storage import run_file, sampler
 
 _DRAWS = 20
 """Attempts of a sampler to draw a new point; after that the next untried point in order is used."""

@@ -292,10 +292,8 @@ def _stepping(model: Model, setup: Setup, whole: int, shard: int) -> int:
     if setup.offload:
         return 0
     own = shard if setup.zero_stage else whole
-    if model.returns:  # torch's fused AdamW has no temporaries
-        own = 0
-    elif model.kind == "cpu":  # AdamW updates one tensor at a time there; ZeRO's tensors are whole shards
-        own = 2 * shard if setup.zero_stage else 0
+    if model.kind == "cpu":  # fused AdamW has no temporaries; glibc keeps what ZeRO's whole shards leave
+        own = 2 * shard if setup.zero_stage and not model.returns else 0
     if setup.zero_stage in (1, 2):
         return own + shard
     joined = min(FLOAT * _BUCKET, whole) if setup.devices > 1 else 0
