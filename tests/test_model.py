@@ -1,10 +1,11 @@
 """BLIP-2 against transformers' own classes: forward passes, losses, decoding."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import python
-from support.models import TEXTS, batch, load_tiny, pixels
+from support.models import TEXTS, batch, build_tiny, load_tiny, pixels
 from transformers import Blip2ForConditionalGeneration
 
 from harness.config.sections import PredictConfig
@@ -221,3 +222,29 @@ def test_another_process_builds_the_same_tiny_model_to_the_bit(tiny_folder, tmp_
     files = [file.relative_to(tiny_folder) for file in sorted(tiny_folder.rglob("*")) if file.is_file()]
     assert len(files) > 8
     assert [name for name in files if (again / name).read_bytes() != (tiny_folder / name).read_bytes()] == []
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("sentences", [True, False], ids=["with concepts", "without"])
+def test_a_pretrained_connector_writes_captions_and_leaves_the_language_model_as_it_is(tmp_path, sentences):
+    texts = TEXTS if sentences else [("", caption) for _, caption in TEXTS]
+    images = (
+        np.zeros((len(TEXTS), 64, 64, 3), np.uint8)
+        + np.linspace(0, 255, len(TEXTS), dtype=np.uint8)[:, None, None, None]
+    )
+    folders = [
+        build_tiny(tmp_path / str(epochs) / "tiny", texts, images, text_epochs=300, connector_epochs=epochs)
+        for epochs in (0, 60)
+    ]
+    loaded = [load_tiny(folder) for folder in folders]
+    before, after = [dict(one.model.named_parameters()) for one in loaded]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    trained = {"vision_model", "query_tokens", "qformer", "language_projection"}
+    assert changed == trained | ({"embeddings", "cls"} if sentences else set())
+
+    losses = []
+    for one in loaded:
+        one.model.eval()
+        captions = one.caption.collate([one.caption.encode(caption) for _, caption in TEXTS])
+        losses.append(one.model(one.normalise(torch.from_numpy(images)), captions).caption.item())
+    assert losses[1] < 0.8 * losses[0]

@@ -50,6 +50,15 @@ def weights(folder: Path, seed: int) -> Path:
     return folder
 
 
+def test_a_tiny_model_from_before_there_were_connector_epochs_is_found(data, tmp_path):
+    def step(**sizes):
+        return plan(data, tmp_path, model={"checkpoint": "tiny", "tiny": sizes}).steps["tiny"]
+
+    assert "connector_epochs" not in step().canonical["config"]["model.tiny"]
+    assert step(connector_epochs=0).directory == step().directory
+    assert step(connector_epochs=1).directory != step().directory
+
+
 def test_captions_depend_on_the_seed_only_if_some_are_sampled(data, tmp_path):
     def step(seed: int = 42, **predict):
         given = plan(data, tmp_path, seed=seed, predict=predict, train={"stages": []})

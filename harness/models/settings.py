@@ -49,6 +49,8 @@ class TinyConfig(Section):
     """Epochs of language modelling before OPT is frozen."""
     vision_epochs: Epochs = 10
     """Epochs in which the ViT learns to predict the concepts of an image, before fine-tuning."""
+    connector_epochs: Epochs = 0
+    """Epochs in which the Q-Former then learns captions and concept sentences, together with the ViT."""
     seed: Seed = 0
     """Seed of the initial weights and of this pre-training."""
 

@@ -1,6 +1,7 @@
 """A small BLIP-2 for machines without weights; like the real one, it consists of pre-trained parts.
 
-Its OPT learns the training captions and is then frozen; its ViT learns to predict the concepts of an image.
+Its OPT learns the training captions and is then frozen. Its ViT learns to predict the concepts of an image.
+After that its Q-Former can learn to write captions and concept sentences, as in published checkpoints.
 """
 
 import math
@@ -30,7 +31,7 @@ from harness.models import checkpoints
 from harness.models.blip2.loading import QFORMER_TOKENIZER
 from harness.models.blip2.model import Captioner
 from harness.models.blip2.sizes import image_side
-from harness.models.blip2.text import DEC, language_codec
+from harness.models.blip2.text import DEC, language_codec, qformer_codec
 from harness.models.prefix.checks import vision_values
 from harness.models.remarks import quieten
 from harness.models.settings import TinyConfig
@@ -39,6 +40,7 @@ from harness.models.text import IGNORE, Codec, Text
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 VISION_LEARNING_RATE = 2e-3
+CONNECTOR_BATCH_SIZE, CONNECTOR_LEARNING_RATE = 16, 3e-3
 _START, _PAD, _END, _IMAGE = "</s>", "<pad>", "<end>", "<image>"
 
 
@@ -73,6 +75,8 @@ def build(
         _pretrain_text(model.language_model, codec, texts, config, progress)
         units = _units(pixels, len(texts))
         _pretrain_vision(model.vision_model, pixels, units, concepts, augmentation, config, progress)
+        codecs = codec, qformer_codec(qformer, max_tokens=96)
+        _pretrain_connector(model, codecs, texts, pixels, units, augmentation, config, progress)
         _save(model, units, folder)
 
 
@@ -255,12 +259,60 @@ def _pretrain_vision(
             order = torch.randperm(len(labels), generator=draw)
         start = (step % steps_per_epoch) * BATCH_SIZE
         chosen = order[start : start + BATCH_SIZE]
-        images = augment(torch.from_numpy(np.ascontiguousarray(pixels[chosen.numpy()])), augmentation, draw)
-        planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        planes.sub_(units[0]).div_(units[1])
+        planes = _planes(pixels, chosen, units, augmentation, draw)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = classifier(planes)
         update(nn.functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen]))
+        if progress:
+            progress(step + 1, steps)
+
+
+def _planes(
+    pixels: Any,
+    chosen: torch.Tensor,
+    units: tuple[float, float],
+    augmentation: AugmentConfig,
+    draw: torch.Generator,
+) -> torch.Tensor:
+    """The chosen images, augmented and normalised, (B, 3, S, S)."""
+    images = augment(torch.from_numpy(np.ascontiguousarray(pixels[chosen.numpy()])), augmentation, draw)
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.sub_(units[0]).div_(units[1])
+
+
+def _pretrain_connector(
+    model: Captioner,
+    codecs: tuple[Codec, Codec],
+    texts: Sequence[tuple[str, str]],
+    pixels: Any,
+    units: tuple[float, float],
+    augmentation: AugmentConfig,
+    config: TinyConfig,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Train ViT, Q-Former and projection on captions and concept sentences, without dropout."""
+    steps_per_epoch = math.ceil(len(texts) / CONNECTOR_BATCH_SIZE)
+    steps = config.connector_epochs * steps_per_epoch
+    if not steps:
+        return
+    losses = ("caption", "concept") if any(sentence for sentence, _ in texts) else ("caption",)
+    (caption, concept), draw = codecs, torch.Generator().manual_seed(config.seed)
+    captions = [caption.encode(text) for _, text in texts]
+    sentences = [concept.encode(text) if text else Text([*concept.prompt], 1) for text, _ in texts]
+    model.freeze(losses)
+    model.eval()
+    model.autocast_dtype = torch.bfloat16 if device.has_bf16("cpu") else None
+    update = _optimiser(model, steps, CONNECTOR_LEARNING_RATE)
+    for step in range(steps):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(texts), generator=draw)
+        start = (step % steps_per_epoch) * CONNECTOR_BATCH_SIZE
+        chosen = order[start : start + CONNECTOR_BATCH_SIZE]
+        planes = _planes(pixels, chosen, units, augmentation, draw)
+        batches = {"caption": [captions[n] for n in chosen], "concept": [sentences[n] for n in chosen]}
+        collated = {name: codec.collate(batches[name]) for name, codec in zip(losses, codecs, strict=False)}
+        sums = model(planes, **collated)._asdict()
+        update(sum(sums[name] / max(1, sum(text.predicted for text in batches[name])) for name in losses))
         if progress:
             progress(step + 1, steps)
 

@@ -27,6 +27,8 @@ class Tiny(Step):
         if side is None:
             return
         read, facts = values(config, "model.tiny", "data.augment"), {"built_from": side}
+        if not config.model.tiny.connector_epochs:  # models from before there was this key are found
+            del read["model.tiny"]["connector_epochs"]
         if config.model.checkpoint == TINY:
             read |= values(config, "train.caption_cleaning", "train.max_words")
             read |= {"model.prompt": prompt_text(config.model.prompt)}

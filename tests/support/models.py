@@ -1,5 +1,6 @@
 """Small models and batches for the tests of model and training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,18 @@ def pixels(count: int, size: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def build_tiny(folder: Path) -> Path:
-    """A tiny checkpoint of `SIZES` that has read `TEXTS`."""
+def build_tiny(
+    folder: Path,
+    texts: Sequence[tuple[str, str]] = TEXTS,
+    images: np.ndarray | None = None,
+    **sizes: int,
+) -> Path:
+    """A tiny checkpoint of `SIZES`, but for `sizes`, that has read `texts` and seen `images` or noise."""
     folder.mkdir(parents=True, exist_ok=True)
     concepts = np.array([[word in text for word in (*ORGANS, *FINDINGS)] for _, text in TEXTS])
-    images = pixels(len(TEXTS), tiny.image_side(SIZES))
-    tiny.build(SIZES, TEXTS, images, concepts, AugmentConfig(), "a photo of", folder)
+    if images is None:
+        images = pixels(len(TEXTS), tiny.image_side(SIZES))
+    tiny.build(SIZES.model_copy(update=sizes), texts, images, concepts, AugmentConfig(), "a photo of", folder)
     return folder
 
 
