@@ -72,11 +72,15 @@ def build(
         model.use_plain_attention()
         nn.init.normal_(model.query_tokens, std=0.02)
         codec = language_codec(language, blip2.text_config, prompt, max_tokens=96)
-        _pretrain_text(model.language_model, codec, texts, config, progress)
+        steps = _steps(config, concepts)
+        reports = _reports(progress, steps)
+        _pretrain_text(model.language_model, codec, texts, config, steps[0], reports[0])
         units = _units(pixels, len(texts))
-        _pretrain_vision(model.vision_model, pixels, units, concepts, augmentation, config, progress)
+        _pretrain_vision(
+            model.vision_model, pixels, units, concepts, augmentation, config, steps[1], reports[1]
+        )
         codecs = codec, qformer_codec(qformer, max_tokens=96)
-        _pretrain_connector(model, codecs, texts, pixels, units, augmentation, config, progress)
+        _pretrain_connector(model, codecs, texts, pixels, units, augmentation, config, steps[2], reports[2])
         _save(model, units, folder)
 
 
@@ -93,9 +97,28 @@ def build_vision(
         torch.manual_seed(config.seed)
         model = ViTModel(ViTConfig(**_vision_config(config)), add_pooling_layer=False)
         model.set_attn_implementation("eager")
-        units = _units(pixels, len(concepts))
-        _pretrain_vision(model, pixels, units, concepts, augmentation, config, progress)
+        units, steps = _units(pixels, len(concepts)), _steps(config, concepts)[1]
+        report = _reports(progress, [steps])[0]
+        _pretrain_vision(model, pixels, units, concepts, augmentation, config, steps, report)
         _save(model, units, folder)
+
+
+def _steps(config: TinyConfig, concepts: np.ndarray) -> list[int]:
+    """Steps of the pre-training of language model, ViT and connector; `concepts` has a row for each image."""
+    each = [math.ceil(len(concepts) / size) for size in (BATCH_SIZE, BATCH_SIZE, CONNECTOR_BATCH_SIZE)]
+    epochs = config.text_epochs, config.vision_epochs if concepts.shape[1] else 0, config.connector_epochs
+    return [steps * number for steps, number in zip(each, epochs, strict=True)]
+
+
+def _reports(
+    progress: Callable[[int, int], None] | None, steps: Sequence[int]
+) -> list[Callable[[int], None]]:
+    """For each training, what it calls after each of its steps; `progress` gets the steps of all."""
+
+    def after(before: int) -> Callable[[int], None]:
+        return lambda step: progress and progress(before + step + 1, sum(steps))
+
+    return [after(sum(steps[:number])) for number in range(len(steps))]
 
 
 def _units(pixels: Any, count: int) -> tuple[float, float]:
@@ -207,7 +230,8 @@ def _pretrain_text(
     codec: Codec,
     texts: Sequence[tuple[str, str]],
     config: TinyConfig,
-    progress: Callable[[int, int], None] | None,
+    steps: int,
+    report: Callable[[int], None],
 ) -> None:
     """Train language modelling of `<concepts> </s> <prompt> <caption> <end>`; only the caption has a loss."""
     sequences = [
@@ -215,7 +239,6 @@ def _pretrain_text(
         for concepts, caption in texts
     ]
     steps_per_epoch = math.ceil(len(sequences) / BATCH_SIZE)
-    steps = config.text_epochs * steps_per_epoch
     update = _optimiser(model, steps, LEARNING_RATE)
     # batches of similar length, shuffled in each epoch; else padding would be half of the work
     sequences.sort(key=lambda item: len(item[0]) + len(item[1].ids))
@@ -230,8 +253,7 @@ def _pretrain_text(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(input_ids=ids, attention_mask=(ids != codec.pad).long(), labels=labels).loss
         update(loss)
-        if progress:
-            progress(step + 1, steps)
+        report(step)
 
 
 def _pretrain_vision(
@@ -241,12 +263,12 @@ def _pretrain_vision(
     concepts: np.ndarray,
     augmentation: AugmentConfig,
     config: TinyConfig,
-    progress: Callable[[int, int], None] | None,
+    steps: int,
+    report: Callable[[int], None],
 ) -> None:
     """Train multi-label classification of the concepts from the mean of the patches; drop its head."""
     steps_per_epoch = math.ceil(len(concepts) / BATCH_SIZE)
-    steps = config.vision_epochs * steps_per_epoch
-    if not steps or not concepts.shape[1]:
+    if not steps:
         return
     classifier = nn.Sequential(_Mean(model), nn.Linear(config.hidden_size, concepts.shape[1]))
     update = _optimiser(classifier, steps, VISION_LEARNING_RATE)
@@ -263,8 +285,7 @@ def _pretrain_vision(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = classifier(planes)
         update(nn.functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen]))
-        if progress:
-            progress(step + 1, steps)
+        report(step)
 
 
 def _planes(
@@ -288,11 +309,11 @@ def _pretrain_connector(
     units: tuple[float, float],
     augmentation: AugmentConfig,
     config: TinyConfig,
-    progress: Callable[[int, int], None] | None,
+    steps: int,
+    report: Callable[[int], None],
 ) -> None:
     """Train ViT, Q-Former and projection on captions and concept sentences, without dropout."""
     steps_per_epoch = math.ceil(len(texts) / CONNECTOR_BATCH_SIZE)
-    steps = config.connector_epochs * steps_per_epoch
     if not steps:
         return
     losses = ("caption", "concept") if any(sentence for sentence, _ in texts) else ("caption",)
@@ -313,8 +334,7 @@ def _pretrain_connector(
         collated = {name: codec.collate(batches[name]) for name, codec in zip(losses, codecs, strict=False)}
         sums = model(planes, **collated)._asdict()
         update(sum(sums[name] / max(1, sum(text.predicted for text in batches[name])) for name in losses))
-        if progress:
-            progress(step + 1, steps)
+        report(step)
 
 
 class _Mean(nn.Module):
