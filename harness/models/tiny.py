@@ -5,7 +5,7 @@ After that its Q-Former can learn to write captions and concept sentences, as in
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,6 @@ def _pretrain_vision(
     report: Callable[[int], None],
 ) -> None:
     """Train multi-label classification of the concepts from the mean of the patches; drop its head."""
-    steps_per_epoch = math.ceil(len(concepts) / BATCH_SIZE)
     if not steps:
         return
     classifier = nn.Sequential(_Mean(model), nn.Linear(config.hidden_size, concepts.shape[1]))
@@ -276,16 +275,20 @@ def _pretrain_vision(
     labels = torch.from_numpy(concepts.astype(np.float32))
     bf16 = device.has_bf16("cpu")
     classifier.train()
-    for step in range(steps):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(labels), generator=draw)
-        start = (step % steps_per_epoch) * BATCH_SIZE
-        chosen = order[start : start + BATCH_SIZE]
+    for step, chosen in enumerate(_chosen(len(labels), BATCH_SIZE, steps, draw)):
         planes = _planes(pixels, chosen, units, augmentation, draw)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = classifier(planes)
         update(nn.functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen]))
         report(step)
+
+
+def _chosen(count: int, size: int, steps: int, draw: torch.Generator) -> Iterator[torch.Tensor]:
+    """The places of up to `size` of `count` images for each step; each epoch has an order of its own."""
+    while steps > 0:
+        batches = torch.randperm(count, generator=draw).split(size)[:steps]
+        yield from batches
+        steps -= len(batches)
 
 
 def _planes(
@@ -313,7 +316,6 @@ def _pretrain_connector(
     report: Callable[[int], None],
 ) -> None:
     """Train ViT, Q-Former and projection on captions and concept sentences, without dropout."""
-    steps_per_epoch = math.ceil(len(texts) / CONNECTOR_BATCH_SIZE)
     if not steps:
         return
     losses = ("caption", "concept") if any(sentence for sentence, _ in texts) else ("caption",)
@@ -324,11 +326,7 @@ def _pretrain_connector(
     model.eval()
     model.autocast_dtype = torch.bfloat16 if device.has_bf16("cpu") else None
     update = _optimiser(model, steps, CONNECTOR_LEARNING_RATE)
-    for step in range(steps):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(texts), generator=draw)
-        start = (step % steps_per_epoch) * CONNECTOR_BATCH_SIZE
-        chosen = order[start : start + CONNECTOR_BATCH_SIZE]
+    for step, chosen in enumerate(_chosen(len(texts), CONNECTOR_BATCH_SIZE, steps, draw)):
         planes = _planes(pixels, chosen, units, augmentation, draw)
         batches = {"caption": [captions[n] for n in chosen], "concept": [sentences[n] for n in chosen]}
         collated = {name: codec.collate(batches[name]) for name, codec in zip(losses, codecs, strict=False)}
