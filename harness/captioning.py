@@ -163,6 +163,8 @@ class Captioner:
         score, root = self.config.score, records.root(self.folder, self.record)
         for section in trained_here(score):
             place = root / self.record["steps"].get(f"standin-{section}", "")
+            if place.is_dir():
+                records.check_step(place, self.record)
             score = metrics.all_weights()[section].renamed(score, str(place))
         return score
 

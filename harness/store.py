@@ -231,10 +231,15 @@ def _clear(directory: Path, made_from: Mapping[str, str]) -> None:
     other = not sealed and _differs(read_checked(directory / READ), made_from)
     # A damaged seal can vouch for nothing. A whole one is of a step that read other files.
     every = DONE in damaged or other or (sealed and not damaged)
-    (directory / DONE).unlink(missing_ok=True)
+    _delete(directory / DONE)
     for path in directory.iterdir() if every else [directory / name for name in damaged]:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder that stands in its place, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _differs(read: Any, made_from: Mapping[str, str]) -> bool:

@@ -53,6 +53,24 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(project, o
         assert image.read_bytes() == content
 
 
+@pytest.mark.parametrize("how", ["bit", "tokenizer", "gone"])
+def test_a_stand_in_that_is_not_what_its_step_left_gives_no_captions_and_no_export(project, how):
+    """The frozen language model is in it; a training has only the weights that it changed."""
+    run = project / "runs" / "small" / "opt-s42"
+    tiny = run.parents[1] / json.loads((run / "run.json").read_text())["steps"]["tiny"]
+    file = {"bit": "model.safetensors", "tokenizer": "tokenizer.json", "gone": "DONE"}[how]
+    if how == "gone":
+        shutil.rmtree(tiny)
+    else:
+        content = bytearray((tiny / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tiny / file).write_bytes(content)
+    for command in (["caption", run, "mine", "--out", "captions.csv"], ["export", run, "exported"]):
+        said = harness(project, *command, code=2).stderr
+        assert f"{tiny.name}/{file}: not what the step left" in said
+        assert "--weights" in said
+
+
 def test_the_runs_own_images_get_the_runs_own_captions(project):
     """Without the data of the run; damaged files are named, and the others have their captions."""
     run = project / "runs" / "small" / "opt_dedup-s42"

@@ -88,11 +88,17 @@ def test_files_besides_and_a_second_call_change_nothing(tmp_path):
     assert len(build.found) == 1
 
 
-@pytest.mark.parametrize("how", ["bit", "emptied"])
+@pytest.mark.parametrize("how", ["bit", "emptied", "a folder"])
 def test_a_step_whose_seal_is_damaged_is_built_again(tmp_path, how):
     build = Built(tmp_path)
     directory = build()
-    flip(directory / DONE) if how == "bit" else (directory / DONE).write_text("")
+    if how == "bit":
+        flip(directory / DONE)
+    elif how == "emptied":
+        (directory / DONE).write_text("")
+    else:
+        (directory / DONE).unlink()
+        (directory / DONE).mkdir()
     assert not is_done(directory)
     assert list(damage(directory)) == [DONE]
     assert "DONE beside it" in damage_of(directory / "predictions.csv")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def test_a_run_brings_its_references_edition_and_settings(golden, refused):
     assert "references of the run" in done.stderr
     said = refused("runs/group/exp/base-s1", "--references", "labels.csv")
     assert "no prediction in predictions.csv (30 rows): golden_03 (line 4)" in said
+
+
+def test_an_altered_stand_in_of_a_run_scores_nothing(golden, tmp_path, monkeypatch):
+    shutil.copytree(golden / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "steps" / "standin-own" / "inputs.json").write_text("{}")
+    run = scoring.find_run(Path("runs/group/exp/base-s1"))
+    with pytest.raises(UserError, match="not what the step left"):
+        scoring.settings(2025, run=run)
+    assert scoring.settings(2025, ["rouge1"], run=run).metrics == ("rouge1",)  # it needs no stand-in
 
 
 def test_settings_of_a_run_and_stand_ins(golden, monkeypatch):

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from harness.errors import Problem, UserError
 from harness.records.files import Candidate, read_candidates, read_captions, read_lists, read_rows
 from harness.records.form import SCORES, Run
-from harness.store import GONE, RUNS, bytes_of, damage_of, parsed, run_name
+from harness.store import DONE, GONE, RUNS, bytes_of, damage, damage_of, parsed, run_name
 
 FILE, CONFIG = "run.json", "config.yaml"
 ARCHIVE = "archive"
@@ -254,6 +254,17 @@ def checked(file: Path, record: Record) -> Path:
     if wrong:
         raise damaged(file, record, f"not what the step left: {wrong}")
     return file
+
+
+def check_step(step: Path, record: Record) -> None:
+    """Raises `UserError` if a file of a step of weights is gone or altered since the step wrote it."""
+    found = damage(step) if (step / DONE).exists() else {DONE: GONE}
+    hint = again(record, weights=True)
+    wrong = [
+        Problem(f"not what the step left: {what}", step / file, hint=hint) for file, what in found.items()
+    ]
+    if wrong:
+        raise UserError(wrong)
 
 
 def damaged(file: Path, record: Record, what: str) -> UserError:

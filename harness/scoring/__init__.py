@@ -331,6 +331,8 @@ def _located(config: ScoreConfig, run: Run | None) -> ScoreConfig:
     for name, weights in metrics.all_weights().items():
         if weights.is_trained_here(config):
             folder = _standin(name, run)
+            if run and folder and folder.is_dir() and name in metrics.weights_of(config):
+                records.check_step(folder, run[1])
             config = weights.renamed(config, str(folder) if folder else weights.named(ScoreConfig()))
     return config
 

@@ -88,4 +88,7 @@ def of(run: Path, record: Mapping[str, Any]) -> Finished:
         raise UserError([Problem(what, run, hint=records.finish(record))])
     if done and not (done[0] / BEST).is_file():
         raise UserError([Problem("its weights are gone", run, hint=records.again(record, weights=True))])
-    return Finished(run, record, model, train, records.checked(done[0] / BEST, record) if done else None)
+    found = Finished(run, record, model, train, records.checked(done[0] / BEST, record) if done else None)
+    if family(model).built_from(model) is not None:
+        records.check_step(root / steps[TINY], record)
+    return found
