@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import small_sets
+from support.commands import harness
 from support.small_sets import CAPTIONS, CONCEPTS, config, one, problems
 
 from harness import data, scoring
@@ -122,3 +123,22 @@ def test_a_pipe_that_something_writes_to_is_read(tmp_path):
     command = f"{sys.executable} -m harness score {inputs} --metrics rouge1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "n=5000" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "r.csv", "--references", "r.csv", "--metrics", "rouge1", "--per-image", "circle"],
+        ["submission", "make", "r.csv", "--ids", "r.csv", "--edition", "2026", "--out", "circle"],
+        ["compare", "circle", "r.csv", "--references", "r.csv"],
+        ["init", "circle"],
+    ],
+)
+def test_a_link_that_leads_back_to_itself_is_one_line_wherever_it_stands(tmp_path, command):
+    """pathlib before Python 3.13 raises a RuntimeError for it."""
+    (tmp_path / "r.csv").write_text("ID,Caption\na,x\nb,y\n")
+    loop(tmp_path / "circle")
+    said = harness(tmp_path, *command, code=1).stderr
+    assert "error: " in said
+    assert "Too many levels of symbolic links" in said
+    assert "Traceback" not in said

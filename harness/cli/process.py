@@ -111,6 +111,8 @@ def _run_command(app: Callable[..., Any]) -> None:
         error.show()
         sys.exit(2)
     except RuntimeError as error:
+        if circle := _circle(error):
+            _fail(_not_written(circle.filename, circle), 1)
         if not ranks.cut_off(error):
             raise
         if ranks.rank():  # rank 0 reports it, unless rank 0 is the one that ended
@@ -126,6 +128,12 @@ def _run_command(app: Callable[..., Any]) -> None:
 
 def _not_written(what: str | bytes | int, error: OSError) -> str:
     return f"error: {what}: {error.strerror}; fix it and run the same command again"
+
+
+def _circle(error: RuntimeError) -> OSError | None:
+    """The error of a link that leads to itself: pathlib before Python 3.13 raises a RuntimeError for it."""
+    cause = error.__context__
+    return cause if isinstance(cause, OSError) and cause.errno == errno.ELOOP else None
 
 
 def _without_folder() -> str | None:
