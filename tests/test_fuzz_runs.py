@@ -30,6 +30,8 @@ READERS = (
     ["run", "small.yaml", "--dry-run"],
 )
 RUN = ["run", "small.yaml"]
+WEIGHTS = ("tiny-", "standin-", "train-")
+"""The beginnings of the folders of steps whose weights a finished run can do without."""
 LIMIT = 600  # seconds for one command, on a machine that others use
 OTHER_JSON = (b"null", b"[]", b"{}", b"7", b'"text"', b"[[[]]]", b'{"a": NaN}', b"[" * 100_000, b"\xff\xfe{")
 
@@ -186,6 +188,8 @@ def test_the_same_command_makes_whole_what_was_damaged(project, tmp_path, monkey
         assert "Traceback" not in err, (case, done, err)
         assert code == 0, (case, done, err)
         assert outcome(folder) == wanted, (case, done)
-        if changed and "steps" in file.parts:
+        # a finished run does not need weights that are gone
+        spared = not (folder / file).is_file() and file.parts[2].startswith(WEIGHTS)
+        if changed and "steps" in file.parts and not spared:
             assert f"{file} has changed since the step" in err, (case, done, err)
         shutil.rmtree(folder)
