@@ -107,6 +107,19 @@ def test_concepts(folder):
     assert "has no concepts/test.csv" in done.stderr
 
 
+def test_concepts_are_never_submitted_as_captions_without_a_word(folder):
+    """Without --task concept, `make` wrote a checked file of CUIs as captions."""
+    given = ("--edition", "2023", "--ids", "ids.csv")
+    (folder / "concepts.csv").write_text("img_2|C0040405 ; C0817096\nimg_1|\nimg_3|C1306645\n")
+    done = submission(folder, "make", "concepts.csv", *given, code=2)
+    assert "holds concepts, not captions" in done.stderr
+    assert "--task concept" in done.stderr
+    done = submission(folder, "check", "concepts.csv", *given)
+    assert "warning: the captions are lists of concepts" in done.stderr
+    (folder / "concepts.csv").write_text("img_2|C4 to C6 fused\nimg_1|C4;C5\nimg_3|\n")
+    submission(folder, "make", "concepts.csv", *given)
+
+
 def test_check_prints_line_and_fix_and_exits_with_3(folder):
     (folder / "bad.csv").write_bytes(b"\xef\xbb\xbfID,Caption\nimg_2,x, y\nimg_2,z\nimg_9,\xff\n")
     done = submission(folder, "check", "bad.csv", "--edition", "2026", "--ids", "ids.csv", code=3)

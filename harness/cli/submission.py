@@ -173,12 +173,12 @@ def check(
     problems = submission.check(file, wanted, edition, task.value)
     repaired = submission.fix(file, fix, wanted, edition, task.value) if fix else []
     left = _by_hand(submission.check(fix, wanted, edition, task.value)) if fix else problems
-    same = None if left else _sameness(fix or file, task)
+    doubt = None if left else _doubt(fix or file, task)
     if output is Report.json:
         result: dict[str, Any] = {"file": str(file), "valid": not problems, "problems": _plain(problems)}
         if fix:
             result |= {"out": str(fix), "repaired": repaired, "out_valid": not left, "left": _plain(left)}
-        print(json_text(result | {"warnings": [same] if same else []}))
+        print(json_text(result | {"warnings": [doubt] if doubt else []}))
         if left:
             sys.exit(3)
         return
@@ -188,17 +188,21 @@ def check(
         print(f"wrote {one_line(str(fix))}")
     if left:
         raise UserError(left, exit_code=3)
-    if same:
-        print(f"warning: {same}", file=sys.stderr)
+    if doubt:
+        print(f"warning: {doubt}", file=sys.stderr)
     print(f"ok: {len(wanted)} rows, valid for {edition}")
 
 
-def _sameness(file: Path, task: Task) -> str | None:
-    """The warning for a valid file whose captions are nearly all the same."""
+def _doubt(file: Path, task: Task) -> str | None:
+    """The warning for a valid file whose captions are lists of concepts, or nearly all the same."""
+    from harness.data.forms import are_concepts
     from harness.records.files import sameness
     from harness.submission import plural, read
 
-    return sameness(read(file).values(), plural(task.value))
+    values = read(file).values()
+    if task is Task.caption and are_concepts(values):
+        return "the captions are lists of concepts; to check them as such: --task concept"
+    return sameness(values, plural(task.value))
 
 
 def _by_hand(problems: Sequence[Problem]) -> list[Problem]:

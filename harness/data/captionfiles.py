@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from harness.data import coco, filekinds, files
-from harness.data.forms import LONGEST, MEMBER, Task, content, decoded
+from harness.data.forms import LONGEST, MEMBER, Task, are_concepts, content, decoded
 from harness.data.rows import comma_rows, unquoted_rows
 from harness.errors import Flaw, Problem, UserError, grouped, places
 
@@ -276,15 +276,25 @@ def _separator(text: str, path: Path) -> str:
     return found
 
 
+def holds_concepts(found: CaptionFile) -> list[Problem]:
+    """The mistake of a file of concepts where captions are expected."""
+    if not are_concepts(found.values.values()):
+        return []
+    hint = "To read them as concepts, `score`, `compare` and `submission` have the option --task concept."
+    return [Problem("holds concepts, not captions", found.path, hint=hint)]
+
+
 def as_predictions(found: CaptionFile, task: Task = "caption") -> dict[str, str] | dict[str, list[str]]:
     """The captions of a file, or lists of CUIs, by id, for a submission.
 
-    Raises `UserError` with every caption that was cut at a pipe.
+    Raises `UserError` with every caption that was cut at a pipe, or if concepts stand for the captions.
     """
     what, hint = "a second pipe would cut this", "Replace it, or give the captions as CSV."
     if flaws := [Flaw(found.lines[key], what, hint, key) for key in found.cut]:
         raise UserError(grouped(found.path, flaws))
     if task == "caption":
+        if problems := holds_concepts(found):
+            raise UserError(problems)
         return dict(found.values)
     lists = {key: map(str.strip, value.split(";")) for key, value in found.values.items()}
     return {key: [cui for cui in cuis if cui] for key, cuis in lists.items()}

@@ -5,7 +5,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ REPAIR = "To repair it, add to this command: --fix OUT"
 LONGEST = 131_072  # characters; the limit of a field in Python's csv module, which the organisers use
 TOO_LONG = f"has a field of more than {LONGEST:,} characters, at which the organisers' reader stops"
 _SHORTEN = "Shorten the caption."
+CONCEPTS = re.compile(r"C\d+(\s*;\s*C\d+)*")
 NOT_UTF_8 = "is not UTF-8"
 IS_ZIP = "is a zip; this edition takes the text file itself"
 _ALONE = f"it must hold {MEMBER} at its root and nothing else"
@@ -58,6 +59,12 @@ class Row:
 def plural(task: Task) -> str:
     """What a task predicts, in the plural."""
     return "captions" if task == "caption" else "lists of concepts"
+
+
+def are_concepts(values: Iterable[str]) -> bool:
+    """Whether all texts that are not empty, and at least one, are lists of CUIs."""
+    written = [value for value in values if value]
+    return bool(written) and all(map(CONCEPTS.fullmatch, written))
 
 
 def rules(edition: int, task: Task = "caption") -> Rules:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from harness.data import folders
 from harness.data.captionfiles import (
     CaptionFile,
     few,
+    holds_concepts,
     passes_for_header,
     read,
     read_otherwise,
     with_ids,
 )
-from harness.data.forms import Task, bare, plural
+from harness.data.forms import CONCEPTS, Task, bare, plural
 from harness.errors import Flaw, Problem, UserError, grouped
 from harness.machine import device, ranks
 from harness.metrics import Score
@@ -38,7 +38,6 @@ from harness.records.files import sameness
 from harness.scoring import verify
 from harness.store import RUNS, bytes_of, damage, is_done
 
-_CONCEPTS = re.compile(r"C\d+(\s*;\s*C\d+)*")
 Run = tuple[Path, Mapping[str, Any]]
 """A run's folder and its `run.json`."""
 
@@ -137,21 +136,12 @@ def _references(path: Path | None, predictions: Path, task: Task) -> CaptionFile
 def _misplaced(file: CaptionFile, task: Task) -> list[Problem]:
     """Captions where concepts are expected, or a file of concepts where captions are expected."""
     if task == "concept":
-        others = [key for key, value in file.values.items() if value and not _CONCEPTS.fullmatch(value)]
+        others = [key for key, value in file.values.items() if value and not CONCEPTS.fullmatch(value)]
         hint = "Concepts are written C0040405;C0817096."
         return grouped(
             file.path, [Flaw(file.lines.get(k), "not a list of concepts", hint, k) for k in others]
         )
-    written = [value for value in file.values.values() if value]
-    if written and all(map(_CONCEPTS.fullmatch, written)):
-        return [
-            Problem(
-                "holds concepts, not captions",
-                file.path,
-                hint="To score them: harness score FILE --references FILE --task concept",
-            )
-        ]
-    return []
+    return holds_concepts(file)
 
 
 def _mismatches(predicted: CaptionFile, known: CaptionFile) -> list[Problem]:
