@@ -142,6 +142,23 @@ def test_annotations_take_their_ids_from_the_file_names(tmp_path):
     assert read_predictions(path, "caption", IDS) == CAPTIONS
 
 
+@pytest.mark.parametrize("ending", ["", ".jpg"])
+def test_results_are_matched_with_the_image_ids_of_annotations(ending, tmp_path):
+    """The number in a file name gave each caption to another image, with a score, or none was found."""
+    names = {1: f"valid_000016{ending}", 16: f"valid_000001{ending}", 2: f"b/valid_7{ending}"}
+    images = [{"id": key, "file_name": name} for key, name in names.items()]
+    entries = [{"image_id": key, "caption": f"text {key}"} for key in names]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": entries}))
+    results = coco(tmp_path / "results.json", names, [f"text {key}" for key in names])
+    rows = scoring.rows(results, path)
+    assert rows.predictions == rows.references
+    assert any(f"1 is {names[1]}" in warning for warning in rows.warnings)
+    strange = coco(tmp_path / "strange.json", [1, 16, 7])
+    with pytest.raises(UserError, match="not among the references"):
+        scoring.rows(strange, path)
+
+
 def test_zipped_results_and_half_a_surrogate_pair(tmp_path):
     with zipfile.ZipFile(tmp_path / "results.zip", "w") as archive:
         archive.writestr("captions_val_results.json", '[{"image_id": "a", "caption": "x \\ud800 y"}]')

@@ -161,7 +161,7 @@ def _same_ids(files: Sequence["CaptionFile"]) -> list["CaptionFile"]:
     from harness.data.captionfiles import with_ids
 
     named = next((file for file in files if file.separator), files[0])
-    found = [with_ids(file, named.values) for file in files]
+    found = [with_ids(file, named.values, named.images) for file in files]
     problems = []
     for file in found:
         lacking = [

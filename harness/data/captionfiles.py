@@ -35,7 +35,8 @@ class CaptionFile:
 
     `separator` and `kind` say how the file was read. `lines` is the line of each id. `cut` are the ids whose
     caption ended at a second pipe. `header` says whether there was one. JSON has neither separator nor lines.
-    `further` are the other captions of an id that may have several (`read_candidates`).
+    `further` are the other captions of an id that may have several (`read_candidates`). `images` are the ids
+    by the numbers that COCO annotations give their images.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class CaptionFile:
     warnings: Sequence[str] = ()
     header: bool = True
     further: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def candidates(self) -> dict[str, list[str]]:
@@ -87,19 +89,21 @@ def _read(path: Path, most: int | None) -> CaptionFile:
         found = coco.candidates(text, path, most)
         first = {key: given[0] for key, given in found.items()}
         further = {key: given[1:] for key, given in found.items() if given[1:]}
-        return CaptionFile(path, "", coco.KIND, first, {}, warnings=warnings, further=further)
+        images = coco.file_names(text, path)
+        return CaptionFile(path, "", coco.KIND, first, {}, (), warnings, further=further, images=images)
     return _read_table(path, text, flaws, warnings, most)
 
 
-def with_ids(file: CaptionFile, ids: Iterable[str]) -> CaptionFile:
+def with_ids(file: CaptionFile, ids: Iterable[str], images: Mapping[str, str] | None = None) -> CaptionFile:
     """A file of COCO results with its image ids replaced by matching `ids`; other files are unchanged.
 
-    An image id that ends in `.jpg` or is a number matches the only id that it can mean. A warning reports
-    matches by number. Raises `UserError` if it can mean several ids.
+    An image id that ends in `.jpg` or is a number matches the only id that it can mean; `images` are those of
+    COCO annotations with these `ids`. A warning reports matches by number. Raises `UserError` if it can mean
+    several ids.
     """
     if file.separator:
         return file
-    names, how = coco.named(file.values, ids, file.path)
+    names, how = coco.named(file.values, ids, file.path, images)
     values, further = (
         {names.get(key, key): given for key, given in every.items()} for every in (file.values, file.further)
     )

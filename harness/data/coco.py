@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def candidates(text: str, path: Path, most: int | None = None) -> dict[str, list
     return found
 
 
+def file_names(text: str, path: Path) -> Mapping[str, str]:
+    """The file name of each image id, as COCO annotations list them; empty for results."""
+    return _entries(text, path)[1]
+
+
 def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
     """The entries, and file names by image id if the file lists them."""
     try:
@@ -98,23 +103,29 @@ def _key(entry: Any, names: Mapping[str, str]) -> str | None:
     return key if key.split() == [key] and not re.search("[\ud800-\udfff]", key) else None
 
 
-def named(keys: Iterable[str], ids: Iterable[str], path: Path) -> tuple[dict[str, str], str | None]:
+def named(
+    keys: Collection[str], ids: Iterable[str], path: Path, images: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], str | None]:
     """The id of each key that has one, and a note about keys that were matched by number.
 
     A key is an id, or the path of an image whose name is an id, or a number that exactly one id ends with.
+    If a key is an id of the `images` of COCO annotations, such ids are meant, as in COCO's own code.
     Raises `UserError` if several ids end with the number, or if several keys are the same id.
     """
     known = dict.fromkeys(ids)
     by_number: dict[str, list[str]] = {}
     for one in known:
-        by_number.setdefault(_number(one), []).append(one)
+        by_number.setdefault(_number(bare(one)), []).append(one)
+    listed = images if images and not images.keys().isdisjoint(keys) else {}
     found: dict[str, str] = {}
     numbered, flaws = [], []
     taken: dict[str, str] = {}
     for key in keys:
         name = bare(key.replace("\\", "/").rpartition("/")[2])
-        match = [one for one in (key, name) if one in known][:1]
-        if not match and re.fullmatch("[0-9]+", name):
+        match = [one for one in (listed.get(key), key, name) if one in known][:1]
+        if match == [listed.get(key)]:
+            numbered.append(key)
+        elif not match and not listed and re.fullmatch("[0-9]+", name):
             match = by_number.get(_number(name), [])
             numbered += [key] if len(match) == 1 else []
         if len(match) > 1:

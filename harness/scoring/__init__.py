@@ -106,8 +106,8 @@ def rows(
 
 def _same_ids(predicted: CaptionFile, known: CaptionFile) -> tuple[CaptionFile, CaptionFile]:
     """Both files; one of COCO results gets the ids of the other one."""
-    predicted = with_ids(predicted, known.values)
-    return predicted, with_ids(known, predicted.values)
+    predicted = with_ids(predicted, known.values, known.images)
+    return predicted, with_ids(known, predicted.values, predicted.images)
 
 
 def _of_predictions(file: CaptionFile, task: Task) -> Iterator[str]:
