@@ -143,3 +143,16 @@ def test_blank_captions_have_no_word_for_meteor():
     found = scored(pairs, ["meteor"])["meteor"].per_image
     assert found[:4].tolist() == [0, 0, 0, 0]
     assert found[4] > 0.9
+
+
+def test_a_caption_too_long_for_the_memory_of_meteor_is_named_without_javas_stack(monkeypatch):
+    said = 'Exception in thread "main" java.lang.OutOfMemoryError: Java heap space'
+    script = f"read line; printf '%s\\n\\tat Aligner.resolve(Unknown Source)\\n' '{said}' >&2"
+    monkeypatch.setattr(meteor.java, "command", lambda *_: ["sh", "-c", script])
+    monkeypatch.setattr(meteor, "_running", None)
+    pairs = [("word " * 700, "a"), ("b", "c")]
+    with pytest.raises(Absent) as error:
+        meteor._lines(pairs, pairs)
+    assert said in str(error.value)
+    assert "row 1, with 700 words" in str(error.value)
+    assert "Aligner" not in str(error.value)

@@ -48,9 +48,9 @@ def measure(inputs: Inputs) -> Measured:
 
 
 def _lines(part: list[Row], pairs: Sequence[Row]) -> list[str]:
-    """The statistics of a part of the pairs; if the part takes too long, each pair is tried alone.
+    """The statistics of a part of the pairs; if the part takes too much, each pair is tried alone.
 
-    Raises `Absent` with the row of a pair that takes too long even alone.
+    Raises `Absent` with the row of a pair that takes too much time or memory even alone.
     """
     try:
         with shared() as meteor:
@@ -120,7 +120,7 @@ _lock = threading.Lock()
 
 
 class TooLong(Absent):
-    """The jar gave no answer within the time limit."""
+    """The jar gave no answer within the time limit or its memory."""
 
 
 class Meteor:
@@ -179,15 +179,18 @@ class Meteor:
                 got = [""]
         if not all(got):
             took = time.perf_counter() - started
-            kind = TooLong if late() else Absent
-            raise kind(f"METEOR gave no answer in {took:.0f} s: {self._last_words()}")
+            said = self._last_words()
+            kind = TooLong if late() or "OutOfMemoryError" in said else Absent
+            raise kind(f"METEOR gave no answer in {took:.0f} s: {said}")
         return got
 
     def _last_words(self) -> str:
         self._process.kill()
         self._process.wait()
         self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").strip()[-500:] or "Java said nothing"
+        said = self._errors.read().decode(errors="replace").splitlines()
+        # the places in Java's code tell a user nothing
+        return "; ".join(line for line in said if line[:1] != "\t")[-500:] or "Java said nothing"
 
 
 def _score_line(prediction: str, reference: str) -> str:
