@@ -365,7 +365,7 @@ def test_concepts_are_scored_against_all_and_against_the_manual_ones(tmp_path):
     assert found["scores"]["f1_secondary"]["value"] == pytest.approx(2 / 3)
     assert found["inputs"][0] == "run.txt: 3 lists of concepts, pipe-separated without header (2022, 2023)"
     wrong = harness(tmp_path, "run.txt", "--references", "labels.csv", code=2)
-    assert "To score them: harness score FILE --references FILE --task concept" in wrong.stderr
+    assert "`score`, `compare` and `submission` have the option --task concept" in wrong.stderr
     (tmp_path / "captions.csv").write_text("a|C0040405\nb|a lesion\nc|C0024485\n")
     wrong = harness(tmp_path, "captions.csv", "--references", "labels.csv", "--task", "concept", code=2)
     assert "captions.csv:2: not a list of concepts: b" in wrong.stderr
