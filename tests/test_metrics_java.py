@@ -15,7 +15,7 @@ import pytest
 from harness.machine.limits import limited
 from harness.metrics import java, lexical
 from harness.metrics.base import Absent
-from harness.metrics.meteor import Meteor, TooLong, aggregate, parse, shared
+from harness.metrics.meteor import Meteor, TooMuch, aggregate, parse, shared
 
 HOSTILE = [
     "a ||| b",
@@ -132,7 +132,7 @@ def test_java_that_hangs_is_ended(monkeypatch):
         process.suspend()
         monkeypatch.setattr("harness.metrics.meteor.START_SECONDS", 0.1)
         started = time.perf_counter()
-        with pytest.raises(TooLong, match="no answer in 1 s: Java said nothing"):
+        with pytest.raises(TooMuch, match="no answer in 1 s: Java said nothing"):
             client.statistics(["a"], ["a"])
         assert time.perf_counter() - started < 10
     assert not process.is_running()

@@ -13,7 +13,7 @@ from harness import metrics, scoring
 from harness.errors import UserError
 from harness.metrics import bertscore, meteor, neural
 from harness.metrics.base import Absent, Measured
-from harness.metrics.meteor import TooLong
+from harness.metrics.meteor import TooMuch
 from harness.metrics.settings import ScoreConfig
 
 ODD_SECTIONS = [{"bleurt": 7}, {"bleurt": None}, {"bleurt": ["a"]}, {"medcat": 7}, {"metrics": 3}]
@@ -77,7 +77,7 @@ def test_captions_that_are_slow_together_are_asked_for_one_by_one(monkeypatch):
 
     def slow(self, predictions, references):
         if len(predictions) > 1:
-            raise TooLong("METEOR gave no answer in 60 s")
+            raise TooMuch("METEOR gave no answer in 60 s")
         return real(self, predictions, references)
 
     monkeypatch.setattr(meteor.Meteor, "statistics", slow)
@@ -90,7 +90,7 @@ def test_a_caption_that_is_slow_alone_is_named_and_costs_no_other_metric(monkeyp
 
     def slow(self, predictions, references):
         if "endless words" in predictions:
-            raise TooLong("METEOR gave no answer in 60 s: Java said nothing")
+            raise TooMuch("METEOR gave no answer in 60 s: Java said nothing")
         return real(self, predictions, references)
 
     monkeypatch.setattr(meteor.Meteor, "statistics", slow)
@@ -105,7 +105,7 @@ def test_time_out_of_the_jar_is_told_from_its_other_failures(monkeypatch):
         client._process.kill()
         with pytest.raises(Absent) as failed:
             client.statistics(["a"], ["a"])
-    assert not isinstance(failed.value, TooLong)
+    assert not isinstance(failed.value, TooMuch)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -86,10 +86,9 @@ def _read(path: Path, most: int | None) -> CaptionFile:
     if coco.is_json(text) or path.suffix.lower() == ".json":
         if flaws:
             raise UserError(grouped(path, flaws))
-        found = coco.candidates(text, path, most)
+        found, images = coco.read(text, path, most)
         first = {key: given[0] for key, given in found.items()}
         further = {key: given[1:] for key, given in found.items() if given[1:]}
-        images = coco.file_names(text, path)
         return CaptionFile(path, "", coco.KIND, first, {}, (), warnings, further=further, images=images)
     return _read_table(path, text, flaws, warnings, most)
 

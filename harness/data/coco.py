@@ -1,10 +1,12 @@
 """COCO results, the usual JSON output of captioning code: `[{"image_id": 16, "caption": "..."}, ...]`."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.data.forms import bare
 from harness.errors import Flaw, Problem, UserError, grouped
@@ -21,22 +23,18 @@ def is_json(text: str) -> bool:
 def is_results(text: str) -> bool:
     """Whether JSON holds captions that can be read."""
     try:
-        return bool(captions(text, Path()))
+        return bool(read(text, Path(), most=1))
     except UserError:
         return False
 
 
-def captions(text: str, path: Path) -> dict[str, str]:
-    """Captions by image id; ids that are numbers in the file become text.
+def read(text: str, path: Path, most: int | None) -> tuple[dict[str, list[str]], Mapping[str, str]]:
+    """Captions by image id, at most `most` of each; and file names by image id, empty for results.
 
-    COCO annotations (`{"images": [...], "annotations": [...]}`) are read too, with the file names of the
-    images as ids. Raises `UserError` for other JSON, and with every entry that can't be read.
+    Ids that are numbers in the file become text. COCO annotations (`{"images": [...], "annotations": [...]}`)
+    are read too, with the file names of the images as ids. Raises `UserError` for other JSON, and with every
+    entry that can't be read.
     """
-    return {key: given for key, (given,) in candidates(text, path, most=1).items()}
-
-
-def candidates(text: str, path: Path, most: int | None = None) -> dict[str, list[str]]:
-    """All captions of each image id, at most `most`; otherwise as `captions`."""
     entries, names = _entries(text, path)
     found: dict[str, list[str]] = {}
     places: dict[str, int] = {}
@@ -60,18 +58,13 @@ def candidates(text: str, path: Path, most: int | None = None) -> dict[str, list
         raise UserError(grouped(path, flaws))
     if not found:
         raise UserError([Problem("is JSON without entries", path, hint=WANTED)])
-    return found
-
-
-def file_names(text: str, path: Path) -> Mapping[str, str]:
-    """The file name of each image id, as COCO annotations list them; empty for results."""
-    return _entries(text, path)[1]
+    return found, names
 
 
 def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
     """The entries, and file names by image id if the file lists them."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_int=_whole, object_pairs_hook=partial(_once, path))
     except ValueError as error:
         line = getattr(error, "lineno", None)
         raise UserError([Problem(f"is damaged JSON: {error}", path, line, hint=WANTED)]) from None
@@ -90,6 +83,21 @@ def _entries(text: str, path: Path) -> tuple[Sequence[Any], Mapping[str, str]]:
         keys = ", ".join(map(repr, list(found)[:3])) if isinstance(found, dict) else repr(found)[:40]
         raise UserError([Problem(f"is JSON, but not COCO results: got {keys[:200]}", path, hint=WANTED)])
     return found, names
+
+
+def _whole(digits: str) -> float:
+    """A whole number; infinity if it is too long for any image id, and perhaps for Python's `int`."""
+    return int(digits) if len(digits) < 20 else math.inf
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; raises `UserError` if it has two values of one key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        what = f"has two values of {key[:80]!r} in one entry"
+        raise UserError([Problem(what, path, hint=f"Give each value once. {WANTED}")])
+    return found
 
 
 def _key(entry: Any, names: Mapping[str, str]) -> str | None:
@@ -121,13 +129,7 @@ def named(
     numbered, flaws = [], []
     taken: dict[str, str] = {}
     for key in keys:
-        name = bare(key.replace("\\", "/").rpartition("/")[2])
-        match = [one for one in (listed.get(key), key, name) if one in known][:1]
-        if match == [listed.get(key)]:
-            numbered.append(key)
-        elif not match and not listed and re.fullmatch("[0-9]+", name):
-            match = by_number.get(_number(name), [])
-            numbered += [key] if len(match) == 1 else []
+        match, how = _meant(key, known, by_number, listed)
         if len(match) > 1:
             what = "an image_id that several ids end with"
             subject = f"{key}: {', '.join(match[:3])}"
@@ -138,10 +140,26 @@ def named(
         elif match:
             found[key] = match[0]
             taken[match[0]] = key
+            numbered += [key] if how == "number" else []
     if flaws:
         raise UserError(grouped(path, flaws))
-    how = f"{len(numbered):,} image_ids matched by number" if numbered else None
-    return found, how and f"{how}: {numbered[0]} is {found[numbered[0]]}"
+    note = f"{len(numbered):,} image_ids matched by number" if numbered else None
+    return found, note and f"{note}: {numbered[0]} is {found[numbered[0]]}"
+
+
+def _meant(
+    key: str, known: Collection[str], by_number: Mapping[str, list[str]], listed: Mapping[str, str]
+) -> tuple[list[str], Literal["name", "number"]]:
+    """The ids that a key of COCO results can mean, and what they share with it."""
+    if listed.get(key) in known:
+        return [listed[key]], "number"
+    name = bare(key.replace("\\", "/").rpartition("/")[2])
+    for one in (key, name):
+        if one in known:
+            return [one], "name"
+    if listed or not re.fullmatch("[0-9]+", name):
+        return [], "name"
+    return by_number.get(_number(name), []), "number"
 
 
 def _number(key: str) -> str:

@@ -55,7 +55,7 @@ def _lines(part: list[Row], pairs: Sequence[Row]) -> list[str]:
     try:
         with shared() as meteor:
             return meteor.statistics(*zip(*part, strict=True))
-    except TooLong as late:
+    except TooMuch as late:
         if len(part) > 1:
             return [line for pair in part for line in _lines([pair], pairs)]
         words = max(len(caption.split()) for caption in part[0])
@@ -119,7 +119,7 @@ _running: "Meteor | None" = None
 _lock = threading.Lock()
 
 
-class TooLong(Absent):
+class TooMuch(Absent):
     """The jar gave no answer within the time limit or its memory."""
 
 
@@ -180,7 +180,7 @@ class Meteor:
         if not all(got):
             took = time.perf_counter() - started
             said = self._last_words()
-            kind = TooLong if late() or "OutOfMemoryError" in said else Absent
+            kind = TooMuch if late() or "OutOfMemoryError" in said else Absent
             raise kind(f"METEOR gave no answer in {took:.0f} s: {said}")
         return got
 
