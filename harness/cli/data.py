@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from harness.cli import outputs
 from harness.cli.terminal import Format, Output, Report, ReportFormat, Terminal
 from harness.errors import Problem, UserError
 from harness.output.visible import json_text
@@ -52,6 +53,7 @@ def data_phantom(
     from harness.data import phantom
 
     config = PhantomConfig(train=train, valid=valid, test=test, seed=seed)
+    outputs.check_folder(folder, "FOLDER")
     draw = phantom.ensure if (folder / phantom.MARKER).exists() else phantom.draw
     draw(folder, config)
     print(f"drew {train} + {valid} + {test} images into {folder}")

@@ -1,7 +1,8 @@
-"""Whether the files that a command is to write can be written, found before its work."""
+"""Whether the files and folders that a command is to write can be written, found before its work."""
 
 import contextlib
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,18 @@ def check(outputs: Mapping[str, Path | None], read: Sequence[Path]) -> None:
     """Raise `UserError` with the `problems` of these outputs."""
     if found := problems(outputs, read):
         raise UserError(found)
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raise `UserError` if a new folder can't be made, or if no file can be written into an existing one."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                return  # commands have their own words for a file in its place
+        _try(folder / "file")
+    except OSError as error:
+        what = f"can't be written: {error.strerror}: {folder}"
+        raise UserError([Problem(what, key=key, hint="Give the name of a new folder.")]) from None
 
 
 def problems(outputs: Mapping[str, Path | None], read: Sequence[Path]) -> list[Problem]:

@@ -35,6 +35,7 @@ REPAIRABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
+    errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,

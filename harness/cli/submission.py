@@ -80,6 +80,7 @@ def make(
         file = place_of(source, record, FINAL[task.value].format(split=split.value))
     manifest = _manifest(file, record, split.value)
     folder = out or _folder(source, record, year)
+    outputs.check_folder(folder, "--out")
     upload = submission.make(values, wanted or list(values), year, folder, manifest, split.value, task.value)
     if same := sameness(map(submission.joined, values.values()), submission.plural(task.value)):
         print(f"warning: {same}", file=sys.stderr)
