@@ -1,11 +1,10 @@
 """Predicted memory compared with the peak of a training process, on this machine's CPU.
 
-    python benchmarks/memory.py [blip2 | language | lora | prefix | vlm | convnext | qwen | paligemma] ...
+    python benchmarks/memory.py [NAME] ...    # of MODELS; without a name, blip2
 
 Trains models with random weights for two steps of two micro batches. Without arguments: a BLIP-2 of 0.3 B
 parameters. Each set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory,
-and their ratio. With `MALLOC_MMAP_THRESHOLD_=1048576` before the command, both are of a training that gives
-freed memory back (docs/devices.md).
+and their ratio.
 """
 
 import json
@@ -34,6 +33,7 @@ TINY = {
     "vocab_size": 30000,
 }
 SMALLER = TINY | {"hidden_size": 512, "vision_layers": 8}
+SMALL = SMALLER | {"hidden_size": 384, "qformer_layers": 4, "text_hidden_size": 384, "vocab_size": 5000}
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 768,
@@ -107,6 +107,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen": TINY_ONE | {"tiny": SMALLER, "language_checkpoint": "qwen"},
     "paligemma": {"family": "vlm", "checkpoint": "paligemma", "image_size": 224, "lora": {"rank": 16}},
+    # keeps the memory that it frees
+    "small": TINY_ONE | {"tiny": SMALL},
 }
 """The section `model:` of each model."""
 CONFIGS = {
@@ -140,7 +142,7 @@ def train(name: str, config: TrainConfig) -> float:
     import torch
 
     from harness.models import measured
-    from harness.training.engine import engine, place
+    from harness.training.engine import backward, engine, place
 
     own = ModelConfig(**MODELS[name])
     shape = family(own).shape(own, config)
@@ -164,7 +166,7 @@ def train(name: str, config: TrainConfig) -> float:
         deep = engine(model, config, "cpu", Path(folder))
         for _ in range(4):
             found = deep(pixels, *[texts] * len(losses))
-            deep.backward(sum(loss for loss in found if loss is not None) / ids.numel())
+            backward(deep, sum(loss for loss in found if loss is not None) / ids.numel())
             deep.step()
     assert (deep.global_steps, deep.skipped_steps) == (2, 0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

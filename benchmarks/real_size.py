@@ -139,7 +139,7 @@ def harness_step(model, config: TrainConfig, inputs: tuple, kind: device.Kind, f
     """An optimiser step with the engine of training; `fused`: AdamW as the engine chooses it."""
     import torch
 
-    from harness.training.engine import engine
+    from harness.training.engine import backward, engine
 
     chosen = torch.optim.AdamW
     if not fused:
@@ -151,7 +151,7 @@ def harness_step(model, config: TrainConfig, inputs: tuple, kind: device.Kind, f
     def step() -> None:
         for _ in range(2):
             losses = trainer(*inputs)
-            trainer.backward((losses.caption + losses.concept) / inputs[1]["ids"].numel())
+            backward(trainer, (losses.caption + losses.concept) / inputs[1]["ids"].numel())
             trainer.step()
 
     return step
@@ -272,8 +272,8 @@ def main() -> None:
             continue
         share = row["speed"] * found["flops"] / found["rate"]
         print(f"{name:28}{micro:>6}{row['speed']:>10.2f}{share:>13.0%}", end="")
-        memories = f"{row['peak'] / GB:>7.2f} GB{row['said'] / GB:>7.2f} GB"
-        print(f"{memories}{row['said'] / row['peak']:>7.2f}", flush=True)
+        ours = "" if "bare" in changes else f"{row['said'] / GB:>7.2f} GB{row['said'] / row['peak']:>7.2f}"
+        print(f"{row['peak'] / GB:>7.2f} GB{ours}", flush=True)
 
 
 if __name__ == "__main__":

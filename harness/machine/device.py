@@ -1,5 +1,6 @@
 """NPU, CUDA or CPU: which one this run uses, why not the others, and its ranks, precision and seeds."""
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -274,6 +275,16 @@ def memory(kind: Kind) -> float:
         return ram() / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     module(kind).empty_cache()
     return module(kind).mem_get_info(local_rank())[0]
+
+
+def can_free_memory() -> bool:
+    """Whether `free_memory` works on this system: it needs glibc."""
+    return hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+def free_memory() -> None:
+    """Have glibc give the memory that this process has freed back to the system; it would keep most of it."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def seed_everything(seed: int) -> None:

@@ -24,6 +24,7 @@ from harness.machine import ranks
 from harness.models import parts
 from harness.models.base import Captioner
 from harness.store import write_json
+from harness.training import memory
 from harness.training.compiling import compiled_parts
 from harness.training.settings import TrainConfig
 
@@ -60,6 +61,7 @@ def engine(
     `universal` prepares it to load a checkpoint in DeepSpeed's universal format.
     """
     deepspeed = _import_deepspeed(kind)
+    weights = sum(p.nbytes for p in model.parameters())  # before ZeRO-3 shards them
     optimizer = torch.optim.AdamW(
         parts.groups(model, config.weight_decay, config.rate_factors),
         lr=config.learning_rate,
@@ -79,7 +81,15 @@ def engine(
         _scale_losses(made.optimizer)
     if not config.zero_stage and ranks.world_size() == 1:  # avoids a useless copy of all gradients
         made.enable_backward_allreduce = False
+    made.frees_memory = memory.frees(kind, weights)
     return made
+
+
+def backward(trainer: Any, loss: torch.Tensor) -> None:
+    """Compute the gradients of a micro batch; a large model on a CPU then gives freed memory back."""
+    trainer.backward(loss)
+    if trainer.frees_memory:
+        devices.free_memory()
 
 
 @contextlib.contextmanager

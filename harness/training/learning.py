@@ -14,7 +14,7 @@ from harness.machine import device as devices
 from harness.machine import ranks
 from harness.models.text import to_device
 from harness.training import finite, losses
-from harness.training.engine import accumulation, casts_kept
+from harness.training.engine import accumulation, backward, casts_kept
 from harness.training.finite import TERMS
 from harness.training.outstanding import Learnt, Numbers, Outstanding
 from harness.training.schedule import Stage, learning_rate
@@ -131,7 +131,7 @@ class Learner:
                 ]
                 found.append(torch.stack(shares).detach())
                 # the engine averages over micro-batches and ranks, but these terms are shares of a sum
-                trainer.backward(sum(shares) * accumulation(self.config) * ranks.world_size())
+                backward(trainer, sum(shares) * accumulation(self.config) * ranks.world_size())
         trainer.step()
         terms, norm = torch.stack(found), trainer.get_global_grad_norm()
         scale = trainer.optimizer.loss_scale if self.config.precision == "fp16" else None
