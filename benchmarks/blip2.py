@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from harness.config.sections import AugmentConfig
-from harness.models import tiny
-from harness.models.blip2 import loading
-from harness.models.loading import Loaded
+from harness.machine import device
 from harness.models.settings import ModelConfig, TinyConfig
-from harness.models.text import concept_sentence
-from harness.training.split import Split
+
+device.before_torch()
+
+from harness.models import tiny  # noqa: E402
+from harness.models.blip2 import loading  # noqa: E402
+from harness.models.loading import Loaded  # noqa: E402
+from harness.models.text import concept_sentence  # noqa: E402
+from harness.training.split import Split  # noqa: E402
 
 IMAGE_SIZE, IMAGES, MAX_TOKENS = 224, 256, 128
 SIZES = TinyConfig(

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from harness.machine import device
-from harness.models import parts
 from harness.models.blip2 import sizes
 from harness.training import memory
 from harness.training.memory import GB, Model
@@ -160,6 +159,8 @@ def harness_step(model, config: TrainConfig, inputs: tuple, kind: device.Kind, f
 def bare_step(model, config: TrainConfig, inputs: tuple, compiled: bool) -> Callable:
     """The same step in plain PyTorch, with fused AdamW and clipping."""
     import torch
+
+    from harness.models import parts
 
     if compiled:
         model.vision_model.encoder.compile()

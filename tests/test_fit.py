@@ -127,6 +127,17 @@ def test_dry_run_says_what_auto_takes_on_typical_cards(tmp_path):
         )
 
 
+def test_dry_run_says_what_auto_takes_here_and_why(tmp_path):
+    auto = "micro_batch_size: auto\n  gradient_checkpointing: auto"
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.replace("micro_batch_size: 8", auto))
+    found = "micro batch 16 without gradient checkpointing, the fastest that fits: "
+    shown = harness(tmp_path, "run", "small.yaml", "--device", "cpu", "--dry-run").stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("auto: "))
+    assert line.startswith(f"auto: small/opt-s42 and 1 more take here {found}")
+    shown = harness(tmp_path, "run", "small.yaml", "--device", "cpu", "--dry-run", "--verbose").stdout
+    assert shown.count(f"#   on one device here, auto takes {found}") == 2
+
+
 # trainings
 
 

@@ -17,7 +17,9 @@ from harness.store import gb
 def show(
     configs: Sequence[Any], output: Format, experiment: Path, verbose: bool = False, replace: bool = False
 ) -> None:
-    """Print what each run would do, as a table, JSON or CSV; starts nothing and does not import torch.
+    """Print what each run would do, as a table, JSON or CSV; starts nothing.
+
+    It does not import torch, but for what auto takes on an accelerator.
 
     A table has a line a run; `verbose` prints the config, steps and forecasts of each run instead. JSON has
     all of it. Runs that `run` would refuse to replace are named, unless `replace`.
@@ -109,7 +111,22 @@ def _show_all(name: str, experiment: Path, rows: Sequence[dict[str, Any]], chang
             screen.print("time: what several runs share counts for the first of them")
     if waits and any(row["training"]["memory"] for row in rows):
         screen.print("memory: of training on one device; a range is what auto may take")
+    for line in _auto(rows):
+        screen.print(line, soft_wrap=True)
     screen.print("Config, steps, memory on more devices and how times are known: --verbose")
+
+
+def _auto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for runs that are to do and whose auto takes the same on one device of this machine."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        if (taken := row["training"]["auto"]) and any(s.startswith("to do") for s in row["steps"].values()):
+            runs.setdefault(taken, []).append(row["run"])
+    lines = []
+    for taken, (first, *others) in runs.items():
+        take = f"{first} and {len(others)} more take" if others else f"{first} takes"
+        lines.append(f"auto: {take} here {taken}")
+    return lines
 
 
 def _waits(state: str) -> bool:

@@ -56,12 +56,13 @@ OPEN = [
     "weight_quantization",
 ]
 """Sections whose keys are not checked: they matter little for fine-tuning one model."""
-NUMBERS = [
-    "steps_per_print",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.stage3_max_live_parameters",
-]
-"""Keys that the forecast of memory reads, or that DeepSpeed does not check before the first step."""
+NUMBERS = {
+    "steps_per_print": 1,
+    "zero_optimization.reduce_bucket_size": 1,
+    "zero_optimization.stage3_max_live_parameters": 0,
+}
+"""Keys that the forecast of memory reads, or that DeepSpeed does not check before the first step; with the
+smallest number that DeepSpeed takes."""
 SECTIONS: Mapping[str, list[str]] = {
     "activation_checkpointing": [
         "contiguous_memory_optimization",
@@ -221,8 +222,9 @@ def _mistakes(section: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]
             yield key, f"deepspeed.{key}: got {repr(value)[:80]}; a mapping is allowed"
         elif key in SECTIONS:
             yield from _mistakes(value, key)
-        elif key in NUMBERS and not (type(value) in (int, float) and 1 <= value < math.inf):
-            yield key, f"deepspeed.{key}: got {repr(value)[:80]}; a number of 1 or more is allowed"
+        elif key in NUMBERS and not (type(value) in (int, float) and NUMBERS[key] <= value < math.inf):
+            least = f"a number of {NUMBERS[key]} or more is allowed"
+            yield key, f"deepspeed.{key}: got {repr(value)[:80]}; {least}"
         elif not _is_json(value):
             yield key, f"deepspeed.{key}: holds a date or a number that is not finite"
 

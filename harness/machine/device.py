@@ -136,13 +136,17 @@ def _has_nvidia_driver() -> bool:
     return any(os.path.exists(path) for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
 
 
-def _prepare(kind: Kind) -> None:
-    os.environ["DS_ACCELERATOR"] = kind
-    # torch reads it once, when it is loaded: large tensors in large pages, a fault for each 2 MB and not 4 kB
+def before_torch() -> None:
+    """Set what is read once, when torch is loaded; what the user has set stays. `probe` calls it."""
+    # large tensors in large pages: a page fault for each 2 MB and not 4 kB
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP reads this one when torch is loaded
     if "torch" not in sys.modules and not _SPINNING & os.environ.keys() and _is_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _prepare(kind: Kind) -> None:
+    os.environ["DS_ACCELERATOR"] = kind
+    before_torch()
     if kind == "npu":
         # HCCL's default of 2 minutes is too short for ranks that load 15 GB of weights at different speeds
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1800")

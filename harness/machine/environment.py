@@ -47,5 +47,7 @@ def environment(wanted: str) -> dict[str, str]:
             versions[package] = metadata.version(package)
     found = device.probe(wanted)
     threads = os.environ.get("OMP_NUM_THREADS", str(device.cores()))
-    waiting = os.environ.get("OMP_WAIT_POLICY", "ACTIVE").lower()
-    return versions | {"device": str(found), "threads": f"{threads}, {waiting} waiting"}
+    waiting = f"{os.environ.get('OMP_WAIT_POLICY', 'ACTIVE').lower()} waiting"
+    if "OMP_WAIT_POLICY" not in os.environ and (spins := os.environ.get("GOMP_SPINCOUNT")):
+        waiting = f"{spins} spins before waiting"
+    return versions | {"device": str(found), "threads": f"{threads}, {waiting}"}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from harness.errors import Problem, UserError
-from harness.machine.device import STEP, cores
+from harness.machine.device import STEP, cores, rank
 
 FAILED, INTERRUPTED = 1, 130
 PARENT = "HARNESS_LAUNCHER"
@@ -103,8 +103,16 @@ def report(text: str) -> bool:
 
 
 def share_cores(processes: int) -> None:
-    """Split the cores among the ranks: with a thread per core in every rank, all would be slower."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    """Split the cores among the ranks: with a thread per core in every rank, all would be slower.
+
+    Says so where there are more processes than cores. What the user has set stays.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    most = cores()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, most // processes))
+    if processes > most and not rank():
+        print(f"{processes} processes share {most} core{'s' * (most > 1)}, one thread each", file=sys.stderr)
 
 
 def share_host() -> None:

@@ -33,6 +33,11 @@ def pick(
     if model is None:
         why = "the smallest, because the sizes of the model are not known; write a larger one if it fits"
         return memory.safest(config, devices, kind), why
+    return fastest(model, devices, free)
+
+
+def fastest(model: Model, devices: int, free: float) -> tuple[Setup, str]:
+    """The set-up that auto chooses for `free` bytes on each device, and the reason for it."""
     setup = memory.chosen(model, devices, free)
     need = memory.needed(model, setup)
     which = "the fastest that fits" if need <= free else "the smallest"

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from harness.models import family
 from harness.models.measured import Unmeasured
 from harness.models.settings import RetrievedPrompt, longest_prompt
 from harness.store import RUNS, free, gb
-from harness.training import judges, memory, patience, speed
+from harness.training import fit, judges, memory, patience, speed
 from harness.training.memory import GB, Model, Setup
 from harness.training.schedule import stages
 from harness.training.settings import TrainConfig
@@ -91,9 +92,10 @@ def forecast(config: "Config") -> dict[str, Any]:
     kind = "cuda" if config.device == "auto" else config.device
     prompt = longest_prompt(config.model.prompt)
     model = shape and Model(shape, config.train, kind, _half(config.train, kind), prompt, judges.size(config))
-    fitting = None
+    fitting = auto = None
     try:
         fitting = model and _memory(model)
+        auto = model and _auto(config, model)
     except Unmeasured as error:
         unknown.append(f"memory: {error}")
     return {
@@ -104,9 +106,31 @@ def forecast(config: "Config") -> dict[str, Any]:
         "accumulation": accumulation(config.train),
         "pixel_cache": _disk(to_build) if counts and config.data.cache else None,
         "memory": fitting,
+        "auto": auto,
         "time": time(config, counts, RUNS) if counts else None,
         "unknown": unknown,
     }
+
+
+def _auto(config: "Config", model: Model) -> str | None:
+    """What auto takes on one device of this machine, and why; None without auto or a usable device.
+
+    The free memory of an accelerator is known to torch only, so there torch is imported.
+    """
+    if not memory.is_auto(config.train):
+        return None
+    try:
+        kind = device.probe(config.device).kind
+    except UserError:
+        return None
+    here = replace(model, kind=kind, half=_half(config.train, kind))
+    setup, why = fit.fastest(here, 1, _free(kind))
+    return f"{worded(setup)}, {why}"
+
+
+@functools.cache  # else the runs of a command would differ by what was free a moment later
+def _free(kind: device.Kind) -> float:
+    return device.memory(kind)
 
 
 def _ends_early(config: "Config") -> str:
@@ -260,6 +284,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(_cache_line(found["pixel_cache"]))
     if found["memory"]:
         out += _memory_lines(found["memory"])
+    if found["auto"]:
+        out.append(f"on one device here, auto takes {found['auto']}")
     if found["time"] and found["time"]["parts"]:
         out.append(f"time on one {found['time']['device']}: {timed(found['time'])}")
     return out + [f"unknown: {reason}" for reason in found["unknown"]]
