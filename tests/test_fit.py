@@ -195,6 +195,8 @@ def test_auto_trains_as_what_it_chooses_and_records_it(data, tiny_folder, tmp_pa
     assert same(weights, by_hand)
     assert losses == expected
     assert as_written["why"] == "as configured"
+    assert "by rounding and dropout alone" in found["notes"][-1]
+    assert "notes" not in as_written
 
 
 @pytest.mark.parametrize(

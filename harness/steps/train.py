@@ -51,6 +51,7 @@ _LATER = {
 }
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
+_BY_AUTO = "auto chose micro batch and checkpointing; they change the result by rounding and dropout alone"
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 
@@ -229,6 +230,7 @@ class Train(Step):
         notes = [epochs.described(self.inputs.config.train, self.epochs_of)] if self._full_fit else []
         notes += [origins.in_words(self.start)] if self.start else []
         notes += patience.described(ended)
+        notes += [_BY_AUTO] if memory.is_auto(self.inputs.config.train) else []
         return {
             "training": {
                 **fit.recorded(self.directory),
