@@ -251,10 +251,15 @@ def test_alignscore_of_a_pair_does_not_depend_on_other_pairs(align):
 
 
 def test_empty_captions_of_alignscore(align):
-    found = alignscore.measure(inputs({"alignscore": {"checkpoint": align}})).per_image
+    measured = alignscore.measure(inputs({"alignscore": {"checkpoint": align}}))
+    found = measured.per_image
     assert found[4] == 1.0
     assert found[5] == pytest.approx(PlainAlignScore(align)("", "A nodule."), abs=2e-6)
     assert found[6] == 0.0
+    assert measured.warnings[1:] == [
+        Flagged([4], "with both captions of length 0: alignscore is 1"),
+        Flagged([6], "with a blank prediction: alignscore is 0; the organisers' code stops there"),
+    ]
 
 
 def test_alignscore_of_a_standin_or_in_bf16_is_not_official(align):

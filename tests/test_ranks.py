@@ -173,10 +173,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         checkpoints.seal(state)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002", "step00000003"]
     assert checkpoints.newest().step == 3
+    assert checkpoints.damaged() == []
     os.truncate(checkpoints.path(State(step=3)) / "weights.pt", 2999)
     assert checkpoints.newest().step == 2
     (checkpoints.path(State(step=2)) / "weights.pt").unlink()
     assert checkpoints.newest() == State()
+    assert checkpoints.damaged() == ["step00000002", "step00000003"]
+    (checkpoints.folder / "step00000004").mkdir()  # a killed process left it
+    assert "step00000004" not in checkpoints.damaged()
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_the_kept_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        if step == 3:
+            os.truncate(checkpoints.path(State(step=2)) / "weights.pt", 0)
+        state = State(step=step, done=step)
+        checkpoints.path(state).mkdir(parents=True)
+        (checkpoints.path(state) / "weights.pt").write_bytes(b"x" * 1000)
+        checkpoints.seal(state)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000001", "step00000003"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import numpy as np
 from harness.config.sections import Section
 from harness.config.yamlfile import no_file
 from harness.errors import Problem
-from harness.metrics.base import Absent, Inputs, Measured, Metric, Weights, cut_rows, sign
+from harness.metrics import text
+from harness.metrics.base import Absent, Flagged, Inputs, Measured, Metric, Weights, cut_rows, empty, sign
 from harness.metrics.cache import Row
 from harness.metrics.neural import by_length, dtype, last_kept, row_by_row
 from harness.models import checkpoints
@@ -94,9 +95,20 @@ def measure(inputs: Inputs) -> Measured:
         per_image,
         signature,
         official=official,
-        warnings=cut_rows("alignscore", cut),
+        warnings=cut_rows("alignscore", cut) + _blank_rows(inputs),
         doubts=doubts,
     )
+
+
+def _blank_rows(inputs: Inputs) -> list[Flagged]:
+    """The rows with a blank prediction, and their score."""
+    both = empty(inputs.pairs)
+    blank = np.array([text.is_empty(caption) for caption in inputs.predictions])
+    kinds = (
+        (both, "with both captions of length 0: alignscore is 1"),
+        (blank & ~both, "with a blank prediction: alignscore is 0; the organisers' code stops there"),
+    )
+    return [Flagged(np.flatnonzero(rows).tolist(), what) for rows, what in kinds if rows.any()]
 
 
 def _official(inputs: Inputs, file: Path, roberta: Checkpoint) -> tuple[bool, list[str]]:

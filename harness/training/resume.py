@@ -77,19 +77,24 @@ class Checkpoints:
         if ended and len(files) > ended.kept and all((self.directory / name).is_file() for name in files):
             return ended
         for folder in sorted(self.folder.glob("step*"), reverse=True):
-            content = _read(folder / STATE)
-            state = _state(content.get("state"))
-            if state and content.get("files") == _sizes(folder):
+            if state := _sealed(folder):
                 return state
         return State()
 
+    def damaged(self) -> list[str]:
+        """The names of sealed checkpoints that `newest` has passed over: their files have changed."""
+        newest = self.path(self.newest()).name
+        later = sorted(folder for folder in self.folder.glob("step*") if folder.name > newest)
+        return [folder.name for folder in later if (folder / STATE).exists()]
+
     def seal(self, state: State) -> None:
-        """Mark a state's checkpoint as complete, or update its state; delete all but the last ones."""
+        """Mark a state's checkpoint as complete, or update its state; delete all but the last whole ones."""
         folder = self.path(state)
         write_json(folder / STATE, {"state": asdict(state), "files": _sizes(folder)})
         # later ones are what a killed process left; they are written again
         found = sorted(path for path in self.folder.glob("step*") if path.name <= folder.name)
-        for old in found[: -self.keep]:
+        whole = [path for path in found if _sealed(path)][-self.keep :]
+        for old in [path for path in found if path not in whole]:
             shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, state: State) -> None:
@@ -136,6 +141,12 @@ def _state(values: Any) -> State | None:
         if type(value) is not wanted and not (key in optional and value is None):
             return None
     return State(**values)
+
+
+def _sealed(folder: Path) -> State | None:
+    """The state of a checkpoint; None if it was not sealed, or if its files have other sizes since."""
+    content = _read(folder / STATE)
+    return _state(content.get("state")) if content.get("files") == _sizes(folder) else None
 
 
 def _sizes(folder: Path) -> dict[str, int]:
