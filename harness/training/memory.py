@@ -239,9 +239,8 @@ def usage(model: Model, setup: Setup) -> Usage:
     moments = (MOMENTS * numbers) // (shards if stage else 1)
     gradients = whole if stage < 2 else shard
     buffers = bucket if stage else 0
-    if (
-        stage == 2
-    ):  # gradients wait for a full bucket to be reduced; with several micro batches they are summed
+    if stage == 2:
+        # gradients wait for a full bucket to be reduced; with several micro batches they are summed
         buffers += min(bucket, whole)
         gradients += shard if _accumulates(model.config, setup) else 0
     if stage == 3:
