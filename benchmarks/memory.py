@@ -2,9 +2,8 @@
 
     python benchmarks/memory.py [NAME] ...    # of MODELS; without a name, blip2
 
-Trains models with random weights for two steps of two micro batches. Without arguments: a BLIP-2 of 0.3 B
-parameters. Each set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory,
-and their ratio.
+Trains models with random weights for two steps of two micro batches; `blip2` has 0.3 B parameters. Each
+set-up runs in its own process. Prints the prediction of `doctor`, the peak resident memory, and their ratio.
 """
 
 import json

@@ -120,7 +120,7 @@ def test_what_can_not_be_matched_is_said(case, tmp_path):
         ("[[1]]", "no image_id"),
         ("[" * 100_000, "nested too deep"),
         ('[{"image_id": ' + "9" * 5000 + ', "caption": "x"}]', "no image_id that is a whole number below"),
-        ('[{"image_id": 1, "caption": "x", "caption": "y"}]', "two values of 'caption' in one entry"),
+        ('[{"image_id": 1, "caption": "x", "caption": "y"}]', "two values of 'caption' in the entry of 1"),
         ("[" + ", ".join(f'{{"image_id": {n}}}' for n in range(9999)) + "]", "(9,999 rows): entry 1, 0"),
         ("a|x\n", "is damaged JSON"),
     ],
@@ -133,6 +133,12 @@ def test_other_json_is_refused_by_name(text, words, tmp_path):
     assert words in str(error.value)
     assert "COCO results are a list" in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_a_repeated_key_outside_the_entries_does_not_matter(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"info": {"a": 1, "a": 2}, "annotations": [{"image_id": "x", "caption": "y"}]}')
+    assert read(path).values == {"x": "y"}
 
 
 def test_annotations_take_their_ids_from_the_file_names(tmp_path):

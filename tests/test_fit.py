@@ -133,7 +133,7 @@ def test_dry_run_says_what_auto_takes_here_and_why(tmp_path):
     found = "micro batch 16 without gradient checkpointing, the fastest that fits: "
     shown = harness(tmp_path, "run", "small.yaml", "--device", "cpu", "--dry-run").stdout
     (line,) = (line for line in shown.splitlines() if line.startswith("auto: "))
-    assert line.startswith(f"auto: small/opt-s42 and 1 more take here {found}")
+    assert line.startswith(f"auto: on one device here, small/opt-s42 and 1 more take {found}")
     shown = harness(tmp_path, "run", "small.yaml", "--device", "cpu", "--dry-run", "--verbose").stdout
     assert shown.count(f"#   on one device here, auto takes {found}") == 2
 
@@ -195,7 +195,7 @@ def test_auto_trains_as_what_it_chooses_and_records_it(data, tiny_folder, tmp_pa
     assert same(weights, by_hand)
     assert losses == expected
     assert as_written["why"] == "as configured"
-    assert "by rounding and dropout alone" in found["notes"][-1]
+    assert "by rounding and by draws of dropout and augmentation" in found["notes"][-1]
     assert "notes" not in as_written
 
 

@@ -173,14 +173,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         checkpoints.seal(state)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002", "step00000003"]
     assert checkpoints.newest().step == 3
-    assert checkpoints.damaged() == []
+    assert checkpoints.damaged(checkpoints.newest()) == []
     os.truncate(checkpoints.path(State(step=3)) / "weights.pt", 2999)
     assert checkpoints.newest().step == 2
     (checkpoints.path(State(step=2)) / "weights.pt").unlink()
     assert checkpoints.newest() == State()
-    assert checkpoints.damaged() == ["step00000002", "step00000003"]
+    assert checkpoints.damaged(State()) == ["step00000002", "step00000003"]
     (checkpoints.folder / "step00000004").mkdir()  # a killed process left it
-    assert "step00000004" not in checkpoints.damaged()
+    assert "step00000004" not in checkpoints.damaged(State())
 
 
 def test_a_damaged_checkpoint_takes_no_place_among_the_kept_ones(tmp_path):

@@ -1,5 +1,6 @@
 """`harness data`: check a data set, describe it, or draw a made-up one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,8 +54,10 @@ def data_phantom(
     from harness.data import phantom
 
     config = PhantomConfig(train=train, valid=valid, test=test, seed=seed)
-    outputs.check_folder(folder, "FOLDER")
-    draw = phantom.ensure if (folder / phantom.MARKER).exists() else phantom.draw
+    there = os.path.exists(folder / phantom.MARKER)  # Path.exists raises for a name that is too long
+    if not there:
+        outputs.check_folder(folder, "FOLDER", renamed=True)
+    draw = phantom.ensure if there else phantom.draw
     draw(folder, config)
     print(f"drew {train} + {valid} + {test} images into {folder}")
 

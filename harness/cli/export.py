@@ -27,7 +27,7 @@ def export(
     """
     from harness.training import export
 
-    outputs.check_folder(folder, "FOLDER")
+    outputs.check_folder(folder, "FOLDER", renamed=True)
     named = export.export(run, folder, hub_ready)
     print(f"{folder}: use it with " + " ".join(f"--set model.{key}={place}" for key, place in named.items()))
     print(f"how to use it without harness: {folder / 'README.md'}")

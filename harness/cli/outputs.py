@@ -17,13 +17,16 @@ def check(outputs: Mapping[str, Path | None], read: Sequence[Path]) -> None:
         raise UserError(found)
 
 
-def check_folder(folder: Path, key: str) -> None:
-    """Raise `UserError` if a new folder can't be made, or if no file can be written into an existing one."""
+def check_folder(folder: Path, key: str, renamed: bool = False) -> None:
+    """Raise `UserError` if a new folder can't be made, or if no file can be written into an existing one.
+
+    `renamed`: the command writes beside the folder and then renames what it wrote.
+    """
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISDIR(folder.stat().st_mode):
                 return  # commands have their own words for a file in its place
-        _try(folder / "file")
+        _try(folder if renamed else folder / "file")
     except OSError as error:
         what = f"can't be written: {error.strerror}: {folder}"
         raise UserError([Problem(what, key=key, hint="Give the name of a new folder.")]) from None

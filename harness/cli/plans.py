@@ -19,7 +19,8 @@ def show(
 ) -> None:
     """Print what each run would do, as a table, JSON or CSV; starts nothing.
 
-    It does not import torch, but for what auto takes on an accelerator.
+    It imports torch only for a model whose memory is measured, and for the free memory of an accelerator if a
+    config says auto.
 
     A table has a line a run; `verbose` prints the config, steps and forecasts of each run instead. JSON has
     all of it. Runs that `run` would refuse to replace are named, unless `replace`.
@@ -120,13 +121,17 @@ def _auto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for runs that are to do and whose auto takes the same on one device of this machine."""
     runs: dict[str, list[str]] = {}
     for row in rows:
-        if (taken := row["training"]["auto"]) and any(s.startswith("to do") for s in row["steps"].values()):
+        if (taken := row["training"]["auto"]) and _trains(row["steps"]):
             runs.setdefault(taken, []).append(row["run"])
     lines = []
     for taken, (first, *others) in runs.items():
         take = f"{first} and {len(others)} more take" if others else f"{first} takes"
-        lines.append(f"auto: {take} here {taken}")
+        lines.append(f"auto: on one device here, {take} {taken}")
     return lines
+
+
+def _trains(steps: Mapping[str, str]) -> bool:
+    return steps.get("train", "").startswith("to do") or any(map(_waits, steps.values()))
 
 
 def _waits(state: str) -> bool:

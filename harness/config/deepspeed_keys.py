@@ -61,8 +61,10 @@ NUMBERS = {
     "zero_optimization.reduce_bucket_size": 1,
     "zero_optimization.stage3_max_live_parameters": 0,
 }
-"""Keys that the forecast of memory reads, or that DeepSpeed does not check before the first step; with the
-smallest number that DeepSpeed takes."""
+"""Keys that the forecast of memory reads, or that DeepSpeed does not check before the first step.
+
+The values are the smallest numbers that DeepSpeed takes.
+"""
 SECTIONS: Mapping[str, list[str]] = {
     "activation_checkpointing": [
         "contiguous_memory_optimization",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,11 +92,11 @@ def _whole(digits: str) -> float:
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; raises `UserError` if it has two values of one key."""
+    """An object of JSON; raises `UserError` if an entry has two values of one key."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        what = f"has two values of {key[:80]!r} in one entry"
+    if len(found) < len(pairs) and {"image_id", "caption"} & found.keys():
+        key = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        what = f"has two values of {key[:80]!r} in the entry of {str(found.get('image_id'))[:80]}"
         raise UserError([Problem(what, path, hint=f"Give each value once. {WANTED}")])
     return found
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 INDIFFERENT = ("compile", "zero_stage", "offload", "checkpoint_every_steps", "keep_checkpoints", "profile")
 """Keys of `train` that do not affect the result, except by rounding."""
-# Like the number of ranks, these two affect only the draws of dropout and rounding. So auto stands for the
+# Like the number of ranks, these affect only rounding and draws of dropout and augmentation. So auto is the
 # recipe's values from before there was auto, and trainings made with them are found.
 _AUTO_IS = {"micro_batch_size": 16, "gradient_checkpointing": True}
 _LATER = {
@@ -51,7 +51,7 @@ _LATER = {
 }
 """Keys that are left out at their defaults, so trainings from before there were these keys are found."""
 CURVES = "curves.png"
-_BY_AUTO = "auto chose micro batch and checkpointing; they change the result by rounding and dropout alone"
+_BY_AUTO = "auto chose the set-up; it changes the result by rounding and by draws of dropout and augmentation"
 FIRST_STEPS = 20
 """Steps of a process in which lack of memory halves the micro batch; after them it says the time left."""
 

@@ -121,10 +121,11 @@ def _auto(config: "Config", model: Model) -> str | None:
         return None
     try:
         kind = device.probe(config.device).kind
-    except UserError:
+        free = _free(kind)
+    except (UserError, RuntimeError):  # an accelerator that is full gives no context
         return None
     here = replace(model, kind=kind, half=_half(config.train, kind))
-    setup, why = fit.fastest(here, 1, _free(kind))
+    setup, why = fit.fastest(here, 1, free)
     return f"{worded(setup)}, {why}"
 
 

@@ -36,7 +36,7 @@ _CONTEXT = {"cpu": 0.7e9, "run": 0.7e9, "freed": 0.6e9, "cuda": 1.2e9, "npu": 1.
 LARGE = 400_000_000
 """Bytes of weights from which a training on a CPU gives freed memory back after each micro batch.
 
-The system clears that memory anew, which takes a tenth of the time, for small models up to a quarter.
+The system clears that memory anew. A step takes 1.03 to 1.14 times as long, of small models up to 1.25.
 """
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
 # "run": on a CPU, of a model that was run, since then the temporaries of its backward pass are counted

@@ -81,10 +81,10 @@ class Checkpoints:
                 return state
         return State()
 
-    def damaged(self) -> list[str]:
-        """The names of sealed checkpoints that `newest` has passed over: their files have changed."""
-        newest = self.path(self.newest()).name
-        later = sorted(folder for folder in self.folder.glob("step*") if folder.name > newest)
+    def damaged(self, newest: State) -> list[str]:
+        """The names of later checkpoints that were sealed and can't be used any more."""
+        first = self.path(newest).name
+        later = sorted(folder for folder in self.folder.glob("step*") if folder.name > first)
         return [folder.name for folder in later if (folder / STATE).exists()]
 
     def seal(self, state: State) -> None:

@@ -147,7 +147,7 @@ class TrainConfig(Section):
     micro_batch_size: or_auto(Batch) = 16
     """Captions per forward pass on one device. auto: with `gradient_checkpointing`, the fastest that fits.
 
-    It does not affect the results, except for the draws of dropout and for rounding.
+    It does not affect the results, except for rounding and for the draws of dropout and augmentation.
     """
     group_by_length: bool = False
     """Put captions of similar length into one optimiser step. This pads less and is less random."""

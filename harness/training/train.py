@@ -96,8 +96,9 @@ class Training:
         self.state = self.saver.saved = ranks.agree(self.checkpoints.newest())
         if ranks.rank() == 0:
             forget_rows_after(self.directory / LOSSES, self.state)
-            for name in self.checkpoints.damaged():
-                self.say(f"{self.checkpoints.folder / name} has changed since it was saved; it is not used")
+            for name in self.checkpoints.damaged(self.state):
+                what = "is not used: it is damaged, or another version saved it"
+                self.say(f"{self.checkpoints.folder / name} {what}")
         self.best.begin(self.state)
         try:
             for stage in self.plan:
