@@ -53,6 +53,11 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(project, o
         assert image.read_bytes() == content
 
 
+def test_a_folder_that_can_not_be_made_is_refused_before_the_export(project):
+    said = harness(project, "export", "small/opt-s42", "/proc/made", code=2).stderr
+    assert "FOLDER: can't be written" in said
+
+
 @pytest.mark.parametrize("how", ["bit", "tokenizer", "gone"])
 def test_a_stand_in_that_is_not_what_its_step_left_gives_no_captions_and_no_export(project, how):
     """The frozen language model is in it; a training has only the weights that it changed."""
