@@ -122,7 +122,7 @@ def test_large_models_on_a_cpu_give_freed_memory_back_and_need_less(monkeypatch)
     assert not Model(small()[1], TrainConfig(), "cpu", False).frees
     freed, on_cuda = needed("cpu"), needed("cuda")
     monkeypatch.setattr(device, "can_free_memory", lambda: False)  # as without glibc
-    assert freed < 0.85 * needed("cpu")
+    assert freed < 0.9 * needed("cpu")
     assert needed("cuda") == on_cuda
 
 

@@ -240,8 +240,8 @@ class Activations:
 
     `kept`: saved for the backward pass without gradient checkpointing, `kept_checkpointed` with it. `casts`:
     the trained weights that autocast holds in half precision until the optimiser's step. `loss`: temporaries
-    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer. `run`: the
-    model was run, so `kept` has all tensors of the worst moment.
+    of computing the larger loss; `layer`: what checkpointing recomputes for the largest layer.
+    A model that was run has all tensors of the worst moment in `kept`.
     """
 
     kept: int
@@ -249,7 +249,6 @@ class Activations:
     casts: int
     loss: int
     layer: int
-    run: bool = False
 
 
 class Shape(Protocol):

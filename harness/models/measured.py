@@ -68,7 +68,7 @@ class Shape:
     def activations(self, work: Work) -> Activations:
         """The activations of one micro batch; `kept` has all that is in memory at the worst moment."""
         plain, less = (self._peak(work, checkpointing) for checkpointing in (False, True))
-        return Activations(kept=plain, kept_checkpointed=less, casts=0, loss=0, layer=0, run=True)
+        return Activations(kept=plain, kept_checkpointed=less, casts=0, loss=0, layer=0)
 
     def _peak(self, work: Work, checkpointing: bool) -> int:
         few, many = (self._step(replace(work, batch=n), checkpointing)["peak"] for n in _BATCHES)

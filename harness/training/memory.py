@@ -32,15 +32,14 @@ Measured on an H200 at 364 pixels: 53 images/s with micro batches of 16, 61 with
 """
 _REPEATED = 4 / 3  # gradient checkpointing computes the forward pass again: a third of the arithmetic
 # libraries; buffers of the device and of collectives
-_CONTEXT = {"cpu": 0.7e9, "run": 0.7e9, "freed": 0.6e9, "cuda": 1.2e9, "npu": 1.2e9}
+_CONTEXT = {"cpu": 0.7e9, "freed": 0.6e9, "cuda": 1.2e9, "npu": 1.2e9}
 LARGE = 400_000_000
 """Bytes of weights from which a training on a CPU gives freed memory back after each micro batch.
 
 The system clears that memory anew. A step takes 1.03 to 1.14 times as long, of small models up to 1.25.
 """
 # An allowance for memory that the allocator does not return; glibc keeps freed blocks (benchmarks/memory.py).
-# "run": on a CPU, of a model that was run, since then the temporaries of its backward pass are counted
-_FRAGMENTED = {"cpu": 0.3, "run": 0.2, "freed": 0.04, "cuda": 0.05, "npu": 0.05}
+_FRAGMENTED = {"cpu": 0.2, "freed": 0.04, "cuda": 0.05, "npu": 0.05}
 _BUCKET = 500_000_000  # numbers in DeepSpeed's buffers for reducing gradients
 _LIVE = 1_000_000_000  # numbers that ZeRO-3 gathers at once
 
@@ -259,7 +258,7 @@ def usage(model: Model, setup: Setup) -> Usage:
     if stage == 3:  # validation captions with a whole copy of the model, and samples with gathered weights
         moment = max(moment, model.weights + (whole if averages else 0), _sampling(model, held))
     tensors = weights + gradients + copy + moments + buffers + moment
-    how = "freed" if model.frees else "run" if held.run and keeps else model.kind
+    how = "freed" if model.frees else model.kind
     rest = int(_CONTEXT[how] + _FRAGMENTED[how] * tensors)
     return Usage(weights, gradients, copy + moments, buffers, moment, rest, host)
 
