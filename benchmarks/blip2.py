@@ -12,7 +12,7 @@ from harness.config.sections import AugmentConfig
 from harness.machine import device
 from harness.models.settings import ModelConfig, TinyConfig
 
-device.before_torch()
+device.before_torch()  # the modules below import it
 
 from harness.models import tiny  # noqa: E402
 from harness.models.blip2 import loading  # noqa: E402
